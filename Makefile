@@ -1,0 +1,48 @@
+# The suite's commands. Each one runs in the virtual environment .venv, made on first use from requirements.txt.
+
+PYTHON ?= python3
+VENV_PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make reproduce   run the experiments on this machine: HDF5 results, figures and a table, in results/'
+	@echo '                   ONLY=graduate_admissions   this experiment alone'
+	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
+	@echo 'make test        run the tests (FAST=1: without the slow ones)'
+	@echo 'make lint        check style, formatting and types'
+	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'
+	@echo 'PYTHON=python3.12 picks the Python (3.10 or newer) that .venv is made with.'
+
+reproduce: $(INSTALLED)
+	$(VENV_PYTHON) -m experiments reproduce $(if $(ONLY),--only '$(ONLY)')
+
+test: $(INSTALLED)
+	$(VENV_PYTHON) -m pytest $(if $(filter-out 0,$(FAST)),-m 'not slow')
+
+lint: $(INSTALLED)
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+# The stamp is written last, so an interrupted installation is taken up again by the next call.
+$(INSTALLED): requirements.txt
+	@rm -f $@
+	@command -v '$(PYTHON)' >/dev/null || \
+	  { echo "error: '$(PYTHON)' was not found: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: '$(PYTHON)' is older than Python 3.10: name a newer one with PYTHON=..." >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: '$(PYTHON)' cannot make virtual environments: install its venv module" \
+	         "(Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo 'Installing the packages of requirements.txt into .venv (once; torch is large)'
+	$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv --clear .venv
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

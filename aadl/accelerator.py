@@ -1,0 +1,514 @@
+"""AndersonAccelerator: the policy, attached to an optimizer by step hooks.
+
+A macro-step is `store_each_nth` optimizer steps; it is the map G whose fixed point is sought. At the end of one the
+pair (x_k, g_k) goes into the history; every `frequency` optimizer steps (rounded up to macro-steps) the history is
+mixed into a candidate that may replace g_k. Nothing else ever touches a parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aadl import mixing, safeguard, smoothing
+from aadl.history import Block, Column, History, Tensors, make_block
+from aadl.mixing import Gram, Mixing
+from aadl.settings import Settings
+
+STATE_KEY = "aadl"
+"""Key under which `optimizer.state_dict()` carries the accelerator's state."""
+MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+"""First-moment buffers of torch.optim; second moments are never extrapolated, they must stay positive."""
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+COUNTERS = (
+    "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
+    "closure_evaluations",
+)  # fmt: skip
+LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
+MAXIMAL_COEFFICIENT_NORM = 1e4
+MAXIMAL_AGE = 3
+"""In units of history_depth macro-steps."""
+MAXIMAL_GROWTH = 1e4
+LEARNING_RATE_BAND = 1.25
+"""Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
+
+_accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[AndersonAccelerator]] = weakref.WeakKeyDictionary()
+
+
+class AndersonAccelerator:
+    """Anderson acceleration of one optimizer; made by `aadl.accelerate`, found by `aadl.accelerator_of`.
+
+    Attributes:
+        settings: the validated arguments.
+        statistics: counters and last values, see `aadl.accelerate`.
+    """
+
+    def __init__(self, optimizer: Optimizer, settings: Settings, process_group: Any = None) -> None:
+        self.settings = settings
+        self.process_group = process_group
+        self._optimizer = weakref.ref(optimizer)
+        _trainable(optimizer)
+        self._start_anew()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._add_state),
+            optimizer.register_load_state_dict_pre_hook(self._take_state),
+            optimizer.register_load_state_dict_post_hook(self._restore_state),
+        ]
+        self._loaded: dict[str, Any] | None = None
+        _accelerators[optimizer] = weakref.ref(self)
+
+    # ---- public ------------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The accelerated optimizer."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise ReferenceError("the accelerated optimizer no longer exists")
+        return optimizer
+
+    def reset(self) -> None:
+        """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay."""
+        self._reset("user")
+
+    def remove(self) -> None:
+        """Detach: the optimizer is afterwards as if it had never been accelerated."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._history = None
+        _accelerators.pop(self.optimizer, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, counters and decisions as tensors and plain values (loads with weights_only=True)."""
+        return {
+            "version": 1,
+            "map": self.settings.map_description(),
+            "statistics": {**self.statistics, "rejected": dict(self.statistics["rejected"])},
+            "progress": dict(self._progress),
+            "pause": [self._pause.length, self._pause.until],
+            "pending": None if self._pending is None else vars(self._pending) | {},
+            "averaging": self._averaging,
+            "history": None if self._history is None else self._history.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue as the saved accelerator would have.
+
+        Raises:
+            ValueError: the state was saved for another map (store_each_nth, state_coupling, history_depth,
+                parameter shapes) or is no accelerator state.
+        """
+        if not isinstance(state, dict) or state.get("version") != 1:
+            raise ValueError(f"not the state of an accelerator of this version, got a {type(state).__name__}")
+        wanted, found = self.settings.map_description(), state["map"]
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
+        if state["history"] is None:
+            self._history, self._parameters = None, []
+        else:
+            self._lay_out(any(block["kind"] == "momentum" for block in state["history"]["blocks"]))
+            assert self._history is not None
+            self._history.load_state_dict(state["history"])
+        self.statistics = {**state["statistics"], "rejected": dict(state["statistics"]["rejected"])}
+        self._progress = dict(state["progress"])
+        self._pause = safeguard.Pause(*state["pause"])
+        self._pending = None if state["pending"] is None else safeguard.Pending(**state["pending"])
+        self._averaging = bool(state["averaging"])
+        self._versions = self._parameter_versions()
+
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        kind = "nothing" if optimizer is None else type(optimizer).__name__
+        if not self._handles:
+            return "AndersonAccelerator(removed)"
+        held = len(self._history.columns) if self._history else 0
+        done = f"{self.statistics['accepted']} of {self.statistics['attempts']} accepted"
+        return f"AndersonAccelerator({kind}, {self.settings}, {held} columns held, {done})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError(
+            "an accelerator cannot be copied without its optimizer: copy the optimizer, call aadl.accelerate on the "
+            "copy and hand it this accelerator's state_dict()"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an accelerator cannot be pickled: save its state_dict() (optimizer.state_dict() carries it)")
+
+    # ---- hooks -------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del args, kwargs
+        if self.settings.idle or self._progress["in_macro_step"]:
+            return
+        self._open_macro_step(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _all_zero_rates(optimizer):
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            self.statistics["skipped_steps"] += 1
+            return
+        self.statistics["steps"] += 1
+        if self.settings.idle:
+            return
+        self._progress["in_macro_step"] += 1
+        if self._progress["in_macro_step"] < self.settings.store_each_nth:
+            return
+        self._progress["in_macro_step"] = 0
+        self.statistics["macro_steps"] += 1
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        with torch.no_grad():
+            self._close_macro_step(optimizer, closure if callable(closure) else None)
+        self._versions = self._parameter_versions()
+
+    def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        del optimizer
+        state[STATE_KEY] = self.state_dict()
+
+    def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        del optimizer
+        self._loaded = state.get(STATE_KEY)
+        return {key: value for key, value in state.items() if key != STATE_KEY}
+
+    def _restore_state(self, optimizer: Optimizer) -> None:
+        del optimizer
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:  # a checkpoint of the plain optimizer
+            self._start_anew()
+        else:
+            self.load_state_dict(loaded)
+
+    # ---- macro-steps -------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _open_macro_step(self, optimizer: Optimizer) -> None:
+        """Note where the macro-step starts, if not where the last one ended."""
+        if self._history is None or not _same(_trainable(optimizer), self._parameters):
+            if self._history is not None:
+                _count(self.statistics["resets"], "parameters_changed")
+            self._lay_out(momentum=False)
+            if self._wants_momentum(optimizer):
+                self._add_momentum()
+        elif self._parameter_versions() == self._versions:
+            return
+        assert self._history is not None
+        tensors = self._tensors(optimizer)
+        if not self._history.starts_at(tensors):
+            self._history.begin(tensors)
+            self._progress["disturbed"] = True
+
+    @torch.compiler.disable
+    def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
+        history = self._history
+        if history is None or not _same(_trainable(optimizer), self._parameters):
+            return  # a group came in mid-way: the next macro-step lays it out
+        if not history.has_pair and len(history.blocks) == len(self._block_parameters):
+            if self._wants_momentum(optimizer):
+                self._add_momentum()
+        tensors = self._tensors(optimizer)
+        self._follow_learning_rate(optimizer)
+        pending, self._pending = self._pending, None
+        if pending is not None and self._broke_promise(history, tensors, pending):
+            history.write_mapped(tensors)
+            history.continue_from_mapped()
+            _forget_curvature(optimizer)
+            self._progress["disturbed"] = True
+            return
+        rate = self._progress["learning_rate"]
+        ratio = rate / self._progress.get("pair_learning_rate", rate)
+        history.push(tensors, Column(self.statistics["macro_steps"], not self._progress["disturbed"], rate), ratio)
+        self._progress |= {"disturbed": False, "pair_learning_rate": rate}
+        history.continue_from_mapped()
+        if self._is_due() and self._attempt(history, tensors, closure):
+            _forget_curvature(optimizer)
+            self._progress["disturbed"] = True
+
+    def _broke_promise(self, history: History, tensors: list[Tensors], pending: safeguard.Pending) -> bool:
+        """Judge the last accepted candidate by the residual of the macro-step it started."""
+        squares = history.residual_squares(tensors)
+        square = sum(pending.weights[kind] * value for kind, value in squares.items())
+        self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
+        if ratio > safeguard.SUSPEND_ABOVE:
+            self._pause.extend(self.statistics["macro_steps"])
+            self.statistics["suspensions"] += 1
+        else:
+            self._pause.shorten()
+        reverts = safeguard.must_revert(square, pending)
+        self.statistics["reverted"] += reverts
+        return reverts
+
+    def _is_due(self) -> bool:
+        """Acceleration falls on every period-th macro-step, counted from the start, whatever was rejected between."""
+        settings, done = self.settings, self.statistics["macro_steps"]
+        assert self._history is not None
+        if not self._history.columns or self.statistics["steps"] <= settings.wait_iterations:
+            return False
+        if done % settings.period != 0:
+            return False
+        if done < self._pause.until:
+            self.statistics["suspended"] += 1
+            return False
+        return True
+
+    def _follow_learning_rate(self, optimizer: Optimizer) -> None:
+        """Note the learning rate; start the history anew where residuals of then and now do not compare.
+
+        They do while all groups' rates change by one factor and stay within LEARNING_RATE_BAND over the window.
+        """
+        progress, history = self._progress, self._history
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        last, progress["rates"] = progress["rates"], rates
+        if last is None or rates == last or history is None:
+            return
+        ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True)]
+        rate = progress["learning_rate"] * ratios[0]
+        oldest = history.columns[0].learning_rate if history.columns else progress["learning_rate"]
+        uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
+        if uniform and 1 / LEARNING_RATE_BAND <= rate / oldest <= LEARNING_RATE_BAND:
+            progress["learning_rate"] = rate
+        else:
+            progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
+            self._reset("learning_rate")
+
+    # ---- acceleration ------------------------------------------------------------------------------------------
+
+    def _attempt(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
+        """Mix, build the candidate, let the safeguard decide; the plain iterate stays where it says no."""
+        statistics, settings = self.statistics, self.settings
+        statistics["attempts"] += 1
+        parts = history.gram()
+        if not all(math.isfinite(part.square) for part in parts.values()):
+            self._reject("non_finite")
+            self._reset("non_finite")
+            return False
+        scales = torch.tensor([self._progress["learning_rate"] / c.learning_rate for c in history.columns]).double()
+        weights = _weights(parts)
+        gram = _joined(parts, weights, scales)
+        consecutive = [column.consecutive for column in history.columns]
+        deviation = smoothing.relative_standard_deviation(gram, consecutive)
+        statistics["relative_standard_deviation"] = deviation
+        if settings.average == "auto":
+            self._averaging = smoothing.switch(self._averaging, deviation, settings.average_tolerance)
+        statistics["averaging"] = self._averaging
+        solution = self._solve(gram, history)
+        if solution is None:
+            return False
+        predicted = mixing.predicted_square(gram, solution.gamma)
+        statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
+        beta = settings.relaxation
+        scaled = scales * solution.gamma
+        history.combine(solution.gamma, (scaled - solution.gamma) - (1 - beta) * scaled, 1 - beta)
+        if not self._is_better(history, tensors, closure):
+            history.write_mapped(tensors)
+            self._reject("loss")
+            return False
+        history.write_candidate(tensors)
+        history.continue_from_candidate()
+        statistics["accepted"] += 1
+        if settings.safeguard:
+            noise = smoothing.noise_square(gram, consecutive) if self._averaging else 0.0
+            self._pending = safeguard.Pending(predicted, gram.square, noise, weights)
+        return True
+
+    def _solve(self, gram: Gram, history: History) -> Mixing | None:
+        """Coefficients for all columns (zero for those left out), or None after counting why there are none."""
+        settings, statistics = self.settings, self.statistics
+        ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
+        used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
+        part = mixing.newest(gram, used)
+        cutoff = settings.eigenvalue_cutoff(history.blocks[0].delta_mapped.dtype)
+        window = settings.average_window or smoothing.default_window(used)
+        if settings.acceleration_type == "identity":
+            if not self._averaging:
+                return None
+            solution = Mixing(smoothing.window_mean(used, window), used, math.nan, 0.0)
+        elif self._averaging:
+            solution = smoothing.smoothed_coefficients(part, window, settings.regularization, cutoff)
+        else:
+            solution = mixing.mixing_coefficients(part, settings.regularization, cutoff)
+        statistics["numerical_rank"] = solution.numerical_rank
+        statistics["condition_number"] = solution.condition_number
+        statistics["coefficient_norm"] = solution.coefficient_norm
+        if solution.numerical_rank == 0:
+            self._reject("rank")
+            return None
+        if not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
+            self._reject("coefficients")
+            return None
+        gamma = torch.zeros(gram.projection.numel(), dtype=torch.float64)
+        gamma[gamma.numel() - used :] = solution.gamma
+        return solution._replace(gamma=gamma)
+
+    def _is_better(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
+        if self.settings.safeguard not in (True, "loss"):
+            return True
+        if closure is None:
+            if self.settings.safeguard == "loss":
+                raise ValueError("safeguard='loss' needs step(closure); this step was called without a closure")
+            return True
+        self.statistics["closure_evaluations"] += 2
+        plain, candidate = safeguard.trial_losses(
+            closure, self._parameters, lambda: history.write_candidate(tensors), self._group()
+        )
+        return candidate < plain
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def _group(self) -> Any:
+        if self.process_group is not None:
+            return self.process_group
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+    def _lay_out(self, momentum: bool) -> None:
+        """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
+        self._parameters = _trainable(self.optimizer)
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for p in self._parameters:
+            groups.setdefault((p.dtype, p.device), []).append(p)
+        self._block_parameters = list(groups.values())
+        self._history = History(self.settings.history_depth, self._make_blocks("parameters", True))
+        self._pending = None
+        self._progress |= {"learning_rate": 1.0, "rates": None}
+        if momentum:
+            self._add_momentum()
+
+    def _make_blocks(self, kind: str, residuals: bool) -> list[Block]:
+        depth, dtype = self.settings.history_depth, self.settings.history_dtype
+        return [make_block(kind, group, depth, residuals, dtype) for group in self._block_parameters]
+
+    def _add_momentum(self) -> None:
+        """Rows for the momentum buffers; buffers that the first step has just made started at zero."""
+        assert self._history is not None
+        self._history.blocks += self._make_blocks("momentum", self.settings.state_coupling == "full")
+
+    def _wants_momentum(self, optimizer: Optimizer) -> bool:
+        if self.settings.state_coupling == "params":
+            return False
+        return any(_momentum(optimizer.state.get(p), p) is not None for p in self._parameters)
+
+    def _tensors(self, optimizer: Optimizer) -> list[Tensors]:
+        """Values of every block: the parameters, and their momentum buffers (None where there is none yet)."""
+        assert self._history is not None
+        tensors: list[Tensors] = list(self._block_parameters)
+        if len(self._history.blocks) > len(self._block_parameters):
+            tensors += [[_momentum(optimizer.state.get(p), p) for p in group] for group in self._block_parameters]
+        return tensors
+
+    def _parameter_versions(self) -> list[int]:
+        return [p._version for p in self._parameters]
+
+    def _reject(self, cause: str) -> None:
+        _count(self.statistics["rejected"], cause)
+
+    def _reset(self, cause: str) -> None:
+        _count(self.statistics["resets"], cause)
+        self._pending = None
+        if self._history is not None:
+            self._history.clear()
+
+    def _start_anew(self) -> None:
+        """State of an accelerator that has seen no step."""
+        self.statistics: dict[str, Any] = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
+        self._averaging = self.settings.average == "always"
+        self.statistics |= {"numerical_rank": 0, "averaging": self._averaging, "rejected": {}, "resets": {}}
+        self._progress: dict[str, Any] = {"in_macro_step": 0, "disturbed": False, "learning_rate": 1.0, "rates": None}
+        self._pause = safeguard.Pause()
+        self._pending: safeguard.Pending | None = None
+        self._history: History | None = None
+        self._parameters: list[Tensor] = []
+        self._versions: list[int] = []
+
+
+def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
+    """The accelerator attached to an optimizer.
+
+    Raises:
+        ValueError: the optimizer is not accelerated, or is no torch.optim.Optimizer.
+    """
+    found = find_accelerator(optimizer)
+    if found is None:
+        raise ValueError(f"this {type(optimizer).__name__} is not accelerated: call aadl.accelerate(optimizer) first")
+    return found
+
+
+def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
+    """The accelerator attached to an optimizer, or None."""
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    reference = _accelerators.get(optimizer)
+    return None if reference is None else reference()
+
+
+def _trainable(optimizer: Optimizer) -> list[Tensor]:
+    """Parameters that require a gradient, in the order of the groups; refuses what cannot be extrapolated."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for p in parameters:
+        if p.dtype not in DTYPES:
+            raise ValueError(
+                f"parameter of shape {tuple(p.shape)} has dtype {p.dtype}: its rounding is coarser than the updates "
+                f"that are extrapolated; keep float32 (master) parameters and use autocast"
+            )
+        if p.layout != torch.strided or p.device.type == "meta":
+            raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense tensors work")
+    return parameters
+
+
+def _momentum(state: Any, p: Tensor) -> Tensor | None:
+    for key in MOMENTUM_KEYS:
+        buffer = state.get(key) if state else None
+        if isinstance(buffer, Tensor) and buffer.shape == p.shape and buffer.dtype == p.dtype:
+            return buffer
+    return None
+
+
+def _forget_curvature(optimizer: Optimizer) -> None:
+    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point."""
+    for state in optimizer.state.values():
+        if "prev_flat_grad" in state and "n_iter" in state:
+            state["n_iter"] = 0
+
+
+def _joined(parts: dict[str, Gram], weights: dict[str, float], scales: Tensor) -> Gram:
+    """One Gram record: parts weighted, residual columns of the parameters brought to the present learning rate."""
+    matrix, projection, square = torch.zeros(()), torch.zeros(()), 0.0
+    for kind, part in parts.items():
+        factor = scales if kind == "parameters" else torch.ones_like(scales)
+        matrix = matrix + weights[kind] * factor.outer(factor) * part.matrix
+        projection = projection + weights[kind] * factor * part.projection
+        square += weights[kind] * part.square
+    return Gram(matrix, projection, square)
+
+
+def _weights(parts: dict[str, Gram]) -> dict[str, float]:
+    """Weights that bring parameters and momentum to equal size: the ratio of the traces of their Gram matrices."""
+    traces = {kind: float(part.matrix.trace()) for kind, part in parts.items()}
+    own = traces["parameters"]
+    return {kind: own / trace if trace > 0 and own > 0 else 1.0 for kind, trace in traces.items()}
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _count(counts: dict[str, int], cause: str) -> None:
+    counts[cause] = counts.get(cause, 0) + 1
+
+
+def _all_zero_rates(optimizer: Optimizer) -> bool:
+    """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate is not None and not (isinstance(rate, Tensor) and rate.is_cuda) and rate == 0 for rate in rates)

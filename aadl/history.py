@@ -1,0 +1,347 @@
+"""History of true pairs (x_j, g_j = G(x_j)) in difference form, and the two passes over memory that use it.
+
+Per block of tensors: ring rows DF, DG of shape (depth, numel) and three vectors, the iterate x the running
+macro-step starts from, and residual f and mapped iterate g of the newest stored pair. Storing writes one row of each
+ring, Df = f_new - f and Dg = g_new - g. Differences cancel no digits, are exactly zero for what does not move, and
+survive rounding to bfloat16.
+
+A block of kind "momentum" follows the parameters with the same coefficients; its residuals enter the inner products
+only when it has rows for them (state_coupling "full").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadl.flat import FlatRow
+from aadl.mixing import Gram
+
+Tensors = Sequence[Tensor | None]
+
+
+@dataclass
+class Block:
+    """Rows of the tensors of one kind, dtype and device."""
+
+    kind: str
+    """"parameters" or "momentum"."""
+    row: FlatRow
+    has_residuals: bool
+    delta_mapped: Tensor
+    delta_residual: Tensor | None
+    mapped: Tensor
+    residual: Tensor | None
+    own_start: Tensor
+    start: Tensor
+    """Where the running macro-step began: `own_start`, or `mapped` itself after a plain macro-step."""
+    mapped_squares: Tensor
+    """||Dg||^2 of every ring row, shape (depth,), float64."""
+
+
+@dataclass
+class Column:
+    """What is known of one stored difference besides its vectors."""
+
+    macro_step: int
+    consecutive: bool
+    """Its second update starts where the first one ended."""
+    learning_rate: float
+    """Factor of the learning rate its residuals belong to."""
+
+
+@dataclass
+class History:
+    """Ring of differences over several blocks.
+
+    Args:
+        depth: columns kept.
+        blocks: from `make_block`.
+
+    Columns are addressed oldest first; `order()` gives their ring slots.
+    """
+
+    depth: int
+    blocks: list[Block]
+    columns: list[Column] = field(default_factory=list)
+    has_pair: bool = False
+    _next: int = 0
+    _grams: dict[str, Tensor] = field(default_factory=dict)
+    _stale: list[int] = field(default_factory=list)
+
+    # ---- macro-steps -------------------------------------------------------------------------------------------
+
+    def begin(self, tensors: Sequence[Tensors]) -> None:
+        """Take the present values as the start x of a macro-step."""
+        for block, values in zip(self.blocks, tensors, strict=True):
+            for part, value in block.row.read(values):
+                block.own_start[part].copy_(value)
+            block.start = block.own_start
+
+    def starts_at(self, tensors: Sequence[Tensors]) -> bool:
+        """Whether the running macro-step starts at these values."""
+        return self.has_pair and all(
+            torch.equal(value, block.start[part])
+            for block, values in zip(self.blocks, tensors, strict=True)
+            for part, value in block.row.read(values)
+        )
+
+    def continue_from_mapped(self) -> None:
+        """The next macro-step starts at the newest mapped iterate (no copy)."""
+        for block in self.blocks:
+            block.start = block.mapped
+
+    def continue_from_candidate(self) -> None:
+        """The next macro-step starts at the last candidate (no copy)."""
+        for block in self.blocks:
+            block.start = block.own_start
+
+    def residual_squares(self, tensors: Sequence[Tensors]) -> dict[str, float]:
+        """||f||^2 of the macro-step that ends at `tensors`, by kind, in float64, without storing it."""
+        sums: dict[str, Tensor] = {}
+        for block, values in zip(self.blocks, tensors, strict=True):
+            if not block.has_residuals:
+                continue
+            total = torch.zeros((), dtype=torch.float64, device=block.row.device)
+            for part, value in block.row.read(values):
+                total += torch.linalg.vector_norm(value - block.start[part], dtype=torch.float64).square()
+            sums[block.kind] = sums.get(block.kind, 0) + total.cpu()
+        return {kind: float(total) for kind, total in sums.items()}
+
+    def push(self, tensors: Sequence[Tensors], column: Column, learning_rate_ratio: float = 1.0) -> None:
+        """Store the pair (start, values of `tensors`).
+
+        With learning_rate_ratio rho != 1 the previous residual is first brought to the present learning rate,
+        f <- rho f and g <- x + rho f, so that the difference belongs to one map.
+        """
+        slot = self._next if self.has_pair else None
+        for block, values in zip(self.blocks, tensors, strict=True):
+            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0)
+        if slot is not None:
+            self._next = (slot + 1) % self.depth
+            self.columns = [*self.columns, column][-self.depth :]
+            self._stale = [*(s for s in self._stale if s != slot), slot]
+        self.has_pair = True
+
+    def clear(self) -> None:
+        """Forget all pairs. The running macro-step keeps its start."""
+        for block in self.blocks:
+            if block.start is not block.own_start:
+                block.own_start.copy_(block.start)
+                block.start = block.own_start
+        self.columns, self._stale, self._next, self.has_pair = [], [], 0, False
+
+    def order(self) -> list[int]:
+        """Ring slots, oldest column first."""
+        count = len(self.columns)
+        return [(self._next - count + i) % self.depth for i in range(count)]
+
+    # ---- pass 1: inner products --------------------------------------------------------------------------------
+
+    def gram(self) -> dict[str, Gram]:
+        """Inner products by kind, unscaled, columns oldest first. One read of DF; one transfer to the host."""
+        count = len(self.columns)
+        filled = self.depth if count == self.depth else count
+        order = self.order()
+        result: dict[str, Gram] = {}
+        for kind in dict.fromkeys(block.kind for block in self.blocks if block.has_residuals):
+            products = torch.zeros(filled + 1, len(self._stale) + 1, dtype=torch.float64)
+            for block in self.blocks:
+                if block.kind == kind and block.has_residuals:
+                    products += _inner_products(block, filled, self._stale).cpu()
+            if kind not in self._grams:
+                self._grams[kind] = torch.zeros(self.depth, self.depth, dtype=torch.float64)
+            matrix = self._grams[kind]
+            for index, slot in enumerate(self._stale):
+                matrix[slot, :filled] = products[:filled, index]
+                matrix[:filled, slot] = products[:filled, index]
+            result[kind] = Gram(matrix[order][:, order], products[order, -1], float(products[-1, -1]))
+        self._stale = []
+        return result
+
+    # ---- pass 2: combination -----------------------------------------------------------------------------------
+
+    def combine(self, mapped_coefficients: Tensor, residual_coefficients: Tensor, residual_factor: float) -> None:
+        """candidate = g - DG a - DF b - c f, written where the next macro-step may start.
+
+        Args:
+            mapped_coefficients: a, shape (columns,), oldest first.
+            residual_coefficients: b, shape (columns,); zeros cost nothing. Applied to the parameters only.
+            residual_factor: c. Applied to the parameters only.
+        """
+        slots = self.order()
+        for block in self.blocks:
+            target, row_dtype = block.own_start, block.row.dtype
+            _subtract(block, block.delta_mapped, _by_slot(mapped_coefficients, slots, self.depth), block.mapped)
+            if block.kind != "parameters":
+                continue
+            if block.delta_residual is not None and bool(residual_coefficients.any()):
+                _subtract(block, block.delta_residual, _by_slot(residual_coefficients, slots, self.depth), target)
+            if residual_factor and block.residual is not None:
+                target.sub_(block.residual.to(row_dtype), alpha=residual_factor)
+
+    def mapped_lengths(self) -> Tensor:
+        """||Dg_j|| of the parameters, shape (columns,), oldest first."""
+        blocks = [block for block in self.blocks if block.kind == "parameters"]
+        return torch.stack([block.mapped_squares[self.order()].cpu() for block in blocks]).sum(0).sqrt()
+
+    def write_candidate(self, tensors: Sequence[Tensors]) -> None:
+        """Copy the candidate into the tensors."""
+        for block, values in zip(self.blocks, tensors, strict=True):
+            block.row.write(block.own_start, values)
+
+    def write_mapped(self, tensors: Sequence[Tensors]) -> None:
+        """Copy the newest mapped iterate into the tensors: bit for bit what the base optimizer had left."""
+        for block, values in zip(self.blocks, tensors, strict=True):
+            block.row.write(block.mapped, values)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers; slots keep their places, so that a resumed run repeats every rounding."""
+        blocks = []
+        for block in self.blocks:
+            entry: dict[str, Any] = {
+                "kind": block.kind,
+                "shapes": [list(shape) for shape in block.row.shapes],
+                "orders": [None if order is None else list(order) for order in block.row.orders],
+                "delta_mapped": block.delta_mapped,
+                "mapped": block.mapped,
+                "mapped_squares": block.mapped_squares,
+                "start": None if block.start is block.mapped else block.start,
+            }
+            if block.delta_residual is not None and block.residual is not None:
+                entry |= {"delta_residual": block.delta_residual, "residual": block.residual}
+            blocks.append(entry)
+        columns = [[c.macro_step, c.consecutive, c.learning_rate] for c in self.columns]
+        return {
+            "depth": self.depth,
+            "blocks": blocks,
+            "columns": columns,
+            "has_pair": self.has_pair,
+            "next": self._next,
+            "grams": dict(self._grams),
+            "stale": list(self._stale),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore; raises ValueError where depth, shapes or memory order differ."""
+        if state["depth"] != self.depth:
+            raise ValueError(f"the saved history has history_depth {state['depth']}, this accelerator {self.depth}")
+        if len(state["blocks"]) != len(self.blocks):
+            raise ValueError(f"the saved history has {len(state['blocks'])} blocks, this accelerator {len(self.blocks)}")
+        for block, entry in zip(self.blocks, state["blocks"], strict=True):
+            shapes = [tuple(shape) for shape in entry["shapes"]]
+            orders = [None if order is None else tuple(order) for order in entry["orders"]]
+            if entry["kind"] != block.kind or shapes != block.row.shapes or orders != block.row.orders:
+                raise ValueError("the saved history belongs to parameters of other shapes or memory formats")
+        for block, entry in zip(self.blocks, state["blocks"], strict=True):
+            block.delta_mapped.copy_(entry["delta_mapped"])
+            block.mapped.copy_(entry["mapped"])
+            block.mapped_squares.copy_(entry["mapped_squares"])
+            if block.delta_residual is not None and block.residual is not None:
+                block.delta_residual.copy_(entry["delta_residual"])
+                block.residual.copy_(entry["residual"])
+            block.start = block.mapped
+            if entry["start"] is not None:
+                block.start = block.own_start
+                block.own_start.copy_(entry["start"])
+        self.columns = [Column(int(m), bool(c), float(r)) for m, c, r in state["columns"]]
+        self.has_pair, self._next = bool(state["has_pair"]), int(state["next"])
+        self._grams = {kind: matrix.detach().to("cpu", torch.float64).clone() for kind, matrix in state["grams"].items()}
+        self._stale = [int(slot) for slot in state["stale"]]
+
+
+def make_block(kind: str, templates: Sequence[Tensor], depth: int, residuals: bool, dtype: torch.dtype | None) -> Block:
+    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements.
+
+    Args:
+        kind: "parameters" or "momentum".
+        templates: tensors of one dtype and device.
+        depth: rows of each ring.
+        residuals: whether residual differences are kept, i.e. whether the block enters the inner products.
+        dtype: of the ring rows; None for that of the tensors. The three vectors keep the tensors' dtype.
+    """
+    row = FlatRow(templates)
+
+    def vector() -> Tensor:
+        return torch.zeros(row.numel, dtype=row.dtype, device=row.device)
+
+    def ring() -> Tensor:
+        return torch.zeros(depth, row.numel, dtype=dtype or row.dtype, device=row.device)
+
+    own_start = vector()
+    return Block(
+        kind,
+        row,
+        residuals,
+        delta_mapped=ring(),
+        delta_residual=ring() if residuals else None,
+        mapped=vector(),
+        residual=vector() if residuals else None,
+        own_start=own_start,
+        start=own_start,
+        mapped_squares=torch.zeros(depth, dtype=torch.float64, device=row.device),
+    )
+
+
+def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float) -> None:
+    if slot is not None:
+        block.mapped_squares[slot] = 0
+    for part, value in block.row.read(values):
+        mapped = block.mapped[part]
+        if block.residual is not None and block.delta_residual is not None:
+            residual = block.residual[part]
+            new = value - block.start[part]
+            if slot is not None:
+                torch.sub(new, residual, alpha=ratio, out=block.delta_residual[slot, part])
+                if ratio != 1:
+                    mapped.add_(residual, alpha=ratio - 1)
+            residual.copy_(new)
+        if slot is not None:
+            change = torch.sub(value, mapped, out=block.delta_mapped[slot, part])
+            block.mapped_squares[slot] += torch.dot(change, change)
+        mapped.copy_(value)
+
+
+def _inner_products(block: Block, filled: int, slots: Sequence[int]) -> Tensor:
+    """Products of the filled rows and of f with the rows `slots` and with f, shape (filled + 1, slots + 1), float64.
+
+    Pieces are widened to float64, in which products of float32 numbers are exact, before they are multiplied.
+    """
+    assert block.delta_residual is not None and block.residual is not None
+    ring, residual, row = block.delta_residual, block.residual, block.row
+    length = min(max(8192, row.piece // 4), row.numel) if row.device.type == "cpu" else min(1 << 20, row.numel)
+    wide = torch.empty(filled + 1, length, dtype=torch.float64, device=row.device)
+    products = torch.zeros(len(slots) + 1, filled + 1, dtype=torch.float64, device=row.device)
+    for start in range(0, row.numel, length):
+        stop = min(start + length, row.numel)
+        piece = wide[:, : stop - start]
+        piece[:filled].copy_(ring[:filled, start:stop])
+        piece[filled].copy_(residual[start:stop])
+        for index, slot in enumerate([*slots, filled]):
+            products[index].addmv_(piece, piece[slot])
+    return products.T
+
+
+def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:
+    """Coefficients ordered oldest first, moved to their ring slots."""
+    placed = torch.zeros(min(depth, len(slots)), dtype=torch.float64)
+    placed[list(slots)] = coefficients
+    return placed
+
+
+def _subtract(block: Block, ring: Tensor, coefficients: Tensor, base: Tensor) -> None:
+    """own_start = base - ring' coefficients."""
+    row, target = block.row, block.own_start
+    factors = coefficients.to(device=row.device, dtype=row.dtype)
+    rows = ring[: factors.numel()]
+    if ring.dtype == row.dtype:
+        torch.addmv(base, rows.T, factors, alpha=-1, out=target)
+        return
+    for part in row.ranges():
+        torch.addmv(base[part], rows[:, part].to(row.dtype).T, factors, alpha=-1, out=target[part])

@@ -1,0 +1,122 @@
+"""Coefficient space: small Gram matrices in, mixing coefficients out.
+
+Everything here is float64 on the host and of size m x m, m = history_depth. Symbols:
+
+    f_k = g_k - x_k                 residual of the newest pair
+    DF, DG                          differences of residuals and of mapped iterates, columns oldest first
+    G = DF' DF,  h = DF' f_k        Gram matrix and projection
+    gamma                           unconstrained mixing coefficients, x+ = g_k - DG gamma  (relaxation 1)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Gram(NamedTuple):
+    """Inner products of the stored residual differences and the newest residual."""
+
+    matrix: Tensor
+    """DF' DF, shape (columns, columns)."""
+    projection: Tensor
+    """DF' f_k, shape (columns,)."""
+    square: float
+    """||f_k||^2."""
+
+
+class Mixing(NamedTuple):
+    """Solution of one mixing problem."""
+
+    gamma: Tensor
+    """Coefficients, shape (columns,); zero for columns that were not used."""
+    numerical_rank: int
+    """Eigenvalues kept; 0 when nothing can be extrapolated."""
+    condition_number: float
+    """Condition number of the column-equilibrated DF, restricted to the kept eigenvalues (nan at rank 0)."""
+    coefficient_norm: float
+    """||D gamma|| / ||f_k|| with D = diag(||Df_j||): the coefficients in units of unit columns."""
+
+
+def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: float) -> Mixing:
+    """Minimize ||f_k - DF gamma||^2 + regularization * ||f-units of gamma||^2 from inner products alone.
+
+    With D = diag(||Df_j||), the equilibrated Gram matrix D^-1 G D^-1 = V diag(w) V' is truncated at
+    w_i > eigenvalue_cutoff * max(w) and
+
+        gamma = D^-1 V diag(1 / (w + regularization)) V' D^-1 h.
+
+    Equilibration makes `regularization` dimensionless and rescaling of a column harmless. A Gram matrix accumulated
+    in float64 from float32 columns loses nothing against an orthogonal factorization before condition numbers of
+    about 5e8, which float32 columns cannot resolve.
+
+    Args:
+        gram: inner products of the columns.
+        regularization: Tikhonov factor relative to unit columns, >= 0.
+        eigenvalue_cutoff: eigenvalues below this fraction of the largest are dropped, >= 0.
+
+    Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. (2.2), in normal equations.
+    """
+    columns = gram.projection.numel()
+    lengths = gram.matrix.diagonal().clamp_min(0).sqrt()
+    usable = torch.isfinite(lengths) & (lengths > 0)
+    gamma = torch.zeros(columns, dtype=torch.float64)
+    if not bool(usable.any()) or not math.isfinite(gram.square) or gram.square <= 0:
+        return Mixing(gamma, 0, math.nan, 0.0)
+    inverse = torch.where(usable, 1 / lengths, 0.0)
+    unit = gram.matrix * inverse.outer(inverse)
+    right = gram.projection * inverse
+    if not bool(torch.isfinite(unit).all() & torch.isfinite(right).all()):
+        return Mixing(gamma, 0, math.nan, 0.0)
+    eigenvalues, vectors = torch.linalg.eigh(unit)
+    largest = float(eigenvalues[-1])
+    kept = eigenvalues > eigenvalue_cutoff * largest
+    weights = torch.where(kept, 1 / (eigenvalues + regularization), 0.0)
+    scaled = vectors @ (weights * (vectors.T @ right))
+    rank = int(kept.sum())
+    smallest = float(eigenvalues[kept][0])
+    coefficient_norm = float(scaled.norm()) / math.sqrt(gram.square)
+    return Mixing(inverse * scaled, rank, math.sqrt(largest / smallest), coefficient_norm)
+
+
+def predicted_square(gram: Gram, gamma: Tensor) -> float:
+    """||f_k - DF gamma||^2 = ||f_k||^2 - 2 h' gamma + gamma' G gamma, never below zero."""
+    value = gram.square - 2 * float(gram.projection @ gamma) + float(gamma @ gram.matrix @ gamma)
+    return max(value, 0.0)
+
+
+def residual_squares(gram: Gram) -> Tensor:
+    """||f_i||^2 of all columns + 1 pairs, oldest first, from f_i = f_k - sum_{j >= i} Df_j."""
+    tails = tail_sums(gram.projection.numel())
+    squares = gram.square - 2 * tails @ gram.projection + ((tails @ gram.matrix) * tails).sum(1)
+    return squares.clamp_min(0)
+
+
+def tail_sums(columns: int) -> Tensor:
+    """Matrix T of shape (columns + 1, columns) with f_i = f_k - DF T[i]: row i holds ones from column i on."""
+    return torch.ones(columns + 1, columns, dtype=torch.float64).triu()
+
+
+def usable_suffix(gram: Gram, ages: list[int], maximal_age: int, maximal_growth: float) -> int:
+    """Number of newest columns to use: older pairs are cut at the first one that is too old or too large.
+
+    A column is too old when it was stored more than `maximal_age` macro-steps ago, and too large when its older
+    residual exceeds `maximal_growth` times the newest one (adaptive depth: it belongs to another regime).
+    """
+    squares = residual_squares(gram).tolist()
+    bound = maximal_growth**2 * gram.square
+    count = 0
+    for age, square in zip(reversed(ages), reversed(squares[:-1]), strict=True):
+        if age > maximal_age or not square <= bound:
+            break
+        count += 1
+    return count
+
+
+def newest(gram: Gram, count: int) -> Gram:
+    """The Gram record of the newest `count` columns."""
+    start = gram.projection.numel() - count
+    return Gram(gram.matrix[start:, start:], gram.projection[start:], gram.square)

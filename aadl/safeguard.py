@@ -1,0 +1,149 @@
+"""Judging a candidate: by the training loss before it is taken, by the next residual after it was taken."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+SUSPEND_ABOVE = 1.2
+"""Trust ratio from which the linear model is not believed and acceleration pauses."""
+REVERT_ABOVE = 2.0
+"""Growth of the residual norm over an accelerated step from which the step is taken back."""
+LONGEST_PAUSE = 64
+"""Macro-steps; pauses double up to this."""
+
+
+@dataclass
+class Pending:
+    """What an accepted candidate promised: squares of residual norms, in the norm of the mixing problem."""
+
+    predicted: float
+    before: float
+    noise: float
+    weights: dict[str, float]
+
+
+@dataclass
+class Pause:
+    """Back-off after acceleration that did not keep its promise."""
+
+    length: int = 0
+    until: int = 0
+
+    def extend(self, macro_step: int) -> None:
+        """Double the pause, from the present macro-step on."""
+        self.length = min(LONGEST_PAUSE, max(1, 2 * self.length))
+        self.until = macro_step + self.length
+
+    def shorten(self) -> None:
+        """A kept promise halves the next pause."""
+        self.length //= 2
+
+
+def trust_ratio(square: float, pending: Pending) -> float:
+    """q = ||f_{k+1}|| / sqrt(predicted ||r||^2 + noise); near or below 1 where the linear model holds."""
+    expected = pending.predicted + pending.noise
+    if not math.isfinite(square):
+        return math.inf
+    return math.sqrt(square / expected) if expected > 0 else (math.inf if square > 0 else 0.0)
+
+
+def must_revert(square: float, pending: Pending) -> bool:
+    """Whether the residual grew so much (or is not finite) that the plain iterate is put back."""
+    return not square <= REVERT_ABOVE**2 * (pending.before + pending.noise)
+
+
+def trial_losses(
+    closure: Callable[[], Any], parameters: Sequence[Tensor], place_candidate: Callable[[], None], group: Any
+) -> tuple[float, float]:
+    """Loss at the parameters as they are and at the candidate, both on the same random numbers, mean over ranks.
+
+    The candidate is left in place. Gradients, buffers of the modules that were called (BatchNorm statistics) and
+    random number generators are afterwards as before. The closure may be PyTorch's (zero_grad, forward, backward):
+    its call of `Tensor.backward` is passed over, since only the value is wanted.
+    """
+    with _undisturbed(parameters) as rewind:
+        plain = _value(closure())
+        rewind()
+        place_candidate()
+        candidate = _value(closure())
+    return _mean_over_ranks(plain, candidate, group)
+
+
+def _mean_over_ranks(plain: float, candidate: float, group: Any) -> tuple[float, float]:
+    """One all-reduce; a rank without a finite loss makes the mean non-finite, so that all ranks reject together."""
+    if group is None:
+        return plain, candidate
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    word = torch.tensor([plain, candidate], dtype=torch.float64, device=device)
+    dist.all_reduce(word, group=group)
+    return tuple((word / dist.get_world_size(group)).tolist())  # type: ignore[return-value]
+
+
+@contextmanager
+def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Run closures without a trace. Yields a function that rewinds generators and buffers to the entry state."""
+    gradients = [p.grad for p in parameters]
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep_buffers(module: torch.nn.Module, arguments: Any) -> None:
+        del arguments
+        for buffer in module.buffers():
+            if id(buffer) not in buffers:
+                buffers[id(buffer)] = (buffer, buffer.detach().clone())
+
+    cpu_state = torch.get_rng_state()
+    cuda_states = [torch.cuda.get_rng_state(device) for device in devices]
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu_state)
+        for device, state in zip(devices, cuda_states, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        with torch.no_grad():
+            for buffer, value in buffers.values():
+                buffer.copy_(value)
+
+    for p in parameters:
+        p.grad = None
+    handle = register_module_forward_pre_hook(keep_buffers)
+    try:
+        with torch.enable_grad(), _no_backward():
+            yield rewind
+    finally:
+        handle.remove()
+        rewind()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+
+
+@contextmanager
+def _no_backward() -> Iterator[None]:
+    """Make `Tensor.backward` return at once in this thread: a trial evaluation needs the value of the loss only.
+
+    A torch function mode would do the same but makes compiled models compile once more.
+    """
+    original, thread = torch.Tensor.backward, threading.get_ident()
+
+    def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            original(self, *args, **kwargs)
+
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.backward = original  # type: ignore[method-assign]
+
+
+def _value(loss: Any) -> float:
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

@@ -1,0 +1,104 @@
+"""The arguments of `aadl.accelerate`, validated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TYPES = ("anderson", "anderson_normal_equation", "identity")
+AVERAGES = (False, True, "auto", "always")
+SAFEGUARDS = (True, False, "loss", "residual")
+COUPLINGS = ("params", "combine", "full")
+HISTORY_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated arguments; see `aadl.accelerate` for their meaning.
+
+    Raises:
+        ValueError: naming the argument, its value and its range.
+    """
+
+    acceleration_type: str
+    relaxation: float
+    wait_iterations: int
+    history_depth: int
+    store_each_nth: int
+    frequency: int
+    regularization: float
+    average: bool | str
+    safeguard: bool | str
+    average_tolerance: float
+    average_window: int | None
+    state_coupling: str
+    history_dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        _one_of("acceleration_type", self.acceleration_type, TYPES)
+        _number("relaxation", self.relaxation, "in (0, 1]", lambda v: 0 < v <= 1)
+        _integer("wait_iterations", self.wait_iterations, 0)
+        _integer("history_depth", self.history_depth, 0)
+        _integer("store_each_nth", self.store_each_nth, 1)
+        _integer("frequency", self.frequency, 1)
+        _number("reg_acc", self.regularization, ">= 0 and finite", lambda v: 0 <= v < math.inf)
+        _one_of("average", self.average, AVERAGES)
+        _one_of("safeguard", self.safeguard, SAFEGUARDS)
+        _number("average_tolerance", self.average_tolerance, "> 0", lambda v: v > 0)
+        if self.average_window is not None:
+            _integer("average_window", self.average_window, 2)
+        _one_of("state_coupling", self.state_coupling, COUPLINGS)
+        _one_of("history_dtype", self.history_dtype, HISTORY_DTYPES)
+        object.__setattr__(self, "average", "auto" if self.average is True else self.average)
+
+    @property
+    def period(self) -> int:
+        """Macro-steps between two accelerations: frequency in macro-steps, rounded up."""
+        return -(-self.frequency // self.store_each_nth)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do at all."""
+        return self.history_depth == 0 or (self.acceleration_type == "identity" and self.average is False)
+
+    def eigenvalue_cutoff(self, stored: torch.dtype) -> float:
+        """Smallest eigenvalue of the equilibrated Gram matrix, relative to the largest, that is not rounding.
+
+        float64 products carry errors of about 1e-16; rounding to bfloat16 adds (2^-9)^2 / 3 = 1.3e-6 to the diagonal.
+        """
+        return 1e-6 if stored == torch.bfloat16 else 1e-14
+
+    def map_description(self) -> dict[str, Any]:
+        """The arguments that define what a stored pair is."""
+        return {
+            "store_each_nth": self.store_each_nth,
+            "history_depth": self.history_depth,
+            "state_coupling": self.state_coupling,
+            "history_dtype": str(self.history_dtype),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.acceleration_type}, relaxation={self.relaxation:g}, wait_iterations={self.wait_iterations}, "
+            f"history_depth={self.history_depth}, store_each_nth={self.store_each_nth}, frequency={self.frequency}, "
+            f"reg_acc={self.regularization:g}, average={self.average}, safeguard={self.safeguard}, "
+            f"state_coupling={self.state_coupling}"
+        )
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value is option or (type(value) is type(option) and value == option) for option in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _number(name: str, value: Any, allowed: str, test: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not test(value):
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")

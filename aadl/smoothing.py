@@ -1,0 +1,96 @@
+"""Moving average of the history, and the criterion that switches it on, both in coefficient space.
+
+The average of p consecutive pairs of an affine map is again a pair of that map, so a window mean never has to be
+written over the parameters: it is a linear change of the mixing problem. With f_i = f_k - DF T_i (mixing.tail_sums)
+and T the running means of p rows of that matrix,
+
+    mean residual            fbar_i = f_k - DF T_i
+    smoothed differences     Dfbar_i = DF (T_i - T_{i+1})
+    mean mapped iterate      gbar_k = g_k - DG T_last.
+
+Mixing of the smoothed pairs, x+ = gbar_k - DGbar c, is mixing of the stored ones with gamma = T_last + S c, where
+S holds T_i - T_{i+1} as columns. The stored pairs stay true pairs, and switching costs no pass over memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from aadl.mixing import Gram, Mixing, mixing_coefficients, predicted_square, residual_squares, tail_sums
+
+
+def relative_standard_deviation(gram: Gram, consecutive: list[bool]) -> float:
+    """Relative standard deviation between consecutive updates.
+
+    Two updates have mean (f_{j+1} + f_j) / 2 and standard deviation ||f_{j+1} - f_j|| / 2. Pooled over the
+    stored columns j whose second update starts where the first ended,
+
+        s^2 = sum_j ||f_{j+1} - f_j||^2 / sum_j ||f_{j+1} + f_j||^2.
+
+    Equal updates give 0, independent zero-mean updates give 1, updates that alternate in sign give infinity.
+
+    Args:
+        gram: inner products of the columns, oldest first.
+        consecutive: per column, whether no acceleration or revert lies between its two updates.
+
+    Returns:
+        s, or nan when no column qualifies.
+    """
+    chosen = torch.tensor(consecutive, dtype=torch.bool)
+    if not bool(chosen.any()):
+        return math.nan
+    squares = residual_squares(gram)
+    differences = gram.matrix.diagonal()
+    sums = (2 * (squares[1:] + squares[:-1]) - differences).clamp_min(0)
+    spread, level = float(differences[chosen].sum()), float(sums[chosen].sum())
+    if spread == 0:
+        return 0.0
+    return math.sqrt(spread / level) if level > 0 else math.inf
+
+
+def noise_square(gram: Gram, consecutive: list[bool]) -> float:
+    """Variance of one update, estimated as half the mean of ||f_{j+1} - f_j||^2 over consecutive updates (or 0)."""
+    chosen = torch.tensor(consecutive, dtype=torch.bool)
+    return float(gram.matrix.diagonal()[chosen].mean()) / 2 if bool(chosen.any()) else 0.0
+
+
+def switch(active: bool, deviation: float, tolerance: float) -> bool:
+    """Hysteresis: on above the tolerance, off below half of it, unchanged between (and when nothing is known)."""
+    if active:
+        return not deviation < tolerance / 2
+    return deviation > tolerance
+
+
+def default_window(columns: int) -> int:
+    """Pairs averaged when the user names none: half of the pairs at hand, so that columns remain for the mixing."""
+    return (columns + 2) // 2
+
+
+def smoothed_coefficients(gram: Gram, window: int, regularization: float, eigenvalue_cutoff: float) -> Mixing:
+    """Mixing coefficients gamma = T_last + S c of the pairs smoothed by a mean over `window` pairs (see above).
+
+    With as many pairs as the window, or fewer, the result is the plain mean of the mapped iterates.
+    """
+    columns = gram.projection.numel()
+    window = min(window, columns + 1)
+    means = tail_sums(columns).unfold(0, window, 1).mean(-1)
+    last = means[-1]
+    change = (means[:-1] - means[1:]).T
+    smooth = Gram(
+        change.T @ gram.matrix @ change,
+        change.T @ (gram.projection - gram.matrix @ last),
+        predicted_square(gram, last),
+    )
+    if smooth.projection.numel() == 0:
+        return Mixing(last, columns, math.nan, 0.0)
+    mixing = mixing_coefficients(smooth, regularization, eigenvalue_cutoff)
+    return mixing._replace(gamma=last + change @ mixing.gamma, numerical_rank=max(mixing.numerical_rank, 1))
+
+
+def window_mean(columns: int, window: int) -> Tensor:
+    """Coefficients gamma of the plain mean of the newest `window` mapped iterates."""
+    window = min(window, columns + 1)
+    return tail_sums(columns)[-window:].mean(0)

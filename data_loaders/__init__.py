@@ -1,0 +1,1 @@
+"""Inputs of the experiments: files found and checked, or generated."""

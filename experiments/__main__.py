@@ -1,0 +1,127 @@
+"""Command line of the suite: `python -m experiments run | reproduce | figures | summarize`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.compare import find_folders, read_comparison
+from experiments.config import load_config
+from experiments.execute import execute_experiment
+from experiments.figures import draw_figures
+from experiments.launch import ranks_from_environment
+from experiments.summarize import summarize
+
+CONFIGS = Path(__file__).parent / "configs"
+DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 2 after a mistake of the user, which is explained in one sentence on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    results = {"type": Path, "default": Path("results"), "metavar": "DIR", "help": "folder of results (results)"}
+    only = {"metavar": "EXPERIMENT", "help": "this experiment alone"}
+
+    run = commands.add_parser("run", help="make the runs of one configuration that are not finished yet")
+    run.add_argument("config", metavar="CONFIG", help="a YAML file")
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, repeatable")
+    run.set_defaults(command=_run)
+
+    reproduce = commands.add_parser("reproduce", help="all laptop configurations: runs, figures, tables")
+    # make passes the variable ONLY on; an empty one means all.
+    reproduce.add_argument("--only", default=os.environ.get("ONLY") or None, **only)
+    reproduce.set_defaults(command=_reproduce)
+
+    figures = commands.add_parser("figures", help="draw the figures of all results")
+    figures.add_argument("--docs", action="store_true", help="also copy them to docs/figures")
+    figures.add_argument("--only", **only)
+    figures.set_defaults(command=_figures)
+
+    table = commands.add_parser("summarize", help="print the tables of all results and write them to summary.md")
+    table.add_argument("--only", **only)
+    table.set_defaults(command=_summarize)
+
+    for command in (run, reproduce, figures, table):
+        command.add_argument("--results", **results)
+    for command in (run, reproduce):
+        command.add_argument("--jobs", type=int, default=_num_cores(), help="worker processes (number of cores)")
+        command.add_argument("--force", action="store_true", help="make finished runs again")
+    return parser
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.set)
+    ranks = ranks_from_environment(os.environ)
+    execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+
+
+def _jobs(options: argparse.Namespace) -> int:
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be an integer >= 1, got {options.jobs}")
+    return int(options.jobs)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    paths = sorted(CONFIGS.glob("*/laptop.yaml"))
+    names = [path.parent.name for path in paths]
+    if options.only is not None and options.only not in names:
+        raise ValueError(f"--only must be one of {', '.join(names)}, got {options.only!r}")
+    configs = [load_config(path) for path in paths if options.only in (None, path.parent.name)]
+    ranks = ranks_from_environment(os.environ)
+    print("This will run:", file=sys.stderr)
+    for config in configs:
+        minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
+        print(f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}", file=sys.stderr)
+    start = time.perf_counter()
+    for config in configs:
+        execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+    if ranks.rank == 0:
+        for config in configs:
+            comparison = read_comparison(options.results / config.experiment / config.scale)
+            for path in draw_figures(comparison):
+                print(path)
+            print(summarize(comparison))
+        print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+
+
+def _figures(options: argparse.Namespace) -> None:
+    for folder in find_folders(options.results, options.only):
+        for path in draw_figures(read_comparison(folder)):
+            print(path)
+            if options.docs:
+                DOCS_FIGURES.mkdir(parents=True, exist_ok=True)
+                copy = DOCS_FIGURES / f"{folder.parent.name}_{folder.name}_{path.name}"
+                copy.write_bytes(path.read_bytes())
+                print(copy)
+
+
+def _summarize(options: argparse.Namespace) -> None:
+    for folder in find_folders(options.results, options.only):
+        print(summarize(read_comparison(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

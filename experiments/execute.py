@@ -1,0 +1,181 @@
+"""From configurations to records: one run, and the list of all runs over worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import aadl
+from experiments import graduate_admissions
+from experiments.config import ExperimentConfig, RunConfig, expand_runs, make_optimizer
+from experiments.launch import Ranks, start_process_group, stop_process_group
+from experiments.published import PublishedScheme
+from experiments.record import git_state, read_run, run_path, state_of, write_run
+from experiments.train import Problem, progress, train
+
+BUILD: dict[str, Callable[[RunConfig, Ranks], Problem]] = {"graduate_admissions": graduate_admissions.build}
+
+
+def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress: bool = False) -> Path:
+    """Builds, accelerates, trains and records one run.
+
+    Args:
+        config: the run.
+        ranks: this process; rank 0 writes the record.
+        results: folder of all results.
+        show_progress: progress by epoch.
+
+    Returns:
+        The record's path.
+
+    Raises:
+        RuntimeError: training or recording failed; the cause is attached.
+    """
+    path = run_path(results, config)
+    problem = BUILD[config.experiment](config, ranks)
+    start = datetime.now(timezone.utc)
+    try:
+        optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
+        statistics: Callable[[], Mapping[str, Any]] | None = None
+        if config.variant.acceleration is not None:
+            aadl.accelerate(optimizer, **config.variant.acceleration)
+            accelerator = aadl.accelerator_of(optimizer)
+
+            def statistics() -> Mapping[str, Any]:
+                return accelerator.statistics
+
+        elif config.variant.published is not None:
+            if ranks.world_size > 1:
+                raise NotImplementedError("the published scheme runs in a single process only")
+            scheme = PublishedScheme(optimizer, config.variant.published)
+
+            def statistics() -> Mapping[str, Any]:
+                return scheme.statistics
+
+        result = train(
+            problem,
+            optimizer,
+            config.training,
+            ranks,
+            ema_decay=config.variant.ema_decay,
+            statistics=statistics,
+            show_progress=show_progress and ranks.rank == 0,
+        )
+        if ranks.rank == 0:
+            write_run(path, config, problem, result, ranks, start, datetime.now(timezone.utc))
+    except Exception as error:
+        raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {error}") from error
+    return path
+
+
+def execute_experiment(
+    config: ExperimentConfig, ranks: Ranks, results: Path, *, num_jobs: int, force: bool = False
+) -> int:
+    """Makes every run of an experiment that is not finished yet.
+
+    With one rank the runs go to `num_jobs` worker processes of one thread each; with several ranks they follow each
+    other and every rank takes part in each.
+
+    Args:
+        config: the experiment.
+        ranks: this process.
+        results: folder of all results.
+        num_jobs: worker processes, >= 1.
+        force: makes finished runs again.
+
+    Returns:
+        The number of runs made.
+
+    Raises:
+        ValueError: the data is not as it must be.
+        OSError: a file cannot be read or written.
+        RuntimeError: a run failed.
+    """
+    data, digest = graduate_admissions.read_data(config.problem.data_path)
+    runs = expand_runs(config, num_rows=graduate_admissions.num_train_rows(config.problem))
+    start_process_group(ranks)
+    try:
+        torch.set_num_threads(1)  # the networks are small: threads cost more than they bring, and disturb the clock
+        pending = _pending(runs, results, digest, force) if ranks.rank == 0 else []
+        if ranks.world_size > 1:
+            box = [pending]
+            dist.broadcast_object_list(box, src=0)
+            pending = box[0]
+        if ranks.rank == 0:
+            data_text = f"data: {data.source}" + (" (no CSV file found)" if data.source == "surrogate" else "")
+            _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1:
+            alone = len(pending) == 1
+            finished: Iterator[Any] = (execute_run(run, ranks, results, show_progress=alone) for run in pending)
+            for _ in progress(finished, len(pending), "runs", ranks.rank == 0 and not alone):
+                pass
+        else:
+            _execute_parallel(pending, ranks, results, num_jobs)
+    finally:
+        stop_process_group(ranks)
+    if ranks.rank == 0:
+        _report_diverged(runs, results)
+    return len(pending)
+
+
+def _execute_parallel(pending: list[RunConfig], ranks: Ranks, results: Path, num_jobs: int) -> None:
+    # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(
+        min(num_jobs, len(pending)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    ) as pool:
+        futures = [pool.submit(execute_run, run, ranks, results) for run in pending]
+        try:
+            for future in progress(as_completed(futures), len(futures), "runs"):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)  # wait=False would forget the cancelation on exit
+            raise
+
+
+def _pending(runs: list[RunConfig], results: Path, digest: str, force: bool) -> list[RunConfig]:
+    """The runs to make; says what is reused and what is made again, and why."""
+    if force:
+        return runs
+    states = {id(run): state_of(run_path(results, run), run, digest) for run in runs}
+    counts = Counter(states.values())
+    if counts["unreadable"]:
+        _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
+    if counts["changed"]:
+        _say(f"{counts['changed']} records have other settings or other data: these runs are made again")
+    if counts["finished"]:
+        commit, dirty = git_state()
+        same = sum(
+            read_run(run_path(results, run)).attributes["git_commit"] == commit and not dirty
+            for run in runs
+            if states[id(run)] == "finished"
+        )
+        other = counts["finished"] - same
+        note = f", {other} of them by other or uncommitted code (--force makes them again)" if other else ""
+        _say(f"{counts['finished']} runs are finished already{note}")
+    return [run for run in runs if states[id(run)] != "finished"]
+
+
+def _report_diverged(runs: list[RunConfig], results: Path) -> None:
+    diverged = Counter(
+        run.name for run in runs if read_run(run_path(results, run)).diverged_epoch is not None
+    )
+    if diverged:
+        _say("diverged: " + ", ".join(f"{name} ({count} seeds)" for name, count in diverged.items()))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,38 @@
+"""Runs a function on several processes joined by gloo; a module of its own so that the processes can import it."""
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def spawn_ranks(folder: Path, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Calls function(rank, world_size, *args) on each rank and returns what they return (pickled), by rank.
+
+    An exception on a rank is raised here; a collective that waits for more than a minute is one. `function` must be
+    defined at the top of its module, and `folder` be empty.
+    """
+    folder.mkdir()
+    torch.multiprocessing.spawn(_run_rank, (world_size, folder, function, args), nprocs=world_size)
+    return [pickle.loads((folder / f"rank-{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def _run_rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(minutes=1),
+    )
+    result = function(rank, world_size, *args)
+    (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
