@@ -214,8 +214,8 @@ class AndersonAccelerator:
     @torch.compiler.disable
     def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         history = self._history
-        if history is None or not _same(_trainable(optimizer), self._parameters):
-            return  # a group came in mid-way: the next macro-step lays it out
+        if history is None:
+            return
         if not history.has_pair and len(history.blocks) == len(self._block_parameters):
             if self._wants_momentum(optimizer):
                 self._add_momentum()
@@ -312,11 +312,14 @@ class AndersonAccelerator:
         beta = settings.relaxation
         scaled = scales * solution.gamma
         history.combine(solution.gamma, (scaled - solution.gamma) - (1 - beta) * scaled, 1 - beta)
-        if not self._is_better(history, tensors, closure):
+        checked = settings.safeguard and settings.acceleration_type != "identity"
+        if checked and history.advance(solution.mean) < 0:
+            self._reject("backward")
+            return False
+        if not self._takes(history, tensors, closure):
             history.write_mapped(tensors)
             self._reject("loss")
             return False
-        history.write_candidate(tensors)
         history.continue_from_candidate()
         statistics["accepted"] += 1
         if settings.safeguard:
@@ -335,7 +338,8 @@ class AndersonAccelerator:
         if settings.acceleration_type == "identity":
             if not self._averaging:
                 return None
-            solution = Mixing(smoothing.window_mean(used, window), used, math.nan, 0.0)
+            mean = smoothing.window_mean(used, window)
+            solution = Mixing(mean, mean, used, math.nan, 0.0)
         elif self._averaging:
             solution = smoothing.smoothed_coefficients(part, window, settings.regularization, cutoff)
         else:
@@ -349,16 +353,17 @@ class AndersonAccelerator:
         if not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
             self._reject("coefficients")
             return None
-        gamma = torch.zeros(gram.projection.numel(), dtype=torch.float64)
-        gamma[gamma.numel() - used :] = solution.gamma
-        return solution._replace(gamma=gamma)
+        left_out = torch.zeros(gram.projection.numel() - used, dtype=torch.float64)
+        return solution._replace(
+            gamma=torch.cat([left_out, solution.gamma]), mean=torch.cat([left_out, solution.mean])
+        )
 
-    def _is_better(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
-        if self.settings.safeguard not in (True, "loss"):
-            return True
-        if closure is None:
-            if self.settings.safeguard == "loss":
-                raise ValueError("safeguard='loss' needs step(closure); this step was called without a closure")
+    def _takes(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
+        """Put the candidate in place; False where the training loss says that it should not stay there."""
+        if self.settings.safeguard == "loss" and closure is None:
+            raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
+        if closure is None or self.settings.safeguard not in (True, "loss"):
+            history.write_candidate(tensors)
             return True
         self.statistics["closure_evaluations"] += 2
         plain, candidate = safeguard.trial_losses(

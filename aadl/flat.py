@@ -35,6 +35,7 @@ class FlatRow:
     def __init__(self, templates: Sequence[Tensor]) -> None:
         self.shapes = [tuple(t.shape) for t in templates]
         self.orders = [_memory_order(t) for t in templates]
+        self.ordered_shapes = [_ordered(_real(t.detach()), o).shape for t, o in zip(templates, self.orders, strict=True)]
         self.sizes = [_real(t.detach()).numel() for t in templates]
         self.numel = sum(self.sizes)
         self.dtype = _real(templates[0].detach()).dtype
@@ -60,16 +61,20 @@ class FlatRow:
             else:
                 yield part, torch.cat(flat[span.first : span.last + 1], out=self._staging(span.stop - span.start))
 
-    def write(self, row: Tensor, tensors: Sequence[Tensor | None]) -> None:
-        """Copy the row into the tensors, in place; None is passed over."""
-        targets, sources = [], []
-        for index, (tensor, values) in enumerate(zip(tensors, row.split(self.sizes), strict=True)):
-            if tensor is None:
-                continue
-            target = _ordered(_real(tensor.detach()), self.orders[index])
-            targets.append(target)
-            sources.append(values.view(target.shape))
-        torch._foreach_copy_(targets, sources)
+    def views(self, row: Tensor) -> list[Tensor]:
+        """The parts of a row that belong to the tensors, shaped like them in the order of the row."""
+        parts = row.split(self.sizes)
+        return [part.view(shape) for part, shape in zip(parts, self.ordered_shapes, strict=True)]
+
+    def write(self, views: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
+        """Copy `views` of a row into the tensors, in place; None is passed over."""
+        pairs = [
+            (_ordered(_real(tensor.detach()), order), view)
+            for tensor, order, view in zip(tensors, self.orders, views, strict=True)
+            if tensor is not None
+        ]
+        if pairs:
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
     def _flat(self, tensor: Tensor | None, index: int) -> Tensor:
         if tensor is None:

@@ -22,6 +22,8 @@ from aadl.flat import FlatRow
 from aadl.mixing import Gram
 
 Tensors = Sequence[Tensor | None]
+WIDE_PIECE = 16_384
+WIDE_PIECE_ACCELERATOR = 1 << 20
 
 
 @dataclass
@@ -39,8 +41,19 @@ class Block:
     own_start: Tensor
     start: Tensor
     """Where the running macro-step began: `own_start`, or `mapped` itself after a plain macro-step."""
-    mapped_squares: Tensor
-    """||Dg||^2 of every ring row, shape (depth,), float64."""
+
+    def __post_init__(self) -> None:
+        self.candidate_views = self.row.views(self.own_start)
+        self.mapped_views = self.row.views(self.mapped)
+        self._scratch = torch.empty(0)
+
+    def scratch(self, rows: int) -> Tensor:
+        """A float64 work area of `rows` rows, kept between calls; small enough for the second-level cache of a CPU."""
+        longest = WIDE_PIECE if self.row.device.type == "cpu" else WIDE_PIECE_ACCELERATOR
+        shape = (rows, min(longest, self.row.numel))
+        if self._scratch.shape != shape:
+            self._scratch = torch.empty(shape, dtype=torch.float64, device=self.row.device)
+        return self._scratch
 
 
 @dataclass
@@ -184,20 +197,36 @@ class History:
             if residual_factor and block.residual is not None:
                 target.sub_(block.residual.to(row_dtype), alpha=residual_factor)
 
-    def mapped_lengths(self) -> Tensor:
-        """||Dg_j|| of the parameters, shape (columns,), oldest first."""
-        blocks = [block for block in self.blocks if block.kind == "parameters"]
-        return torch.stack([block.mapped_squares[self.order()].cpu() for block in blocks]).sum(0).sqrt()
+    def advance(self, mean_coefficients: Tensor) -> float:
+        """<candidate - g, f - DF s>: how far the candidate goes along the (mean) update, over the parameters.
+
+        Args:
+            mean_coefficients: s, shape (columns,), oldest first; zeros (the newest residual itself) cost nothing.
+        """
+        slots, total = self.order(), 0.0
+        mean = _by_slot(mean_coefficients, slots, self.depth) if bool(mean_coefficients.any()) else None
+        for block in self.blocks:
+            if block.kind != "parameters" or block.residual is None or block.delta_residual is None:
+                continue
+            dots = torch.zeros((), dtype=torch.float64, device=block.row.device)
+            for part in block.row.ranges():
+                correction, update = block.own_start[part] - block.mapped[part], block.residual[part]
+                if mean is not None:
+                    rows = block.delta_residual[: mean.numel(), part].to(update.dtype)
+                    update = torch.addmv(update, rows.T, mean.to(update), alpha=-1)
+                dots += torch.dot(correction, update)
+            total += float(dots)
+        return total
 
     def write_candidate(self, tensors: Sequence[Tensors]) -> None:
         """Copy the candidate into the tensors."""
         for block, values in zip(self.blocks, tensors, strict=True):
-            block.row.write(block.own_start, values)
+            block.row.write(block.candidate_views, values)
 
     def write_mapped(self, tensors: Sequence[Tensors]) -> None:
         """Copy the newest mapped iterate into the tensors: bit for bit what the base optimizer had left."""
         for block, values in zip(self.blocks, tensors, strict=True):
-            block.row.write(block.mapped, values)
+            block.row.write(block.mapped_views, values)
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -211,7 +240,6 @@ class History:
                 "orders": [None if order is None else list(order) for order in block.row.orders],
                 "delta_mapped": block.delta_mapped,
                 "mapped": block.mapped,
-                "mapped_squares": block.mapped_squares,
                 "start": None if block.start is block.mapped else block.start,
             }
             if block.delta_residual is not None and block.residual is not None:
@@ -242,7 +270,6 @@ class History:
         for block, entry in zip(self.blocks, state["blocks"], strict=True):
             block.delta_mapped.copy_(entry["delta_mapped"])
             block.mapped.copy_(entry["mapped"])
-            block.mapped_squares.copy_(entry["mapped_squares"])
             if block.delta_residual is not None and block.residual is not None:
                 block.delta_residual.copy_(entry["delta_residual"])
                 block.residual.copy_(entry["residual"])
@@ -285,13 +312,10 @@ def make_block(kind: str, templates: Sequence[Tensor], depth: int, residuals: bo
         residual=vector() if residuals else None,
         own_start=own_start,
         start=own_start,
-        mapped_squares=torch.zeros(depth, dtype=torch.float64, device=row.device),
     )
 
 
 def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float) -> None:
-    if slot is not None:
-        block.mapped_squares[slot] = 0
     for part, value in block.row.read(values):
         mapped = block.mapped[part]
         if block.residual is not None and block.delta_residual is not None:
@@ -303,8 +327,7 @@ def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float) -
                     mapped.add_(residual, alpha=ratio - 1)
             residual.copy_(new)
         if slot is not None:
-            change = torch.sub(value, mapped, out=block.delta_mapped[slot, part])
-            block.mapped_squares[slot] += torch.dot(change, change)
+            torch.sub(value, mapped, out=block.delta_mapped[slot, part])
         mapped.copy_(value)
 
 
@@ -315,8 +338,8 @@ def _inner_products(block: Block, filled: int, slots: Sequence[int]) -> Tensor:
     """
     assert block.delta_residual is not None and block.residual is not None
     ring, residual, row = block.delta_residual, block.residual, block.row
-    length = min(max(8192, row.piece // 4), row.numel) if row.device.type == "cpu" else min(1 << 20, row.numel)
-    wide = torch.empty(filled + 1, length, dtype=torch.float64, device=row.device)
+    wide = block.scratch(filled + 1)
+    length = wide.shape[1]
     products = torch.zeros(len(slots) + 1, filled + 1, dtype=torch.float64, device=row.device)
     for start in range(0, row.numel, length):
         stop = min(start + length, row.numel)

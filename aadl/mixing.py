@@ -33,6 +33,8 @@ class Mixing(NamedTuple):
 
     gamma: Tensor
     """Coefficients, shape (columns,); zero for columns that were not used."""
+    mean: Tensor
+    """Coefficients of the mean residual the columns were fitted to, f_k - DF mean; zeros without averaging."""
     numerical_rank: int
     """Eigenvalues kept; 0 when nothing can be extrapolated."""
     condition_number: float
@@ -60,26 +62,21 @@ def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: fl
 
     Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. (2.2), in normal equations.
     """
-    columns = gram.projection.numel()
-    lengths = gram.matrix.diagonal().clamp_min(0).sqrt()
-    usable = torch.isfinite(lengths) & (lengths > 0)
-    gamma = torch.zeros(columns, dtype=torch.float64)
-    if not bool(usable.any()) or not math.isfinite(gram.square) or gram.square <= 0:
-        return Mixing(gamma, 0, math.nan, 0.0)
-    inverse = torch.where(usable, 1 / lengths, 0.0)
+    nothing = torch.zeros_like(gram.projection)
+    inverse = gram.matrix.diagonal().rsqrt().nan_to_num_(nan=0.0, posinf=0.0)
     unit = gram.matrix * inverse.outer(inverse)
     right = gram.projection * inverse
-    if not bool(torch.isfinite(unit).all() & torch.isfinite(right).all()):
-        return Mixing(gamma, 0, math.nan, 0.0)
+    if not (gram.square > 0 and math.isfinite(gram.square + float(unit.sum() + right.sum()))):
+        return Mixing(nothing, nothing, 0, math.nan, 0.0)
     eigenvalues, vectors = torch.linalg.eigh(unit)
-    largest = float(eigenvalues[-1])
-    kept = eigenvalues > eigenvalue_cutoff * largest
-    weights = torch.where(kept, 1 / (eigenvalues + regularization), 0.0)
-    scaled = vectors @ (weights * (vectors.T @ right))
-    rank = int(kept.sum())
-    smallest = float(eigenvalues[kept][0])
+    values = eigenvalues.tolist()
+    kept = [value for value in values if value > eigenvalue_cutoff * values[-1] and value > 0]
+    if not kept:
+        return Mixing(nothing, nothing, 0, math.nan, 0.0)
+    weights = [0.0] * (len(values) - len(kept)) + [1 / (value + regularization) for value in kept]
+    scaled = vectors @ (torch.tensor(weights, dtype=torch.float64) * (right @ vectors))
     coefficient_norm = float(scaled.norm()) / math.sqrt(gram.square)
-    return Mixing(inverse * scaled, rank, math.sqrt(largest / smallest), coefficient_norm)
+    return Mixing(inverse * scaled, nothing, len(kept), math.sqrt(kept[-1] / kept[0]), coefficient_norm)
 
 
 def predicted_square(gram: Gram, gamma: Tensor) -> float:

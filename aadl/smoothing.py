@@ -39,13 +39,12 @@ def relative_standard_deviation(gram: Gram, consecutive: list[bool]) -> float:
     Returns:
         s, or nan when no column qualifies.
     """
-    chosen = torch.tensor(consecutive, dtype=torch.bool)
-    if not bool(chosen.any()):
+    squares, differences = residual_squares(gram).tolist(), gram.matrix.diagonal().tolist()
+    chosen = [column for column, flag in enumerate(consecutive) if flag]
+    if not chosen:
         return math.nan
-    squares = residual_squares(gram)
-    differences = gram.matrix.diagonal()
-    sums = (2 * (squares[1:] + squares[:-1]) - differences).clamp_min(0)
-    spread, level = float(differences[chosen].sum()), float(sums[chosen].sum())
+    spread = sum(differences[j] for j in chosen)
+    level = sum(max(2 * (squares[j] + squares[j + 1]) - differences[j], 0.0) for j in chosen)
     if spread == 0:
         return 0.0
     return math.sqrt(spread / level) if level > 0 else math.inf
@@ -53,8 +52,8 @@ def relative_standard_deviation(gram: Gram, consecutive: list[bool]) -> float:
 
 def noise_square(gram: Gram, consecutive: list[bool]) -> float:
     """Variance of one update, estimated as half the mean of ||f_{j+1} - f_j||^2 over consecutive updates (or 0)."""
-    chosen = torch.tensor(consecutive, dtype=torch.bool)
-    return float(gram.matrix.diagonal()[chosen].mean()) / 2 if bool(chosen.any()) else 0.0
+    squares = [square for square, flag in zip(gram.matrix.diagonal().tolist(), consecutive, strict=True) if flag]
+    return sum(squares) / (2 * len(squares)) if squares else 0.0
 
 
 def switch(active: bool, deviation: float, tolerance: float) -> bool:
@@ -85,9 +84,10 @@ def smoothed_coefficients(gram: Gram, window: int, regularization: float, eigenv
         predicted_square(gram, last),
     )
     if smooth.projection.numel() == 0:
-        return Mixing(last, columns, math.nan, 0.0)
+        return Mixing(last, last, columns, math.nan, 0.0)
     mixing = mixing_coefficients(smooth, regularization, eigenvalue_cutoff)
-    return mixing._replace(gamma=last + change @ mixing.gamma, numerical_rank=max(mixing.numerical_rank, 1))
+    gamma = last + change @ mixing.gamma
+    return mixing._replace(gamma=gamma, mean=last, numerical_rank=max(mixing.numerical_rank, 1))
 
 
 def window_mean(columns: int, window: int) -> Tensor:

@@ -32,39 +32,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the finished runs are kept, the same command makes the others", file=sys.stderr)
+        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
+    several = argparse.ArgumentParser(add_help=False)
+    several.add_argument("--only", metavar="EXPERIMENT", help="this experiment alone")
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--jobs", type=int, default=_num_cores(), metavar="N", help="worker processes (one a core)")
+    running.add_argument("--force", action="store_true", help="make finished runs again")
+
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    results = {"type": Path, "default": Path("results"), "metavar": "DIR", "help": "folder of results (results)"}
-    only = {"metavar": "EXPERIMENT", "help": "this experiment alone"}
-
-    run = commands.add_parser("run", help="make the runs of one configuration that are not finished yet")
+    text = "make the runs of one configuration that are not finished yet"
+    run = commands.add_parser("run", parents=[everywhere, running], help=text, description=text)
     run.add_argument("config", metavar="CONFIG", help="a YAML file")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, repeatable")
     run.set_defaults(command=_run)
-
-    reproduce = commands.add_parser("reproduce", help="all laptop configurations: runs, figures, tables")
-    # make passes the variable ONLY on; an empty one means all.
-    reproduce.add_argument("--only", default=os.environ.get("ONLY") or None, **only)
+    text = "make all laptop configurations: runs, figures and tables; the variable ONLY stands for --only"
+    reproduce = commands.add_parser("reproduce", parents=[everywhere, running, several], help=text, description=text)
     reproduce.set_defaults(command=_reproduce)
-
-    figures = commands.add_parser("figures", help="draw the figures of all results")
+    text = "draw the figures of all results"
+    figures = commands.add_parser("figures", parents=[everywhere, several], help=text, description=text)
     figures.add_argument("--docs", action="store_true", help="also copy them to docs/figures")
-    figures.add_argument("--only", **only)
     figures.set_defaults(command=_figures)
-
-    table = commands.add_parser("summarize", help="print the tables of all results and write them to summary.md")
-    table.add_argument("--only", **only)
+    text = "print the tables of all results and write them to summary.md"
+    table = commands.add_parser("summarize", parents=[everywhere, several], help=text, description=text)
     table.set_defaults(command=_summarize)
-
-    for command in (run, reproduce, figures, table):
-        command.add_argument("--results", **results)
-    for command in (run, reproduce):
-        command.add_argument("--jobs", type=int, default=_num_cores(), help="worker processes (number of cores)")
-        command.add_argument("--force", action="store_true", help="make finished runs again")
     return parser
 
 
@@ -85,16 +84,20 @@ def _jobs(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
+    only = options.only or os.environ.get("ONLY") or None
     paths = sorted(CONFIGS.glob("*/laptop.yaml"))
     names = [path.parent.name for path in paths]
-    if options.only is not None and options.only not in names:
-        raise ValueError(f"--only must be one of {', '.join(names)}, got {options.only!r}")
-    configs = [load_config(path) for path in paths if options.only in (None, path.parent.name)]
+    if only is not None and only not in names:
+        raise ValueError(f"--only must be one of {', '.join(names)}, got {only!r}")
+    configs = [load_config(path) for path in paths if only in (None, path.parent.name)]
     ranks = ranks_from_environment(os.environ)
     print("This will run:", file=sys.stderr)
     for config in configs:
         minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
-        print(f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}", file=sys.stderr)
+        print(
+            f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
+            file=sys.stderr,
+        )
     start = time.perf_counter()
     for config in configs:
         execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)

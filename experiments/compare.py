@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from experiments.record import Run, read_runs
 TRAIN = "metrics/train/loss"
 VALIDATION = "metrics/validation/loss"
 SECONDS = "timing/training_seconds"
+CPU_SECONDS = "timing/training_cpu_seconds"
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,18 @@ class Comparison:
     def is_surrogate(self) -> bool:
         return self.data_source != "csv"
 
-    @property
-    def source_line(self) -> str:
-        """Where a figure or a table comes from: configuration, data, seeds and code."""
+    def source_line(self, seeds: Iterable[int] | None = None) -> str:
+        """Where a figure or a table comes from: configuration, data, seeds (by default the main comparison's), code."""
+        numbers = spans(self.seeds if seeds is None else seeds)
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else "data: csv"
         experiment, scale = self.folder.parts[-2:]
         return (
-            f"experiments/configs/{experiment}/{scale}.yaml · {data} · seeds {spans(self.seeds)} · "
+            f"experiments/configs/{experiment}/{scale}.yaml · {data} · seeds {numbers} · "
             f"commit {', '.join(self.commits)}"
         )
 
 
-def spans(numbers: tuple[int, ...]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """`(0, 1, 2, 5)` as "0-2, 5"."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
@@ -162,16 +165,18 @@ def _settings(run: Run) -> str:
     return _study(run) + json.dumps([run.config["problem"], run.config["training"]], sort_keys=True)
 
 
-def role_of(definition: dict) -> str:
+def role_of(definition: dict[str, Any]) -> str:
     """The role of a variant, from its configuration."""
     if definition["published"] is not None:
-        return "published" + "".join(f" {option}" for option in ("average", "safeguard") if definition["published"][option])
+        return "published" + "".join(
+            f" {option}" for option in ("average", "safeguard") if definition["published"][option]
+        )
     if definition["acceleration"] is not None:
         return "aadl settings" if definition["acceleration"] else "aadl"
     return "ema" if definition["ema_decay"] is not None else "plain"
 
 
-def family_of(optimizer: dict) -> str:
+def family_of(optimizer: dict[str, Any]) -> str:
     """The optimizer in words: "SGD, lr 0.001, momentum 0.9, nesterov"."""
     words = [optimizer["name"]]
     for key, value in optimizer["arguments"].items():

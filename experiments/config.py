@@ -130,6 +130,10 @@ NAME = Kind(
 )
 
 
+# Checked against the signature of the class afterwards.
+SCHEDULER = Kind("a mapping with the name of a scheduler of torch", lambda value: value)
+
+
 def setting(kind: Kind, default: Any = MISSING) -> Any:
     """A dataclass field that carries its kind."""
     return field(default=default, metadata={"kind": kind})
@@ -163,7 +167,7 @@ class TrainingConfig:
 
     epochs: int = setting(integer(1), 100)
     batch_size: int = setting(integer(1), 40)
-    scheduler: Component | None = setting(Kind("a mapping with a name", lambda value: value), None)
+    scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
     measure_updates: bool = setting(BOOLEAN, False)
 
 
@@ -519,12 +523,22 @@ def check_scheduler(component: Component) -> None:
         raise ValueError(f"training.scheduler: {error}") from None
 
 
+def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
+    """`aadl.accelerate` with arguments from YAML, in which `history_dtype` is the name of a dtype of torch."""
+    dtype = arguments.get("history_dtype")
+    if isinstance(dtype, str):
+        arguments = {**arguments, "history_dtype": getattr(torch, dtype, dtype)}
+    aadl.accelerate(optimizer, **arguments)
+
+
 def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where: str) -> None:
     """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values."""
     parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
-    _refuse_unknown(arguments, {entry.name: entry.default for entry in parameters}, where)
+    # The process group is no setting: the library takes the one of the launch.
+    defaults = {entry.name: entry.default for entry in parameters if entry.name != "process_group"}
+    _refuse_unknown(arguments, defaults, where)
     try:
-        aadl.accelerate(check_optimizer(optimizer, where), **arguments)
+        accelerate(check_optimizer(optimizer, where), arguments)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -571,7 +585,5 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int) -> list[RunConfig]:
             for size in study.sizes:
                 epochs = max(1, round(study.steps / math.ceil(num_rows / size)))
                 training = replace(config.training, batch_size=size, epochs=epochs, measure_updates=True)
-                runs.append(
-                    run(study.variant, seed, f"{study.variant}--batch-{size}", "batch_size", training=training)
-                )
+                runs.append(run(study.variant, seed, f"{study.variant}--batch-{size}", "batch_size", training=training))
     return runs

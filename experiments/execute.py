@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import aadl
 from experiments import graduate_admissions
-from experiments.config import ExperimentConfig, RunConfig, expand_runs, make_optimizer
+from experiments.config import ExperimentConfig, RunConfig, accelerate, expand_runs, make_optimizer
 from experiments.launch import Ranks, start_process_group, stop_process_group
 from experiments.published import PublishedScheme
 from experiments.record import git_state, read_run, run_path, state_of, write_run
@@ -48,7 +48,7 @@ def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress
         optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
         statistics: Callable[[], Mapping[str, Any]] | None = None
         if config.variant.acceleration is not None:
-            aadl.accelerate(optimizer, **config.variant.acceleration)
+            accelerate(optimizer, config.variant.acceleration)
             accelerator = aadl.accelerator_of(optimizer)
 
             def statistics() -> Mapping[str, Any]:
@@ -170,9 +170,7 @@ def _pending(runs: list[RunConfig], results: Path, digest: str, force: bool) -> 
 
 
 def _report_diverged(runs: list[RunConfig], results: Path) -> None:
-    diverged = Counter(
-        run.name for run in runs if read_run(run_path(results, run)).diverged_epoch is not None
-    )
+    diverged = Counter(run.name for run in runs if read_run(run_path(results, run)).diverged_epoch is not None)
     if diverged:
         _say("diverged: " + ", ".join(f"{name} ({count} seeds)" for name, count in diverged.items()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.compare import TRAIN, VALIDATION, Comparison, Variant, role_of
+from experiments.compare import TRAIN, VALIDATION, Comparison, Variant, plain_of, role_of
 from experiments.record import Run
 
 # One color a role in all figures, told apart with every kind of color blindness (Okabe and Ito), plus a line style.
@@ -33,7 +33,7 @@ LABELS = {"plain": "plain", "ema": "EMA of the weights", "aadl": "accelerated (a
 CAUSE_COLORS = ("#CC79A7", "#E69F00", "#F0E442", "#56B4E9", "#009E73", "#999999")
 REPEATED = ("-", (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))  # styles of several variants with one role
 
-RC = {
+RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.labelsize": 9,
@@ -104,22 +104,22 @@ def _loss_figure(
     figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True)
     for column, (family, variants) in enumerate(families.items()):
         axes = grid[column] if transposed else grid[:, column]
-        top = 0.0
         for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
             for variant, color, style in _styled(variants):
                 values = variant.series(series)
                 epochs = np.arange(values.shape[1])
                 low, middle, high = _spread(values)
-                axis.plot(epochs, middle, color=color, linestyle=style, label=variant.label)
+                label = variant.label if transposed else LABELS.get(variant.role, variant.label)
+                axis.plot(epochs, middle, color=color, linestyle=style, label=label)
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
-                top = max(top, _after(middle, 0.03))
             axis.set_yscale("log")
             axis.set_ylabel(name)
-            axis.set_title(family if not transposed or count > 1 else name, loc="left")
-            _limit(axis, axes, top)
+            if transposed or axis is axes[0]:
+                axis.set_title(family if not transposed or count > 1 else name, loc="left")
+            _limit(axis, _spread((plain_of(variants) or variants[0]).series(series))[1])
         axes[-1].set_xlabel("epoch")
         axes[0].set_xlabel("epoch" if transposed else "")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in grid.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -128,27 +128,24 @@ def _loss_figure(
     return figure
 
 
-def _after(values: np.ndarray, share: float) -> float:
-    """Largest finite value after a share of the epochs: the fall of the first ones would press the rest flat."""
-    tail = values[max(1, int(len(values) * share)) :]
-    return float(tail[np.isfinite(tail)].max(initial=0.0))
-
-
-def _limit(axis: Axes, group: Iterable[Axes], top: float) -> None:
-    lows = [line.get_ydata() for other in group for line in other.get_lines()]
-    low = min((float(values[np.isfinite(values)].min(initial=np.inf)) for values in map(np.asarray, lows)), default=0.0)
-    if 0 < low < top:
-        axis.set_ylim(low * 0.8, top * 1.3)
+def _limit(axis: Axes, plain: np.ndarray) -> None:
+    """Ends the axis a little above the plain loss after 8 % of the epochs: the first fall would press the rest flat."""
+    top = 3.0 * plain[max(1, len(plain) // 12)]
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    low = min(float(curve[np.isfinite(curve)].min(initial=np.inf)) for curve in curves)
+    if 0 < low < top < np.inf:
+        axis.set_ylim(low * 0.85, top)
 
 
 def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """10 %, 50 % and 90 % over the seeds, taken from the seeds themselves where one of them diverged."""
+    shares = (0.1, 0.5, 0.9)
     with np.errstate(invalid="ignore"):
-        low, middle, high = np.quantile(values, (0.1, 0.5, 0.9), axis=0)
-    infinite = ~np.isfinite(values).all(axis=0)
-    if infinite.any():
-        low[infinite], middle[infinite], high[infinite] = np.quantile(
-            values[:, infinite], (0.1, 0.5, 0.9), axis=0, method="closest_observation"
+        low, middle, high = np.quantile(values, shares, axis=0)
+    diverged = ~np.isfinite(values).all(axis=0)
+    if diverged.any():  # interpolation between a number and infinity makes NaN
+        low[diverged], middle[diverged], high[diverged] = np.quantile(
+            values[:, diverged], shares, axis=0, method="closest_observation"
         )
     return low, middle, high
 
@@ -168,31 +165,27 @@ def _styled(variants: list[Variant]) -> list[tuple[Variant, str, Any]]:
 def draw_batch_size(comparison: Comparison) -> Figure | None:
     """Relative standard deviation of consecutive updates against the batch size, early and late, with fitted slopes."""
     runs = comparison.studies.get("batch_size", [])
-    if len({run.config["training"]["batch_size"] for run in runs}) < 2:
+    if len({run.config["training"]["batch_size"] for run in runs}) < 3:  # a slope of fewer says nothing
         return None
-    rows = max(run.config["training"]["batch_size"] for run in runs)
-    figure, axis = plt.subplots(figsize=(6.6, 4.6))
+    figure, axis = plt.subplots(figsize=(7.0, 4.8))
     steps = max(int(run.attributes["num_steps"]) for run in runs)
-    for (first, last), color, marker, name in (
-        ((0.0, 0.25), STYLES["aadl"][0], "o", "first quarter"),
-        ((0.75, 1.0), STYLES["published"][0], "s", "last quarter"),
+    early, early_color = (0.0, 0.25), STYLES["aadl"][0]
+    late, late_color = (0.75, 1.0), STYLES["published"][0]
+    for part, color, marker, name in (
+        (early, early_color, "o", "first quarter"),
+        (late, late_color, "s", "last quarter"),
     ):
-        sizes, values = oscillation_by_batch_size(runs, first, last)
-        low, middle, high = values.min(axis=1), np.median(values, axis=1), values.max(axis=1)
-        # Where one batch is the whole set there is no noise: what remains is the curvature of the path.
-        fitted = sizes < rows
-        slope, offset = np.polyfit(np.log(sizes[fitted]), np.log(middle[fitted]), 1)
-        axis.errorbar(
-            sizes, middle, yerr=[middle - low, high - middle], color=color, marker=marker, linestyle="none", capsize=3
-        )
-        line = sizes[fitted]
-        label = f"{name} of the {steps} steps: slope {slope:.2f}"
-        axis.plot(line, np.exp(offset) * line**slope, color=color, label=label)
-    sizes, values = oscillation_by_batch_size(runs, 0.0, 0.25)
-    line = sizes[sizes < rows]
-    reference = 0.55 * np.median(values[0]) * (line / line[0]) ** -0.5
-    axis.plot(line, reference, color="#999999", linestyle=(0, (4, 2)), label="slope -1/2 (independent samples)")
-    axis.annotate("whole set:\nno noise", (sizes[-1], np.median(values[-1])), xytext=(-12, 12), ha="right",
+        sizes, values = oscillation_by_batch_size(runs, *part)
+        middle = np.median(values, axis=1)
+        errors = [middle - values.min(axis=1), values.max(axis=1) - middle]
+        axis.errorbar(sizes, middle, yerr=errors, color=color, marker=marker, linestyle="none", capsize=3)
+        slope, offset = fitted_slope(sizes[:-1], middle[:-1])
+        label = f"{name} of {steps} steps: slope {slope:.2f}"
+        axis.plot(sizes[:-1], np.exp(offset) * sizes[:-1] ** slope, color=color, label=label)
+    sizes, values = oscillation_by_batch_size(runs, *early)
+    reference = 0.55 * np.median(values[0]) * (sizes[:-1] / sizes[0]) ** -0.5
+    axis.plot(sizes[:-1], reference, color="#999999", linestyle=(0, (4, 2)), label="slope -1/2 (independent rows)")
+    axis.annotate("largest batch,\nnot fitted", (sizes[-1], np.median(values[-1])), (-12, 10), ha="right",
                   textcoords="offset points", color="#666666", fontsize=8)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -201,7 +194,7 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
     axis.set_ylabel("relative standard deviation\nof consecutive updates")
     axis.legend(loc="lower left")
     seeds = {int(run.attributes["seed"]) for run in runs}
-    _finish(figure, comparison, f"Oscillations fall as the batch grows (median and range of {len(seeds)} seeds)", {})
+    _finish(figure, comparison, f"Oscillations against batch size (range of {len(seeds)} seeds)", {}, seeds)
     return figure
 
 
@@ -219,11 +212,22 @@ def oscillation_by_batch_size(runs: list[Run], first: float, last: float) -> tup
     groups: dict[int, list[float]] = {}
     for run in runs:
         values = run.series["updates/relative_standard_deviation"][1:]
-        part = values[int(first * len(values)) : max(int(last * len(values)), int(first * len(values)) + 1)]
+        start = int(first * len(values))
+        part = values[start : max(int(last * len(values)), start + 1)]
         groups.setdefault(run.config["training"]["batch_size"], []).append(float(np.nanmedian(part)))
     sizes = sorted(groups)
     num_seeds = min(len(values) for values in groups.values())
     return np.array(sizes), np.array([groups[size][:num_seeds] for size in sizes])
+
+
+def fitted_slope(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Least-squares slope and offset of `log(values) = slope log(sizes) + offset`.
+
+    The study leaves the largest batch out: where it is the whole training set it has no noise at all, and what remains
+    is the curvature of the path.
+    """
+    slope, offset = np.polyfit(np.log(sizes), np.log(values), 1)
+    return float(slope), float(offset)
 
 
 def draw_acceleration(comparison: Comparison) -> Figure | None:
@@ -232,32 +236,29 @@ def draw_acceleration(comparison: Comparison) -> Figure | None:
         (family, variant)
         for family, group in comparison.families.items()
         for variant in group
-        if variant.role.startswith("aadl") and "acceleration/accepted" in next(iter(variant.runs.values())).series
+        if variant.role.startswith("aadl")
     ][:4]
     if not variants:
         return None
     causes = list(dict.fromkeys(cause for _, variant in variants for cause in _causes(variant)))
-    colors = dict(zip(causes, CAUSE_COLORS * (len(causes) // len(CAUSE_COLORS) + 1), strict=False))
-    figure, grid = plt.subplots(
-        2, len(variants), figsize=(max(5.0, 1.0 + 2.8 * len(variants)), 6.0), squeeze=False, sharex=True, sharey="row"
-    )
+    colors = {cause: CAUSE_COLORS[position % len(CAUSE_COLORS)] for position, cause in enumerate(causes)}
+    size = (max(5.0, 1.0 + 2.8 * len(variants)), 6.0)
+    figure, grid = plt.subplots(2, len(variants), figsize=size, squeeze=False, sharex=True, sharey="row")
     handles: dict[str, Any] = {}
     for (family, variant), (upper, lower) in zip(variants, grid.T, strict=True):
-        counts = [("accepted", STYLES["published"][0], _mean(variant, "acceleration/accepted"))]
-        counts += [(f"rejected: {cause}", colors[cause], _mean(variant, name)) for cause, name in _causes(variant).items()]
-        epochs = np.arange(len(counts[0][2]))
+        accepted = _mean(variant, "acceleration/accepted") - _mean(variant, "acceleration/reverted")
+        counts = [("accepted", STYLES["published"][0], accepted)]
+        counts += [(cause, colors[cause], _mean(variant, series)) for cause, series in _causes(variant).items()]
+        epochs = np.arange(len(accepted))
         bottom = np.zeros(len(epochs))
         for label, color, values in counts:
-            handles.setdefault(
-                label, upper.fill_between(epochs, bottom, bottom + values, color=color, alpha=0.85, linewidth=0)
-            )
+            area = upper.fill_between(epochs, bottom, bottom + values, color=color, alpha=0.85, linewidth=0)
+            handles.setdefault(label, area)
             bottom = bottom + values
         upper.set_title(f"{variant.label}\n{family}", loc="left", fontsize=8.5)
-        averaging = _mean(variant, "acceleration/averaging")
-        handles.setdefault(
-            "share of seeds with averaging on",
-            lower.fill_between(epochs, 0, averaging, color="#009E73", alpha=0.3, linewidth=0, step="post"),
-        )
+        share = _mean(variant, "acceleration/averaging")
+        area = lower.fill_between(epochs, 0, share, color="#009E73", alpha=0.3, linewidth=0, step="post")
+        handles.setdefault("share of seeds with averaging on", area)
         stacked = np.stack([run.series["acceleration/relative_standard_deviation"] for run in variant.runs.values()])
         known = np.isfinite(stacked).any(axis=0)
         (line,) = lower.plot(epochs[known], np.nanmedian(stacked[:, known], axis=0), color="#333333", linewidth=1.2)
@@ -273,14 +274,13 @@ def draw_acceleration(comparison: Comparison) -> Figure | None:
 def _causes(variant: Variant) -> dict[str, str]:
     """Causes of rejection that occurred, in words, with their series."""
     names = sorted({name for run in variant.runs.values() for name in run.series if "/rejected_" in name})
-    result = {name.rpartition("rejected_")[2].replace("_", " "): name for name in names if _mean(variant, name)[-1] > 0}
-    if (_mean(variant, "acceleration/reverted")[-1:] > 0).any():
-        result["reverted afterwards"] = "acceleration/reverted"
-    return result
+    words = {name: "rejected: " + name.rpartition("rejected_")[2].replace("_", " ") for name in names}
+    words["acceleration/reverted"] = "accepted, later reverted"
+    return {cause: name for name, cause in words.items() if _mean(variant, name)[-1] > 0}
 
 
 def _mean(variant: Variant, name: str) -> np.ndarray:
-    """Mean over the seeds of a counter; runs without it count 0, after a divergence the last count stays."""
+    """Mean over the seeds of a counter or a flag; a run without it counts 0, a diverged one keeps its last count."""
     length = max(len(run.series[TRAIN]) for run in variant.runs.values())
     stacked = np.zeros((len(variant.runs), length))
     for row, run in zip(stacked, variant.runs.values(), strict=True):
@@ -288,56 +288,60 @@ def _mean(variant: Variant, name: str) -> np.ndarray:
         row[:] = np.where(np.isfinite(values), values, 0.0)
         if name != "acceleration/averaging":
             np.maximum.accumulate(row, out=row)
-    return stacked.mean(axis=0)
+    mean: np.ndarray = stacked.mean(axis=0)
+    return mean
 
 
 def draw_learning_rate(comparison: Comparison) -> Figure | None:
-    """Loss at the end of training against the learning rate; a median that diverged stands as a cross at the top."""
+    """Loss at the end of training against the learning rate; where a seed diverged, a cross at the top."""
+    runs = comparison.studies.get("learning_rate", [])
     groups: dict[str, dict[float, list[Run]]] = {}
-    for run in comparison.studies.get("learning_rate", []):
+    for run in runs:
         definition = run.config["variant"]
         by_rate = groups.setdefault(role_of(definition), {})
         by_rate.setdefault(definition["optimizer"]["arguments"]["lr"], []).append(run)
     if not groups:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4))
-    epochs = next(iter(next(iter(groups.values())).values()))[0].config["training"]["epochs"]
+    epochs = runs[0].config["training"]["epochs"]
     handles: dict[str, Any] = {}
     for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
         for role in sorted(groups, key=list(STYLES).index):
             rates = np.array(sorted(groups[role]))
             finals = [np.array([run.series[series][-1] for run in groups[role][rate]]) for rate in rates]
             bad = np.array([not np.isfinite(values).all() for values in finals])
-            spread = np.array([(v.min(), np.median(v), v.max()) for v in finals])
+            spread = np.array([(values.min(), np.median(values), values.max()) for values in finals])
+            spread[bad] = np.nan
             color, style = STYLES[role]
-            good = ~bad
-            handles[LABELS.get(role, role)] = axis.plot(
-                rates[good], spread[good, 1], color=color, linestyle=style, marker="o", markersize=4
-            )[0]
-            axis.fill_between(rates[good], spread[good, 0], spread[good, 2], color=color, alpha=0.15, linewidth=0)
+            (line,) = axis.plot(rates, spread[:, 1], color=color, linestyle=style, marker="o", markersize=4)
+            handles[LABELS.get(role, role)] = line
+            axis.fill_between(rates, spread[:, 0], spread[:, 2], color=color, alpha=0.15, linewidth=0)
             if bad.any():
-                axis.plot(rates[bad], np.ones(bad.sum()), "x", color=color, transform=axis.get_xaxis_transform(),
-                          clip_on=False)  # fmt: skip
-                axis.annotate("diverged", (rates[bad][0], 1.0), xycoords=axis.get_xaxis_transform(), fontsize=8,
-                              color=color, ha="right", va="bottom", xytext=(-6, 0), textcoords="offset points")  # fmt: skip
+                top = axis.get_xaxis_transform()
+                axis.plot(rates[bad], np.ones(bad.sum()), "x", color=color, transform=top, clip_on=False)
+                axis.annotate("diverged", (rates[bad][0], 1.0), (-6, 0), xycoords=top, textcoords="offset points",
+                              fontsize=8, color=color, ha="right", va="bottom")  # fmt: skip
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("learning rate")
         axis.set_ylabel(f"{name} after {epochs} epochs")
-    runs = comparison.studies["learning_rate"]
     seeds = {int(run.attributes["seed"]) for run in runs}
-    name = runs[0].config["variant"]["optimizer"]["name"]
-    title = f"Sensitivity to the learning rate, {name} (line: median, band: range of {len(seeds)} seeds)"
-    _finish(figure, comparison, title, handles)
+    optimizer = runs[0].config["variant"]["optimizer"]["name"]
+    title = f"Sensitivity to the learning rate, {optimizer} (line: median, band: range of {len(seeds)} seeds)"
+    _finish(figure, comparison, title, handles, seeds)
     return figure
 
 
-def _finish(figure: Figure, comparison: Comparison, title: str, handles: dict[str, Any]) -> None:
+def _finish(
+    figure: Figure, comparison: Comparison, title: str, handles: dict[str, Any], seeds: set[int] | None = None
+) -> None:
     """Title, one legend below the panels, the source at the bottom; a surrogate is named in the title too."""
     experiment = comparison.folder.parent.name.replace("_", " ")
     head = f"{experiment[:1].upper()}{experiment[1:]}: {title[:1].lower()}{title[1:]}"
     if comparison.is_surrogate:
         head += "  -  SURROGATE DATA"
+    for axis in figure.axes:
+        axis.tick_params(which="minor", labelsize=7)
     inches = figure.get_size_inches()[1]
     columns = max(1, min(len(handles), int(figure.get_size_inches()[0] // 2.2)))
     lines = -(-len(handles) // columns) if handles else 0
@@ -346,6 +350,7 @@ def _finish(figure: Figure, comparison: Comparison, title: str, handles: dict[st
     if handles:
         figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=columns,
                       bbox_to_anchor=(0.5, 0.26 / inches))  # fmt: skip
-    figure.text(0.012, 0.08 / inches, f"Source: {comparison.source_line}", fontsize=7, color="#666666", va="bottom")
+    figure.text(
+        0.012, 0.08 / inches, f"Source: {comparison.source_line(seeds)}", fontsize=7, color="#666666", va="bottom"
+    )
     figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / inches, 1, 1 - 0.32 / inches))
-

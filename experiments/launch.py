@@ -83,9 +83,7 @@ def start_process_group(ranks: Ranks) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{ranks.master_address}:{ranks.master_port}"
-        if ranks.launcher != "torchrun"
-        else "env://",
+        init_method=f"tcp://{ranks.master_address}:{ranks.master_port}" if ranks.launcher != "torchrun" else "env://",
         rank=ranks.rank,
         world_size=ranks.world_size,
     )

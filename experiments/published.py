@@ -55,8 +55,8 @@ class PublishedScheme:
     After each step of the optimizer:
 
     1. with `average`, the mean of the last `history_depth` raw weights is written over the live weights whenever
-       `max_i std_i / max_i |mean_i|` of that window exceeds `average_tolerance` (the published criterion, which compares
-       different coordinates and takes drift for noise);
+       `max_i std_i / max_i |mean_i|` of that window exceeds `average_tolerance` (the published criterion, which
+       compares different coordinates and takes drift for noise);
     2. every `store_each_nth` steps the weights enter the window;
     3. every `frequency` steps after `wait_iterations`, with at least three stored, the extrapolated point replaces the
        weights and the newest row of the window. With `safeguard` only if the closure's loss falls by it.

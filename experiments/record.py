@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import torch
 
+import aadl
 from experiments.config import RunConfig
 from experiments.launch import Ranks, device_of
 from experiments.train import Problem, Result
@@ -34,6 +35,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "metrics/train/minibatch_loss": ("1", "mean over the epoch of the loss that the optimizer saw"),
     "metrics/validation/loss": ("1", "mean squared error on the validation set"),
     "timing/training_seconds": ("s", "time spent in training since the start, without evaluation"),
+    "timing/training_cpu_seconds": ("s", "CPU time of the process in training since the start, without evaluation"),
     "updates/relative_standard_deviation": ("1", "relative standard deviation of consecutive updates over the epoch"),
     "acceleration/steps": ("1", "optimizer steps since the start"),
     "acceleration/macro_steps": ("1", "macro-steps since the start"),
@@ -42,7 +44,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/reverted": ("1", "accepted accelerations that were taken back since the start"),
     "acceleration/skipped_steps": ("1", "optimizer steps that changed nothing, since the start"),
     "acceleration/suspensions": ("1", "suspensions by the trust ratio since the start"),
-    "acceleration/suspended": ("1", "macro-steps until the acceleration is tried again"),
+    "acceleration/suspended": ("1", "accelerations left out during suspensions since the start"),
     "acceleration/closure_evaluations": ("1", "evaluations of the loss by the safeguard since the start"),
     "acceleration/averaging": ("1", "whether the moving average is on"),
     "acceleration/relative_standard_deviation": ("1", "relative standard deviation between updates in the window"),
@@ -154,7 +156,7 @@ def _attributes(
         "torch_version": str(torch.__version__),
         "numpy_version": np.__version__,
         "h5py_version": h5py.__version__,
-        "aadl_version": _aadl_version(),
+        "aadl_version": aadl.__version__,
         "world_size": ranks.world_size,
         "launcher": ranks.launcher,
         "hosts": socket.gethostname(),
@@ -167,12 +169,6 @@ def _attributes(
         "start_utc": start.isoformat(timespec="seconds"),
         "end_utc": end.isoformat(timespec="seconds"),
     }
-
-
-def _aadl_version() -> str:
-    import aadl
-
-    return str(getattr(aadl, "__version__", "unknown"))
 
 
 @lru_cache(maxsize=1)

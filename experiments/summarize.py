@@ -1,1 +1,216 @@
-def summarize(c): return ""
+"""The table of an experiment and its targets, from HDF5 records alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.compare import CPU_SECONDS, SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
+
+HEADER = (
+    "variant",
+    "epochs to plain's final loss",
+    "seconds to it",
+    "final training MSE",
+    "final validation MSE",
+    "seeds above plain",
+    "time per epoch against plain",
+)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the table says of one variant; arrays over the seeds that the plain variant has too.
+
+    Attributes:
+        epochs: first epoch with a training loss not above the plain run's final one of the same seed; inf for never.
+        seconds: training seconds until then, inf for never.
+        train: final training loss, inf for a diverged run.
+        validation: final validation loss.
+        train_ratio: final training loss over the plain run's.
+        overhead: training seconds (wall clock) over the plain run's, minus 1.
+        cpu_overhead: the same in CPU seconds, which other processes on the machine disturb less.
+        seeds: which.
+    """
+
+    epochs: np.ndarray
+    seconds: np.ndarray
+    train: np.ndarray
+    validation: np.ndarray
+    train_ratio: np.ndarray
+    overhead: np.ndarray
+    cpu_overhead: np.ndarray
+    seeds: tuple[int, ...]
+
+
+def measure(variant: Variant, plain: Variant) -> Measures:
+    """Compares a variant with the plain one, seed by seed.
+
+    Raises:
+        ValueError: the two have no seed in common.
+    """
+    seeds = tuple(sorted(set(variant.runs) & set(plain.runs)))
+    if not seeds:
+        raise ValueError(f"{variant.name} and {plain.name} have no seed in common: run both with the same seeds")
+    rows = []
+    for seed in seeds:
+        own, rival = (_finite(source.runs[seed].series[TRAIN]) for source in (variant, plain))
+        reached = np.flatnonzero(own <= rival[-1])
+        epoch = float(reached[0]) if reached.size and np.isfinite(rival[-1]) else np.inf
+        own_seconds, rival_seconds = (source.runs[seed].series[SECONDS] for source in (variant, plain))
+        rows.append(
+            (
+                epoch,
+                float(own_seconds[int(epoch)]) if np.isfinite(epoch) else np.inf,
+                own[-1],
+                _finite(variant.runs[seed].series[VALIDATION])[-1],
+                own[-1] / rival[-1],
+                own_seconds[-1] / rival_seconds[-1] - 1.0,  # NaN where one of them diverged
+                variant.runs[seed].series[CPU_SECONDS][-1] / plain.runs[seed].series[CPU_SECONDS][-1] - 1.0,
+            )
+        )
+    epochs, seconds, train, validation, train_ratio, overhead, cpu_overhead = np.array(rows).T
+    return Measures(epochs, seconds, train, validation, train_ratio, overhead, cpu_overhead, seeds)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.inf)
+
+
+def summarize(comparison: Comparison) -> str:
+    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
+    markdown: list[str] = [f"# {comparison.folder.parent.name}, {comparison.folder.name}", ""]
+    text: list[str] = [f"{comparison.folder.parent.name}, {comparison.folder.name}", ""]
+    if comparison.is_surrogate:
+        warning = "SURROGATE DATA: random numbers with the statistics of the real file, which was not found."
+        markdown += [f"**{warning}**", ""]
+        text += [warning, ""]
+    legend = (
+        "Median over the seeds [minimum .. maximum]. Seconds are training seconds, without evaluation. "
+        "'Above plain' counts seeds whose final training MSE is higher than plain's."
+    )
+    for family, variants in comparison.families.items():
+        rows = family_rows(variants)
+        markdown += [f"## {family}", "", *_markdown_table(HEADER, rows), ""]
+        text += [family, *_text_table(HEADER, rows), ""]
+    targets = target_lines(comparison)
+    if targets:
+        markdown += ["## Targets", "", *(f"- {line}" for line in targets), ""]
+        text += ["Targets", *(f"  {line}" for line in targets), ""]
+    source = f"Source: {comparison.source_line()}"
+    markdown += [legend, "", source, ""]
+    text += [legend, source]
+    _write(comparison.folder / "summary.md", "\n".join(markdown))
+    return "\n".join(text)
+
+
+def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
+    """Table rows of one family, plain first; without a plain variant only what stands alone is told."""
+    plain = plain_of(variants)
+    rows: list[tuple[str, ...]] = []
+    for variant in variants:
+        measures = measure(variant, plain if plain is not None else variant)
+        compared = plain is not None
+        above = int((measures.train_ratio > 1.0).sum())
+        rows.append(
+            (
+                variant.label,
+                spread(measures.epochs, "{:.0f}") if compared else "-",
+                spread(measures.seconds, "{:.2f}") if compared else "-",
+                spread(measures.train, "{:.2e}"),
+                spread(measures.validation, "{:.2e}"),
+                f"{above} of {len(measures.seeds)}" if compared and variant is not plain else "-",
+                spread(measures.overhead, "{:+.0%}") if compared and variant is not plain else "-",
+            )
+        )
+    return rows
+
+
+def spread(values: np.ndarray, form: str) -> str:
+    """ "median [minimum .. maximum]"; "never" stands for infinity, and values that are not known are left out."""
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return "unknown"
+
+    def show(value: float) -> str:
+        return form.format(value) if np.isfinite(value) else "never"
+
+    return f"{show(median(known))} [{show(known.min())} .. {show(known.max())}]"
+
+
+def median(values: np.ndarray) -> float:
+    """The median; infinite as soon as the upper one of the two middle values is."""
+    ordered = np.sort(values)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return float(low) if low == high else float(0.5 * (low + high))
+
+
+def target_lines(comparison: Comparison) -> list[str]:
+    """The targets of the first experiment: met or not, with the numbers. Empty where its variants were not run."""
+    found: dict[str, tuple[Measures, int]] = {}
+    for variants in comparison.families.values():
+        plain = plain_of(variants)
+        for variant in variants:
+            if variant.name in ("sgd_aadl", "tuned_sgd_aadl") and plain is not None:
+                epochs = next(iter(variant.runs.values())).config["training"]["epochs"]
+                found[variant.name] = measure(variant, plain), epochs
+    lines: list[str] = []
+    for name, settings in (("sgd_aadl", "paper settings"), ("tuned_sgd_aadl", "tuned rate")):
+        if name not in found:
+            continue
+        measures, epochs = found[name]
+        middle = median(measures.epochs)
+        reached = f"{spread(measures.epochs, '{:.0f}')} of {epochs} epochs"
+        ratios = f"final training MSE over plain's {spread(measures.train_ratio, '{:.3f}')}"
+        if name == "sgd_aadl":
+            above = [seed for seed, ratio in zip(measures.seeds, measures.train_ratio, strict=True) if ratio > 1.0]
+            where = f"above on seeds {above}" if above else f"above on none of {len(measures.seeds)} seeds"
+            lines += [
+                _target(f"{settings}: plain's final loss in at most half the epochs", middle <= epochs / 2, reached),
+                _target(f"{settings}: in at most a third of the epochs (ambition)", middle <= epochs / 3, reached),
+                _target(f"{settings}: ends no higher than plain on any seed", not above, f"{where}; {ratios}"),
+            ]
+        else:
+            within = bool((measures.train_ratio <= 1.02).all())
+            lines += [
+                _target(
+                    f"{settings}: plain's final loss in at most 0.8 of the epochs", middle <= 0.8 * epochs, reached
+                ),
+                _target(f"{settings}: never ends more than 2 % above plain", within, ratios),
+            ]
+        lines.append(_overhead(settings, measures))
+    return lines
+
+
+def _overhead(settings: str, measures: Measures) -> str:
+    known = measures.overhead[~np.isnan(measures.overhead)]
+    met = bool(known.size) and median(known) < 0.15
+    numbers = f"{spread(measures.overhead, '{:+.1%}')}; in CPU time {spread(measures.cpu_overhead, '{:+.1%}')}"
+    return _target(f"{settings}: wall-clock time per epoch less than 15 % above plain's", met, numbers)
+
+
+def _target(what: str, met: bool, numbers: str) -> str:
+    return f"{'met' if met else 'NOT MET'}: {what}: {numbers}"
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, ["-" * width for width in widths], *rows)
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from experiments.config import TrainingConfig, make_scheduler
@@ -75,7 +75,7 @@ def train(
         optimizer: over `problem.model.parameters()`, accelerated or not.
         training: number of epochs, scheduler, whether to measure the updates.
         ranks: this process; the gradients are averaged over `world_size` ranks.
-        ema_decay: evaluates an exponential moving average of the weights, `e <- decay e + (1 - decay) w` after each step.
+        ema_decay: evaluates an exponential moving average of the weights, see `_moving_average`.
         statistics: reads the counters of an acceleration, once an epoch.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
 
@@ -89,20 +89,26 @@ def train(
     scheduler = make_scheduler(training.scheduler, optimizer) if training.scheduler is not None else None
     ema = None
     if ema_decay is not None:
-        ema = AveragedModel(problem.model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        ema = AveragedModel(problem.model, multi_avg_fn=_moving_average(ema_decay))
     evaluated = ema.module if ema is not None else problem.model
     updates = _Updates() if training.measure_updates else None
 
     series: dict[str, list[float]] = {}
-    _append(series, 0, _evaluate(problem, evaluated), statistics, {"timing/training_seconds": 0.0})
-    training_seconds = 0.0
+    _append(
+        series,
+        0,
+        _evaluate(problem, evaluated),
+        statistics,
+        {"timing/training_seconds": 0.0, "timing/training_cpu_seconds": 0.0},
+    )
+    training_seconds = training_cpu_seconds = 0.0
     num_steps = 0
     diverged_epoch = None
     for epoch in progress(range(1, training.epochs + 1), training.epochs, "epochs", show_progress):
         model.train()
         losses: list[Tensor] = []
         _synchronize(problem.model)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for batch in problem.epoch_batches(epoch):
 
             def closure(batch: Any = batch) -> Tensor:
@@ -113,7 +119,8 @@ def train(
 
             if updates is not None:
                 updates.before(problem.model)
-            losses.append(optimizer.step(closure).detach())  # type: ignore[arg-type, union-attr]
+            loss = optimizer.step(closure)  # type: ignore[arg-type]
+            losses.append(torch.as_tensor(loss).detach())
             if updates is not None:
                 updates.after(problem.model)
             if ema is not None:
@@ -123,9 +130,11 @@ def train(
             scheduler.step()
         _synchronize(problem.model)
         training_seconds += time.perf_counter() - start
+        training_cpu_seconds += time.process_time() - cpu_start
 
         values = {
             "timing/training_seconds": training_seconds,
+            "timing/training_cpu_seconds": training_cpu_seconds,
             "metrics/train/minibatch_loss": _mean_over_ranks(torch.stack(losses).mean(), ranks),
         }
         if updates is not None:
@@ -141,6 +150,20 @@ def train(
         diverged_epoch=diverged_epoch,
         num_steps=num_steps,
     )
+
+
+def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """`e <- d_n e + (1 - d_n) w` with `d_n = min(decay, (1 + n) / (10 + n))` after n averages.
+
+    With a constant decay the random initial weights would weigh on the average for 1 / (1 - decay) steps and more, and
+    the rival would look worse than it is.
+    """
+
+    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
+        count = float(num_averaged)
+        torch._foreach_lerp_(averages, weights, 1.0 - min(decay, (1.0 + count) / (10.0 + count)))
+
+    return update
 
 
 class _Updates:
@@ -163,6 +186,7 @@ class _Updates:
         self._start = parameters_to_vector(model.parameters()).detach().clone()
 
     def after(self, model: nn.Module) -> None:
+        assert self._start is not None  # before() was called
         update = parameters_to_vector(model.parameters()).detach() - self._start
         if self._last is not None:
             self._sums[0] += float((update - self._last).double().square().sum())

@@ -1,0 +1,69 @@
+"""Small configurations and results for the tests of the suite."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from experiments.config import (
+    Component,
+    GraduateAdmissionsConfig,
+    PublishedConfig,
+    RunConfig,
+    TrainingConfig,
+    VariantConfig,
+)
+from experiments.train import Problem, Result
+
+SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})
+
+RAW = {
+    "experiment": "graduate_admissions",
+    "scale": "test",
+    "seeds": [0, 1],
+    "problem": {"hidden_sizes": [8]},
+    "training": {"epochs": 4, "batch_size": 80},
+    "variants": {
+        "sgd": {"label": "plain SGD", "optimizer": {"name": "SGD", "lr": 1e-3, "momentum": 0.9}},
+        "sgd_aadl": {"optimizer": {"name": "SGD", "lr": 1e-3, "momentum": 0.9}, "acceleration": {}},
+    },
+}
+
+VARIANTS = {
+    "sgd": VariantConfig("plain", SGD),
+    "sgd_ema": VariantConfig("EMA", SGD, ema_decay=0.99),
+    "sgd_aadl": VariantConfig("aadl", SGD, acceleration={}),
+    "sgd_published": VariantConfig("published", SGD, published=PublishedConfig()),
+}
+
+
+def run_config(name="sgd", seed=0, study="", **training):
+    return RunConfig(
+        experiment="graduate_admissions",
+        scale="test",
+        name=name,
+        variant_name=name,
+        study=study,
+        seed=seed,
+        problem=GraduateAdmissionsConfig(hidden_sizes=(8,)),
+        training=replace(TrainingConfig(epochs=10, batch_size=80), **training),
+        variant=VARIANTS[name.partition("--")[0]],
+    )
+
+
+def problem(source="csv", digest="abc"):
+    return Problem(torch.nn.Linear(1, 1), lambda epoch: [], lambda model, batch: None, lambda model: {}, source, digest)
+
+
+def result(train_losses, seconds_per_epoch=1.0, diverged_epoch=None, **series):
+    """A result with the given training losses, and validation losses of twice their size."""
+    losses = np.asarray(train_losses, dtype=float)
+    seconds = seconds_per_epoch * np.arange(len(losses))
+    fixed = {
+        "metrics/train/loss": losses,
+        "metrics/validation/loss": 2 * losses,
+        "timing/training_seconds": seconds,
+        "timing/training_cpu_seconds": seconds,
+    }
+    more = {name.replace("__", "/"): np.asarray(values, dtype=float) for name, values in series.items()}
+    return Result(fixed | more, diverged_epoch, 4 * (len(losses) - 1))

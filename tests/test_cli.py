@@ -1,0 +1,160 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from suite_cases import RAW
+
+from experiments import execute
+from experiments.__main__ import main
+from experiments.config import parse_config
+from experiments.launch import Ranks
+from experiments.record import read_run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "ONLY", "AADL_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(RAW))
+    return path
+
+
+def run(config, results, *options):
+    return main(["run", str(config), "--results", str(results), "--jobs", "1", *options])
+
+
+def test_run_figures_summarize(config, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert run(config, results, "--set", "training.epochs=3") == 0
+    records = sorted(path.relative_to(results).as_posix() for path in results.rglob("*.h5"))
+    assert records == [
+        f"graduate_admissions/test/{name}/seed-{seed}.h5" for name in ("sgd", "sgd_aadl") for seed in (0, 1)
+    ]
+    assert len(read_run(results / records[0]).series["metrics/train/loss"]) == 4
+    assert "4 of 4 runs to do" in capsys.readouterr().err
+    assert main(["figures", "--results", str(results)]) == 0
+    assert "loss.png" in capsys.readouterr().out
+    assert main(["summarize", "--results", str(results)]) == 0
+    assert "plain SGD" in capsys.readouterr().out
+
+
+def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, capsys):
+    results = tmp_path / "results"
+    run(config, results)
+    records = sorted(results.rglob("*.h5"))
+    before = {path: path.stat().st_mtime_ns for path in records}
+    records[0].write_bytes(b"killed while writing")
+    capsys.readouterr()
+    assert run(config, results) == 0
+    told = capsys.readouterr().err
+    assert "1 records are unreadable or incomplete" in told and "1 of 4 runs to do" in told
+    read_run(records[0])
+    assert all(path.stat().st_mtime_ns == before[path] for path in records[1:])
+    run(config, results, "--set", "seeds=0-2")
+    assert "2 of 6 runs to do" in capsys.readouterr().err
+    run(config, results, "--set", "training.epochs=5", "--set", "variants=sgd")
+    assert "2 records have other settings" in capsys.readouterr().err
+    run(config, results, "--force")
+    assert "4 of 4 runs to do" in capsys.readouterr().err
+
+
+def test_a_run_is_the_same_twice(config, tmp_path):
+    for name in ("one", "two"):
+        run(config, tmp_path / name, "--set", "seeds=3")
+    for path in (tmp_path / "one").rglob("*.h5"):
+        one, two = read_run(path), read_run(tmp_path / "two" / path.relative_to(tmp_path / "one"))
+        assert (one.series["metrics/train/loss"] == two.series["metrics/train/loss"]).all()
+
+
+def test_worker_processes_make_the_same_records(config, tmp_path):
+    experiment = parse_config(RAW)
+    execute.execute_experiment(experiment, Ranks(), tmp_path / "two", num_jobs=2)
+    execute.execute_experiment(experiment, Ranks(), tmp_path / "one", num_jobs=1)
+    paths = sorted((tmp_path / "two").rglob("*.h5"))
+    assert len(paths) == 4
+    for path in paths:
+        other = tmp_path / "one" / path.relative_to(tmp_path / "two")
+        assert (read_run(path).series["metrics/train/loss"] == read_run(other).series["metrics/train/loss"]).all()
+
+
+def test_a_failed_run_is_named(config, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(execute, "train", fail)
+    with pytest.raises(RuntimeError, match="run sgd, seed 0 failed: a mistake of ours"):
+        run(config, tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "missing.yaml"], "missing.yaml"),
+        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be an integer >= 1, got 0"),
+        (["run", "CONFIG", "--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
+        (["run", "CONFIG", "--set", "problem.data_path=missing.csv"], "missing.csv does not exist"),
+        (["run", "CONFIG", "--set", "problem.validation_fraction=0.999"], "leaves none for training"),
+        (["run", "CONFIG", "--set", "training.batch_size=1000"], "a batch of 1000 rows is larger"),
+        (["reproduce", "--only", "imagenets"], "--only must be one of graduate_admissions"),
+        (["figures", "--results", "nowhere"], "no results in nowhere"),
+        (["summarize", "--results", "nowhere"], "no results in nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence(config, capsys, arguments, message):
+    assert main([str(config) if argument == "CONFIG" else argument for argument in arguments]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and told.splitlines()[-1].startswith("error: ") and "Traceback" not in told
+
+
+def test_half_an_environment_of_ranks_is_a_mistake(config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert run(config, "results") == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
+    configs = tmp_path / "configs" / "graduate_admissions"
+    configs.mkdir(parents=True)
+    (configs / "laptop.yaml").write_text(yaml.safe_dump(RAW | {"expected_minutes": 2, "seeds": 0}))
+    monkeypatch.setattr("experiments.__main__.CONFIGS", configs.parent)
+    monkeypatch.setenv("ONLY", "graduate_admissions")
+    assert main(["reproduce", "--results", str(tmp_path / "results"), "--jobs", "1"]) == 0
+    told = capsys.readouterr()
+    assert "graduate_admissions: 2 variants, 1 seeds, about 2 minutes" in told.err
+    assert told.err.index("This will run") < told.err.index("runs to do")
+    assert "loss.png" in told.out and "Targets" in told.out
+    monkeypatch.setenv("ONLY", "burgers")
+    assert main(["reproduce", "--results", str(tmp_path / "results")]) == 2
+
+
+def test_figures_are_copied_to_the_docs(config, tmp_path, monkeypatch, capsys):
+    run(config, tmp_path / "results", "--set", "seeds=0")
+    monkeypatch.setattr("experiments.__main__.DOCS_FIGURES", tmp_path / "docs")
+    assert main(["figures", "--results", str(tmp_path / "results"), "--docs"]) == 0
+    assert (tmp_path / "docs" / "graduate_admissions_test_loss.png").exists()
+
+
+def test_the_module_runs_from_the_checkout():
+    command = [sys.executable, "-W", "error", "-m", "experiments", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "reproduce" in done.stdout and not done.stderr
+
+
+def test_torchrun(config, tmp_path):
+    """Two ranks, one record."""
+    env = {key: value for key, value in os.environ.items() if key != "AADL_DATA_DIR"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments",
+               "run", str(config), "--results", str(tmp_path / "results"), "--set", "seeds=0"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    paths = sorted((tmp_path / "results").rglob("*.h5"))
+    assert [path.parent.name for path in paths] == ["sgd", "sgd_aadl"]
+    attributes = read_run(paths[0]).attributes
+    assert attributes["world_size"] == 2 and attributes["launcher"] == "torchrun"
