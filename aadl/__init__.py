@@ -28,7 +28,7 @@ def accelerate(
     store_each_nth: int = 10,
     frequency: int = 20,
     reg_acc: float = 1e-8,
-    average: bool | str = True,
+    average: bool | str | None = None,
     *,
     safeguard: bool | str = True,
     average_tolerance: float = 0.7,
@@ -38,9 +38,60 @@ def accelerate(
     shard_history: bool = False,
     process_group: Any = None,
 ) -> Optimizer:
-    """TODO"""
+    """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
+
+    Over macro-steps of `store_each_nth` optimizer steps, x_k -> g_k = G(x_k) with residual f_k = g_k - x_k, the
+    history keeps the differences DF = [f_{j+1} - f_j], DG = [g_{j+1} - g_j] of the last pairs and proposes
+
+        x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),   gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
+
+    Args:
+        optimizer: any torch.optim.Optimizer over float32, float64 or complex parameters.
+        acceleration_type: "anderson"; "anderson_normal_equation" (the same solver, a name of the published package);
+            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given).
+        relaxation: in (0, 1]; 1 is undamped.
+        wait_iterations: >= 0 optimizer steps before the first acceleration.
+        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone.
+        store_each_nth: >= 1 optimizer steps in a macro-step.
+        frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps.
+        reg_acc: Tikhonov factor >= 0, relative to columns of unit length.
+        average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
+            consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
+            True, and False with "identity".
+        safeguard: which candidates are taken. "residual": those that do not point back against the update; acceleration
+            pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
+            residual doubles. "loss": these, and the loss of the closure given to `step` must fall (two evaluations
+            without a trace). True: "loss" where `step` gets a closure, else "residual". False: all of them.
+        average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: equal updates, 1: independent).
+        average_window: >= 2 pairs to average; None for half of those at hand.
+        state_coupling: what is extrapolated. "params": parameters; "combine": also momentum buffers, with the same
+            coefficients; "full": also, and their residuals enter the least-squares problem.
+        history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.
+        shard_history: not available yet.
+        process_group: ranks that agree on every decision by loss; None for all ranks of torch.distributed, if any.
+
+    Memory: (2 history_depth + 3) vectors for the parameters, as much for their momentum with "full", and about half
+    with "combine".
+
+    Returns:
+        The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps,
+        macro_steps, attempts, accepted, rejected (by cause: backward, loss, rank, coefficients, non_finite), reverted,
+        suspensions and suspended (attempts that fell into a pause), closure_evaluations, resets (by cause), and of
+        the last attempt: gain ||r|| / ||f||, trust_ratio ||f_{k+1}|| / ||r||, condition_number, numerical_rank,
+        coefficient_norm, relative_standard_deviation, averaging.
+
+    Raises:
+        ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,
+            parameters in half precision.
+
+    Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
+    tells what is done differently here, and why.
+    """
     if find_accelerator(optimizer) is not None:
         raise ValueError("this optimizer is accelerated already: call aadl.remove_acceleration(optimizer) first")
+    _check_sharding(shard_history, process_group)
+    if average is None:
+        average = acceleration_type != "identity"
     settings = Settings(
         acceleration_type, relaxation, wait_iterations, history_depth, store_each_nth, frequency, reg_acc, average,
         safeguard, average_tolerance, average_window, state_coupling, history_dtype,
@@ -57,3 +108,12 @@ def reset_history(optimizer: Optimizer) -> None:
 def remove_acceleration(optimizer: Optimizer) -> None:
     """Detach the accelerator; the optimizer is afterwards as if it had never been accelerated."""
     accelerator_of(optimizer).remove()
+
+
+def _check_sharding(shard_history: Any, process_group: Any) -> None:
+    if shard_history is not False:
+        raise ValueError(f"shard_history must be False: sharded histories are not available yet, got {shard_history!r}")
+    if process_group is None:
+        return
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise ValueError(f"process_group must be None or a torch.distributed.ProcessGroup, got {process_group!r}")

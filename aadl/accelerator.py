@@ -7,9 +7,9 @@ mixed into a candidate that may replace g_k. Nothing else ever touches a paramet
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -20,9 +20,11 @@ from torch.optim import Optimizer
 
 from aadl import mixing, safeguard, smoothing
 from aadl.history import Block, Column, History, Tensors, make_block
-from aadl.mixing import Gram, Mixing
+from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.settings import Settings
 
+VERSION = 1
+"""Of the layout of `AndersonAccelerator.state_dict()`."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
@@ -51,11 +53,23 @@ class AndersonAccelerator:
         statistics: counters and last values, see `aadl.accelerate`.
     """
 
+    settings: Settings
+    statistics: dict[str, Any]
+    _averaging: bool
+    _progress: dict[str, Any]
+    _pause: safeguard.Pause
+    _pending: safeguard.Pending | None
+    _history: History | None
+    _parameters: list[Tensor]
+    _block_parameters: list[list[Tensor]]
+    _fingerprint: list[tuple[int, int]]
+
     def __init__(self, optimizer: Optimizer, settings: Settings, process_group: Any = None) -> None:
         self.settings = settings
         self.process_group = process_group
         self._optimizer = weakref.ref(optimizer)
-        _trainable(optimizer)
+        if not _trainable(optimizer):
+            raise ValueError(f"this {type(optimizer).__name__} has no parameter that requires a gradient")
         self._start_anew()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -64,7 +78,7 @@ class AndersonAccelerator:
             optimizer.register_load_state_dict_pre_hook(self._take_state),
             optimizer.register_load_state_dict_post_hook(self._restore_state),
         ]
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: tuple[dict[str, Any], History | None] | None = None
         _accelerators[optimizer] = weakref.ref(self)
 
     # ---- public ------------------------------------------------------------------------------------------------
@@ -78,8 +92,13 @@ class AndersonAccelerator:
         return optimizer
 
     def reset(self) -> None:
-        """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay."""
+        """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay.
+
+        A running macro-step is abandoned: the next optimizer step starts a new one.
+        """
         self._reset("user")
+        self._progress["in_macro_step"] = 0
+        self._fingerprint = []
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -92,9 +111,9 @@ class AndersonAccelerator:
     def state_dict(self) -> dict[str, Any]:
         """History, counters and decisions as tensors and plain values (loads with weights_only=True)."""
         return {
-            "version": 1,
+            "version": VERSION,
             "map": self.settings.map_description(),
-            "statistics": {**self.statistics, "rejected": dict(self.statistics["rejected"])},
+            "statistics": copy.deepcopy(self.statistics),
             "progress": dict(self._progress),
             "pause": [self._pause.length, self._pause.until],
             "pending": None if self._pending is None else vars(self._pending) | {},
@@ -107,26 +126,38 @@ class AndersonAccelerator:
 
         Raises:
             ValueError: the state was saved for another map (store_each_nth, state_coupling, history_depth,
-                parameter shapes) or is no accelerator state.
+                history_dtype, parameter shapes) or is no accelerator state. Nothing was changed then.
         """
-        if not isinstance(state, dict) or state.get("version") != 1:
-            raise ValueError(f"not the state of an accelerator of this version, got a {type(state).__name__}")
+        self._take_over(state, self._restored_history(state))
+
+    def _restored_history(self, state: Any) -> History | None:
+        """The history of a saved state, laid out for the present parameters; raises ValueError if it does not fit."""
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys() or state["version"] != VERSION:
+            raise ValueError(f"state must be the state_dict() of an accelerator of this version, got {_outline(state)}")
         wanted, found = self.settings.map_description(), state["map"]
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
         if state["history"] is None:
-            self._history, self._parameters = None, []
-        else:
-            self._lay_out(any(block["kind"] == "momentum" for block in state["history"]["blocks"]))
-            assert self._history is not None
-            self._history.load_state_dict(state["history"])
-        self.statistics = {**state["statistics"], "rejected": dict(state["statistics"]["rejected"])}
+            return None
+        groups = _by_dtype_and_device(_trainable(self.optimizer))
+        history = self._new_history(groups)
+        if any(block["kind"] == "momentum" for block in state["history"]["blocks"]):
+            history.blocks += self._momentum_blocks(groups)
+        history.load_state_dict(state["history"])
+        return history
+
+    def _take_over(self, state: dict[str, Any], history: History | None) -> None:
+        """Continue from a saved state and its restored history."""
+        self._history = history
+        self._parameters = _trainable(self.optimizer) if history else []
+        self._block_parameters = _by_dtype_and_device(self._parameters)
+        self._fingerprint = []
+        self.statistics = copy.deepcopy(state["statistics"])
         self._progress = dict(state["progress"])
         self._pause = safeguard.Pause(*state["pause"])
         self._pending = None if state["pending"] is None else safeguard.Pending(**state["pending"])
         self._averaging = bool(state["averaging"])
-        self._versions = self._parameter_versions()
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
@@ -148,12 +179,16 @@ class AndersonAccelerator:
 
     # ---- hooks -------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del args, kwargs
-        if self.settings.idle or self._progress["in_macro_step"]:
+        if self.settings.idle or _all_zero_rates(optimizer):
             return
-        self._open_macro_step(optimizer)
+        if self.settings.safeguard == "loss" and _closure(args, kwargs) is None:
+            raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
+        if self._progress["in_macro_step"] == 0:
+            self._open_macro_step(optimizer)
 
+    @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _all_zero_rates(optimizer):
             return
@@ -169,10 +204,8 @@ class AndersonAccelerator:
             return
         self._progress["in_macro_step"] = 0
         self.statistics["macro_steps"] += 1
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        with torch.no_grad():
-            self._close_macro_step(optimizer, closure if callable(closure) else None)
-        self._versions = self._parameter_versions()
+        self._close_macro_step(optimizer, _closure(args, kwargs))
+        self._fingerprint = _fingerprint(self._parameters)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -180,7 +213,8 @@ class AndersonAccelerator:
 
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         del optimizer
-        self._loaded = state.get(STATE_KEY)
+        saved = state.get(STATE_KEY)
+        self._loaded = None if saved is None else (saved, self._restored_history(saved))
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
@@ -189,36 +223,35 @@ class AndersonAccelerator:
         if loaded is None:  # a checkpoint of the plain optimizer
             self._start_anew()
         else:
-            self.load_state_dict(loaded)
+            self._take_over(*loaded)
 
     # ---- macro-steps -------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
-        if self._history is None or not _same(_trainable(optimizer), self._parameters):
+        parameters = _trainable(optimizer)
+        if self._history is None or not _same(parameters, self._parameters):
             if self._history is not None:
                 _count(self.statistics["resets"], "parameters_changed")
-            self._lay_out(momentum=False)
-            if self._wants_momentum(optimizer):
-                self._add_momentum()
-        elif self._parameter_versions() == self._versions:
+            self._lay_out(optimizer, parameters)
+        elif _fingerprint(self._parameters) == self._fingerprint:
             return
         assert self._history is not None
         tensors = self._tensors(optimizer)
         if not self._history.starts_at(tensors):
             self._history.begin(tensors)
+            self._pending = None  # the macro-step that starts here says nothing about the candidate
             self._progress["disturbed"] = True
 
-    @torch.compiler.disable
+    @torch.no_grad()
     def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         history = self._history
-        if history is None:
+        if history is None or not history.blocks:
             return
-        if not history.has_pair and len(history.blocks) == len(self._block_parameters):
-            if self._wants_momentum(optimizer):
-                self._add_momentum()
+        without_momentum = len(history.blocks) == len(self._block_parameters)
+        if without_momentum and not history.has_pair and self._wants_momentum(optimizer):
+            history.blocks += self._momentum_blocks(self._block_parameters)  # made by the first step, from zero
         tensors = self._tensors(optimizer)
         self._follow_learning_rate(optimizer)
         pending, self._pending = self._pending, None
@@ -270,11 +303,13 @@ class AndersonAccelerator:
         They do while all groups' rates change by one factor and stay within LEARNING_RATE_BAND over the window.
         """
         progress, history = self._progress, self._history
-        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        moved = set(map(id, self._parameters))
+        groups = [group for group in optimizer.param_groups if any(id(p) in moved for p in group["params"])]
+        rates = [float(group["lr"]) for group in groups if "lr" in group]
         last, progress["rates"] = progress["rates"], rates
         if last is None or rates == last or history is None:
             return
-        ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True)]
+        ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
         rate = progress["learning_rate"] * ratios[0]
         oldest = history.columns[0].learning_rate if history.columns else progress["learning_rate"]
         uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
@@ -295,7 +330,8 @@ class AndersonAccelerator:
             self._reject("non_finite")
             self._reset("non_finite")
             return False
-        scales = torch.tensor([self._progress["learning_rate"] / c.learning_rate for c in history.columns]).double()
+        rate = self._progress["learning_rate"]
+        scales = host_tensor([rate / column.learning_rate for column in history.columns])
         weights = _weights(parts)
         gram = _joined(parts, weights, scales)
         consecutive = [column.consecutive for column in history.columns]
@@ -304,6 +340,9 @@ class AndersonAccelerator:
         if settings.average == "auto":
             self._averaging = smoothing.switch(self._averaging, deviation, settings.average_tolerance)
         statistics["averaging"] = self._averaging
+        if settings.acceleration_type == "identity" and not self._averaging:
+            self._reject("averaging_off")
+            return False
         solution = self._solve(gram, history)
         if solution is None:
             return False
@@ -313,12 +352,10 @@ class AndersonAccelerator:
         scaled = scales * solution.gamma
         history.combine(solution.gamma, (scaled - solution.gamma) - (1 - beta) * scaled, 1 - beta)
         checked = settings.safeguard and settings.acceleration_type != "identity"
-        if checked and history.advance(solution.mean) < 0:
+        if checked and not history.advance(solution.mean) >= 0:
             self._reject("backward")
             return False
         if not self._takes(history, tensors, closure):
-            history.write_mapped(tensors)
-            self._reject("loss")
             return False
         history.continue_from_candidate()
         statistics["accepted"] += 1
@@ -334,10 +371,8 @@ class AndersonAccelerator:
         used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
         part = mixing.newest(gram, used)
         cutoff = settings.eigenvalue_cutoff(history.blocks[0].delta_mapped.dtype)
-        window = settings.average_window or smoothing.default_window(used)
+        window = settings.average_window or smoothing.DEFAULT_WINDOW
         if settings.acceleration_type == "identity":
-            if not self._averaging:
-                return None
             mean = smoothing.window_mean(used, window)
             solution = Mixing(mean, mean, used, math.nan, 0.0)
         elif self._averaging:
@@ -353,23 +388,26 @@ class AndersonAccelerator:
         if not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
             self._reject("coefficients")
             return None
-        left_out = torch.zeros(gram.projection.numel() - used, dtype=torch.float64)
-        return solution._replace(
-            gamma=torch.cat([left_out, solution.gamma]), mean=torch.cat([left_out, solution.mean])
-        )
+        left_out = host_tensor([0.0] * (gram.projection.numel() - used))
+        return solution._replace(gamma=torch.cat([left_out, solution.gamma]), mean=torch.cat([left_out, solution.mean]))
 
     def _takes(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
-        """Put the candidate in place; False where the training loss says that it should not stay there."""
-        if self.settings.safeguard == "loss" and closure is None:
-            raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
+        """Put the candidate in place; take it out again and return False where the training loss does not improve."""
         if closure is None or self.settings.safeguard not in (True, "loss"):
             history.write_candidate(tensors)
             return True
         self.statistics["closure_evaluations"] += 2
-        plain, candidate = safeguard.trial_losses(
-            closure, self._parameters, lambda: history.write_candidate(tensors), self._group()
-        )
-        return candidate < plain
+        better = False
+        try:
+            plain, candidate = safeguard.trial_losses(
+                closure, _parameters(self.optimizer), lambda: history.write_candidate(tensors), self._group()
+            )
+            better = candidate > plain if _maximizes(self.optimizer) else candidate < plain
+        finally:  # also where the closure raised
+            if not better:
+                history.write_mapped(tensors)
+                self._reject("loss")
+        return better
 
     # ---- state -------------------------------------------------------------------------------------------------
 
@@ -378,27 +416,25 @@ class AndersonAccelerator:
             return self.process_group
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
-    def _lay_out(self, momentum: bool) -> None:
+    def _lay_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
-        self._parameters = _trainable(self.optimizer)
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for p in self._parameters:
-            groups.setdefault((p.dtype, p.device), []).append(p)
-        self._block_parameters = list(groups.values())
-        self._history = History(self.settings.history_depth, self._make_blocks("parameters", True))
+        self._parameters = parameters
+        self._block_parameters = _by_dtype_and_device(parameters)
+        self._history = self._new_history(self._block_parameters)
         self._pending = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
-        if momentum:
-            self._add_momentum()
+        if self._wants_momentum(optimizer):
+            self._history.blocks += self._momentum_blocks(self._block_parameters)
 
-    def _make_blocks(self, kind: str, residuals: bool) -> list[Block]:
+    def _new_history(self, groups: list[list[Tensor]]) -> History:
+        return History(self.settings.history_depth, self._make_blocks("parameters", groups, True))
+
+    def _momentum_blocks(self, groups: list[list[Tensor]]) -> list[Block]:
+        return self._make_blocks("momentum", groups, self.settings.state_coupling == "full")
+
+    def _make_blocks(self, kind: str, groups: list[list[Tensor]], residuals: bool) -> list[Block]:
         depth, dtype = self.settings.history_depth, self.settings.history_dtype
-        return [make_block(kind, group, depth, residuals, dtype) for group in self._block_parameters]
-
-    def _add_momentum(self) -> None:
-        """Rows for the momentum buffers; buffers that the first step has just made started at zero."""
-        assert self._history is not None
-        self._history.blocks += self._make_blocks("momentum", self.settings.state_coupling == "full")
+        return [make_block(kind, group, depth, residuals, dtype) for group in groups]
 
     def _wants_momentum(self, optimizer: Optimizer) -> bool:
         if self.settings.state_coupling == "params":
@@ -413,9 +449,6 @@ class AndersonAccelerator:
             tensors += [[_momentum(optimizer.state.get(p), p) for p in group] for group in self._block_parameters]
         return tensors
 
-    def _parameter_versions(self) -> list[int]:
-        return [p._version for p in self._parameters]
-
     def _reject(self, cause: str) -> None:
         _count(self.statistics["rejected"], cause)
 
@@ -427,15 +460,14 @@ class AndersonAccelerator:
 
     def _start_anew(self) -> None:
         """State of an accelerator that has seen no step."""
-        self.statistics: dict[str, Any] = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
+        self.statistics = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
         self._averaging = self.settings.average == "always"
         self.statistics |= {"numerical_rank": 0, "averaging": self._averaging, "rejected": {}, "resets": {}}
-        self._progress: dict[str, Any] = {"in_macro_step": 0, "disturbed": False, "learning_rate": 1.0, "rates": None}
+        self._progress = {"in_macro_step": 0, "disturbed": False, "learning_rate": 1.0, "rates": None}
         self._pause = safeguard.Pause()
-        self._pending: safeguard.Pending | None = None
-        self._history: History | None = None
-        self._parameters: list[Tensor] = []
-        self._versions: list[int] = []
+        self._pending = None
+        self._history = None
+        self._parameters, self._block_parameters, self._fingerprint = [], [], []
 
 
 def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
@@ -458,9 +490,17 @@ def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
     return None if reference is None else reference()
 
 
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _maximizes(optimizer: Optimizer) -> bool:
+    return all(group.get("maximize", False) for group in optimizer.param_groups)
+
+
 def _trainable(optimizer: Optimizer) -> list[Tensor]:
     """Parameters that require a gradient, in the order of the groups; refuses what cannot be extrapolated."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    parameters = [p for p in _parameters(optimizer) if p.requires_grad]
     for p in parameters:
         if p.dtype not in DTYPES:
             raise ValueError(
@@ -468,8 +508,26 @@ def _trainable(optimizer: Optimizer) -> list[Tensor]:
                 f"that are extrapolated; keep float32 (master) parameters and use autocast"
             )
         if p.layout != torch.strided or p.device.type == "meta":
-            raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense tensors work")
+            raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense ones work")
     return parameters
+
+
+def _by_dtype_and_device(parameters: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        groups.setdefault((p.dtype, p.device), []).append(p)
+    return list(groups.values())
+
+
+def _fingerprint(parameters: list[Tensor]) -> list[tuple[int, int]]:
+    """Changes whenever parameters are written to in place or exchanged, except in place through `p.data`."""
+    return [(p._version, p.data_ptr()) for p in parameters]
+
+
+def _closure(args: Any, kwargs: Any) -> Callable[[], Any] | None:
+    """The closure among the arguments of a step hook, of which the first is the optimizer."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure if callable(closure) else None
 
 
 def _momentum(state: Any, p: Tensor) -> Tensor | None:
@@ -489,7 +547,7 @@ def _forget_curvature(optimizer: Optimizer) -> None:
 
 def _joined(parts: dict[str, Gram], weights: dict[str, float], scales: Tensor) -> Gram:
     """One Gram record: parts weighted, residual columns of the parameters brought to the present learning rate."""
-    matrix, projection, square = torch.zeros(()), torch.zeros(()), 0.0
+    matrix, projection, square = host_tensor(0.0), host_tensor(0.0), 0.0
     for kind, part in parts.items():
         factor = scales if kind == "parameters" else torch.ones_like(scales)
         matrix = matrix + weights[kind] * factor.outer(factor) * part.matrix
@@ -503,6 +561,13 @@ def _weights(parts: dict[str, Gram]) -> dict[str, float]:
     traces = {kind: float(part.matrix.trace()) for kind, part in parts.items()}
     own = traces["parameters"]
     return {kind: own / trace if trace > 0 and own > 0 else 1.0 for kind, trace in traces.items()}
+
+
+def _outline(state: Any) -> str:
+    """What a wrong state is, in a few words."""
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}"
+    return f"version {state['version']!r}" if "version" in state else f"a dict with keys {list(state)[:8]}"
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

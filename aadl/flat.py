@@ -35,7 +35,9 @@ class FlatRow:
     def __init__(self, templates: Sequence[Tensor]) -> None:
         self.shapes = [tuple(t.shape) for t in templates]
         self.orders = [_memory_order(t) for t in templates]
-        self.ordered_shapes = [_ordered(_real(t.detach()), o).shape for t, o in zip(templates, self.orders, strict=True)]
+        self.ordered_shapes = [
+            _ordered(_real(t.detach()), o).shape for t, o in zip(templates, self.orders, strict=True)
+        ]
         self.sizes = [_real(t.detach()).numel() for t in templates]
         self.numel = sum(self.sizes)
         self.dtype = _real(templates[0].detach()).dtype

@@ -157,22 +157,18 @@ class History:
 
     def gram(self) -> dict[str, Gram]:
         """Inner products by kind, unscaled, columns oldest first. One read of DF; one transfer to the host."""
-        count = len(self.columns)
-        filled = self.depth if count == self.depth else count
-        order = self.order()
+        count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
         for kind in dict.fromkeys(block.kind for block in self.blocks if block.has_residuals):
-            products = torch.zeros(filled + 1, len(self._stale) + 1, dtype=torch.float64)
-            for block in self.blocks:
-                if block.kind == kind and block.has_residuals:
-                    products += _inner_products(block, filled, self._stale).cpu()
-            if kind not in self._grams:
-                self._grams[kind] = torch.zeros(self.depth, self.depth, dtype=torch.float64)
-            matrix = self._grams[kind]
-            for index, slot in enumerate(self._stale):
-                matrix[slot, :filled] = products[:filled, index]
-                matrix[:filled, slot] = products[:filled, index]
-            result[kind] = Gram(matrix[order][:, order], products[order, -1], float(products[-1, -1]))
+            own = [block for block in self.blocks if block.kind == kind]
+            products = sum(_inner_products(block, count, self._stale).cpu() for block in own)
+            assert isinstance(products, Tensor)
+            matrix = self._grams.setdefault(kind, products.new_zeros(self.depth, self.depth))
+            for row, slot in zip(products.T, self._stale, strict=False):
+                matrix[slot, :count] = row[:count]
+                matrix[:count, slot] = row[:count]
+            projection = _oldest_first(products[:, -1], order, 1)
+            result[kind] = Gram(_oldest_first(matrix, order, 2), projection, float(products[-1, -1]))
         self._stale = []
         return result
 
@@ -261,7 +257,9 @@ class History:
         if state["depth"] != self.depth:
             raise ValueError(f"the saved history has history_depth {state['depth']}, this accelerator {self.depth}")
         if len(state["blocks"]) != len(self.blocks):
-            raise ValueError(f"the saved history has {len(state['blocks'])} blocks, this accelerator {len(self.blocks)}")
+            raise ValueError(
+                f"the saved history has {len(state['blocks'])} blocks, this accelerator {len(self.blocks)}"
+            )
         for block, entry in zip(self.blocks, state["blocks"], strict=True):
             shapes = [tuple(shape) for shape in entry["shapes"]]
             orders = [None if order is None else tuple(order) for order in entry["orders"]]
@@ -279,7 +277,9 @@ class History:
                 block.own_start.copy_(entry["start"])
         self.columns = [Column(int(m), bool(c), float(r)) for m, c, r in state["columns"]]
         self.has_pair, self._next = bool(state["has_pair"]), int(state["next"])
-        self._grams = {kind: matrix.detach().to("cpu", torch.float64).clone() for kind, matrix in state["grams"].items()}
+        self._grams = {
+            kind: matrix.detach().to("cpu", torch.float64).clone() for kind, matrix in state["grams"].items()
+        }
         self._stale = [int(slot) for slot in state["stale"]]
 
 
@@ -351,9 +351,18 @@ def _inner_products(block: Block, filled: int, slots: Sequence[int]) -> Tensor:
     return products.T
 
 
+def _oldest_first(values: Tensor, order: list[int], dimensions: int) -> Tensor:
+    """Rows (and columns) in the order of the columns: a rotation of the ring."""
+    count = len(order)
+    for dimension in range(dimensions):
+        values = values.narrow(dimension, 0, count)
+    shift = -order[0] if order else 0
+    return values.roll([shift] * dimensions, list(range(dimensions))) if shift else values.clone()
+
+
 def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:
     """Coefficients ordered oldest first, moved to their ring slots."""
-    placed = torch.zeros(min(depth, len(slots)), dtype=torch.float64)
+    placed = torch.zeros(min(depth, len(slots)), dtype=torch.float64, device="cpu")
     placed[list(slots)] = coefficients
     return placed
 

@@ -74,7 +74,7 @@ def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: fl
     if not kept:
         return Mixing(nothing, nothing, 0, math.nan, 0.0)
     weights = [0.0] * (len(values) - len(kept)) + [1 / (value + regularization) for value in kept]
-    scaled = vectors @ (torch.tensor(weights, dtype=torch.float64) * (right @ vectors))
+    scaled = vectors @ (host_tensor(weights) * (right @ vectors))
     coefficient_norm = float(scaled.norm()) / math.sqrt(gram.square)
     return Mixing(inverse * scaled, nothing, len(kept), math.sqrt(kept[-1] / kept[0]), coefficient_norm)
 
@@ -85,16 +85,21 @@ def predicted_square(gram: Gram, gamma: Tensor) -> float:
     return max(value, 0.0)
 
 
-def residual_squares(gram: Gram) -> Tensor:
-    """||f_i||^2 of all columns + 1 pairs, oldest first, from f_i = f_k - sum_{j >= i} Df_j."""
-    tails = tail_sums(gram.projection.numel())
-    squares = gram.square - 2 * tails @ gram.projection + ((tails @ gram.matrix) * tails).sum(1)
-    return squares.clamp_min(0)
+def residual_squares(gram: Gram) -> list[float]:
+    """||f_i||^2 of all columns + 1 pairs, oldest first.
+
+    From f_i = f_{i+1} - Df_i and <Df_i, f_{i+1}> = h_i - sum_{j > i} G_ij.
+    """
+    inner = (gram.projection - gram.matrix.triu(1).sum(1)).tolist()
+    squares = [gram.square]
+    for product, square in zip(reversed(inner), reversed(gram.matrix.diagonal().tolist()), strict=True):
+        squares.append(squares[-1] - 2 * product + square)
+    return [square if square > 0 or math.isnan(square) else 0.0 for square in reversed(squares)]
 
 
 def tail_sums(columns: int) -> Tensor:
     """Matrix T of shape (columns + 1, columns) with f_i = f_k - DF T[i]: row i holds ones from column i on."""
-    return torch.ones(columns + 1, columns, dtype=torch.float64).triu()
+    return torch.ones(columns + 1, columns, dtype=torch.float64, device="cpu").triu()
 
 
 def usable_suffix(gram: Gram, ages: list[int], maximal_age: int, maximal_growth: float) -> int:
@@ -103,7 +108,7 @@ def usable_suffix(gram: Gram, ages: list[int], maximal_age: int, maximal_growth:
     A column is too old when it was stored more than `maximal_age` macro-steps ago, and too large when its older
     residual exceeds `maximal_growth` times the newest one (adaptive depth: it belongs to another regime).
     """
-    squares = residual_squares(gram).tolist()
+    squares = residual_squares(gram)
     bound = maximal_growth**2 * gram.square
     count = 0
     for age, square in zip(reversed(ages), reversed(squares[:-1]), strict=True):
@@ -111,6 +116,11 @@ def usable_suffix(gram: Gram, ages: list[int], maximal_age: int, maximal_growth:
             break
         count += 1
     return count
+
+
+def host_tensor(values: float | list[float]) -> Tensor:
+    """Float64 on the host, whatever the default device and dtype are."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def newest(gram: Gram, count: int) -> Gram:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def _mean_over_ranks(plain: float, candidate: float, group: Any) -> tuple[float,
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
     word = torch.tensor([plain, candidate], dtype=torch.float64, device=device)
     dist.all_reduce(word, group=group)
-    return tuple((word / dist.get_world_size(group)).tolist())  # type: ignore[return-value]
+    plain, candidate = (word / dist.get_world_size(group)).tolist()
+    return plain, candidate
 
 
 @contextmanager
@@ -117,7 +119,8 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
         p.grad = None
     handle = register_module_forward_pre_hook(keep_buffers)
     try:
-        with torch.enable_grad(), _no_backward():
+        with torch.enable_grad(), _no_backward(parameters), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
             yield rewind
     finally:
         handle.remove()
@@ -127,23 +130,48 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _no_backward() -> Iterator[None]:
-    """Make `Tensor.backward` return at once in this thread: a trial evaluation needs the value of the loss only.
+def _no_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Make `Tensor.backward` leave zero gradients in this thread: a trial evaluation needs the value of the loss only.
 
     A torch function mode would do the same but makes compiled models compile once more.
     """
-    original, thread = torch.Tensor.backward, threading.get_ident()
-
-    def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() != thread:
-            original(self, *args, **kwargs)
-
-    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    thread = threading.get_ident()
+    outer = _trials.get(thread)
+    with _lock:
+        if not _trials:
+            _replaced.append(torch.Tensor.backward)
+            torch.Tensor.backward = _backward  # type: ignore[method-assign]
+        _trials[thread] = parameters
     try:
         yield
     finally:
-        torch.Tensor.backward = original  # type: ignore[method-assign]
+        with _lock:
+            if outer is None:
+                del _trials[thread]
+            else:
+                _trials[thread] = outer
+            if not _trials:
+                torch.Tensor.backward = _replaced.pop()  # type: ignore[method-assign]
+
+
+_lock = threading.Lock()
+_trials: dict[int, Sequence[Tensor]] = {}
+"""Parameters of the running trial evaluations, by thread."""
+_replaced: list[Callable[..., None]] = []
+"""`Tensor.backward` as it was before the first of them."""
+
+
+def _backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
+    parameters = _trials.get(threading.get_ident())
+    if parameters is None:  # another thread
+        _replaced[0](self, *args, **kwargs)
+        return
+    for p in parameters:
+        if p.grad is None and p.requires_grad:  # closures may go on to clip or to print gradients
+            p.grad = torch.zeros_like(p)
 
 
 def _value(loss: Any) -> float:
+    if loss is None:
+        raise ValueError("the closure must return the training loss, got None")
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)

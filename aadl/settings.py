@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +41,24 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("acceleration_type", self.acceleration_type, TYPES)
-        _number("relaxation", self.relaxation, "in (0, 1]", lambda v: 0 < v <= 1)
-        _integer("wait_iterations", self.wait_iterations, 0)
-        _integer("history_depth", self.history_depth, 0)
-        _integer("store_each_nth", self.store_each_nth, 1)
-        _integer("frequency", self.frequency, 1)
-        _number("reg_acc", self.regularization, ">= 0 and finite", lambda v: 0 <= v < math.inf)
         _one_of("average", self.average, AVERAGES)
         _one_of("safeguard", self.safeguard, SAFEGUARDS)
-        _number("average_tolerance", self.average_tolerance, "> 0", lambda v: v > 0)
-        if self.average_window is not None:
-            _integer("average_window", self.average_window, 2)
         _one_of("state_coupling", self.state_coupling, COUPLINGS)
         _one_of("history_dtype", self.history_dtype, HISTORY_DTYPES)
-        object.__setattr__(self, "average", "auto" if self.average is True else self.average)
+        window = self.average_window
+        plain = {  # numbers of Python, which state dicts may hold, whatever kind came in
+            "relaxation": _number("relaxation", self.relaxation, "in (0, 1]", lambda v: 0 < v <= 1),
+            "wait_iterations": _integer("wait_iterations", self.wait_iterations, 0),
+            "history_depth": _integer("history_depth", self.history_depth, 0),
+            "store_each_nth": _integer("store_each_nth", self.store_each_nth, 1),
+            "frequency": _integer("frequency", self.frequency, 1),
+            "regularization": _number("reg_acc", self.regularization, ">= 0 and finite", lambda v: 0 <= v < math.inf),
+            "average_tolerance": _number("average_tolerance", self.average_tolerance, "> 0", lambda v: v > 0),
+            "average_window": None if window is None else _integer("average_window", window, 2),
+            "average": "auto" if self.average is True else self.average,
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def period(self) -> int:
@@ -94,11 +100,13 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(value)
 
 
-def _number(name: str, value: Any, allowed: str, test: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not test(value):
+def _number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not test(float(value)):
         raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+    return float(value)

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from aadl.mixing import Gram, Mixing, mixing_coefficients, predicted_square, residual_squares, tail_sums
+
+DEFAULT_WINDOW = 3
+"""Pairs averaged: enough to damp an oscillation, too few to lag behind (docs/method.md)."""
 
 
 def relative_standard_deviation(gram: Gram, consecutive: list[bool]) -> float:
@@ -39,7 +41,7 @@ def relative_standard_deviation(gram: Gram, consecutive: list[bool]) -> float:
     Returns:
         s, or nan when no column qualifies.
     """
-    squares, differences = residual_squares(gram).tolist(), gram.matrix.diagonal().tolist()
+    squares, differences = residual_squares(gram), gram.matrix.diagonal().tolist()
     chosen = [column for column, flag in enumerate(consecutive) if flag]
     if not chosen:
         return math.nan
@@ -61,11 +63,6 @@ def switch(active: bool, deviation: float, tolerance: float) -> bool:
     if active:
         return not deviation < tolerance / 2
     return deviation > tolerance
-
-
-def default_window(columns: int) -> int:
-    """Pairs averaged when the user names none: half of the pairs at hand, so that columns remain for the mixing."""
-    return (columns + 2) // 2
 
 
 def smoothed_coefficients(gram: Gram, window: int, regularization: float, eigenvalue_cutoff: float) -> Mixing:

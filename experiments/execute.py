@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 import aadl
 from experiments import graduate_admissions
-from experiments.config import ExperimentConfig, RunConfig, accelerate, expand_runs, make_optimizer
+from experiments.checks import accelerate, make_optimizer
+from experiments.config import ExperimentConfig, RunConfig, expand_runs
 from experiments.launch import Ranks, start_process_group, stop_process_group
 from experiments.published import PublishedScheme
 from experiments.record import git_state, read_run, run_path, state_of, write_run
@@ -55,8 +56,6 @@ def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress
                 return accelerator.statistics
 
         elif config.variant.published is not None:
-            if ranks.world_size > 1:
-                raise NotImplementedError("the published scheme runs in a single process only")
             scheme = PublishedScheme(optimizer, config.variant.published)
 
             def statistics() -> Mapping[str, Any]:
@@ -101,6 +100,11 @@ def execute_experiment(
         OSError: a file cannot be read or written.
         RuntimeError: a run failed.
     """
+    if ranks.world_size > 1 and any(variant.published is not None for variant in config.variants.values()):
+        raise ValueError(
+            f"the published scheme runs in a single process, not on {ranks.world_size} ranks: name the other variants "
+            f"with --set variants=..."
+        )
     data, digest = graduate_admissions.read_data(config.problem.data_path)
     runs = expand_runs(config, num_rows=graduate_admissions.num_train_rows(config.problem))
     start_process_group(ranks)

@@ -47,8 +47,8 @@ RC: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
-    "figure.dpi": 110,
-    "savefig.dpi": 110,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
 }
 
 
@@ -81,7 +81,9 @@ def draw_loss(comparison: Comparison) -> Figure | None:
         for family, variants in comparison.families.items()
     }
     families = {family: variants for family, variants in families.items() if variants}
-    return _loss_figure(comparison, families, "Loss against the epoch") if families else None
+    if not families:
+        return None
+    return _loss_figure(comparison, families, "Loss against the epoch", transposed=len(families) == 1)
 
 
 def draw_published_scheme(comparison: Comparison) -> Figure | None:
@@ -109,13 +111,13 @@ def _loss_figure(
                 values = variant.series(series)
                 epochs = np.arange(values.shape[1])
                 low, middle, high = _spread(values)
-                label = variant.label if transposed else LABELS.get(variant.role, variant.label)
+                label = LABELS.get(variant.role, variant.label)
                 axis.plot(epochs, middle, color=color, linestyle=style, label=label)
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
             axis.set_yscale("log")
             axis.set_ylabel(name)
             if transposed or axis is axes[0]:
-                axis.set_title(family if not transposed or count > 1 else name, loc="left")
+                axis.set_title(family, loc="left")
             _limit(axis, _spread((plain_of(variants) or variants[0]).series(series))[1])
         axes[-1].set_xlabel("epoch")
         axes[0].set_xlabel("epoch" if transposed else "")
@@ -263,8 +265,8 @@ def draw_acceleration(comparison: Comparison) -> Figure | None:
         known = np.isfinite(stacked).any(axis=0)
         (line,) = lower.plot(epochs[known], np.nanmedian(stacked[:, known], axis=0), color="#333333", linewidth=1.2)
         handles.setdefault("relative standard deviation between updates (median)", line)
-        lower.set_ylim(0, max(1.05, lower.get_ylim()[1]))
         lower.set_xlabel("epoch")
+    grid[1, 0].set_ylim(bottom=0)
     grid[0, 0].set_ylabel("accelerations since the start\n(mean over the seeds)")
     grid[1, 0].set_ylabel("averaging on (share),\nrelative standard deviation")
     _finish(figure, comparison, "What the acceleration did", handles)
@@ -335,22 +337,27 @@ def draw_learning_rate(comparison: Comparison) -> Figure | None:
 def _finish(
     figure: Figure, comparison: Comparison, title: str, handles: dict[str, Any], seeds: set[int] | None = None
 ) -> None:
-    """Title, one legend below the panels, the source at the bottom; a surrogate is named in the title too."""
-    experiment = comparison.folder.parent.name.replace("_", " ")
-    head = f"{experiment[:1].upper()}{experiment[1:]}: {title[:1].lower()}{title[1:]}"
-    if comparison.is_surrogate:
-        head += "  -  SURROGATE DATA"
+    """Title, one legend below the panels, the source at the bottom; a surrogate is named first of all."""
     for axis in figure.axes:
         axis.tick_params(which="minor", labelsize=7)
-    inches = figure.get_size_inches()[1]
-    columns = max(1, min(len(handles), int(figure.get_size_inches()[0] // 2.2)))
+    experiment = comparison.folder.parent.name.replace("_", " ")
+    head = f"{experiment[:1].upper()}{experiment[1:]}: {title[:1].lower()}{title[1:]}"
+    color = "#111111"
+    if comparison.is_surrogate:
+        head, color = f"SURROGATE DATA - {head}", "#B00020"
+    width, height = figure.get_size_inches()
+    columns = max(1, min(len(handles), int(width // 2.2)))
     lines = -(-len(handles) // columns) if handles else 0
-    figure.text(0.012, 1 - 0.1 / inches, head, va="top", fontsize=10.5, weight="bold",
-                color="#B00020" if comparison.is_surrogate else "#111111")  # fmt: skip
+    _fitted_text(figure, 1 - 0.1 / height, head, 10.5, va="top", weight="bold", color=color)
+    _fitted_text(figure, 0.08 / height, f"Source: {comparison.source_line(seeds)}", 7, va="bottom", color="#666666")
     if handles:
-        figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=columns,
-                      bbox_to_anchor=(0.5, 0.26 / inches))  # fmt: skip
-    figure.text(
-        0.012, 0.08 / inches, f"Source: {comparison.source_line(seeds)}", fontsize=7, color="#666666", va="bottom"
-    )
-    figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / inches, 1, 1 - 0.32 / inches))
+        anchor = (0.5, 0.26 / height)
+        figure.legend([*handles.values()], [*handles], loc="lower center", ncols=columns, bbox_to_anchor=anchor)
+    figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / height, 1, 1 - 0.32 / height))
+
+
+def _fitted_text(figure: Figure, y: float, text: str, size: float, **style: Any) -> None:
+    """A line of text at the left margin, in smaller letters where the figure is too narrow for it."""
+    artist = figure.text(0.012, y, text, fontsize=size, **style)
+    share = artist.get_window_extent().width / (0.976 * figure.bbox.width)
+    artist.set_fontsize(size / max(1.0, share))

@@ -18,7 +18,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from experiments.config import TrainingConfig, make_scheduler
+from experiments.checks import make_scheduler
+from experiments.config import TrainingConfig
 from experiments.launch import Ranks, device_of
 
 

@@ -8,7 +8,8 @@ from suite_cases import run_config
 
 import aadl
 from experiments import graduate_admissions
-from experiments.config import Component, TrainingConfig, make_optimizer
+from experiments.checks import Component, make_optimizer
+from experiments.config import TrainingConfig
 from experiments.launch import Ranks
 from experiments.models.mlp import MLP
 from experiments.train import Problem, _moving_average, _Updates, train

@@ -1,0 +1,266 @@
+"""What a setting of a configuration may be: kinds of values, mappings, and the classes of torch that one may name.
+
+A value of the wrong kind raises ValueError with the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+import torch
+
+import aadl
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting accepts: `allowed` completes "must be ...", `parse` returns the value or raises ValueError."""
+
+    allowed: str
+    parse: Callable[[Any], Any]
+
+
+def integer(minimum: int) -> Kind:
+    """An integer not below `minimum`; a bool is none."""
+
+    def parse(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError
+        return value
+
+    return Kind(f"an integer >= {minimum}", parse)
+
+
+def number(low: float, high: float = math.inf, *, closed_low: bool = False) -> Kind:
+    """A finite number in (low, high), or [low, high) with `closed_low`; a bool is none."""
+
+    def parse(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError
+        if not (low < value < high or (closed_low and value == low)):
+            raise ValueError
+        return float(value)
+
+    opening = "[" if closed_low else "("
+    return Kind(f"a finite number in {opening}{low:g}, {high:g})", parse)
+
+
+def choice(*options: str) -> Kind:
+    """One of the given words."""
+
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value not in options:
+            raise ValueError
+        return value
+
+    return Kind("one of " + ", ".join(options), parse)
+
+
+def sequence(item: Kind) -> Kind:
+    """A list, not empty and without repetition, of items of one kind."""
+
+    def parse(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError
+        items = tuple(item.parse(entry) for entry in value)
+        if len(set(items)) < len(items):
+            raise ValueError
+        return items
+
+    return Kind(f"a list without repetition, each entry {item.allowed}", parse)
+
+
+def optional(kind: Kind) -> Kind:
+    """The kind, or null."""
+    return Kind(f"{kind.allowed}, or null", lambda value: None if value is None else kind.parse(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError
+    return value
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(integer(1).parse(entry) for entry in value)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    """`3`, `[0, 1, 2]`, `"0-9"` or `"0,2,4-6"`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, str):
+        expanded: list[int] = []
+        for part in value.split(","):
+            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+            if match is None:
+                raise ValueError
+            first, last = int(match[1]), int(match[2] or match[1])
+            expanded.extend(range(first, last + 1))
+        value = expanded
+    parsed: tuple[int, ...] = sequence(integer(0)).parse(value)
+    return parsed
+
+
+TEXT = Kind("a text that is not empty", _text)
+SIZES = Kind("a list of integers >= 1", _sizes)
+BOOLEAN = Kind("true or false", _boolean)
+SEEDS = Kind('one or several different integers >= 0, as 3, [0, 1, 2] or "0-9"', _seeds)
+# Names become folders of results.
+NAME = Kind(
+    "a name of letters, digits, '_', '.' and '-' that starts with a letter",
+    lambda value: re.fullmatch(r"[A-Za-z][\w.-]*", value, re.ASCII)[0],  # type: ignore[index]
+)
+
+
+def setting(kind: Kind, default: Any = MISSING) -> Any:
+    """A dataclass field that carries its kind."""
+    return field(default=default, metadata={"kind": kind})
+
+
+def read_settings(cls: type[Any], raw: Any, where: str) -> Any:
+    """A settings dataclass from a raw mapping.
+
+    Args:
+        cls: dataclass whose fields were made by `setting`.
+        raw: mapping from YAML, or None for all defaults.
+        where: key of the mapping, for messages.
+
+    Raises:
+        ValueError: unknown or missing key, or a value that the key's kind refuses.
+    """
+    raw = as_mapping(raw, where)
+    refuse_unknown(raw, {entry.name: entry.default for entry in fields(cls)}, where)
+    values = {}
+    for entry in fields(cls):
+        key = f"{where}.{entry.name}"
+        if entry.name in raw:
+            values[entry.name] = parse_value(raw[entry.name], entry.metadata["kind"], key)
+        elif entry.default is MISSING:
+            raise ValueError(f"{key} is missing; it must be {entry.metadata['kind'].allowed}")
+    return cls(**values)
+
+
+def parse_value(value: Any, kind: Kind, key: str) -> Any:
+    try:
+        return kind.parse(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{key} must be {kind.allowed}, got {value!r}") from None
+
+
+def as_mapping(raw: Any, where: str) -> Mapping[str, Any]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where} must be a mapping of settings, got {raw!r}")
+    return raw
+
+
+def refuse_unknown(raw: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    for key in raw:
+        if key not in defaults:
+            valid = ", ".join(
+                name if default in (MISSING, inspect.Parameter.empty) else f"{name} (default {default!r})"
+                for name, default in defaults.items()
+            )
+            raise ValueError(f"unknown key {f'{where}.' if where else ''}{key}; valid keys are: {valid}")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A class of torch by name, with its keyword arguments: an optimizer or a learning-rate scheduler."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+def read_component(raw: Any, module: Any, where: str) -> Component:
+    """A class of `module` with a `step` method, its arguments checked against its signature."""
+    raw = dict(as_mapping(raw, where))
+    classes = {
+        name: member
+        for name, member in vars(module).items()
+        if inspect.isclass(member) and hasattr(member, "step") and name not in ("Optimizer", "LRScheduler")
+    }
+    name = raw.pop("name", None)
+    if name not in classes:
+        raise ValueError(f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}")
+    parameters = list(inspect.signature(classes[name]).parameters.values())[1:]
+    refuse_unknown(raw, {"name": MISSING} | {entry.name: entry.default for entry in parameters}, where)
+    _refuse_not_finite(raw, where)
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return Component(name, arguments)
+
+
+def _refuse_not_finite(raw: Mapping[str, Any], where: str) -> None:
+    for key, value in raw.items():
+        for entry in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(entry, float) and not math.isfinite(entry):
+                raise ValueError(f"{where}.{key} must be finite, got {value!r}")
+
+
+def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch over the given parameters."""
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, component.name)(parameters, **component.arguments)
+    return optimizer
+
+
+def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate scheduler of torch over the given optimizer."""
+    scheduler: torch.optim.lr_scheduler.LRScheduler = getattr(torch.optim.lr_scheduler, component.name)(
+        optimizer, **component.arguments
+    )
+    return scheduler
+
+
+def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
+    """Builds the optimizer on one dummy weight, so that what torch refuses is refused before training."""
+    for key in ("lr", "momentum", "weight_decay", "eps"):
+        value = component.arguments.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}.{key} must be a number, got {value!r}")
+    try:
+        return make_optimizer(component, [torch.nn.Parameter(torch.zeros(2))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_scheduler(component: Component) -> None:
+    """Builds the scheduler on a dummy optimizer, so that what torch refuses is refused before training."""
+    try:
+        make_scheduler(component, torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"training.scheduler: {error}") from None
+
+
+def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
+    """`aadl.accelerate` with arguments from YAML, in which `history_dtype` is the name of a dtype of torch."""
+    dtype = arguments.get("history_dtype")
+    if isinstance(dtype, str):
+        arguments = {**arguments, "history_dtype": getattr(torch, dtype, dtype)}
+    aadl.accelerate(optimizer, **arguments)
+
+
+def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where: str) -> None:
+    """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values."""
+    parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
+    # The process group is no setting: the library takes the one of the launch.
+    defaults = {entry.name: entry.default for entry in parameters if entry.name != "process_group"}
+    refuse_unknown(arguments, defaults, where)
+    try:
+        accelerate(check_optimizer(optimizer, where), arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None

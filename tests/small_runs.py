@@ -1,0 +1,99 @@
+"""Small training runs, and what the tests compare of them."""
+
+import copy
+import itertools
+
+import torch
+from torch import nn
+
+INPUTS = torch.linspace(-1, 1, 48).reshape(16, 3)
+TARGETS = torch.sin(3 * INPUTS).sum(1, keepdim=True)
+EAGER = {"wait_iterations": 2, "history_depth": 4, "store_each_nth": 1, "frequency": 2}
+"""Settings that attempt an acceleration at every second step."""
+
+
+def network(*more, bias=True, inputs=3):
+    """A tanh network that is the same at every call."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(inputs, 6, bias=bias), *more, nn.Tanh(), nn.Linear(6, 1, bias=bias))
+
+
+def squared_error(model):
+    return (model(INPUTS) - TARGETS).square().mean()
+
+
+def closure_of(model, optimizer, loss=squared_error):
+    """The closure of PyTorch's documentation."""
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    return closure
+
+
+def train(model, optimizer, steps, *, with_closure=False, loss=squared_error, after=lambda step: None):
+    """Losses before each step; after(step) is called after it."""
+    losses = []
+    closure = closure_of(model, optimizer, loss)
+    for step in range(1, steps + 1):
+        if with_closure:
+            losses.append(float(optimizer.step(closure).detach()))
+        else:
+            losses.append(float(closure().detach()))
+            optimizer.step()
+        after(step)
+    return losses
+
+
+def snapshot(model, optimizer):
+    """Everything that training changes, apart from the accelerator."""
+    state = optimizer.state_dict()
+    state.pop("aadl", None)
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": state})
+
+
+def identical(left, right):
+    """Whether two nested structures hold the same values, bit for bit (NaNs equal each other, 0 and -0 do not)."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(identical(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(identical, left, right))
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and left.shape == right.shape and _bytes(left) == _bytes(right)
+    return type(left) is type(right) and (left == right or (left != left and right != right))
+
+
+def _bytes(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+class Pairs:
+    """Records, from outside, the pairs (x, g) of an optimizer without macro-steps; make it before `accelerate`."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.pairs = optimizer, []
+        optimizer.register_step_pre_hook(lambda *_: self.starts.append(self._values()))
+        optimizer.register_step_post_hook(lambda *_: self.pairs.append((self.starts[-1], self._values())))
+        self.starts = []
+
+    def _values(self):
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return torch.cat([p.detach().reshape(-1) for p in parameters])
+
+    def columns(self, count):
+        """Differences of residuals and of mapped iterates between the newest count + 1 pairs, oldest first."""
+        pairs = self.pairs[-count - 1 :]
+        mapped = [g for _, g in pairs]
+        residuals = [g - x for x, g in pairs]
+        differences = [torch.stack([b - a for a, b in itertools.pairwise(v)]) for v in (residuals, mapped)]
+        return differences[0], differences[1]
+
+
+def stored_columns(accelerator):
+    """The same, as the accelerator holds them; for parameters of one dtype."""
+    history = accelerator._history
+    block, order = history.blocks[0], history.order()
+    return block.delta_residual[order], block.delta_mapped[order]

@@ -1,0 +1,794 @@
+"""The accelerator on an optimizer: attaching, detaching, and everything else that torch lets happen around a step."""
+
+import copy
+import gc
+import io
+import math
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from small_runs import (
+    EAGER,
+    Pairs,
+    closure_of,
+    identical,
+    network,
+    snapshot,
+    squared_error,
+    stored_columns,
+    train,
+)
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import aadl
+
+ALWAYS = EAGER | {"safeguard": False, "average": False}
+RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
+
+
+def sgd(model, lr=0.05, **more):
+    return torch.optim.SGD(model.parameters(), lr=lr, **more)
+
+
+def statistics(optimizer):
+    return aadl.accelerator_of(optimizer).statistics
+
+
+def assert_counts_add_up(optimizer):
+    counts = statistics(optimizer)
+    assert counts["attempts"] == counts["accepted"] + sum(counts["rejected"].values())
+
+
+# ---- attaching and detaching ---------------------------------------------------------------------------------------
+
+
+def test_the_published_import_works():
+    import aadl as AADL
+
+    model = network()
+    optimizer = sgd(model)
+    assert AADL.accelerate(optimizer, "anderson", 1.0, 1, 4, 1, 2, 1e-8, False) is optimizer
+    losses = train(model, optimizer, 20)
+    assert AADL.accelerator_of(optimizer).statistics["accepted"] > 0
+    assert losses[-1] < losses[0]
+    AADL.remove_acceleration(optimizer)
+
+
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+def test_removal_leaves_the_optimizer_as_it_was():
+    model, plain_model = network(), network()
+    optimizer, plain = (torch.optim.Adam(m.parameters(), lr=0.02) for m in (model, plain_model))
+    before, methods = dict(vars(optimizer)), (optimizer.step, type(optimizer).step)
+    aadl.accelerate(optimizer, **ALWAYS)
+    assert any(getattr(optimizer, name) for name in HOOKS)
+    assert (optimizer.step, type(optimizer).step) == methods
+    train(model, optimizer, 12)
+    assert statistics(optimizer)["accepted"] > 0
+    aadl.remove_acceleration(optimizer)
+    assert not any(getattr(optimizer, name) for name in HOOKS)
+    after = vars(optimizer)
+    assert after.keys() == before.keys() == vars(plain).keys()
+    assert all(after[name] is before[name] for name in before)
+    assert optimizer.state_dict().keys() == plain.state_dict().keys()
+
+    plain_model.load_state_dict(copy.deepcopy(model.state_dict()))
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 30)
+    train(plain_model, plain, 30)
+    assert identical(snapshot(model, optimizer), snapshot(plain_model, plain))
+
+
+def test_the_accelerator_says_what_it_is_attached_to():
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **ALWAYS)
+    accelerator = aadl.accelerator_of(optimizer)
+    train(model, optimizer, 12)
+    text = repr(accelerator)
+    assert text.startswith("AndersonAccelerator(Adam, anderson, relaxation=1, wait_iterations=2, history_depth=4, ")
+    counts = accelerator.statistics
+    assert text.endswith(f"4 columns held, {counts['accepted']} of {counts['attempts']} accepted)")
+    assert accelerator.optimizer is optimizer
+    aadl.remove_acceleration(optimizer)
+    assert repr(accelerator) == "AndersonAccelerator(removed)"
+
+
+def test_a_copied_or_pickled_optimizer_is_a_plain_one():
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **ALWAYS)
+    train(model, optimizer, 12)
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        with pytest.raises(ValueError, match=r"this Adam is not accelerated: call aadl\.accelerate"):
+            aadl.accelerator_of(again)
+        assert "aadl" not in again.state_dict()
+        assert identical(again.state_dict()["state"], optimizer.state_dict()["state"])
+        aadl.accelerate(again, **ALWAYS)
+    assert "aadl" in optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("copying", "message"),
+    [
+        (copy.deepcopy, "without its optimizer"),
+        (copy.copy, "save its state_dict"),
+        (pickle.dumps, "save its state_dict"),
+    ],
+)
+def test_the_accelerator_itself_is_neither_copied_nor_pickled(copying, message):
+    accelerator = aadl.accelerator_of(aadl.accelerate(sgd(network())))
+    with pytest.raises(TypeError, match=message):
+        copying(accelerator)
+
+
+def test_optimizer_and_accelerator_are_freed_together():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model, momentum=0.9), **ALWAYS)
+    train(model, optimizer, 10)
+    accelerator = aadl.accelerator_of(optimizer)
+    references = weakref.ref(optimizer), weakref.ref(accelerator)
+    del optimizer
+    gc.collect()
+    assert references[0]() is None
+    assert repr(accelerator).startswith("AndersonAccelerator(nothing, ")
+    with pytest.raises(ReferenceError, match="no longer exists"):
+        _ = accelerator.optimizer
+    del accelerator
+    gc.collect()
+    assert references[1]() is None
+
+
+# ---- the step and what others hang on it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_step_returns_what_the_base_optimizer_returns(keyword):
+    model, plain_model = network(), network()
+    optimizer, plain = aadl.accelerate(sgd(model), **ALWAYS), sgd(plain_model)
+    closure, plain_closure = closure_of(model, optimizer), closure_of(plain_model, plain)
+    for _ in range(20):
+        plain_model.load_state_dict(model.state_dict())
+        value = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+        assert identical(value.detach(), plain.step(plain_closure).detach())
+    assert statistics(optimizer)["accepted"] > 0
+    token = object()
+    assert optimizer.step(lambda: token) is token
+    assert optimizer.step() is None
+
+
+def test_hooks_of_others_run_in_their_order_and_around_the_acceleration():
+    model = network()
+    optimizer, calls = sgd(model), []
+    values = {}
+
+    def note(name):
+        def hook(*_):
+            calls.append(name)
+            values[name] = model[0].weight.detach().clone()
+
+        return hook
+
+    optimizer.register_step_pre_hook(note("pre 1"))
+    optimizer.register_step_post_hook(note("post 1"))
+    aadl.accelerate(optimizer, **ALWAYS)
+    optimizer.register_step_pre_hook(note("pre 2"))
+    optimizer.register_step_post_hook(note("post 2"))
+    moved = 0
+    for _ in range(12):
+        accepted = statistics(optimizer)["accepted"]
+        train(model, optimizer, 1)
+        was_accepted = statistics(optimizer)["accepted"] > accepted
+        moved += was_accepted
+        assert torch.equal(values["post 1"], values["post 2"]) != was_accepted
+        assert torch.equal(values["post 2"], model[0].weight)
+    assert calls == ["pre 1", "pre 2", "post 1", "post 2"] * 12
+    assert moved > 2
+    aadl.remove_acceleration(optimizer)
+    train(model, optimizer, 1)
+    assert calls[-4:] == ["pre 1", "pre 2", "post 1", "post 2"]
+
+
+SCHEDULERS = {
+    "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.5),
+    "CosineAnnealingLR": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30),
+    "LambdaLR from zero": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1, t / 5)),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=31),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_schedulers_built_before_and_after(make):
+    runs = []
+    for order in ("plain", "before", "after"):
+        model = network()
+        optimizer = sgd(model, momentum=0.9)
+        if order == "after":
+            aadl.accelerate(optimizer, **RESIDUAL)
+        scheduler = make(optimizer)
+        if order == "before":
+            aadl.accelerate(optimizer, **RESIDUAL)
+        rates = []
+
+        def after(step, rates=rates, scheduler=scheduler):
+            rates.append(scheduler.get_last_lr())
+            scheduler.step()
+
+        losses = train(model, optimizer, 30, after=after)
+        runs.append((rates, scheduler.last_epoch, losses, snapshot(model, optimizer)["model"]))
+    plain, before, after_ = runs
+    assert before[:2] == after_[:2] == plain[:2]
+    assert identical(before[2:], after_[2:])
+    assert statistics(optimizer)["steps"] == sum(rate != [0.0] for rate in plain[0])
+    assert before[2][-1] < before[2][0]
+
+
+def test_a_learning_rate_change_rescales_or_resets_and_pairs_stay_true():
+    """Within the band the columns are those of the present rate; beyond it the history starts anew."""
+    model = network()
+    optimizer = sgd(model)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **EAGER | {"frequency": 1000})
+    train(model, optimizer, 8)
+    optimizer.param_groups[0]["lr"] *= 1.1
+    train(model, optimizer, 1)
+    residuals = [g - x for x, g in pairs.pairs[-2:]]
+    assert torch.allclose(stored_columns(aadl.accelerator_of(optimizer))[0][-1], residuals[1] - 1.1 * residuals[0])
+    assert statistics(optimizer)["resets"] == {}
+    optimizer.param_groups[0]["lr"] *= 2
+    train(model, optimizer, 3)
+    assert statistics(optimizer)["resets"] == {"learning_rate": 1}
+    assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(2))
+
+
+def test_rates_of_groups_that_do_not_train_are_of_no_matter():
+    model, frozen = network(), nn.Parameter(torch.zeros(2), requires_grad=False)
+    optimizer = sgd(model)
+    aadl.accelerate(optimizer, **RESIDUAL)
+    train(model, optimizer, 6)
+    optimizer.add_param_group({"params": [frozen], "lr": 1.0})
+    train(model, optimizer, 6)
+    optimizer.param_groups[1]["lr"] = 7.0
+    train(model, optimizer, 6)
+    assert statistics(optimizer)["resets"] == {}
+    assert statistics(optimizer)["accepted"] > 0
+
+
+@pytest.mark.parametrize("arguments", [{}, {"fused": True}], ids=["plain", "fused"])
+def test_steps_that_a_grad_scaler_skips_leave_history_and_counters_alone(arguments):
+    def run(settings):
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02, **arguments)
+        if settings:
+            aadl.accelerate(optimizer, **settings)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        for step in range(30):
+            optimizer.zero_grad()
+            scaler.scale(squared_error(model)).backward()
+            overflow = step in (0, 7, 8, 15, 22)
+            if overflow:
+                next(model.parameters()).grad[0] = math.inf
+            held = before = None
+            if settings:
+                held = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
+                before = snapshot(model, optimizer)["model"]
+            scaler.step(optimizer)
+            scaler.update()
+            if settings and settings["history_depth"]:
+                now = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
+                if overflow and (step or not arguments):  # a fused first step lays out the rows
+                    skipped = held["statistics"].pop("skipped_steps"), now["statistics"].pop("skipped_steps")
+                    assert skipped[1] - skipped[0] == len(arguments)
+                    assert identical(held, now)
+                    assert identical(before, snapshot(model, optimizer)["model"])
+                assert identical(held, now) == (overflow and (step > 0 or not arguments))
+        return snapshot(model, optimizer), optimizer
+
+    plain, _ = run({})
+    idle, _ = run(ALWAYS | {"history_depth": 0})
+    accelerated, optimizer = run(ALWAYS)
+    assert identical(plain, idle)
+    assert not identical(plain, accelerated)
+    assert statistics(optimizer)["steps"] == 25
+    assert statistics(optimizer)["accepted"] > 5
+
+
+@pytest.mark.parametrize("settings", [RESIDUAL, RESIDUAL | {"safeguard": "loss"}], ids=["residual", "loss"])
+def test_a_compiled_model_is_compiled_once(settings):
+    """Neither hooks nor trial evaluations make it compile again, and the run is that of the plain model."""
+    ends, counters = [], []
+    for compiled, accelerated in ((True, False), (True, True), (False, True)):
+        torch._dynamo.reset()
+        counters.append(CompileCounter())
+        model = network(nn.BatchNorm1d(6))
+        used = torch.compile(model, backend=counters[-1]) if compiled else model
+        optimizer = sgd(model, momentum=0.9)
+        if accelerated:
+            aadl.accelerate(optimizer, **settings)
+        train(used, optimizer, 30, with_closure=True)
+        ends.append(snapshot(model, optimizer))
+    assert statistics(optimizer)["accepted"] > 0
+    assert counters[0].frame_count == counters[1].frame_count > 0
+    assert identical(ends[1], ends[2])
+    assert not identical(ends[0], ends[1])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_step_accelerates_and_is_not_compiled_again_and_again():
+    ends, counters = [], []
+    for compiled, accelerated in ((True, False), (True, True), (False, True)):
+        torch._dynamo.reset()
+        counters.append(CompileCounter())
+        model = network()
+        optimizer = sgd(model, momentum=0.9, foreach=True)
+        if accelerated:
+            aadl.accelerate(optimizer, **RESIDUAL)
+        closure = closure_of(model, optimizer)
+
+        def step(optimizer=optimizer):
+            optimizer.step()
+
+        step = torch.compile(step, backend=counters[-1]) if compiled else step
+        for _ in range(30):
+            closure()
+            step()
+        ends.append(snapshot(model, optimizer))
+    assert identical(ends[1], ends[2])
+    assert not identical(ends[0], ends[1])
+    assert counters[1].frame_count <= 2 * counters[0].frame_count + 2
+
+
+@pytest.mark.slow
+def test_a_model_compiled_by_inductor():
+    torch._dynamo.reset()
+    model = network(nn.BatchNorm1d(6))
+    optimizer = aadl.accelerate(sgd(model, momentum=0.9), **RESIDUAL | {"safeguard": "loss"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler
+        losses = train(torch.compile(model), optimizer, 30, with_closure=True)
+    assert statistics(optimizer)["accepted"] > 0
+    assert losses[-1] < losses[0]
+
+
+def test_host_tensors_are_made_on_the_host_whatever_the_default_device():
+    """As after torch.set_default_device("cuda"); the base optimizer makes no tensors here."""
+    ends = []
+    for device in ("cpu", "meta"):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model, 0.01, momentum=0.9), **RESIDUAL | {"average": "always"})
+        closure = closure_of(model, optimizer)
+        for _ in range(40):
+            closure()
+            with torch.device(device):
+                optimizer.step()
+        ends.append(snapshot(model, optimizer))
+    assert statistics(optimizer)["accepted"] > 0
+    assert identical(*ends)
+
+
+# ---- what the published package breaks on --------------------------------------------------------------------------
+
+
+def descend(parameters, optimizer, steps, gradient=lambda x: x, after=lambda step: None):
+    """Steps with gradients gradient(x) of each parameter; for x itself the solution is 0."""
+    for step in range(1, steps + 1):
+        for x in parameters:
+            x.grad = gradient(x.detach()).clone()
+        optimizer.step()
+        after(step)
+
+
+def scaled(values, dtype=torch.float32):
+    """A parameter of ones and the gradient of sum(values x^2) / 2."""
+    values = torch.tensor(values, dtype=dtype)
+    return nn.Parameter(torch.ones_like(values)), lambda x: values * x
+
+
+SAFEGUARDS = [True, False, "residual"]
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+@pytest.mark.parametrize("average", [False, True, "always"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_training_on_after_exact_convergence(safeguard, average, momentum):
+    x, gradient = scaled([1.0, 0.5, 0.25])
+    optimizer = torch.optim.SGD([x], lr=1.0, momentum=momentum)
+    aadl.accelerate(optimizer, **EAGER | {"safeguard": safeguard, "average": average})
+    descend([x], optimizer, 400, gradient)
+    with torch.no_grad():
+        x.zero_()
+        for entry in optimizer.state.values():
+            if entry.get("momentum_buffer") is not None:
+                entry["momentum_buffer"].zero_()
+    aadl.reset_history(optimizer)
+    descend([x], optimizer, 60, gradient)
+    assert x.tolist() == [0, 0, 0]
+    rejected = statistics(optimizer)["rejected"].get("rank", 0)
+    assert rejected > 0 or average == "always"  # a mean of equal iterates is no trouble
+    assert_counts_add_up(optimizer)
+    descend([x], optimizer, 30, lambda x: gradient(x - 2))  # and off again
+    assert torch.isfinite(x).all()
+    assert (x - 2).norm() < 1
+
+
+def test_learning_rate_zero_is_no_step():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **EAGER | {"frequency": 1000})
+    before = snapshot(model, optimizer)["model"]
+    train(model, optimizer, 5)
+    assert statistics(optimizer)["steps"] == 0
+    assert identical(before, snapshot(model, optimizer)["model"])
+    optimizer.param_groups[0]["lr"] = 0.02
+    start = [entry["exp_avg"].clone() for entry in optimizer.state.values()]
+    train(model, optimizer, 1)
+    history = aadl.accelerator_of(optimizer)._history
+    end = [entry["exp_avg"] for entry in optimizer.state.values()]
+    moved = torch.cat([(b - a).reshape(-1) for a, b in zip(start, end, strict=True)])
+    assert torch.equal(history.blocks[1].residual, moved)  # momentum had been gathered at rate 0
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 0.02
+    train(model, optimizer, 3)
+    del pairs.pairs[-4], pairs.starts[-4]
+    assert statistics(optimizer)["steps"] == 6
+    assert statistics(optimizer)["resets"] == {}
+    assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(4))
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+def test_constant_gradients_leave_the_plain_run(safeguard):
+    outcomes = []
+    for accelerated in (False, True):
+        x = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=0.125)
+        if accelerated:
+            aadl.accelerate(optimizer, **EAGER | {"safeguard": safeguard})
+        descend([x], optimizer, 50, lambda x: torch.arange(5.0, dtype=x.dtype) - 2)
+        outcomes.append(x.detach())
+    assert identical(*outcomes)
+    assert statistics(optimizer)["attempts"] == statistics(optimizer)["rejected"]["rank"] > 10
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fewer_parameters_than_columns(size):
+    x, gradient = scaled([0.01, 1.0][:size], torch.float64)
+    optimizer = torch.optim.SGD([x], lr=0.5)
+    aadl.accelerate(optimizer, **ALWAYS | {"history_depth": 10})
+    descend([x], optimizer, 30, gradient)
+    assert torch.isfinite(x).all()
+    assert x.abs().max() < 1e-6  # 0.995^30 = 0.86 without acceleration
+    assert statistics(optimizer)["numerical_rank"] <= size
+    assert_counts_add_up(optimizer)
+
+
+def test_frozen_parameters_and_those_without_gradient_keep_their_bits():
+    frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+    idle = nn.Parameter(torch.randn(4))
+    x, gradient = scaled([0.1, 1.0, 0.5])
+    kept = frozen.clone(), idle.detach().clone()
+    optimizer = torch.optim.Adam([{"params": [frozen, x]}, {"params": [idle], "weight_decay": 0.1}], lr=0.05)
+    aadl.accelerate(optimizer, **ALWAYS)
+    descend([x], optimizer, 40, gradient)
+    assert statistics(optimizer)["accepted"] > 10
+    assert identical((frozen.detach(), idle.detach()), (kept[0].detach(), kept[1]))
+    assert aadl.accelerator_of(optimizer)._history.blocks[0].row.numel == 7
+    descend([x, idle], optimizer, 5, lambda x: x)
+    assert not identical(idle.detach(), kept[1])
+
+
+def test_groups_may_come_and_parameters_freeze_and_thaw():
+    x, gradient = scaled([0.1, 1.0, 0.5])
+    y = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([x], lr=0.2, momentum=0.5)
+    aadl.accelerate(optimizer, **ALWAYS)
+    accelerator = aadl.accelerator_of(optimizer)
+
+    def go(parameters, expected_resets, numel):
+        accepted = accelerator.statistics["accepted"]
+        descend(parameters, optimizer, 9, gradient)
+        assert accelerator.statistics["resets"].get("parameters_changed", 0) == expected_resets
+        assert sum(block.row.numel for block in accelerator._history.blocks if block.kind == "parameters") == numel
+        assert accelerator.statistics["accepted"] > accepted or numel == 0
+
+    go([x], 0, 3)
+    optimizer.add_param_group({"params": [y]})
+    go([x, y], 1, 6)
+    x.requires_grad_(False)
+    x.grad, kept = None, x.detach().clone()
+    go([y], 2, 3)
+    assert torch.equal(x, kept)
+    y.requires_grad_(False)
+    y.grad = None
+    go([], 3, 0)
+    x.requires_grad_(True)
+    go([x], 4, 3)
+    assert not torch.equal(x, kept)
+    assert_counts_add_up(optimizer)
+
+
+def test_a_group_added_within_a_macro_step():
+    x, gradient = scaled([0.1, 1.0, 0.5])
+    y = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([x], lr=0.2)
+    aadl.accelerate(optimizer, **ALWAYS | {"store_each_nth": 4, "frequency": 4})
+    descend([x], optimizer, 18, gradient)
+    optimizer.add_param_group({"params": [y], "lr": 0.1})
+    descend([x, y], optimizer, 40, gradient)
+    assert statistics(optimizer)["macro_steps"] == 14
+    assert statistics(optimizer)["resets"] == {"parameters_changed": 1}
+    assert torch.isfinite(torch.cat([x, y])).all()
+
+
+@pytest.mark.parametrize(
+    ("store_each_nth", "frequency", "wait", "expected"),
+    [
+        (1, 1, 0, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (1, 5, 0, [5, 10]),
+        (2, 5, 0, [6, 12]),
+        (3, 4, 0, [6, 12]),
+        (3, 2, 0, [6, 9, 12]),
+        (2, 2, 7, [8, 10, 12]),
+        (2, 2, 8, [10, 12]),
+        (1, 3, 6, [9, 12]),
+        (4, 1, 100, []),
+    ],
+)
+def test_stores_and_accelerations_stay_in_phase(store_each_nth, frequency, wait, expected):
+    x, gradient = scaled([0.1, 1.0, 0.5, 0.3])
+    optimizer = torch.optim.SGD([x], lr=0.2)
+    aadl.accelerate(optimizer, "anderson", 1.0, wait, 3, store_each_nth, frequency, 1e-8, False, safeguard=False)
+    attempts, stored = [], []
+
+    def after(step):
+        if statistics(optimizer)["attempts"] > len(attempts):
+            attempts.append(step)
+        stored.append(statistics(optimizer)["macro_steps"])
+
+    descend([x], optimizer, 12, gradient, after)
+    assert attempts == expected
+    assert stored == [step // store_each_nth for step in range(1, 13)]
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+@pytest.mark.parametrize("kind", ["anderson", "identity"])
+def test_averaging_needs_no_closure(kind, safeguard):
+    model, plain_model = network(), network()
+    optimizer = sgd(model)
+    aadl.accelerate(optimizer, kind, **EAGER | {"safeguard": safeguard, "average": "always"})
+    losses = train(model, optimizer, 30)
+    assert statistics(optimizer)["accepted"] > 0
+    assert statistics(optimizer)["averaging"] is True
+    assert losses[-1] < losses[0] or not safeguard  # a mean over half the window at every second step goes nowhere
+    train(plain_model, sgd(plain_model), 30)
+    assert not identical(model.state_dict(), plain_model.state_dict())
+    assert_counts_add_up(optimizer)
+
+
+def test_attempts_of_the_moving_average_that_was_not_needed_are_counted():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), "identity", **EAGER | {"average": True, "average_tolerance": 1e9})
+    train(model, optimizer, 20)
+    assert statistics(optimizer)["rejected"] == {"averaging_off": statistics(optimizer)["attempts"]}
+    assert statistics(optimizer)["attempts"] > 5
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+    "sliced": lambda x: torch.cat([x, x], 1)[:, :3],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_memory_layouts_do_not_matter(layout, kind):
+    values = torch.rand(2, 3, 4, 5, dtype=torch.float64) + 0.01
+    ends = []
+    for change in (lambda x: x, layout):
+        x = nn.Parameter(change(torch.ones(2, 3, 4, 5, dtype=torch.float64)))
+        optimizer = getattr(torch.optim, kind)([x, nn.Parameter(torch.ones(3, dtype=torch.float64))], lr=0.1)
+        aadl.accelerate(optimizer, **ALWAYS)
+        strides = x.stride()
+        descend([x], optimizer, 25, lambda x: values * x)
+        assert x.stride() == strides
+        ends.append(x.detach().clone())
+    assert not x.is_contiguous()
+    assert statistics(optimizer)["accepted"] > 5
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+    plain = nn.Parameter(torch.ones(2, 3, 4, 5, dtype=torch.float64))
+    descend([plain], getattr(torch.optim, kind)([plain], lr=0.1), 25, lambda x: values * x)
+    assert not torch.allclose(plain, ends[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_complex_parameters_are_pairs_of_real_ones(momentum):
+    values = torch.tensor([0.1, 1.0, 0.5, 0.3], dtype=torch.float64)
+    z = nn.Parameter(torch.complex(torch.ones(4), torch.arange(4.0)).to(torch.complex128))
+    x = nn.Parameter(torch.view_as_real(z.detach()).clone())
+    ends = []
+    for parameter, weights in ((z, values), (x, values[:, None])):
+        optimizer = torch.optim.SGD([parameter], lr=0.3, momentum=momentum)
+        aadl.accelerate(optimizer, **ALWAYS)
+        descend([parameter], optimizer, 7, lambda p, weights=weights: weights * p)
+        ends.append(parameter.detach())
+    assert statistics(optimizer)["accepted"] == 2
+    torch.testing.assert_close(torch.view_as_real(ends[0]), ends[1], rtol=1e-9, atol=1e-12)
+    descend([x], torch.optim.SGD([x], lr=0.3, momentum=momentum), 1, lambda p: 0.01 * p)
+    assert not torch.allclose(torch.view_as_real(ends[0]), ends[1], rtol=1e-3, atol=0)
+
+
+def test_parameters_of_mixed_dtypes_share_one_problem():
+    values = torch.logspace(-2, 0, 8, dtype=torch.float64)
+    ends = []
+    for dtypes in ([torch.float64] * 2, [torch.float32, torch.float64]):
+        parts = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in dtypes]
+        weights = dict(zip(parts, values.split(4), strict=True))
+        optimizer = torch.optim.SGD(parts, lr=0.5)
+        aadl.accelerate(optimizer, **ALWAYS)
+        for _ in range(10):
+            for part, weight in weights.items():
+                part.grad = weight.to(part.dtype) * part.detach()
+            optimizer.step()
+        assert [part.dtype for part in parts] == dtypes
+        ends.append(torch.cat([part.detach().double() for part in parts]))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+    assert ends[0][:2].max() < 0.5 < (1 - 0.5 * values[:2]).pow(10).min()  # what plain steps leave
+    assert len(aadl.accelerator_of(optimizer)._history.blocks) == 2
+    assert statistics(optimizer)["accepted"] == 4
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [1, 5, 6, 7])
+def test_gradients_that_are_not_finite_raise_nothing(safeguard, value, step):
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **EAGER | {"safeguard": safeguard})
+    closure = closure_of(model, optimizer)
+    good = snapshot(model, optimizer)["model"]
+    for count in range(1, 20):
+        closure()
+        if count == step:
+            for p in model.parameters():
+                p.grad.fill_(value)
+        optimizer.step()
+    assert_counts_add_up(optimizer)
+    optimizer.load_state_dict(torch.optim.Adam(model.parameters(), lr=0.02).state_dict())
+    model.load_state_dict(good)
+    losses = train(model, optimizer, 40)
+    assert losses[-1] < losses[0]
+    assert statistics(optimizer)["accepted"] > 0
+
+
+def test_a_run_that_turned_into_nans_recovers_with_restored_weights():
+    """The NaN columns are still in the window, and must not reach the restored weights."""
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS)
+    train(model, optimizer, 9)
+    good = snapshot(model, optimizer)["model"]
+    model[0].weight.grad[0, 0] = math.nan
+    optimizer.step()
+    model.load_state_dict(good)
+    for _ in range(30):
+        train(model, optimizer, 1)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert statistics(optimizer)["accepted"] > 5
+
+
+# ---- pairs stay true -----------------------------------------------------------------------------------------------
+
+
+def clip(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.4, 0.4)
+
+
+def exchange(model):
+    for p in model.parameters():
+        p.data = 0.9 * p.data
+
+
+def overwrite(model):
+    model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [clip, exchange, overwrite])
+@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
+def test_pairs_stay_true_where_the_user_changes_parameters(change, settings):
+    model = network()
+    optimizer = sgd(model)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **settings)
+    changed = 0
+    for step in range(30):
+        reverted = statistics(optimizer)["reverted"]
+        train(model, optimizer, 1)
+        if statistics(optimizer)["reverted"] > reverted:
+            pairs.pairs.pop()
+        held = len(aadl.accelerator_of(optimizer)._history.columns)
+        if held:
+            assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held)), step
+        if step % 3 == 1:
+            before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+            change(model)
+            changed += not torch.equal(before, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert changed > 5
+    assert statistics(optimizer)["accepted"] > 0
+
+
+@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
+@pytest.mark.parametrize("average", [False, "always"])
+def test_pairs_stay_true_after_accepting_rejecting_and_reverting(settings, average):
+    model = network()
+    optimizer = sgd(model, 0.01, momentum=0.9)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **settings | {"average": average})
+    for step in range(60):
+        reverted = statistics(optimizer)["reverted"]
+        train(model, optimizer, 1)
+        if statistics(optimizer)["reverted"] > reverted:
+            pairs.pairs.pop()
+        held = len(aadl.accelerator_of(optimizer)._history.columns)
+        if held:
+            assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held)), step
+    assert statistics(optimizer)["accepted"] > 3
+
+
+def test_reset_abandons_the_running_macro_step():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": 3, "frequency": 300})
+    accelerator = aadl.accelerator_of(optimizer)
+    train(model, optimizer, 10)
+    assert len(accelerator._history.columns) == 2
+    overwrite(model)
+    aadl.reset_history(optimizer)
+    assert accelerator.statistics["resets"] == {"user": 1}
+    assert accelerator.statistics["steps"] == 10
+    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    train(model, optimizer, 2)
+    assert not accelerator._history.has_pair
+    train(model, optimizer, 1)
+    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert torch.equal(accelerator._history.blocks[0].residual, end - start)
+    assert accelerator._history.columns == []
+
+
+def test_averaging_is_reported_and_switched_by_its_tolerance():
+    def run(tolerance):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **EAGER | {"average": True, "average_tolerance": tolerance})
+        train(model, optimizer, 20)
+        return statistics(optimizer)
+
+    assert run(1e-9)["averaging"] is True
+    assert run(1e9)["averaging"] is False
+    assert 0 < run(1e9)["relative_standard_deviation"] < 1
+
+
+def test_counts_survive_a_plain_value_round_trip():
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **EAGER)
+    train(model, optimizer, 30, with_closure=True)
+    file = io.BytesIO()
+    torch.save(statistics(optimizer), file)
+    file.seek(0)
+    assert identical(torch.load(file, weights_only=True), statistics(optimizer))
+    assert_counts_add_up(optimizer)
+    counts = statistics(optimizer)
+    assert counts["steps"] == counts["macro_steps"] == 30
+    assert counts["closure_evaluations"] == 2 * (counts["accepted"] + counts["rejected"].get("loss", 0))
+    assert set(counts["rejected"]) <= {"backward", "loss", "rank", "coefficients", "non_finite", "averaging_off"}

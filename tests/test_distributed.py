@@ -1,0 +1,75 @@
+"""Replicas of DistributedDataParallel decide together and stay bit-identical, whatever their local losses say."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from small_runs import EAGER, INPUTS, TARGETS, network
+from torch.nn.parallel import DistributedDataParallel
+
+import aadl
+
+STEPS = 50
+
+
+def train_replica(rank, group, poisoned=False):
+    """Parameters, verdicts of the loss safeguard, and what the local losses alone would have said."""
+    model = network()
+    replica = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1, momentum=0.9)
+    aadl.accelerate(optimizer, **EAGER, safeguard="loss", average=False, process_group=group)
+    rows = slice(8 * rank, 8 * rank + 8)
+    values, verdicts, alone = [], [], []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (replica(INPUTS[rows]) - (-1) ** rank * TARGETS[rows]).square().mean()
+        loss.backward()
+        values.append(loss.item())
+        return loss * math.nan if poisoned and rank == 1 else loss
+
+    for _ in range(STEPS):
+        values.clear()
+        accepted = aadl.accelerator_of(optimizer).statistics["accepted"]
+        optimizer.step(closure)
+        if len(values) == 3:
+            verdicts.append(aadl.accelerator_of(optimizer).statistics["accepted"] > accepted)
+            alone.append(values[2] < values[1])
+    parameters = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return parameters, verdicts, alone
+
+
+def train_replicas(rank, world_size):
+    alone = [dist.new_group([member]) for member in range(world_size)]
+    return {
+        "together": train_replica(rank, None),
+        "whole group": train_replica(rank, dist.group.WORLD),
+        "each alone": train_replica(rank, alone[rank]),
+        "poisoned": train_replica(rank, None, poisoned=True),
+    }
+
+
+@pytest.fixture
+def runs(spawn_ranks):
+    first, second = spawn_ranks(train_replicas, 2)
+    return {name: (first[name], second[name]) for name in first}
+
+
+def test_replicas_judge_together_and_stay_identical(runs):
+    (first, verdicts, first_alone), (second, other_verdicts, second_alone) = runs["together"]
+    assert torch.equal(first, second)
+    assert verdicts == other_verdicts
+    assert {True, False} <= {*verdicts}
+    assert first_alone != second_alone  # the local losses disagree, so one rank at least was overruled
+
+    assert torch.equal(runs["whole group"][0][0], first)
+
+    (first, verdicts, _), (second, other_verdicts, _) = runs["each alone"]  # what would happen without agreement
+    assert verdicts != other_verdicts
+    assert not torch.equal(first, second)
+
+    (first, verdicts, first_alone), (second, other_verdicts, _) = runs["poisoned"]
+    assert torch.equal(first, second)
+    assert verdicts == other_verdicts == [False] * len(verdicts)
+    assert any(first_alone)  # the rank without NaN would have accepted

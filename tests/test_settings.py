@@ -1,0 +1,171 @@
+"""Arguments of `aadl.accelerate`: each one out of its range is refused by name, value and range."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_runs import network
+
+import aadl
+
+POSITIONAL = [
+    "acceleration_type",
+    "relaxation",
+    "wait_iterations",
+    "history_depth",
+    "store_each_nth",
+    "frequency",
+    "reg_acc",
+    "average",
+]
+NAN, INF = math.nan, math.inf
+COUNTS = {"wait_iterations": 0, "history_depth": 0, "store_each_nth": 1, "frequency": 1, "average_window": 2}
+BAD = {
+    "acceleration_type": ["Anderson", "", None, 1],
+    "relaxation": [0, -0.5, 1.0001, NAN, INF, -INF, True, "1", None, torch.tensor(1.0), np.float32(NAN), 1j],
+    "reg_acc": [-1e-9, NAN, INF, True, "0", None],
+    "average": ["never", 1, 0, "True", NAN, np.True_, []],
+    "safeguard": ["losses", 1, 0, None, np.False_, {}],
+    "average_tolerance": [0, -1, NAN, False, "0.7", None],
+    "state_coupling": ["none", None, True, 2],
+    "history_dtype": [torch.float16, torch.int32, torch.complex64, "float32", np.float32, 32],
+    "shard_history": [True, 1, None, "no"],
+    "process_group": [1, "gloo", object()],
+} | {
+    name: [least - 1, -5, True, False, float(least), NAN, INF, "3", [3], np.float64(least), np.int64(least - 1)]
+    for name, least in COUNTS.items()
+}
+RANGES = {
+    "acceleration_type": "'anderson', 'anderson_normal_equation', 'identity'",
+    "relaxation": "a number in (0, 1]",
+    "reg_acc": "a number >= 0 and finite",
+    "average": "False, True, 'auto', 'always'",
+    "safeguard": "True, False, 'loss', 'residual'",
+    "average_tolerance": "a number > 0",
+    "state_coupling": "'params', 'combine', 'full'",
+    "history_dtype": "None, torch.float32, torch.float64, torch.bfloat16",
+    "shard_history": "False",
+    "process_group": "None or a torch.distributed.ProcessGroup",
+} | {name: f"an integer >= {least}" for name, least in COUNTS.items()}
+GOOD = {
+    "acceleration_type": ["anderson", "anderson_normal_equation", "identity"],
+    "relaxation": [1, 1e-6, 0.5, np.float32(0.5), np.float64(1)],
+    "reg_acc": [0, 0.0, 1e3, np.float32(1e-8)],
+    "average": [False, True, "auto", "always", None],
+    "safeguard": [True, False, "loss", "residual"],
+    "average_tolerance": [1e-9, 5, INF, np.float32(1)],
+    "state_coupling": ["params", "combine", "full"],
+    "history_dtype": [None, torch.float32, torch.float64, torch.bfloat16],
+    "shard_history": [False],
+    "process_group": [None],
+} | {name: [least, least + 7, np.int64(least), np.uint8(least)] for name, least in COUNTS.items()}
+
+
+def cases(table):
+    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in table.items() for value in values]
+
+
+def sgd(**settings):
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    return aadl.accelerate(optimizer, **settings)
+
+
+def test_the_nine_positional_arguments_stand_in_the_published_order():
+    parameters = inspect.signature(aadl.accelerate).parameters
+    kinds = {name: parameter.kind for name, parameter in parameters.items()}
+    positional = [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert positional == ["optimizer", *POSITIONAL]
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    assert aadl.accelerate(optimizer, "anderson", 0.5, 3, 4, 5, 6, 1e-7, "always") is optimizer
+    settings = aadl.accelerator_of(optimizer).settings
+    got = [getattr(settings, "regularization" if name == "reg_acc" else name) for name in POSITIONAL]
+    assert got == ["anderson", 0.5, 3, 4, 5, 6, 1e-7, "always"]
+
+
+def test_every_argument_has_good_and_bad_values_here():
+    names = set(inspect.signature(aadl.accelerate).parameters) - {"optimizer"}
+    assert names == BAD.keys() == RANGES.keys() == GOOD.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), cases(BAD))
+def test_a_bad_value_is_refused_by_name_value_and_range(name, value):
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(ValueError) as caught:
+        aadl.accelerate(optimizer, **{name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name} must be ")
+    assert RANGES[name] in message
+    assert message.endswith(f"got {value!r}")
+    aadl.accelerate(optimizer)  # nothing was attached
+
+
+@pytest.mark.parametrize(("name", "value"), cases(GOOD))
+def test_a_good_value_is_taken_and_kept_as_a_plain_one(name, value):
+    settings = aadl.accelerator_of(sgd(**{name: value})).settings
+    if not isinstance(value, (np.generic, int, float)) or isinstance(value, bool):
+        return
+    kept = getattr(settings, "regularization" if name == "reg_acc" else name)
+    assert kept == value
+    assert type(kept) is (int if name in COUNTS else float)
+
+
+def test_average_is_on_by_default_unless_nothing_is_accelerated():
+    assert aadl.accelerator_of(sgd()).settings.average == "auto"
+    assert aadl.accelerator_of(sgd(average=True)).settings.average == "auto"
+    assert aadl.accelerator_of(sgd(acceleration_type="identity")).settings.average is False
+
+
+@pytest.mark.parametrize(
+    ("store_each_nth", "frequency", "period"), [(1, 1, 1), (1, 7, 7), (10, 20, 2), (10, 5, 1), (4, 10, 3), (3, 9, 3)]
+)
+def test_frequency_is_rounded_up_to_macro_steps(store_each_nth, frequency, period):
+    settings = aadl.accelerator_of(sgd(store_each_nth=store_each_nth, frequency=frequency)).settings
+    assert settings.period == period
+
+
+def test_foreign_objects_are_named():
+    for foreign in (object(), None, network(), torch.optim.SGD):
+        for function in (aadl.accelerate, aadl.accelerator_of, aadl.remove_acceleration, aadl.reset_history):
+            with pytest.raises(ValueError, match=rf"torch\.optim\.Optimizer, got {type(foreign).__name__}"):
+                function(foreign)
+
+
+def test_an_optimizer_is_accelerated_once():
+    optimizer = sgd()
+    accelerator = aadl.accelerator_of(optimizer)
+    with pytest.raises(ValueError, match="accelerated already"):
+        aadl.accelerate(optimizer)
+    aadl.remove_acceleration(optimizer)
+    assert repr(accelerator) == "AndersonAccelerator(removed)"
+    for function in (aadl.accelerator_of, aadl.remove_acceleration, aadl.reset_history):
+        with pytest.raises(ValueError, match="SGD is not accelerated"):
+            function(optimizer)
+    aadl.accelerate(optimizer)
+
+
+def test_an_optimizer_without_trainable_parameters_is_refused():
+    frozen = torch.optim.SGD(network().requires_grad_(False).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="SGD has no parameter that requires a gradient"):
+        aadl.accelerate(frozen)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (torch.zeros(2, dtype=torch.float16), "torch.float16"),
+        (torch.zeros(2, dtype=torch.bfloat16), "torch.bfloat16"),
+        (torch.zeros(2, device="meta"), "meta"),
+        (torch.zeros(2).to_sparse(), "torch.sparse_coo"),
+    ],
+)
+def test_parameters_that_cannot_be_extrapolated_are_refused(parameter, message):
+    parameter = torch.nn.Parameter(parameter)
+    with pytest.raises(ValueError, match=rf"parameter of shape \(2,\).*{message}"):
+        aadl.accelerate(torch.optim.SGD([parameter], lr=0.1))
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.add_param_group({"params": [parameter]})
+    with pytest.raises(ValueError, match=rf"parameter of shape \(2,\).*{message}"):
+        optimizer.step()
