@@ -75,10 +75,10 @@ def accelerate(
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps,
-        macro_steps, attempts, accepted, rejected (by cause: backward, loss, rank, coefficients, non_finite), reverted,
-        suspensions and suspended (attempts that fell into a pause), closure_evaluations, resets (by cause), and of
-        the last attempt: gain ||r|| / ||f||, trust_ratio ||f_{k+1}|| / ||r||, condition_number, numerical_rank,
-        coefficient_norm, relative_standard_deviation, averaging.
+        macro_steps, attempts, accepted, rejected (by cause: backward, loss, rank, coefficients, non_finite,
+        averaging_off), reverted, suspensions and suspended (attempts that fell into a pause), closure_evaluations,
+        resets (by cause), and of the last attempt: gain ||r|| / ||f||, trust_ratio ||f_{k+1}|| / ||r||,
+        condition_number, numerical_rank, coefficient_norm, relative_standard_deviation, averaging.
 
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,

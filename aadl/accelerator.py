@@ -326,7 +326,7 @@ class AndersonAccelerator:
         statistics, settings = self.statistics, self.settings
         statistics["attempts"] += 1
         parts = history.gram()
-        if not all(math.isfinite(part.square) for part in parts.values()):
+        if not all(math.isfinite(part.square + float(part.matrix.sum())) for part in parts.values()):
             self._reject("non_finite")
             self._reset("non_finite")
             return False
@@ -567,7 +567,7 @@ def _outline(state: Any) -> str:
     """What a wrong state is, in a few words."""
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
-    return f"version {state['version']!r}" if "version" in state else f"a dict with keys {list(state)[:8]}"
+    return f"version {state.get('version')!r} with keys {list(state)}"
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

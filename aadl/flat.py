@@ -116,7 +116,8 @@ def _real(tensor: Tensor) -> Tensor:
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """Dimensions by falling stride, or None where that is the order they have (the pair of a complex stays last)."""
     real = _real(tensor.detach())
-    order = tuple(sorted(range(real.dim()), key=lambda d: -real.stride(d)))
+    strides = real.stride()
+    order = tuple(sorted(range(real.dim()), key=lambda d: -strides[d]))
     return None if order == tuple(range(real.dim())) or real.is_contiguous() else order
 
 

@@ -12,10 +12,10 @@ EAGER = {"wait_iterations": 2, "history_depth": 4, "store_each_nth": 1, "frequen
 """Settings that attempt an acceleration at every second step."""
 
 
-def network(*more, bias=True, inputs=3):
+def network(*more, bias=True):
     """A tanh network that is the same at every call."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(inputs, 6, bias=bias), *more, nn.Tanh(), nn.Linear(6, 1, bias=bias))
+    return nn.Sequential(nn.Linear(3, 6, bias=bias), *more, nn.Tanh(), nn.Linear(6, 1, bias=bias))
 
 
 def squared_error(model):

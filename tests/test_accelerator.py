@@ -673,11 +673,12 @@ def test_gradients_that_are_not_finite_raise_nothing(safeguard, value, step):
     assert statistics(optimizer)["accepted"] > 0
 
 
-def test_a_run_that_turned_into_nans_recovers_with_restored_weights():
-    """The NaN columns are still in the window, and must not reach the restored weights."""
+@pytest.mark.parametrize("steps", [9, 10])
+def test_a_run_that_turned_into_nans_recovers_with_restored_weights(steps):
+    """Columns with NaN may still be in the window; with coefficient 0 or not, they must not reach the weights."""
     model = network()
     optimizer = aadl.accelerate(sgd(model), **ALWAYS)
-    train(model, optimizer, 9)
+    train(model, optimizer, steps)
     good = snapshot(model, optimizer)["model"]
     model[0].weight.grad[0, 0] = math.nan
     optimizer.step()
@@ -686,6 +687,26 @@ def test_a_run_that_turned_into_nans_recovers_with_restored_weights():
         train(model, optimizer, 1)
         assert all(torch.isfinite(p).all() for p in model.parameters())
     assert statistics(optimizer)["accepted"] > 5
+
+
+def test_lbfgs_starts_anew_from_an_accepted_candidate():
+    """Its next direction is the gradient there: curvature pairs would span two points without a step between them."""
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=1)
+    aadl.accelerate(optimizer, **ALWAYS)
+    along_gradient, after_accepted = [], []
+    for _ in range(30):
+        accepted = statistics(optimizer)["accepted"]
+        before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        optimizer.step(closure_of(model, optimizer))
+        moved = torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - before
+        gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        length = 0.3 * min(1.0, 1.0 / float(gradient.abs().sum()))
+        along_gradient.append(torch.allclose(moved, -length * gradient, atol=1e-7))
+        after_accepted.append(statistics(optimizer)["accepted"] > accepted)
+    for number in range(1, 30):  # an accepted step itself moves elsewhere
+        assert after_accepted[number] or along_gradient[number] == after_accepted[number - 1], number
+    assert 3 < sum(after_accepted) < 20
 
 
 # ---- pairs stay true -----------------------------------------------------------------------------------------------

@@ -162,9 +162,9 @@ def test_every_part_of_the_state_matters(lost):
     assert differs
 
 
-def accelerated(settings=EAGER, inputs=3, steps=12, kind=torch.optim.Adam):
+def accelerated(settings=EAGER, steps=12):
     model = network()
-    optimizer = aadl.accelerate(kind(model.parameters(), lr=0.02), **settings)
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **settings)
     train(model, optimizer, steps)
     return model, optimizer
 
@@ -240,9 +240,9 @@ def other_memory_format(state):
 
 MISMATCHES = {
     "no dict": (lambda state: [1], "got a list"),
-    "empty": (lambda state: {}, "got a dict with keys"),
-    "another version": (lambda state: state | {"version": 0}, "got version 0"),
-    "something missing": (lambda state: {k: v for k, v in state.items() if k != "pause"}, "got version 1"),
+    "empty": (lambda state: {}, "got version None with keys []"),
+    "another version": (lambda state: state | {"version": 0}, "got version 0 with keys"),
+    "something missing": (lambda state: {k: v for k, v in state.items() if k != "pause"}, "got version 1 with keys"),
     "depth": (lambda state: state | {"map": state["map"] | {"history_depth": 9}}, "history_depth=9, this one history_"),
     "macro-step": (lambda state: state | {"map": state["map"] | {"store_each_nth": 3}}, "store_each_nth=3"),
     "coupling": (lambda state: state | {"map": state["map"] | {"state_coupling": "params"}}, "state_coupling='params'"),
