@@ -62,8 +62,8 @@ def accelerate(
             pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
             residual doubles. "loss": these, and the loss of the closure given to `step` must fall (two evaluations
             without a trace). True: "loss" where `step` gets a closure, else "residual". False: all of them.
-        average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: equal updates, 1: independent).
-        average_window: >= 2 pairs to average; None for half of those at hand.
+        average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
+        average_window: >= 2 pairs to average; None for 3.
         state_coupling: what is extrapolated. "params": parameters; "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
         history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.

@@ -21,15 +21,24 @@ from torch.optim import Optimizer
 from aadl import mixing, safeguard, smoothing
 from aadl.history import Block, Column, History, Tensors, make_block
 from aadl.mixing import Gram, Mixing, host_tensor
+from aadl.parameters import (
+    all_parameters,
+    by_dtype_and_device,
+    closure_of,
+    fingerprint,
+    forget_curvature,
+    is_dry_step,
+    maximizes,
+    momentum_of,
+    same_tensors,
+    trainable_parameters,
+)
 from aadl.settings import Settings
 
 VERSION = 1
 """Of the layout of `AndersonAccelerator.state_dict()`."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
-MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
-"""First-moment buffers of torch.optim; second moments are never extrapolated, they must stay positive."""
-DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 COUNTERS = (
     "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
     "closure_evaluations",
@@ -58,6 +67,7 @@ class AndersonAccelerator:
     _averaging: bool
     _progress: dict[str, Any]
     _pause: safeguard.Pause
+    _refusals: safeguard.Pause
     _pending: safeguard.Pending | None
     _history: History | None
     _parameters: list[Tensor]
@@ -68,7 +78,7 @@ class AndersonAccelerator:
         self.settings = settings
         self.process_group = process_group
         self._optimizer = weakref.ref(optimizer)
-        if not _trainable(optimizer):
+        if not trainable_parameters(optimizer):
             raise ValueError(f"this {type(optimizer).__name__} has no parameter that requires a gradient")
         self._start_anew()
         self._handles = [
@@ -115,7 +125,8 @@ class AndersonAccelerator:
             "map": self.settings.map_description(),
             "statistics": copy.deepcopy(self.statistics),
             "progress": dict(self._progress),
-            "pause": [self._pause.length, self._pause.until],
+            "pause": vars(self._pause) | {},
+            "refusals": vars(self._refusals) | {},
             "pending": None if self._pending is None else vars(self._pending) | {},
             "averaging": self._averaging,
             "history": None if self._history is None else self._history.state_dict(),
@@ -140,7 +151,7 @@ class AndersonAccelerator:
                 raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
         if state["history"] is None:
             return None
-        groups = _by_dtype_and_device(_trainable(self.optimizer))
+        groups = by_dtype_and_device(trainable_parameters(self.optimizer))
         history = self._new_history(groups)
         if any(block["kind"] == "momentum" for block in state["history"]["blocks"]):
             history.blocks += self._momentum_blocks(groups)
@@ -150,12 +161,13 @@ class AndersonAccelerator:
     def _take_over(self, state: dict[str, Any], history: History | None) -> None:
         """Continue from a saved state and its restored history."""
         self._history = history
-        self._parameters = _trainable(self.optimizer) if history else []
-        self._block_parameters = _by_dtype_and_device(self._parameters)
+        self._parameters = trainable_parameters(self.optimizer) if history else []
+        self._block_parameters = by_dtype_and_device(self._parameters)
         self._fingerprint = []
         self.statistics = copy.deepcopy(state["statistics"])
         self._progress = dict(state["progress"])
-        self._pause = safeguard.Pause(*state["pause"])
+        self._pause = safeguard.Pause(**state["pause"])
+        self._refusals = safeguard.Pause(**state["refusals"])
         self._pending = None if state["pending"] is None else safeguard.Pending(**state["pending"])
         self._averaging = bool(state["averaging"])
 
@@ -181,16 +193,16 @@ class AndersonAccelerator:
 
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.settings.idle or _all_zero_rates(optimizer):
+        if self.settings.idle or is_dry_step(optimizer):
             return
-        if self.settings.safeguard == "loss" and _closure(args, kwargs) is None:
+        if self.settings.safeguard == "loss" and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
         if self._progress["in_macro_step"] == 0:
             self._open_macro_step(optimizer)
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if _all_zero_rates(optimizer):
+        if is_dry_step(optimizer):
             return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -204,8 +216,8 @@ class AndersonAccelerator:
             return
         self._progress["in_macro_step"] = 0
         self.statistics["macro_steps"] += 1
-        self._close_macro_step(optimizer, _closure(args, kwargs))
-        self._fingerprint = _fingerprint(self._parameters)
+        self._close_macro_step(optimizer, closure_of(args, kwargs))
+        self._fingerprint = fingerprint(self._parameters)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -230,12 +242,12 @@ class AndersonAccelerator:
     @torch.no_grad()
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
-        parameters = _trainable(optimizer)
-        if self._history is None or not _same(parameters, self._parameters):
+        parameters = trainable_parameters(optimizer)
+        if self._history is None or not same_tensors(parameters, self._parameters):
             if self._history is not None:
                 _count(self.statistics["resets"], "parameters_changed")
             self._lay_out(optimizer, parameters)
-        elif _fingerprint(self._parameters) == self._fingerprint:
+        elif fingerprint(self._parameters) == self._fingerprint:
             return
         assert self._history is not None
         tensors = self._tensors(optimizer)
@@ -258,7 +270,7 @@ class AndersonAccelerator:
         if pending is not None and self._broke_promise(history, tensors, pending):
             history.write_mapped(tensors)
             history.continue_from_mapped()
-            _forget_curvature(optimizer)
+            forget_curvature(optimizer)
             self._progress["disturbed"] = True
             return
         rate = self._progress["learning_rate"]
@@ -267,7 +279,7 @@ class AndersonAccelerator:
         self._progress |= {"disturbed": False, "pair_learning_rate": rate}
         history.continue_from_mapped()
         if self._is_due() and self._attempt(history, tensors, closure):
-            _forget_curvature(optimizer)
+            forget_curvature(optimizer)
             self._progress["disturbed"] = True
 
     def _broke_promise(self, history: History, tensors: list[Tensors], pending: safeguard.Pending) -> bool:
@@ -292,7 +304,7 @@ class AndersonAccelerator:
             return False
         if done % settings.period != 0:
             return False
-        if done < self._pause.until:
+        if done < max(self._pause.until, self._refusals.until):
             self.statistics["suspended"] += 1
             return False
         return True
@@ -331,9 +343,9 @@ class AndersonAccelerator:
             self._reset("non_finite")
             return False
         rate = self._progress["learning_rate"]
-        scales = host_tensor([rate / column.learning_rate for column in history.columns])
-        weights = _weights(parts)
-        gram = _joined(parts, weights, scales)
+        scales = [rate / column.learning_rate for column in history.columns]
+        weights = mixing.balancing_weights(parts)
+        gram = mixing.joined(parts, weights, scales)
         consecutive = [column.consecutive for column in history.columns]
         deviation = smoothing.relative_standard_deviation(gram, consecutive)
         statistics["relative_standard_deviation"] = deviation
@@ -349,15 +361,17 @@ class AndersonAccelerator:
         predicted = mixing.predicted_square(gram, solution.gamma)
         statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
         beta = settings.relaxation
-        scaled = scales * solution.gamma
+        scaled = host_tensor(scales) * solution.gamma
         history.combine(solution.gamma, (scaled - solution.gamma) - (1 - beta) * scaled, 1 - beta)
         checked = settings.safeguard and settings.acceleration_type != "identity"
         if checked and not history.advance(solution.mean) >= 0:
             self._reject("backward")
+            self._refusals.extend(statistics["macro_steps"], settings.period)
             return False
         if not self._takes(history, tensors, closure):
             return False
         history.continue_from_candidate()
+        self._refusals.length = 0
         statistics["accepted"] += 1
         if settings.safeguard:
             noise = smoothing.noise_square(gram, consecutive) if self._averaging else 0.0
@@ -367,8 +381,10 @@ class AndersonAccelerator:
     def _solve(self, gram: Gram, history: History) -> Mixing | None:
         """Coefficients for all columns (zero for those left out), or None after counting why there are none."""
         settings, statistics = self.settings, self.statistics
-        ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
-        used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
+        used = len(history.columns)
+        if settings.safeguard:
+            ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
+            used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
         part = mixing.newest(gram, used)
         cutoff = settings.eigenvalue_cutoff(history.blocks[0].delta_mapped.dtype)
         window = settings.average_window or smoothing.DEFAULT_WINDOW
@@ -385,7 +401,7 @@ class AndersonAccelerator:
         if solution.numerical_rank == 0:
             self._reject("rank")
             return None
-        if not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
+        if settings.safeguard and not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
             self._reject("coefficients")
             return None
         left_out = host_tensor([0.0] * (gram.projection.numel() - used))
@@ -400,9 +416,9 @@ class AndersonAccelerator:
         better = False
         try:
             plain, candidate = safeguard.trial_losses(
-                closure, _parameters(self.optimizer), lambda: history.write_candidate(tensors), self._group()
+                closure, all_parameters(self.optimizer), lambda: history.write_candidate(tensors), self._group()
             )
-            better = candidate > plain if _maximizes(self.optimizer) else candidate < plain
+            better = candidate > plain if maximizes(self.optimizer) else candidate < plain
         finally:  # also where the closure raised
             if not better:
                 history.write_mapped(tensors)
@@ -419,7 +435,7 @@ class AndersonAccelerator:
     def _lay_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
         self._parameters = parameters
-        self._block_parameters = _by_dtype_and_device(parameters)
+        self._block_parameters = by_dtype_and_device(parameters)
         self._history = self._new_history(self._block_parameters)
         self._pending = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
@@ -439,14 +455,14 @@ class AndersonAccelerator:
     def _wants_momentum(self, optimizer: Optimizer) -> bool:
         if self.settings.state_coupling == "params":
             return False
-        return any(_momentum(optimizer.state.get(p), p) is not None for p in self._parameters)
+        return any(momentum_of(optimizer.state.get(p), p) is not None for p in self._parameters)
 
     def _tensors(self, optimizer: Optimizer) -> list[Tensors]:
         """Values of every block: the parameters, and their momentum buffers (None where there is none yet)."""
         assert self._history is not None
         tensors: list[Tensors] = list(self._block_parameters)
         if len(self._history.blocks) > len(self._block_parameters):
-            tensors += [[_momentum(optimizer.state.get(p), p) for p in group] for group in self._block_parameters]
+            tensors += [[momentum_of(optimizer.state.get(p), p) for p in group] for group in self._block_parameters]
         return tensors
 
     def _reject(self, cause: str) -> None:
@@ -464,7 +480,8 @@ class AndersonAccelerator:
         self._averaging = self.settings.average == "always"
         self.statistics |= {"numerical_rank": 0, "averaging": self._averaging, "rejected": {}, "resets": {}}
         self._progress = {"in_macro_step": 0, "disturbed": False, "learning_rate": 1.0, "rates": None}
-        self._pause = safeguard.Pause()
+        self._pause = safeguard.Pause(safeguard.LONGEST_PAUSE)
+        self._refusals = safeguard.Pause(safeguard.LONGEST_REFUSAL)
         self._pending = None
         self._history = None
         self._parameters, self._block_parameters, self._fingerprint = [], [], []
@@ -490,79 +507,6 @@ def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
     return None if reference is None else reference()
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _maximizes(optimizer: Optimizer) -> bool:
-    return all(group.get("maximize", False) for group in optimizer.param_groups)
-
-
-def _trainable(optimizer: Optimizer) -> list[Tensor]:
-    """Parameters that require a gradient, in the order of the groups; refuses what cannot be extrapolated."""
-    parameters = [p for p in _parameters(optimizer) if p.requires_grad]
-    for p in parameters:
-        if p.dtype not in DTYPES:
-            raise ValueError(
-                f"parameter of shape {tuple(p.shape)} has dtype {p.dtype}: its rounding is coarser than the updates "
-                f"that are extrapolated; keep float32 (master) parameters and use autocast"
-            )
-        if p.layout != torch.strided or p.device.type == "meta":
-            raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense ones work")
-    return parameters
-
-
-def _by_dtype_and_device(parameters: list[Tensor]) -> list[list[Tensor]]:
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in parameters:
-        groups.setdefault((p.dtype, p.device), []).append(p)
-    return list(groups.values())
-
-
-def _fingerprint(parameters: list[Tensor]) -> list[tuple[int, int]]:
-    """Changes whenever parameters are written to in place or exchanged, except in place through `p.data`."""
-    return [(p._version, p.data_ptr()) for p in parameters]
-
-
-def _closure(args: Any, kwargs: Any) -> Callable[[], Any] | None:
-    """The closure among the arguments of a step hook, of which the first is the optimizer."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    return closure if callable(closure) else None
-
-
-def _momentum(state: Any, p: Tensor) -> Tensor | None:
-    for key in MOMENTUM_KEYS:
-        buffer = state.get(key) if state else None
-        if isinstance(buffer, Tensor) and buffer.shape == p.shape and buffer.dtype == p.dtype:
-            return buffer
-    return None
-
-
-def _forget_curvature(optimizer: Optimizer) -> None:
-    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point."""
-    for state in optimizer.state.values():
-        if "prev_flat_grad" in state and "n_iter" in state:
-            state["n_iter"] = 0
-
-
-def _joined(parts: dict[str, Gram], weights: dict[str, float], scales: Tensor) -> Gram:
-    """One Gram record: parts weighted, residual columns of the parameters brought to the present learning rate."""
-    matrix, projection, square = host_tensor(0.0), host_tensor(0.0), 0.0
-    for kind, part in parts.items():
-        factor = scales if kind == "parameters" else torch.ones_like(scales)
-        matrix = matrix + weights[kind] * factor.outer(factor) * part.matrix
-        projection = projection + weights[kind] * factor * part.projection
-        square += weights[kind] * part.square
-    return Gram(matrix, projection, square)
-
-
-def _weights(parts: dict[str, Gram]) -> dict[str, float]:
-    """Weights that bring parameters and momentum to equal size: the ratio of the traces of their Gram matrices."""
-    traces = {kind: float(part.matrix.trace()) for kind, part in parts.items()}
-    own = traces["parameters"]
-    return {kind: own / trace if trace > 0 and own > 0 else 1.0 for kind, trace in traces.items()}
-
-
 def _outline(state: Any) -> str:
     """What a wrong state is, in a few words."""
     if not isinstance(state, dict):
@@ -570,15 +514,5 @@ def _outline(state: Any) -> str:
     return f"version {state.get('version')!r} with keys {list(state)}"
 
 
-def _same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
-
-
 def _count(counts: dict[str, int], cause: str) -> None:
     counts[cause] = counts.get(cause, 0) + 1
-
-
-def _all_zero_rates(optimizer: Optimizer) -> bool:
-    """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    return all(rate is not None and not (isinstance(rate, Tensor) and rate.is_cuda) and rate == 0 for rate in rates)

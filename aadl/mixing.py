@@ -43,6 +43,30 @@ class Mixing(NamedTuple):
     """||D gamma|| / ||f_k|| with D = diag(||Df_j||): the coefficients in units of unit columns."""
 
 
+def balancing_weights(parts: dict[str, Gram]) -> dict[str, float]:
+    """Weights that bring parameters and momentum to equal size: the ratio of the traces of their Gram matrices."""
+    traces = {kind: float(part.matrix.trace()) for kind, part in parts.items()}
+    own = traces["parameters"]
+    return {kind: own / trace if trace > 0 and own > 0 else 1.0 for kind, trace in traces.items()}
+
+
+def joined(parts: dict[str, Gram], weights: dict[str, float], scales: list[float]) -> Gram:
+    """One Gram record of all parts, weighted; `scales` multiply the residual columns of the parameters."""
+    total = Gram(host_tensor(0.0), host_tensor(0.0), 0.0)
+    scaled = any(scale != 1 for scale in scales)
+    for kind, part in parts.items():
+        if scaled and kind == "parameters":
+            factor = host_tensor(scales)
+            part = Gram(factor.outer(factor) * part.matrix, factor * part.projection, part.square)
+        weight = weights[kind]
+        total = Gram(
+            total.matrix + weight * part.matrix,
+            total.projection + weight * part.projection,
+            total.square + weight * part.square,
+        )
+    return total
+
+
 def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: float) -> Mixing:
     """Minimize ||f_k - DF gamma||^2 + regularization * ||f-units of gamma||^2 from inner products alone.
 

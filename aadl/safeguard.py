@@ -20,7 +20,9 @@ SUSPEND_ABOVE = 1.2
 REVERT_ABOVE = 2.0
 """Growth of the residual norm over an accelerated step from which the step is taken back."""
 LONGEST_PAUSE = 64
-"""Macro-steps; pauses double up to this."""
+"""Macro-steps; pauses after a broken promise double up to this."""
+LONGEST_REFUSAL = 4
+"""Periods; candidates that keep pointing back are tried this rarely."""
 
 
 @dataclass
@@ -35,15 +37,16 @@ class Pending:
 
 @dataclass
 class Pause:
-    """Back-off after acceleration that did not keep its promise."""
+    """Back-off: pauses double up to `longest` with every failure."""
 
+    longest: int
     length: int = 0
     until: int = 0
 
-    def extend(self, macro_step: int) -> None:
-        """Double the pause, from the present macro-step on."""
-        self.length = min(LONGEST_PAUSE, max(1, 2 * self.length))
-        self.until = macro_step + self.length
+    def extend(self, macro_step: int, unit: int = 1) -> None:
+        """Double the pause, counted in `unit` macro-steps from the present one on."""
+        self.length = min(self.longest, max(1, 2 * self.length))
+        self.until = macro_step + self.length * unit
 
     def shorten(self) -> None:
         """A kept promise halves the next pause."""

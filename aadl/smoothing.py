@@ -15,6 +15,7 @@ S holds T_i - T_{i+1} as columns. The stored pairs stay true pairs, and switchin
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -27,29 +28,31 @@ DEFAULT_WINDOW = 3
 def relative_standard_deviation(gram: Gram, consecutive: list[bool]) -> float:
     """Relative standard deviation between consecutive updates.
 
-    Two updates have mean (f_{j+1} + f_j) / 2 and standard deviation ||f_{j+1} - f_j|| / 2. Pooled over the
-    stored columns j whose second update starts where the first ended,
+    Two updates have mean (f_{j+1} + f_j) / 2 and standard deviation ||f_{j+1} - f_j|| / 2. With the updates scaled to
+    unit length, u = f / ||f||, so that fast convergence is not taken for noise, and pooled over the stored columns j
+    whose second update starts where the first ended,
 
-        s^2 = sum_j ||f_{j+1} - f_j||^2 / sum_j ||f_{j+1} + f_j||^2.
+        s^2 = sum_j ||u_{j+1} - u_j||^2 / sum_j ||u_{j+1} + u_j||^2.
 
-    Equal updates give 0, independent zero-mean updates give 1, updates that alternate in sign give infinity.
+    Parallel updates give 0, independent zero-mean updates give 1, updates that alternate in sign give infinity.
 
     Args:
         gram: inner products of the columns, oldest first.
         consecutive: per column, whether no acceleration or revert lies between its two updates.
 
     Returns:
-        s, or nan when no column qualifies.
+        s, or nan when no column qualifies (none is consecutive, or an update is zero).
     """
     squares, differences = residual_squares(gram), gram.matrix.diagonal().tolist()
-    chosen = [column for column, flag in enumerate(consecutive) if flag]
-    if not chosen:
+    cosines = []
+    for j, (square, following) in enumerate(pairwise(squares)):
+        lengths = 2 * math.sqrt(square * following)
+        if consecutive[j] and lengths > 0:
+            cosines.append(min(1.0, max(-1.0, (square + following - differences[j]) / lengths)))
+    if not cosines:
         return math.nan
-    spread = sum(differences[j] for j in chosen)
-    level = sum(max(2 * (squares[j] + squares[j + 1]) - differences[j], 0.0) for j in chosen)
-    if spread == 0:
-        return 0.0
-    return math.sqrt(spread / level) if level > 0 else math.inf
+    mean = sum(cosines) / len(cosines)
+    return math.sqrt((1 - mean) / (1 + mean)) if mean > -1 else math.inf
 
 
 def noise_square(gram: Gram, consecutive: list[bool]) -> float:

@@ -107,7 +107,13 @@ def gradient_descent_table() -> None:
     sgd, periods, rows = {"lr": 1.0}, (1, 2, 3, 5, 10), []
     for kappa in (1e3, 1e4):
         for name, safeguard in (("none", False), ("residual", "residual")):
-            settings = {"history_depth": 5, "store_each_nth": 1, "average": False, "safeguard": safeguard, "reg_acc": 0.0}
+            settings = {
+                "history_depth": 5,
+                "store_each_nth": 1,
+                "average": False,
+                "safeguard": safeguard,
+                "reg_acc": 0.0,
+            }
             counts = [
                 over_seeds(lambda s, k=kappa, q=q, a=settings: iterations(k, s, sgd, a | {"frequency": q}))  # type: ignore[misc]
                 for q in periods

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ from experiments.train import Problem
 Batch = tuple[Tensor, Tensor]
 
 
-@lru_cache(maxsize=2)
 def read_data(path: str | None) -> tuple[GraduateAdmissions, str]:
-    """The table and a short hash of its values; kept, for a worker process makes many runs on the same table."""
+    """The table and a short hash of its values."""
     data = load(path)
     digest = hashlib.sha256(data.features.tobytes() + data.target.tobytes()).hexdigest()[:16]
     return data, digest

@@ -389,7 +389,7 @@ def test_pairs_are_true_after_candidates_rejected_by_the_loss(store_each_nth, mo
         return loss.detach() + len(calls)  # every call is worse than the last one: the candidate never wins
 
     plain, base = sgd(evaluate.problem, lr=0.3, momentum=momentum)
-    for _ in range(8 * store_each_nth):
+    for _ in range(16 * store_each_nth):
         optimizer.step(closure)
         evaluate.run(plain, base, 1)
     statistics = aadl.accelerator_of(optimizer).statistics

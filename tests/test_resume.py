@@ -102,7 +102,7 @@ def uninterrupted(tmp_path_factory):
                         "pending": state["pending"] is not None,
                         "averaging": state["averaging"],
                         "reverted": accelerator.statistics["reverted"] > 0,
-                        "paused": state["pause"][1] > accelerator.statistics["macro_steps"],
+                        "paused": state["pause"]["until"] > accelerator.statistics["macro_steps"],
                     }
                 )
 

@@ -1,0 +1,79 @@
+"""What of an optimizer is extrapolated, and what its steps tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+"""First-moment buffers of torch.optim; second moments are never extrapolated, they must stay positive."""
+
+
+def all_parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Parameters that require a gradient, in the order of the groups; refuses what cannot be extrapolated."""
+    parameters = [p for p in all_parameters(optimizer) if p.requires_grad]
+    for p in parameters:
+        if p.dtype not in DTYPES:
+            raise ValueError(
+                f"parameter of shape {tuple(p.shape)} has dtype {p.dtype}: its rounding is coarser than the updates "
+                f"that are extrapolated; keep float32 (master) parameters and use autocast"
+            )
+        if p.layout != torch.strided or p.device.type == "meta":
+            raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense ones work")
+    return parameters
+
+
+def momentum_of(state: Any, p: Tensor) -> Tensor | None:
+    for key in MOMENTUM_KEYS:
+        buffer = state.get(key) if state else None
+        if isinstance(buffer, Tensor) and buffer.shape == p.shape and buffer.dtype == p.dtype:
+            return buffer
+    return None
+
+
+def by_dtype_and_device(parameters: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        groups.setdefault((p.dtype, p.device), []).append(p)
+    return list(groups.values())
+
+
+def same_tensors(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def fingerprint(parameters: list[Tensor]) -> list[tuple[int, int]]:
+    """Changes whenever parameters are written to in place or exchanged, except in place through `p.data`."""
+    return [(p._version, p.data_ptr()) for p in parameters]
+
+
+def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
+    """The closure among the arguments of a step hook, of which the first is the optimizer."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure if callable(closure) else None
+
+
+def maximizes(optimizer: Optimizer) -> bool:
+    return all(group.get("maximize", False) for group in optimizer.param_groups)
+
+
+def is_dry_step(optimizer: Optimizer) -> bool:
+    """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate is not None and not (isinstance(rate, Tensor) and rate.is_cuda) and rate == 0 for rate in rates)
+
+
+def forget_curvature(optimizer: Optimizer) -> None:
+    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point."""
+    for state in optimizer.state.values():
+        if "prev_flat_grad" in state and "n_iter" in state:
+            state["n_iter"] = 0
