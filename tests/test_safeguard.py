@@ -427,11 +427,10 @@ def test_broken_promises_suspend_and_kept_ones_hardly():
             shift = noise * torch.randn(TARGETS.shape, generator=generator)
             train(model, optimizer, 1, loss=lambda m, shift=shift: (m(INPUTS) - TARGETS + shift).square().mean())
         statistics = aadl.accelerator_of(optimizer).statistics
-        return statistics["suspensions"] / statistics["accepted"], statistics["suspended"] / statistics["attempts"]
+        return statistics["suspensions"] / statistics["accepted"]
 
     calm, noisy = run(0.0), run(3.0)
-    assert noisy[0] > 1.5 * calm[0]
-    assert noisy[1] > calm[1]
+    assert noisy > 1.5 * calm
 
 
 def test_trust_ratio_and_revert_rule():
