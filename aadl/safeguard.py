@@ -100,9 +100,13 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
     gradients = [p.grad for p in parameters]
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     buffers: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: set[int] = set()
 
     def keep_buffers(module: torch.nn.Module, arguments: Any) -> None:
         del arguments
+        if id(module) in seen:
+            return
+        seen.update(id(part) for part in module.modules())
         for buffer in module.buffers():
             if id(buffer) not in buffers:
                 buffers[id(buffer)] = (buffer, buffer.detach().clone())
