@@ -64,7 +64,8 @@ def accelerate(
             without a trace). True: "loss" where `step` gets a closure, else "residual". False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
-        state_coupling: what is extrapolated. "params": parameters; "combine": also momentum buffers, with the same
+        state_coupling: what is extrapolated. "params": parameters (not for
+            optimizers with momentum); "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
         history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.
         shard_history: not available yet.
@@ -74,11 +75,13 @@ def accelerate(
     with "combine".
 
     Returns:
-        The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps,
-        macro_steps, attempts, accepted, rejected (by cause: backward, loss, rank, coefficients, non_finite,
-        averaging_off), reverted, suspensions and suspended (attempts that fell into a pause), closure_evaluations,
-        resets (by cause), and of the last attempt: gain ||r|| / ||f||, trust_ratio ||f_{k+1}|| / ||r||,
-        condition_number, numerical_rank, coefficient_norm, relative_standard_deviation, averaging.
+        The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
+        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
+        coefficients, non_finite, averaging_off), reverted, suspensions, suspended (attempts that fell into a pause),
+        closure_evaluations, moved (macro-steps that began elsewhere than the last one ended), resets (by cause: user,
+        learning_rate, parameters_changed, non_finite); of the last attempt gain ||r|| / ||f||, condition_number (of
+        the column-equilibrated DF), numerical_rank, coefficient_norm, relative_standard_deviation, averaging; of the
+        last accepted candidate that was judged trust_ratio ||f_{k+1}|| / ||r||.
 
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,

@@ -25,7 +25,6 @@ from aadl.parameters import (
     all_parameters,
     by_dtype_and_device,
     closure_of,
-    fingerprint,
     forget_curvature,
     is_dry_step,
     maximizes,
@@ -41,10 +40,10 @@ STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
 COUNTERS = (
     "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
-    "closure_evaluations",
+    "closure_evaluations", "moved",
 )  # fmt: skip
 LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
-MAXIMAL_COEFFICIENT_NORM = 1e4
+MAXIMAL_COEFFICIENT_NORM = 1e8
 MAXIMAL_AGE = 3
 """In units of history_depth macro-steps."""
 MAXIMAL_GROWTH = 1e4
@@ -72,7 +71,6 @@ class AndersonAccelerator:
     _history: History | None
     _parameters: list[Tensor]
     _block_parameters: list[list[Tensor]]
-    _fingerprint: list[tuple[int, int]]
 
     def __init__(self, optimizer: Optimizer, settings: Settings, process_group: Any = None) -> None:
         self.settings = settings
@@ -108,7 +106,6 @@ class AndersonAccelerator:
         """
         self._reset("user")
         self._progress["in_macro_step"] = 0
-        self._fingerprint = []
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -125,9 +122,9 @@ class AndersonAccelerator:
             "map": self.settings.map_description(),
             "statistics": copy.deepcopy(self.statistics),
             "progress": dict(self._progress),
-            "pause": vars(self._pause) | {},
-            "refusals": vars(self._refusals) | {},
-            "pending": None if self._pending is None else vars(self._pending) | {},
+            "pause": dict(vars(self._pause)),
+            "refusals": dict(vars(self._refusals)),
+            "pending": None if self._pending is None else dict(vars(self._pending)),
             "averaging": self._averaging,
             "history": None if self._history is None else self._history.state_dict(),
         }
@@ -145,6 +142,13 @@ class AndersonAccelerator:
         """The history of a saved state, laid out for the present parameters; raises ValueError if it does not fit."""
         if not isinstance(state, dict) or state.keys() != self.state_dict().keys() or state["version"] != VERSION:
             raise ValueError(f"state must be the state_dict() of an accelerator of this version, got {_outline(state)}")
+        try:
+            _decisions(state)
+            return self._history_of(state)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
+
+    def _history_of(self, state: dict[str, Any]) -> History | None:
         wanted, found = self.settings.map_description(), state["map"]
         for name, value in wanted.items():
             if found.get(name) != value:
@@ -163,12 +167,9 @@ class AndersonAccelerator:
         self._history = history
         self._parameters = trainable_parameters(self.optimizer) if history else []
         self._block_parameters = by_dtype_and_device(self._parameters)
-        self._fingerprint = []
         self.statistics = copy.deepcopy(state["statistics"])
         self._progress = dict(state["progress"])
-        self._pause = safeguard.Pause(**state["pause"])
-        self._refusals = safeguard.Pause(**state["refusals"])
-        self._pending = None if state["pending"] is None else safeguard.Pending(**state["pending"])
+        self._pause, self._refusals, self._pending = _decisions(state)
         self._averaging = bool(state["averaging"])
 
     def __repr__(self) -> str:
@@ -217,7 +218,6 @@ class AndersonAccelerator:
         self._progress["in_macro_step"] = 0
         self.statistics["macro_steps"] += 1
         self._close_macro_step(optimizer, closure_of(args, kwargs))
-        self._fingerprint = fingerprint(self._parameters)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -243,15 +243,14 @@ class AndersonAccelerator:
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
         parameters = trainable_parameters(optimizer)
-        if self._history is None or not same_tensors(parameters, self._parameters):
+        if self._history is None or not (same_tensors(parameters, self._parameters) and self._history.fits(parameters)):
             if self._history is not None:
                 _count(self.statistics["resets"], "parameters_changed")
             self._lay_out(optimizer, parameters)
-        elif fingerprint(self._parameters) == self._fingerprint:
-            return
         assert self._history is not None
         tensors = self._tensors(optimizer)
         if not self._history.starts_at(tensors):
+            self.statistics["moved"] += self._history.has_pair
             self._history.begin(tensors)
             self._pending = None  # the macro-step that starts here says nothing about the candidate
             self._progress["disturbed"] = True
@@ -413,16 +412,20 @@ class AndersonAccelerator:
             history.write_candidate(tensors)
             return True
         self.statistics["closure_evaluations"] += 2
-        better = False
+        better, cause = False, "loss"
         try:
             plain, candidate = safeguard.trial_losses(
                 closure, all_parameters(self.optimizer), lambda: history.write_candidate(tensors), self._group()
             )
             better = candidate > plain if maximizes(self.optimizer) else candidate < plain
-        finally:  # also where the closure raised
+        except Exception:
+            if self.settings.safeguard == "loss":
+                raise
+            cause = "closure"  # it cannot be evaluated for its value alone
+        finally:
             if not better:
                 history.write_mapped(tensors)
-                self._reject("loss")
+                self._reject(cause)
         return better
 
     # ---- state -------------------------------------------------------------------------------------------------
@@ -484,7 +487,7 @@ class AndersonAccelerator:
         self._refusals = safeguard.Pause(safeguard.LONGEST_REFUSAL)
         self._pending = None
         self._history = None
-        self._parameters, self._block_parameters, self._fingerprint = [], [], []
+        self._parameters, self._block_parameters = [], []
 
 
 def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
@@ -505,6 +508,12 @@ def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     reference = _accelerators.get(optimizer)
     return None if reference is None else reference()
+
+
+def _decisions(state: dict[str, Any]) -> tuple[safeguard.Pause, safeguard.Pause, safeguard.Pending | None]:
+    """The pauses and the pending judgment of a saved state."""
+    pending = None if state["pending"] is None else safeguard.Pending(**state["pending"])
+    return safeguard.Pause(**state["pause"]), safeguard.Pause(**state["refusals"]), pending
 
 
 def _outline(state: Any) -> str:

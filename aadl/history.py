@@ -88,6 +88,11 @@ class History:
 
     # ---- macro-steps -------------------------------------------------------------------------------------------
 
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the parameters still have the shapes the rows were made for."""
+        shapes = [shape for block in self.blocks if block.kind == "parameters" for shape in block.row.shapes]
+        return sorted(shapes) == sorted(tuple(p.shape) for p in parameters)
+
     def begin(self, tensors: Sequence[Tensors]) -> None:
         """Take the present values as the start x of a macro-step."""
         for block, values in zip(self.blocks, tensors, strict=True):
@@ -210,7 +215,7 @@ class History:
                 if mean is not None:
                     rows = block.delta_residual[: mean.numel(), part].to(update.dtype)
                     update = torch.addmv(update, rows.T, mean.to(update), alpha=-1)
-                dots += torch.dot(correction, update)
+                dots += torch.dot(correction.double(), update.double())
             total += float(dots)
         return total
 
@@ -341,7 +346,7 @@ def _inner_products(block: Block, filled: int, slots: Sequence[int]) -> Tensor:
     wide = block.scratch(filled + 1)
     length = wide.shape[1]
     products = torch.zeros(len(slots) + 1, filled + 1, dtype=torch.float64, device=row.device)
-    for start in range(0, row.numel, length):
+    for start in range(0, row.numel, max(length, 1)):
         stop = min(start + length, row.numel)
         piece = wide[:, : stop - start]
         piece[:filled].copy_(ring[:filled, start:stop])

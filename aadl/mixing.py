@@ -68,7 +68,7 @@ def joined(parts: dict[str, Gram], weights: dict[str, float], scales: list[float
 
 
 def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: float) -> Mixing:
-    """Minimize ||f_k - DF gamma||^2 + regularization * ||f-units of gamma||^2 from inner products alone.
+    """Minimize ||f_k - DF gamma||^2 + regularization * ||D gamma||^2 from inner products alone.
 
     With D = diag(||Df_j||), the equilibrated Gram matrix D^-1 G D^-1 = V diag(w) V' is truncated at
     w_i > eigenvalue_cutoff * max(w) and

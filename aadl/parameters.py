@@ -51,11 +51,6 @@ def same_tensors(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def fingerprint(parameters: list[Tensor]) -> list[tuple[int, int]]:
-    """Changes whenever parameters are written to in place or exchanged, except in place through `p.data`."""
-    return [(p._version, p.data_ptr()) for p in parameters]
-
-
 def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
     """The closure among the arguments of a step hook, of which the first is the optimizer."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)

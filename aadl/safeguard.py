@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import warnings
@@ -73,7 +74,7 @@ def trial_losses(
 
     The candidate is left in place. Gradients, buffers of the modules that were called (BatchNorm statistics) and
     random number generators are afterwards as before. The closure may be PyTorch's (zero_grad, forward, backward):
-    its call of `Tensor.backward` is passed over, since only the value is wanted.
+    its calls of `Tensor.backward` and `zero_grad` are passed over, since only the value is wanted.
     """
     with _undisturbed(parameters) as rewind:
         plain = _value(closure())
@@ -99,17 +100,16 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
     """Run closures without a trace. Yields a function that rewinds generators and buffers to the entry state."""
     gradients = [p.grad for p in parameters]
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    buffers: dict[int, tuple[Tensor, Tensor]] = {}
-    seen: set[int] = set()
+    buffers: list[tuple[torch.nn.Module, str, Tensor, Tensor]] = []
+    seen: set[torch.nn.Module] = set()
 
     def keep_buffers(module: torch.nn.Module, arguments: Any) -> None:
         del arguments
-        if id(module) in seen:
+        if module in seen:
             return
-        seen.update(id(part) for part in module.modules())
-        for buffer in module.buffers():
-            if id(buffer) not in buffers:
-                buffers[id(buffer)] = (buffer, buffer.detach().clone())
+        for part in set(module.modules()) - seen:
+            seen.add(part)
+            buffers.extend((part, name, b, b.detach().clone()) for name, b in part._buffers.items() if b is not None)
 
     cpu_state = torch.get_rng_state()
     cuda_states = [torch.cuda.get_rng_state(device) for device in devices]
@@ -119,14 +119,15 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
         for device, state in zip(devices, cuda_states, strict=True):
             torch.cuda.set_rng_state(state, device)
         with torch.no_grad():
-            for buffer, value in buffers.values():
+            for module, name, buffer, value in buffers:
                 buffer.copy_(value)
+                module._buffers[name] = buffer
 
     for p in parameters:
         p.grad = None
     handle = register_module_forward_pre_hook(keep_buffers)
     try:
-        with torch.enable_grad(), _no_backward(parameters), warnings.catch_warnings():
+        with torch.enable_grad(), _values_only(parameters), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
             yield rewind
     finally:
@@ -137,17 +138,18 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _no_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Make `Tensor.backward` leave zero gradients in this thread: a trial evaluation needs the value of the loss only.
+def _values_only(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Silence `backward` and `zero_grad` in this thread: a trial evaluation needs the value of the loss only.
 
-    A torch function mode would do the same but makes compiled models compile once more.
+    A torch function mode would do the same for `backward` but makes compiled models compile once more.
     """
     thread = threading.get_ident()
     outer = _trials.get(thread)
     with _lock:
         if not _trials:
-            _replaced.append(torch.Tensor.backward)
-            torch.Tensor.backward = _backward  # type: ignore[method-assign]
+            for owner, name in _SILENCED:
+                _originals[owner, name] = getattr(owner, name)
+                setattr(owner, name, _silent(_originals[owner, name]))
         _trials[thread] = parameters
     try:
         yield
@@ -158,24 +160,34 @@ def _no_backward(parameters: Sequence[Tensor]) -> Iterator[None]:
             else:
                 _trials[thread] = outer
             if not _trials:
-                torch.Tensor.backward = _replaced.pop()  # type: ignore[method-assign]
+                for owner, name in _SILENCED:
+                    setattr(owner, name, _originals.pop((owner, name)))
 
 
+_SILENCED: tuple[tuple[type, str], ...] = (
+    (torch.Tensor, "backward"),
+    (torch.nn.Module, "zero_grad"),
+    (torch.optim.Optimizer, "zero_grad"),
+)
 _lock = threading.Lock()
 _trials: dict[int, Sequence[Tensor]] = {}
 """Parameters of the running trial evaluations, by thread."""
-_replaced: list[Callable[..., None]] = []
-"""`Tensor.backward` as it was before the first of them."""
+_originals: dict[tuple[type, str], Callable[..., None]] = {}
+"""The silenced methods, while a trial runs."""
 
 
-def _backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
-    parameters = _trials.get(threading.get_ident())
-    if parameters is None:  # another thread
-        _replaced[0](self, *args, **kwargs)
-        return
-    for p in parameters:
-        if p.grad is None and p.requires_grad:  # closures may go on to clip or to print gradients
-            p.grad = torch.zeros_like(p)
+def _silent(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = _trials.get(threading.get_ident())
+        if parameters is None:  # another thread
+            return original(self, *args, **kwargs)
+        for p in parameters if isinstance(self, Tensor) else ():
+            if p.grad is None and p.requires_grad:  # closures may go on to clip or to print gradients
+                p.grad = torch.zeros_like(p)
+        return None
+
+    return call
 
 
 def _value(loss: Any) -> float:

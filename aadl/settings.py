@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,8 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _number(name: str, value: Any, allowed: str, test: Callable[[float], bool]) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not test(float(value)):
-        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        with suppress(OverflowError):  # an integer beyond the range of floats
+            if test(float(value)):
+                return float(value)
+    raise ValueError(f"{name} must be a number {allowed}, got {value!r}")

@@ -146,7 +146,7 @@ def heavy_ball_table() -> None:
 def noise_table() -> None:
     """What noise does, and what the check of direction is for."""
     rows = []
-    for sigma in (1e-3, 1e-2, 3e-2):
+    for sigma in (1e-3, 3e-3, 1e-2, 3e-2):
         for text, sgd in (("lr 0.2", {"lr": 0.2}), ("lr 0.02, momentum 0.9", {"lr": 0.02, "momentum": 0.9})):
             for name, acceleration, context in (
                 ("plain", None, nullcontext()),

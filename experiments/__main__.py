@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.compare import find_folders, read_comparison
@@ -24,18 +27,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a mistake of the user, which is explained in one sentence on stderr.
+        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 130 after
+        Ctrl-C and 143 after SIGTERM.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        with _sigterm_interrupts():
+            options.command(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except RuntimeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
         print("interrupted: the finished runs are kept, the same command makes the others", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends the command as Ctrl-C does."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Turns SIGTERM into an interrupt, so that the workers end too.
+
+    Not in a thread, where Python allows no handlers, and not with several ranks: there a rank that waits for another
+    one in a collective could not react, and SIGTERM must end it at once.
+    """
+    if threading.current_thread() is not threading.main_thread() or "WORLD_SIZE" in os.environ:
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "make the runs of one configuration that are not finished yet"
     run = commands.add_parser("run", parents=[everywhere, running], help=text, description=text)
     run.add_argument("config", metavar="CONFIG", help="a YAML file")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, repeatable")
+    text = "override a setting, repeatable; variants=NAME,NAME keeps these variants and leaves out the studies"
+    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
     run.set_defaults(command=_run)
     text = "make all laptop configurations: runs, figures and tables; the variable ONLY stands for --only"
     reproduce = commands.add_parser("reproduce", parents=[everywhere, running, several], help=text, description=text)

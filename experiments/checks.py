@@ -25,15 +25,15 @@ class Kind:
     parse: Callable[[Any], Any]
 
 
-def integer(minimum: int) -> Kind:
-    """An integer not below `minimum`; a bool is none."""
+def integer(minimum: int, below: float = math.inf) -> Kind:
+    """An integer in [minimum, below); a bool is none."""
 
     def parse(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value < below:
             raise ValueError
         return value
 
-    return Kind(f"an integer >= {minimum}", parse)
+    return Kind(f"an integer >= {minimum}" + (f" and < {below}" if below < math.inf else ""), parse)
 
 
 def number(low: float, high: float = math.inf, *, closed_low: bool = False) -> Kind:
@@ -98,6 +98,10 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(integer(1).parse(entry) for entry in value)
 
 
+MAX_SEEDS = 100_000
+SEED_BELOW = 2**31
+
+
 def _seeds(value: Any) -> tuple[int, ...]:
     """`3`, `[0, 1, 2]`, `"0-9"` or `"0,2,4-6"`."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -109,16 +113,23 @@ def _seeds(value: Any) -> tuple[int, ...]:
             if match is None:
                 raise ValueError
             first, last = int(match[1]), int(match[2] or match[1])
+            if last - first >= MAX_SEEDS:
+                raise ValueError
             expanded.extend(range(first, last + 1))
         value = expanded
-    parsed: tuple[int, ...] = sequence(integer(0)).parse(value)
+    parsed: tuple[int, ...] = sequence(integer(0, SEED_BELOW)).parse(value)
+    if len(parsed) > MAX_SEEDS:
+        raise ValueError
     return parsed
 
 
 TEXT = Kind("a text that is not empty", _text)
 SIZES = Kind("a list of integers >= 1", _sizes)
 BOOLEAN = Kind("true or false", _boolean)
-SEEDS = Kind('one or several different integers >= 0, as 3, [0, 1, 2] or "0-9"', _seeds)
+SEEDS = Kind(
+    f'one or several different integers >= 0 and < {SEED_BELOW}, at most {MAX_SEEDS} of them, as 3, [0, 1, 2] or "0-9"',
+    _seeds,
+)
 # Names become folders of results.
 NAME = Kind(
     "a name of letters, digits, '_', '.' and '-' that starts with a letter",
@@ -239,10 +250,16 @@ def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
 
 
 def check_scheduler(component: Component) -> None:
-    """Builds the scheduler on a dummy optimizer, so that what torch refuses is refused before training."""
+    """Builds the scheduler on a dummy optimizer and steps once, so that what torch refuses is refused before training.
+
+    Some classes look at their arguments only in `step`, and one needs an argument there that the training has not.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     try:
-        make_scheduler(component, torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
-    except (ValueError, TypeError, AttributeError) as error:
+        scheduler = make_scheduler(component, optimizer)
+        optimizer.step()  # torch warns of a scheduler that steps first
+        scheduler.step()
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"training.scheduler: {error}") from None
 
 

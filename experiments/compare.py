@@ -71,10 +71,10 @@ class Comparison:
         numbers = spans(self.seeds if seeds is None else seeds)
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else "data: csv"
         experiment, scale = self.folder.parts[-2:]
-        return (
-            f"experiments/configs/{experiment}/{scale}.yaml · {data} · seeds {numbers} · "
-            f"commit {', '.join(self.commits)}"
-        )
+        config = Path("experiments", "configs", experiment, f"{scale}.yaml")
+        exists = (Path(__file__).parents[1] / config).is_file()  # not so for trials with --set scale=NAME
+        settings = config.as_posix() if exists else f"scale {scale} (settings in the records)"
+        return f"{settings} · {data} · seeds {numbers} · commit {', '.join(self.commits)}"
 
 
 def spans(numbers: Iterable[int]) -> str:

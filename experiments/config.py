@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ SCHEDULER = Kind("a mapping with the name of a scheduler of torch", lambda value
 class GraduateAdmissionsConfig:
     """The regression problem: data, split and network."""
 
-    split_seed: int = setting(integer(0), 42)
+    split_seed: int = setting(integer(0, 2**32), 42)
     validation_fraction: float = setting(number(0.0, 1.0), 0.2)
     hidden_sizes: tuple[int, ...] = setting(SIZES, (64, 64, 64))
     activation: str = setting(choice(*ACTIVATIONS), "relu")
@@ -175,7 +176,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     Args:
         path: YAML file.
         overrides: texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
-            seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study.
+            seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study, which
+            is said on stderr.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
@@ -213,6 +215,8 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
         for name in names:
             if name not in known:
                 raise ValueError(f"--set variants: unknown variant {name!r}; there are: {', '.join(known)}")
+        if raw.get("studies"):
+            print("--set variants leaves out the studies of the configuration", file=sys.stderr)
         return {**raw, "variants": {name: known[name] for name in names}, "studies": None}
     result = dict(raw)
     level = result

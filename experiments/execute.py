@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -73,7 +76,7 @@ def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress
         if ranks.rank == 0:
             write_run(path, config, problem, result, ranks, start, datetime.now(timezone.utc))
     except Exception as error:
-        raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {error}") from error
+        raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {error}") from error
     return path
 
 
@@ -97,7 +100,7 @@ def execute_experiment(
 
     Raises:
         ValueError: the data is not as it must be.
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be read or written; a folder that cannot is told before any training.
         RuntimeError: a run failed.
     """
     if ranks.world_size > 1 and any(variant.published is not None for variant in config.variants.values()):
@@ -107,10 +110,12 @@ def execute_experiment(
         )
     data, digest = graduate_admissions.read_data(config.problem.data_path)
     runs = expand_runs(config, num_rows=graduate_admissions.num_train_rows(config.problem))
+    if ranks.rank == 0:
+        _probe(results / config.experiment / config.scale)
     start_process_group(ranks)
     try:
         torch.set_num_threads(1)  # the networks are small: threads cost more than they bring, and disturb the clock
-        pending = _pending(runs, results, digest, force) if ranks.rank == 0 else []
+        pending = _pending(runs, results, digest, ranks.world_size, force) if ranks.rank == 0 else []
         if ranks.world_size > 1:
             box = [pending]
             dist.broadcast_object_list(box, src=0)
@@ -132,34 +137,61 @@ def execute_experiment(
     return len(pending)
 
 
+def _probe(folder: Path) -> None:
+    """Makes a folder of records and writes to it, so that a mistake shows before the training and not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
+
+
+def _start_worker() -> None:
+    """One thread of torch, and one that ends the worker with its parent: a killed parent tells its workers nothing."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def _execute_parallel(pending: list[RunConfig], ranks: Ranks, results: Path, num_jobs: int) -> None:
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(
         min(num_jobs, len(pending)),
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        initializer=_start_worker,
     ) as pool:
         futures = [pool.submit(execute_run, run, ranks, results) for run in pending]
         try:
             for future in progress(as_completed(futures), len(futures), "runs"):
                 future.result()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):  # SIGTERM reaches this process alone, so it is passed on
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             pool.shutdown(wait=True, cancel_futures=True)  # wait=False would forget the cancelation on exit
             raise
 
 
-def _pending(runs: list[RunConfig], results: Path, digest: str, force: bool) -> list[RunConfig]:
+def _pending(runs: list[RunConfig], results: Path, digest: str, world_size: int, force: bool) -> list[RunConfig]:
     """The runs to make; says what is reused and what is made again, and why."""
     if force:
         return runs
-    states = {id(run): state_of(run_path(results, run), run, digest) for run in runs}
+    states = {id(run): state_of(run_path(results, run), run, digest, world_size) for run in runs}
     counts = Counter(states.values())
     if counts["unreadable"]:
         _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
     if counts["changed"]:
-        _say(f"{counts['changed']} records have other settings or other data: these runs are made again")
+        _say(
+            f"{counts['changed']} records have other settings, other data or another number of ranks: these runs are made again"
+        )
     if counts["finished"]:
         commit, dirty = git_state()
         same = sum(

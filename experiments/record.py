@@ -42,7 +42,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/attempts": ("1", "accelerations tried since the start"),
     "acceleration/accepted": ("1", "accelerations accepted since the start"),
     "acceleration/reverted": ("1", "accepted accelerations that were taken back since the start"),
-    "acceleration/skipped_steps": ("1", "optimizer steps that changed nothing, since the start"),
+    "acceleration/skipped_steps": ("1", "steps that a fused GradScaler skipped, since the start"),
     "acceleration/suspensions": ("1", "suspensions by the trust ratio since the start"),
     "acceleration/suspended": ("1", "accelerations left out during suspensions since the start"),
     "acceleration/closure_evaluations": ("1", "evaluations of the loss by the safeguard since the start"),
@@ -50,7 +50,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/relative_standard_deviation": ("1", "relative standard deviation between updates in the window"),
     "acceleration/trust_ratio": ("1", "next residual norm over the predicted one"),
     "acceleration/gain": ("1", "norm of the mixed residual over the plain one"),
-    "acceleration/condition_number": ("1", "condition number of the equilibrated Gram matrix"),
+    "acceleration/condition_number": ("1", "condition number of the column-equilibrated residual differences DF"),
     "acceleration/numerical_rank": ("1", "numerical rank of the Gram matrix"),
     "acceleration/coefficient_norm": ("1", "norm of the mixing coefficients gamma for unit columns"),
 }
@@ -228,8 +228,11 @@ def read_runs(folder: Path) -> list[Run]:
     return sorted(runs, key=lambda run: (run.attributes["variant"], run.attributes["seed"]))
 
 
-def state_of(path: Path, config: RunConfig, data_digest: str) -> str:
-    """Whether the run must be done: "finished", "missing", "changed" (other settings or data) or "unreadable"."""
+def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
+    """Whether the run must be done: "finished", "missing", "changed" or "unreadable".
+
+    "changed" means other settings, other data or another number of ranks: each changes the numbers.
+    """
     if not path.exists():
         return "missing"
     try:
@@ -237,5 +240,5 @@ def state_of(path: Path, config: RunConfig, data_digest: str) -> str:
     except (OSError, KeyError, ValueError):
         return "unreadable"
     same: Mapping[str, Any] = run.attributes
-    identical = same["config"] == config.as_json() and same["data_digest"] == data_digest
-    return "finished" if identical else "changed"
+    identity = (same.get("config"), same.get("data_digest"), same.get("world_size"))
+    return "finished" if identity == (config.as_json(), data_digest, world_size) else "changed"

@@ -813,3 +813,74 @@ def test_counts_survive_a_plain_value_round_trip():
     assert counts["steps"] == counts["macro_steps"] == 30
     assert counts["closure_evaluations"] == 2 * (counts["accepted"] + counts["rejected"].get("loss", 0))
     assert set(counts["rejected"]) <= {"backward", "loss", "rank", "coefficients", "non_finite", "averaging_off"}
+
+
+# ---- changes from outside ------------------------------------------------------------------------------------------
+
+
+def test_weights_restored_through_data_are_not_reverted():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"safeguard": "residual"})
+    other = copy.deepcopy(model.state_dict())
+    for value in other.values():
+        value.mul_(30)
+    accelerator = aadl.accelerator_of(optimizer)
+    while accelerator._pending is None:
+        train(model, optimizer, 1)
+    for name, p in model.named_parameters():
+        p.data.copy_(other[name])
+    train(model, optimizer, 1)
+    assert accelerator.statistics["reverted"] == 0
+    assert accelerator.statistics["moved"] == 1
+    start = torch.cat([other[name].reshape(-1) for name, _ in model.named_parameters()])
+    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert float((end - start).norm()) < 0.5 * float(start.norm())
+
+
+def test_a_cleared_momentum_buffer_starts_a_new_macro_step():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    aadl.accelerate(optimizer, **ALWAYS | {"state_coupling": "full", "wait_iterations": 10**9})
+    history = None
+    for step in range(6):
+        train(model, optimizer, 1)
+        if step == 4:
+            for state in optimizer.state.values():
+                state["momentum_buffer"].zero_()
+    history = aadl.accelerator_of(optimizer)._history
+    buffers = torch.cat([optimizer.state[p]["momentum_buffer"].reshape(-1) for p in model.parameters()])
+    momentum = next(block for block in history.blocks if block.kind == "momentum")
+    assert torch.equal(momentum.residual, buffers)  # from zero to here
+    assert aadl.accelerator_of(optimizer).statistics["moved"] == 1
+
+
+def test_parameters_of_another_shape_are_laid_out_again():
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.02), **ALWAYS)
+    train(model, optimizer, 6)
+    model[0].weight.data = torch.randn(8, 3)
+    model[0].bias.data = torch.randn(8)
+    model[2].weight.data = torch.randn(1, 8)
+    for p in model.parameters():
+        p.grad = None
+    train(model, optimizer, 6)
+    assert statistics(optimizer)["resets"] == {"parameters_changed": 1}
+
+
+def test_parameters_without_elements_and_extreme_magnitudes():
+    empty, full = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = aadl.accelerate(torch.optim.SGD([empty, full], lr=0.1), **ALWAYS)
+    for _ in range(8):
+        optimizer.zero_grad()
+        (full.square().sum() + empty.sum()).backward()
+        optimizer.step()
+    assert float(full.detach().abs().max()) < 0.3
+    for scale in (1e-25, 1e18):
+        x = nn.Parameter(torch.full((4,), scale))
+        curvature = torch.tensor([1.0, 0.5, 0.2, 0.1])
+        optimizer = aadl.accelerate(torch.optim.SGD([x], lr=1.0), **ALWAYS)
+        for _ in range(20):
+            x.grad = curvature * x.detach()
+            optimizer.step()
+        assert statistics(optimizer)["accepted"] > 0, scale
+        assert float(x.detach().abs().max()) < 0.05 * scale
