@@ -190,7 +190,8 @@ def _pending(runs: list[RunConfig], results: Path, digest: str, world_size: int,
         _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
     if counts["changed"]:
         _say(
-            f"{counts['changed']} records have other settings, other data or another number of ranks: these runs are made again"
+            f"{counts['changed']} records have other settings, other data or another number of ranks: "
+            "these runs are made again"
         )
     if counts["finished"]:
         commit, dirty = git_state()

@@ -98,8 +98,8 @@ def summarize(comparison: Comparison) -> str:
         text += [warning, ""]
     legend = (
         "Median over the seeds [minimum .. maximum]. Seconds are training seconds, without evaluation. "
-        "'Above plain' counts seeds whose final training MSE is higher than plain's or which diverged; a seed on which only "
-        "plain diverged is unknown."
+        "'Above plain' counts seeds whose final training MSE is higher than plain's or which diverged; a seed on which "
+        "only plain diverged is unknown."
     )
     for family, variants in comparison.families.items():
         rows = family_rows(variants)
@@ -221,14 +221,19 @@ def _overhead(settings: str, measures: Measures) -> str:
     overhead = np.where(np.isfinite(measures.train), measures.overhead, np.inf)  # a diverged run has no time per epoch
     numbers = f"{spread(measures.overhead, '{:+.1%}')}; in CPU time {spread(measures.cpu_overhead, '{:+.1%}')}"
     return _target(
-        f"{settings}: wall-clock time per epoch less than 15 % above plain's", _median_within(overhead, 0.15), numbers
+        f"{settings}: wall-clock time per epoch less than 15 % above plain's",
+        _median_within(overhead, np.nextafter(0.15, 0.0)),
+        numbers,
     )
 
 
 def _median_within(values: np.ndarray, limit: float) -> bool | None:
-    """Whether the median is at most the limit; None if values that are not known (NaN) could decide it."""
+    """Whether the median is at most the limit; None if values that are not known (NaN) could decide it.
+
+    An unknown number of epochs or overhead is at best -1.
+    """
     unknown = np.isnan(values)
-    if not median(np.where(unknown, -np.inf, values)) <= limit:
+    if not median(np.where(unknown, -1.0, values)) <= limit:
         return False
     return None if unknown.any() else True
 

@@ -16,6 +16,7 @@ from experiments.config import (
 from experiments.train import Problem, Result
 
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})
+TUNED = Component("SGD", {**SGD.arguments, "lr": 1e-2})
 
 RAW = {
     "experiment": "graduate_admissions",
@@ -36,6 +37,11 @@ VARIANTS = {
     "sgd_published": VariantConfig("published", SGD, published=PublishedConfig()),
 }
 
+TUNED_VARIANTS = {
+    "tuned_sgd": VariantConfig("plain", TUNED),
+    "tuned_sgd_aadl": VariantConfig("aadl", TUNED, acceleration={}),
+}
+
 
 def run_config(name="sgd", seed=0, study="", **training):
     return RunConfig(
@@ -47,7 +53,7 @@ def run_config(name="sgd", seed=0, study="", **training):
         seed=seed,
         problem=GraduateAdmissionsConfig(hidden_sizes=(8,)),
         training=replace(TrainingConfig(epochs=10, batch_size=80), **training),
-        variant=VARIANTS[name.partition("--")[0]],
+        variant=(VARIANTS | TUNED_VARIANTS)[name.partition("--")[0]],
     )
 
 

@@ -1,6 +1,9 @@
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -83,13 +86,91 @@ def test_worker_processes_make_the_same_records(config, tmp_path):
         assert (read_run(path).series["metrics/train/loss"] == read_run(other).series["metrics/train/loss"]).all()
 
 
-def test_a_failed_run_is_named(config, tmp_path, monkeypatch):
+def test_a_failed_run_is_named(config, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
         raise ZeroDivisionError("a mistake of ours")
 
     monkeypatch.setattr(execute, "train", fail)
-    with pytest.raises(RuntimeError, match="run sgd, seed 0 failed: a mistake of ours"):
-        run(config, tmp_path / "results")
+    assert run(config, tmp_path / "results") == 1
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1] == "error: run sgd, seed 0 failed: ZeroDivisionError: a mistake of ours"
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("results", ["FILE", "FILE/below", "/proc/foo"])
+def test_results_that_cannot_be_written_are_refused_before_training(config, monkeypatch, capsys, results):
+    monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("training began"))
+    assert run(config, results.replace("FILE", str(config))) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("error: the results folder ") and "cannot be written" in told[0]
+
+
+def test_sigterm_ends_a_command_as_an_interrupt_does(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(execute, "train", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler of ours, nothing happens
+    try:
+        assert run(config, tmp_path / "results") == 143
+        assert "interrupted" in capsys.readouterr().err
+    finally:
+        ours = signal.signal(signal.SIGTERM, previous)
+    assert ours is not None and ours.__name__ == "<lambda>"  # restored
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["figures", "--results", "nowhere"])))
+    thread.start()
+    thread.join()
+    assert codes == [2]
+
+
+def children(pid):
+    """Processes with this parent that still run, by command line."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found[int(folder.name)] = (folder / "cmdline").read_text()
+        except OSError:
+            continue
+    return found
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(config, tmp_path, number):
+    command = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "results"),
+               "--jobs", "2", "--set", "training.epochs=1000000"]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as parent:
+        workers = []
+
+        def started():
+            workers[:] = [pid for pid, line in children(parent.pid).items() if "spawn_main" in line]
+            return len(workers) == 2
+
+        try:
+            assert wait_until(started, 60)
+            time.sleep(4)  # the workers import torch and begin to train
+            parent.send_signal(number)
+            assert parent.wait(10) == (143 if number == signal.SIGTERM else -number)
+            assert wait_until(lambda: not any(map(is_running, workers)), 10)
+        finally:
+            parent.kill()
+            for pid in filter(is_running, workers):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(

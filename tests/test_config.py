@@ -67,6 +67,10 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
         (["training"], [1], r"training must be a mapping of settings, got \[1\]"),
         (["training", "scheduler"], {"name": "StepLr"}, r"training\.scheduler\.name must be one of .*StepLR"),
         (["training", "scheduler"], {"name": "StepLR"}, r"training\.scheduler: .*step_size"),
+        (["training", "scheduler"], {"name": "ReduceLROnPlateau"}, r"training\.scheduler: .*metrics"),
+        (["training", "scheduler"], {"name": "StepLR", "step_size": "abc"}, r"training\.scheduler: "),
+        (["training", "scheduler"], {"name": "StepLR", "step_size": 0}, r"training\.scheduler: "),
+        (["problem", "split_seed"], 2**32, r"problem\.split_seed must be an integer >= 0 and < 4294967296"),
         (["problem", "validation_fraction"], math.nan, r"must be a finite number in \(0, 1\), got nan"),
         (["problem", "validation_fraction"], True, r"must be a finite number in \(0, 1\), got True"),
         (["problem", "activation"], "relus", r"problem\.activation must be one of tanh, relu"),
@@ -76,6 +80,9 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
         (["seeds"], [0, 0], r"seeds must be one or several different integers"),
         (["seeds"], "3-1", r"seeds must be"),
         (["seeds"], -1, r"seeds must be"),
+        (["seeds"], 2**31, r"seeds must be .* < 2147483648"),
+        (["seeds"], "0-99999999999", r"seeds must be .*at most 100000"),
+        (["seeds"], "0-99999,100000", r"seeds must be .*at most 100000"),
         (["variants"], {}, r"variants must be a mapping"),
         (["variants", "a b"], {"optimizer": {"name": "SGD"}}, r"a name in variants must be a name"),
         (["variants", "sgd", "optimiser"], {}, r"unknown key variants\.sgd\.optimiser; valid keys are: label"),
@@ -139,6 +146,13 @@ def test_overrides(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_config(path, [override])
+
+
+def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):
+    path = write(tmp_path, MINIMAL + "studies:\n  batch_size: {variant: plain, sizes: [10]}\n")
+    assert load_config(path).batch_size is not None and not capsys.readouterr().err
+    assert load_config(path, ["variants=plain"]).batch_size is None
+    assert capsys.readouterr().err == "--set variants leaves out the studies of the configuration\n"
 
 
 def test_runs_of_an_experiment():

@@ -50,6 +50,8 @@ def test_every_series_says_what_it_is(tmp_path):
                 assert file[name].attrs["units"] and file[name].attrs["long_name"], name
                 if not name.endswith("epoch"):
                     assert file[name].dims[0][0] == file[name].parent["epoch"], name
+        assert record.DESCRIPTIONS["acceleration/condition_number"][1].endswith("residual differences DF")
+        assert "GradScaler" in record.DESCRIPTIONS["acceleration/skipped_steps"][1]
         assert "loss" in file["acceleration/rejected_loss"].attrs["long_name"]
 
 
@@ -87,18 +89,19 @@ def test_a_diverged_run_is_recorded(tmp_path):
 def test_what_must_be_run_again(tmp_path):
     config = run_config()
     path = run_path(tmp_path, config)
-    assert state_of(path, config, "abc") == "missing"
+    assert state_of(path, config, "abc", 1) == "missing"
     write(tmp_path)
-    assert state_of(path, config, "abc") == "finished"
-    assert state_of(path, config, "other data") == "changed"
-    assert state_of(path, run_config(epochs=11), "abc") == "changed"
+    assert state_of(path, config, "abc", 1) == "finished"
+    assert state_of(path, config, "abc", 2) == "changed"
+    assert state_of(path, config, "other data", 1) == "changed"
+    assert state_of(path, run_config(epochs=11), "abc", 1) == "changed"
     with h5py.File(path, "r+") as file:
         del file.attrs["complete"]
-    assert state_of(path, config, "abc") == "unreadable"
+    assert state_of(path, config, "abc", 1) == "unreadable"
     with pytest.raises(OSError, match=r"seed-0\.h5 is incomplete"):
         read_run(path)
     path.write_bytes(b"cut short")
-    assert state_of(path, config, "abc") == "unreadable"
+    assert state_of(path, config, "abc", 1) == "unreadable"
     with pytest.raises(OSError, match=r"seed-0\.h5 cannot be read .*run its experiment again"):
         read_runs(path.parent.parent)
 

@@ -57,6 +57,39 @@ def test_a_diverged_run_counts_as_infinitely_bad(tmp_path):
     )
 
 
+DIVERGED = [11, np.inf] + [np.nan] * 9
+
+
+@pytest.mark.parametrize("plain_diverged", [False, True])
+def test_a_diverged_accelerated_run_meets_no_target(tmp_path, plain_diverged):
+    for name in ("sgd", "tuned_sgd"):
+        save(tmp_path, name, 0, DIVERGED if plain_diverged else PLAIN)
+        save(tmp_path, f"{name}_aadl", 0, DIVERGED)
+    lines = target_lines(compare(tmp_path))
+    assert len(lines) == 7 and all(line.startswith("NOT MET: ") for line in lines)
+    assert "above on seeds [0]" in lines[2]
+
+
+def test_a_run_that_is_ahead_and_then_diverges_never_arrives(tmp_path):
+    save(tmp_path, "sgd", 0, PLAIN)
+    save(tmp_path, "sgd_aadl", 0, [11, 0.5, *[np.nan] * 9], diverged_epoch=2)
+    assert target_lines(compare(tmp_path))[0].startswith("NOT MET: ")
+
+
+def test_a_seed_on_which_only_plain_diverged_is_unknown(tmp_path):
+    save(tmp_path, "sgd", 0, PLAIN)
+    save(tmp_path, "sgd", 1, DIVERGED, seconds=np.nan)
+    save(tmp_path, "sgd_aadl", 0, FAST)
+    save(tmp_path, "sgd_aadl", 1, FAST)
+    lines = target_lines(compare(tmp_path))
+    assert [line.partition(":")[0] for line in lines] == ["unknown"] * 4
+    assert "unknown on seeds [1] where plain diverged" in lines[2]
+    assert "0 of 2, 1 unknown" in summarize(compare(tmp_path))
+    save(tmp_path, "sgd_aadl", 0, PLAIN + 0.1)
+    assert "above on seeds [0], unknown on seeds [1]" in target_lines(compare(tmp_path))[2]
+    assert target_lines(compare(tmp_path))[2].startswith("NOT MET: ")
+
+
 def test_no_seed_in_common(tmp_path):
     save(tmp_path, "sgd", 0, PLAIN)
     save(tmp_path, "sgd_aadl", 1, FAST)
