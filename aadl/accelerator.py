@@ -194,11 +194,11 @@ class AndersonAccelerator:
 
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.settings.idle or is_dry_step(optimizer):
+        if self.settings.idle:
             return
-        if self.settings.safeguard == "loss" and closure_of(args, kwargs) is None:
+        if self.settings.safeguard == "loss" and closure_of(args, kwargs) is None and not is_dry_step(optimizer):
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
-        if self._progress["in_macro_step"] == 0:
+        if self._progress["in_macro_step"] == 0 and not is_dry_step(optimizer):
             self._open_macro_step(optimizer)
 
     @torch.compiler.disable

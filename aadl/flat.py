@@ -81,6 +81,8 @@ class FlatRow:
     def _flat(self, tensor: Tensor | None, index: int) -> Tensor:
         if tensor is None:
             return torch.zeros(self.sizes[index], dtype=self.dtype, device=self.device)
+        if self.orders[index] is None and not tensor.is_complex():
+            return tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().reshape(-1)
         return _ordered(_real(tensor.detach()), self.orders[index]).reshape(-1)
 
     def _staging(self, size: int) -> Tensor:
