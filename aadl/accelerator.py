@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from aadl import mixing, safeguard, smoothing
 from aadl.history import Block, Column, History, Tensors, make_block
-from aadl.mixing import Gram, Mixing, host_tensor
+from aadl.mixing import host_tensor
 from aadl.parameters import (
     all_parameters,
     by_dtype_and_device,
@@ -32,6 +32,7 @@ from aadl.parameters import (
     same_tensors,
     trainable_parameters,
 )
+from aadl.proposal import propose
 from aadl.settings import Settings
 
 VERSION = 1
@@ -43,10 +44,7 @@ COUNTERS = (
     "closure_evaluations", "moved",
 )  # fmt: skip
 LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
-MAXIMAL_COEFFICIENT_NORM = 1e8
-MAXIMAL_AGE = 3
-"""In units of history_depth macro-steps."""
-MAXIMAL_GROWTH = 1e4
+MIXING_VALUES = ("numerical_rank", "condition_number", "coefficient_norm")
 LEARNING_RATE_BAND = 1.25
 """Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
 
@@ -354,10 +352,14 @@ class AndersonAccelerator:
         if settings.acceleration_type == "identity" and not self._averaging:
             self._reject("averaging_off")
             return False
-        solution = self._solve(gram, history)
-        if solution is None:
+        ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
+        solution, predicted, refused = propose(
+            gram, ages, self._averaging, settings, history.blocks[0].delta_mapped.dtype
+        )
+        statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
+        if refused:
+            self._reject(refused)
             return False
-        predicted = mixing.predicted_square(gram, solution.gamma)
         statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
         beta = settings.relaxation
         scaled = host_tensor(scales) * solution.gamma
@@ -376,35 +378,6 @@ class AndersonAccelerator:
             noise = smoothing.noise_square(gram, consecutive) if self._averaging else 0.0
             self._pending = safeguard.Pending(predicted, gram.square, noise, weights)
         return True
-
-    def _solve(self, gram: Gram, history: History) -> Mixing | None:
-        """Coefficients for all columns (zero for those left out), or None after counting why there are none."""
-        settings, statistics = self.settings, self.statistics
-        used = len(history.columns)
-        if settings.safeguard:
-            ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
-            used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
-        part = mixing.newest(gram, used)
-        cutoff = settings.eigenvalue_cutoff(history.blocks[0].delta_mapped.dtype)
-        window = settings.average_window or smoothing.DEFAULT_WINDOW
-        if settings.acceleration_type == "identity":
-            mean = smoothing.window_mean(used, window)
-            solution = Mixing(mean, mean, used, math.nan, 0.0)
-        elif self._averaging:
-            solution = smoothing.smoothed_coefficients(part, window, settings.regularization, cutoff)
-        else:
-            solution = mixing.mixing_coefficients(part, settings.regularization, cutoff)
-        statistics["numerical_rank"] = solution.numerical_rank
-        statistics["condition_number"] = solution.condition_number
-        statistics["coefficient_norm"] = solution.coefficient_norm
-        if solution.numerical_rank == 0:
-            self._reject("rank")
-            return None
-        if settings.safeguard and not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
-            self._reject("coefficients")
-            return None
-        left_out = host_tensor([0.0] * (gram.projection.numel() - used))
-        return solution._replace(gamma=torch.cat([left_out, solution.gamma]), mean=torch.cat([left_out, solution.mean]))
 
     def _takes(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
         """Put the candidate in place; take it out again and return False where the training loss does not improve."""
