@@ -26,10 +26,10 @@ from aadl.parameters import (
     by_dtype_and_device,
     closure_of,
     forget_curvature,
+    identity_of,
     is_dry_step,
     maximizes,
     momentum_of,
-    same_tensors,
     trainable_parameters,
 )
 from aadl.proposal import propose
@@ -69,6 +69,7 @@ class AndersonAccelerator:
     _history: History | None
     _parameters: list[Tensor]
     _block_parameters: list[list[Tensor]]
+    _identity: list[tuple[int, torch.Size]]
 
     def __init__(self, optimizer: Optimizer, settings: Settings, process_group: Any = None) -> None:
         self.settings = settings
@@ -164,6 +165,7 @@ class AndersonAccelerator:
         """Continue from a saved state and its restored history."""
         self._history = history
         self._parameters = trainable_parameters(self.optimizer) if history else []
+        self._identity = identity_of(self._parameters)
         self._block_parameters = by_dtype_and_device(self._parameters)
         self.statistics = copy.deepcopy(state["statistics"])
         self._progress = dict(state["progress"])
@@ -241,7 +243,7 @@ class AndersonAccelerator:
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
         parameters = trainable_parameters(optimizer)
-        if self._history is None or not (same_tensors(parameters, self._parameters) and self._history.fits(parameters)):
+        if self._history is None or identity_of(parameters) != self._identity:
             if self._history is not None:
                 _count(self.statistics["resets"], "parameters_changed")
             self._lay_out(optimizer, parameters)
@@ -410,7 +412,7 @@ class AndersonAccelerator:
 
     def _lay_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
-        self._parameters = parameters
+        self._parameters, self._identity = parameters, identity_of(parameters)
         self._block_parameters = by_dtype_and_device(parameters)
         self._history = self._new_history(self._block_parameters)
         self._pending = None
@@ -460,7 +462,7 @@ class AndersonAccelerator:
         self._refusals = safeguard.Pause(safeguard.LONGEST_REFUSAL)
         self._pending = None
         self._history = None
-        self._parameters, self._block_parameters = [], []
+        self._parameters, self._block_parameters, self._identity = [], [], []
 
 
 def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:

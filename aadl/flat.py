@@ -78,6 +78,16 @@ class FlatRow:
         if pairs:
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
+    def equals(self, views: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
+        """Whether `views` of a row hold the values of the tensors (None stands for zeros)."""
+        for tensor, order, view in zip(tensors, self.orders, views, strict=True):
+            if tensor is None:
+                if bool(view.any()):
+                    return False
+            elif not torch.equal(_ordered(_real(tensor.detach()), order), view):
+                return False
+        return True
+
     def _flat(self, tensor: Tensor | None, index: int) -> Tensor:
         if tensor is None:
             return torch.zeros(self.sizes[index], dtype=self.dtype, device=self.device)

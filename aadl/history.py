@@ -88,11 +88,6 @@ class History:
 
     # ---- macro-steps -------------------------------------------------------------------------------------------
 
-    def fits(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the parameters still have the shapes the rows were made for."""
-        shapes = [shape for block in self.blocks if block.kind == "parameters" for shape in block.row.shapes]
-        return sorted(shapes) == sorted(tuple(p.shape) for p in parameters)
-
     def begin(self, tensors: Sequence[Tensors]) -> None:
         """Take the present values as the start x of a macro-step."""
         for block, values in zip(self.blocks, tensors, strict=True):
@@ -103,9 +98,8 @@ class History:
     def starts_at(self, tensors: Sequence[Tensors]) -> bool:
         """Whether the running macro-step starts at these values."""
         return self.has_pair and all(
-            torch.equal(value, block.start[part])
+            block.row.equals(block.mapped_views if block.start is block.mapped else block.candidate_views, values)
             for block, values in zip(self.blocks, tensors, strict=True)
-            for part, value in block.row.read(values)
         )
 
     def continue_from_mapped(self) -> None:

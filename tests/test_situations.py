@@ -1,0 +1,547 @@
+"""Situations in which acceleration must not break: degenerate maps, odd parameters, changes from outside."""
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from small_runs import (
+    EAGER,
+    Pairs,
+    closure_of,
+    identical,
+    network,
+    snapshot,
+    stored_columns,
+    train,
+)
+from torch import nn
+
+import aadl
+
+ALWAYS = EAGER | {"safeguard": False, "average": False}
+RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
+
+
+def sgd(model, lr=0.05, **more):
+    return torch.optim.SGD(model.parameters(), lr=lr, **more)
+
+
+def statistics(optimizer):
+    return aadl.accelerator_of(optimizer).statistics
+
+
+def assert_counts_add_up(optimizer):
+    counts = statistics(optimizer)
+    assert counts["attempts"] == counts["accepted"] + sum(counts["rejected"].values())
+
+
+# ---- what the published package breaks on --------------------------------------------------------------------------
+
+
+def descend(parameters, optimizer, steps, gradient=lambda x: x, after=lambda step: None):
+    """Steps with gradients gradient(x) of each parameter; for x itself the solution is 0."""
+    for step in range(1, steps + 1):
+        for x in parameters:
+            x.grad = gradient(x.detach()).clone()
+        optimizer.step()
+        after(step)
+
+
+def scaled(values, dtype=torch.float32):
+    """A parameter of ones and the gradient of sum(values x^2) / 2."""
+    values = torch.tensor(values, dtype=dtype)
+    return nn.Parameter(torch.ones_like(values)), lambda x: values * x
+
+
+SAFEGUARDS = [True, False, "residual"]
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+@pytest.mark.parametrize("average", [False, True, "always"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_training_on_after_exact_convergence(safeguard, average, momentum):
+    x, gradient = scaled([1.0, 0.5, 0.25])
+    optimizer = torch.optim.SGD([x], lr=1.0, momentum=momentum)
+    aadl.accelerate(optimizer, **EAGER | {"safeguard": safeguard, "average": average})
+    descend([x], optimizer, 400, gradient)
+    with torch.no_grad():
+        x.zero_()
+        for entry in optimizer.state.values():
+            if entry.get("momentum_buffer") is not None:
+                entry["momentum_buffer"].zero_()
+    aadl.reset_history(optimizer)
+    descend([x], optimizer, 60, gradient)
+    assert x.tolist() == [0, 0, 0]
+    rejected = statistics(optimizer)["rejected"].get("rank", 0)
+    assert rejected > 0 or average == "always"  # a mean of equal iterates is no trouble
+    assert_counts_add_up(optimizer)
+    descend([x], optimizer, 30, lambda x: gradient(x - 2))  # and off again
+    assert torch.isfinite(x).all()
+    assert (x - 2).norm() < 1
+
+
+def test_learning_rate_zero_is_no_step():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **EAGER | {"frequency": 1000})
+    before = snapshot(model, optimizer)["model"]
+    train(model, optimizer, 5)
+    assert statistics(optimizer)["steps"] == 0
+    assert identical(before, snapshot(model, optimizer)["model"])
+    optimizer.param_groups[0]["lr"] = 0.02
+    start = [entry["exp_avg"].clone() for entry in optimizer.state.values()]
+    train(model, optimizer, 1)
+    history = aadl.accelerator_of(optimizer)._history
+    end = [entry["exp_avg"] for entry in optimizer.state.values()]
+    moved = torch.cat([(b - a).reshape(-1) for a, b in zip(start, end, strict=True)])
+    assert torch.equal(history.blocks[1].residual, moved)  # momentum had been gathered at rate 0
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 0.02
+    train(model, optimizer, 3)
+    del pairs.pairs[-4], pairs.starts[-4]
+    assert statistics(optimizer)["steps"] == 6
+    assert statistics(optimizer)["resets"] == {}
+    assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(4))
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+def test_constant_gradients_leave_the_plain_run(safeguard):
+    outcomes = []
+    for accelerated in (False, True):
+        x = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=0.125)
+        if accelerated:
+            aadl.accelerate(optimizer, **EAGER | {"safeguard": safeguard})
+        descend([x], optimizer, 50, lambda x: torch.arange(5.0, dtype=x.dtype) - 2)
+        outcomes.append(x.detach())
+    assert identical(*outcomes)
+    assert statistics(optimizer)["attempts"] == statistics(optimizer)["rejected"]["rank"] > 10
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fewer_parameters_than_columns(size):
+    x, gradient = scaled([0.01, 1.0][:size], torch.float64)
+    optimizer = torch.optim.SGD([x], lr=0.5)
+    aadl.accelerate(optimizer, **ALWAYS | {"history_depth": 10})
+    descend([x], optimizer, 30, gradient)
+    assert torch.isfinite(x).all()
+    assert x.abs().max() < 1e-6  # 0.995^30 = 0.86 without acceleration
+    assert statistics(optimizer)["numerical_rank"] <= size
+    assert_counts_add_up(optimizer)
+
+
+def test_frozen_parameters_and_those_without_gradient_keep_their_bits():
+    frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+    idle = nn.Parameter(torch.randn(4))
+    x, gradient = scaled([0.1, 1.0, 0.5])
+    kept = frozen.clone(), idle.detach().clone()
+    optimizer = torch.optim.Adam([{"params": [frozen, x]}, {"params": [idle], "weight_decay": 0.1}], lr=0.05)
+    aadl.accelerate(optimizer, **ALWAYS)
+    descend([x], optimizer, 40, gradient)
+    assert statistics(optimizer)["accepted"] > 10
+    assert identical((frozen.detach(), idle.detach()), (kept[0].detach(), kept[1]))
+    assert aadl.accelerator_of(optimizer)._history.blocks[0].row.numel == 7
+    descend([x, idle], optimizer, 5, lambda x: x)
+    assert not identical(idle.detach(), kept[1])
+
+
+def test_groups_may_come_and_parameters_freeze_and_thaw():
+    x, gradient = scaled([0.1, 1.0, 0.5])
+    y = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([x], lr=0.2, momentum=0.5)
+    aadl.accelerate(optimizer, **ALWAYS)
+    accelerator = aadl.accelerator_of(optimizer)
+
+    def go(parameters, expected_resets, numel):
+        accepted = accelerator.statistics["accepted"]
+        descend(parameters, optimizer, 9, gradient)
+        assert accelerator.statistics["resets"].get("parameters_changed", 0) == expected_resets
+        assert sum(block.row.numel for block in accelerator._history.blocks if block.kind == "parameters") == numel
+        assert accelerator.statistics["accepted"] > accepted or numel == 0
+
+    go([x], 0, 3)
+    optimizer.add_param_group({"params": [y]})
+    go([x, y], 1, 6)
+    x.requires_grad_(False)
+    x.grad, kept = None, x.detach().clone()
+    go([y], 2, 3)
+    assert torch.equal(x, kept)
+    y.requires_grad_(False)
+    y.grad = None
+    go([], 3, 0)
+    x.requires_grad_(True)
+    go([x], 4, 3)
+    assert not torch.equal(x, kept)
+    assert_counts_add_up(optimizer)
+
+
+def test_a_group_added_within_a_macro_step():
+    x, gradient = scaled([0.1, 1.0, 0.5])
+    y = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([x], lr=0.2)
+    aadl.accelerate(optimizer, **ALWAYS | {"store_each_nth": 4, "frequency": 4})
+    descend([x], optimizer, 18, gradient)
+    optimizer.add_param_group({"params": [y], "lr": 0.1})
+    descend([x, y], optimizer, 40, gradient)
+    assert statistics(optimizer)["macro_steps"] == 14
+    assert statistics(optimizer)["resets"] == {"parameters_changed": 1}
+    assert torch.isfinite(torch.cat([x, y])).all()
+
+
+@pytest.mark.parametrize(
+    ("store_each_nth", "frequency", "wait", "expected"),
+    [
+        (1, 1, 0, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+        (1, 5, 0, [5, 10]),
+        (2, 5, 0, [6, 12]),
+        (3, 4, 0, [6, 12]),
+        (3, 2, 0, [6, 9, 12]),
+        (2, 2, 7, [8, 10, 12]),
+        (2, 2, 8, [10, 12]),
+        (1, 3, 6, [9, 12]),
+        (4, 1, 100, []),
+    ],
+)
+def test_stores_and_accelerations_stay_in_phase(store_each_nth, frequency, wait, expected):
+    x, gradient = scaled([0.1, 1.0, 0.5, 0.3])
+    optimizer = torch.optim.SGD([x], lr=0.2)
+    aadl.accelerate(optimizer, "anderson", 1.0, wait, 3, store_each_nth, frequency, 1e-8, False, safeguard=False)
+    attempts, stored = [], []
+
+    def after(step):
+        if statistics(optimizer)["attempts"] > len(attempts):
+            attempts.append(step)
+        stored.append(statistics(optimizer)["macro_steps"])
+
+    descend([x], optimizer, 12, gradient, after)
+    assert attempts == expected
+    assert stored == [step // store_each_nth for step in range(1, 13)]
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+@pytest.mark.parametrize("kind", ["anderson", "identity"])
+def test_averaging_needs_no_closure(kind, safeguard):
+    model, plain_model = network(), network()
+    optimizer = sgd(model)
+    aadl.accelerate(optimizer, kind, **EAGER | {"safeguard": safeguard, "average": "always"})
+    losses = train(model, optimizer, 30)
+    assert statistics(optimizer)["accepted"] > 0
+    assert statistics(optimizer)["averaging"] is True
+    assert losses[-1] < losses[0] or not safeguard  # a mean over half the window at every second step goes nowhere
+    train(plain_model, sgd(plain_model), 30)
+    assert not identical(model.state_dict(), plain_model.state_dict())
+    assert_counts_add_up(optimizer)
+
+
+def test_attempts_of_the_moving_average_that_was_not_needed_are_counted():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), "identity", **EAGER | {"average": True, "average_tolerance": 1e9})
+    train(model, optimizer, 20)
+    assert statistics(optimizer)["rejected"] == {"averaging_off": statistics(optimizer)["attempts"]}
+    assert statistics(optimizer)["attempts"] > 5
+
+
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3).contiguous().transpose(0, 3),
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+    "sliced": lambda x: torch.cat([x, x], 1)[:, :3],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_memory_layouts_do_not_matter(layout, kind):
+    values = torch.rand(2, 3, 4, 5, dtype=torch.float64) + 0.01
+    ends = []
+    for change in (lambda x: x, layout):
+        x = nn.Parameter(change(torch.ones(2, 3, 4, 5, dtype=torch.float64)))
+        optimizer = getattr(torch.optim, kind)([x, nn.Parameter(torch.ones(3, dtype=torch.float64))], lr=0.1)
+        aadl.accelerate(optimizer, **ALWAYS)
+        strides = x.stride()
+        descend([x], optimizer, 25, lambda x: values * x)
+        assert x.stride() == strides
+        ends.append(x.detach().clone())
+    assert not x.is_contiguous()
+    assert statistics(optimizer)["accepted"] > 5
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)
+    plain = nn.Parameter(torch.ones(2, 3, 4, 5, dtype=torch.float64))
+    descend([plain], getattr(torch.optim, kind)([plain], lr=0.1), 25, lambda x: values * x)
+    assert not torch.allclose(plain, ends[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_complex_parameters_are_pairs_of_real_ones(momentum):
+    values = torch.tensor([0.1, 1.0, 0.5, 0.3], dtype=torch.float64)
+    z = nn.Parameter(torch.complex(torch.ones(4), torch.arange(4.0)).to(torch.complex128))
+    x = nn.Parameter(torch.view_as_real(z.detach()).clone())
+    ends = []
+    for parameter, weights in ((z, values), (x, values[:, None])):
+        optimizer = torch.optim.SGD([parameter], lr=0.3, momentum=momentum)
+        aadl.accelerate(optimizer, **ALWAYS)
+        descend([parameter], optimizer, 7, lambda p, weights=weights: weights * p)
+        ends.append(parameter.detach())
+    assert statistics(optimizer)["accepted"] == 2
+    torch.testing.assert_close(torch.view_as_real(ends[0]), ends[1], rtol=1e-9, atol=1e-12)
+    descend([x], torch.optim.SGD([x], lr=0.3, momentum=momentum), 1, lambda p: 0.01 * p)
+    assert not torch.allclose(torch.view_as_real(ends[0]), ends[1], rtol=1e-3, atol=0)
+
+
+def test_parameters_of_mixed_dtypes_share_one_problem():
+    values = torch.logspace(-2, 0, 8, dtype=torch.float64)
+    ends = []
+    for dtypes in ([torch.float64] * 2, [torch.float32, torch.float64]):
+        parts = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in dtypes]
+        weights = dict(zip(parts, values.split(4), strict=True))
+        optimizer = torch.optim.SGD(parts, lr=0.5)
+        aadl.accelerate(optimizer, **ALWAYS)
+        for _ in range(10):
+            for part, weight in weights.items():
+                part.grad = weight.to(part.dtype) * part.detach()
+            optimizer.step()
+        assert [part.dtype for part in parts] == dtypes
+        ends.append(torch.cat([part.detach().double() for part in parts]))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+    assert ends[0][:2].max() < 0.5 < (1 - 0.5 * values[:2]).pow(10).min()  # what plain steps leave
+    assert len(aadl.accelerator_of(optimizer)._history.blocks) == 2
+    assert statistics(optimizer)["accepted"] == 4
+
+
+@pytest.mark.parametrize("safeguard", SAFEGUARDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [1, 5, 6, 7])
+def test_gradients_that_are_not_finite_raise_nothing(safeguard, value, step):
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **EAGER | {"safeguard": safeguard})
+    closure = closure_of(model, optimizer)
+    good = snapshot(model, optimizer)["model"]
+    for count in range(1, 20):
+        closure()
+        if count == step:
+            for p in model.parameters():
+                p.grad.fill_(value)
+        optimizer.step()
+    assert_counts_add_up(optimizer)
+    optimizer.load_state_dict(torch.optim.Adam(model.parameters(), lr=0.02).state_dict())
+    model.load_state_dict(good)
+    losses = train(model, optimizer, 40)
+    assert losses[-1] < losses[0]
+    assert statistics(optimizer)["accepted"] > 0
+
+
+@pytest.mark.parametrize("steps", [9, 10])
+def test_a_run_that_turned_into_nans_recovers_with_restored_weights(steps):
+    """Columns with NaN may still be in the window; with coefficient 0 or not, they must not reach the weights."""
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS)
+    train(model, optimizer, steps)
+    good = snapshot(model, optimizer)["model"]
+    model[0].weight.grad[0, 0] = math.nan
+    optimizer.step()
+    model.load_state_dict(good)
+    for _ in range(30):
+        train(model, optimizer, 1)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert statistics(optimizer)["accepted"] > 5
+
+
+def test_lbfgs_starts_anew_from_an_accepted_candidate():
+    """Its next direction is the gradient there: curvature pairs would span two points without a step between them."""
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=1)
+    aadl.accelerate(optimizer, **ALWAYS)
+    along_gradient, after_accepted = [], []
+    for _ in range(30):
+        accepted = statistics(optimizer)["accepted"]
+        before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        optimizer.step(closure_of(model, optimizer))
+        moved = torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - before
+        gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+        length = 0.3 * min(1.0, 1.0 / float(gradient.abs().sum()))
+        along_gradient.append(torch.allclose(moved, -length * gradient, atol=1e-7))
+        after_accepted.append(statistics(optimizer)["accepted"] > accepted)
+    for number in range(1, 30):  # an accepted step itself moves elsewhere
+        assert after_accepted[number] or along_gradient[number] == after_accepted[number - 1], number
+    assert 3 < sum(after_accepted) < 20
+
+
+# ---- pairs stay true -----------------------------------------------------------------------------------------------
+
+
+def clip(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.4, 0.4)
+
+
+def exchange(model):
+    for p in model.parameters():
+        p.data = 0.9 * p.data
+
+
+def overwrite(model):
+    model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("change", [clip, exchange, overwrite])
+@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
+def test_pairs_stay_true_where_the_user_changes_parameters(change, settings):
+    model = network()
+    optimizer = sgd(model)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **settings)
+    changed = 0
+    for step in range(30):
+        reverted = statistics(optimizer)["reverted"]
+        train(model, optimizer, 1)
+        if statistics(optimizer)["reverted"] > reverted:
+            pairs.pairs.pop()
+        held = len(aadl.accelerator_of(optimizer)._history.columns)
+        if held:
+            assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held)), step
+        if step % 3 == 1:
+            before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+            change(model)
+            changed += not torch.equal(before, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert changed > 5
+    assert statistics(optimizer)["accepted"] > 0
+
+
+@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
+@pytest.mark.parametrize("average", [False, "always"])
+def test_pairs_stay_true_after_accepting_rejecting_and_reverting(settings, average):
+    model = network()
+    optimizer = sgd(model, 0.01, momentum=0.9)
+    pairs = Pairs(optimizer)
+    aadl.accelerate(optimizer, **settings | {"average": average})
+    for step in range(60):
+        reverted = statistics(optimizer)["reverted"]
+        train(model, optimizer, 1)
+        if statistics(optimizer)["reverted"] > reverted:
+            pairs.pairs.pop()
+        held = len(aadl.accelerator_of(optimizer)._history.columns)
+        if held:
+            assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held)), step
+    assert statistics(optimizer)["accepted"] > 3
+
+
+def test_reset_abandons_the_running_macro_step():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": 3, "frequency": 300})
+    accelerator = aadl.accelerator_of(optimizer)
+    train(model, optimizer, 10)
+    assert len(accelerator._history.columns) == 2
+    overwrite(model)
+    aadl.reset_history(optimizer)
+    assert accelerator.statistics["resets"] == {"user": 1}
+    assert accelerator.statistics["steps"] == 10
+    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    train(model, optimizer, 2)
+    assert not accelerator._history.has_pair
+    train(model, optimizer, 1)
+    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert torch.equal(accelerator._history.blocks[0].residual, end - start)
+    assert accelerator._history.columns == []
+
+
+def test_averaging_is_reported_and_switched_by_its_tolerance():
+    def run(tolerance):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **EAGER | {"average": True, "average_tolerance": tolerance})
+        train(model, optimizer, 20)
+        return statistics(optimizer)
+
+    assert run(1e-9)["averaging"] is True
+    assert run(1e9)["averaging"] is False
+    assert 0 < run(1e9)["relative_standard_deviation"] < 1
+
+
+def test_counts_survive_a_plain_value_round_trip():
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **EAGER)
+    train(model, optimizer, 30, with_closure=True)
+    file = io.BytesIO()
+    torch.save(statistics(optimizer), file)
+    file.seek(0)
+    assert identical(torch.load(file, weights_only=True), statistics(optimizer))
+    assert_counts_add_up(optimizer)
+    counts = statistics(optimizer)
+    assert counts["steps"] == counts["macro_steps"] == 30
+    assert counts["closure_evaluations"] == 2 * (counts["accepted"] + counts["rejected"].get("loss", 0))
+    assert set(counts["rejected"]) <= {"backward", "loss", "rank", "coefficients", "non_finite", "averaging_off"}
+
+
+# ---- changes from outside ------------------------------------------------------------------------------------------
+
+
+def test_weights_restored_through_data_are_not_reverted():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"safeguard": "residual"})
+    other = copy.deepcopy(model.state_dict())
+    for value in other.values():
+        value.mul_(30)
+    accelerator = aadl.accelerator_of(optimizer)
+    while accelerator._pending is None:
+        train(model, optimizer, 1)
+    for name, p in model.named_parameters():
+        p.data.copy_(other[name])
+    train(model, optimizer, 1)
+    assert accelerator.statistics["reverted"] == 0
+    assert accelerator.statistics["moved"] == 1
+    start = torch.cat([other[name].reshape(-1) for name, _ in model.named_parameters()])
+    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert float((end - start).norm()) < 0.5 * float(start.norm())
+
+
+def test_a_cleared_momentum_buffer_starts_a_new_macro_step():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    aadl.accelerate(optimizer, **ALWAYS | {"state_coupling": "full", "wait_iterations": 10**9})
+    history = None
+    for step in range(6):
+        train(model, optimizer, 1)
+        if step == 4:
+            for state in optimizer.state.values():
+                state["momentum_buffer"].zero_()
+    history = aadl.accelerator_of(optimizer)._history
+    buffers = torch.cat([optimizer.state[p]["momentum_buffer"].reshape(-1) for p in model.parameters()])
+    momentum = next(block for block in history.blocks if block.kind == "momentum")
+    assert torch.equal(momentum.residual, buffers)  # from zero to here
+    assert aadl.accelerator_of(optimizer).statistics["moved"] == 1
+
+
+def test_parameters_of_another_shape_are_laid_out_again():
+    model = network()
+    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.02), **ALWAYS)
+    train(model, optimizer, 6)
+    model[0].weight.data = torch.randn(8, 3)
+    model[0].bias.data = torch.randn(8)
+    model[2].weight.data = torch.randn(1, 8)
+    for p in model.parameters():
+        p.grad = None
+    train(model, optimizer, 6)
+    assert statistics(optimizer)["resets"] == {"parameters_changed": 1}
+
+
+def test_parameters_without_elements_and_extreme_magnitudes():
+    empty, full = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = aadl.accelerate(torch.optim.SGD([empty, full], lr=0.1), **ALWAYS)
+    for _ in range(8):
+        optimizer.zero_grad()
+        (full.square().sum() + empty.sum()).backward()
+        optimizer.step()
+    assert float(full.detach().abs().max()) < 0.3
+    for scale in (1e-25, 1e18):
+        x = nn.Parameter(torch.full((4,), scale))
+        curvature = torch.tensor([1.0, 0.5, 0.2, 0.1])
+        optimizer = aadl.accelerate(torch.optim.SGD([x], lr=1.0), **ALWAYS)
+        for _ in range(20):
+            x.grad = curvature * x.detach()
+            optimizer.step()
+        assert statistics(optimizer)["accepted"] > 0, scale
+        assert float(x.detach().abs().max()) < 0.05 * scale
