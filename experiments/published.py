@@ -44,7 +44,9 @@ def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Ten
         ridge = math.sqrt(regularization) * torch.eye(second.shape[1], dtype=window.dtype, device=window.device)
         matrix = torch.cat([matrix, ridge])
         right = torch.cat([right, right.new_zeros(second.shape[1])])
-    gamma = torch.linalg.lstsq(matrix, right.unsqueeze(1)).solution.squeeze(1)
+    # The default driver on a CPU, gelsy, does not repeat its own results to the last bit.
+    driver = "gels" if matrix.is_cuda else "gelsd"
+    gamma = torch.linalg.lstsq(matrix, right.unsqueeze(1), driver=driver).solution.squeeze(1)
     mean = window[:, -2] - first[:, :-1] @ gamma
     return mean + relaxation * (first[:, -1] - second @ gamma)
 
