@@ -35,8 +35,10 @@ def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Ten
         regularization: Tikhonov factor >= 0.
 
     Returns:
-        The extrapolated parameters, (num_parameters,).
+        The extrapolated parameters, (num_parameters,); NaN where the window is not finite.
     """
+    if not bool(window.isfinite().all()):
+        return torch.full_like(window[:, -1], math.nan)
     first = window.diff(dim=1)
     second = first.diff(dim=1)
     matrix, right = second, first[:, -1]
