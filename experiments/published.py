@@ -35,12 +35,12 @@ def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Ten
         regularization: Tikhonov factor >= 0.
 
     Returns:
-        The extrapolated parameters, (num_parameters,); NaN where the window is not finite.
+        The extrapolated parameters, (num_parameters,); NaN where differences of the window are not finite.
     """
-    if not bool(window.isfinite().all()):
-        return torch.full_like(window[:, -1], math.nan)
     first = window.diff(dim=1)
     second = first.diff(dim=1)
+    if not bool(second.isfinite().all() & first.isfinite().all()):
+        return torch.full_like(window[:, -1], math.nan)
     matrix, right = second, first[:, -1]
     if regularization > 0:
         ridge = math.sqrt(regularization) * torch.eye(second.shape[1], dtype=window.dtype, device=window.device)
