@@ -6,10 +6,22 @@ import itertools
 import torch
 from torch import nn
 
+import aadl
+
 INPUTS = torch.linspace(-1, 1, 48).reshape(16, 3)
 TARGETS = torch.sin(3 * INPUTS).sum(1, keepdim=True)
 EAGER = {"wait_iterations": 2, "history_depth": 4, "store_each_nth": 1, "frequency": 2}
 """Settings that attempt an acceleration at every second step."""
+ALWAYS = EAGER | {"safeguard": False, "average": False}
+RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
+
+
+def sgd(model, lr=0.05, **more):
+    return torch.optim.SGD(model.parameters(), lr=lr, **more)
+
+
+def statistics(optimizer):
+    return aadl.accelerator_of(optimizer).statistics
 
 
 def network(*more, bias=True):

@@ -10,13 +10,17 @@ import weakref
 import pytest
 import torch
 from small_runs import (
+    ALWAYS,
     EAGER,
+    RESIDUAL,
     Pairs,
     closure_of,
     identical,
     network,
+    sgd,
     snapshot,
     squared_error,
+    statistics,
     stored_columns,
     train,
 )
@@ -24,18 +28,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import aadl
-
-ALWAYS = EAGER | {"safeguard": False, "average": False}
-RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
-
-
-def sgd(model, lr=0.05, **more):
-    return torch.optim.SGD(model.parameters(), lr=lr, **more)
-
-
-def statistics(optimizer):
-    return aadl.accelerator_of(optimizer).statistics
-
 
 # ---- attaching and detaching ---------------------------------------------------------------------------------------
 

@@ -433,6 +433,20 @@ def test_broken_promises_suspend_and_kept_ones_hardly():
     assert noisy > 1.5 * calm
 
 
+@pytest.mark.parametrize("average", [False, "always"])
+def test_noise_is_expected_of_the_next_residual_where_averages_are_mixed(average):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    aadl.accelerate(optimizer, **EAGER | {"safeguard": "residual", "average": average})
+    accelerator = aadl.accelerator_of(optimizer)
+    for _ in range(100):
+        train(model, optimizer, 1)
+        if accelerator._pending is not None:
+            break
+    assert accelerator._pending is not None
+    assert (accelerator._pending.noise > 0) == (average == "always")
+
+
 def test_trust_ratio_and_revert_rule():
     pending = safeguard.Pending(predicted=1.0, before=4.0, noise=0.0, weights={})
     assert safeguard.trust_ratio(4.0, pending) == 2.0

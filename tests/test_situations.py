@@ -7,29 +7,22 @@ import math
 import pytest
 import torch
 from small_runs import (
+    ALWAYS,
     EAGER,
+    RESIDUAL,
     Pairs,
     closure_of,
     identical,
     network,
+    sgd,
     snapshot,
+    statistics,
     stored_columns,
     train,
 )
 from torch import nn
 
 import aadl
-
-ALWAYS = EAGER | {"safeguard": False, "average": False}
-RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
-
-
-def sgd(model, lr=0.05, **more):
-    return torch.optim.SGD(model.parameters(), lr=lr, **more)
-
-
-def statistics(optimizer):
-    return aadl.accelerator_of(optimizer).statistics
 
 
 def assert_counts_add_up(optimizer):
@@ -373,6 +366,17 @@ def test_lbfgs_starts_anew_from_an_accepted_candidate():
 # ---- pairs stay true -----------------------------------------------------------------------------------------------
 
 
+def step_with_true_pairs(model, optimizer, pairs):
+    """One step, after which the stored columns are those of the pairs that were seen."""
+    reverted = statistics(optimizer)["reverted"]
+    train(model, optimizer, 1)
+    if statistics(optimizer)["reverted"] > reverted:
+        pairs.pairs.pop()
+    held = len(aadl.accelerator_of(optimizer)._history.columns)
+    if held:
+        assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held))
+
+
 def clip(model):
     with torch.no_grad():
         for p in model.parameters():
@@ -397,13 +401,7 @@ def test_pairs_stay_true_where_the_user_changes_parameters(change, settings):
     aadl.accelerate(optimizer, **settings)
     changed = 0
     for step in range(30):
-        reverted = statistics(optimizer)["reverted"]
-        train(model, optimizer, 1)
-        if statistics(optimizer)["reverted"] > reverted:
-            pairs.pairs.pop()
-        held = len(aadl.accelerator_of(optimizer)._history.columns)
-        if held:
-            assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held)), step
+        step_with_true_pairs(model, optimizer, pairs)
         if step % 3 == 1:
             before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
             change(model)
@@ -419,14 +417,8 @@ def test_pairs_stay_true_after_accepting_rejecting_and_reverting(settings, avera
     optimizer = sgd(model, 0.01, momentum=0.9)
     pairs = Pairs(optimizer)
     aadl.accelerate(optimizer, **settings | {"average": average})
-    for step in range(60):
-        reverted = statistics(optimizer)["reverted"]
-        train(model, optimizer, 1)
-        if statistics(optimizer)["reverted"] > reverted:
-            pairs.pairs.pop()
-        held = len(aadl.accelerator_of(optimizer)._history.columns)
-        if held:
-            assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held)), step
+    for _ in range(60):
+        step_with_true_pairs(model, optimizer, pairs)
     assert statistics(optimizer)["accepted"] > 3
 
 
