@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from aadl.accelerator import AndersonAccelerator, accelerator_of, find_accelerator
+from aadl.parameters import inner_optimizer
 from aadl.settings import Settings
 
 __version__ = "0.1.0"
@@ -37,6 +38,9 @@ def accelerate(
     history_dtype: torch.dtype | None = None,
     shard_history: bool = False,
     process_group: Any = None,
+    history_device: str | None = None,
+    fused: bool | None = None,
+    local_sgd: bool = False,
 ) -> Optimizer:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
 
@@ -92,14 +96,19 @@ def accelerate(
     """
     if find_accelerator(optimizer) is not None:
         raise ValueError("this optimizer is accelerated already: call aadl.remove_acceleration(optimizer) first")
-    _check_sharding(shard_history, process_group)
+    _check_group(process_group)
     if average is None:
         average = acceleration_type != "identity"
+    inner, wrapped = inner_optimizer(optimizer)
     settings = Settings(
         acceleration_type, relaxation, wait_iterations, history_depth, store_each_nth, frequency, reg_acc, average,
-        safeguard, average_tolerance, average_window, state_coupling, history_dtype,
+        safeguard, average_tolerance, average_window, state_coupling, history_dtype, shard_history, history_device,
+        fused, local_sgd or wrapped == "averaged",
     )  # fmt: skip
-    AndersonAccelerator(optimizer, settings, process_group)
+    if wrapped == "partitioned":
+        _check_partitioned(settings)
+        process_group = process_group or optimizer.process_group  # type: ignore[attr-defined]
+    AndersonAccelerator(inner, settings, process_group, wrapped == "partitioned")
     return optimizer
 
 
@@ -113,10 +122,17 @@ def remove_acceleration(optimizer: Optimizer) -> None:
     accelerator_of(optimizer).remove()
 
 
-def _check_sharding(shard_history: Any, process_group: Any) -> None:
-    if shard_history is not False:
-        raise ValueError(f"shard_history must be False: sharded histories are not available yet, got {shard_history!r}")
+def _check_group(process_group: Any) -> None:
     if process_group is None:
         return
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
         raise ValueError(f"process_group must be None or a torch.distributed.ProcessGroup, got {process_group!r}")
+
+
+def _check_partitioned(settings: Settings) -> None:
+    """What does not go with a ZeroRedundancyOptimizer: its ranks hold whole candidates only after the step."""
+    if settings.safeguard == "loss":
+        raise ValueError("safeguard must be True, False or 'residual' for a ZeroRedundancyOptimizer, got 'loss'")
+    for name in ("shard_history", "local_sgd"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} must be False for a ZeroRedundancyOptimizer, whose ranks have parts, got True")

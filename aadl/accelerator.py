@@ -3,48 +3,46 @@
 A macro-step is `store_each_nth` optimizer steps; it is the map G whose fixed point is sought. At the end of one the
 pair (x_k, g_k) goes into the history; every `frequency` optimizer steps (rounded up to macro-steps) the history is
 mixed into a candidate that may replace g_k. Nothing else ever touches a parameter.
+
+The host waits for a device once per acceleration, for the Gram matrix. All later verdicts of the same acceleration are
+carried out on the device; the host reads them after the next optimizer step (`_settle`).
 """
 
 from __future__ import annotations
 
-import copy
+import json
 import math
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import mixing, safeguard, smoothing
+from aadl import kernels
+from aadl import state as saved_state
+from aadl.decisions import Decisions, Step, count
 from aadl.history import Block, Column, History, Tensors, make_block
-from aadl.mixing import host_tensor
 from aadl.parameters import (
-    all_parameters,
-    by_dtype_and_device,
     closure_of,
-    forget_curvature,
+    grouped,
     identity_of,
+    inner_optimizer,
     is_dry_step,
-    maximizes,
+    makes_momentum,
     momentum_of,
     trainable_parameters,
 )
-from aadl.proposal import propose
+from aadl.ranks import Ranks, local, ranks_of, shards_of
 from aadl.settings import Settings
+from aadl.watch import Look, look_at, versions_of
 
-VERSION = 1
+VERSION = 2
 """Of the layout of `AndersonAccelerator.state_dict()`."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
-COUNTERS = (
-    "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
-    "closure_evaluations", "moved",
-)  # fmt: skip
-LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
-MIXING_VALUES = ("numerical_rank", "condition_number", "coefficient_norm")
 LEARNING_RATE_BAND = 1.25
 """Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
 
@@ -56,39 +54,54 @@ class AndersonAccelerator:
 
     Attributes:
         settings: the validated arguments.
-        statistics: counters and last values, see `aadl.accelerate`.
+        loss_weight: weight of this rank's losses in the mean over ranks that judges a candidate, e.g. the number of
+            samples behind them where ranks have different ones; > 0.
     """
 
     settings: Settings
-    statistics: dict[str, Any]
-    _averaging: bool
+    loss_weight: float
+    _decisions: Decisions
     _progress: dict[str, Any]
-    _pause: safeguard.Pause
-    _refusals: safeguard.Pause
-    _pending: safeguard.Pending | None
     _history: History | None
     _parameters: list[Tensor]
-    _block_parameters: list[list[Tensor]]
+    _groups: list[list[tuple[int, Tensor]]]
     _identity: list[tuple[int, torch.Size]]
+    _left: Look | None
+    """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
+    _samples: list[Tensor]
+    _seen: tuple[Look, list[Tensors]] | None
+    """The last answer of `_tensors` and what it was drawn from."""
+    _postponed: Callable[[], None] | None
 
-    def __init__(self, optimizer: Optimizer, settings: Settings, process_group: Any = None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, settings: Settings, process_group: Any = None, partitioned: bool = False
+    ) -> None:
         self.settings = settings
         self.process_group = process_group
+        self.loss_weight = 1.0
+        self._partitioned = partitioned
         self._optimizer = weakref.ref(optimizer)
-        if not trainable_parameters(optimizer):
+        parameters = trainable_parameters(optimizer)
+        if not parameters and not partitioned:
             raise ValueError(f"this {type(optimizer).__name__} has no parameter that requires a gradient")
+        if (settings.shard_history or settings.local_sgd) and any(shards_of(p) > 1 for p in parameters):
+            name = "shard_history" if settings.shard_history else "local_sgd"
+            raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_post_hook(self._add_state),
-            optimizer.register_load_state_dict_pre_hook(self._take_state),
-            optimizer.register_load_state_dict_post_hook(self._restore_state),
         ]
-        self._loaded: tuple[dict[str, Any], History | None] | None = None
+        if not partitioned:  # a consolidated state of partitions would carry the whole history over the network
+            self._handles += [
+                optimizer.register_state_dict_post_hook(self._add_state),
+                optimizer.register_load_state_dict_pre_hook(self._take_state),
+                optimizer.register_load_state_dict_post_hook(self._restore_state),
+            ]
+        self._loaded: dict[str, Any] | None = None
         _accelerators[optimizer] = weakref.ref(self)
 
-    # ---- public ------------------------------------------------------------------------------------------------
+    # ---- public ----------------------------------------------------------------------------------------------------
 
     @property
     def optimizer(self) -> Optimizer:
@@ -98,35 +111,61 @@ class AndersonAccelerator:
             raise ReferenceError("the accelerated optimizer no longer exists")
         return optimizer
 
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
+        self._decisions.settle()
+        return self._decisions.statistics
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`."""
+        return 0 if self._history is None else saved_state.nbytes(self._history.blocks)
+
+    @property
+    def uses_compiled_kernels(self) -> bool:
+        """Whether the passes over memory run in kernels made by torch.compile."""
+        compiled = self._history is not None and any(block.fused for block in self._history.blocks)
+        return compiled and not kernels.compilation_error()
+
     def reset(self) -> None:
         """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay.
 
         A running macro-step is abandoned: the next optimizer step starts a new one.
         """
-        self._reset("user")
+        self._decisions.settle()
+        self._finish_push()
+        self._decisions.reset("user", self._history)
         self._progress["in_macro_step"] = 0
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
+        self._decisions.settle()
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._history = None
+        self._history = self._postponed = None
         _accelerators.pop(self.optimizer, None)
 
+    # ---- state -----------------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
-        """History, counters and decisions as tensors and plain values (loads with weights_only=True)."""
-        return {
-            "version": VERSION,
+        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, plain values as JSON.
+
+        Allocates the history where no step has done so, so that the state of a fresh accelerator has the entries a
+        saved one has and torch.distributed.checkpoint can load into it. The optimizer must have its own state by then.
+        """
+        self._decisions.settle()
+        self._finish_push()
+        if self._history is None and not self.settings.idle:
+            self._lay_out(self.optimizer, trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
+        history = self._history
+        books = self._decisions.books() | {
             "map": self.settings.map_description(),
-            "statistics": copy.deepcopy(self.statistics),
-            "progress": dict(self._progress),
-            "pause": dict(vars(self._pause)),
-            "refusals": dict(vars(self._refusals)),
-            "pending": None if self._pending is None else dict(vars(self._pending)),
-            "averaging": self._averaging,
-            "history": None if self._history is None else self._history.state_dict(),
+            "progress": self._progress,
+            "history": None if history is None else saved_state.books_of(history),
         }
+        return {"version": VERSION, "books": json.dumps(books), "rows": self._rows()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the saved accelerator would have.
@@ -135,42 +174,50 @@ class AndersonAccelerator:
             ValueError: the state was saved for another map (store_each_nth, state_coupling, history_depth,
                 history_dtype, parameter shapes) or is no accelerator state. Nothing was changed then.
         """
-        self._take_over(state, self._restored_history(state))
+        self._take_over(state, self._checked(state))
 
-    def _restored_history(self, state: Any) -> History | None:
-        """The history of a saved state, laid out for the present parameters; raises ValueError if it does not fit."""
-        if not isinstance(state, dict) or state.keys() != self.state_dict().keys() or state["version"] != VERSION:
+    def _rows(self) -> dict[str, Tensor]:
+        return {} if self._history is None else saved_state.rows_of(self._history, self._groups, self._history.ranks)
+
+    def _checked(self, state: Any) -> dict[str, Any]:
+        """The books of a saved state, parsed; raises ValueError if it does not fit. Changes nothing but allocations."""
+        if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
             raise ValueError(f"state must be the state_dict() of an accelerator of this version, got {_outline(state)}")
         try:
-            _decisions(state)
-            return self._history_of(state)
-        except (AttributeError, KeyError, TypeError) as error:
+            books = json.loads(state["books"])
+            Decisions.restored(self.settings, books), books["progress"]
+            wanted, found = self.settings.map_description(), books["map"]
+            for name, value in wanted.items():
+                if found.get(name) != value:
+                    raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
+            if books["history"] is not None:
+                books["fields"] = saved_state.parsed_books(books["history"])
+                momentum = any(name.startswith("momentum") for name in state["rows"])
+                self._fit_layout(momentum)
+                saved_state.check_rows(state["rows"], self._rows())
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
+        return books
 
-    def _history_of(self, state: dict[str, Any]) -> History | None:
-        wanted, found = self.settings.map_description(), state["map"]
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
-        if state["history"] is None:
-            return None
-        groups = by_dtype_and_device(trainable_parameters(self.optimizer))
-        history = self._new_history(groups)
-        if any(block["kind"] == "momentum" for block in state["history"]["blocks"]):
-            history.blocks += self._momentum_blocks(groups)
-        history.load_state_dict(state["history"])
-        return history
+    def _fit_layout(self, momentum: bool) -> None:
+        """Have a history for the present parameters, with blocks for momentum or without, whatever it holds."""
+        parameters = trainable_parameters(self.optimizer)
+        present = self._history is not None and identity_of(parameters) == self._identity
+        if not present or (len(self._history.blocks) > len(self._groups)) != momentum:  # type: ignore[union-attr]
+            self._lay_out(self.optimizer, parameters, momentum)
 
-    def _take_over(self, state: dict[str, Any], history: History | None) -> None:
-        """Continue from a saved state and its restored history."""
-        self._history = history
-        self._parameters = trainable_parameters(self.optimizer) if history else []
-        self._identity = identity_of(self._parameters)
-        self._block_parameters = by_dtype_and_device(self._parameters)
-        self.statistics = copy.deepcopy(state["statistics"])
-        self._progress = dict(state["progress"])
-        self._pause, self._refusals, self._pending = _decisions(state)
-        self._averaging = bool(state["averaging"])
+    def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
+        """Continue from a saved state and its checked books."""
+        self._postponed = None
+        if books["history"] is None:
+            self._history = None
+        else:
+            assert self._history is not None
+            saved_state.load_rows(state["rows"], self._rows())
+            saved_state.restore_books(self._history, books["fields"], books["history"]["starts_at_mapped"])
+        self._decisions = Decisions.restored(self.settings, books)
+        self._progress = books["progress"]
+        self._left = None
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
@@ -190,34 +237,43 @@ class AndersonAccelerator:
     def __reduce__(self) -> NoReturn:
         raise TypeError("an accelerator cannot be pickled: save its state_dict() (optimizer.state_dict() carries it)")
 
-    # ---- hooks -------------------------------------------------------------------------------------------------
+    # ---- hooks -----------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.settings.idle:
             return
-        if self.settings.safeguard == "loss" and closure_of(args, kwargs) is None and not is_dry_step(optimizer):
+        dry = is_dry_step(optimizer)
+        if self.settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
-        if self._progress["in_macro_step"] == 0 and not is_dry_step(optimizer):
+        if dry:
+            return
+        self._finish_push()
+        if self.settings.local_sgd and self._left and not self._look(optimizer).untouched_since(self._left):
+            self._decisions.reset("averaged", self._history)
+            self._progress["in_macro_step"] = 0
+        if self._progress["in_macro_step"] == 0:
             self._open_macro_step(optimizer)
 
     @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_dry_step(optimizer):
             return
+        self._decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
-            self.statistics["skipped_steps"] += 1
+            self._decisions.statistics["skipped_steps"] += 1
             return
-        self.statistics["steps"] += 1
+        self._decisions.statistics["steps"] += 1
         if self.settings.idle:
             return
         self._progress["in_macro_step"] += 1
-        if self._progress["in_macro_step"] < self.settings.store_each_nth:
-            return
-        self._progress["in_macro_step"] = 0
-        self.statistics["macro_steps"] += 1
-        self._close_macro_step(optimizer, closure_of(args, kwargs))
+        if self._progress["in_macro_step"] == self.settings.store_each_nth:
+            self._progress["in_macro_step"] = 0
+            self._decisions.statistics["macro_steps"] += 1
+            self._close_macro_step(optimizer, closure_of(args, kwargs))
+        elif self.settings.local_sgd:
+            self._left = self._look(optimizer)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -225,8 +281,9 @@ class AndersonAccelerator:
 
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         del optimizer
-        saved = state.get(STATE_KEY)
-        self._loaded = None if saved is None else (saved, self._restored_history(saved))
+        self._loaded = state.get(STATE_KEY)
+        if self._loaded is not None:
+            self._checked(self._loaded)
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
@@ -235,78 +292,78 @@ class AndersonAccelerator:
         if loaded is None:  # a checkpoint of the plain optimizer
             self._start_anew()
         else:
-            self._take_over(*loaded)
+            self._take_over(loaded, self._checked(loaded))
 
-    # ---- macro-steps -------------------------------------------------------------------------------------------
+    # ---- macro-steps -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
+        history, look = self._history, self._look(optimizer)
+        untouched = history is not None and self._left is not None and look.untouched_since(self._left)
+        if untouched and all(map(torch.equal, self._samples, self._sampled(self._tensors(optimizer, look)))):
+            return
+        self._decisions.settle()
         parameters = trainable_parameters(optimizer)
-        if self._history is None or identity_of(parameters) != self._identity:
-            if self._history is not None:
-                _count(self.statistics["resets"], "parameters_changed")
-            self._lay_out(optimizer, parameters)
+        if history is None or identity_of(parameters) != self._identity:
+            if history is not None:
+                count(self._decisions.statistics["resets"], "parameters_changed")
+            self._lay_out(optimizer, parameters, self._has_momentum(optimizer, parameters))
         assert self._history is not None
-        tensors = self._tensors(optimizer)
+        tensors = self._tensors(optimizer, look)
         if not self._history.starts_at(tensors):
-            self.statistics["moved"] += self._history.has_pair
+            self._decisions.statistics["moved"] += self._history.has_pair
             self._history.begin(tensors)
-            self._pending = None  # the macro-step that starts here says nothing about the candidate
-            self._progress["disturbed"] = True
+            self._decisions.pending = None  # the macro-step that starts here says nothing about the candidate
+            self._decisions.disturbed = True
 
     @torch.no_grad()
     def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         history = self._history
-        if history is None or not history.blocks:
+        if history is None or not (history.blocks or history.partial):
             return
-        without_momentum = len(history.blocks) == len(self._block_parameters)
-        if without_momentum and not history.has_pair and self._wants_momentum(optimizer):
-            history.blocks += self._momentum_blocks(self._block_parameters)  # made by the first step, from zero
-        tensors = self._tensors(optimizer)
+        without_momentum = len(history.blocks) == len(self._groups)
+        if without_momentum and not history.has_pair and self._has_momentum(optimizer, self._parameters):
+            history.blocks += self._make_blocks("momentum")  # made by the first step, from zero
+            self._seen = None
+        look = self._look(optimizer)
+        tensors = self._tensors(optimizer, look)
         self._follow_learning_rate(optimizer)
-        pending, self._pending = self._pending, None
-        if pending is not None and self._broke_promise(history, tensors, pending):
-            history.write_mapped(tensors)
-            history.continue_from_mapped()
-            forget_curvature(optimizer)
-            self._progress["disturbed"] = True
-            return
-        rate = self._progress["learning_rate"]
-        ratio = rate / self._progress.get("pair_learning_rate", rate)
-        history.push(tensors, Column(self.statistics["macro_steps"], not self._progress["disturbed"], rate), ratio)
-        self._progress |= {"disturbed": False, "pair_learning_rate": rate}
-        history.continue_from_mapped()
-        if self._is_due() and self._attempt(history, tensors, closure):
-            forget_curvature(optimizer)
-            self._progress["disturbed"] = True
+        decisions, progress = self._decisions, self._progress
+        pending, rate = decisions.pending, progress["learning_rate"]
+        ratio = rate / progress.get("pair_learning_rate", rate)
+        column = Column(decisions.statistics["macro_steps"], not decisions.disturbed, rate)
+        decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
+        due = self._is_due(history)
 
-    def _broke_promise(self, history: History, tensors: list[Tensors], pending: safeguard.Pending) -> bool:
-        """Judge the last accepted candidate by the residual of the macro-step it started."""
-        squares = history.residual_squares(tensors)
-        square = sum(pending.weights[kind] * value for kind, value in squares.items())
-        self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
-        if ratio > safeguard.SUSPEND_ABOVE:
-            self._pause.extend(self.statistics["macro_steps"])
-            self.statistics["suspensions"] += 1
+        def push() -> None:
+            history.push(tensors, column, ratio, keep_last=pending is not None)
+
+        if not due and pending is None and any(block.offloaded for block in history.blocks):
+            history.fetch(tensors)
+            self._postponed = push  # by then the copy to the host is done
         else:
-            self._pause.shorten()
-        reverts = safeguard.must_revert(square, pending)
-        self.statistics["reverted"] += reverts
-        return reverts
+            push()
+        if due or pending is not None:
+            judged = closure if self.settings.safeguard in (True, "loss") and not self._partitioned else None
+            step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate)
+            if due:
+                decisions.accelerate(step, pending)
+            elif pending is not None:
+                decisions.judge(step, pending)
+        trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
+        known = len(trainable) == len(self._parameters) and all(map(operator.is_, trainable, self._parameters))
+        self._left = look._replace(versions=versions_of(look.tensors)) if known else None
+        self._samples = self._sampled(tensors)
 
-    def _is_due(self) -> bool:
+    def _is_due(self, history: History) -> bool:
         """Acceleration falls on every period-th macro-step, counted from the start, whatever was rejected between."""
-        settings, done = self.settings, self.statistics["macro_steps"]
-        assert self._history is not None
-        if not self._history.columns or self.statistics["steps"] <= settings.wait_iterations:
+        settings, done = self.settings, self._decisions.statistics["macro_steps"]
+        if self._decisions.statistics["steps"] <= settings.wait_iterations or done % settings.period != 0:
             return False
-        if done % settings.period != 0:
-            return False
-        if done < max(self._pause.until, self._refusals.until):
-            self.statistics["suspended"] += 1
-            return False
-        return True
+        if settings.local_sgd:  # all ranks come to vote, whatever happened to their own histories
+            return True
+        return history.has_pair and not self._decisions.is_suspended()
 
     def _follow_learning_rate(self, optimizer: Optimizer) -> None:
         """Note the learning rate; start the history anew where residuals of then and now do not compare.
@@ -328,141 +385,96 @@ class AndersonAccelerator:
             progress["learning_rate"] = rate
         else:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
-            self._reset("learning_rate")
+            self._decisions.reset("learning_rate", self._history)
 
-    # ---- acceleration ------------------------------------------------------------------------------------------
+    # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
-    def _attempt(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
-        """Mix, build the candidate, let the safeguard decide; the plain iterate stays where it says no."""
-        statistics, settings = self.statistics, self.settings
-        statistics["attempts"] += 1
-        parts = history.gram()
-        if not all(math.isfinite(part.square + float(part.matrix.sum())) for part in parts.values()):
-            self._reject("non_finite")
-            self._reset("non_finite")
-            return False
-        rate = self._progress["learning_rate"]
-        scales = [rate / column.learning_rate for column in history.columns]
-        weights = mixing.balancing_weights(parts)
-        gram = mixing.joined(parts, weights, scales)
-        consecutive = [column.consecutive for column in history.columns]
-        deviation = smoothing.relative_standard_deviation(gram, consecutive)
-        statistics["relative_standard_deviation"] = deviation
-        if settings.average == "auto":
-            self._averaging = smoothing.switch(self._averaging, deviation, settings.average_tolerance)
-        statistics["averaging"] = self._averaging
-        if settings.acceleration_type == "identity" and not self._averaging:
-            self._reject("averaging_off")
-            return False
-        ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
-        solution, predicted, refused = propose(
-            gram, ages, self._averaging, settings, history.blocks[0].delta_mapped.dtype
-        )
-        statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
-        if refused:
-            self._reject(refused)
-            return False
-        statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
-        beta = settings.relaxation
-        scaled = host_tensor(scales) * solution.gamma
-        history.combine(solution.gamma, (scaled - solution.gamma) - (1 - beta) * scaled, 1 - beta)
-        checked = settings.safeguard and settings.acceleration_type != "identity"
-        if checked and not history.advance(solution.mean) >= 0:
-            self._reject("backward")
-            self._refusals.extend(statistics["macro_steps"], settings.period)
-            return False
-        if not self._takes(history, tensors, closure):
-            return False
-        history.continue_from_candidate()
-        self._refusals.length = 0
-        statistics["accepted"] += 1
-        if settings.safeguard:
-            noise = smoothing.noise_square(gram, consecutive) if self._averaging else 0.0
-            self._pending = safeguard.Pending(predicted, gram.square, noise, weights)
-        return True
+    def _finish_push(self) -> None:
+        """Store the pair whose copy to the host was under way."""
+        push, self._postponed = self._postponed, None
+        if push is not None:
+            with torch.no_grad():
+                push()
 
-    def _takes(self, history: History, tensors: list[Tensors], closure: Callable[[], Any] | None) -> bool:
-        """Put the candidate in place; take it out again and return False where the training loss does not improve."""
-        if closure is None or self.settings.safeguard not in (True, "loss"):
-            history.write_candidate(tensors)
-            return True
-        self.statistics["closure_evaluations"] += 2
-        better, cause = False, "loss"
-        try:
-            plain, candidate = safeguard.trial_losses(
-                closure, all_parameters(self.optimizer), lambda: history.write_candidate(tensors), self._group()
-            )
-            better = candidate > plain if maximizes(self.optimizer) else candidate < plain
-        except Exception:
-            if self.settings.safeguard == "loss":
-                raise
-            cause = "closure"  # it cannot be evaluated for its value alone
-        finally:
-            if not better:
-                history.write_mapped(tensors)
-                self._reject(cause)
-        return better
+    @property
+    def _ranks(self) -> Ranks:
+        return ranks_of(self.process_group)
 
-    # ---- state -------------------------------------------------------------------------------------------------
-
-    def _group(self) -> Any:
-        if self.process_group is not None:
-            return self.process_group
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-    def _lay_out(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+    def _lay_out(self, optimizer: Optimizer, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
+        settings = self.settings
         self._parameters, self._identity = parameters, identity_of(parameters)
-        self._block_parameters = by_dtype_and_device(parameters)
-        self._history = self._new_history(self._block_parameters)
-        self._pending = None
+        self._groups = grouped(parameters)
+        ranks = Ranks() if settings.local_sgd else self._ranks
+        cut = self._partitioned or settings.shard_history or any(shards_of(p) > 1 for p in parameters)
+        self._history = History(settings.history_depth, [], ranks, partial=cut and ranks.size > 1)
+        self._history.blocks += self._make_blocks("parameters")
+        if momentum and settings.state_coupling != "params":
+            self._history.blocks += self._make_blocks("momentum")
+        self._decisions.pending = self._left = self._seen = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
-        if self._wants_momentum(optimizer):
-            self._history.blocks += self._momentum_blocks(self._block_parameters)
 
-    def _new_history(self, groups: list[list[Tensor]]) -> History:
-        return History(self.settings.history_depth, self._make_blocks("parameters", groups, True))
+    def _make_blocks(self, kind: str) -> list[Block]:
+        settings = self.settings
+        assert self._history is not None
+        ranks = self._history.ranks
+        part = (ranks.index, ranks.size) if settings.shard_history else (0, 1)
+        whole = self._partitioned or part[1] > 1  # every element counts once in a sum over the ranks
+        return [
+            make_block(
+                kind,
+                [local(p) for _, p in group],
+                settings.history_depth,
+                kind == "parameters" or settings.state_coupling == "full",
+                settings.history_dtype,
+                part=part,
+                weight=1.0 if whole else shards_of(group[0][1]) / ranks.size,
+                fused=settings.fused,
+                device=None if settings.history_device is None else torch.device(settings.history_device),
+            )
+            for group in self._groups
+        ]
 
-    def _momentum_blocks(self, groups: list[list[Tensor]]) -> list[Block]:
-        return self._make_blocks("momentum", groups, self.settings.state_coupling == "full")
-
-    def _make_blocks(self, kind: str, groups: list[list[Tensor]], residuals: bool) -> list[Block]:
-        depth, dtype = self.settings.history_depth, self.settings.history_dtype
-        return [make_block(kind, group, depth, residuals, dtype) for group in groups]
-
-    def _wants_momentum(self, optimizer: Optimizer) -> bool:
+    def _has_momentum(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         if self.settings.state_coupling == "params":
             return False
-        return any(momentum_of(optimizer.state.get(p), p) is not None for p in self._parameters)
+        return any(momentum_of(optimizer.state.get(p), p) is not None for p in parameters)
 
-    def _tensors(self, optimizer: Optimizer) -> list[Tensors]:
-        """Values of every block: the parameters, and their momentum buffers (None where there is none yet)."""
+    def _look(self, optimizer: Optimizer) -> Look:
+        return look_at(optimizer, self.settings.state_coupling != "params")
+
+    def _tensors(self, optimizer: Optimizer, look: Look) -> list[Tensors]:
+        """Values of every block: the parameters, and their momentum buffers (None where there is none yet).
+
+        The same lists as long as the same tensors lie in the same places, so that rows need not look again.
+        """
         assert self._history is not None
-        tensors: list[Tensors] = list(self._block_parameters)
-        if len(self._history.blocks) > len(self._block_parameters):
-            tensors += [[momentum_of(optimizer.state.get(p), p) for p in group] for group in self._block_parameters]
+        kinds = len(self._history.blocks) // max(len(self._groups), 1)
+        if self._seen is not None and look.same_places(self._seen[0]):
+            return self._seen[1]
+        tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
+        if kinds > 1:
+            for group in self._groups:
+                buffers = [momentum_of(optimizer.state.get(p), p) for _, p in group]
+                tensors.append([None if buffer is None else local(buffer) for buffer in buffers])
+        self._seen = look, tensors
         return tensors
 
-    def _reject(self, cause: str) -> None:
-        _count(self.statistics["rejected"], cause)
-
-    def _reset(self, cause: str) -> None:
-        _count(self.statistics["resets"], cause)
-        self._pending = None
-        if self._history is not None:
-            self._history.clear()
+    def _sampled(self, tensors: list[Tensors]) -> list[Tensor]:
+        """Some elements of every parameter; none on a device, which the host would have to wait for."""
+        assert self._history is not None
+        return [
+            block.row.sample(values)
+            for block, values in zip(self._history.blocks, tensors, strict=True)
+            if block.kind == "parameters" and block.row.device.type == "cpu"
+        ]
 
     def _start_anew(self) -> None:
         """State of an accelerator that has seen no step."""
-        self.statistics = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
-        self._averaging = self.settings.average == "always"
-        self.statistics |= {"numerical_rank": 0, "averaging": self._averaging, "rejected": {}, "resets": {}}
-        self._progress = {"in_macro_step": 0, "disturbed": False, "learning_rate": 1.0, "rates": None}
-        self._pause = safeguard.Pause(safeguard.LONGEST_PAUSE)
-        self._refusals = safeguard.Pause(safeguard.LONGEST_REFUSAL)
-        self._pending = None
-        self._history = None
-        self._parameters, self._block_parameters, self._identity = [], [], []
+        self._decisions = Decisions(self.settings)
+        self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None}
+        self._history = self._left = self._postponed = self._seen = None
+        self._parameters, self._groups, self._identity, self._samples = [], [], [], []
 
 
 def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
@@ -478,17 +490,11 @@ def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
 
 
 def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
-    """The accelerator attached to an optimizer, or None."""
+    """The accelerator attached to an optimizer (or to the one that it wraps), or None."""
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    reference = _accelerators.get(optimizer)
+    reference = _accelerators.get(inner_optimizer(optimizer)[0])
     return None if reference is None else reference()
-
-
-def _decisions(state: dict[str, Any]) -> tuple[safeguard.Pause, safeguard.Pause, safeguard.Pending | None]:
-    """The pauses and the pending judgment of a saved state."""
-    pending = None if state["pending"] is None else safeguard.Pending(**state["pending"])
-    return safeguard.Pause(**state["pause"]), safeguard.Pause(**state["refusals"]), pending
 
 
 def _outline(state: Any) -> str:
@@ -496,7 +502,3 @@ def _outline(state: Any) -> str:
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
     return f"version {state.get('version')!r} with keys {list(state)}"
-
-
-def _count(counts: dict[str, int], cause: str) -> None:
-    counts[cause] = counts.get(cause, 0) + 1

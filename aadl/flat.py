@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 CPU_PIECE = 65_536
-"""Elements per piece on a CPU: a few float32 pieces fit into a core's second-level cache."""
+"""Elements per piece of a long row on a CPU: a few float32 pieces fit into a core's second-level cache."""
+SHORT_ROW = 4 * CPU_PIECE
+"""Rows up to this length are one piece: calls cost more than the cache saves."""
+SAMPLE = 64
+"""Leading elements per tensor that `FlatRow.sample` looks at."""
 
 
 class _Span(NamedTuple):
@@ -22,6 +26,18 @@ class _Span(NamedTuple):
     offset: int | None
 
 
+class _Views(NamedTuple):
+    """The memory of tensors, seen in the order of the row."""
+
+    tensors: Sequence[Tensor | None]
+    addresses: list[int]
+    ordered: list[Tensor | None]
+    flat: list[Tensor | None]
+    """The elements inside the window; None where they do not lie in one piece of memory in this order."""
+    heads: list[Tensor] | None
+    """Of `flat`, where that is complete."""
+
+
 class FlatRow:
     """The order in which tensors of one dtype and device are laid out in a row.
 
@@ -30,30 +46,46 @@ class FlatRow:
 
     Args:
         templates: tensors of equal dtype and device; shapes and strides are remembered, not the tensors.
+        part: (index, count): the row is the index-th of `count` equal windows [lo, hi) of the tensors laid end to end,
+            the last one shorter or empty. `read` yields the window only; `views` and `write` deal with whole rows.
+        cut: whether large tensors are read in pieces.
     """
 
-    def __init__(self, templates: Sequence[Tensor]) -> None:
+    def __init__(self, templates: Sequence[Tensor], part: tuple[int, int] = (0, 1), cut: bool = True) -> None:
         self.shapes = [tuple(t.shape) for t in templates]
         self.orders = [_memory_order(t) for t in templates]
         self.ordered_shapes = [
             _ordered(_real(t.detach()), o).shape for t, o in zip(templates, self.orders, strict=True)
         ]
-        self.sizes = [_real(t.detach()).numel() for t in templates]
-        self.numel = sum(self.sizes)
+        self.whole_sizes = [_real(t.detach()).numel() for t in templates]
+        self.whole = sum(self.whole_sizes)
+        index, count = part
+        self.window_length = -(-self.whole // count)
+        bounds = [min(i * self.window_length, self.whole) for i in (index, index + 1)]
+        self.window = slice(*bounds)
+        self.numel = self.window.stop - self.window.start
         self.dtype = _real(templates[0].detach()).dtype
         self.device = templates[0].device
-        self.piece = CPU_PIECE if self.device.type == "cpu" else max(self.numel, 1)
-        self._spans = _spans(self.sizes, self.piece)
+        short = self.device.type != "cpu" or self.numel <= SHORT_ROW
+        self.piece = max(self.numel, 1) if short else CPU_PIECE
+        ends = [0]
+        for size in self.whole_sizes:
+            ends.append(ends[-1] + size)
+        clipped = [min(max(end, self.window.start), self.window.stop) for end in ends]
+        self._inside = [slice(clipped[i] - ends[i], clipped[i + 1] - ends[i]) for i in range(len(self.whole_sizes))]
+        self._spans = _spans([part.stop - part.start for part in self._inside], self.piece, cut)
+        self._views: _Views | None = None
         self._stage: Tensor | None = None
 
-    def ranges(self) -> Iterator[slice]:
+    def ranges(self, piece: int | None = None) -> Iterator[slice]:
         """Ranges of the row of at most `piece` elements, for work that touches rows only."""
-        for start in range(0, self.numel, self.piece):
-            yield slice(start, min(start + self.piece, self.numel))
+        piece = piece or self.piece
+        for start in range(0, self.numel, piece):
+            yield slice(start, min(start + piece, self.numel))
 
     def read(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (range of the row, its values); None stands for zeros. Values are valid until the next piece."""
-        flat = [self._flat(tensor, index) for index, tensor in enumerate(tensors)]
+        flat = self._flat(tensors)
         for span in self._spans:
             part = slice(span.start, span.stop)
             if span.offset is not None:
@@ -63,37 +95,67 @@ class FlatRow:
             else:
                 yield part, torch.cat(flat[span.first : span.last + 1], out=self._staging(span.stop - span.start))
 
+    def sample(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The leading elements of every tensor: enough to notice that somebody restored or averaged them."""
+        heads = self._seen(tensors).heads
+        return torch.cat(heads if heads is not None else [flat[:SAMPLE] for flat in self._flat(tensors)])
+
     def views(self, row: Tensor) -> list[Tensor]:
-        """The parts of a row that belong to the tensors, shaped like them in the order of the row."""
-        parts = row.split(self.sizes)
+        """The parts of a whole row that belong to the tensors, shaped like them in the order of the row."""
+        parts = row.split(self.whole_sizes)
         return [part.view(shape) for part, shape in zip(parts, self.ordered_shapes, strict=True)]
 
-    def write(self, views: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> None:
-        """Copy `views` of a row into the tensors, in place; None is passed over."""
-        pairs = [
-            (_ordered(_real(tensor.detach()), order), view)
-            for tensor, order, view in zip(tensors, self.orders, views, strict=True)
-            if tensor is not None
-        ]
+    def logical_views(self, rows: Tensor) -> list[Tensor]:
+        """Parts of whole rows, shape (..., whole), shaped like the tensors themselves; complex ones as pairs."""
+        lead = rows.shape[:-1]
+        parts = rows.split(self.whole_sizes, -1)
+        result = []
+        for part, shape, order in zip(parts, self.ordered_shapes, self.orders, strict=True):
+            view = part.view(*lead, *shape)
+            if order is not None:
+                inverse = sorted(range(len(order)), key=order.__getitem__)
+                view = view.permute(*range(len(lead)), *(len(lead) + i for i in inverse))
+            result.append(view)
+        return result
+
+    def write(self, views: Sequence[Tensor], tensors: Sequence[Tensor | None], non_blocking: bool = False) -> None:
+        """Copy `views` of a whole row into the tensors, in place; None is passed over."""
+        ordered = self._seen(tensors).ordered
+        pairs = [(target, view) for target, view in zip(ordered, views, strict=True) if target is not None]
         if pairs:
-            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+            targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
+            torch._foreach_copy_(targets, sources, non_blocking)
 
-    def equals(self, views: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
-        """Whether `views` of a row hold the values of the tensors (None stands for zeros)."""
-        for tensor, order, view in zip(tensors, self.orders, views, strict=True):
-            if tensor is None:
-                if bool(view.any()):
-                    return False
-            elif not torch.equal(_ordered(_real(tensor.detach()), order), view):
-                return False
-        return True
+    def _flat(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """The elements of each tensor inside the window, in the order of the row."""
+        views = self._seen(tensors)
+        return [
+            flat if flat is not None else self._copied(ordered, inside)
+            for flat, ordered, inside in zip(views.flat, views.ordered, self._inside, strict=True)
+        ]
 
-    def _flat(self, tensor: Tensor | None, index: int) -> Tensor:
-        if tensor is None:
-            return torch.zeros(self.sizes[index], dtype=self.dtype, device=self.device)
-        if self.orders[index] is None and not tensor.is_complex():
-            return tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().reshape(-1)
-        return _ordered(_real(tensor.detach()), self.orders[index]).reshape(-1)
+    def _copied(self, ordered: Tensor | None, inside: slice) -> Tensor:
+        if ordered is None:
+            return torch.zeros(inside.stop - inside.start, dtype=self.dtype, device=self.device)
+        return ordered.reshape(-1)[inside]
+
+    def _seen(self, tensors: Sequence[Tensor | None]) -> _Views:
+        """Views of the tensors, kept for the list they came in: making them costs more than short vectors do."""
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        known = self._views
+        if known is not None and known.tensors is tensors and known.addresses == addresses:
+            return known
+        ordered: list[Tensor | None] = []
+        flat: list[Tensor | None] = []
+        for tensor, order, inside in zip(tensors, self.orders, self._inside, strict=True):
+            seen = None if tensor is None else _ordered(_real(tensor.detach()), order)
+            ordered.append(seen)
+            shared = seen is not None and seen.reshape(-1).data_ptr() == seen.data_ptr()
+            flat.append(seen.reshape(-1)[inside] if seen is not None and shared else None)
+        complete = [part for part in flat if part is not None]
+        heads = [part[:SAMPLE] for part in complete] if len(complete) == len(flat) else None
+        self._views = _Views(tensors, addresses, ordered, flat, heads)
+        return self._views
 
     def _staging(self, size: int) -> Tensor:
         if self._stage is None:
@@ -101,15 +163,18 @@ class FlatRow:
         return self._stage[:size]
 
 
-def _spans(sizes: Sequence[int], piece: int) -> list[_Span]:
-    """Cut the row: runs of small tensors together, large tensors into pieces."""
+def _spans(sizes: Sequence[int], piece: int, cut: bool) -> list[_Span]:
+    """Cut the row: runs of small tensors together, large tensors into pieces or, without `cut`, alone."""
     spans: list[_Span] = []
     start, first, filled = 0, 0, 0
     for index, size in enumerate(sizes):
         if filled + size > piece and filled:
             spans.append(_Span(start, start + filled, first, index - 1, None))
             start, first, filled = start + filled, index, 0
-        if size > piece:
+        if size > piece and not cut:
+            spans.append(_Span(start, start + size, index, index, None))
+            start, first = start + size, index + 1
+        elif size > piece:
             spans.extend(
                 _Span(start + at, start + min(at + piece, size), index, index, at) for at in range(0, size, piece)
             )

@@ -7,33 +7,40 @@ survive rounding to bfloat16.
 
 A block of kind "momentum" follows the parameters with the same coefficients; its residuals enter the inner products
 only when it has rows for them (state_coupling "full").
+
+On several ranks a block holds the part of the tensors that lies here: all of them (replicas), the local shards of
+DTensors, or a window of the flat row (sharded history). Inner products are sums over the ranks, each copy weighted by
+one over the number of copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from aadl import kernels
 from aadl.flat import FlatRow
-from aadl.mixing import Gram
+from aadl.mixing import Gram, host_tensor
+from aadl.ranks import Ranks
 
 Tensors = Sequence[Tensor | None]
-WIDE_PIECE = 16_384
-WIDE_PIECE_ACCELERATOR = 1 << 20
+KINDS = ("parameters", "momentum")
 
 
 @dataclass
 class Block:
-    """Rows of the tensors of one kind, dtype and device."""
+    """Rows of the tensors of one kind, dtype, device and number of copies."""
 
     kind: str
     """"parameters" or "momentum"."""
     row: FlatRow
-    has_residuals: bool
+    weight: float
+    """Of its inner products in a sum over the ranks: one over the number of copies."""
+    fused: bool
     delta_mapped: Tensor
     delta_residual: Tensor | None
     mapped: Tensor
@@ -41,19 +48,61 @@ class Block:
     own_start: Tensor
     start: Tensor
     """Where the running macro-step began: `own_start`, or `mapped` itself after a plain macro-step."""
+    square: Tensor | None = None
+    """||f||^2 of the newest pair, where storing it made that too."""
+    offloaded: bool = False
+    """Whether the rows live on the host and the tensors do not."""
+    _stage: Tensor | None = None
+    _arrival: torch.cuda.Event | None = None
+    _fetched: bool = False
 
     def __post_init__(self) -> None:
-        self.candidate_views = self.row.views(self.own_start)
-        self.mapped_views = self.row.views(self.mapped)
-        self._scratch = torch.empty(0)
+        whole = not self.is_window
+        self.views = {
+            "own_start": self.row.views(self.own_start) if whole else [],
+            "mapped": self.row.views(self.mapped) if whole else [],
+        }
 
-    def scratch(self, rows: int) -> Tensor:
-        """A float64 work area of `rows` rows, kept between calls; small enough for the second-level cache of a CPU."""
-        longest = WIDE_PIECE if self.row.device.type == "cpu" else WIDE_PIECE_ACCELERATOR
-        shape = (rows, min(longest, self.row.numel))
-        if self._scratch.shape != shape:
-            self._scratch = torch.empty(shape, dtype=torch.float64, device=self.row.device)
-        return self._scratch
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, by name."""
+        named = {
+            "delta_mapped": self.delta_mapped,
+            "delta_residual": self.delta_residual,
+            "mapped": self.mapped,
+            "residual": self.residual,
+            "start": self.own_start,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def is_window(self) -> bool:
+        return self.row.numel < self.row.whole or self.row.window_length < self.row.whole
+
+    def read(self, values: Tensors) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of the tensors, on the device of the rows."""
+        if not self.offloaded:
+            yield from self.row.read(values)
+            return
+        if not self._fetched:
+            self.fetch(values)
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        self._fetched = False
+        assert self._stage is not None
+        for part in self.row.ranges(kernels.HOST_PIECE):
+            yield part, self._stage[part]
+
+    def fetch(self, values: Tensors) -> None:
+        """Queue the copy of the tensors to the host; `read` waits for it."""
+        if self._stage is None:
+            self._stage = torch.empty_like(self.mapped, pin_memory=self.mapped.is_pinned())
+        for part, value in self.row.read(values):
+            self._stage[part].copy_(value, non_blocking=True)
+        if self.row.device.type == "cuda":
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(self.row.device))
+        self._fetched = True
 
 
 @dataclass
@@ -74,31 +123,39 @@ class History:
     Args:
         depth: columns kept.
         blocks: from `make_block`.
+        ranks: those whose sums make the inner products.
+        partial: whether this rank holds a part of the vectors only, so that every product needs a sum over the ranks.
+            Complete replicas exchange nothing but the Gram matrix, so that all decide alike.
 
     Columns are addressed oldest first; `order()` gives their ring slots.
     """
 
     depth: int
     blocks: list[Block]
+    ranks: Ranks = field(default_factory=Ranks)
+    partial: bool = False
     columns: list[Column] = field(default_factory=list)
     has_pair: bool = False
-    _next: int = 0
-    _grams: dict[str, Tensor] = field(default_factory=dict)
-    _stale: list[int] = field(default_factory=list)
+    next: int = 0
+    """The slot that is written next."""
+    grams: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Products of the rows by kind and slot, where they are not stale."""
+    stale: list[int] = field(default_factory=list)
+    """Slots written since the last call of `gram`."""
 
-    # ---- macro-steps -------------------------------------------------------------------------------------------
+    # ---- macro-steps -----------------------------------------------------------------------------------------------
 
     def begin(self, tensors: Sequence[Tensors]) -> None:
         """Take the present values as the start x of a macro-step."""
         for block, values in zip(self.blocks, tensors, strict=True):
-            for part, value in block.row.read(values):
+            for part, value in block.read(values):
                 block.own_start[part].copy_(value)
             block.start = block.own_start
 
     def starts_at(self, tensors: Sequence[Tensors]) -> bool:
-        """Whether the running macro-step starts at these values."""
+        """Whether the running macro-step starts at these values, compared one by one."""
         return self.has_pair and all(
-            block.row.equals(block.mapped_views if block.start is block.mapped else block.candidate_views, values)
+            all(torch.equal(block.start[part], value) for part, value in block.read(values))
             for block, values in zip(self.blocks, tensors, strict=True)
         )
 
@@ -107,182 +164,201 @@ class History:
         for block in self.blocks:
             block.start = block.mapped
 
-    def continue_from_candidate(self) -> None:
-        """The next macro-step starts at the last candidate (no copy)."""
-        for block in self.blocks:
-            block.start = block.own_start
-
-    def residual_squares(self, tensors: Sequence[Tensors]) -> dict[str, float]:
-        """||f||^2 of the macro-step that ends at `tensors`, by kind, in float64, without storing it."""
-        sums: dict[str, Tensor] = {}
+    def fetch(self, tensors: Sequence[Tensors]) -> None:
+        """Queue the copy of the tensors to a history on the host, which the next `push` waits for."""
         for block, values in zip(self.blocks, tensors, strict=True):
-            if not block.has_residuals:
-                continue
-            total = torch.zeros((), dtype=torch.float64, device=block.row.device)
-            for part, value in block.row.read(values):
-                total += torch.linalg.vector_norm(value - block.start[part], dtype=torch.float64).square()
-            sums[block.kind] = sums.get(block.kind, 0) + total.cpu()
-        return {kind: float(total) for kind, total in sums.items()}
+            if block.offloaded:
+                block.fetch(values)
 
-    def push(self, tensors: Sequence[Tensors], column: Column, learning_rate_ratio: float = 1.0) -> None:
-        """Store the pair (start, values of `tensors`).
+    def push(
+        self, tensors: Sequence[Tensors], column: Column, learning_rate_ratio: float = 1.0, keep_last: bool = False
+    ) -> None:
+        """Store the pair (start, values of `tensors`); the next macro-step starts at these values.
 
         With learning_rate_ratio rho != 1 the previous residual is first brought to the present learning rate,
-        f <- rho f and g <- x + rho f, so that the difference belongs to one map.
+        f <- rho f and g <- x + rho f, so that the difference belongs to one map. With `keep_last` the mapped iterate
+        of the pair before goes where the start was, from where `take` can bring it back.
         """
-        slot = self._next if self.has_pair else None
+        slot = self.next if self.has_pair else None
         for block, values in zip(self.blocks, tensors, strict=True):
-            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0)
+            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
         if slot is not None:
-            self._next = (slot + 1) % self.depth
+            self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
-            self._stale = [*(s for s in self._stale if s != slot), slot]
+            self.stale = [*(s for s in self.stale if s != slot), slot]
         self.has_pair = True
+        self.continue_from_mapped()
 
-    def clear(self) -> None:
-        """Forget all pairs. The running macro-step keeps its start."""
+    def clear(self, wipe: bool = False) -> None:
+        """Forget all pairs; with `wipe` overwrite them too (they hold inf or nan). The running macro-step goes on."""
         for block in self.blocks:
             if block.start is not block.own_start:
                 block.own_start.copy_(block.start)
                 block.start = block.own_start
-        self.columns, self._stale, self._next, self.has_pair = [], [], 0, False
+            for name, tensor in block.tensors.items():
+                if wipe and name != "start":
+                    tensor.zero_()
+        self.columns, self.stale, self.next, self.has_pair = [], [], 0, False
 
     def order(self) -> list[int]:
         """Ring slots, oldest column first."""
         count = len(self.columns)
-        return [(self._next - count + i) % self.depth for i in range(count)]
+        return [(self.next - count + i) % self.depth for i in range(count)]
 
-    # ---- pass 1: inner products --------------------------------------------------------------------------------
+    # ---- pass 1: inner products ------------------------------------------------------------------------------------
 
     def gram(self) -> dict[str, Gram]:
-        """Inner products by kind, unscaled, columns oldest first. One read of DF; one transfer to the host."""
+        """Inner products by kind, unscaled, columns oldest first.
+
+        One read of DF, one sum over the ranks, one transfer to the host. Only products with columns stored since the
+        last call are computed: with r of them 8 (r (m + 1) - r (r - 1) / 2 + m + 1) bytes a kind go over the wire.
+        """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
-        for kind in dict.fromkeys(block.kind for block in self.blocks if block.has_residuals):
-            own = [block for block in self.blocks if block.kind == kind]
-            products = sum(_inner_products(block, count, self._stale).cpu() for block in own)
-            assert isinstance(products, Tensor)
-            matrix = self._grams.setdefault(kind, products.new_zeros(self.depth, self.depth))
-            for row, slot in zip(products.T, self._stale, strict=False):
-                matrix[slot, :count] = row[:count]
-                matrix[:count, slot] = row[:count]
-            projection = _oldest_first(products[:, -1], order, 1)
-            result[kind] = Gram(_oldest_first(matrix, order, 2), projection, float(products[-1, -1]))
-        self._stale = []
+        for kind, products in self._fresh_products(count).items():
+            known = self.grams.setdefault(kind, [[0.0] * self.depth for _ in range(self.depth)])
+            *fresh, last = products.tolist()  # Python is faster than tensor calls at this size
+            for slot, row in zip(self.stale, fresh, strict=True):
+                for other in order:
+                    known[slot][other] = known[other][slot] = row[other]
+            matrix = host_tensor([[known[i][j] for j in order] for i in order]).view(count, count)
+            result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1])
+        self.stale = []
         return result
 
-    # ---- pass 2: combination -----------------------------------------------------------------------------------
+    def _fresh_products(self, count: int) -> dict[str, Tensor]:
+        """Per kind, products of the stale columns and of f with all columns and f, on the host, summed over ranks."""
+        kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
+        if self.partial:  # ranks without a tensor take part in the sum too
+            kinds = list(KINDS)
+        shape, device = (len(self.stale) + 1, count + 1), self._device()
+        sums = torch.zeros(len(kinds), *shape, dtype=torch.float64, device=device)
+        for block in self.blocks:
+            if block.residual is not None and block.delta_residual is not None:
+                products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
+                sums[kinds.index(block.kind)].add_(products.to(device), alpha=block.weight)
+        if self.ranks.size > 1:
+            needed = _needed(tuple(self.stale), count).to(device)
+            word = self.ranks.total(sums.flatten(1)[:, needed]).cpu()
+            sums = torch.stack([_filled(part, needed.cpu(), shape, self.stale) for part in word])
+        return dict(zip(kinds, sums.cpu(), strict=True))
 
-    def combine(self, mapped_coefficients: Tensor, residual_coefficients: Tensor, residual_factor: float) -> None:
+    def residual_squares(self) -> Tensor:
+        """||f||^2 of the newest pair by kind, shape (2,), float64, on the device, summed over the ranks."""
+        squares = torch.zeros(len(KINDS), dtype=torch.float64, device=self._device())
+        for block in self.blocks:
+            if block.residual is not None:
+                square = kernels.square(block.residual) if block.square is None else block.square
+                share = square * self._share(block)
+                squares[KINDS.index(block.kind)] += share.to(squares.device)
+        return self.total(squares)
+
+    def total(self, word: Tensor) -> Tensor:
+        """Sum over the ranks where each holds a part; `word` where each holds everything."""
+        return self.ranks.total(word) if self.partial else word
+
+    def _share(self, block: Block) -> float:
+        return block.weight if self.partial else 1.0
+
+    def _device(self) -> torch.device:
+        return self.blocks[0].mapped.device if self.blocks else torch.device("cpu")
+
+    # ---- pass 2: combination ---------------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        mapped_coefficients: Tensor,
+        residual_coefficients: Tensor,
+        residual_factor: float,
+        mean_coefficients: Tensor | None = None,
+    ) -> Tensor | None:
         """candidate = g - DG a - DF b - c f, written where the next macro-step may start.
 
         Args:
             mapped_coefficients: a, shape (columns,), oldest first.
             residual_coefficients: b, shape (columns,); zeros cost nothing. Applied to the parameters only.
             residual_factor: c. Applied to the parameters only.
+            mean_coefficients: s, shape (columns,), or None.
+
+        Returns:
+            With `mean_coefficients`, how far the candidate goes along the (mean) update over the parameters,
+            <candidate - g, f - DF s>, a float64 scalar on the device, summed over the ranks; else None.
         """
         slots = self.order()
+        advance = None if mean_coefficients is None else torch.zeros((), dtype=torch.float64, device=self._device())
         for block in self.blocks:
-            target, row_dtype = block.own_start, block.row.dtype
-            _subtract(block, block.delta_mapped, _by_slot(mapped_coefficients, slots, self.depth), block.mapped)
-            if block.kind != "parameters":
-                continue
-            if block.delta_residual is not None and bool(residual_coefficients.any()):
-                _subtract(block, block.delta_residual, _by_slot(residual_coefficients, slots, self.depth), target)
-            if residual_factor and block.residual is not None:
-                target.sub_(block.residual.to(row_dtype), alpha=residual_factor)
+            terms = [(block.delta_mapped, _by_slot(mapped_coefficients, slots, self.depth))]
+            residual = along = None
+            if block.kind == "parameters" and block.residual is not None and block.delta_residual is not None:
+                if bool(residual_coefficients.any()):
+                    terms.append((block.delta_residual, _by_slot(residual_coefficients, slots, self.depth)))
+                if residual_factor:
+                    residual = block.residual, residual_factor
+                if mean_coefficients is not None:
+                    used = mean_coefficients.nonzero().view(-1).tolist()
+                    rows = [block.delta_residual[slots[i]] for i in used]
+                    along = block.residual, rows, mean_coefficients[used]
+            part = kernels.combine(block.own_start, block.mapped, terms, residual, along, block.fused)
+            if part is not None and advance is not None:
+                advance += part.to(advance.device) * self._share(block)
+        return None if advance is None else self.total(advance)
 
-    def advance(self, mean_coefficients: Tensor) -> float:
-        """<candidate - g, f - DF s>: how far the candidate goes along the (mean) update, over the parameters.
+    def take(self, flag: Tensor | bool, tensors: Sequence[Tensors]) -> None:
+        """Where `flag` holds, put into the tensors what lies in the start (a candidate, or what a push kept).
+
+        The tensors hold the newest mapped iterate and keep it where the flag does not hold; the next macro-step
+        starts at what they hold afterwards. A flag on a device decides there, without a word to the host.
+        """
+        if isinstance(flag, bool):
+            if flag:
+                self._write("own_start", tensors)
+            for block in self.blocks:
+                block.start = block.own_start if flag else block.mapped
+            return
+        for block in self.blocks:
+            chosen = flag.to(block.mapped.device, non_blocking=True)
+            torch.where(chosen, block.own_start, block.mapped, out=block.own_start)
+            block.start = block.own_start
+        self._write("own_start", tensors)
+
+    def average(self, own: bool, ranks: Ranks, tensors: Sequence[Tensors]) -> None:
+        """Average over ranks whose weights differ: the newest mapped iterates into the tensors, and the candidates.
 
         Args:
-            mean_coefficients: s, shape (columns,), oldest first; zeros (the newest residual itself) cost nothing.
+            own: whether this rank has a candidate; without one its mapped iterate stands in.
         """
-        slots, total = self.order(), 0.0
-        mean = _by_slot(mean_coefficients, slots, self.depth) if bool(mean_coefficients.any()) else None
-        for block in self.blocks:
-            if block.kind != "parameters" or block.residual is None or block.delta_residual is None:
-                continue
-            dots = torch.zeros((), dtype=torch.float64, device=block.row.device)
-            for part in block.row.ranges():
-                correction, update = block.own_start[part] - block.mapped[part], block.residual[part]
-                if mean is not None:
-                    rows = block.delta_residual[: mean.numel(), part].to(update.dtype)
-                    update = torch.addmv(update, rows.T, mean.to(update), alpha=-1)
-                dots += torch.dot(correction.double(), update.double())
-            total += float(dots)
-        return total
-
-    def write_candidate(self, tensors: Sequence[Tensors]) -> None:
-        """Copy the candidate into the tensors."""
         for block, values in zip(self.blocks, tensors, strict=True):
-            block.row.write(block.candidate_views, values)
+            if not own:
+                block.own_start.copy_(block.mapped)
+            block.own_start.copy_(ranks.total(block.own_start).div_(ranks.size))
+            plain = ranks.total(block.mapped.clone()).div_(ranks.size)
+            block.row.write(block.row.views(plain), values)
 
     def write_mapped(self, tensors: Sequence[Tensors]) -> None:
         """Copy the newest mapped iterate into the tensors: bit for bit what the base optimizer had left."""
+        self._write("mapped", tensors)
+
+    def _write(self, name: str, tensors: Sequence[Tensors]) -> None:
         for block, values in zip(self.blocks, tensors, strict=True):
-            block.row.write(block.mapped_views, values)
-
-    # ---- state -------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain numbers; slots keep their places, so that a resumed run repeats every rounding."""
-        blocks = []
-        for block in self.blocks:
-            entry: dict[str, Any] = {
-                "kind": block.kind,
-                "shapes": [list(shape) for shape in block.row.shapes],
-                "orders": [None if order is None else list(order) for order in block.row.orders],
-                "delta_mapped": block.delta_mapped,
-                "mapped": block.mapped,
-                "start": None if block.start is block.mapped else block.start,
-            }
-            if block.delta_residual is not None and block.residual is not None:
-                entry |= {"delta_residual": block.delta_residual, "residual": block.residual}
-            blocks.append(entry)
-        columns = [[c.macro_step, c.consecutive, c.learning_rate] for c in self.columns]
-        return {
-            "depth": self.depth,
-            "blocks": blocks,
-            "columns": columns,
-            "has_pair": self.has_pair,
-            "next": self._next,
-            "grams": dict(self._grams),
-            "stale": list(self._stale),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore; raises ValueError where depth, shapes or memory order differ."""
-        if state["depth"] != self.depth:
-            raise ValueError(f"the saved history has history_depth {state['depth']}, this accelerator {self.depth}")
-        if len(state["blocks"]) != len(self.blocks):
-            raise ValueError(
-                f"the saved history has {len(state['blocks'])} blocks, this accelerator {len(self.blocks)}"
-            )
-        for block, entry in zip(self.blocks, state["blocks"], strict=True):
-            shapes = [tuple(shape) for shape in entry["shapes"]]
-            orders = [None if order is None else tuple(order) for order in entry["orders"]]
-            if entry["kind"] != block.kind or shapes != block.row.shapes or orders != block.row.orders:
-                raise ValueError("the saved history belongs to parameters of other shapes or memory formats")
-        for block, entry in zip(self.blocks, state["blocks"], strict=True):
-            block.delta_mapped.copy_(entry["delta_mapped"])
-            block.mapped.copy_(entry["mapped"])
-            if block.delta_residual is not None and block.residual is not None:
-                block.delta_residual.copy_(entry["delta_residual"])
-                block.residual.copy_(entry["residual"])
-            block.start = block.mapped
-            if entry["start"] is not None:
-                block.start = block.own_start
-                block.own_start.copy_(entry["start"])
-        self.columns = [Column(int(m), bool(c), float(r)) for m, c, r in state["columns"]]
-        self.has_pair, self._next = bool(state["has_pair"]), int(state["next"])
-        self._grams = {
-            kind: matrix.detach().to("cpu", torch.float64).clone() for kind, matrix in state["grams"].items()
-        }
-        self._stale = [int(slot) for slot in state["stale"]]
+            views = block.views[name]
+            if block.is_window:
+                row = self.ranks.gathered(getattr(block, name), block.row.window_length)
+                views = block.row.views(row[: block.row.whole])
+            block.row.write(views, values, non_blocking=block.offloaded)
 
 
-def make_block(kind: str, templates: Sequence[Tensor], depth: int, residuals: bool, dtype: torch.dtype | None) -> Block:
+def make_block(
+    kind: str,
+    templates: Sequence[Tensor],
+    depth: int,
+    residuals: bool,
+    dtype: torch.dtype | None,
+    *,
+    part: tuple[int, int] = (0, 1),
+    weight: float = 1.0,
+    fused: bool | None = False,
+    device: torch.device | None = None,
+) -> Block:
     """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements.
 
     Args:
@@ -291,88 +367,80 @@ def make_block(kind: str, templates: Sequence[Tensor], depth: int, residuals: bo
         depth: rows of each ring.
         residuals: whether residual differences are kept, i.e. whether the block enters the inner products.
         dtype: of the ring rows; None for that of the tensors. The three vectors keep the tensors' dtype.
+        part: (index, count) of the window of the flat row to keep.
+        weight: see `Block`.
+        fused: compiled kernels; None where they were measured to win.
+        device: of the rows; None for that of the tensors.
     """
-    row = FlatRow(templates)
+    place = templates[0].device if device is None else device
+    numel = sum(template.numel() for template in templates) // part[1]
+    compiled = kernels.wants_compiled(place, numel, fused)
+    row = FlatRow(templates, part, cut=not compiled)
+    pinned = place.type == "cpu" and row.device.type == "cuda"
 
     def vector() -> Tensor:
-        return torch.zeros(row.numel, dtype=row.dtype, device=row.device)
+        return torch.zeros(row.numel, dtype=row.dtype, device=place, pin_memory=pinned)
 
     def ring() -> Tensor:
-        return torch.zeros(depth, row.numel, dtype=dtype or row.dtype, device=row.device)
+        return torch.zeros(depth, row.numel, dtype=dtype or row.dtype, device=place, pin_memory=pinned)
 
     own_start = vector()
     return Block(
         kind,
         row,
-        residuals,
+        weight,
+        compiled,
         delta_mapped=ring(),
         delta_residual=ring() if residuals else None,
         mapped=vector(),
         residual=vector() if residuals else None,
         own_start=own_start,
         start=own_start,
+        offloaded=place.type != row.device.type,
     )
 
 
-def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float) -> None:
-    for part, value in block.row.read(values):
+def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool) -> None:
+    from_mapped = block.start is block.mapped
+    delta_mapped = None if slot is None else block.delta_mapped[slot]
+    delta_residual = None if slot is None or block.delta_residual is None else block.delta_residual[slot]
+    total, complete = None, True
+    for part, value in block.read(values):
         mapped = block.mapped[part]
-        if block.residual is not None and block.delta_residual is not None:
-            residual = block.residual[part]
-            new = value - block.start[part]
-            if slot is not None:
-                torch.sub(new, residual, alpha=ratio, out=block.delta_residual[slot, part])
-                if ratio != 1:
-                    mapped.add_(residual, alpha=ratio - 1)
-            residual.copy_(new)
-        if slot is not None:
-            torch.sub(value, mapped, out=block.delta_mapped[slot, part])
-        mapped.copy_(value)
+        start = mapped if from_mapped else block.start[part]
+        residual = None if block.residual is None else block.residual[part]
+        rows = None
+        if delta_mapped is not None:
+            rows = None if delta_residual is None else delta_residual[part], delta_mapped[part]
+        kept = start if keep_last and not from_mapped else block.own_start[part] if keep_last else None
+        square = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused)
+        total = None if square is None else square if total is None else total + square
+        complete = complete and square is not None
+    block.square = total if complete else None
 
 
-def _inner_products(block: Block, filled: int, slots: Sequence[int]) -> Tensor:
-    """Products of the filled rows and of f with the rows `slots` and with f, shape (filled + 1, slots + 1), float64.
-
-    Pieces are widened to float64, in which products of float32 numbers are exact, before they are multiplied.
-    """
-    assert block.delta_residual is not None and block.residual is not None
-    ring, residual, row = block.delta_residual, block.residual, block.row
-    wide = block.scratch(filled + 1)
-    length = wide.shape[1]
-    products = torch.zeros(len(slots) + 1, filled + 1, dtype=torch.float64, device=row.device)
-    for start in range(0, row.numel, max(length, 1)):
-        stop = min(start + length, row.numel)
-        piece = wide[:, : stop - start]
-        piece[:filled].copy_(ring[:filled, start:stop])
-        piece[filled].copy_(residual[start:stop])
-        for index, slot in enumerate([*slots, filled]):
-            products[index].addmv_(piece, piece[slot])
-    return products.T
+@cache
+def _needed(stale: tuple[int, ...], count: int) -> Tensor:
+    """Which of the products, shape (len(stale) + 1, count + 1), are not known by symmetry from another one."""
+    last = len(stale)
+    known = {(i, stale[j]) for i in range(last) for j in range(i)} | {(i, count) for i in range(last)}
+    indices = [i * (count + 1) + j for i in range(last + 1) for j in range(count + 1) if (i, j) not in known]
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
-def _oldest_first(values: Tensor, order: list[int], dimensions: int) -> Tensor:
-    """Rows (and columns) in the order of the columns: a rotation of the ring."""
-    count = len(order)
-    for dimension in range(dimensions):
-        values = values.narrow(dimension, 0, count)
-    shift = -order[0] if order else 0
-    return values.roll([shift] * dimensions, list(range(dimensions))) if shift else values.clone()
+def _filled(part: Tensor, needed: Tensor, shape: tuple[int, int], stale: Sequence[int]) -> Tensor:
+    """The products again, with what symmetry tells."""
+    products = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    products.view(-1)[needed] = part
+    for i, slot in enumerate(stale):
+        for j in range(i):
+            products[i, stale[j]] = products[j, slot]
+        products[i, -1] = products[-1, slot]
+    return products
 
 
 def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:
-    """Coefficients ordered oldest first, moved to their ring slots."""
-    placed = torch.zeros(min(depth, len(slots)), dtype=torch.float64, device="cpu")
+    """Coefficients ordered oldest first, moved to their ring slots; zero for slots without a column."""
+    placed = torch.zeros(depth, dtype=torch.float64, device="cpu")
     placed[list(slots)] = coefficients
     return placed
-
-
-def _subtract(block: Block, ring: Tensor, coefficients: Tensor, base: Tensor) -> None:
-    """own_start = base - ring' coefficients."""
-    row, target = block.row, block.own_start
-    factors = coefficients.to(device=row.device, dtype=row.dtype)
-    rows = ring[: factors.numel()]
-    if ring.dtype == row.dtype:
-        torch.addmv(base, rows.T, factors, alpha=-1, out=target)
-        return
-    for part in row.ranges():
-        torch.addmv(base[part], rows[:, part].to(row.dtype).T, factors, alpha=-1, out=target[part])

@@ -142,7 +142,7 @@ def usable_suffix(gram: Gram, ages: list[int], maximal_age: int, maximal_growth:
     return count
 
 
-def host_tensor(values: float | list[float]) -> Tensor:
+def host_tensor(values: float | list[float] | list[list[float]]) -> Tensor:
     """Float64 on the host, whatever the default device and dtype are."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 

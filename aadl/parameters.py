@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from aadl.ranks import shards_of
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
@@ -29,6 +32,7 @@ def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
             )
         if p.layout != torch.strided or p.device.type == "meta":
             raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense ones work")
+        shards_of(p)
     return parameters
 
 
@@ -40,10 +44,21 @@ def momentum_of(state: Any, p: Tensor) -> Tensor | None:
     return None
 
 
-def by_dtype_and_device(parameters: list[Tensor]) -> list[list[Tensor]]:
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for p in parameters:
-        groups.setdefault((p.dtype, p.device), []).append(p)
+def makes_momentum(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has momentum buffers, or its groups say that its first step will make some."""
+    if any(momentum_of(optimizer.state.get(p), p) is not None for p in all_parameters(optimizer)):
+        return True
+    if any(optimizer.state.values()):
+        return False
+    known = type(optimizer).__module__.startswith("torch.optim")
+    return known and any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
+
+
+def grouped(parameters: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
+    """(position, parameter), put together where dtype, device and number of shards agree."""
+    groups: dict[tuple[torch.dtype, torch.device, int], list[tuple[int, Tensor]]] = {}
+    for position, p in enumerate(parameters):
+        groups.setdefault((p.dtype, p.device, shards_of(p)), []).append((position, p))
     return list(groups.values())
 
 
@@ -65,7 +80,9 @@ def maximizes(optimizer: Optimizer) -> bool:
 def is_dry_step(optimizer: Optimizer) -> bool:
     """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    return all(rate is not None and not (isinstance(rate, Tensor) and rate.is_cuda) and rate == 0 for rate in rates)
+    if any(rate is None or (isinstance(rate, Tensor) and rate.is_cuda) for rate in rates):
+        return False
+    return bool(rates) and all(rate == 0 for rate in rates)
 
 
 def forget_curvature(optimizer: Optimizer) -> None:
@@ -73,3 +90,24 @@ def forget_curvature(optimizer: Optimizer) -> None:
     for state in optimizer.state.values():
         if "prev_flat_grad" in state and "n_iter" in state:
             state["n_iter"] = 0
+
+
+def inner_optimizer(optimizer: Any) -> tuple[Optimizer, str]:
+    """The optimizer whose steps are accelerated, and how the given one wraps it.
+
+    "" for an optimizer itself, "partitioned" inside a ZeroRedundancyOptimizer (every rank steps its part of the
+    parameters), "averaged" inside a PostLocalSGDOptimizer (every rank steps its own copy of all).
+
+    Raises:
+        ValueError: a wrapper that never calls its inner step.
+    """
+    package: Any = sys.modules.get("torch.distributed.optim")
+    if package is None:  # nobody can have made one
+        return optimizer, ""
+    if isinstance(optimizer, getattr(package, "ZeroRedundancyOptimizer", ())):
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise ValueError("ZeroRedundancyOptimizer with overlap_with_ddp=True calls no step() to accelerate")
+        return optimizer.__dict__["optim"], "partitioned"
+    if isinstance(optimizer, getattr(package, "PostLocalSGDOptimizer", ())):
+        return optimizer.__dict__["optim"], "averaged"
+    return optimizer, ""

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from aadl.ranks import Ranks
 
 SUSPEND_ABOVE = 1.2
 """Trust ratio from which the linear model is not believed and acceleration pauses."""
@@ -62,15 +63,20 @@ def trust_ratio(square: float, pending: Pending) -> float:
     return math.sqrt(square / expected) if expected > 0 else (math.inf if square > 0 else 0.0)
 
 
+def revert_bound(pending: Pending) -> float:
+    """The largest square of the residual norm that is put up with."""
+    return REVERT_ABOVE**2 * (pending.before + pending.noise)
+
+
 def must_revert(square: float, pending: Pending) -> bool:
     """Whether the residual grew so much (or is not finite) that the plain iterate is put back."""
-    return not square <= REVERT_ABOVE**2 * (pending.before + pending.noise)
+    return not square <= revert_bound(pending)
 
 
 def trial_losses(
-    closure: Callable[[], Any], parameters: Sequence[Tensor], place_candidate: Callable[[], None], group: Any
+    closure: Callable[[], Any], parameters: Sequence[Tensor], place_candidate: Callable[[], None]
 ) -> tuple[float, float]:
-    """Loss at the parameters as they are and at the candidate, both on the same random numbers, mean over ranks.
+    """Loss at the parameters as they are and at the candidate, both on the same random numbers.
 
     The candidate is left in place. Gradients, buffers of the modules that were called (BatchNorm statistics) and
     random number generators are afterwards as before. The closure may be PyTorch's (zero_grad, forward, backward):
@@ -81,18 +87,19 @@ def trial_losses(
         rewind()
         place_candidate()
         candidate = _value(closure())
-    return _mean_over_ranks(plain, candidate, group)
-
-
-def _mean_over_ranks(plain: float, candidate: float, group: Any) -> tuple[float, float]:
-    """One all-reduce; a rank without a finite loss makes the mean non-finite, so that all ranks reject together."""
-    if group is None:
-        return plain, candidate
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    word = torch.tensor([plain, candidate], dtype=torch.float64, device=device)
-    dist.all_reduce(word, group=group)
-    plain, candidate = (word / dist.get_world_size(group)).tolist()
     return plain, candidate
+
+
+def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks) -> tuple[float, float]:
+    """Weighted means of both losses, sum of weight * loss over sum of weight; one all-reduce of three numbers.
+
+    A rank without a finite loss makes the means non-finite, so that all ranks reject together.
+    """
+    if ranks.size == 1:
+        return plain, candidate
+    word = torch.tensor([weight * plain, weight * candidate, weight], dtype=torch.float64, device="cpu")
+    plain, candidate, weight = ranks.total(word).tolist()
+    return plain / weight, candidate / weight
 
 
 @contextmanager
@@ -122,6 +129,10 @@ def _undisturbed(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer
+        for module in seen:
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):  # FSDP2: no backward pass drops the gathered weights
+                reshard()
 
     for p in parameters:
         p.grad = None

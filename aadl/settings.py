@@ -39,6 +39,10 @@ class Settings:
     average_window: int | None
     state_coupling: str
     history_dtype: torch.dtype | None
+    shard_history: bool = False
+    history_device: str | None = None
+    fused: bool | None = None
+    local_sgd: bool = False
 
     def __post_init__(self) -> None:
         _one_of("acceleration_type", self.acceleration_type, TYPES)
@@ -46,6 +50,12 @@ class Settings:
         _one_of("safeguard", self.safeguard, SAFEGUARDS)
         _one_of("state_coupling", self.state_coupling, COUPLINGS)
         _one_of("history_dtype", self.history_dtype, HISTORY_DTYPES)
+        _one_of("shard_history", self.shard_history, (True, False))
+        _one_of("history_device", self.history_device, (None, "cpu"))
+        _one_of("fused", self.fused, (None, True, False))
+        _one_of("local_sgd", self.local_sgd, (True, False))
+        if self.shard_history and self.local_sgd:
+            raise ValueError("shard_history must be False with local_sgd: the weights of the ranks differ, got True")
         window = self.average_window
         plain = {  # numbers of Python, which state dicts may hold, whatever kind came in
             "relaxation": _number("relaxation", self.relaxation, "in (0, 1]", lambda v: 0 < v <= 1),

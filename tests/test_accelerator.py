@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import math
 import pickle
 import warnings
@@ -52,6 +53,30 @@ HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+
+
+def test_statistics_are_read_only_and_always_the_same_dictionary():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS)
+    accelerator = aadl.accelerator_of(optimizer)
+    counts = accelerator.statistics
+    train(model, optimizer, 12)
+    assert counts is accelerator.statistics is accelerator._decisions.statistics
+    assert counts["steps"] == 12 and counts["accepted"] > 0
+    with pytest.raises(AttributeError):
+        accelerator.statistics = {}
+
+
+def test_history_bytes_are_those_of_the_vectors():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model, momentum=0.9), **ALWAYS | {"history_dtype": torch.bfloat16})
+    accelerator = aadl.accelerator_of(optimizer)
+    assert accelerator.history_bytes == 0 and not accelerator.uses_compiled_kernels
+    train(model, optimizer, 2)
+    numel = sum(p.numel() for p in model.parameters())
+    assert accelerator.history_bytes == 2 * numel * (2 * 4 * 2 + 3 * 4)  # two kinds, depth 4
+    aadl.remove_acceleration(optimizer)
+    assert accelerator.history_bytes == 0
 
 
 def test_removal_leaves_the_optimizer_as_it_was():
@@ -250,6 +275,11 @@ def test_rates_of_groups_that_do_not_train_are_of_no_matter():
     assert statistics(optimizer)["accepted"] > 0
 
 
+def state_of(optimizer):
+    state = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
+    return state | {"books": json.loads(state["books"])}
+
+
 @pytest.mark.parametrize("arguments", [{}, {"fused": True}], ids=["plain", "fused"])
 def test_steps_that_a_grad_scaler_skips_leave_history_and_counters_alone(arguments):
     def run(settings):
@@ -266,14 +296,14 @@ def test_steps_that_a_grad_scaler_skips_leave_history_and_counters_alone(argumen
                 next(model.parameters()).grad[0] = math.inf
             held = before = None
             if settings:
-                held = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
+                held = state_of(optimizer)
                 before = snapshot(model, optimizer)["model"]
             scaler.step(optimizer)
             scaler.update()
             if settings and settings["history_depth"]:
-                now = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
-                if overflow and (step or not arguments):  # a fused first step lays out the rows
-                    skipped = held["statistics"].pop("skipped_steps"), now["statistics"].pop("skipped_steps")
+                now = state_of(optimizer)
+                if overflow and (step or not arguments):  # a fused first step notes where it starts
+                    skipped = [books["statistics"].pop("skipped_steps") for books in (held["books"], now["books"])]
                     assert skipped[1] - skipped[0] == len(arguments)
                     assert identical(held, now)
                     assert identical(before, snapshot(model, optimizer)["model"])

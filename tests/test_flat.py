@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from aadl.flat import CPU_PIECE, FlatRow
+from aadl.flat import CPU_PIECE, SAMPLE, SHORT_ROW, FlatRow
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Rows longer than a piece are cut, however short they are."""
+    monkeypatch.setattr("aadl.flat.SHORT_ROW", 0)
 
 
 def gather(row, tensors):
@@ -45,12 +51,18 @@ CASES = {
 }
 
 
+def real(tensor):
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def numel(tensors):
-    return sum(t.numel() * (2 if t.is_complex() else 1) for t in tensors)
+    return sum(real(t).numel() for t in tensors)
 
 
+@pytest.mark.parametrize("short", [SHORT_ROW, 0], ids=["short rows whole", "in pieces"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_row_takes_and_gives_back_every_element(case):
+def test_a_row_takes_and_gives_back_every_element(case, short, monkeypatch):
+    monkeypatch.setattr("aadl.flat.SHORT_ROW", short)
     tensors = CASES[case]()
     row = FlatRow(tensors)
     flat = gather(row, tensors)
@@ -59,11 +71,11 @@ def test_a_row_takes_and_gives_back_every_element(case):
     round_trip(row, tensors, targets)
     for target, tensor in zip(targets, tensors, strict=True):
         assert torch.equal(target, tensor)
-    values = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    expected = torch.cat([value.reshape(-1) for value in values]).sort().values
+    expected = torch.cat([real(t).reshape(-1) for t in tensors]).sort().values
     assert torch.equal(flat.sort().values, expected)
 
 
+@pytest.mark.usefixtures("in_pieces")
 @pytest.mark.parametrize("case", CASES)
 def test_pieces_cover_the_row_once(case):
     tensors = CASES[case]()
@@ -72,6 +84,16 @@ def test_pieces_cover_the_row_once(case):
         assert [part.start for part in parts] == [0, *(part.stop for part in parts)][: len(parts)]
         assert (parts[-1].stop if parts else 0) == row.numel
         assert all(0 < part.stop - part.start <= CPU_PIECE for part in parts)
+
+
+@pytest.mark.parametrize(("size", "cut"), [(0, False), (3, False), (SHORT_ROW, False), (SHORT_ROW + 1, True)])
+def test_short_rows_are_one_piece(size, cut):
+    tensors = [numbers(size // 3), numbers(0), numbers(size - size // 3)]
+    row = FlatRow(tensors)
+    for parts in ([part for part, _ in row.read(tensors)], list(row.ranges())):
+        assert (parts == [slice(0, size)]) == (size > 0 and not cut)
+        assert all(part.stop - part.start <= CPU_PIECE for part in parts) == (cut or size < CPU_PIECE)
+    assert [part.stop for part in FlatRow([numbers(10)]).ranges(4)] == [4, 8, 10]
 
 
 def test_writing_into_strided_targets_leaves_their_gaps_alone():
@@ -112,6 +134,7 @@ def test_parameters_that_require_gradients_are_read_without_a_graph():
     ],
     ids=["vector", "contiguous", "channels_last", "transposed", "complex", "large"],
 )
+@pytest.mark.usefixtures("in_pieces")
 def test_a_dense_tensor_is_read_where_it_lies(tensor):
     row = FlatRow([tensor])
     start, size = tensor.data_ptr(), row.dtype.itemsize
@@ -119,6 +142,7 @@ def test_a_dense_tensor_is_read_where_it_lies(tensor):
         assert value.data_ptr() == start + size * part.start and value.is_contiguous()
 
 
+@pytest.mark.usefixtures("in_pieces")
 def test_only_runs_of_small_tensors_are_copied_together():
     small, large = [numbers(3), numbers(4)], numbers(CPU_PIECE)
     tensors = [*small, large]
@@ -152,3 +176,156 @@ def test_none_is_read_as_zeros_and_passed_over_in_writing():
     assert (tensors[1] == 1).all()
     assert torch.equal(tensors[0], kept[0]) and torch.equal(tensors[2], kept[2])
     row.write(row.views(torch.ones(row.numel)), [None, None, None])
+
+
+# ---- views that are kept -------------------------------------------------------------------------------------------
+
+
+def rebind(tensors):
+    """Other memory under the same tensor."""
+    tensors[0].data = tensors[0].data + 1
+
+
+def turn(tensors):
+    """Other strides at the same address."""
+    tensors[0].data = tensors[0].data.T
+
+
+def scatter(tensors):
+    """Other memory of which no flat view exists."""
+    tensors[0].data = torch.stack([tensors[0].data + 1, numbers(4, 4)], -1)[..., 0]
+
+
+def exchange(tensors):
+    """Another tensor at the same place in the list."""
+    tensors[0] = tensors[0].detach() + 1
+
+
+@pytest.mark.parametrize("change", [rebind, turn, scatter, exchange])
+@pytest.mark.parametrize("part", [(0, 1), (0, 2)], ids=["whole", "window"])
+def test_views_follow_tensors_that_change_their_memory(change, part):
+    tensors = [numbers(4, 4), numbers(5)]
+    row = FlatRow(tensors, part)
+    before, old = gather(row, tensors), tensors[0].detach()
+    assert torch.equal(gather(row, tensors), before)  # the kept views
+    change(tensors)
+    fresh = FlatRow([numbers(4, 4), numbers(5)], part)  # keeps nothing
+    now = gather(row, tensors)
+    assert torch.equal(now, gather(fresh, tensors)) and not torch.equal(now, before)
+    assert torch.equal(row.sample(tensors), fresh.sample(tensors))
+    change(tensors)
+    kept, values = old.clone(), torch.arange(21.0)
+    row.write(row.views(values), tensors)
+    assert torch.equal(tensors[0], values[:16].view(4, 4)) and torch.equal(tensors[1], values[16:])
+    assert torch.equal(old, kept) != (change is turn)  # which turned the same memory
+
+
+def test_views_are_kept_for_a_list_of_tensors_while_nothing_changes():
+    tensors = [numbers(4, 4), numbers(5)]
+    row = FlatRow(tensors)
+    kept = row._seen(tensors)
+    tensors[0].add_(1)
+    assert torch.equal(gather(row, tensors)[:16], tensors[0].reshape(-1)) and row._seen(tensors) is kept
+    rebind(tensors)
+    assert row._seen(tensors) is not kept
+    kept = row._seen(tensors)
+    assert row._seen(tensors) is kept is not row._seen(list(tensors))
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 60])
+@pytest.mark.parametrize("short", [SHORT_ROW, 0], ids=["short rows whole", "in pieces"])
+@pytest.mark.parametrize("case", CASES)
+def test_windows_laid_end_to_end_are_the_whole_row(case, short, count, monkeypatch):
+    monkeypatch.setattr("aadl.flat.SHORT_ROW", short)
+    tensors = CASES[case]()
+    whole = gather(FlatRow(tensors), tensors)
+    rows = [FlatRow(tensors, (index, count)) for index in range(count)]
+    parts = [gather(row, tensors) for row in rows]
+    assert torch.equal(torch.cat(parts), whole)
+    length = -(-whole.numel() // count)
+    for row, part in zip(rows, parts, strict=True):
+        assert row.whole == whole.numel() and row.window_length == length >= row.numel == part.numel()
+        assert torch.equal(whole[row.window], part)
+        assert [piece.stop for piece, _ in row.read(tensors)][-1:] == [row.numel] * (row.numel > 0)
+    assert sum(row.numel for row in rows) == whole.numel()
+    full = [row.numel == length for row in rows]
+    assert full == sorted(full, reverse=True)  # only the last ones are shorter, or empty
+
+
+def test_there_are_windows_that_cut_tensors_and_windows_without_elements():
+    """What the cases above contain."""
+    tensors = CASES["complex channels_last"]()
+    assert FlatRow(tensors, (1, 7)).window == slice(35, 70) and numel(tensors) == 240
+    assert [FlatRow(CASES["plain"](), (index, 60)).numel for index in (0, 16, 17, 59)] == [1, 1, 0, 0]
+    assert [FlatRow(CASES["plain"](), (index, 7)).numel for index in range(7)] == [3, 3, 3, 3, 3, 2, 0]
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("case", ["plain", "channels_last", "complex channels_last", "strided slice", "many tiny"])
+def test_a_window_writes_whole_rows(case, index):
+    tensors = CASES[case]()
+    whole, row = gather(FlatRow(tensors), tensors), FlatRow(tensors, (index, 3))
+    targets = [torch.zeros_like(t) for t in tensors]
+    row.write(row.views(whole), targets)
+    assert all(map(torch.equal, targets, tensors)) and row.numel < whole.numel()
+
+
+def test_none_is_read_as_zeros_in_a_window():
+    tensors = [numbers(5), numbers(6), numbers(4)]
+    rows = [FlatRow(tensors, (index, 2)) for index in range(2)]
+    flat = torch.cat([gather(row, [tensors[0], None, tensors[2]]) for row in rows])
+    assert torch.equal(flat, torch.cat([tensors[0], torch.zeros(6), tensors[2]]))
+
+
+# ---- samples and logical views -------------------------------------------------------------------------------------
+
+
+def test_a_sample_holds_the_leading_elements_of_every_tensor():
+    channels_last = numbers(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    tensors = [numbers(SAMPLE + 9), numbers(3), numbers(0), channels_last, None]
+    row = FlatRow([*tensors[:4], numbers(7)])
+    order = channels_last.permute(0, 2, 3, 1).reshape(-1)[:SAMPLE]  # that of the memory
+    expected = [tensors[0][:SAMPLE], tensors[1], order, torch.zeros(7)]
+    assert torch.equal(row.sample(tensors), torch.cat(expected))
+    assert not torch.equal(channels_last.reshape(-1)[:SAMPLE], order)
+
+
+@pytest.mark.parametrize(("element", "noticed"), [(0, True), (SAMPLE - 1, True), (SAMPLE, False)])
+def test_a_sample_notices_changes_of_its_elements(element, noticed):
+    tensor = numbers(2 * SAMPLE)
+    row = FlatRow([tensor])
+    before = row.sample([tensor])
+    tensor.data[element] += 1
+    assert torch.equal(row.sample([tensor]), before) != noticed
+
+
+def test_a_sample_of_a_window_is_of_the_elements_inside():
+    tensors = [numbers(100), numbers(100), numbers(100)]
+    first, second = (FlatRow(tensors, (index, 2)).sample(tensors) for index in range(2))
+    assert torch.equal(first, torch.cat([tensors[0][:SAMPLE], tensors[1][:50]]))
+    assert torch.equal(second, torch.cat([tensors[1][50:], tensors[2][:SAMPLE]]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logical_views_have_the_shapes_of_the_tensors(case):
+    tensors = CASES[case]()
+    row = FlatRow(tensors)
+    flat = gather(row, tensors)
+    rows = torch.stack([flat, 2 * flat])
+    for tensor, view, views in zip(tensors, row.logical_views(flat), row.logical_views(rows), strict=True):
+        assert torch.equal(view, real(tensor)) and torch.equal(views, torch.stack([real(tensor), 2 * real(tensor)]))
+        assert view.shape == (*tensor.shape, *([2] if tensor.is_complex() else []))
+        views.zero_()
+    assert not rows.any() and flat.any() == (flat.numel() > 0)  # they share the memory of the rows
+
+
+def test_logical_views_of_another_memory_format_hold_the_same_values():
+    tensor = numbers(2, 3, 4, 5)
+    other = tensor.to(memory_format=torch.channels_last)
+    one, two = FlatRow([tensor]), FlatRow([other])
+    flats = gather(one, [tensor]), gather(two, [other])
+    assert not torch.equal(*flats)
+    assert torch.equal(one.logical_views(flats[0])[0], two.logical_views(flats[1])[0])

@@ -1,44 +1,20 @@
-import copy
+"""The ring of differences against explicit vectors, and the coefficients that come out of float32 histories."""
+
 import itertools
 import math
 import resource
 
 import pytest
 import torch
-from quadratics import quadratic, sgd
+from histories import explicit, filled_history, make_history, orthogonal_solution, push_pair, random_pairs
 
-import aadl
-from aadl.history import Column, History, make_block
+from aadl.history import KINDS, Column, History, make_block
 from aadl.mixing import mixing_coefficients
 
 CUTOFF = 1e-14
-PURE = {"history_depth": 4, "store_each_nth": 1, "reg_acc": 0, "safeguard": False, "average": False}
 
 
 # ---- the ring against explicit vectors -------------------------------------------------------------------------------
-
-
-def make_history(depth=3, size=50, dtype=torch.float64, ring=None, kinds=("parameters",), residuals=True):
-    blocks = [make_block(kind, [torch.zeros(size, dtype=dtype)], depth, residuals, ring) for kind in kinds]
-    return History(depth, blocks)
-
-
-def push_pair(history, starts, mapped, macro_step=0, ratio=1.0):
-    """Store one pair per block."""
-    history.begin([[x] for x in starts])
-    history.push([[g] for g in mapped], Column(macro_step, True, 1.0), ratio)
-
-
-def random_pairs(count, size=50, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randn(2, size, generator=generator, dtype=torch.float64).to(dtype)) for _ in range(count)]
-
-
-def explicit(pairs):
-    """f_k, g_k, DF and DG of pairs (x_j, g_j), columns oldest first, in float64."""
-    x, g = (torch.stack([pair[part] for pair in pairs], dim=1).double() for part in (0, 1))
-    f = g - x
-    return f[:, -1], g[:, -1], f[:, 1:] - f[:, :-1], g[:, 1:] - g[:, :-1]
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -78,9 +54,9 @@ def test_the_candidate_is_the_combination_of_the_differences(ring, count):
     f, g, df, dg = explicit(pairs[-4:])
     columns = df.shape[1]
     a, b, c = torch.arange(1.0, columns + 1).double(), torch.linspace(-1, 2, columns).double(), 0.25
-    history.combine(a, b, c)
+    assert history.combine(a, b, c) is None
     target = torch.zeros(50, dtype=torch.float64)
-    history.write_candidate([[target]])
+    history.take(True, [[target]])
     coarseness = {None: 1e-13, torch.float32: 1e-6, torch.bfloat16: 0.15}[ring]
     assert torch.allclose(target, g - dg @ a - df @ b - c * f, rtol=0, atol=coarseness)
     assert not torch.allclose(target, g - dg @ a.flip(0) - df @ b - c * f, atol=0.5)
@@ -88,16 +64,23 @@ def test_the_candidate_is_the_combination_of_the_differences(ring, count):
     assert torch.equal(target, pairs[-1][1])
 
 
-def test_advance_is_the_product_of_correction_and_mean_update():
-    pairs, history = random_pairs(4), make_history()
-    for x, g in pairs:
-        push_pair(history, [x], [g])
-    f, _, df, dg = explicit(pairs)
-    a, mean = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.0, 0.5, 1.0]).double()
-    history.combine(a, torch.zeros(3).double(), 0.0)
-    assert history.advance(torch.zeros(3).double()) == pytest.approx(float(-(dg @ a) @ f))
-    assert history.advance(mean) == pytest.approx(float(-(dg @ a) @ (f - df @ mean)))
-    assert history.advance(mean) != pytest.approx(history.advance(torch.zeros(3).double()))
+@pytest.mark.parametrize(("relaxation", "kinds"), [(1.0, 1), (0.6, 1), (0.6, 2)])
+def test_advance_is_the_product_of_correction_and_mean_update(relaxation, kinds):
+    """With the momentum coming along, which the advance is not about."""
+    history = make_history(kinds=("parameters", "momentum")[:kinds])
+    pairs = random_pairs(4)
+    for (x, g), (v, w) in zip(pairs, random_pairs(4, seed=1), strict=True):
+        push_pair(history, [x, v][:kinds], [g, w][:kinds])
+    f, g, df, dg = explicit(pairs)
+    a, b = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.5, 0.0, -1.0]).double()
+    advances = []
+    for mean in (torch.zeros(3).double(), torch.tensor([0.0, 0.5, 1.0]).double()):
+        advances.append(history.combine(a, b, 1 - relaxation, mean))
+        correction = -dg @ a - df @ b - (1 - relaxation) * f
+        assert torch.allclose(history.blocks[0].own_start, g + correction)
+        assert advances[-1].shape == () and advances[-1].dtype == torch.float64
+        assert float(advances[-1]) == pytest.approx(float(correction @ (f - df @ mean)))
+    assert not torch.allclose(*advances)
 
 
 def test_kinds_are_kept_apart_and_follow_the_same_coefficients():
@@ -111,7 +94,7 @@ def test_kinds_are_kept_apart_and_follow_the_same_coefficients():
     a = torch.tensor([1.0, 2.0, 3.0]).double()
     history.combine(a, torch.ones(3).double(), 0.5)
     targets = [torch.zeros(50, dtype=torch.float64) for _ in range(2)]
-    history.write_candidate([[target] for target in targets])
+    history.take(True, [[target] for target in targets])
     _, end, _, differences = explicit(momenta)
     assert torch.allclose(targets[1], end - differences @ a)  # relaxation and rate are matters of the parameters
 
@@ -133,31 +116,98 @@ def test_a_momentum_block_without_residuals_enters_no_product():
     for number in range(3):
         history.begin([[torch.zeros(4)], [torch.zeros(4)]])
         history.push([[torch.randn(4)], [torch.randn(4)]], Column(number, True, 1.0))
-    assert history.gram().keys() == history.residual_squares([[torch.ones(4)]] * 2).keys() == {"parameters"}
+    assert history.gram().keys() == {"parameters"}
+    squares = history.residual_squares()
+    assert squares.tolist() == [pytest.approx(float(blocks[0].residual.double().square().sum())), 0.0]
+    assert squares[0] > 0 and blocks[1].residual is None
 
 
-def test_residual_squares_store_nothing():
+def test_residual_squares_are_those_of_the_newest_pair():
+    history = make_history(kinds=("momentum", "parameters", "parameters"))
+    assert KINDS == ("parameters", "momentum")
+    newest = []
+    for number in range(3):
+        newest = random_pairs(3, seed=number)
+        push_pair(history, [x for x, _ in newest], [g for _, g in newest])
+    momentum, *parameters = [float((g - x).square().sum()) for x, g in newest]
+    squares = history.residual_squares()
+    assert squares.shape == (2,) and squares.dtype == torch.float64
+    assert squares.tolist() == pytest.approx([sum(parameters), momentum])
+    assert squares.tolist() != pytest.approx([momentum, sum(parameters)])
+
+
+# ---- where the next macro-step starts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_last", [False, True])
+@pytest.mark.parametrize("ratio", [1.0, 0.9])
+def test_a_push_ends_with_the_start_at_the_mapped_iterate(keep_last, ratio):
     pairs, history = random_pairs(3), make_history()
-    for x, g in pairs:
+    for x, g in pairs[:2]:
         push_pair(history, [x], [g])
-    before = copy.deepcopy(history.state_dict())
-    history.continue_from_mapped()
-    value = torch.randn(50, dtype=torch.float64)
-    expected = float((value - pairs[-1][1]).square().sum())
-    assert history.residual_squares([[value]])["parameters"] == pytest.approx(expected)
-    after = history.state_dict()
-    assert torch.equal(before["blocks"][0]["delta_residual"], after["blocks"][0]["delta_residual"])
-    assert torch.equal(before["blocks"][0]["mapped"], after["blocks"][0]["mapped"]) and len(history.columns) == 2
+    for from_mapped in (False, True):
+        last = history.blocks[0].mapped.clone()
+        if not from_mapped:
+            history.begin([[pairs[2][0]]])
+        history.push([[pairs[2][1] + from_mapped]], Column(0, True, 1.0), ratio, keep_last=keep_last)
+        block = history.blocks[0]
+        assert block.start is block.mapped and torch.equal(block.start, pairs[2][1] + from_mapped)
+        assert history.starts_at([[pairs[2][1] + from_mapped]]) and not history.starts_at([[last]])
+        assert torch.equal(block.own_start, last) == keep_last  # what `take` may bring back, at the rate it was made
+
+
+def test_what_a_push_keeps_comes_back():
+    pairs = random_pairs(4)
+    history = filled_history(pairs[:3])
+    push_pair(history, [pairs[3][0]], [pairs[3][1]], keep_last=True)
+    without = filled_history(pairs)
+    target = pairs[3][1].clone()
+    history.take(True, [[target]])
+    assert torch.equal(target, pairs[2][1]) and history.starts_at([[pairs[2][1]]])
+    one, other = history.gram()["parameters"], without.gram()["parameters"]
+    assert torch.equal(one.matrix, other.matrix) and torch.equal(one.projection, other.projection)  # nothing is lost
+    history.write_mapped([[target]])
+    assert torch.equal(target, pairs[3][1])
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_flag_on_a_device_does_what_one_on_the_host_does(flag):
+    pairs, ends = random_pairs(4), []
+    for given in (flag, torch.tensor(flag)):
+        history = make_history(kinds=("parameters", "momentum"))
+        for (x, g), (v, w) in zip(pairs, random_pairs(4, seed=1), strict=True):
+            push_pair(history, [x, v], [g, w])
+        plain = [block.mapped.clone() for block in history.blocks]
+        tensors = [[value.clone()] for value in plain]
+        history.combine(torch.ones(3).double(), torch.zeros(3).double(), 0.0)
+        history.take(given, tensors)
+        assert history.starts_at(tensors)
+        assert [torch.equal(values[0], value) for values, value in zip(tensors, plain, strict=True)] == [not flag] * 2
+        assert all(torch.equal(block.mapped, value) for block, value in zip(history.blocks, plain, strict=True))
+        history.push([[value + 1] for value in plain], Column(0, True, 1.0))
+        ends.append((tensors, history.gram()))
+    (one, first), (other, second) = ends
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
+    for kind in first:
+        assert torch.equal(first[kind].matrix, second[kind].matrix)
+        assert torch.equal(first[kind].projection, second[kind].projection)
+
+
+def test_a_flag_on_a_device_leaves_not_a_number_behind():
+    """A candidate that is not finite and not taken must not shine through."""
+    history = filled_history(random_pairs(3))
+    history.blocks[0].own_start.fill_(math.nan)
+    target = history.blocks[0].mapped.clone()
+    history.take(torch.tensor(False), [[target]])
+    assert torch.equal(target, history.blocks[0].mapped) and history.starts_at([[target]])
 
 
 def test_clear_forgets_the_pairs_and_keeps_the_start():
-    pairs, history = random_pairs(9), make_history()
-    for x, g in pairs[:5]:
-        push_pair(history, [x], [g])
-    history.continue_from_mapped()
+    pairs = random_pairs(9)
+    history = filled_history(pairs[:5])
     history.clear()
     assert history.columns == [] and not history.has_pair
-    assert torch.equal(history.blocks[0].start, pairs[4][1])
+    assert torch.equal(history.blocks[0].start, pairs[4][1]) and history.blocks[0].delta_residual.any()
     for x, g in pairs[5:8]:
         push_pair(history, [x], [g])
     f, _, df, _ = explicit(pairs[5:8])
@@ -165,50 +215,23 @@ def test_clear_forgets_the_pairs_and_keeps_the_start():
     assert torch.allclose(gram.matrix, df.T @ df) and torch.allclose(gram.projection, df.T @ f)
 
 
-@pytest.mark.parametrize("ring", [None, torch.bfloat16])
-@pytest.mark.parametrize("with_gram", [False, True])
-def test_a_restored_history_goes_on_bit_for_bit(ring, with_gram):
-    pairs, history = random_pairs(8), make_history(ring=ring)
-    for x, g in pairs[:5]:
+@pytest.mark.parametrize("from_mapped", [False, True])
+def test_clear_wipes_rows_that_are_not_finite(from_mapped):
+    pairs = random_pairs(7)
+    history = filled_history(pairs[:3])
+    push_pair(history, [pairs[3][0]], [pairs[3][1] * math.nan])
+    if not from_mapped:
+        history.begin([[pairs[4][0]]])
+    history.clear(wipe=True)
+    block = history.blocks[0]
+    assert not any(tensor.any() for name, tensor in block.tensors.items() if name != "start")
+    assert block.start is block.own_start
+    assert block.start.isnan().all() if from_mapped else torch.equal(block.start, pairs[4][0])
+    for x, g in pairs[4:]:
         push_pair(history, [x], [g])
-    if with_gram:
-        history.gram()
-    history.continue_from_mapped()
-    restored = make_history(ring=ring)
-    restored.load_state_dict(copy.deepcopy(history.state_dict()))
-    for branch in (history, restored):
-        branch.push([[pairs[5][1]]], Column(6, True, 1.0))
-        push_pair(branch, *([value] for value in pairs[6]))
-    one, other = history.gram()["parameters"], restored.gram()["parameters"]
-    assert torch.equal(one.matrix, other.matrix) and torch.equal(one.projection, other.projection)
-    assert one.square == other.square and history.columns == restored.columns
-    for branch in (history, restored):
-        branch.combine(torch.ones(3).double(), torch.zeros(3).double(), 0.0)
-    assert torch.equal(history.blocks[0].own_start, restored.blocks[0].own_start)
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"depth": 2}, "history_depth 3"),
-        ({"size": 40}, "other shapes"),
-        ({"kinds": ("parameters", "momentum")}, "1 blocks"),
-        ({"kinds": ("momentum",)}, "other shapes"),
-    ],
-)
-def test_the_state_of_another_history_is_refused(other, message):
-    with pytest.raises(ValueError, match=message):
-        make_history(**other).load_state_dict(make_history().state_dict())
-
-
-def test_the_state_of_another_memory_format_is_refused():
-    tensor = torch.zeros(2, 3, 4, 5)
-    one, other = (
-        History(2, [make_block("parameters", [tensor.to(memory_format=layout)], 2, True, None)])
-        for layout in (torch.contiguous_format, torch.channels_last)
-    )
-    with pytest.raises(ValueError, match="memory formats"):
-        other.load_state_dict(one.state_dict())
+    f, _, df, _ = explicit(pairs[4:])
+    gram = history.gram()["parameters"]
+    assert torch.allclose(gram.matrix, df.T @ df) and torch.allclose(gram.projection, df.T @ f)
 
 
 def test_what_does_not_move_stays_bit_identical():
@@ -221,7 +244,7 @@ def test_what_does_not_move_stays_bit_identical():
             push_pair(history, [torch.cat([frozen, x])], [torch.cat([frozen, g])])
         history.combine(torch.tensor([0.3, -1.7, 2.9]).double(), torch.tensor([0.1, 0.7, -0.2]).double(), 0.3)
         target = torch.zeros(40)
-        history.write_candidate([[target]])
+        history.take(True, [[target]])
         assert torch.equal(target[:20], frozen) and not torch.equal(target[20:], moving[-1])
 
 
@@ -238,11 +261,6 @@ def conditioned(size, columns, condition, seed):
     differences = differences / differences.norm(dim=0) * torch.logspace(0, -2, columns, dtype=torch.float64)
     inside = basis[:, :columns] @ torch.randn(columns, generator=generator, dtype=torch.float64)
     return differences, 0.95 * inside / inside.norm() + 0.3 * basis[:, columns]
-
-
-def orthogonal_solution(differences, residual):
-    q, r = torch.linalg.qr(differences)
-    return torch.linalg.solve_triangular(r, (q.T @ residual)[:, None], upper=True)[:, 0]
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5])
@@ -292,232 +310,3 @@ def test_coefficients_at_the_size_of_resnet50():
     assert mixing.numerical_rank == columns and 2e4 < mixing.condition_number < 5e5
     assert (mixing.gamma - expected).norm() < 1e-4 * expected.norm()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 1024**2  # KiB
-
-
-# ---- true pairs ------------------------------------------------------------------------------------------------------
-# A pair is true when its mapped iterate is what the optimizer makes of its start, whatever happened in between.
-
-
-class Map:
-    """One macro-step of SGD on a mildly nonlinear problem, run beside the library: (x, momentum) -> (x, momentum)."""
-
-    def __init__(self, size=12, store_each_nth=1, momentum=0.0):
-        self.problem = quadratic(20.0, seed=1, size=size)
-        self.store_each_nth, self.momentum = store_each_nth, momentum
-
-    def loss(self, x):
-        distance = x - self.problem.solution
-        return 0.5 * distance @ (self.problem.matrix @ distance) + 0.1 * (1 - torch.cos(distance)).sum()
-
-    def gradient(self, x):
-        return self.problem.gradient(x) + 0.1 * torch.sin(x - self.problem.solution)
-
-    def __call__(self, x, velocity, lr):
-        for _ in range(self.store_each_nth):
-            velocity = self.momentum * velocity + self.gradient(x)
-            x = x - lr * velocity
-        return x, velocity
-
-    def accelerated(self, **acceleration):
-        schedule = {"store_each_nth": self.store_each_nth, "frequency": 2 * self.store_each_nth}
-        return sgd(self.problem, PURE | schedule | acceleration, lr=0.3, momentum=self.momentum)
-
-    def run(self, x, optimizer, steps):
-        for _ in range(steps):
-            x.grad = self.gradient(x.detach())
-            optimizer.step()
-
-
-def stored_pairs(optimizer):
-    """(x_j, v_j, g_j, w_j, lr factor) newest first, reconstructed from the rows of the history."""
-    accelerator = aadl.accelerator_of(optimizer)
-    history = accelerator._history
-    blocks = {block.kind: block for block in history.blocks}
-    own, momentum = blocks["parameters"], blocks.get("momentum")
-    columns = [(history.order()[i], history.columns[i].learning_rate) for i in range(len(history.columns))]
-    rate = accelerator._progress.get("pair_learning_rate", 1.0)
-    g, f = own.mapped.clone(), own.residual.clone()
-    w, e = (momentum.mapped.clone(), momentum.residual.clone()) if momentum else (torch.zeros(()), torch.zeros(()))
-    pairs = []
-    for slot, column_rate in [*reversed(columns), (None, None)]:
-        pairs.append((g - f, w - e, g, w, rate))
-        if slot is None:
-            return pairs
-        x, f = g - f, f * (column_rate / rate)  # the row belongs to the rate of its newer pair
-        g, rate = x + f, column_rate
-        g, f = g - own.delta_mapped[slot], f - own.delta_residual[slot]
-        if momentum:
-            w, e = w - momentum.delta_mapped[slot], e - momentum.delta_residual[slot]
-
-
-def assert_true_pairs(evaluate, optimizer, count=5, lr=0.3):
-    pairs = stored_pairs(optimizer)
-    assert len(pairs) == count
-    for x, v, g, w, rate in pairs:
-        expected, velocity = evaluate(x, v, lr * rate)
-        assert torch.allclose(g, expected, rtol=0, atol=1e-12)
-        assert not torch.allclose(g, evaluate(x + 1e-6, v, lr * rate)[0], rtol=0, atol=1e-9)
-        if evaluate.momentum:
-            assert torch.allclose(w, velocity, rtol=0, atol=1e-12)
-
-
-MAPS = [(1, 0.0), (3, 0.0), (1, 0.5), (3, 0.5)]
-
-
-@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
-@pytest.mark.parametrize("frequency", [1, 2, 5])
-def test_pairs_are_true_after_accepted_candidates(store_each_nth, momentum, frequency):
-    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
-    x, optimizer = evaluate.accelerated(frequency=frequency * store_each_nth)
-    for _ in range(9):
-        evaluate.run(x, optimizer, store_each_nth)
-        assert_true_pairs(evaluate, optimizer, min(5, aadl.accelerator_of(optimizer).statistics["macro_steps"]))
-    assert aadl.accelerator_of(optimizer).statistics["accepted"] >= 1
-
-
-@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
-def test_pairs_are_true_after_candidates_rejected_by_the_loss(store_each_nth, momentum):
-    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
-    x, optimizer = evaluate.accelerated(safeguard="loss")
-    calls = []
-
-    def closure():
-        optimizer.zero_grad()
-        loss = evaluate.loss(x)
-        loss.backward()
-        calls.append(loss)
-        return loss.detach() + len(calls)  # every call is worse than the last one: the candidate never wins
-
-    plain, base = sgd(evaluate.problem, lr=0.3, momentum=momentum)
-    for _ in range(16 * store_each_nth):
-        optimizer.step(closure)
-        evaluate.run(plain, base, 1)
-    statistics = aadl.accelerator_of(optimizer).statistics
-    assert statistics["rejected"].get("loss", 0) >= 2 and statistics["accepted"] == 0
-    assert_true_pairs(evaluate, optimizer)
-    assert torch.allclose(x, plain, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
-def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monkeypatch):
-    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
-    x, optimizer = evaluate.accelerated(safeguard="residual", frequency=store_each_nth)
-    statistics = aadl.accelerator_of(optimizer).statistics
-    evaluate.run(x, optimizer, 4 * store_each_nth)
-    statistics["accepted"] = statistics["reverted"] = 0
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
-    for _ in range(6):
-        evaluate.run(x, optimizer, store_each_nth)
-        assert_true_pairs(evaluate, optimizer, len(stored_pairs(optimizer)))
-    assert statistics["reverted"] >= 2
-    assert_true_pairs(evaluate, optimizer)
-
-
-def test_a_reverted_candidate_leaves_the_plain_iterate(monkeypatch):
-    evaluate = Map(momentum=0.5)
-    x, optimizer = evaluate.accelerated(safeguard="residual", frequency=8)
-    plain, base = sgd(evaluate.problem, lr=0.3, momentum=0.5)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
-    evaluate.run(x, optimizer, 8)
-    evaluate.run(plain, base, 8)
-    assert not torch.equal(x, plain)  # accelerated
-    evaluate.run(x, optimizer, 1)  # judged and taken back
-    assert torch.equal(x, plain)
-    assert torch.equal(optimizer.state[x]["momentum_buffer"], base.state[plain]["momentum_buffer"])
-
-
-@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
-@pytest.mark.parametrize("steps", [6, 7, 8])
-def test_pairs_are_true_after_a_resume(store_each_nth, momentum, steps):
-    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
-    x, optimizer = evaluate.accelerated()
-    evaluate.run(x, optimizer, steps)
-    y, resumed = evaluate.accelerated()
-    with torch.no_grad():
-        y.copy_(x)
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for _ in range(3):
-        evaluate.run(x, optimizer, store_each_nth)
-        evaluate.run(y, resumed, store_each_nth)
-        assert torch.equal(x, y)
-        assert_true_pairs(evaluate, resumed, len(stored_pairs(resumed)))
-    evaluate.run(y, resumed, 3 * store_each_nth)
-    assert_true_pairs(evaluate, resumed)
-
-
-@pytest.mark.parametrize("frequency", [1, 2, 100])
-def test_pairs_are_true_after_changes_of_the_learning_rate(frequency):
-    evaluate = Map()
-    x, optimizer = evaluate.accelerated(frequency=frequency)
-    rates = [0.3, 0.3, 0.28, 0.28, 0.28, 0.29, 0.3, 0.3, 0.27]
-    for number, rate in enumerate(rates, 1):
-        optimizer.param_groups[0]["lr"] = rate
-        evaluate.run(x, optimizer, 1)
-        assert_true_pairs(evaluate, optimizer, min(number, 5))
-    assert aadl.accelerator_of(optimizer).statistics["resets"] == {}
-    assert len({pair[-1] for pair in stored_pairs(optimizer)}) > 2
-
-
-def test_mixing_after_a_change_of_the_learning_rate_is_mixing_at_the_new_rate():
-    """Linear map, relaxation 1 and 0.5: the iterate equals textbook mixing of all pairs evaluated at the new rate."""
-    problem = quadratic(20.0, seed=1, size=12)
-    for relaxation in (1.0, 0.5):
-        options = {"history_depth": 3, "frequency": 2, "relaxation": relaxation}
-        x, optimizer = sgd(problem, PURE | options, lr=0.5)
-        starts = []
-        for rate in (0.5, 0.5, 0.45, 0.45, 0.5, 0.55):
-            optimizer.param_groups[0]["lr"] = rate
-            x.grad = problem.gradient(x.detach())
-            starts.append(x.detach().clone())
-            optimizer.step()
-        assert aadl.accelerator_of(optimizer).statistics["accepted"] == 3
-        candidates = [
-            textbook([(start, start - rate * problem.gradient(start)) for start in starts[-4:]], relaxation)
-            for rate in (0.55, 0.5)
-        ]
-        assert torch.allclose(x, candidates[0], rtol=0, atol=1e-10)
-        assert not torch.allclose(x, candidates[1], rtol=0, atol=1e-6)
-
-
-def textbook(pairs, relaxation):
-    f, g, df, dg = explicit(pairs)
-    gamma = orthogonal_solution(df, f)
-    return g - dg @ gamma - (1 - relaxation) * (f - df @ gamma)
-
-
-def test_a_large_change_of_the_learning_rate_starts_the_history_anew():
-    evaluate = Map()
-    x, optimizer = evaluate.accelerated()
-    evaluate.run(x, optimizer, 6)
-    optimizer.param_groups[0]["lr"] = 0.03
-    evaluate.run(x, optimizer, 3)
-    assert aadl.accelerator_of(optimizer).statistics["resets"] == {"learning_rate": 1}
-    assert_true_pairs(evaluate, optimizer, 3, lr=0.03)
-
-
-@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
-@pytest.mark.parametrize("kind", ["anderson", "identity"])
-def test_pairs_are_true_with_averaging(store_each_nth, momentum, kind):
-    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
-    x, optimizer = evaluate.accelerated(average="always", acceleration_type=kind, average_window=3)
-    y, unaveraged = evaluate.accelerated()
-    for number in range(1, 10):
-        evaluate.run(x, optimizer, store_each_nth)
-        evaluate.run(y, unaveraged, store_each_nth)
-        assert_true_pairs(evaluate, optimizer, min(number, 5))
-    statistics = aadl.accelerator_of(optimizer).statistics
-    assert statistics["averaging"] and statistics["accepted"] >= 3 and not torch.allclose(x, y, rtol=1e-3)
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_pairs_are_true_after_somebody_else_moved_the_parameters(in_place):
-    evaluate = Map()
-    x, optimizer = evaluate.accelerated()
-    for number in range(1, 10):
-        evaluate.run(x, optimizer, 1)
-        with torch.no_grad():
-            if in_place:
-                x.mul_(0.9)
-            else:
-                x.data = 0.9 * x.data
-        assert_true_pairs(evaluate, optimizer, min(number, 5))

@@ -1,12 +1,13 @@
 """Arguments of `aadl.accelerate`: each one out of its range is refused by name, value and range."""
 
+import copy
 import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
-from small_runs import network
+from small_runs import EAGER, identical, network, train
 
 import aadl
 
@@ -31,7 +32,10 @@ BAD = {
     "average_tolerance": [0, -1, NAN, False, "0.7", None],
     "state_coupling": ["none", None, True, 2],
     "history_dtype": [torch.float16, torch.int32, torch.complex64, "float32", np.float32, 32],
-    "shard_history": [True, 1, None, "no"],
+    "shard_history": [1, None, "no", np.True_],
+    "history_device": ["cuda", "CPU", torch.device("cpu"), True, 0, ""],
+    "fused": ["auto", 1, 0, np.True_],
+    "local_sgd": [1, None, "no", np.False_],
     "process_group": [1, "gloo", object()],
 } | {
     name: [least - 1, -5, True, False, float(least), NAN, INF, "3", [3], np.float64(least), np.int64(least - 1)]
@@ -46,7 +50,10 @@ RANGES = {
     "average_tolerance": "a number > 0",
     "state_coupling": "'params', 'combine', 'full'",
     "history_dtype": "None, torch.float32, torch.float64, torch.bfloat16",
-    "shard_history": "False",
+    "shard_history": "one of True, False",
+    "history_device": "one of None, 'cpu'",
+    "fused": "one of None, True, False",
+    "local_sgd": "one of True, False",
     "process_group": "None or a torch.distributed.ProcessGroup",
 } | {name: f"an integer >= {least}" for name, least in COUNTS.items()}
 GOOD = {
@@ -58,7 +65,10 @@ GOOD = {
     "average_tolerance": [1e-9, 5, INF, np.float32(1)],
     "state_coupling": ["params", "combine", "full"],
     "history_dtype": [None, torch.float32, torch.float64, torch.bfloat16],
-    "shard_history": [False],
+    "shard_history": [False, True],
+    "history_device": [None, "cpu"],
+    "fused": [None, True, False],
+    "local_sgd": [False, True],
     "process_group": [None],
 } | {name: [least, least + 7, np.int64(least), np.uint8(least)] for name, least in COUNTS.items()}
 
@@ -109,6 +119,34 @@ def test_a_good_value_is_taken_and_kept_as_a_plain_one(name, value):
     kept = getattr(settings, "regularization" if name == "reg_acc" else name)
     assert kept == value
     assert type(kept) is (int if name in COUNTS else float)
+
+
+def test_where_the_history_lies_and_how_it_is_computed_is_said_by_name_only():
+    optimizer = sgd()
+    settings = aadl.accelerator_of(optimizer).settings
+    names = ("shard_history", "history_device", "fused", "local_sgd")
+    assert [getattr(settings, name) for name in names] == [False, None, None, False]
+    parameters = inspect.signature(aadl.accelerate).parameters
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names)
+
+
+def test_a_sharded_history_of_ranks_with_weights_of_their_own_is_refused():
+    with pytest.raises(ValueError, match=r"shard_history must be False with local_sgd.*got True"):
+        sgd(shard_history=True, local_sgd=True)
+    sgd(local_sgd=True)
+
+
+@pytest.mark.parametrize("name", ["shard_history", "local_sgd", "history_device", "fused"])
+def test_a_process_on_its_own_runs_as_ever_whatever_is_said_about_ranks_and_devices(name):
+    ends = []
+    settings = EAGER | {"store_each_nth": 2, "frequency": 4, "safeguard": False, "average": False}
+    for more in ({}, {name: "cpu" if name == "history_device" else True}, {"relaxation": 0.5}):
+        model = network()
+        optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5), **settings | more)
+        train(model, optimizer, 20)
+        ends.append(copy.deepcopy(model.state_dict()))
+    assert aadl.accelerator_of(optimizer).statistics["accepted"] > 2
+    assert identical(ends[0], ends[1]) and not identical(ends[0], ends[2])
 
 
 def test_average_is_on_by_default_unless_nothing_is_accelerated():

@@ -1,6 +1,5 @@
 """Situations in which acceleration must not break: degenerate maps, odd parameters, changes from outside."""
 
-import copy
 import io
 import math
 
@@ -9,7 +8,6 @@ import torch
 from small_runs import (
     ALWAYS,
     EAGER,
-    RESIDUAL,
     Pairs,
     closure_of,
     identical,
@@ -363,84 +361,6 @@ def test_lbfgs_starts_anew_from_an_accepted_candidate():
     assert 3 < sum(after_accepted) < 20
 
 
-# ---- pairs stay true -----------------------------------------------------------------------------------------------
-
-
-def step_with_true_pairs(model, optimizer, pairs):
-    """One step, after which the stored columns are those of the pairs that were seen."""
-    reverted = statistics(optimizer)["reverted"]
-    train(model, optimizer, 1)
-    if statistics(optimizer)["reverted"] > reverted:
-        pairs.pairs.pop()
-    held = len(aadl.accelerator_of(optimizer)._history.columns)
-    if held:
-        assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held))
-
-
-def clip(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.clamp_(-0.4, 0.4)
-
-
-def exchange(model):
-    for p in model.parameters():
-        p.data = 0.9 * p.data
-
-
-def overwrite(model):
-    model.load_state_dict({name: 0.9 * value for name, value in model.state_dict().items()})
-
-
-@pytest.mark.parametrize("change", [clip, exchange, overwrite])
-@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
-def test_pairs_stay_true_where_the_user_changes_parameters(change, settings):
-    model = network()
-    optimizer = sgd(model)
-    pairs = Pairs(optimizer)
-    aadl.accelerate(optimizer, **settings)
-    changed = 0
-    for step in range(30):
-        step_with_true_pairs(model, optimizer, pairs)
-        if step % 3 == 1:
-            before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-            change(model)
-            changed += not torch.equal(before, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-    assert changed > 5
-    assert statistics(optimizer)["accepted"] > 0
-
-
-@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
-@pytest.mark.parametrize("average", [False, "always"])
-def test_pairs_stay_true_after_accepting_rejecting_and_reverting(settings, average):
-    model = network()
-    optimizer = sgd(model, 0.01, momentum=0.9)
-    pairs = Pairs(optimizer)
-    aadl.accelerate(optimizer, **settings | {"average": average})
-    for _ in range(60):
-        step_with_true_pairs(model, optimizer, pairs)
-    assert statistics(optimizer)["accepted"] > 3
-
-
-def test_reset_abandons_the_running_macro_step():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": 3, "frequency": 300})
-    accelerator = aadl.accelerator_of(optimizer)
-    train(model, optimizer, 10)
-    assert len(accelerator._history.columns) == 2
-    overwrite(model)
-    aadl.reset_history(optimizer)
-    assert accelerator.statistics["resets"] == {"user": 1}
-    assert accelerator.statistics["steps"] == 10
-    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    train(model, optimizer, 2)
-    assert not accelerator._history.has_pair
-    train(model, optimizer, 1)
-    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    assert torch.equal(accelerator._history.blocks[0].residual, end - start)
-    assert accelerator._history.columns == []
-
-
 def test_averaging_is_reported_and_switched_by_its_tolerance():
     def run(tolerance):
         model = network()
@@ -466,58 +386,6 @@ def test_counts_survive_a_plain_value_round_trip():
     assert counts["steps"] == counts["macro_steps"] == 30
     assert counts["closure_evaluations"] == 2 * (counts["accepted"] + counts["rejected"].get("loss", 0))
     assert set(counts["rejected"]) <= {"backward", "loss", "rank", "coefficients", "non_finite", "averaging_off"}
-
-
-# ---- changes from outside ------------------------------------------------------------------------------------------
-
-
-def test_weights_restored_through_data_are_not_reverted():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"safeguard": "residual"})
-    other = copy.deepcopy(model.state_dict())
-    for value in other.values():
-        value.mul_(30)
-    accelerator = aadl.accelerator_of(optimizer)
-    while accelerator._pending is None:
-        train(model, optimizer, 1)
-    for name, p in model.named_parameters():
-        p.data.copy_(other[name])
-    train(model, optimizer, 1)
-    assert accelerator.statistics["reverted"] == 0
-    assert accelerator.statistics["moved"] == 1
-    start = torch.cat([other[name].reshape(-1) for name, _ in model.named_parameters()])
-    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    assert float((end - start).norm()) < 0.5 * float(start.norm())
-
-
-def test_a_cleared_momentum_buffer_starts_a_new_macro_step():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    aadl.accelerate(optimizer, **ALWAYS | {"state_coupling": "full", "wait_iterations": 10**9})
-    history = None
-    for step in range(6):
-        train(model, optimizer, 1)
-        if step == 4:
-            for state in optimizer.state.values():
-                state["momentum_buffer"].zero_()
-    history = aadl.accelerator_of(optimizer)._history
-    buffers = torch.cat([optimizer.state[p]["momentum_buffer"].reshape(-1) for p in model.parameters()])
-    momentum = next(block for block in history.blocks if block.kind == "momentum")
-    assert torch.equal(momentum.residual, buffers)  # from zero to here
-    assert aadl.accelerator_of(optimizer).statistics["moved"] == 1
-
-
-def test_parameters_of_another_shape_are_laid_out_again():
-    model = network()
-    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.02), **ALWAYS)
-    train(model, optimizer, 6)
-    model[0].weight.data = torch.randn(8, 3)
-    model[0].bias.data = torch.randn(8)
-    model[2].weight.data = torch.randn(1, 8)
-    for p in model.parameters():
-        p.grad = None
-    train(model, optimizer, 6)
-    assert statistics(optimizer)["resets"] == {"parameters_changed": 1}
 
 
 def test_parameters_without_elements_and_extreme_magnitudes():

@@ -1,0 +1,306 @@
+"""What becomes of a candidate: when one is made, who judges it, what is remembered of the verdict.
+
+Ranks that share a Gram matrix take the same branches. Verdicts that a device can carry out are carried out there; the
+host reads them after the next optimizer step (`settle`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aadl import mixing, safeguard, smoothing
+from aadl.deferred import Deferred
+from aadl.history import KINDS, History, Tensors
+from aadl.mixing import Gram, host_tensor
+from aadl.parameters import all_parameters, forget_curvature, maximizes
+from aadl.proposal import propose
+from aadl.ranks import Ranks
+from aadl.safeguard import Pause, Pending
+from aadl.settings import Settings
+
+COUNTERS = (
+    "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
+    "closure_evaluations", "moved",
+)  # fmt: skip
+LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
+MIXING_VALUES = ("numerical_rank", "condition_number", "coefficient_norm")
+
+
+class Step(NamedTuple):
+    """The end of a macro-step, its pair stored."""
+
+    optimizer: Optimizer
+    history: History
+    tensors: list[Tensors]
+    closure: Callable[[], Any] | None
+    """Given where candidates are judged by the loss."""
+    ranks: Ranks
+    """Those that decide together."""
+    loss_weight: float
+    rate: float
+    """Factor of the learning rate."""
+
+
+class Candidate(NamedTuple):
+    """A candidate in the history: what it promises, and how far it goes along the update (None: nobody asks)."""
+
+    promise: Pending | None
+    advance: Tensor | None
+
+
+@dataclass
+class Decisions:
+    """State of the decisions of one accelerator.
+
+    Args:
+        settings: the validated arguments.
+    """
+
+    settings: Settings
+    statistics: dict[str, Any] = field(default_factory=dict)
+    averaging: bool = False
+    pause: Pause = field(default_factory=lambda: Pause(safeguard.LONGEST_PAUSE))
+    refusals: Pause = field(default_factory=lambda: Pause(safeguard.LONGEST_REFUSAL))
+    pending: Pending | None = None
+    """What the last accepted candidate promised; judged when the macro-step that it began is over."""
+    disturbed: bool = False
+    """Whether the running macro-step starts elsewhere than the last one ended."""
+    words: list[tuple[Deferred, Callable[[float], None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.averaging = self.settings.average == "always"
+        self.statistics = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
+        self.statistics |= {"numerical_rank": 0, "averaging": self.averaging, "rejected": {}, "resets": {}}
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def books(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            "statistics": copy.deepcopy(self.statistics),
+            "averaging": self.averaging,
+            "pause": vars(self.pause),
+            "refusals": vars(self.refusals),
+            "pending": None if self.pending is None else vars(self.pending),
+            "disturbed": self.disturbed,
+        }
+
+    @staticmethod
+    def restored(settings: Settings, books: dict[str, Any]) -> Decisions:
+        """From `books`; raises KeyError or TypeError where they are damaged."""
+        decisions = Decisions(settings)
+        decisions.statistics = copy.deepcopy(books["statistics"])
+        decisions.averaging, decisions.disturbed = bool(books["averaging"]), bool(books["disturbed"])
+        decisions.pause, decisions.refusals = Pause(**books["pause"]), Pause(**books["refusals"])
+        decisions.pending = None if books["pending"] is None else Pending(**books["pending"])
+        return decisions
+
+    def settle(self) -> None:
+        """Take note of what was decided on the device."""
+        while self.words:
+            word, act = self.words.pop(0)
+            act(word.value())
+
+    def reset(self, cause: str, history: History | None) -> None:
+        """Forget the pairs, for a reason that is counted."""
+        count(self.statistics["resets"], cause)
+        self.pending = None
+        if history is not None:
+            history.clear(wipe=cause == "non_finite")
+
+    def is_suspended(self) -> bool:
+        """Whether acceleration pauses now; counted."""
+        suspended = self.statistics["macro_steps"] < max(self.pause.until, self.refusals.until)
+        self.statistics["suspended"] += suspended
+        return suspended
+
+    # ---- the last candidate ----------------------------------------------------------------------------------------
+
+    def judge(self, step: Step, pending: Pending) -> None:
+        """Judge the last accepted candidate by the residual of the macro-step it began; put the plain iterate back."""
+        squares = step.history.residual_squares()
+        square = squares @ host_tensor([pending.weights.get(kind, 0.0) for kind in KINDS]).to(squares)
+        if square.device.type == "cpu":
+            self._keeps_promise(step, pending, float(square))
+        else:
+            step.history.take(~(square <= safeguard.revert_bound(pending)), step.tensors)
+            self._defer(square, lambda value: self._note_promise(step, pending, value))
+
+    def _keeps_promise(self, step: Step, pending: Pending, square: float) -> bool:
+        """False where the plain iterate was put back."""
+        reverts = safeguard.must_revert(square, pending)
+        step.history.take(reverts, step.tensors)
+        self._note_promise(step, pending, square)
+        return not reverts
+
+    def _note_promise(self, step: Step, pending: Pending, square: float) -> None:
+        """Count, and pause acceleration where the promise was not kept."""
+        self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
+        if ratio > safeguard.SUSPEND_ABOVE:
+            self.pause.extend(self.statistics["macro_steps"])
+            self.statistics["suspensions"] += 1
+        else:
+            self.pause.shorten()
+        if safeguard.must_revert(square, pending):
+            self.statistics["reverted"] += 1
+            self.disturbed = True
+            forget_curvature(step.optimizer)
+        if not math.isfinite(square):
+            self.reset("non_finite", step.history)
+
+    # ---- the next candidate ----------------------------------------------------------------------------------------
+
+    def accelerate(self, step: Step, pending: Pending | None) -> None:
+        """The macro-step after which acceleration is due: one Gram matrix judges the last candidate and makes the next.
+
+        With local SGD every rank has a Gram matrix of its own, and all come to the vote.
+        """
+        parts, local_sgd = step.history.gram(), self.settings.local_sgd
+        finite = all(math.isfinite(part.square + float(part.matrix.sum())) for part in parts.values())
+        ready = True
+        if pending is not None:
+            square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if finite else math.inf
+            ready = self._keeps_promise(step, pending, square)
+        if ready and (local_sgd or pending is not None):
+            ready = not self.is_suspended()
+        candidate = self._propose(step, parts, finite) if ready and step.history.columns else None
+        if local_sgd:
+            self._vote(step, candidate)
+        elif candidate is not None:
+            self._decide(step, candidate)
+
+    def _propose(self, step: Step, parts: dict[str, Gram], finite: bool) -> Candidate | None:
+        """Mix and build a candidate beside the parameters; None, counted by cause, where there is none to consider."""
+        statistics, settings, history = self.statistics, self.settings, step.history
+        statistics["attempts"] += 1
+        if not finite:
+            self._reject("non_finite")
+            self.reset("non_finite", history)
+            return None
+        scales = [step.rate / column.learning_rate for column in history.columns]
+        weights = mixing.balancing_weights(parts)
+        gram = mixing.joined(parts, weights, scales)
+        consecutive = [column.consecutive for column in history.columns]
+        statistics["relative_standard_deviation"] = smoothing.relative_standard_deviation(gram, consecutive)
+        if settings.average == "auto":
+            deviation = statistics["relative_standard_deviation"]
+            self.averaging = smoothing.switch(self.averaging, deviation, settings.average_tolerance)
+        statistics["averaging"] = self.averaging
+        if settings.acceleration_type == "identity" and not self.averaging:
+            self._reject("averaging_off")
+            return None
+        ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
+        stored = settings.history_dtype or torch.float32
+        solution, predicted, refused = propose(gram, ages, self.averaging, settings, stored)
+        statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
+        if refused:
+            self._reject(refused)
+            return None
+        statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
+        beta = settings.relaxation
+        scaled = host_tensor(scales) * solution.gamma
+        checked = settings.safeguard and settings.acceleration_type != "identity"
+        advance = history.combine(
+            solution.gamma,
+            (scaled - solution.gamma) - (1 - beta) * scaled,
+            1 - beta,
+            solution.mean if checked else None,
+        )
+        promise = None
+        if settings.safeguard:
+            noise = smoothing.noise_square(gram, consecutive) if self.averaging else 0.0
+            promise = Pending(predicted, gram.square, noise, weights)
+        return Candidate(promise, advance)
+
+    def _decide(self, step: Step, candidate: Candidate) -> None:
+        """Let the safeguard decide; the plain iterate stays where it says no. The same on all ranks."""
+        advance, on_host = candidate.advance, isinstance(step.optimizer, torch.optim.LBFGS)  # it must know at once
+        if advance is not None and advance.device.type != "cpu" and step.closure is None and not on_host:
+            step.history.take(advance >= 0, step.tensors)
+            self._defer(advance, lambda value: self._conclude(step, value >= 0, "backward", candidate))
+        elif advance is not None and not float(advance) >= 0:
+            step.history.continue_from_mapped()
+            self._conclude(step, False, "backward", candidate)
+        elif step.closure is not None:
+            self._conclude(step, *self._improves(step, step.closure), candidate)
+        else:
+            step.history.take(True, step.tensors)
+            self._conclude(step, True, "", candidate)
+
+    def _vote(self, step: Step, candidate: Candidate | None) -> None:
+        """Decide with ranks whose weights differ.
+
+        By the residual: ranks vote, and where more than half of them have a candidate to go to, these go. By the loss:
+        the candidates are averaged over the ranks (a rank without one brings its plain iterate), and all go to their
+        average where its mean loss is below that of the averaged plain iterates; else all stay where they are.
+        """
+        willing = candidate is not None and (candidate.advance is None or float(candidate.advance) >= 0)
+        if step.closure is not None:
+            step.history.average(willing, step.ranks, step.tensors)
+            self.statistics["attempts"] += candidate is None
+            self._conclude(step, *self._improves(step, step.closure), None)
+            return
+        votes = float(step.ranks.total(host_tensor(float(willing))))
+        agreed = willing and 2 * votes > step.ranks.size
+        if candidate is not None:
+            step.history.take(agreed, step.tensors)
+            self._conclude(step, agreed, "vote" if willing else "backward", candidate)
+
+    def _conclude(self, step: Step, accepted: bool, cause: str, candidate: Candidate | None) -> None:
+        """Count a verdict and note what it promises."""
+        if not accepted:
+            self._reject(cause)
+            if cause == "backward":
+                self.refusals.extend(self.statistics["macro_steps"], self.settings.period)
+            return
+        self.refusals.length = 0
+        self.statistics["accepted"] += 1
+        self.disturbed = True
+        self.pending = None if candidate is None else candidate.promise
+        forget_curvature(step.optimizer)
+
+    def _improves(self, step: Step, closure: Callable[[], Any]) -> tuple[bool, str]:
+        """Put the candidate in place; take it out again where the training loss does not improve, and say why."""
+        self.statistics["closure_evaluations"] += 2
+        losses, failure, better, cause = (math.nan, math.nan), None, False, "loss"
+        try:
+            try:
+                losses = safeguard.trial_losses(
+                    closure, all_parameters(step.optimizer), lambda: step.history.take(True, step.tensors)
+                )
+            except Exception as error:  # the closure cannot be evaluated for its value alone; the others must know
+                failure, cause = error, "closure"
+            plain, candidate = safeguard.mean_over_ranks(*losses, step.loss_weight, step.ranks)
+            better = candidate > plain if maximizes(step.optimizer) else candidate < plain
+            if failure is not None and self.settings.safeguard == "loss":
+                raise failure
+        except BaseException:
+            self._reject(cause)
+            raise
+        finally:
+            if not better:
+                step.history.write_mapped(step.tensors)
+                step.history.continue_from_mapped()
+        return better, cause
+
+    # ---- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _defer(self, number: Tensor, act: Callable[[float], None]) -> None:
+        """Have `act` called with a number of the device when the host needs to know it."""
+        self.words.append((Deferred(number), act))
+
+    def _reject(self, cause: str) -> None:
+        count(self.statistics["rejected"], cause)
+
+
+def count(counts: dict[str, int], cause: str) -> None:
+    """One more of them."""
+    counts[cause] = counts.get(cause, 0) + 1

@@ -1,0 +1,349 @@
+"""The arithmetic of the passes over memory, on rows: storing a pair, inner products, the combination.
+
+Each pass exists in torch calls over pieces that stay in cache, and the two that read whole rings also as one function
+that torch.compile fuses into a single loop over memory. Both forms compute the same numbers up to the order of sums.
+
+Products are summed in float64, in which products of float32 numbers are exact: a Gram matrix of float32 rows is then
+as good as an orthogonal factorization (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDE_PIECE = 16_384
+"""Elements per row that are widened to float64 at once, so that a depth-10 ring stays in a second-level cache."""
+WIDE_PIECE_ACCELERATOR = 1 << 20
+HOST_PIECE = 65_536
+COMBINE_PIECE = 131_072
+COMPILED_FROM = 1_000_000
+"""Row length from which compiled kernels are used by default: below, the compilation costs more than it saves."""
+SUM_BLOCK = 4096
+"""Products of bfloat16 rows summed in float32; shorter rows are never compiled."""
+MOST_RIGHT_SIDES = 3
+"""Of one compiled pass: more of them run out of registers."""
+
+
+def store(
+    value: Tensor,
+    start: Tensor,
+    residual: Tensor | None,
+    mapped: Tensor,
+    rows: tuple[Tensor | None, Tensor] | None,
+    ratio: float = 1.0,
+    kept: Tensor | None = None,
+    fused: bool = False,
+) -> Tensor | None:
+    """Make (start, value) the newest pair and write its differences from the last one, for one piece.
+
+        f_new = value - start,  Df = f_new - ratio * f,  Dg = value - (g + (ratio - 1) f),  f <- f_new,  g <- value.
+
+    Args:
+        value: the mapped iterate g_new.
+        start: x_new; may be `mapped` itself, the last mapped iterate.
+        residual: f, overwritten; None where none is kept.
+        mapped: g, overwritten.
+        rows: where Df (None where none is kept) and Dg go; None for the first pair.
+        ratio: of the learning rates of the new and the last pair.
+        kept: where the last mapped iterate goes, or None; may be `start`.
+        fused: whether to use the compiled kernel where it works.
+
+    Returns:
+        ||f_new||^2 in float64, if the kernel happened to make it.
+    """
+    if fused and ratio == 1 and residual is not None and rows is not None and (kept is None or kept is start):
+        own_start = None if start is mapped else start
+        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, kept is not None)
+        if result is not None:
+            return result if kept is not None else None
+    if residual is not None and rows is not None:
+        delta_residual, delta_mapped = rows
+        assert delta_residual is not None
+        # the row of Dg is first the place of f_new, unless that would round it
+        new = torch.sub(value, start, out=delta_mapped if delta_mapped.dtype == value.dtype else None)
+        torch.sub(new, residual, alpha=ratio, out=delta_residual)
+        is_difference = start is mapped and ratio == 1 and new is delta_mapped  # Dg = f_new after a plain step
+    elif residual is not None:
+        new, is_difference = torch.sub(value, start), True
+    else:
+        new, is_difference = None, rows is None
+    if kept is not None:
+        kept.copy_(mapped)
+    if residual is not None and new is not None:
+        if ratio != 1:
+            mapped.add_(residual, alpha=ratio - 1)
+        residual.copy_(new)
+    if rows is not None and not is_difference:
+        torch.sub(value, mapped, out=rows[1])
+    mapped.copy_(value)
+    return None
+
+
+def _store(
+    value: Tensor,
+    own_start: Tensor | None,
+    residual: Tensor,
+    mapped: Tensor,
+    delta_residual: Tensor,
+    delta_mapped: Tensor,
+    keep: bool,
+) -> Tensor:
+    """One loop over memory; `own_start` is None for a start at the mapped iterate."""
+    new = value - (mapped if own_start is None else own_start)
+    delta_residual.copy_(new - residual)
+    delta_mapped.copy_(value - mapped)
+    if keep and own_start is not None:
+        own_start.copy_(mapped)
+    residual.copy_(new)
+    mapped.copy_(value)
+    return new.double().square().sum() if keep else new.new_zeros((), dtype=torch.float64)
+
+
+def square(row: Tensor) -> Tensor:
+    """||row||^2 as a float64 scalar; summed in the precision of the row where that neither under- nor overflows."""
+    if row.device.type != "cpu":
+        return torch.linalg.vector_norm(row, dtype=torch.float64).square()
+    pieces = row.split(HOST_PIECE) if row.numel() else ()
+    total = sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
+    if row.dtype != torch.float64 and not 1e-20 < total < 1e30:
+        total = sum((float(torch.dot(piece.double(), piece.double())) for piece in pieces), 0.0)
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
+
+
+# ---- inner products ------------------------------------------------------------------------------------------------
+
+
+def inner_products(ring: Tensor, residual: Tensor, filled: int, slots: Sequence[int], fused: bool) -> Tensor:
+    """Products of all rows and of f with the rows `slots` and with f, float64, shape (len(slots) + 1, filled + 1).
+
+    Args:
+        ring: shape (depth, numel), of which the first `filled` rows are in use (all others are finite).
+        residual: f, shape (numel,).
+        slots: rows whose products are wanted.
+        fused: whether to use the compiled kernel where it works.
+    """
+    if fused:
+        products = _fused_products(ring, residual, slots)
+        if products is not None:
+            return torch.cat([products[:, :filled], products[:, -1:]], 1)
+    numel = residual.numel()
+    longest = WIDE_PIECE if residual.device.type == "cpu" else WIDE_PIECE_ACCELERATOR
+    wide = _scratch(filled + 1, min(longest, max(numel, 1)), residual.device)
+    products = torch.zeros(len(slots) + 1, filled + 1, dtype=torch.float64, device=residual.device)
+    for start in range(0, numel, longest):
+        stop = min(start + longest, numel)
+        piece = wide[:, : stop - start]
+        piece[:filled].copy_(ring[:filled, start:stop])
+        piece[filled].copy_(residual[start:stop])
+        for index, slot in enumerate([*slots, filled]):
+            products[index].addmv_(piece, piece[slot])
+    return products
+
+
+_work: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
+    """A float64 work area that is kept between calls."""
+    key = rows, length, device
+    if key not in _work:
+        if len(_work) > 8:
+            _work.clear()
+        _work[key] = torch.empty(rows, length, dtype=torch.float64, device=device)
+    return _work[key]
+
+
+def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Tensor | None:
+    """As `inner_products`, all rows of the ring. Each pass leaves out the rows whose products are known by symmetry."""
+    depth = ring.shape[0]
+    right = [depth, *slots]  # f first, numbered as if it were a row behind the others
+    products = torch.zeros(len(right), depth + 1, dtype=torch.float64, device=ring.device)
+    for first in range(0, len(right), MOST_RIGHT_SIDES):
+        group = right[first : first + MOST_RIGHT_SIDES]
+        rows = [slot for slot in range(depth) if slot not in right[:first]]
+        vectors = [residual if slot == depth else ring[slot] for slot in group]
+        result = _run_compiled(_products, [ring[slot] for slot in rows], vectors)
+        if result is None:
+            return None
+        block = slice(first, first + len(group))
+        products[block, rows] = result[:, :-1]
+        for index in range(1, first):
+            products[block, right[index]] = products[index, group]
+        if first == 0:
+            products[0, depth] = result[0, -1]
+    products[1:, depth] = products[0, list(slots)]
+    return products.roll(-1, 0)
+
+
+def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Of all rows with all right sides, and of the first right side with itself.
+
+    One loop over memory with an accumulator for every product; shape (right sides, rows + 1).
+    """
+    total = _sum_of_products if rows and rows[0].dtype == torch.bfloat16 else _exact_sum_of_products
+    sums = [total(row, vector) for row in rows for vector in right]
+    square = total(right[0], right[0]).expand(len(right))
+    return torch.cat([torch.stack(sums).view(-1, len(right)).T, square[:, None]], 1)
+
+
+def _exact_sum_of_products(one: Tensor, other: Tensor) -> Tensor:
+    return (one.double() * other.double()).sum()
+
+
+def _sum_of_products(one: Tensor, other: Tensor) -> Tensor:
+    """In float32 over blocks, float64 over their sums: good to 1e-6, beyond what bfloat16 rows resolve."""
+    main = one.numel() // SUM_BLOCK * SUM_BLOCK
+    blocks = (one[:main].float().view(-1, SUM_BLOCK) * other[:main].float().view(-1, SUM_BLOCK)).sum(1)
+    return blocks.double().sum() + (one[main:].float() * other[main:].float()).double().sum()
+
+
+# ---- combination ---------------------------------------------------------------------------------------------------
+
+
+def combine(
+    out: Tensor,
+    base: Tensor,
+    terms: Sequence[tuple[Tensor, Tensor]],
+    residual: tuple[Tensor, float] | None,
+    along: tuple[Tensor, list[Tensor], Tensor] | None,
+    fused: bool,
+) -> Tensor | None:
+    """out = base - sum over terms of ring' coefficients - factor * residual, and how far that goes along an update.
+
+    Args:
+        out: shape (numel,), overwritten.
+        base: g, shape (numel,).
+        terms: pairs of a ring, shape (rows, numel), and its coefficients, float64 of shape (rows,).
+        residual: (f, factor), or None.
+        along: (f, rows, coefficients s) of the update u = f - sum s_i rows_i, or None.
+        fused: whether to use the compiled kernel where it works.
+
+    Returns:
+        <out - base, u> as a float64 tensor without dimensions, or None without `along`.
+    """
+    numbers = [coefficients.to(out.device, out.dtype) for _, coefficients in terms]
+    rings = [ring for ring, _ in terms]
+    factor = None if residual is None else torch.tensor(residual[1], dtype=out.dtype, device=out.device)
+    if fused and out.numel():
+        vector = None if residual is None else residual[0]
+        update = None if along is None else (along[0], along[1], along[2].to(out.device, out.dtype))
+        result = _run_compiled(_combination, out, base, rings, numbers, vector, factor, update)
+        if result is not None:
+            return result if along is not None else None
+    used = [(ring, number[: _length(given)]) for (ring, given), number in zip(terms, numbers, strict=True)]
+    return _combine_pieces(out, base, used, residual, along)
+
+
+def _length(coefficients: Tensor) -> int:
+    """Up to the last coefficient that is not zero, and one at least."""
+    nonzero = coefficients.nonzero()
+    return int(nonzero[-1]) + 1 if len(nonzero) else 1
+
+
+def _combine_pieces(
+    out: Tensor,
+    base: Tensor,
+    terms: Sequence[tuple[Tensor, Tensor]],
+    residual: tuple[Tensor, float] | None,
+    along: tuple[Tensor, list[Tensor], Tensor] | None,
+) -> Tensor | None:
+    numel = out.numel()
+    longest = max(numel, 1) if out.device.type != "cpu" or numel <= 2 * COMBINE_PIECE else COMBINE_PIECE
+    advance = torch.zeros((), dtype=torch.float64, device=out.device)
+    mean = [] if along is None else along[2].tolist()
+    for start in range(0, numel, longest):
+        part = slice(start, min(start + longest, numel))
+        target, source = out[part], base[part]
+        for ring, coefficients in terms:
+            rows = ring[: coefficients.numel(), part]
+            rows = rows if rows.dtype == target.dtype else rows.to(target.dtype)
+            torch.addmv(source, rows.T, coefficients, alpha=-1, out=target)
+            source = target
+        if residual is not None:
+            target.sub_(residual[0][part], alpha=residual[1])
+        if along is not None:
+            update = along[0][part]
+            for row, number in zip(along[1], mean, strict=True):
+                update = torch.sub(update, row[part].to(update.dtype), alpha=number)
+            advance += torch.dot(target - base[part], update)
+    return advance if along is not None else None
+
+
+def _combination(
+    out: Tensor,
+    base: Tensor,
+    rings: list[Tensor],
+    numbers: list[Tensor],
+    vector: Tensor | None,
+    factor: Tensor | None,
+    update: tuple[Tensor, list[Tensor], Tensor] | None,
+) -> Tensor:
+    """One loop over memory."""
+    correction = torch.zeros_like(base) if vector is None or factor is None else factor * vector
+    for ring, coefficients in zip(rings, numbers, strict=True):
+        for row, number in zip(ring.unbind(0), coefficients.unbind(0), strict=True):
+            correction = correction + number * row.to(base.dtype)
+    out.copy_(base - correction)
+    if update is None:
+        return correction.new_zeros((), dtype=torch.float64)
+    direction, rows, mean = update
+    for row, number in zip(rows, mean.unbind(0), strict=True):
+        direction = direction - number * row.to(base.dtype)
+    return -(correction.double() * direction.double()).sum()
+
+
+# ---- compilation ---------------------------------------------------------------------------------------------------
+
+
+def wants_compiled(device: torch.device, numel: int, fused: bool | None) -> bool:
+    """Whether the kernels of a row are to be compiled: as asked for, or where that was measured to win."""
+    if fused is not None:
+        return fused and numel >= SUM_BLOCK
+    return device.type == "cpu" and numel >= COMPILED_FROM and _can_compile()
+
+
+@cache
+def _can_compile() -> bool:
+    """Whether torch.compile finds what it needs to build for a CPU: a C++ compiler and the headers of Python."""
+    compiler = shutil.which(environ.get("CXX", "g++")) or shutil.which("clang++")
+    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+_broken: list[str] = []
+"""Why the compiled kernels do not work here, once that is known."""
+
+
+def compilation_error() -> str:
+    """Why compiled kernels were given up in this process; "" while they were not."""
+    return _broken[0] if _broken else ""
+
+
+# One variant per number of rows and right sides, type of the rows, and option of `store`: the few that a run needs are
+# compiled once each, more of them than torch allows by default.
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+    """The result of the compiled function, or None where it cannot be compiled."""
+    if _broken:
+        return None
+    try:
+        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+            warnings.simplefilter("ignore")  # what the compiler says of itself
+            return _compiled(function)(*arguments)
+    except Exception as error:  # whatever compilers, headers and caches can do to us; the plain kernels always work
+        _broken.append(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        warnings.warn(f"aadl goes on with uncompiled kernels, torch.compile failed: {_broken[0]}", stacklevel=2)
+        return None

@@ -1,0 +1,105 @@
+"""The vectors of a history as named tensors, for checkpoints.
+
+Parameters keep their shapes: the rows of a parameter are tensors of shape (depth, *shape), DTensors sharded as the
+parameter is, so that torch.distributed.checkpoint can load them at another world size. A sharded history of replicas
+has no shapes to keep; its rows are DTensors of shape (depth, elements), cut along their elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aadl.history import Block, Column, History
+from aadl.ranks import Ranks, is_sharded, like, local, sharded_row
+
+
+def rows_of(history: History, groups: Sequence[Sequence[tuple[int, Tensor]]], ranks: Ranks) -> dict[str, Tensor]:
+    """Views of all vectors; nothing is copied.
+
+    Args:
+        history: its blocks of parameters and, if any, of momentum, each in the order of `groups`.
+        groups: (position among all trainable parameters, parameter) of each block.
+        ranks: those that share a sharded history.
+    """
+    rows: dict[str, Tensor] = {}
+    for number, block in enumerate(history.blocks):
+        group = groups[number % len(groups)]
+        for name, tensor in block.tensors.items():
+            leading = tensor.dim() - 1
+            if block.is_window:
+                rows[f"{block.kind}.row{number % len(groups)}.{name}"] = sharded_row(tensor, block.row.whole, ranks)
+                continue
+            for (position, parameter), view in zip(group, block.row.logical_views(tensor), strict=True):
+                rows[f"{block.kind}.{position}.{name}"] = like(parameter, view, leading)
+    return rows
+
+
+def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every wanted tensor is there in its shape and layout."""
+    if saved.keys() != wanted.keys():
+        odd = sorted(saved.keys() ^ wanted.keys())[0]
+        raise ValueError(
+            f"the saved history belongs to other parameters, or another layout of ranks: it has {len(saved)} tensors "
+            f"and this accelerator {len(wanted)}, {odd!r} only one of them"
+        )
+    for name, target in wanted.items():
+        if tuple(saved[name].shape) != tuple(target.shape):
+            raise ValueError(
+                f"the saved history belongs to parameters of other shapes: {name} has shape "
+                f"{tuple(saved[name].shape)}, not {tuple(target.shape)}"
+            )
+        if is_sharded(saved[name]) != is_sharded(target) or local(saved[name]).shape != local(target).shape:
+            raise ValueError(
+                f"the saved {name} is sharded in another way than this accelerator's: load it with "
+                f"torch.distributed.checkpoint"
+            )
+
+
+@torch.no_grad()
+def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Copy saved tensors into the views of a history; those that are in place already are left alone."""
+    for name, target in wanted.items():
+        source, there = local(saved[name]), local(target)
+        if source.data_ptr() != there.data_ptr() or source.device != there.device:
+            there.copy_(source)
+
+
+def books_of(history: History) -> dict[str, Any]:
+    """What a history knows besides its vectors, as plain values; slots keep their places."""
+    return {
+        "columns": [[c.macro_step, c.consecutive, c.learning_rate] for c in history.columns],
+        "has_pair": history.has_pair,
+        "next": history.next,
+        "stale": list(history.stale),
+        "grams": history.grams,
+        "starts_at_mapped": bool(history.blocks) and history.blocks[0].start is history.blocks[0].mapped,
+    }
+
+
+def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a history from its saved books; raises KeyError, TypeError or ValueError where they are damaged."""
+    grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in books["grams"].items()}
+    return {
+        "columns": [Column(int(m), bool(c), float(r)) for m, c, r in books["columns"]],
+        "has_pair": bool(books["has_pair"]),
+        "next": int(books["next"]),
+        "stale": [int(slot) for slot in books["stale"]],
+        "grams": grams,
+    }
+
+
+def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:
+    """Continue where the saved history was."""
+    for name, value in fields.items():
+        setattr(history, name, value)
+    for block in history.blocks:
+        block.start = block.mapped if starts_at_mapped else block.own_start
+
+
+def nbytes(blocks: Sequence[Block]) -> int:
+    """Bytes of all rows and vectors."""
+    return sum(tensor.nbytes for block in blocks for tensor in block.tensors.values())

@@ -1,0 +1,61 @@
+"""Noticing that somebody else wrote to the tensors of an optimizer, without reading them."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aadl.parameters import MOMENTUM_KEYS
+from aadl.ranks import is_sharded, local
+
+
+class Look(NamedTuple):
+    """Parameters and momentum buffers of an optimizer at one time."""
+
+    tensors: list[Tensor]
+    """Parameters, momentum buffers, and the local shards of all of them where there are shards."""
+    trainable: list[bool]
+    addresses: list[int]
+    versions: list[int]
+
+    def same_places(self, other: Look) -> bool:
+        """Whether these are the same tensors in the same memory."""
+        return (
+            len(self.tensors) == len(other.tensors)
+            and all(map(operator.is_, self.tensors, other.tensors))
+            and self.trainable == other.trainable
+            and self.addresses == other.addresses
+        )
+
+    def untouched_since(self, other: Look) -> bool:
+        """Whether nobody wrote in between. In-place changes through `.data` leave no mark."""
+        return self.versions == other.versions and self.same_places(other)
+
+
+def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
+    """Identities, addresses and version counters; no element is read."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = parameters[:]
+    if with_momentum:
+        states = optimizer.state
+        for p in parameters:
+            state = states.get(p)
+            if state:
+                tensors += [state[key] for key in MOMENTUM_KEYS if isinstance(state.get(key), Tensor)]
+    shards = any(map(is_sharded, parameters))
+    tensors += [local(tensor) for tensor in tensors] if shards else []
+    here = tensors[len(tensors) // 2 :] if shards else tensors
+    return Look(
+        tensors, [p.requires_grad for p in parameters], [tensor.data_ptr() for tensor in here], versions_of(tensors)
+    )
+
+
+def versions_of(tensors: list[Tensor]) -> list[int]:
+    """Version counters, which count in-place changes."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors have none
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

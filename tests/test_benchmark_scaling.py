@@ -1,0 +1,221 @@
+"""benchmarks.scaling: what is counted, the arithmetic of the machine model, the page."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import fake_ranks, host_check, scaling, scaling_docs
+from benchmarks.fake_ranks import Case, Count, Recorder, count_all
+from benchmarks.machine_model import (
+    LAYOUTS,
+    LONG_PAYLOAD,
+    MACHINES,
+    WORKLOADS,
+    Acceleration,
+    Collective,
+    Overhead,
+    Pattern,
+    Setting,
+    Workload,
+    collective_seconds,
+    local_elements,
+    plain_seconds,
+    predict,
+    training_collectives,
+)
+from benchmarks.shapes import count_elements, decoder_units, resnet50_shapes
+
+TINY = Workload("tiny", (((300, 40), (300,)), ((100, 300), (100,))), 12, 20, 4, True)
+RANKS = 1536
+GRAM = Collective("all_reduce", 616)
+SUMMIT = MACHINES[0]
+
+
+def accelerated(layout, elements, setting=None):
+    """AA that reduces inner products, and gathers where a sharded history has to."""
+    gathers = (Collective("all_gather", 4 * elements),) * 2 if layout == "sharded" else ()
+    pattern = Pattern(elements, 2, (), () if layout == "replicated" else (GRAM, *gathers), ())
+    return Acceleration(setting or Setting("defaults"), pattern, Overhead(0.0, 0.0, 0.0))
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def test_networks_have_their_published_size():
+    shapes = resnet50_shapes()
+    assert (len(shapes), sum(map(math.prod, shapes))) == (161, 25_557_032)
+    assert count_elements(decoder_units()) == 7_000_559_616
+
+
+def test_fsdp2_leaves_rank_zero_more_than_its_part():
+    assert local_elements(TINY.units, "fsdp2", RANKS) == 40 + 1 + 300 + 1
+    assert local_elements(TINY.units, "fsdp2", 1) == TINY.elements
+    assert local_elements(TINY.units, "sharded", RANKS) == math.ceil(TINY.elements / RANKS)
+    assert local_elements(TINY.units, "replicated", RANKS) == TINY.elements
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_counted_on_one_rank_of_thousands(layout):
+    (count,) = count_all([Case(TINY, layout, RANKS, depth=3)])
+    held = local_elements(TINY.units, layout, RANKS)
+    formula = Setting("", depth=3).history_bytes * held
+    assert count.history_bytes >= formula
+    assert count.history_bytes < 2 * formula + 200_000  # work areas
+    assert count.local_elements == (held if layout == "fsdp2" else TINY.elements)
+    modeled = training_collectives(TINY, layout, RANKS) if layout == "fsdp2" else []
+    assert Counter(count.training) == Counter(modeled)
+    payloads = [each.payload for each in count.pattern.acceleration]
+    assert not any(payload > LONG_PAYLOAD for payload in payloads) or layout == "sharded"
+    if layout != "replicated":
+        assert "all_reduce" in {each.operation for each in count.pattern.acceleration}
+    if layout == "sharded":
+        gathered = sum(each.payload for each in count.pattern.acceleration if each.operation == "all_gather")
+        assert 8 * TINY.elements <= gathered <= 8 * (TINY.elements + 8 * RANKS)
+
+
+def test_what_cannot_be_counted_is_an_error_that_names_the_case(monkeypatch):
+    def refuse(function, arguments):
+        raise ValueError("this library cannot shard")
+
+    monkeypatch.setattr(fake_ranks, "in_processes", refuse)
+    with pytest.raises(RuntimeError, match=r"'sharded' cannot be counted \(tiny, .*1,536 ranks.*cannot shard"):
+        count_all([Case(TINY, "sharded", RANKS)])
+
+
+def test_collectives_of_an_optimizer_hook_are_recorded():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, recorder = torch.optim.SGD([parameter], lr=0.1), Recorder()
+    descent = fake_ranks.Descent([parameter])
+    fake_ranks.join_fake_group(RANKS)
+    try:
+        plain = fake_ranks.recorded_step(descent, optimizer, recorder)
+        optimizer.register_step_post_hook(lambda *_: dist.all_reduce(torch.zeros(77, dtype=torch.float64)))
+        optimizer.register_step_post_hook(lambda *_: dist.all_gather(list(torch.empty(RANKS, 3)), torch.ones(3)))
+        hooked = fake_ranks.recorded_step(descent, optimizer, recorder)
+        dist.all_reduce(torch.zeros(1))  # outside of a step
+        assert recorder.take() == ()
+    finally:
+        dist.destroy_process_group()
+    assert plain == ()
+    assert hooked == (GRAM, Collective("all_gather", 12 * RANKS))
+
+
+def test_large_networks_are_run_only_where_they_fit():
+    cases = scaling.cases_of(LAYOUTS, (8, 16), list(WORKLOADS.values()))
+    large = [case for case in cases if case.workload.elements > 1e9]
+    assert [(case.layout, case.ranks) for case in large] == [("fsdp2", 8), ("fsdp2", 16)]
+    assert {case.layout for case in cases if case not in large} == set(LAYOUTS)
+
+
+# ---- machine model ---------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_floor():
+    single = Setting("", depth=10, blocks=1)
+    assert (single.history_bytes, single.store_bytes, single.acceleration_bytes) == (92, 28, 92)
+    lean = Setting("", depth=5, element_bytes=2, blocks=1)
+    assert (lean.history_bytes, lean.store_bytes, lean.acceleration_bytes) == (32, 24, 32)
+    assert Setting("").history_bytes == 2 * 92
+
+
+def test_collectives_cost_latency_and_bandwidth():
+    word, whole = Collective("all_reduce", 8), Collective("all_gather", 10**9)
+    assert collective_seconds(SUMMIT, word, 1) == 0
+    seconds = [collective_seconds(SUMMIT, word, ranks) for ranks in (2, 6, 12, 1536, 6144)]
+    assert seconds == sorted(seconds)
+    assert seconds[0] < 10e-6 and 50e-6 < seconds[-1] < 200e-6  # a tree: logarithmic
+    assert collective_seconds(SUMMIT, whole, 6) == pytest.approx(5 / 6 / 50 / 0.85, rel=0.01)
+    assert collective_seconds(SUMMIT, whole, 12) == pytest.approx(11 / 12 / 23 / 0.85, rel=0.01)
+
+
+def test_the_plain_step_is_near_the_published_scaling_of_summit():
+    resnet = WORKLOADS["ResNet50"]
+    assert plain_seconds(SUMMIT, resnet, "replicated", 1) == pytest.approx(32 / 1040)
+    efficiency = plain_seconds(SUMMIT, resnet, "replicated", 1) / plain_seconds(SUMMIT, resnet, "replicated", 6144)
+    assert 0.8 < efficiency < 0.9  # 87 % published
+
+
+def test_prediction_by_hand():
+    """V100, one device: 184 bytes twice a period of 20 and two stores of 56, 16 for the judgment, at 900 / 1.3 GB/s."""
+    resnet = WORKLOADS["ResNet50"]
+    seconds = predict(SUMMIT, resnet, accelerated("replicated", resnet.elements), "replicated", 1)
+    assert seconds.acceleration == pytest.approx(25_557_032 * (2 * 56 + 184 + 16) / 20 / (900e9 / 1.3))
+    assert seconds.share == pytest.approx(seconds.acceleration / (seconds.plain + seconds.acceleration))
+
+
+def test_what_fits():
+    large = WORKLOADS["7e9"]
+    fits = {
+        layout: predict(SUMMIT, large, accelerated(layout, large.elements), layout, RANKS).fits for layout in LAYOUTS
+    }
+    assert fits == {"replicated": "no, nor without AA", "sharded": "no, nor without AA", "fsdp2": "yes"}
+    resnet = WORKLOADS["ResNet50"]
+    deep = accelerated("replicated", resnet.elements, Setting("", depth=40))
+    assert predict(SUMMIT, resnet, deep, "replicated", RANKS).fits == "no"
+
+
+def test_long_collectives_grow_with_the_network_and_short_ones_do_not():
+    resnet, large = WORKLOADS["ResNet50"], WORKLOADS["7e9"]
+    counted = accelerated("sharded", resnet.elements)
+    same = accelerated("sharded", large.elements)
+    seconds = [predict(SUMMIT, large, each, "sharded", RANKS).acceleration for each in (counted, same)]
+    assert seconds[0] == pytest.approx(seconds[1])
+
+
+# ---- this host and the page ------------------------------------------------------------------------------------------
+
+
+def report():
+    """A run as it could have been."""
+    overhead = {"replicated": Overhead(1e-4, 1e-3, 1e-4), "sharded": Overhead(1e-4, 2e-3, 1e-4)}
+    events = {"replicated": Overhead(8e-3, 4e-2, 2e-3), "sharded": Overhead(5e-3, 4e-2, 1e-3)}
+    host = host_check.Host(20e9, 5e-5, 1e9, overhead, events, 6e-5, 8e-3, 616, 4_000_000)
+    workloads = list(WORKLOADS.values())
+    counts = [
+        Count(case, 10, 10, (), accelerated(case.layout, case.workload.elements).pattern)
+        for case in scaling.cases_of(LAYOUTS, scaling.WORLD_SIZES, workloads)
+    ]
+    return scaling_docs.Report(counts, host, host_check.checks_of(host), workloads)
+
+
+def test_two_gloo_ranks_are_measured():
+    host = host_check.measure_host(["replicated"], 616, elements=20_000, copy_bytes=1 << 22)
+    assert host.copy_bandwidth > 1e8 and 0 < host.all_reduce_latency < 1
+    checks = host_check.checks_of(host)
+    assert [check.name.split(",")[0] for check in checks][:3] == ["store event", "acceleration event", "judgment"]
+    assert all(check.predicted > 0 for check in checks)
+
+
+def test_checks_compare_with_what_was_measured():
+    ratios = {check.name: check.ratio for check in report().checks}
+    # 28 bytes of 4e6 numbers at 20 / 1.3 GB/s, and the overhead
+    assert ratios["store event, replicated"] == pytest.approx(8e-3 / (1e-4 + 4e6 * 28 * 1.3 / 20e9))
+    assert ratios["all-gather of the candidate"] == pytest.approx(8e-3 / (5e-5 + 8e6 / 1e9))
+
+
+def test_the_page_says_what_it_is(tmp_path):
+    whole = report()
+    text = scaling_docs.markdown(whole)
+    for phrase in (
+        "predicted by a model, not measured on these machines",
+        "nothing here was measured on a GPU",
+        scaling_docs.COMMAND,
+        torch.__version__,
+    ):
+        assert phrase in " ".join(text.split())
+    assert str(scaling_docs.ROOT) not in text
+    assert sum(line.startswith("| H100 SXM | 6,144 |") for line in text.splitlines()) == 2 * len(LAYOUTS)
+    scaling_docs.write(whole, text, tmp_path)
+    assert (tmp_path / "scaling.md").read_text(encoding="utf-8") == text
+    assert (tmp_path / "figures" / "scaling.png").stat().st_size > 10_000
+
+
+def test_half_a_page_is_not_written():
+    with pytest.raises(SystemExit):
+        scaling.main(["--docs", "--layouts", "replicated"])

@@ -1,0 +1,159 @@
+"""torch.distributed.checkpoint: a run on two ranks goes on, on 2, 4 and 1, as if nothing had happened."""
+
+import copy
+import json
+from pathlib import Path
+
+import gloo
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from parallel_runs import (
+    CALM,
+    RESIDUAL,
+    adam,
+    agree,
+    distance,
+    go_on,
+    momentum,
+    network,
+    part_of_batch,
+    replica,
+    sharded,
+)
+from small_runs import EAGER, identical
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import aadl
+
+SETTINGS = CALM | EAGER | {"store_each_nth": 2, "frequency": 4, "average": False, "safeguard": "residual"}
+KINDS = {  # wrapper, optimizer, settings
+    "momentum": (sharded, momentum, SETTINGS | {"history_depth": 3}),
+    "adam": (sharded, adam, SETTINGS),
+    "shared history": (replica, adam, SETTINGS | {"shard_history": True}),
+}
+STEPS = 70
+SAVED_AT = (1, 2, 31, 32, 33, 34, 36, 38, 40)
+
+
+def build(kind, rank, size):
+    wrap, make, settings = KINDS[kind]
+    model = wrap(network(), rank, size)
+    return model, aadl.accelerate(make(model.parameters()), **settings)
+
+
+def situation(optimizer):
+    books = json.loads(aadl.accelerator_of(optimizer).state_dict()["books"])
+    return {
+        "mid macro-step": books["progress"]["in_macro_step"] > 0,
+        "pending": books["pending"] is not None,
+        "no pair": not books["history"]["has_pair"],
+        "accepted": books["statistics"]["accepted"],
+    }
+
+
+def save_all(rank, size, folder):
+    """The uninterrupted runs; checkpoints lie where they were made on the way."""
+    results = {}
+    for kind in KINDS:
+        model, optimizer = build(kind, rank, size)
+        situations = {}
+
+        def save(step, model, optimizer, kind=kind, situations=situations):
+            if step in SAVED_AT:
+                weights, state = get_state_dict(model, optimizer)
+                whole = {"model": weights, "optimizer": state, "aadl": aadl.accelerator_of(optimizer)}
+                dcp.save(whole, checkpoint_id=folder / f"{kind}-{step}")
+                situations[step] = situation(optimizer)
+
+        results[kind] = go_on(rank, size, model, optimizer, 1, STEPS, part_of_batch, after=save)
+        results[kind]["situations"] = situations
+    return results
+
+
+def resume(kind, step, rank, size, folder, accelerator=True):
+    model, optimizer = build(kind, rank, size)
+    weights, state = get_state_dict(model, optimizer)
+    whole = {"model": weights, "optimizer": state}
+    dcp.load(whole, checkpoint_id=folder / f"{kind}-{step}")
+    set_state_dict(model, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optimizer"])
+    if accelerator:
+        dcp.load({"aadl": aadl.accelerator_of(optimizer)}, checkpoint_id=folder / f"{kind}-{step}")
+    return go_on(rank, size, model, optimizer, step + 1, STEPS, part_of_batch)
+
+
+def resume_all(rank, size, folder):
+    kinds = [kind for kind in KINDS if size > 1 or "shared" not in kind]
+    steps = SAVED_AT if size == 2 else SAVED_AT[1::2]
+    results = {(kind, step): resume(kind, step, rank, size, folder) for kind in kinds for step in steps}
+    if size == 2:
+        results |= {(kind, "forgotten"): resume(kind, 33, rank, size, folder, accelerator=False) for kind in kinds}
+    return results
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(folder of the checkpoints, outcomes of the uninterrupted runs by rank)."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return folder, gloo.spawn_ranks(Path(folder) / "ranks", save_all, 2, folder)
+
+
+def test_the_runs_were_interrupted_in_all_situations(saved):
+    _, outcomes = saved
+    for kind in KINDS:
+        assert agree([outcome[kind] for outcome in outcomes])
+        situations = outcomes[0][kind]["situations"].values()
+        for name in ("mid macro-step", "pending", "no pair"):
+            assert any(s[name] for s in situations), (kind, name)
+        last = outcomes[0][kind]["statistics"]["accepted"]
+        assert any(0 < s["accepted"] < last for s in situations), kind
+
+
+@pytest.mark.parametrize("size", [2, 4, 1])
+def test_a_run_goes_on_at_another_number_of_ranks(saved, spawn_ranks, size):
+    folder, expected = saved
+    outcomes = spawn_ranks(resume_all, size, folder)
+    for (kind, step), ours in outcomes[0].items():
+        assert agree([outcome[kind, step] for outcome in outcomes]), (kind, step)
+        whole = expected[0][kind]
+        if step == "forgotten":
+            assert distance(ours, whole) > 1e-3, kind
+        elif size == 2:
+            assert torch.equal(ours["weights"], whole["weights"]), (kind, step)
+            assert identical(ours["statistics"], whole["statistics"]), (kind, step)
+        else:
+            assert distance(ours, whole) < 1e-6, (kind, step)
+            assert ours["statistics"]["accepted"] == whole["statistics"]["accepted"], (kind, step)
+
+
+def save_plainly(rank, size, folder):
+    """Replicas with whole histories: torch.save of one rank is enough for all."""
+    settings = SETTINGS | {"average": "always", "average_window": 2}
+    results = {}
+    for name in ("whole", "resumed", "forgotten"):
+        model = replica(network(), rank, size)
+        optimizer = aadl.accelerate(adam(model.parameters()), **settings)
+        path = folder / "plain.checkpoint"
+        if name == "whole":
+            go_on(rank, size, model, optimizer, 1, 33, part_of_batch)
+            if rank == 0:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+            torch.distributed.barrier()
+        else:
+            state = torch.load(path, weights_only=True)
+            if name == "forgotten":
+                state["optimizer"].pop("aadl")
+            model.load_state_dict(copy.deepcopy(state["model"]))
+            optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        results[name] = go_on(rank, size, model, optimizer, 34, STEPS, part_of_batch)
+    return results
+
+
+def test_plain_checkpoints_of_replicas(spawn_ranks, tmp_path):
+    outcomes = spawn_ranks(save_plainly, 2, tmp_path)
+    whole, resumed, forgotten = (outcomes[0][name] for name in ("whole", "resumed", "forgotten"))
+    assert agree([outcome["resumed"] for outcome in outcomes])
+    assert torch.equal(resumed["weights"], whole["weights"])
+    assert identical(resumed["statistics"], whole["statistics"])
+    assert whole["statistics"]["accepted"] > 0
+    assert distance(forgotten, whole) > 1e-3

@@ -1,0 +1,293 @@
+"""The arithmetic of the passes over memory against plain formulas, and compiled kernels against uncompiled ones."""
+
+import shutil
+import sysconfig
+import warnings
+from os import environ
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import ALWAYS, identical
+
+import aadl
+from aadl import kernels
+
+DEPTH = 4
+
+
+def numbers(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# ---- storing a pair ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aliased", [False, True], ids=["own start", "start at the mapped iterate"])
+@pytest.mark.parametrize("ratio", [1.0, 0.9])
+@pytest.mark.parametrize("ring", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_pair_is_stored_as_differences(aliased, ratio, ring):
+    value, start, f, g = numbers(4, 50)
+    start = g if aliased else start
+    new = value - start
+    delta_f, delta_g = new - ratio * f, value - (g + (ratio - 1) * f)
+    other = new - (1.9 - ratio) * f
+    residual, mapped = f.clone(), g.clone()
+    rows = torch.full((2, 50), 7.0, dtype=ring)
+    kernels.store(value, mapped if aliased else start, residual, mapped, (rows[0], rows[1]), ratio)
+    coarseness = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[ring]
+    for row, expected in zip(rows, (delta_f, delta_g), strict=True):
+        assert torch.allclose(row.double(), expected, rtol=coarseness, atol=1e-14)
+    assert not torch.allclose(rows[0].double(), other, rtol=0.02)
+    assert torch.equal(residual, new) and torch.equal(mapped, value)
+
+
+@pytest.mark.parametrize("aliased", [False, True])
+def test_the_first_pair_has_no_differences(aliased):
+    value, start, f, g = numbers(4, 50)
+    residual, mapped = f.clone(), g.clone()
+    kernels.store(value, mapped if aliased else start, residual, mapped, None, 1.0)
+    assert torch.equal(residual, value - (g if aliased else start)) and torch.equal(mapped, value)
+    mapped = g.clone()
+    kernels.store(value, mapped if aliased else start, None, mapped, None, 1.0)
+    assert torch.equal(mapped, value)
+
+
+@pytest.mark.parametrize("aliased", [False, True])
+@pytest.mark.parametrize("ring", [torch.float64, torch.bfloat16])
+def test_without_residuals_only_the_mapped_iterates_are_kept(aliased, ring):
+    value, start, _, g = numbers(4, 50)
+    mapped, row = g.clone(), torch.zeros(50, dtype=ring)
+    kernels.store(value, mapped if aliased else start, None, mapped, (None, row), 1.0)
+    assert torch.equal(row, (value - g).to(ring)) and torch.equal(mapped, value)
+    assert not torch.equal(row, (value - start).to(ring))
+
+
+@pytest.mark.parametrize("aliased", [False, True])
+@pytest.mark.parametrize("ring", [torch.float32, torch.bfloat16])
+def test_what_does_not_move_leaves_zeros(aliased, ring):
+    value = numbers(50, dtype=torch.float32)
+    residual, mapped, rows = torch.zeros(50), value.clone(), torch.ones(2, 50, dtype=ring)
+    kernels.store(value, mapped if aliased else value.clone(), residual, mapped, (rows[0], rows[1]), 0.9)
+    assert not rows.any() and not residual.any() and torch.equal(mapped, value)
+
+
+# ---- inner products ------------------------------------------------------------------------------------------------
+
+SLOTS = [[], [2], [3, 0], [0, 1, 2, 3]]
+
+
+def expected_products(ring, residual, filled, slots):
+    wide = torch.cat([ring[:filled], residual[None].to(ring.dtype)]).double()
+    wide[-1] = residual.double()
+    return wide[[*slots, filled]] @ wide.T
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("numel", [0, 1, kernels.WIDE_PIECE - 1, kernels.WIDE_PIECE, 2 * kernels.WIDE_PIECE + 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inner_products_are_those_of_float64(slots, numel, dtype):
+    ring, residual = numbers(6, numel, dtype=dtype), numbers(numel, dtype=torch.float32, seed=1)
+    for filled in (4, 6):
+        products = kernels.inner_products(ring, residual, filled, slots, False)
+        expected = expected_products(ring, residual, filled, slots)
+        assert products.dtype == torch.float64 and products.shape == expected.shape == (len(slots) + 1, filled + 1)
+        assert torch.allclose(products, expected, rtol=1e-12, atol=1e-9)
+        assert numel < 2 or not torch.allclose(products, expected.flip(1), rtol=1e-3)
+
+
+def test_products_of_different_lengths_do_not_share_numbers():
+    """The work area is kept between calls."""
+    for numel in (100, 40_000, 100):
+        ring, residual = numbers(2, numel, seed=numel), numbers(numel, seed=numel + 1)
+        products = kernels.inner_products(ring, residual, 2, [0, 1], False)
+        assert torch.allclose(products, expected_products(ring, residual, 2, [0, 1]), rtol=1e-12)
+
+
+# ---- combination ---------------------------------------------------------------------------------------------------
+
+
+def problem(numel, ring=torch.float64, dtype=torch.float64):
+    """Vectors and coefficients of a combination with everything in it."""
+    base, residual = numbers(2, numel, dtype=dtype)
+    mapped_ring, residual_ring = numbers(2, DEPTH, numel, dtype=ring, seed=1)
+    a, b, mean = numbers(3, DEPTH, seed=2)
+    return base, residual, mapped_ring, residual_ring, a, b, mean
+
+
+def combined(given, numel, *, terms=2, factor=0.3, along=True, fused=False):
+    """(out, advance) of the kernel, and in float64 by the formulas."""
+    base, residual, mapped_ring, residual_ring, a, b, mean = given
+    used = [(mapped_ring, a), (residual_ring, b)][:terms]
+    rows = [residual_ring[i] for i in (1, 3)]
+    update = (residual, rows, mean[[1, 3]]) if along else None
+    out = torch.full_like(base, float("nan"))
+    advance = kernels.combine(out, base, used, (residual, factor) if factor else None, update, fused)
+    change = -factor * residual.double() - sum(numbers @ ring.double() for ring, numbers in used)
+    direction = residual.double() - mean[[1, 3]] @ torch.stack(rows).double()
+    return (out, advance), (base.double() + change, change @ direction if along else None)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1000, 2 * kernels.COMBINE_PIECE, 2 * kernels.COMBINE_PIECE + 3])
+@pytest.mark.parametrize("ring", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("terms", "factor", "along"), [(1, 0.0, False), (2, 0.0, True), (1, 0.3, True), (2, 0.3, True)]
+)
+def test_the_combination_is_the_formula(numel, ring, terms, factor, along):
+    given = problem(numel, ring)
+    (out, advance), (expected, expected_advance) = combined(given, numel, terms=terms, factor=factor, along=along)
+    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
+    assert (advance is None) != along
+    if along:
+        assert advance.shape == () and advance.dtype == torch.float64
+        assert float(advance) == pytest.approx(float(expected_advance), rel=1e-10, abs=1e-9)
+    _, (without, _) = combined(given, numel, terms=terms, factor=factor + 0.1, along=along)
+    assert numel == 0 or not torch.allclose(out, without)
+
+
+@pytest.mark.parametrize("coefficients", [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 2, 0], [0, 0, 0, 3]])
+def test_coefficients_that_are_zero_cost_nothing_and_change_nothing(coefficients):
+    base, _, ring, _, _, _, _ = problem(100)
+    out, a = torch.empty(100, dtype=torch.float64), torch.tensor(coefficients, dtype=torch.float64)
+    last = max((i for i, number in enumerate(coefficients) if number), default=0)
+    ring[last + 1 :] = float("inf")  # rows behind the last one that counts are not read
+    assert kernels.combine(out, base, [(ring, a)], None, None, False) is None
+    assert torch.allclose(out, base - a[: last + 1] @ ring[: last + 1])
+    assert torch.equal(out, base) != any(coefficients)
+
+
+# ---- compiled kernels ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    name = environ.get("CXX", "g++")
+    if not shutil.which(name) and not shutil.which("clang++"):
+        pytest.skip(f"no C++ compiler: neither {name} (CXX) nor clang++ is on the PATH")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        pytest.skip(f"the headers of Python are not installed: {header} is missing")
+    assert kernels._can_compile()
+
+
+@pytest.fixture
+def unbroken(monkeypatch):
+    """As if nothing had been compiled in this process yet."""
+    monkeypatch.setattr(kernels, "_broken", [])
+
+
+@pytest.mark.usefixtures("compiler", "unbroken")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_inner_products_are_those_of_the_plain_kernel(dtype):
+    coarseness = 1e-6 if dtype == torch.bfloat16 else 1e-13
+    for numel in (4096, 10_000):
+        ring, residual = numbers(DEPTH, numel, dtype=dtype), numbers(numel, dtype=torch.float32, seed=1)
+        for slots in ([2], [0, 1, 2, 3]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those of the compiler
+                fused = kernels.inner_products(ring, residual, DEPTH, slots, True)
+            assert kernels.compilation_error() == ""
+            plain = kernels.inner_products(ring, residual, DEPTH, slots, False)
+            norms = torch.cat([ring.double().norm(dim=1), residual.double().norm()[None]])
+            scales = norms[[*slots, DEPTH]].outer(norms)
+            assert fused.shape == plain.shape and fused.dtype == torch.float64
+            assert ((fused - plain).abs() <= coarseness * scales).all()
+            assert not ((fused.flip(0) - plain).abs() <= 1e-2 * scales).all()
+
+
+@pytest.mark.usefixtures("compiler", "unbroken")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_combination_is_that_of_the_plain_kernel(dtype):
+    for numel in (4096, 10_000):
+        given = problem(numel, dtype, torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (fused, advance), (expected, exact) = combined(given, numel, fused=True)
+        assert kernels.compilation_error() == ""
+        (plain, other), _ = combined(given, numel)
+        for out in (fused, plain):
+            assert torch.allclose(out.double(), expected, rtol=1e-6, atol=1e-5)
+        assert float(advance) == pytest.approx(float(exact), rel=1e-5)
+        assert float(other) == pytest.approx(float(exact), rel=1e-5)
+        assert not torch.allclose(fused.double(), combined(given, numel, factor=0.31)[1][0], rtol=1e-6, atol=1e-3)
+
+
+def quadratic_run(steps=12, **settings):
+    """SGD on a quadratic of 5000 variables."""
+    x = torch.nn.Parameter(torch.ones(5000))
+    optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.5), **ALWAYS | settings)
+    weights = torch.logspace(-2, 0, 5000)
+    for _ in range(steps):
+        x.grad = weights * x.detach()
+        optimizer.step()
+    return x.detach(), aadl.accelerator_of(optimizer), optimizer
+
+
+class Failing:
+    """In place of torch.compile."""
+
+    def __init__(self, when):
+        self.when, self.calls = when, 0
+
+    def __call__(self, function):
+        self.calls += 1
+        if self.when == "at once":
+            raise RuntimeError("no compiler\nand a long story")
+        return self._fail
+
+    def _fail(self, *arguments):
+        raise OSError("no space left\nin the cache")
+
+
+@pytest.mark.parametrize(
+    ("when", "message"), [("at once", "RuntimeError: no compiler"), ("later", "OSError: no space")]
+)
+def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message, monkeypatch, unbroken):
+    failing = Failing(when)
+    monkeypatch.setattr(kernels, "_compiled", failing)
+    ring, residual = numbers(DEPTH, 5000, dtype=torch.float32), numbers(5000, dtype=torch.float32, seed=1)
+    with pytest.warns(UserWarning, match=f"goes on with uncompiled kernels, torch.compile failed: {message}") as caught:
+        fused = kernels.inner_products(ring, residual, DEPTH, [1, 2], True)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert kernels.compilation_error().startswith(message)
+    assert torch.equal(fused, kernels.inner_products(ring, residual, DEPTH, [1, 2], False))
+    given = problem(5000, torch.bfloat16, torch.float32)
+    assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without a word
+    assert failing.calls == 1
+
+
+def test_an_accelerated_run_goes_on_where_compilation_fails(monkeypatch, unbroken):
+    monkeypatch.setattr(kernels, "_compiled", Failing("at once"))
+    with pytest.warns(UserWarning, match="uncompiled kernels") as caught:
+        broken, accelerator, _ = quadratic_run(fused=True)
+    assert len(caught) == 1 and not accelerator.uses_compiled_kernels
+    plain, _, _ = quadratic_run(fused=False)
+    assert torch.equal(broken, plain)
+    assert accelerator.statistics["accepted"] > 3
+    assert not torch.allclose(plain, quadratic_run(relaxation=0.5)[0])
+
+
+@pytest.mark.usefixtures("compiler", "unbroken")
+def test_an_accelerated_run_with_compiled_kernels():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused, accelerator, optimizer = quadratic_run(fused=True, safeguard="residual")
+    assert accelerator.uses_compiled_kernels and kernels.compilation_error() == ""
+    plain, other, _ = quadratic_run(fused=False, safeguard="residual")
+    assert not other.uses_compiled_kernels
+    assert torch.allclose(fused, plain, rtol=1e-4, atol=1e-5)
+    assert accelerator.statistics["accepted"] == other.statistics["accepted"] > 1
+    assert not torch.allclose(plain, quadratic_run(history_depth=0)[0], rtol=1e-2)
+    aadl.remove_acceleration(optimizer)
+    assert not accelerator.uses_compiled_kernels
+
+
+def test_kernels_are_compiled_where_that_was_asked_for_or_pays(monkeypatch):
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    for possible in (True, False):
+        monkeypatch.setattr(kernels, "_can_compile", lambda possible=possible: possible)
+        long = kernels.COMPILED_FROM
+        assert [kernels.wants_compiled(cpu, n, None) for n in (0, long - 1, long)] == [False, False, possible]
+        assert not kernels.wants_compiled(other, long, None)
+        assert [kernels.wants_compiled(cpu, n, True) for n in (4095, 4096, long)] == [False, True, True]
+        assert not kernels.wants_compiled(cpu, long, False)

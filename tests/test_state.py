@@ -1,0 +1,241 @@
+"""The vectors of a history as named tensors, and its books as plain values."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from histories import filled_history, make_history, push_pair, random_pairs
+from small_runs import EAGER, identical
+
+import aadl
+from aadl.history import Column, History, make_block
+from aadl.ranks import Ranks
+from aadl.state import books_of, check_rows, load_rows, nbytes, parsed_books, restore_books, rows_of
+
+ONE = [[(0, torch.zeros(50))]]
+"""Groups of a history of one vector."""
+
+
+def saved(history):
+    """Rows and books on their way through a file."""
+    rows = {name: row.clone() for name, row in rows_of(history, ONE, Ranks()).items()}
+    return rows, json.dumps(books_of(history))
+
+
+def restore(history, rows, books):
+    wanted = rows_of(history, ONE, Ranks())
+    check_rows(rows, wanted)
+    load_rows(rows, wanted)
+    parsed = json.loads(books)
+    restore_books(history, parsed_books(parsed), parsed["starts_at_mapped"])
+    return history
+
+
+@pytest.mark.parametrize("ring", [None, torch.bfloat16])
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("from_mapped", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_restored_history_goes_on_bit_for_bit(ring, with_gram, from_mapped, count):
+    pairs = random_pairs(8)
+    history = filled_history(pairs[:count], ring=ring)
+    if with_gram:
+        history.gram()
+    if not from_mapped:
+        history.begin([[pairs[5][0]]])
+    restored = restore(make_history(ring=ring), *saved(history))
+    without_rows = restore(make_history(ring=ring), saved(make_history(ring=ring))[0], saved(history)[1])
+    branches = history, restored, without_rows
+    for branch in branches:
+        branch.push([[pairs[5][1]]], Column(6, True, 1.0))
+        push_pair(branch, *([value] for value in pairs[6]))
+    one, other, bare = (branch.gram()["parameters"] for branch in branches)
+    assert torch.equal(one.matrix, other.matrix) and torch.equal(one.projection, other.projection)
+    assert one.square == other.square and history.columns == restored.columns
+    assert not torch.equal(one.projection, bare.projection)
+    columns = len(history.columns)
+    for branch in branches:
+        branch.combine(torch.ones(columns).double(), torch.zeros(columns).double(), 0.0)
+    candidates = [branch.blocks[0].own_start for branch in branches]
+    assert torch.equal(candidates[0], candidates[1]) and not torch.equal(candidates[0], candidates[2])
+
+
+def test_books_survive_json_bit_for_bit():
+    history = filled_history(random_pairs(4))
+    history.gram()
+    history.grams["parameters"][0][0] /= 3
+    history.grams["parameters"][0][1] = math.nan
+    history.grams["parameters"][1][0] = math.inf
+    history.columns[0].learning_rate = 1.1
+    fields = parsed_books(json.loads(json.dumps(books_of(history))))
+    assert identical(fields["grams"], history.grams)
+    assert fields["columns"] == history.columns and fields["next"] == history.next == 0
+    assert fields["stale"] == [] and books_of(filled_history(random_pairs(3)))["stale"] == [0, 1]
+
+
+@pytest.mark.parametrize("books", [{}, {"grams": 1}, {"grams": {}, "columns": [[1]]}])
+def test_damaged_books_are_found_before_anything_is_changed(books):
+    with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
+        parsed_books(books)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"depth": 2}, r"delta_mapped has shape \(3, 50\), not \(2, 50\)"),
+        ({"kinds": ("parameters", "momentum")}, "5 tensors and this accelerator 10, 'momentum.0.delta_mapped' only"),
+        ({"kinds": ("momentum",)}, "other parameters"),
+        ({"residuals": False}, "5 tensors and this accelerator 3"),
+    ],
+)
+def test_the_rows_of_another_history_are_refused(other, message):
+    rows, _ = saved(make_history())
+    with pytest.raises(ValueError, match=message):
+        check_rows(rows, rows_of(make_history(**other), ONE, Ranks()))
+    check_rows(rows, rows_of(make_history(), ONE, Ranks()))
+
+
+def test_the_rows_of_other_shapes_are_refused():
+    rows, _ = saved(make_history())
+    history = History(3, [make_block("parameters", [torch.zeros(5, 10, dtype=torch.float64)], 3, True, None)])
+    with pytest.raises(ValueError, match=r"other shapes: parameters\.0\.delta_mapped has shape \(3, 50\), not \(3, 5"):
+        check_rows(rows, rows_of(history, [[(0, torch.zeros(5, 10))]], Ranks()))
+
+
+def test_rows_are_named_after_positions_and_shaped_like_the_parameters():
+    templates = [torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.zeros(7), torch.zeros(0, 3)]
+    wide = [torch.zeros((), dtype=torch.complex128), torch.zeros(2, 3, dtype=torch.complex128)]
+    blocks = [make_block(kind, part, 4, kind == "parameters", None)
+              for kind in ("parameters", "momentum") for part in (templates, wide)]  # fmt: skip
+    groups = [[(0, templates[0]), (2, templates[1]), (4, templates[2])], [(1, wide[0]), (3, wide[1])]]
+    rows = rows_of(History(4, blocks), groups, Ranks())
+    shapes = {0: (2, 3, 4, 5), 1: (2,), 2: (7,), 3: (2, 3, 2), 4: (0, 3)}
+    names = {"delta_mapped": (4,), "mapped": (), "start": ()}
+    expected = {f"momentum.{i}.{name}": lead + shape for i, shape in shapes.items() for name, lead in names.items()}
+    names |= {"delta_residual": (4,), "residual": ()}
+    expected |= {f"parameters.{i}.{name}": lead + shape for i, shape in shapes.items() for name, lead in names.items()}
+    assert {name: tuple(row.shape) for name, row in rows.items()} == expected
+    assert sum(row.nbytes for row in rows.values()) == nbytes(blocks)
+    rows["parameters.3.mapped"].fill_(3.0)
+    assert blocks[1].mapped.sum() == 36 and not blocks[0].mapped.any()  # views
+
+
+def test_tensors_that_are_in_place_are_left_alone():
+    """torch.distributed.checkpoint loads into the rows themselves."""
+    history = filled_history(random_pairs(3))
+    rows = rows_of(history, ONE, Ranks())
+    versions = [row._version for row in rows.values()]
+    load_rows(rows, rows_of(history, ONE, Ranks()))
+    assert [row._version for row in rows.values()] == versions
+    load_rows({name: row.clone() for name, row in rows.items()}, rows_of(history, ONE, Ranks()))
+    assert all(row._version > version for row, version in zip(rows.values(), versions, strict=True))
+
+
+# ---- of accelerators -----------------------------------------------------------------------------------------------
+
+
+def convolution(layout=torch.contiguous_format, dtype=torch.float64):
+    torch.manual_seed(3)
+    weight = torch.randn(4, 3, 3, 3, dtype=dtype).contiguous(memory_format=layout)
+    return [torch.nn.Parameter(weight), torch.nn.Parameter(torch.ones((), dtype=dtype))]
+
+
+def adam(parameters, settings=EAGER):
+    return aadl.accelerate(torch.optim.Adam(parameters, lr=0.05), **settings)
+
+
+def go(parameters, optimizer, steps):
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = (p.detach() - 0.5).abs().sqrt() * (p.detach() - 0.5).sign()
+        optimizer.step()
+
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("first", FORMATS)
+def test_a_state_continues_in_another_memory_format(first):
+    """The inner products are summed in another order, hence the tolerance."""
+    second = next(layout for layout in FORMATS if layout is not first)
+    parameters = convolution(first)
+    optimizer = adam(parameters)
+    go(parameters, optimizer, 9)
+    state = copy.deepcopy(optimizer.state_dict())
+    others = []
+    for with_history in (True, False):
+        other = convolution(second)
+        with torch.no_grad():
+            for p, q in zip(other, parameters, strict=True):
+                p.copy_(q)
+        again = adam(other)
+        if not with_history:
+            del state["aadl"]
+        again.load_state_dict(state)
+        others.append((other, again))
+    (other, again), (bare, without) = others
+    accelerator = aadl.accelerator_of(again)
+    for row, view in zip(
+        *(aadl.accelerator_of(o).state_dict()["rows"].values() for o in (optimizer, again)), strict=True
+    ):
+        assert torch.equal(row, view)
+    rows = [aadl.accelerator_of(o)._history.blocks[0].mapped for o in (optimizer, again)]
+    assert not torch.equal(*rows) and torch.equal(rows[0].sort().values, rows[1].sort().values)
+    before = accelerator.statistics["accepted"], accelerator.statistics["moved"]
+    for p, o in ((parameters, optimizer), (other, again), (bare, without)):
+        go(p, o, 5)
+    assert other[0].is_contiguous(memory_format=second)
+    assert accelerator.statistics["accepted"] > before[0] and accelerator.statistics["moved"] == before[1]
+    torch.testing.assert_close(other[0], parameters[0], rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(bare[0], parameters[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_of_a_fresh_accelerator_has_the_entries_of_a_saved_one():
+    """torch.distributed.checkpoint loads into what is there."""
+    parameters = convolution()
+    optimizer = adam(parameters)
+    fresh = aadl.accelerator_of(optimizer).state_dict()
+    shapes = {name: (row.shape, row.dtype) for name, row in fresh["rows"].items()}
+    assert not any(row.any() for row in fresh["rows"].values())
+    go(parameters, optimizer, 9)
+    used = aadl.accelerator_of(optimizer).state_dict()
+    assert fresh.keys() == used.keys() == {"version", "books", "rows"}
+    assert {name: (row.shape, row.dtype) for name, row in used["rows"].items()} == shapes
+    assert json.loads(fresh["books"]).keys() == json.loads(used["books"]).keys()
+    kinds = {name.split(".")[0] for name in shapes}
+    assert kinds == {"parameters", "momentum"} and len(shapes) == 20
+    assert aadl.accelerator_of(adam(convolution(), EAGER | {"history_depth": 0})).state_dict()["rows"] == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_state_of_scalars_and_complex_parameters_continues(dtype):
+    ends = []
+    for interrupted in (False, True):
+        torch.manual_seed(4)
+        parameters = [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in [(), (3, 2)]]
+        optimizer = aadl.accelerate(torch.optim.SGD(parameters, lr=0.2, momentum=0.5), **EAGER)
+        for step in range(14):
+            if interrupted and step == 7:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = aadl.accelerate(torch.optim.SGD(parameters, lr=0.2, momentum=0.5), **EAGER)
+                optimizer.load_state_dict(state)
+            for p, weight in zip(parameters, (0.1, torch.arange(1.0, 7).view(3, 2) / 6), strict=True):
+                p.grad = weight * p.detach()
+            optimizer.step()
+        ends.append([p.detach().clone() for p in parameters])
+    assert aadl.accelerator_of(optimizer).statistics["accepted"] > 2
+    assert all(map(torch.equal, *ends))
+
+
+def test_statistics_that_are_not_numbers_survive():
+    parameters = convolution()
+    optimizer = adam(parameters)
+    accelerator = aadl.accelerator_of(optimizer)
+    assert math.isnan(accelerator.statistics["gain"])
+    state = accelerator.state_dict()
+    again = aadl.accelerator_of(adam(convolution()))
+    go(parameters, optimizer, 9)
+    assert not math.isnan(accelerator.statistics["gain"])
+    accelerator.load_state_dict(copy.deepcopy(state))
+    assert identical(accelerator.statistics, again.statistics)

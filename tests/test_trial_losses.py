@@ -1,0 +1,384 @@
+"""Judging candidates by the loss: two evaluations of the closure that leave no trace."""
+
+import copy
+import math
+import threading
+
+import pytest
+import torch
+from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, snapshot, squared_error, train
+from torch import nn
+
+import aadl
+from aadl import safeguard
+
+BACKWARD = torch.Tensor.backward
+LOSS = EAGER | {"safeguard": "loss", "average": False, "frequency": 1}
+
+
+def noisy_network():
+    """A network with everything that a second evaluation could disturb."""
+    return network(nn.BatchNorm1d(6), nn.Dropout(0.3))
+
+
+def adam(model, **settings):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    return aadl.accelerate(optimizer, **settings) if settings else optimizer
+
+
+def sgd(model, **settings):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    return aadl.accelerate(optimizer, **settings) if settings else optimizer
+
+
+class Scored:
+    """A closure that trains as ever but reports the next of given numbers as its loss; notes what it saw."""
+
+    def __init__(self, model, optimizer, scores, form="documented"):
+        self.model, self.optimizer, self.scores, self.form = model, optimizer, iter(scores), form
+        self.masks, self.values = [], []
+
+    def __call__(self):
+        self.masks.append(torch.rand(3))
+        self.values.append(torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]))
+        if self.form == "set_to_zero":
+            self.optimizer.zero_grad(set_to_none=False)
+        else:
+            self.optimizer.zero_grad()
+        loss = squared_error(self.model)
+        if self.form == "autograd.backward":
+            torch.autograd.backward(loss)
+        else:
+            loss.backward()
+        if self.form == "clipping":
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1e3)
+            for p in self.model.parameters():
+                p.grad.clamp_(-1e3, 1e3)
+        score = next(self.scores)
+        return score if self.form == "float" else loss * 0 + score
+
+
+def everything(model, optimizer):
+    """All that a trial evaluation might leave a trace in."""
+    gradients = [p.grad for p in model.parameters()]
+    return copy.deepcopy([snapshot(model, optimizer), gradients, torch.get_rng_state()])
+
+
+def rising():
+    return iter(range(10**6))
+
+
+def falling():
+    return iter(range(10**6, 0, -1))
+
+
+FORMS = ["documented", "set_to_zero", "autograd.backward", "clipping", "float"]
+
+
+@pytest.mark.parametrize("make", [adam, sgd])
+@pytest.mark.parametrize("form", FORMS)
+def test_rejected_trials_leave_no_trace(make, form):
+    outcomes = []
+    for settings in ({}, LOSS | {"wait_iterations": 10**9}, LOSS):
+        model = noisy_network()
+        optimizer = make(model, **settings)
+        torch.manual_seed(5)
+        closure = Scored(model, optimizer, rising(), form)
+        trace = []
+        for _ in range(40):
+            optimizer.step(closure)
+            trace.append(everything(model, optimizer))
+        outcomes.append(trace)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["rejected"]["loss"] >= 3
+    assert statistics["accepted"] == 0
+    assert statistics["closure_evaluations"] == 2 * statistics["rejected"]["loss"]
+    assert identical(outcomes[0], outcomes[1])
+    assert identical(outcomes[0], outcomes[2])
+    assert torch.Tensor.backward is BACKWARD
+
+
+def test_an_accepted_trial_changes_parameters_and_momentum_only():
+    def run(**settings):
+        model = noisy_network()
+        optimizer = sgd(model, **settings)
+        torch.manual_seed(5)
+        closure = Scored(model, optimizer, falling())
+        while True:
+            optimizer.step(closure)
+            if settings["safeguard"] == "loss" and aadl.accelerator_of(optimizer).statistics["accepted"]:
+                break
+            if settings["safeguard"] is False and aadl.accelerator_of(optimizer).statistics["steps"] == steps[0]:
+                break
+        steps.append(aadl.accelerator_of(optimizer).statistics["steps"])
+        gradients = [p.grad for p in model.parameters()]
+        buffers = dict(model.named_buffers())
+        parameters = [p.detach() for p in model.parameters()]
+        return parameters, [gradients, buffers, torch.get_rng_state()]
+
+    steps = []
+    taken, rest = run(**LOSS)
+    plain, plain_rest = run(**LOSS | {"safeguard": False, "wait_iterations": 10**9})
+    assert steps[0] == steps[1]
+    assert identical(rest, plain_rest)
+    assert not identical(taken, plain)
+
+
+@pytest.mark.parametrize(("scores", "accepted"), [(rising(), False), (falling(), True), (iter([1.0] * 10**4), False)])
+def test_a_candidate_must_be_strictly_better(scores, accepted):
+    model = network()
+    optimizer = adam(model, **LOSS)
+    for _ in range(30):
+        optimizer.step(Scored(model, optimizer, scores))
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["closure_evaluations"] > 0
+    assert (statistics["accepted"] > 0) == accepted
+    assert ("loss" in statistics["rejected"]) != accepted
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_better_means_higher_where_the_optimizer_maximizes(maximize):
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, maximize=maximize)
+    aadl.accelerate(optimizer, **LOSS)
+    losses = train(model, optimizer, 60, with_closure=True, loss=lambda m: (1 - 2 * maximize) * squared_error(m))
+    assert aadl.accelerator_of(optimizer).statistics["accepted"] > 0
+    assert (losses[-1] > losses[0]) == maximize
+    closure = Scored(model, optimizer, rising())
+    before = dict(aadl.accelerator_of(optimizer).statistics)
+    for _ in range(30):
+        optimizer.step(closure)
+    after = aadl.accelerator_of(optimizer).statistics
+    assert after["closure_evaluations"] > before["closure_evaluations"]
+    assert (after["accepted"] > before["accepted"]) == maximize
+
+
+def test_the_trials_compare_the_plain_point_with_the_candidate_on_the_same_random_numbers():
+    model = noisy_network()
+    optimizer = sgd(model, **LOSS)
+    closure = Scored(model, optimizer, rising())
+    trials = 0
+    for _ in range(30):
+        first = len(closure.masks)
+        optimizer.step(closure)
+        if len(closure.masks) == first + 1:
+            continue
+        trials += 1
+        base, plain, candidate = closure.masks[first:]
+        assert torch.equal(plain, candidate)
+        assert not torch.equal(base, plain)
+        _, plain, candidate = closure.values[first:]
+        assert torch.equal(plain, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        assert not torch.equal(candidate, plain)
+    assert trials >= 5
+
+
+@pytest.mark.parametrize("form", ["forward", "documented", "float"])
+def test_all_forms_of_a_closure_are_judged_alike(form):
+    """Gradients are computed outside, so that a forward-only closure trains too."""
+    runs = []
+    for used in ("documented", form):
+        model = network()
+        optimizer = adam(model, **LOSS)
+        for _ in range(40):
+            closure_of(model, optimizer)()
+
+            def forward(model=model):
+                return squared_error(model)
+
+            def number(model=model):
+                return squared_error(model).item()
+
+            documented = closure_of(model, optimizer)
+            optimizer.step({"forward": forward, "float": number, "documented": documented}[used])
+        runs.append((snapshot(model, optimizer), aadl.accelerator_of(optimizer).statistics["accepted"]))
+    assert runs[0][1] > 0
+    assert identical(runs[0], runs[1])
+
+
+def test_a_closure_may_differentiate_inside():
+    """Like a physics-informed network: the loss holds derivatives of the network, and trials need them too."""
+    points = INPUTS.clone().requires_grad_()
+
+    def pde_loss(model):
+        values = model(points)
+        (slopes,) = torch.autograd.grad(values.sum(), points, create_graph=True)
+        return (slopes.sum(1, keepdim=True) - TARGETS).square().mean()
+
+    model = network()
+    optimizer = adam(model, **LOSS)
+    losses = train(model, optimizer, 60, with_closure=True, loss=pde_loss)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["accepted"] > 0
+    assert losses[-1] < 0.7 * losses[0]
+    assert points.grad is not None  # by the base optimizer's own calls
+
+
+def test_trials_add_nothing_to_gradients_of_other_leaves():
+    scale = torch.ones(1, requires_grad=True)
+
+    def run(**settings):
+        scale.grad = None
+        model = network()
+        optimizer = adam(model, **settings)
+        closure = Scored(model, optimizer, rising())
+        closure.model = nn.Sequential(model, Scale(scale))
+        for _ in range(12):
+            optimizer.step(closure)
+        return scale.grad.clone()
+
+    assert identical(run(), run(**LOSS))
+
+
+class Scale(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = [scale]  # no parameter of the module
+
+    def forward(self, inputs):
+        return inputs * self.scale[0]
+
+
+class Interruption(Exception):
+    pass
+
+
+EXCEPTIONS = [
+    ("loss", Interruption, "closure", True),
+    ("loss", KeyboardInterrupt, "loss", True),
+    (True, Interruption, "closure", False),
+    (True, KeyboardInterrupt, "loss", True),
+]
+"""safeguard, what the closure raises in a trial, the cause that is counted, whether `step` raises it."""
+
+
+@pytest.mark.parametrize("place", ["plain", "candidate"])
+@pytest.mark.parametrize(("mode", "error", "cause", "propagates"), EXCEPTIONS)
+def test_an_exception_in_a_trial_leaves_everything_restored(mode, error, cause, propagates, place):
+    model, plain_model = noisy_network(), noisy_network()
+    optimizer, plain = sgd(model, **LOSS | {"safeguard": mode}), sgd(plain_model)
+    torch.manual_seed(5)
+    closure = Scored(model, optimizer, falling())
+    number_in_step, raised, failed = 0, 0, 0
+
+    def failing():
+        nonlocal number_in_step, failed
+        number_in_step += 1
+        value = closure()
+        if number_in_step == (2 if place == "plain" else 3):
+            failed += 1
+            raise error
+        return value
+
+    random = torch.get_rng_state()
+    plain_closure = Scored(plain_model, plain, falling())
+    for _ in range(40):
+        number_in_step = 0
+        try:
+            optimizer.step(failing)
+        except error:
+            raised += 1
+        mine = everything(model, optimizer)
+        torch.set_rng_state(random)
+        plain.step(plain_closure)
+        random = torch.get_rng_state()
+        assert identical(mine, everything(plain_model, plain))
+        assert torch.Tensor.backward is BACKWARD
+        assert not nn.modules.module._global_forward_pre_hooks
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert failed >= 3 and raised == (failed if propagates else 0)
+    assert statistics["rejected"][cause] == failed and set(statistics["rejected"]) <= {cause, "backward"}
+    assert statistics["attempts"] == statistics["accepted"] + sum(statistics["rejected"].values())
+    assert statistics["accepted"] == 0 and statistics["moved"] == 0
+    while not statistics["accepted"]:  # the losses fall: one of the next candidates is taken
+        optimizer.step(closure)
+        assert statistics["steps"] < 200
+
+
+def test_backward_of_other_threads_goes_on():
+    """A trial in one thread, a training step in another; and the trials of two threads may end in any order."""
+    inside, done = threading.Event(), threading.Event()
+    leaf = torch.ones(1, requires_grad=True)
+
+    def trial():
+        with safeguard._values_only([]):
+            inside.set()
+            done.wait(10)
+
+    with safeguard._values_only([leaf]):
+        thread = threading.Thread(target=trial)
+        thread.start()
+        inside.wait(10)
+        (leaf * 3).sum().backward()
+        assert leaf.grad.item() == 0
+        leaf.grad = None
+    (leaf * 3).sum().backward()
+    assert leaf.grad.item() == 3
+    done.set()
+    thread.join()
+    assert torch.Tensor.backward is BACKWARD
+    (leaf * 3).sum().backward()
+    assert leaf.grad.item() == 6
+
+
+def test_loss_safeguard_without_closure_is_refused_at_the_first_step():
+    model = network()
+    optimizer = adam(model, **LOSS)
+    closure = closure_of(model, optimizer)
+    closure()
+    before = everything(model, optimizer)
+    with pytest.raises(ValueError, match=r"safeguard='loss' needs optimizer\.step\(closure\)"):
+        optimizer.step()
+    assert identical(before, everything(model, optimizer))
+    optimizer.step(closure)
+    optimizer.step(closure=closure)
+    with pytest.raises(ValueError, match="without a closure"):
+        optimizer.step(None)
+    assert aadl.accelerator_of(optimizer).statistics["steps"] == 2
+
+
+def test_a_closure_without_value_is_named():
+    model = network()
+    optimizer = adam(model, **LOSS)
+    closure = closure_of(model, optimizer)
+    with pytest.raises(ValueError, match="closure must return the training loss, got None"):
+        for _ in range(10):
+            optimizer.step(lambda: closure() and None)
+    assert torch.Tensor.backward is BACKWARD
+
+
+def test_a_closure_without_value_is_a_rejection_where_the_loss_is_not_insisted_on():
+    model = network()
+    optimizer = adam(model, **LOSS | {"safeguard": True})
+    closure = closure_of(model, optimizer)
+    for _ in range(10):
+        optimizer.step(lambda: closure() and None)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["rejected"]["closure"] > 2 and statistics["accepted"] == 0
+    assert torch.Tensor.backward is BACKWARD
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_accepts_nothing_and_raises_nothing(loss):
+    model = network()
+    optimizer = adam(model, **LOSS)
+    closure = Scored(model, optimizer, iter([loss] * 1000))
+    for _ in range(20):
+        optimizer.step(closure)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["accepted"] == 0
+    assert statistics["rejected"]["loss"] > 0
+
+
+@pytest.mark.parametrize("make", [adam, sgd])
+def test_two_hundred_rejections_equal_the_plain_run(make):
+    model, plain_model = network(), network()
+    optimizer, plain = make(model, **LOSS), make(plain_model)
+    closure = Scored(model, optimizer, rising())
+    for step in range(280):
+        optimizer.step(closure)
+        plain.step(closure_of(plain_model, plain))
+        assert identical(snapshot(model, optimizer), snapshot(plain_model, plain)), step
+    rejected = aadl.accelerator_of(optimizer).statistics["rejected"]
+    assert rejected["loss"] + rejected.get("backward", 0) >= 200
+    assert rejected["loss"] >= 100

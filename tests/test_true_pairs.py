@@ -1,0 +1,260 @@
+"""True pairs: the mapped iterate is what the optimizer makes of its start, whatever happened in between."""
+
+import copy
+
+import pytest
+import torch
+from histories import explicit, orthogonal_solution
+from quadratics import quadratic, sgd
+
+import aadl
+
+PURE = {"history_depth": 4, "store_each_nth": 1, "reg_acc": 0, "safeguard": False, "average": False}
+
+
+class Map:
+    """One macro-step of SGD on a mildly nonlinear problem, run beside the library: (x, momentum) -> (x, momentum)."""
+
+    def __init__(self, size=12, store_each_nth=1, momentum=0.0):
+        self.problem = quadratic(20.0, seed=1, size=size)
+        self.store_each_nth, self.momentum = store_each_nth, momentum
+
+    def loss(self, x):
+        distance = x - self.problem.solution
+        return 0.5 * distance @ (self.problem.matrix @ distance) + 0.1 * (1 - torch.cos(distance)).sum()
+
+    def gradient(self, x):
+        return self.problem.gradient(x) + 0.1 * torch.sin(x - self.problem.solution)
+
+    def __call__(self, x, velocity, lr):
+        for _ in range(self.store_each_nth):
+            velocity = self.momentum * velocity + self.gradient(x)
+            x = x - lr * velocity
+        return x, velocity
+
+    def accelerated(self, **acceleration):
+        schedule = {"store_each_nth": self.store_each_nth, "frequency": 2 * self.store_each_nth}
+        return sgd(self.problem, PURE | schedule | acceleration, lr=0.3, momentum=self.momentum)
+
+    def run(self, x, optimizer, steps):
+        for _ in range(steps):
+            x.grad = self.gradient(x.detach())
+            optimizer.step()
+
+
+def stored_pairs(optimizer):
+    """(x_j, v_j, g_j, w_j, lr factor) newest first, reconstructed from the rows of the history."""
+    accelerator = aadl.accelerator_of(optimizer)
+    history = accelerator._history
+    blocks = {block.kind: block for block in history.blocks}
+    own, momentum = blocks["parameters"], blocks.get("momentum")
+    columns = [(history.order()[i], history.columns[i].learning_rate) for i in range(len(history.columns))]
+    rate = accelerator._progress.get("pair_learning_rate", 1.0)
+    g, f = own.mapped.clone(), own.residual.clone()
+    w, e = (momentum.mapped.clone(), momentum.residual.clone()) if momentum else (torch.zeros(()), torch.zeros(()))
+    pairs = []
+    for slot, column_rate in [*reversed(columns), (None, None)]:
+        pairs.append((g - f, w - e, g, w, rate))
+        if slot is None:
+            return pairs
+        x, f = g - f, f * (column_rate / rate)  # the row belongs to the rate of its newer pair
+        g, rate = x + f, column_rate
+        g, f = g - own.delta_mapped[slot], f - own.delta_residual[slot]
+        if momentum:
+            w, e = w - momentum.delta_mapped[slot], e - momentum.delta_residual[slot]
+
+
+def assert_true_pairs(evaluate, optimizer, count=5, lr=0.3):
+    pairs = stored_pairs(optimizer)
+    assert len(pairs) == count
+    for x, v, g, w, rate in pairs:
+        expected, velocity = evaluate(x, v, lr * rate)
+        assert torch.allclose(g, expected, rtol=0, atol=1e-12)
+        assert not torch.allclose(g, evaluate(x + 1e-6, v, lr * rate)[0], rtol=0, atol=1e-9)
+        if evaluate.momentum:
+            assert torch.allclose(w, velocity, rtol=0, atol=1e-12)
+
+
+MAPS = [(1, 0.0), (3, 0.0), (1, 0.5), (3, 0.5)]
+
+
+@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
+@pytest.mark.parametrize("frequency", [1, 2, 5])
+def test_pairs_are_true_after_accepted_candidates(store_each_nth, momentum, frequency):
+    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
+    x, optimizer = evaluate.accelerated(frequency=frequency * store_each_nth)
+    for _ in range(9):
+        evaluate.run(x, optimizer, store_each_nth)
+        assert_true_pairs(evaluate, optimizer, min(5, aadl.accelerator_of(optimizer).statistics["macro_steps"]))
+    assert aadl.accelerator_of(optimizer).statistics["accepted"] >= 1
+
+
+@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
+def test_pairs_are_true_after_candidates_rejected_by_the_loss(store_each_nth, momentum):
+    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
+    x, optimizer = evaluate.accelerated(safeguard="loss")
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = evaluate.loss(x)
+        loss.backward()
+        calls.append(loss)
+        return loss.detach() + len(calls)  # every call is worse than the last one: the candidate never wins
+
+    plain, base = sgd(evaluate.problem, lr=0.3, momentum=momentum)
+    for _ in range(16 * store_each_nth):
+        optimizer.step(closure)
+        evaluate.run(plain, base, 1)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["rejected"].get("loss", 0) >= 2 and statistics["accepted"] == 0
+    assert_true_pairs(evaluate, optimizer)
+    assert torch.allclose(x, plain, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
+def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monkeypatch):
+    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
+    x, optimizer = evaluate.accelerated(safeguard="residual", frequency=store_each_nth)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    evaluate.run(x, optimizer, 4 * store_each_nth)
+    statistics["accepted"] = statistics["reverted"] = 0
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    for number in range(5, 11):
+        evaluate.run(x, optimizer, store_each_nth)
+        assert_true_pairs(evaluate, optimizer, min(number, 5))  # those of the candidates that were reverted stay
+    assert statistics["reverted"] >= 2
+    assert_true_pairs(evaluate, optimizer)
+
+
+def test_a_reverted_candidate_leaves_the_plain_iterate(monkeypatch):
+    evaluate = Map(momentum=0.5)
+    x, optimizer = evaluate.accelerated(safeguard="residual", frequency=8)
+    plain, base = sgd(evaluate.problem, lr=0.3, momentum=0.5)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    evaluate.run(x, optimizer, 8)
+    evaluate.run(plain, base, 8)
+    assert not torch.equal(x, plain)  # accelerated
+    evaluate.run(x, optimizer, 1)  # judged and taken back
+    assert torch.equal(x, plain)
+    assert torch.equal(optimizer.state[x]["momentum_buffer"], base.state[plain]["momentum_buffer"])
+
+
+@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
+@pytest.mark.parametrize("steps", [6, 7, 8])
+def test_pairs_are_true_after_a_resume(store_each_nth, momentum, steps):
+    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
+    x, optimizer = evaluate.accelerated()
+    evaluate.run(x, optimizer, steps)
+    y, resumed = evaluate.accelerated()
+    with torch.no_grad():
+        y.copy_(x)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        evaluate.run(x, optimizer, store_each_nth)
+        evaluate.run(y, resumed, store_each_nth)
+        assert torch.equal(x, y)
+        assert_true_pairs(evaluate, resumed, len(stored_pairs(resumed)))
+    evaluate.run(y, resumed, 3 * store_each_nth)
+    assert_true_pairs(evaluate, resumed)
+
+
+@pytest.mark.parametrize("frequency", [1, 2, 100])
+def test_pairs_are_true_after_changes_of_the_learning_rate(frequency):
+    evaluate = Map()
+    x, optimizer = evaluate.accelerated(frequency=frequency)
+    rates = [0.3, 0.3, 0.28, 0.28, 0.28, 0.29, 0.3, 0.3, 0.27]
+    for number, rate in enumerate(rates, 1):
+        optimizer.param_groups[0]["lr"] = rate
+        evaluate.run(x, optimizer, 1)
+        assert_true_pairs(evaluate, optimizer, min(number, 5))
+    assert aadl.accelerator_of(optimizer).statistics["resets"] == {}
+    assert len({pair[-1] for pair in stored_pairs(optimizer)}) > 2
+
+
+def test_mixing_after_a_change_of_the_learning_rate_is_mixing_at_the_new_rate():
+    """Linear map, relaxation 1 and 0.5: the iterate equals textbook mixing of all pairs evaluated at the new rate."""
+    problem = quadratic(20.0, seed=1, size=12)
+    for relaxation in (1.0, 0.5):
+        options = {"history_depth": 3, "frequency": 2, "relaxation": relaxation}
+        x, optimizer = sgd(problem, PURE | options, lr=0.5)
+        starts = []
+        for rate in (0.5, 0.5, 0.45, 0.45, 0.5, 0.55):
+            optimizer.param_groups[0]["lr"] = rate
+            x.grad = problem.gradient(x.detach())
+            starts.append(x.detach().clone())
+            optimizer.step()
+        assert aadl.accelerator_of(optimizer).statistics["accepted"] == 3
+        candidates = [
+            textbook([(start, start - rate * problem.gradient(start)) for start in starts[-4:]], relaxation)
+            for rate in (0.55, 0.5)
+        ]
+        assert torch.allclose(x, candidates[0], rtol=0, atol=1e-10)
+        assert not torch.allclose(x, candidates[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_the_pair_of_a_reverted_candidate_stays(due, monkeypatch):
+    evaluate = Map(momentum=0.5)
+    x, optimizer = evaluate.accelerated(safeguard="residual", frequency=1 if due else 4)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    accelerator = aadl.accelerator_of(optimizer)
+    while not accelerator.statistics["accepted"]:
+        evaluate.run(x, optimizer, 1)
+    candidate, velocity = x.detach().clone(), optimizer.state[x]["momentum_buffer"].clone()
+    evaluate.run(x, optimizer, 1)
+    assert accelerator.statistics["reverted"] == 1
+    start, momentum, mapped, _, _ = stored_pairs(optimizer)[0]
+    assert torch.allclose(start, candidate, rtol=0, atol=1e-14)
+    assert torch.allclose(momentum, velocity, rtol=0, atol=1e-14)
+    assert torch.allclose(mapped, evaluate(candidate, velocity, 0.3)[0], rtol=0, atol=1e-14)
+    assert not torch.allclose(x, candidate) and not torch.allclose(x, mapped)
+    assert accelerator.statistics["resets"] == {}
+    evaluate.run(x, optimizer, 1)
+    columns = accelerator._history.columns
+    assert [column.consecutive for column in columns][-2:] == [False, False]  # to the candidate, and back
+    assert_true_pairs(evaluate, optimizer, len(stored_pairs(optimizer)))
+
+
+def textbook(pairs, relaxation):
+    f, g, df, dg = explicit(pairs)
+    gamma = orthogonal_solution(df, f)
+    return g - dg @ gamma - (1 - relaxation) * (f - df @ gamma)
+
+
+def test_a_large_change_of_the_learning_rate_starts_the_history_anew():
+    evaluate = Map()
+    x, optimizer = evaluate.accelerated()
+    evaluate.run(x, optimizer, 6)
+    optimizer.param_groups[0]["lr"] = 0.03
+    evaluate.run(x, optimizer, 3)
+    assert aadl.accelerator_of(optimizer).statistics["resets"] == {"learning_rate": 1}
+    assert_true_pairs(evaluate, optimizer, 3, lr=0.03)
+
+
+@pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
+@pytest.mark.parametrize("kind", ["anderson", "identity"])
+def test_pairs_are_true_with_averaging(store_each_nth, momentum, kind):
+    evaluate = Map(store_each_nth=store_each_nth, momentum=momentum)
+    x, optimizer = evaluate.accelerated(average="always", acceleration_type=kind, average_window=3)
+    y, unaveraged = evaluate.accelerated()
+    for number in range(1, 10):
+        evaluate.run(x, optimizer, store_each_nth)
+        evaluate.run(y, unaveraged, store_each_nth)
+        assert_true_pairs(evaluate, optimizer, min(number, 5))
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert statistics["averaging"] and statistics["accepted"] >= 3 and not torch.allclose(x, y, rtol=1e-3)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_pairs_are_true_after_somebody_else_moved_the_parameters(in_place):
+    evaluate = Map()
+    x, optimizer = evaluate.accelerated()
+    for number in range(1, 10):
+        evaluate.run(x, optimizer, 1)
+        with torch.no_grad():
+            if in_place:
+                x.mul_(0.9)
+            else:
+                x.data = 0.9 * x.data
+        assert_true_pairs(evaluate, optimizer, min(number, 5))
