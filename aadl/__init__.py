@@ -72,24 +72,37 @@ def accelerate(
             optimizers with momentum); "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
         history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.
-        shard_history: not available yet.
-        process_group: ranks that agree on every decision by loss; None for all ranks of torch.distributed, if any.
+        shard_history: keep 1 / P of every vector on each of P ranks that hold whole replicas (DistributedDataParallel);
+            an accepted candidate is gathered. Not for parameters that are sharded themselves.
+        process_group: ranks that decide together, by one sum of inner products per acceleration; None for all ranks
+            of torch.distributed, if any. Ranks that train models of their own need groups of their own.
+        history_device: None (where the parameters are) or "cpu": rows in pinned memory of the host, which the host
+            combines itself (docs/performance.md has the price).
+        fused: whether the passes over memory run in kernels that torch.compile makes; None where that was measured to
+            win and works: rows of 1e6 elements or more on a CPU with a C++ compiler.
+        local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
+            of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
+            "loss" by the mean loss at their average.
+
+    `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
+    the one and with local_sgd the other.
 
     Memory: (2 history_depth + 3) vectors for the parameters, as much for their momentum with "full", and about half
-    with "combine".
+    with "combine"; of sharded parameters the local shards only.
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
         fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
-        coefficients, non_finite, averaging_off), reverted, suspensions, suspended (attempts that fell into a pause),
-        closure_evaluations, moved (macro-steps that began elsewhere than the last one ended), resets (by cause: user,
-        learning_rate, parameters_changed, non_finite); of the last attempt gain ||r|| / ||f||, condition_number (of
-        the column-equilibrated DF), numerical_rank, coefficient_norm, relative_standard_deviation, averaging; of the
-        last accepted candidate that was judged trust_ratio ||f_{k+1}|| / ||r||.
+        coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell into a
+        pause), closure_evaluations, moved (macro-steps that began elsewhere than the last one ended), resets (by
+        cause: user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
+        condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
+        relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
+        ||f_{k+1}|| / ||r||.
 
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,
-            parameters in half precision.
+            parameters in half precision, a layout of ranks that does not go with an argument.
 
     Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
     tells what is done differently here, and why.
@@ -103,7 +116,7 @@ def accelerate(
     settings = Settings(
         acceleration_type, relaxation, wait_iterations, history_depth, store_each_nth, frequency, reg_acc, average,
         safeguard, average_tolerance, average_window, state_coupling, history_dtype, shard_history, history_device,
-        fused, local_sgd or wrapped == "averaged",
+        fused, True if wrapped == "averaged" else local_sgd,
     )  # fmt: skip
     if wrapped == "partitioned":
         _check_partitioned(settings)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -24,18 +23,18 @@ from torch.optim import Optimizer
 from aadl import kernels
 from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
-from aadl.history import Block, Column, History, Tensors, make_block
+from aadl.history import Column, History
+from aadl.layout import Layout
 from aadl.parameters import (
+    Rates,
     closure_of,
-    grouped,
-    identity_of,
     inner_optimizer,
     is_dry_step,
     makes_momentum,
     momentum_of,
     trainable_parameters,
 )
-from aadl.ranks import Ranks, local, ranks_of, shards_of
+from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, look_at, versions_of
 
@@ -62,15 +61,10 @@ class AndersonAccelerator:
     loss_weight: float
     _decisions: Decisions
     _progress: dict[str, Any]
-    _history: History | None
-    _parameters: list[Tensor]
-    _groups: list[list[tuple[int, Tensor]]]
-    _identity: list[tuple[int, torch.Size]]
+    _layout: Layout | None
     _left: Look | None
     """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
     _samples: list[Tensor]
-    _seen: tuple[Look, list[Tensors]] | None
-    """The last answer of `_tensors` and what it was drawn from."""
     _postponed: Callable[[], None] | None
 
     def __init__(
@@ -79,6 +73,7 @@ class AndersonAccelerator:
         self.settings = settings
         self.process_group = process_group
         self.loss_weight = 1.0
+        self._rates = Rates()
         self._partitioned = partitioned
         self._optimizer = weakref.ref(optimizer)
         parameters = trainable_parameters(optimizer)
@@ -136,7 +131,7 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         self._decisions.reset("user", self._history)
-        self._progress["in_macro_step"] = 0
+        self._progress["in_macro_step"], self._left = 0, None
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -144,7 +139,7 @@ class AndersonAccelerator:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._history = self._postponed = None
+        self._layout = self._postponed = None
         _accelerators.pop(self.optimizer, None)
 
     # ---- state -----------------------------------------------------------------------------------------------------
@@ -157,15 +152,16 @@ class AndersonAccelerator:
         """
         self._decisions.settle()
         self._finish_push()
-        if self._history is None and not self.settings.idle:
-            self._lay_out(self.optimizer, trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
-        history = self._history
+        if self._layout is None and not self.settings.idle:
+            self._lay_out(trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
+        layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
             "progress": self._progress,
-            "history": None if history is None else saved_state.books_of(history),
+            "history": None if layout is None else saved_state.books_of(layout.history),
         }
-        return {"version": VERSION, "books": json.dumps(books), "rows": self._rows()}
+        rows = {} if layout is None else layout.rows()
+        return {"version": VERSION, "books": json.dumps(books), "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the saved accelerator would have.
@@ -175,9 +171,6 @@ class AndersonAccelerator:
                 history_dtype, parameter shapes) or is no accelerator state. Nothing was changed then.
         """
         self._take_over(state, self._checked(state))
-
-    def _rows(self) -> dict[str, Tensor]:
-        return {} if self._history is None else saved_state.rows_of(self._history, self._groups, self._history.ranks)
 
     def _checked(self, state: Any) -> dict[str, Any]:
         """The books of a saved state, parsed; raises ValueError if it does not fit. Changes nothing but allocations."""
@@ -193,28 +186,29 @@ class AndersonAccelerator:
             if books["history"] is not None:
                 books["fields"] = saved_state.parsed_books(books["history"])
                 momentum = any(name.startswith("momentum") for name in state["rows"])
-                self._fit_layout(momentum)
-                saved_state.check_rows(state["rows"], self._rows())
+                saved_state.check_rows(state["rows"], self._fit_layout(momentum).rows())
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
         return books
 
-    def _fit_layout(self, momentum: bool) -> None:
-        """Have a history for the present parameters, with blocks for momentum or without, whatever it holds."""
-        parameters = trainable_parameters(self.optimizer)
-        present = self._history is not None and identity_of(parameters) == self._identity
-        if not present or (len(self._history.blocks) > len(self._groups)) != momentum:  # type: ignore[union-attr]
-            self._lay_out(self.optimizer, parameters, momentum)
+    def _fit_layout(self, momentum: bool) -> Layout:
+        """Have a history for the present parameters, with rows for momentum or without, whatever it holds."""
+        parameters, layout = trainable_parameters(self.optimizer), self._layout
+        if layout is None or not layout.is_of(parameters) or layout.has_momentum != momentum:
+            self._lay_out(parameters, momentum)
+        assert self._layout is not None
+        return self._layout
 
     def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
         """Continue from a saved state and its checked books."""
         self._postponed = None
         if books["history"] is None:
-            self._history = None
+            self._layout = None
         else:
-            assert self._history is not None
-            saved_state.load_rows(state["rows"], self._rows())
-            saved_state.restore_books(self._history, books["fields"], books["history"]["starts_at_mapped"])
+            assert self._layout is not None
+            saved_state.load_rows(state["rows"], self._layout.rows())
+            starts_at_mapped = books["history"]["starts_at_mapped"]
+            saved_state.restore_books(self._layout.history, books["fields"], starts_at_mapped)
         self._decisions = Decisions.restored(self.settings, books)
         self._progress = books["progress"]
         self._left = None
@@ -299,36 +293,36 @@ class AndersonAccelerator:
     @torch.no_grad()
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
-        history, look = self._history, self._look(optimizer)
-        untouched = history is not None and self._left is not None and look.untouched_since(self._left)
-        if untouched and all(map(torch.equal, self._samples, self._sampled(self._tensors(optimizer, look)))):
-            return
+        layout, look = self._layout, self._look(optimizer)
+        if layout is not None and self._left is not None and look.untouched_since(self._left):
+            sample = layout.sample(layout.tensors(optimizer, look))
+            if all(map(torch.equal, self._samples, sample)):
+                return
         self._decisions.settle()
         parameters = trainable_parameters(optimizer)
-        if history is None or identity_of(parameters) != self._identity:
-            if history is not None:
+        if layout is None or not layout.is_of(parameters):
+            if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
-            self._lay_out(optimizer, parameters, self._has_momentum(optimizer, parameters))
-        assert self._history is not None
-        tensors = self._tensors(optimizer, look)
-        if not self._history.starts_at(tensors):
-            self._decisions.statistics["moved"] += self._history.has_pair
-            self._history.begin(tensors)
+            self._lay_out(parameters, self._has_momentum(optimizer, parameters))
+        assert self._layout is not None
+        history, tensors = self._layout.history, self._layout.tensors(optimizer, look)
+        if not history.starts_at(tensors):
+            self._decisions.statistics["moved"] += history.has_pair
+            history.begin(tensors)
             self._decisions.pending = None  # the macro-step that starts here says nothing about the candidate
             self._decisions.disturbed = True
 
     @torch.no_grad()
     def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
-        history = self._history
-        if history is None or not (history.blocks or history.partial):
+        layout = self._layout
+        if layout is None or not (layout.parameters or layout.history.partial):
             return
-        without_momentum = len(history.blocks) == len(self._groups)
-        if without_momentum and not history.has_pair and self._has_momentum(optimizer, self._parameters):
-            history.blocks += self._make_blocks("momentum")  # made by the first step, from zero
-            self._seen = None
+        history = layout.history
+        if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
+            layout.add_momentum()  # made by the first step, from zero
         look = self._look(optimizer)
-        tensors = self._tensors(optimizer, look)
-        self._follow_learning_rate(optimizer)
+        tensors = layout.tensors(optimizer, look)
+        self._follow_learning_rate(optimizer, layout)
         decisions, progress = self._decisions, self._progress
         pending, rate = decisions.pending, progress["learning_rate"]
         ratio = rate / progress.get("pair_learning_rate", rate)
@@ -351,10 +345,8 @@ class AndersonAccelerator:
                 decisions.accelerate(step, pending)
             elif pending is not None:
                 decisions.judge(step, pending)
-        trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
-        known = len(trainable) == len(self._parameters) and all(map(operator.is_, trainable, self._parameters))
-        self._left = look._replace(versions=versions_of(look.tensors)) if known else None
-        self._samples = self._sampled(tensors)
+        self._left = look._replace(versions=versions_of(look.tensors)) if layout.covers(look) else None
+        self._samples = layout.sample(tensors)
 
     def _is_due(self, history: History) -> bool:
         """Acceleration falls on every period-th macro-step, counted from the start, whatever was rejected between."""
@@ -365,17 +357,17 @@ class AndersonAccelerator:
             return True
         return history.has_pair and not self._decisions.is_suspended()
 
-    def _follow_learning_rate(self, optimizer: Optimizer) -> None:
+    def _follow_learning_rate(self, optimizer: Optimizer, layout: Layout) -> None:
         """Note the learning rate; start the history anew where residuals of then and now do not compare.
 
         They do while all groups' rates change by one factor and stay within LEARNING_RATE_BAND over the window.
         """
-        progress, history = self._progress, self._history
-        moved = set(map(id, self._parameters))
+        progress, history = self._progress, layout.history
+        moved = set(map(id, layout.parameters))
         groups = [group for group in optimizer.param_groups if any(id(p) in moved for p in group["params"])]
-        rates = [float(group["lr"]) for group in groups if "lr" in group]
+        rates = self._rates.of(groups)
         last, progress["rates"] = progress["rates"], rates
-        if last is None or rates == last or history is None:
+        if last is None or rates == last:
             return
         ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
         rate = progress["learning_rate"] * ratios[0]
@@ -397,43 +389,19 @@ class AndersonAccelerator:
                 push()
 
     @property
+    def _history(self) -> History | None:
+        return None if self._layout is None else self._layout.history
+
+    @property
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
-    def _lay_out(self, optimizer: Optimizer, parameters: list[Tensor], momentum: bool) -> None:
+    def _lay_out(self, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
-        settings = self.settings
-        self._parameters, self._identity = parameters, identity_of(parameters)
-        self._groups = grouped(parameters)
-        ranks = Ranks() if settings.local_sgd else self._ranks
-        cut = self._partitioned or settings.shard_history or any(shards_of(p) > 1 for p in parameters)
-        self._history = History(settings.history_depth, [], ranks, partial=cut and ranks.size > 1)
-        self._history.blocks += self._make_blocks("parameters")
-        if momentum and settings.state_coupling != "params":
-            self._history.blocks += self._make_blocks("momentum")
-        self._decisions.pending = self._left = self._seen = None
+        ranks = Ranks() if self.settings.local_sgd else self._ranks
+        self._layout = Layout(parameters, self.settings, ranks, self._partitioned, momentum)
+        self._decisions.pending = self._left = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
-
-    def _make_blocks(self, kind: str) -> list[Block]:
-        settings = self.settings
-        assert self._history is not None
-        ranks = self._history.ranks
-        part = (ranks.index, ranks.size) if settings.shard_history else (0, 1)
-        whole = self._partitioned or part[1] > 1  # every element counts once in a sum over the ranks
-        return [
-            make_block(
-                kind,
-                [local(p) for _, p in group],
-                settings.history_depth,
-                kind == "parameters" or settings.state_coupling == "full",
-                settings.history_dtype,
-                part=part,
-                weight=1.0 if whole else shards_of(group[0][1]) / ranks.size,
-                fused=settings.fused,
-                device=None if settings.history_device is None else torch.device(settings.history_device),
-            )
-            for group in self._groups
-        ]
 
     def _has_momentum(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         if self.settings.state_coupling == "params":
@@ -443,38 +411,12 @@ class AndersonAccelerator:
     def _look(self, optimizer: Optimizer) -> Look:
         return look_at(optimizer, self.settings.state_coupling != "params")
 
-    def _tensors(self, optimizer: Optimizer, look: Look) -> list[Tensors]:
-        """Values of every block: the parameters, and their momentum buffers (None where there is none yet).
-
-        The same lists as long as the same tensors lie in the same places, so that rows need not look again.
-        """
-        assert self._history is not None
-        kinds = len(self._history.blocks) // max(len(self._groups), 1)
-        if self._seen is not None and look.same_places(self._seen[0]):
-            return self._seen[1]
-        tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
-        if kinds > 1:
-            for group in self._groups:
-                buffers = [momentum_of(optimizer.state.get(p), p) for _, p in group]
-                tensors.append([None if buffer is None else local(buffer) for buffer in buffers])
-        self._seen = look, tensors
-        return tensors
-
-    def _sampled(self, tensors: list[Tensors]) -> list[Tensor]:
-        """Some elements of every parameter; none on a device, which the host would have to wait for."""
-        assert self._history is not None
-        return [
-            block.row.sample(values)
-            for block, values in zip(self._history.blocks, tensors, strict=True)
-            if block.kind == "parameters" and block.row.device.type == "cpu"
-        ]
-
     def _start_anew(self) -> None:
         """State of an accelerator that has seen no step."""
         self._decisions = Decisions(self.settings)
         self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None}
-        self._history = self._left = self._postponed = self._seen = None
-        self._parameters, self._groups, self._identity, self._samples = [], [], [], []
+        self._layout = self._left = self._postponed = None
+        self._samples = []
 
 
 def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:

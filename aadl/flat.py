@@ -30,7 +30,8 @@ class _Views(NamedTuple):
     """The memory of tensors, seen in the order of the row."""
 
     tensors: Sequence[Tensor | None]
-    addresses: list[int]
+    places: list[tuple[int, tuple[int, ...]] | None]
+    """Address and strides of each."""
     ordered: list[Tensor | None]
     flat: list[Tensor | None]
     """The elements inside the window; None where they do not lie in one piece of memory in this order."""
@@ -111,7 +112,7 @@ class FlatRow:
         parts = rows.split(self.whole_sizes, -1)
         result = []
         for part, shape, order in zip(parts, self.ordered_shapes, self.orders, strict=True):
-            view = part.view(*lead, *shape)
+            view = part.view((*lead, *shape))
             if order is not None:
                 inverse = sorted(range(len(order)), key=order.__getitem__)
                 view = view.permute(*range(len(lead)), *(len(lead) + i for i in inverse))
@@ -141,9 +142,9 @@ class FlatRow:
 
     def _seen(self, tensors: Sequence[Tensor | None]) -> _Views:
         """Views of the tensors, kept for the list they came in: making them costs more than short vectors do."""
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        places = [None if tensor is None else (tensor.data_ptr(), tensor.stride()) for tensor in tensors]
         known = self._views
-        if known is not None and known.tensors is tensors and known.addresses == addresses:
+        if known is not None and known.tensors is tensors and known.places == places:
             return known
         ordered: list[Tensor | None] = []
         flat: list[Tensor | None] = []
@@ -154,7 +155,7 @@ class FlatRow:
             flat.append(seen.reshape(-1)[inside] if seen is not None and shared else None)
         complete = [part for part in flat if part is not None]
         heads = [part[:SAMPLE] for part in complete] if len(complete) == len(flat) else None
-        self._views = _Views(tensors, addresses, ordered, flat, heads)
+        self._views = _Views(tensors, places, ordered, flat, heads)
         return self._views
 
     def _staging(self, size: int) -> Tensor:

@@ -172,7 +172,7 @@ def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Ten
         group = right[first : first + MOST_RIGHT_SIDES]
         rows = [slot for slot in range(depth) if slot not in right[:first]]
         vectors = [residual if slot == depth else ring[slot] for slot in group]
-        result = _run_compiled(_products, [ring[slot] for slot in rows], vectors)
+        result = _pass([ring[slot] for slot in rows], vectors)
         if result is None:
             return None
         block = slice(first, first + len(group))
@@ -185,26 +185,40 @@ def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Ten
     return products.roll(-1, 0)
 
 
-def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
-    """Of all rows with all right sides, and of the first right side with itself.
+def _pass(rows: list[Tensor], right: list[Tensor]) -> Tensor | None:
+    """Products of all rows with all right sides, and of the first right side with itself, in one loop over memory.
 
-    One loop over memory with an accumulator for every product; shape (right sides, rows + 1).
+    Shape (right sides, rows + 1). Products of bfloat16 rows are summed in float32 over blocks and in float64 over the
+    sums, good to 1e-6: beyond what such rows resolve, and what a CPU can do at the speed of memory.
     """
-    total = _sum_of_products if rows and rows[0].dtype == torch.bfloat16 else _exact_sum_of_products
-    sums = [total(row, vector) for row in rows for vector in right]
-    square = total(right[0], right[0]).expand(len(right))
-    return torch.cat([torch.stack(sums).view(-1, len(right)).T, square[:, None]], 1)
+    if not rows or rows[0].dtype != torch.bfloat16:
+        return _run_compiled(_products, rows, right)
+    main = right[0].numel() // SUM_BLOCK * SUM_BLOCK
+
+    def blocks(vector: Tensor) -> Tensor:
+        return vector[:main].view(-1, SUM_BLOCK)
+
+    sums = _run_compiled(_block_products, list(map(blocks, rows)), list(map(blocks, right)))
+    if sums is None or main == right[0].numel():
+        return sums
+    ends = torch.stack([row[main:].double() for row in rows]), torch.stack([v[main:].double() for v in right])
+    return sums + torch.cat([ends[1] @ ends[0].T, ends[1][:1].square().sum().expand(len(right), 1)], 1)
 
 
-def _exact_sum_of_products(one: Tensor, other: Tensor) -> Tensor:
-    return (one.double() * other.double()).sum()
+def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
+    """See `_pass`; an accumulator for every product."""
+    wide = [vector.double() for vector in right]
+    sums = [(row.double() * vector).sum() for row in rows for vector in wide]
+    square = (wide[0] * wide[0]).sum().expand(len(right))
+    return torch.cat([torch.stack(sums).view(len(rows), len(right)).T, square[:, None]], 1)
 
 
-def _sum_of_products(one: Tensor, other: Tensor) -> Tensor:
-    """In float32 over blocks, float64 over their sums: good to 1e-6, beyond what bfloat16 rows resolve."""
-    main = one.numel() // SUM_BLOCK * SUM_BLOCK
-    blocks = (one[:main].float().view(-1, SUM_BLOCK) * other[:main].float().view(-1, SUM_BLOCK)).sum(1)
-    return blocks.double().sum() + (one[main:].float() * other[main:].float()).double().sum()
+def _block_products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
+    """See `_pass`; vectors as matrices with a block in each row."""
+    wide = [vector.float() for vector in right]
+    sums = [(row.float() * vector).sum(1).double().sum() for row in rows for vector in wide]
+    square = (wide[0] * wide[0]).sum(1).double().sum().expand(len(right))
+    return torch.cat([torch.stack(sums).view(len(rows), len(right)).T, square[:, None]], 1)
 
 
 # ---- combination ---------------------------------------------------------------------------------------------------

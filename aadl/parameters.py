@@ -73,6 +73,26 @@ def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
     return closure if callable(closure) else None
 
 
+class Rates:
+    """Learning rates as numbers; a rate on a device is fetched again only after somebody wrote to it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, int, float]] = {}
+
+    def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
+        """The rates of those groups that have one."""
+        return [self._number(group["lr"]) for group in groups if "lr" in group]
+
+    def _number(self, rate: Any) -> float:
+        if not isinstance(rate, Tensor) or rate.device.type == "cpu":
+            return float(rate)
+        tensor, version, number = self._known.get(id(rate), (None, -1, 0.0))
+        if tensor is not rate or version != rate._version:
+            number = float(rate)
+            self._known[id(rate)] = rate, rate._version, number
+        return number
+
+
 def maximizes(optimizer: Optimizer) -> bool:
     return all(group.get("maximize", False) for group in optimizer.param_groups)
 

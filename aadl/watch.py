@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,7 +19,8 @@ class Look(NamedTuple):
     tensors: list[Tensor]
     """Parameters, momentum buffers, and the local shards of all of them where there are shards."""
     trainable: list[bool]
-    addresses: list[int]
+    places: list[tuple[int, tuple[int, ...]]]
+    """Address and strides of each tensor or local shard."""
     versions: list[int]
 
     def same_places(self, other: Look) -> bool:
@@ -27,7 +29,7 @@ class Look(NamedTuple):
             len(self.tensors) == len(other.tensors)
             and all(map(operator.is_, self.tensors, other.tensors))
             and self.trainable == other.trainable
-            and self.addresses == other.addresses
+            and self.places == other.places
         )
 
     def untouched_since(self, other: Look) -> bool:
@@ -48,9 +50,8 @@ def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
     shards = any(map(is_sharded, parameters))
     tensors += [local(tensor) for tensor in tensors] if shards else []
     here = tensors[len(tensors) // 2 :] if shards else tensors
-    return Look(
-        tensors, [p.requires_grad for p in parameters], [tensor.data_ptr() for tensor in here], versions_of(tensors)
-    )
+    places = [(t.data_ptr(), t.stride()) if t.layout == torch.strided else (0, ()) for t in here]
+    return Look(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
 
 
 def versions_of(tensors: list[Tensor]) -> list[int]:

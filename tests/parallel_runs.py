@@ -75,6 +75,14 @@ def light_momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.02, momentum=0.8)
 
 
+def gentle_momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.5)
+
+
+def gentle_adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.02)
+
+
 def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.05)
 

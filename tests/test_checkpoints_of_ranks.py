@@ -10,12 +10,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from parallel_runs import (
     CALM,
-    RESIDUAL,
-    adam,
     agree,
     distance,
+    gentle_adam,
+    gentle_momentum,
     go_on,
-    momentum,
     network,
     part_of_batch,
     replica,
@@ -28,12 +27,12 @@ import aadl
 
 SETTINGS = CALM | EAGER | {"store_each_nth": 2, "frequency": 4, "average": False, "safeguard": "residual"}
 KINDS = {  # wrapper, optimizer, settings
-    "momentum": (sharded, momentum, SETTINGS | {"history_depth": 3}),
-    "adam": (sharded, adam, SETTINGS),
-    "shared history": (replica, adam, SETTINGS | {"shard_history": True}),
+    "momentum": (sharded, gentle_momentum, SETTINGS | {"history_depth": 3}),
+    "adam": (sharded, gentle_adam, SETTINGS),
+    "shared history": (replica, gentle_adam, SETTINGS | {"shard_history": True}),
 }
-STEPS = 70
-SAVED_AT = (1, 2, 31, 32, 33, 34, 36, 38, 40)
+STEPS = 62
+SAVED_AT = (1, 2, 31, 32, 33, 38)
 
 
 def build(kind, rank, size):
@@ -84,7 +83,7 @@ def resume(kind, step, rank, size, folder, accelerator=True):
 
 def resume_all(rank, size, folder):
     kinds = [kind for kind in KINDS if size > 1 or "shared" not in kind]
-    steps = SAVED_AT if size == 2 else SAVED_AT[1::2]
+    steps = SAVED_AT[1:] if size == 2 else (2, 32, 33)
     results = {(kind, step): resume(kind, step, rank, size, folder) for kind in kinds for step in steps}
     if size == 2:
         results |= {(kind, "forgotten"): resume(kind, 33, rank, size, folder, accelerator=False) for kind in kinds}
@@ -126,13 +125,25 @@ def test_a_run_goes_on_at_another_number_of_ranks(saved, spawn_ranks, size):
             assert ours["statistics"]["accepted"] == whole["statistics"]["accepted"], (kind, step)
 
 
+def resume_at_once(rank, size, folder):
+    return {kind: resume(kind, 1, rank, size, folder) for kind in KINDS}
+
+
+def test_a_run_saved_within_its_first_macro_step_goes_on(saved, spawn_ranks):
+    folder, expected = saved
+    outcomes = spawn_ranks(resume_at_once, 2, folder)
+    for kind, ours in outcomes[0].items():
+        assert torch.equal(ours["weights"], expected[0][kind]["weights"]), kind
+        assert identical(ours["statistics"], expected[0][kind]["statistics"]), kind
+
+
 def save_plainly(rank, size, folder):
     """Replicas with whole histories: torch.save of one rank is enough for all."""
     settings = SETTINGS | {"average": "always", "average_window": 2}
     results = {}
     for name in ("whole", "resumed", "forgotten"):
         model = replica(network(), rank, size)
-        optimizer = aadl.accelerate(adam(model.parameters()), **settings)
+        optimizer = aadl.accelerate(gentle_adam(model.parameters()), **settings)
         path = folder / "plain.checkpoint"
         if name == "whole":
             go_on(rank, size, model, optimizer, 1, 33, part_of_batch)

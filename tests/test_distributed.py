@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from small_runs import EAGER, INPUTS, TARGETS, network
+from small_runs import EAGER, INPUTS, TARGETS, identical, network
 from torch.nn.parallel import DistributedDataParallel
 
 import aadl
@@ -73,3 +73,80 @@ def test_replicas_judge_together_and_stay_identical(runs):
     assert torch.equal(first, second)
     assert verdicts == other_verdicts == [False] * len(verdicts)
     assert any(first_alone)  # the rank without NaN would have accepted
+
+
+class Broken(Exception):
+    pass
+
+
+def train_with_failures(rank, size, settings, failing, evaluation):
+    """Rank 1 fails in one evaluation of a trial ("plain": the first, "candidate": the second), or in none."""
+    model = network()
+    replica = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(replica.parameters(), lr=0.1, momentum=0.9)
+    aadl.accelerate(optimizer, **EAGER | {"average": False} | settings)
+    rows = slice(16 // size * rank, 16 // size * (rank + 1))
+    calls, raised = [], 0
+
+    def closure():
+        calls.append(None)
+        if failing and rank == 1 and len(calls) == (2 if evaluation == "plain" else 3):
+            raise Broken
+        optimizer.zero_grad()
+        loss = (replica(INPUTS[rows]) - (-1) ** rank * TARGETS[rows]).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(STEPS):
+        calls.clear()
+        try:
+            optimizer.step(closure)
+        except Broken:
+            raised += 1
+    statistics = dict(aadl.accelerator_of(optimizer).statistics)
+    parameters = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return {"parameters": parameters, "statistics": statistics, "raised": raised}
+
+
+def fail_everywhere(rank, size):
+    results = {}
+    for evaluation in ("plain", "candidate"):
+        for safeguard in (True, "loss"):
+            results[evaluation, safeguard] = train_with_failures(rank, size, {"safeguard": safeguard}, True, evaluation)
+    results["none"] = train_with_failures(rank, size, {"safeguard": True}, False, "plain")
+    return results
+
+
+def fail_with_a_shared_history(rank, size):
+    settings = {"safeguard": True, "shard_history": True}
+    return {
+        evaluation: train_with_failures(rank, size, settings, True, evaluation) for evaluation in ("candidate", "plain")
+    }
+
+
+def check_failures(outcomes, name, raises):
+    ours = [outcome[name] for outcome in outcomes]
+    assert torch.equal(ours[0]["parameters"], ours[1]["parameters"]), name
+    assert [one["statistics"]["accepted"] for one in ours] == [0, 0], name
+    assert ours[0]["statistics"]["attempts"] == ours[1]["statistics"]["attempts"] > 0, name
+    assert ours[1]["statistics"]["rejected"]["closure"] > 0, name
+    assert (ours[1]["raised"] > 0) == raises, name
+    assert ours[0]["raised"] == 0, name
+
+
+def test_a_closure_that_fails_on_one_rank_makes_all_reject(spawn_ranks):
+    outcomes = spawn_ranks(fail_everywhere, 2)
+    for evaluation in ("plain", "candidate"):
+        for safeguard in (True, "loss"):
+            check_failures(outcomes, (evaluation, safeguard), raises=safeguard == "loss")
+    healthy = [outcome["none"]["statistics"] for outcome in outcomes]
+    assert identical(*healthy)  # whole: numbers, causes, switches
+    assert healthy[0]["accepted"] > 0
+    failed = [outcome["plain", True]["statistics"] for outcome in outcomes]
+    assert identical(*failed)
+
+
+def test_a_closure_that_fails_on_one_rank_with_a_shared_history(spawn_ranks):
+    outcomes = spawn_ranks(fail_with_a_shared_history, 2)
+    for evaluation in ("candidate", "plain"):
+        check_failures(outcomes, evaluation, raises=False)

@@ -1,0 +1,104 @@
+"""Which tensors a history is made of, and where their parts lie."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aadl import state
+from aadl.history import Block, History, Tensors, make_block
+from aadl.parameters import grouped, identity_of, momentum_of
+from aadl.ranks import Ranks, local, shards_of
+from aadl.settings import Settings
+from aadl.watch import Look
+
+
+class Layout:
+    """The history of some parameters and their momentum buffers.
+
+    Args:
+        parameters: those that are extrapolated.
+        settings: history_depth, history_dtype, history_device, shard_history, state_coupling, fused.
+        ranks: those whose sums make the inner products.
+        partitioned: whether every rank holds other parameters.
+        momentum: whether there are momentum buffers by now.
+    """
+
+    def __init__(
+        self, parameters: list[Tensor], settings: Settings, ranks: Ranks, partitioned: bool, momentum: bool
+    ) -> None:
+        self.parameters, self.identity, self.groups = parameters, identity_of(parameters), grouped(parameters)
+        self._settings, self._partitioned = settings, partitioned
+        self._seen: tuple[Look, list[Tensors]] | None = None
+        cut = partitioned or settings.shard_history or any(shards_of(p) > 1 for p in parameters)
+        self.history = History(settings.history_depth, [], ranks, partial=cut and ranks.size > 1)
+        self.history.blocks += self._blocks("parameters")
+        if momentum:
+            self.add_momentum()
+
+    @property
+    def has_momentum(self) -> bool:
+        return len(self.history.blocks) > len(self.groups)
+
+    def add_momentum(self) -> None:
+        """Have rows for momentum buffers, from zero."""
+        if self._settings.state_coupling != "params":
+            self.history.blocks += self._blocks("momentum")
+            self._seen = None
+
+    def is_of(self, parameters: list[Tensor]) -> bool:
+        """Whether these are the parameters, in their shapes."""
+        return identity_of(parameters) == self.identity
+
+    def covers(self, look: Look) -> bool:
+        """Whether the trainable ones of the tensors looked at are the parameters (whatever their shapes)."""
+        trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
+        return len(trainable) == len(self.parameters) and all(map(operator.is_, trainable, self.parameters))
+
+    def tensors(self, optimizer: Optimizer, look: Look) -> list[Tensors]:
+        """Values of every block: the parameters, and their momentum buffers (None where there is none yet).
+
+        The same lists as long as the same tensors lie in the same places, so that rows need not look again.
+        """
+        if self._seen is not None and look.same_places(self._seen[0]):
+            return self._seen[1]
+        tensors: list[Tensors] = [[local(p) for _, p in group] for group in self.groups]
+        for group in self.groups if self.has_momentum else ():
+            buffers = [momentum_of(optimizer.state.get(p), p) for _, p in group]
+            tensors.append([None if buffer is None else local(buffer) for buffer in buffers])
+        self._seen = look, tensors
+        return tensors
+
+    def sample(self, tensors: list[Tensors]) -> list[Tensor]:
+        """Some elements of every parameter; none on a device, which the host would have to wait for."""
+        return [
+            block.row.sample(values)
+            for block, values in zip(self.history.blocks, tensors, strict=True)
+            if block.kind == "parameters" and block.row.device.type == "cpu"
+        ]
+
+    def rows(self) -> dict[str, Tensor]:
+        """The vectors of the history by name, see aadl.state."""
+        return state.rows_of(self.history, self.groups, self.history.ranks)
+
+    def _blocks(self, kind: str) -> list[Block]:
+        settings, ranks = self._settings, self.history.ranks
+        part = (ranks.index, ranks.size) if settings.shard_history else (0, 1)
+        once = self._partitioned or part[1] > 1  # every element counts once in a sum over the ranks
+        return [
+            make_block(
+                kind,
+                [local(p) for _, p in group],
+                settings.history_depth,
+                kind == "parameters" or settings.state_coupling == "full",
+                settings.history_dtype,
+                part=part,
+                weight=1.0 if once else shards_of(group[0][1]) / ranks.size,
+                fused=settings.fused,
+                device=None if settings.history_device is None else torch.device(settings.history_device),
+            )
+            for group in self.groups
+        ]
