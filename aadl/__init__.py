@@ -82,7 +82,7 @@ def accelerate(
             win and works: rows of 1e6 elements or more on a CPU with a C++ compiler.
         local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
             of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
-            "loss" by the mean loss at their average.
+            "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).
 
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.

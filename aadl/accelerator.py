@@ -36,7 +36,7 @@ from aadl.parameters import (
 )
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
-from aadl.watch import Look, look_at, versions_of
+from aadl.watch import Look, look_at
 
 VERSION = 2
 """Of the layout of `AndersonAccelerator.state_dict()`."""
@@ -243,7 +243,7 @@ class AndersonAccelerator:
         if dry:
             return
         self._finish_push()
-        if self.settings.local_sgd and self._left and not self._look(optimizer).untouched_since(self._left):
+        if self.settings.local_sgd and self._left is not None and not self._untouched(optimizer):
             self._decisions.reset("averaged", self._history)
             self._progress["in_macro_step"] = 0
         if self._progress["in_macro_step"] == 0:
@@ -266,8 +266,8 @@ class AndersonAccelerator:
             self._progress["in_macro_step"] = 0
             self._decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
-        elif self.settings.local_sgd:
-            self._left = self._look(optimizer)
+        elif self.settings.local_sgd and self._layout is not None:
+            self._note_places(optimizer, self._layout)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -293,19 +293,17 @@ class AndersonAccelerator:
     @torch.no_grad()
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
-        layout, look = self._layout, self._look(optimizer)
-        if layout is not None and self._left is not None and look.untouched_since(self._left):
-            sample = layout.sample(layout.tensors(optimizer, look))
-            if all(map(torch.equal, self._samples, sample)):
-                return
+        if self._untouched(optimizer):
+            return
         self._decisions.settle()
+        layout = self._layout
         parameters = trainable_parameters(optimizer)
         if layout is None or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
-            self._lay_out(parameters, self._has_momentum(optimizer, parameters))
+            self._lay_out(parameters, makes_momentum(optimizer))
         assert self._layout is not None
-        history, tensors = self._layout.history, self._layout.tensors(optimizer, look)
+        history, tensors = self._layout.history, self._layout.tensors(optimizer, self._look(optimizer))
         if not history.starts_at(tensors):
             self._decisions.statistics["moved"] += history.has_pair
             history.begin(tensors)
@@ -319,9 +317,8 @@ class AndersonAccelerator:
             return
         history = layout.history
         if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
-            layout.add_momentum()  # made by the first step, from zero
-        look = self._look(optimizer)
-        tensors = layout.tensors(optimizer, look)
+            layout.add_momentum()  # made by the first step, from zero, of an optimizer we do not know
+        tensors = layout.tensors(optimizer, self._look(optimizer))
         self._follow_learning_rate(optimizer, layout)
         decisions, progress = self._decisions, self._progress
         pending, rate = decisions.pending, progress["learning_rate"]
@@ -345,8 +342,7 @@ class AndersonAccelerator:
                 decisions.accelerate(step, pending)
             elif pending is not None:
                 decisions.judge(step, pending)
-        self._left = look._replace(versions=versions_of(look.tensors)) if layout.covers(look) else None
-        self._samples = layout.sample(tensors)
+        self._note_places(optimizer, layout)
 
     def _is_due(self, history: History) -> bool:
         """Acceleration falls on every period-th macro-step, counted from the start, whatever was rejected between."""
@@ -364,7 +360,11 @@ class AndersonAccelerator:
         """
         progress, history = self._progress, layout.history
         moved = set(map(id, layout.parameters))
-        groups = [group for group in optimizer.param_groups if any(id(p) in moved for p in group["params"])]
+        groups = [
+            group
+            for group in optimizer.param_groups
+            if self._partitioned or any(id(p) in moved for p in group["params"])
+        ]
         rates = self._rates.of(groups)
         last, progress["rates"] = progress["rates"], rates
         if last is None or rates == last:
@@ -407,6 +407,23 @@ class AndersonAccelerator:
         if self.settings.state_coupling == "params":
             return False
         return any(momentum_of(optimizer.state.get(p), p) is not None for p in parameters)
+
+    def _note_places(self, optimizer: Optimizer, layout: Layout) -> None:
+        """Remember the tensors as this hook leaves them."""
+        look = self._look(optimizer)
+        self._left = look if layout.covers(look) else None
+        self._samples = [] if self._left is None else layout.sample(layout.tensors(optimizer, look))
+
+    def _untouched(self, optimizer: Optimizer) -> bool:
+        """Whether nobody seems to have written to the tensors since the last hook left them."""
+        if self._layout is None or self._left is None:
+            return False
+        look = self._look(optimizer)
+        if not look.untouched_since(self._left):
+            return False
+        sample = self._layout.sample(self._layout.tensors(optimizer, look))
+        return all(torch.equal(a, b) or torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # which nan is too
+                   for a, b in zip(self._samples, sample, strict=True))  # fmt: skip
 
     def _look(self, optimizer: Optimizer) -> Look:
         return look_at(optimizer, self.settings.state_coupling != "params")

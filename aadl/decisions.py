@@ -163,21 +163,29 @@ class Decisions:
 
         With local SGD every rank has a Gram matrix of its own, and all come to the vote.
         """
-        parts, local_sgd = step.history.gram(), self.settings.local_sgd
-        finite = all(math.isfinite(part.square + float(part.matrix.sum())) for part in parts.values())
-        ready = True
-        if pending is not None:
-            square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if finite else math.inf
-            ready = self._keeps_promise(step, pending, square)
+        parts, local_sgd, columns = step.history.gram(), self.settings.local_sgd, step.history.columns
+        if local_sgd and step.closure is not None:  # averages are promised nothing
+            pending = None
+        weights = mixing.balancing_weights(parts)
+        gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
+        square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
+        if step.ranks.size > 1 and not step.history.partial and not local_sgd:
+            # replicas made the same numbers; a mean over them makes sure that all decide alike
+            word = mixing.packed(gram, [square, weights.get("momentum", 1.0)])
+            word = step.ranks.total(word) / step.ranks.size
+            gram, (square, weight) = mixing.unpacked(word, len(columns))
+            weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
+        finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
+        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf)
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
-        candidate = self._propose(step, parts, finite) if ready and step.history.columns else None
+        candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None
         if local_sgd:
             self._vote(step, candidate)
         elif candidate is not None:
             self._decide(step, candidate)
 
-    def _propose(self, step: Step, parts: dict[str, Gram], finite: bool) -> Candidate | None:
+    def _propose(self, step: Step, gram: Gram, weights: dict[str, float], finite: bool) -> Candidate | None:
         """Mix and build a candidate beside the parameters; None, counted by cause, where there is none to consider."""
         statistics, settings, history = self.statistics, self.settings, step.history
         statistics["attempts"] += 1
@@ -185,9 +193,6 @@ class Decisions:
             self._reject("non_finite")
             self.reset("non_finite", history)
             return None
-        scales = [step.rate / column.learning_rate for column in history.columns]
-        weights = mixing.balancing_weights(parts)
-        gram = mixing.joined(parts, weights, scales)
         consecutive = [column.consecutive for column in history.columns]
         statistics["relative_standard_deviation"] = smoothing.relative_standard_deviation(gram, consecutive)
         if settings.average == "auto":
@@ -206,7 +211,8 @@ class Decisions:
             return None
         statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
         beta = settings.relaxation
-        scaled = host_tensor(scales) * solution.gamma
+        scales = host_tensor([step.rate / column.learning_rate for column in history.columns])
+        scaled = scales * solution.gamma
         checked = settings.safeguard and settings.acceleration_type != "identity"
         advance = history.combine(
             solution.gamma,
@@ -270,15 +276,17 @@ class Decisions:
     def _improves(self, step: Step, closure: Callable[[], Any]) -> tuple[bool, str]:
         """Put the candidate in place; take it out again where the training loss does not improve, and say why."""
         self.statistics["closure_evaluations"] += 2
-        losses, failure, better, cause = (math.nan, math.nan), None, False, "loss"
+        losses, weight, failure = (math.nan, math.nan), step.loss_weight, None
+        better, cause = False, "loss"
         try:
             try:
                 losses = safeguard.trial_losses(
                     closure, all_parameters(step.optimizer), lambda: step.history.take(True, step.tensors)
                 )
-            except Exception as error:  # the closure cannot be evaluated for its value alone; the others must know
-                failure, cause = error, "closure"
-            plain, candidate = safeguard.mean_over_ranks(*losses, step.loss_weight, step.ranks)
+            except Exception as error:  # the closure cannot be evaluated for its value alone
+                failure, weight = error, math.nan  # which tells the others
+            plain, candidate, weight = safeguard.mean_over_ranks(*losses, weight, step.ranks)
+            cause = "closure" if math.isnan(weight) else "loss"
             better = candidate > plain if maximizes(step.optimizer) else candidate < plain
             if failure is not None and self.settings.safeguard == "loss":
                 raise failure

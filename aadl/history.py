@@ -39,7 +39,7 @@ class Block:
     """"parameters" or "momentum"."""
     row: FlatRow
     weight: float
-    """Of its inner products in a sum over the ranks: one over the number of copies."""
+    """Of its products in a sum over the ranks that hold parts: one over the number of copies."""
     fused: bool
     delta_mapped: Tensor
     delta_residual: Tensor | None
@@ -125,7 +125,7 @@ class History:
         blocks: from `make_block`.
         ranks: those whose sums make the inner products.
         partial: whether this rank holds a part of the vectors only, so that every product needs a sum over the ranks.
-            Complete replicas exchange nothing but the Gram matrix, so that all decide alike.
+            Complete replicas sum nothing here; they agree on the mixing problem (aadl.decisions).
 
     Columns are addressed oldest first; `order()` gives their ring slots.
     """
@@ -153,11 +153,14 @@ class History:
             block.start = block.own_start
 
     def starts_at(self, tensors: Sequence[Tensors]) -> bool:
-        """Whether the running macro-step starts at these values, compared one by one."""
-        return self.has_pair and all(
+        """Whether the running macro-step starts at these values, compared one by one, on all ranks that hold parts."""
+        if not self.has_pair:
+            return False
+        same = all(
             all(torch.equal(block.start[part], value) for part, value in block.read(values))
             for block, values in zip(self.blocks, tensors, strict=True)
         )
+        return same if not self.partial else not float(self.ranks.total(host_tensor(float(not same))))
 
     def continue_from_mapped(self) -> None:
         """The next macro-step starts at the newest mapped iterate (no copy)."""
@@ -190,13 +193,13 @@ class History:
         self.continue_from_mapped()
 
     def clear(self, wipe: bool = False) -> None:
-        """Forget all pairs; with `wipe` overwrite them too (they hold inf or nan). The running macro-step goes on."""
+        """Forget all pairs; with `wipe` the rows too (they hold inf or nan). The running macro-step goes on."""
         for block in self.blocks:
             if block.start is not block.own_start:
                 block.own_start.copy_(block.start)
                 block.start = block.own_start
             for name, tensor in block.tensors.items():
-                if wipe and name != "start":
+                if wipe and name.startswith("delta"):
                     tensor.zero_()
         self.columns, self.stale, self.next, self.has_pair = [], [], 0, False
 
@@ -210,8 +213,8 @@ class History:
     def gram(self) -> dict[str, Gram]:
         """Inner products by kind, unscaled, columns oldest first.
 
-        One read of DF, one sum over the ranks, one transfer to the host. Only products with columns stored since the
-        last call are computed: with r of them 8 (r (m + 1) - r (r - 1) / 2 + m + 1) bytes a kind go over the wire.
+        One read of DF, one sum over the ranks where they hold parts, one transfer to the host. Only products with
+        columns stored since the last call are computed: with r of them, r m - r (r - 1) / 2 + m + 1 numbers a kind.
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
@@ -237,7 +240,7 @@ class History:
             if block.residual is not None and block.delta_residual is not None:
                 products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
                 sums[kinds.index(block.kind)].add_(products.to(device), alpha=block.weight)
-        if self.ranks.size > 1:
+        if self.partial:
             needed = _needed(tuple(self.stale), count).to(device)
             word = self.ranks.total(sums.flatten(1)[:, needed]).cpu()
             sums = torch.stack([_filled(part, needed.cpu(), shape, self.stale) for part in word])
@@ -249,16 +252,13 @@ class History:
         for block in self.blocks:
             if block.residual is not None:
                 square = kernels.square(block.residual) if block.square is None else block.square
-                share = square * self._share(block)
+                share = square * block.weight
                 squares[KINDS.index(block.kind)] += share.to(squares.device)
         return self.total(squares)
 
     def total(self, word: Tensor) -> Tensor:
         """Sum over the ranks where each holds a part; `word` where each holds everything."""
         return self.ranks.total(word) if self.partial else word
-
-    def _share(self, block: Block) -> float:
-        return block.weight if self.partial else 1.0
 
     def _device(self) -> torch.device:
         return self.blocks[0].mapped.device if self.blocks else torch.device("cpu")
@@ -300,7 +300,7 @@ class History:
                     along = block.residual, rows, mean_coefficients[used]
             part = kernels.combine(block.own_start, block.mapped, terms, residual, along, block.fused)
             if part is not None and advance is not None:
-                advance += part.to(advance.device) * self._share(block)
+                advance += part.to(advance.device) * block.weight
         return None if advance is None else self.total(advance)
 
     def take(self, flag: Tensor | bool, tensors: Sequence[Tensors]) -> None:

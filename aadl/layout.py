@@ -73,7 +73,12 @@ class Layout:
         return tensors
 
     def sample(self, tensors: list[Tensors]) -> list[Tensor]:
-        """Some elements of every parameter; none on a device, which the host would have to wait for."""
+        """Some elements of every parameter.
+
+        None on a device, which the host would have to wait for, and none of parts, about which ranks might disagree.
+        """
+        if self.history.partial:
+            return []
         return [
             block.row.sample(values)
             for block, values in zip(self.history.blocks, tensors, strict=True)
@@ -87,7 +92,8 @@ class Layout:
     def _blocks(self, kind: str) -> list[Block]:
         settings, ranks = self._settings, self.history.ranks
         part = (ranks.index, ranks.size) if settings.shard_history else (0, 1)
-        once = self._partitioned or part[1] > 1  # every element counts once in a sum over the ranks
+        alone = self._partitioned or settings.shard_history  # every element counts once in a sum over the ranks
+        once = alone or not self.history.partial
         return [
             make_block(
                 kind,

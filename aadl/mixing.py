@@ -67,6 +67,25 @@ def joined(parts: dict[str, Gram], weights: dict[str, float], scales: list[float
     return total
 
 
+def packed(gram: Gram, others: list[float]) -> Tensor:
+    """A Gram record and other numbers as one vector of columns (columns + 3) / 2 + 1 + len(others) elements."""
+    columns = gram.projection.numel()
+    upper = torch.ones(columns, columns, dtype=torch.bool, device="cpu").triu()
+    return torch.cat([gram.matrix[upper], gram.projection, host_tensor([gram.square, *others])])
+
+
+def unpacked(word: Tensor, columns: int) -> tuple[Gram, list[float]]:
+    """What `packed` packed."""
+    matrix = torch.zeros(columns, columns, dtype=torch.float64, device="cpu")
+    upper = torch.ones(columns, columns, dtype=torch.bool, device="cpu").triu()
+    products, projection, numbers = word.split(
+        [columns * (columns + 1) // 2, columns, word.numel() - columns * (columns + 3) // 2]
+    )
+    matrix[upper] = products
+    square, *others = numbers.tolist()
+    return Gram(matrix + matrix.triu(1).T, projection, square), others
+
+
 def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: float) -> Mixing:
     """Minimize ||f_k - DF gamma||^2 + regularization * ||D gamma||^2 from inner products alone.
 

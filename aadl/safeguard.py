@@ -83,23 +83,28 @@ def trial_losses(
     its calls of `Tensor.backward` and `zero_grad` are passed over, since only the value is wanted.
     """
     with _undisturbed(parameters) as rewind:
-        plain = _value(closure())
+        try:
+            plain = _value(closure())
+        except Exception:
+            place_candidate()  # as the other ranks do, which may have to talk to this one for it
+            raise
         rewind()
         place_candidate()
         candidate = _value(closure())
     return plain, candidate
 
 
-def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks) -> tuple[float, float]:
-    """Weighted means of both losses, sum of weight * loss over sum of weight; one all-reduce of three numbers.
+def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks) -> tuple[float, float, float]:
+    """Weighted means of both losses, sum of weight * loss over sum of weight, and the latter.
 
-    A rank without a finite loss makes the means non-finite, so that all ranks reject together.
+    One all-reduce of three numbers. A rank without a finite loss makes the means non-finite, so that all ranks reject
+    together; one without a loss at all has weight nan.
     """
     if ranks.size == 1:
-        return plain, candidate
+        return plain, candidate, weight
     word = torch.tensor([weight * plain, weight * candidate, weight], dtype=torch.float64, device="cpu")
     plain, candidate, weight = ranks.total(word).tolist()
-    return plain / weight, candidate / weight
+    return plain / weight, candidate / weight, weight
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 import multiprocessing
 from collections import deque
@@ -17,8 +16,9 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import aadl
-from benchmarks import machine, resnet50
+from benchmarks import machine
 from benchmarks.machine import Spread, spread, time_call
+from benchmarks.shapes import resnet50_shapes
 
 T = TypeVar("T")
 RESNET50 = 25_557_032
@@ -30,7 +30,6 @@ FRESH = 5_000_000
 """Parameters from which a case gets a process of its own, in which resident memory is rows and nothing else."""
 EVENTS_PER_ROUND = 15
 """Accelerations before the quadratic starts anew: it must not converge to rounding errors."""
-HAS_FUSED = "fused" in inspect.signature(aadl.accelerate).parameters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COUNTED = ("macro_steps", "attempts", "accepted", "reverted")
 
@@ -118,7 +117,7 @@ def memory_agrees(case: Case, memory: Memory, work_area: float = 1e6) -> bool:
 def shapes_of(parameters: int) -> list[tuple[int, ...]]:
     """ResNet50's shapes, or as many elements in 20 vectors."""
     if parameters == RESNET50:
-        return resnet50.parameter_shapes()
+        return resnet50_shapes()
     return [(parameters // TENSORS + (index < parameters % TENSORS),) for index in range(TENSORS)]
 
 
@@ -173,7 +172,6 @@ class Problem:
 
 def accelerate(optimizer: torch.optim.Optimizer, case: Case) -> None:
     """Accelerate as the case says."""
-    fused: dict[str, Any] = {"fused": case.fused} if HAS_FUSED else {}
     aadl.accelerate(
         optimizer,
         history_depth=case.depth,
@@ -183,7 +181,7 @@ def accelerate(optimizer: torch.optim.Optimizer, case: Case) -> None:
         safeguard=case.safeguard,
         state_coupling=case.coupling,
         history_dtype=DTYPES[case.history],
-        **fused,
+        fused=case.fused,
     )
 
 

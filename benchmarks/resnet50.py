@@ -47,12 +47,6 @@ def resnet50(classes: int = 1000) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def parameter_shapes() -> list[tuple[int, ...]]:
-    """Shapes of the parameters; nothing is allocated."""
-    with torch.device("meta"):
-        return [tuple(parameter.shape) for parameter in resnet50().parameters()]
-
-
 def training_share(
     settings: Sequence[dict[str, Any]], device: str, batch: int = BATCH, macro_steps: int = 20, image: int = 224
 ) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ import torch
 from benchmarks import machine, resnet50
 from benchmarks.accelerated_step import (
     FRESH,
-    HAS_FUSED,
     RESNET50,
     WEIGHED,
     Case,
@@ -64,7 +63,7 @@ def all_cases(sizes: Sequence[int], depths: Sequence[int], cuda: bool, quick: bo
         cases += base + [replace(case, **change) for change in varied for case in chosen]
         if size <= SMALL:
             cases += [Case(size, depth, frequency=10, store_every=10) for depth in depths]
-        if HAS_FUSED and size >= WEIGHED:
+        if size >= WEIGHED:
             cases += [replace(case, fused=fused) for case in chosen for fused in ((True, False) if cuda else (False,))]
     return list(dict.fromkeys(cases))
 
@@ -112,7 +111,7 @@ def run_training(device: str) -> list[dict[str, Any]]:
     """Share of a ResNet50 training step; on a GPU only."""
     if not device.startswith("cuda"):
         return []
-    choices: list[dict[str, Any]] = [{"fused": True}, {"fused": False}] if HAS_FUSED else [{}]
+    choices: list[dict[str, Any]] = [{"fused": True}, {"fused": False}]
     return resnet50.training_share([{**choice, "history_dtype": torch.bfloat16} for choice in choices], device)
 
 
@@ -129,7 +128,6 @@ def measure_all(options: argparse.Namespace) -> Report:
     results, before = [result for result, _ in measured], [sample for _, sample in measured]
     textbooks, notes = run_textbooks(options.sizes, options.depths, options.device, options.repeats)
     meter.sample()
-    notes += [] if HAS_FUSED else ["this version has no fused kernels"]
     notes += [] if cuda else ["not measured on a GPU"]
     facts = machine.facts(options.device)
     training = run_training(options.device)

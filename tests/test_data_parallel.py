@@ -63,11 +63,13 @@ def train_replicas(rank, size):
     results = {
         name: run(rank, size, settings, wrap=replica, make=make, loss=at_odds, closure=closure, steps=STEPS)
         for name, (settings, closure, make) in VARIANTS.items()
+        if size == 2 or "wait" not in name
     }
     results["each alone"] = run(
         rank, size, LOSS | {"process_group": own}, wrap=replica, loss=at_odds, closure=True, steps=STEPS
     )
-    results["plain"] = run(rank, size, wrap=replica, loss=at_odds, steps=STEPS)
+    if size == 2:
+        results["plain"] = run(rank, size, wrap=replica, loss=at_odds, steps=STEPS)
     return results
 
 
@@ -103,14 +105,16 @@ def world(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_replicas_at_odds_stay_bit_identical(world, name):
-    _, outcomes, _ = world
+    size, outcomes, _ = world
+    if name not in outcomes[0]:
+        pytest.skip("on two ranks only")
     ours = [outcome[name] for outcome in outcomes]
     assert agree(ours)
     assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours)
     assert ours[0]["statistics"]["steps"] == STEPS
     assert ours[0]["statistics"]["accepted"] > 0 or "wait" in name
     assert torch.isfinite(ours[0]["weights"]).all() or name == "unsafe"
-    assert not torch.equal(ours[0]["weights"], outcomes[0]["plain"]["weights"])
+    assert size != 2 or not torch.equal(ours[0]["weights"], outcomes[0]["plain"]["weights"])
 
 
 def test_candidates_were_rejected_too_and_without_agreement_replicas_part(world):
@@ -127,6 +131,8 @@ def test_candidates_were_rejected_too_and_without_agreement_replicas_part(world)
 def test_one_word_of_a_kilobyte_for_each_acceleration_and_none_else(world, name):
     _, outcomes, _ = world
     _, closure, _ = VARIANTS[name]
+    if name not in outcomes[0]:
+        pytest.skip("on two ranks only")
     for outcome in (outcome[name] for outcome in outcomes):
         judged = 0
         for calls, events in zip(outcome["own"], outcome["events"], strict=True):
@@ -176,5 +182,5 @@ def test_the_shared_runs_met_every_verdict_and_differ_from_each_other(world):
     assert results["loss", True]["statistics"]["rejected"].get("loss", 0) > 0
     assert results["residual", True]["statistics"]["rejected"].get("backward", 0) > 0
     assert gamma_distance(results["residual", True], results["loss", False]) > 1e-3
-    assert distance(results["residual", True], results["unsafe", False]) > 1e-3
+    assert distance(results["residual", True], results["reverts", False]) > 1e-3
     assert size == 2 or outcomes[3]["five elements", True]["bytes"] == 0  # nothing was left for the last rank

@@ -2,6 +2,7 @@
 
 import math
 
+import gloo
 import pytest
 import torch
 import torch.distributed as dist
@@ -134,15 +135,23 @@ def check_failures(outcomes, name, raises):
     assert ours[0]["raised"] == 0, name
 
 
-def test_a_closure_that_fails_on_one_rank_makes_all_reject(spawn_ranks):
-    outcomes = spawn_ranks(fail_everywhere, 2)
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    return gloo.spawn_ranks(tmp_path_factory.mktemp("failures") / "ranks", fail_everywhere, 2)
+
+
+def test_a_closure_that_fails_on_one_rank_makes_all_reject(failures):
+    outcomes = failures
     for evaluation in ("plain", "candidate"):
         for safeguard in (True, "loss"):
             check_failures(outcomes, (evaluation, safeguard), raises=safeguard == "loss")
     healthy = [outcome["none"]["statistics"] for outcome in outcomes]
     assert identical(*healthy)  # whole: numbers, causes, switches
     assert healthy[0]["accepted"] > 0
-    failed = [outcome["plain", True]["statistics"] for outcome in outcomes]
+
+
+def test_all_ranks_count_the_same_causes(failures):
+    failed = [outcome["plain", True]["statistics"] for outcome in failures]
     assert identical(*failed)
 
 

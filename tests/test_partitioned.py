@@ -50,7 +50,7 @@ VARIANTS = {  # settings, further arguments of run
     "residual": (RESIDUAL, {}),
     "unsafe": (UNSAFE, {"steps": 40}),
     "closure": (RESIDUAL | {"safeguard": True}, {"closure": True}),
-    "parameters only": (RESIDUAL | {"state_coupling": "params"}, {"build": three_tensors}),
+    "coefficients only": (RESIDUAL | {"state_coupling": "combine"}, {}),
     "reverts": (RESIDUAL, {"context": reverting}),
     "three tensors": (RESIDUAL, {"build": three_tensors}),
     "three tensors, another rate": (RESIDUAL, {"build": three_tensors, "after": halve_rate}),

@@ -40,11 +40,11 @@ VARIANTS = {  # settings, closure, optimizer, context
     "unsafe": (UNSAFE, False, momentum, nullcontext),
     "always": (EAGER | {"average": "always", "average_window": 2}, False, adam, nullcontext),
     "adam": (RESIDUAL | {"store_each_nth": 2, "frequency": 4}, False, adam, nullcontext),
-    "parameters only": (RESIDUAL | {"state_coupling": "params"}, False, momentum, nullcontext),
+    "coefficients only": (RESIDUAL | {"state_coupling": "combine"}, False, momentum, nullcontext),
     "reverts": (RESIDUAL, False, momentum, reverting),
     "bfloat16": (RESIDUAL | {"history_dtype": torch.bfloat16}, False, momentum, nullcontext),
 }
-ON_FOUR = {"residual", "refused", "loss", "always", "unsafe"}
+ON_FOUR = {"one dimension": {"residual", "refused", "unsafe", "loss"}, "replicas": {"residual", "loss"}}
 """Of VARIANTS; there are two cores."""
 STEPS = 50
 
@@ -109,23 +109,14 @@ def train_sharded(rank, size):
     results = {
         (layout, name): train(rank, size, wrap, name) for layout, wrap in LAYOUTS[size].items() for name in VARIANTS
     }
-    if size == 4:
-        for name in ("residual", "loss"):
-            results["tensor parallel", name] = train(rank, size, tensor_parallel_and_sharded, name)
     results["plain"] = run(rank, size, wrap=sharded, loss=part_of_batch, steps=STEPS)
-    results["plain closure"] = run(rank, size, wrap=sharded, loss=part_of_batch, steps=STEPS, closure=True)
-    settings = LOSS
-    results["kept gathered", "loss"] = train(rank, size, kept_gathered, "loss")
-    results["stale"] = run(
-        rank,
-        size,
-        CALM | settings,
-        wrap=kept_gathered,
-        loss=part_of_batch,
-        closure=True,
-        context=no_resharding,
-        steps=STEPS,
-    )
+    if size == 4:
+        results["tensor parallel", "residual"] = train(rank, size, tensor_parallel_and_sharded, "residual")
+    else:
+        closure = {"loss": part_of_batch, "closure": True, "steps": STEPS}
+        results["plain closure"] = run(rank, size, wrap=sharded, **closure)
+        results["kept gathered", "loss"] = train(rank, size, kept_gathered, "loss")
+        results["stale"] = run(rank, size, CALM | LOSS, wrap=kept_gathered, context=no_resharding, **closure)
     results["shards"] = [p._local_tensor.numel() for p in sharded(network(), rank, size).parameters()]
     return results
 
@@ -146,9 +137,9 @@ def test_shards_decide_and_move_like_one_process_with_everything(world, referenc
     size, outcomes = world
     expected = references[name]
     layouts = [layout for layout, variant in (key for key in outcomes[0] if isinstance(key, tuple)) if variant == name]
-    if size == 4 and name not in ON_FOUR:
+    if size == 4 and name not in ON_FOUR["one dimension"]:
         pytest.skip("on two ranks only")
-    assert len(layouts) >= len(LAYOUTS[size])
+    assert len(layouts) >= 1
     for layout in layouts:
         ours = [outcome[layout, name] for outcome in outcomes]
         assert agree(ours), layout
@@ -185,7 +176,9 @@ def test_the_runs_met_every_verdict_and_differ_from_each_other(world, references
 
 def test_the_loss_is_that_of_the_candidate_and_not_of_gathered_copies(world, references):
     """The other half: without resharding between the trials both see the same weights, and no loss ever falls."""
-    _, outcomes = world
+    size, outcomes = world
+    if size == 4:
+        pytest.skip("on two ranks only")
     assert counts_of(outcomes[0]["one dimension", "loss"]) == counts_of(references["loss"])
     stale = outcomes[0]["stale"]
     assert stale["statistics"]["closure_evaluations"] > 0
@@ -199,13 +192,14 @@ def gathers(outcome):
 
 
 def test_nothing_more_is_gathered(world):
-    _, outcomes = world
+    size, outcomes = world
     for outcome in outcomes:
         plain = gathers(outcome["plain"])
         assert min(plain[:-1]) > 0  # the counter sees those of FSDP
         for name in ("residual", "unsafe"):
             assert gathers(outcome["one dimension", name]) == plain, name
-        assert sum(gathers(outcome["one dimension", "loss"])) > sum(gathers(outcome["plain closure"]))  # trials forward
+        if size == 2:  # trials go forward
+            assert sum(gathers(outcome["one dimension", "loss"])) > sum(gathers(outcome["plain closure"]))
         own = [call for calls in outcome["one dimension", "loss"]["own"] for call in calls]
         assert own
         assert {name for name, _ in own} == {"all_reduce"}
