@@ -128,7 +128,7 @@ class Decisions:
         """Judge the last accepted candidate by the residual of the macro-step it began; put the plain iterate back."""
         squares = step.history.residual_squares()
         square = squares @ host_tensor([pending.weights.get(kind, 0.0) for kind in KINDS]).to(squares)
-        if square.device.type == "cpu":
+        if on_host(square):
             self._keeps_promise(step, pending, float(square))
         else:
             step.history.take(~(square <= safeguard.revert_bound(pending)), step.tensors)
@@ -228,8 +228,8 @@ class Decisions:
 
     def _decide(self, step: Step, candidate: Candidate) -> None:
         """Let the safeguard decide; the plain iterate stays where it says no. The same on all ranks."""
-        advance, on_host = candidate.advance, isinstance(step.optimizer, torch.optim.LBFGS)  # it must know at once
-        if advance is not None and advance.device.type != "cpu" and step.closure is None and not on_host:
+        advance, at_once = candidate.advance, isinstance(step.optimizer, torch.optim.LBFGS)  # it must know at once
+        if advance is not None and not on_host(advance) and step.closure is None and not at_once:
             step.history.take(advance >= 0, step.tensors)
             self._defer(advance, lambda value: self._conclude(step, value >= 0, "backward", candidate))
         elif advance is not None and not float(advance) >= 0:
@@ -307,6 +307,11 @@ class Decisions:
 
     def _reject(self, cause: str) -> None:
         count(self.statistics["rejected"], cause)
+
+
+def on_host(number: Tensor) -> bool:
+    """Whether reading it costs nothing."""
+    return number.device.type == "cpu"
 
 
 def count(counts: dict[str, int], cause: str) -> None:
