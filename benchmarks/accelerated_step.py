@@ -91,13 +91,16 @@ def moved_bytes(case: Case, relaxation: float = 1.0) -> dict[str, int]:
     """Bytes per parameter that an event cannot avoid to move, h bytes per element of the history, depth m.
 
     store: 20 + 2h. Read p, x, f; write Df, Dg, f, g, x being the last g. After an accepted candidate x is a vector of
-        its own and 28 + 2h are needed: the low figure is counted.
+        its own: 28 + 2h to read it and to keep the last g beside it. Where every other step accelerates, or every one,
+        all stores that do nothing else are such.
     acceleration: 2mh + 12. Read DF, DG and p; write p and x. Relaxation reads DF once more.
     """
     element, states = _element(case), _states(case)
-    store = states * (20 + 2 * element)
+    after_plain, after_candidate = states * (20 + 2 * element), states * (28 + 2 * element)
+    store = after_candidate if case.frequency <= 2 * case.store_every else after_plain
+    stores_too = after_candidate if case.frequency == case.store_every else after_plain
     acceleration = states * (2 * case.depth * element + 12) + (relaxation != 1) * case.depth * element
-    return {"store": store, "acceleration": acceleration, "both": store + acceleration}
+    return {"store": store, "acceleration": acceleration, "both": stores_too + acceleration}
 
 
 def held_bytes(case: Case) -> int:

@@ -26,8 +26,13 @@ from benchmarks.shapes import resnet50_shapes
     ],
 )
 def test_bytes_are_counted_as_by_hand(case, store, acceleration, held):
-    moved = {"store": store, "acceleration": acceleration, "both": store + acceleration}
-    assert accelerated_step.moved_bytes(case) == moved
+    states = 2 if case.coupling == "full" else 1
+    every_other = {"store": store + 8 * states, "acceleration": acceleration, "both": store + acceleration}
+    assert accelerated_step.moved_bytes(replace(case, frequency=2)) == every_other
+    seldom = {"store": store, "acceleration": acceleration, "both": store + acceleration}
+    assert accelerated_step.moved_bytes(replace(case, frequency=10)) == seldom
+    always = accelerated_step.moved_bytes(replace(case, frequency=1))
+    assert always["both"] == store + 8 * states + acceleration
     assert accelerated_step.moved_bytes(case, relaxation=0.5)["acceleration"] == acceleration + case.depth * (
         4 if case.history == "float32" else 2
     )
@@ -36,7 +41,7 @@ def test_bytes_are_counted_as_by_hand(case, store, acceleration, held):
 
 def test_the_floor_of_a_tiny_case_is_that_of_its_bytes():
     # 10 parameters, depth 1, float32: a store moves 280 bytes at 28 B/s, an acceleration 200 bytes at 50 B/s
-    floors = step_report.floor_seconds(Case(10, 1), Bandwidth(copy=28.0, read=50.0, update=1.0))
+    floors = step_report.floor_seconds(Case(10, 1, frequency=5), Bandwidth(copy=28.0, read=50.0, update=1.0))
     assert floors == {"store": 10.0, "acceleration": 4.0, "both": 14.0}
 
 
@@ -100,12 +105,13 @@ def test_host_waits_are_counted_by_kind_of_step(monkeypatch):
 
 def test_added_time_is_split_between_store_and_acceleration():
     result = result_of(Case(1000, 2), plain=1.0, **{"store after candidate": 3.0, "both": 8.0})
-    assert step_report.added(result) == {"store after candidate": 2.0, "store": 2.0, "both": 7.0, "acceleration": 5.0}
+    assert step_report.added(result) == {"store after candidate": 2.0, "store": 2.0, "both": 7.0}  # another store
+    seldom = result_of(Case(1000, 2, frequency=5), plain=1.0, store=3.0, both=8.0)
+    assert step_report.added(seldom) == {"store": 2.0, "both": 7.0, "acceleration": 5.0}
     every_step = replace(result, case=Case(1000, 2, frequency=1))
     assert step_report.added(every_step) == {"both": 7.0}
-    assert step_report.ratios(every_step, Bandwidth(28_000.0, 28_000.0, 1.0)) == {
-        "both": 3.5
-    }  # 28 B + 28 B: two seconds
+    # 36 B and 28 B: one second each
+    assert step_report.ratios(every_step, Bandwidth(36_000.0, 28_000.0, 1.0)) == {"both": 3.5}
 
 
 def test_disturbed_cases_are_named():
@@ -166,7 +172,7 @@ def test_the_command_leaves_tables_numbers_and_a_figure(tmp_path, monkeypatch, c
     first = saved["results"][0]
     assert first["bandwidth_just_before"] == saved["bandwidth_samples"][0]
     assert first["case"] == {**first["case"], "parameters": 1000, "depth": 5, "history": "float32", "frequency": 2}
-    assert first["moved_bytes_per_parameter"] == {"store": 28, "acceleration": 52, "both": 80}
+    assert first["moved_bytes_per_parameter"] == {"store": 36, "acceleration": 52, "both": 80}
     assert first["held_bytes_per_parameter"] == 52
     assert first["steps"]["both"]["count"] == 2 and first["statistics"]["accepted"] >= 2
     assert saved["textbooks"][0]["depth"] == 5
