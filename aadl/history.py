@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from aadl import kernels
 from aadl.flat import FlatRow
-from aadl.mixing import Gram, host_tensor
+from aadl.mixing import Gram, filled_products, host_tensor, needed_products
 from aadl.ranks import Ranks
 
 Tensors = Sequence[Tensor | None]
@@ -183,8 +182,9 @@ class History:
         of the pair before goes where the start was, from where `take` can bring it back.
         """
         slot = self.next if self.has_pair else None
-        for block, values in zip(self.blocks, tensors, strict=True):
-            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
+        with kernels.compiling(self.fused):
+            for block, values in zip(self.blocks, tensors, strict=True):
+                _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
         if slot is not None:
             self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
@@ -202,6 +202,11 @@ class History:
                 if wipe and name.startswith("delta"):
                     tensor.zero_()
         self.columns, self.stale, self.next, self.has_pair = [], [], 0, False
+
+    @property
+    def fused(self) -> bool:
+        """Whether compiled kernels are used."""
+        return any(block.fused for block in self.blocks)
 
     def order(self) -> list[int]:
         """Ring slots, oldest column first."""
@@ -237,13 +242,15 @@ class History:
         shape, device = (len(self.stale) + 1, count + 1), self._device()
         sums = torch.zeros(len(kinds), *shape, dtype=torch.float64, device=device)
         for block in self.blocks:
-            if block.residual is not None and block.delta_residual is not None:
+            if block.residual is None or block.delta_residual is None:
+                continue
+            with kernels.compiling(block.fused):
                 products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
-                sums[kinds.index(block.kind)].add_(products.to(device), alpha=block.weight)
+            sums[kinds.index(block.kind)].add_(products.to(device), alpha=block.weight)
         if self.partial:
-            needed = _needed(tuple(self.stale), count).to(device)
+            needed = needed_products(tuple(self.stale), count).to(device)
             word = self.ranks.total(sums.flatten(1)[:, needed]).cpu()
-            sums = torch.stack([_filled(part, needed.cpu(), shape, self.stale) for part in word])
+            sums = torch.stack([filled_products(part, needed.cpu(), shape, self.stale) for part in word])
         return dict(zip(kinds, sums.cpu(), strict=True))
 
     def residual_squares(self) -> Tensor:
@@ -298,7 +305,8 @@ class History:
                     used = mean_coefficients.nonzero().view(-1).tolist()
                     rows = [block.delta_residual[slots[i]] for i in used]
                     along = block.residual, rows, mean_coefficients[used]
-            part = kernels.combine(block.own_start, block.mapped, terms, residual, along, block.fused)
+            with kernels.compiling(block.fused):
+                part = kernels.combine(block.own_start, block.mapped, terms, residual, along, block.fused)
             if part is not None and advance is not None:
                 advance += part.to(advance.device) * block.weight
         return None if advance is None else self.total(advance)
@@ -417,26 +425,6 @@ def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float, k
         total = None if square is None else square if total is None else total + square
         complete = complete and square is not None
     block.square = total if complete else None
-
-
-@cache
-def _needed(stale: tuple[int, ...], count: int) -> Tensor:
-    """Which of the products, shape (len(stale) + 1, count + 1), are not known by symmetry from another one."""
-    last = len(stale)
-    known = {(i, stale[j]) for i in range(last) for j in range(i)} | {(i, count) for i in range(last)}
-    indices = [i * (count + 1) + j for i in range(last + 1) for j in range(count + 1) if (i, j) not in known]
-    return torch.tensor(indices, dtype=torch.int64, device="cpu")
-
-
-def _filled(part: Tensor, needed: Tensor, shape: tuple[int, int], stale: Sequence[int]) -> Tensor:
-    """The products again, with what symmetry tells."""
-    products = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    products.view(-1)[needed] = part
-    for i, slot in enumerate(stale):
-        for j in range(i):
-            products[i, stale[j]] = products[j, slot]
-        products[i, -1] = products[-1, slot]
-    return products
 
 
 def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from os import environ
 from pathlib import Path
@@ -333,6 +334,23 @@ def _can_compile() -> bool:
     return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
+@contextmanager
+def compiling(fused: bool) -> Iterator[None]:
+    """Around a pass that may compile a kernel: quietly, and as many variants as there are.
+
+    There is one per number of rows and right sides, type of the rows, and option of `store`; the few that a run needs
+    are compiled once each, but they may be more than torch allows by default.
+    """
+    if not fused or _broken:
+        yield
+        return
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+        warnings.simplefilter("ignore")
+        yield
+    if _broken:
+        warnings.warn(f"aadl goes on with uncompiled kernels, torch.compile failed: {_broken[0]}", stacklevel=2)
+
+
 _broken: list[str] = []
 """Why the compiled kernels do not work here, once that is known."""
 
@@ -342,8 +360,6 @@ def compilation_error() -> str:
     return _broken[0] if _broken else ""
 
 
-# One variant per number of rows and right sides, type of the rows, and option of `store`: the few that a run needs are
-# compiled once each, more of them than torch allows by default.
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=True, fullgraph=True)
@@ -354,10 +370,7 @@ def _run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | 
     if _broken:
         return None
     try:
-        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
-            warnings.simplefilter("ignore")  # what the compiler says of itself
-            return _compiled(function)(*arguments)
+        return _compiled(function)(*arguments)
     except Exception as error:  # whatever compilers, headers and caches can do to us; the plain kernels always work
         _broken.append(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        warnings.warn(f"aadl goes on with uncompiled kernels, torch.compile failed: {_broken[0]}", stacklevel=2)
         return None

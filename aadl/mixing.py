@@ -11,6 +11,8 @@ Everything here is float64 on the host and of size m x m, m = history_depth. Sym
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -84,6 +86,26 @@ def unpacked(word: Tensor, columns: int) -> tuple[Gram, list[float]]:
     matrix[upper] = products
     square, *others = numbers.tolist()
     return Gram(matrix + matrix.triu(1).T, projection, square), others
+
+
+@cache
+def needed_products(stale: tuple[int, ...], count: int) -> Tensor:
+    """Which of the products, shape (len(stale) + 1, count + 1), are not known by symmetry from another one."""
+    last = len(stale)
+    known = {(i, stale[j]) for i in range(last) for j in range(i)} | {(i, count) for i in range(last)}
+    indices = [i * (count + 1) + j for i in range(last + 1) for j in range(count + 1) if (i, j) not in known]
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")
+
+
+def filled_products(part: Tensor, needed: Tensor, shape: tuple[int, int], stale: Sequence[int]) -> Tensor:
+    """The products again, with what symmetry tells."""
+    products = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    products.view(-1)[needed] = part
+    for i, slot in enumerate(stale):
+        for j in range(i):
+            products[i, stale[j]] = products[j, slot]
+        products[i, -1] = products[-1, slot]
+    return products
 
 
 def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: float) -> Mixing:

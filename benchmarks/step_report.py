@@ -165,8 +165,8 @@ def _time_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
             ]
         )
     title = (
-        "Milliseconds, median [quartiles], added to a plain step; floor: 20 + 2h bytes per parameter for a store (after "
-        f"an accepted candidate 28 + 2h) at the {bandwidth.copy / 1e9:.1f} GB/s of a copy, 2mh + 12 for an "
+        "Milliseconds, median [quartiles], added to a plain step; floor: 20 + 2h bytes per parameter for a store ("
+        f"after an accepted candidate 28 + 2h) at the {bandwidth.copy / 1e9:.1f} GB/s of a copy, 2mh + 12 for an "
         f"acceleration at the {bandwidth.read / 1e9:.1f} GB/s of reading, twice both with coupling full (an update in "
         f"place moves {bandwidth.update / 1e9:.1f} GB/s here)"
     )
