@@ -5,7 +5,7 @@ pair (x_k, g_k) goes into the history; every `frequency` optimizer steps (rounde
 mixed into a candidate that may replace g_k. Nothing else ever touches a parameter.
 
 The host waits for a device once per acceleration, for the Gram matrix. All later verdicts of the same acceleration are
-carried out on the device; the host reads them after the next optimizer step (`_settle`).
+carried out on the device; the host reads them after the next optimizer step (`Decisions.settle`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
 from aadl.layout import Layout
+from aadl.mixing import host_tensor
 from aadl.parameters import (
     Rates,
     closure_of,
@@ -53,18 +54,17 @@ class AndersonAccelerator:
 
     Attributes:
         settings: the validated arguments.
-        loss_weight: weight of this rank's losses in the mean over ranks that judges a candidate, e.g. the number of
-            samples behind them where ranks have different ones; > 0.
     """
 
     settings: Settings
-    loss_weight: float
     _decisions: Decisions
     _progress: dict[str, Any]
     _layout: Layout | None
     _left: Look | None
     """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
     _samples: list[Tensor]
+    _averaged: bool
+    """Whether somebody averaged the weights since the last hook (local SGD)."""
     _postponed: Callable[[], None] | None
 
     def __init__(
@@ -72,7 +72,7 @@ class AndersonAccelerator:
     ) -> None:
         self.settings = settings
         self.process_group = process_group
-        self.loss_weight = 1.0
+        self._loss_weight = 1.0
         self._rates = Rates()
         self._partitioned = partitioned
         self._optimizer = weakref.ref(optimizer)
@@ -93,7 +93,7 @@ class AndersonAccelerator:
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
                 optimizer.register_load_state_dict_post_hook(self._restore_state),
             ]
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         _accelerators[optimizer] = weakref.ref(self)
 
     # ---- public ----------------------------------------------------------------------------------------------------
@@ -111,6 +111,20 @@ class AndersonAccelerator:
         """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
         self._decisions.settle()
         return self._decisions.statistics
+
+    @property
+    def loss_weight(self) -> float:
+        """Weight of this rank's losses in the mean over ranks that judges a candidate; 1 unless set, > 0.
+
+        For instance the number of samples behind them, where ranks have different ones. Not part of the state.
+        """
+        return self._loss_weight
+
+    @loss_weight.setter
+    def loss_weight(self, weight: float) -> None:
+        if not 0 < weight < math.inf:
+            raise ValueError(f"loss_weight must be a number > 0 and finite, got {weight!r}")
+        self._loss_weight = float(weight)
 
     @property
     def history_bytes(self) -> int:
@@ -152,13 +166,14 @@ class AndersonAccelerator:
         """
         self._decisions.settle()
         self._finish_push()
-        if self._layout is None and not self.settings.idle:
+        if self._layout is None and self._handles and not self.settings.idle:
             self._lay_out(trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
             "progress": self._progress,
             "history": None if layout is None else saved_state.books_of(layout.history),
+            "averaged": self.settings.local_sgd and self._left is not None and not self._untouched(self.optimizer),
         }
         rows = {} if layout is None else layout.rows()
         return {"version": VERSION, "books": json.dumps(books), "rows": rows}
@@ -173,12 +188,12 @@ class AndersonAccelerator:
         self._take_over(state, self._checked(state))
 
     def _checked(self, state: Any) -> dict[str, Any]:
-        """The books of a saved state, parsed; raises ValueError if it does not fit. Changes nothing but allocations."""
+        """The books of a saved state, parsed, and the layout it fits; raises ValueError if there is none."""
         if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
             raise ValueError(f"state must be the state_dict() of an accelerator of this version, got {_outline(state)}")
         try:
             books = json.loads(state["books"])
-            Decisions.restored(self.settings, books), books["progress"]
+            Decisions.restored(self.settings, books), books["progress"], books["averaged"]
             wanted, found = self.settings.map_description(), books["map"]
             for name, value in wanted.items():
                 if found.get(name) != value:
@@ -186,31 +201,30 @@ class AndersonAccelerator:
             if books["history"] is not None:
                 books["fields"] = saved_state.parsed_books(books["history"])
                 momentum = any(name.startswith("momentum") for name in state["rows"])
-                saved_state.check_rows(state["rows"], self._fit_layout(momentum).rows())
+                books["layout"] = self._fitting_layout(momentum)
+                saved_state.check_rows(state["rows"], books["layout"].rows())
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
         return books
 
-    def _fit_layout(self, momentum: bool) -> Layout:
-        """Have a history for the present parameters, with rows for momentum or without, whatever it holds."""
+    def _fitting_layout(self, momentum: bool) -> Layout:
+        """The layout of the present parameters, with rows for momentum or without; a new one if there is none."""
         parameters, layout = trainable_parameters(self.optimizer), self._layout
-        if layout is None or not layout.is_of(parameters) or layout.has_momentum != momentum:
-            self._lay_out(parameters, momentum)
-        assert self._layout is not None
-        return self._layout
+        if layout is not None and layout.is_of(parameters) and layout.has_momentum == momentum:
+            return layout
+        return self._new_layout(parameters, momentum)
 
     def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
         """Continue from a saved state and its checked books."""
-        self._postponed = None
-        if books["history"] is None:
-            self._layout = None
-        else:
-            assert self._layout is not None
+        self._postponed, self._layout = None, books.get("layout")
+        if self._layout is not None:
+            for block in self._layout.history.blocks:
+                block.forget_fetch()
             saved_state.load_rows(state["rows"], self._layout.rows())
             starts_at_mapped = books["history"]["starts_at_mapped"]
             saved_state.restore_books(self._layout.history, books["fields"], starts_at_mapped)
         self._decisions = Decisions.restored(self.settings, books)
-        self._progress = books["progress"]
+        self._progress, self._averaged = books["progress"], bool(books["averaged"])
         self._left = None
 
     def __repr__(self) -> str:
@@ -244,8 +258,11 @@ class AndersonAccelerator:
             return
         self._finish_push()
         if self.settings.local_sgd and self._left is not None and not self._untouched(optimizer):
+            self._averaged = True
+        if self._averaged:  # all ranks go on counting as before: they must come to the votes together
+            self._averaged = False
             self._decisions.reset("averaged", self._history)
-            self._progress["in_macro_step"] = 0
+            self._progress["abandoned"] = self._progress["in_macro_step"] > 0
         if self._progress["in_macro_step"] == 0:
             self._open_macro_step(optimizer)
 
@@ -275,9 +292,8 @@ class AndersonAccelerator:
 
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         del optimizer
-        self._loaded = state.get(STATE_KEY)
-        if self._loaded is not None:
-            self._checked(self._loaded)
+        saved = state.get(STATE_KEY)
+        self._loaded = None if saved is None else (saved, self._checked(saved))
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
@@ -286,19 +302,23 @@ class AndersonAccelerator:
         if loaded is None:  # a checkpoint of the plain optimizer
             self._start_anew()
         else:
-            self._take_over(loaded, self._checked(loaded))
+            self._take_over(*loaded)
 
     # ---- macro-steps -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _open_macro_step(self, optimizer: Optimizer) -> None:
         """Note where the macro-step starts, if not where the last one ended."""
-        if self._untouched(optimizer):
+        layout, untouched, changed = self._layout, self._untouched(optimizer), False
+        if layout is not None and layout.asks:
+            other = not layout.is_of(trainable_parameters(optimizer))
+            word = self._ranks.total(host_tensor([float(not untouched), float(other)]))
+            untouched, changed = not float(word[0]), bool(word[1])
+        if untouched and not changed:
             return
         self._decisions.settle()
-        layout = self._layout
         parameters = trainable_parameters(optimizer)
-        if layout is None or not layout.is_of(parameters):
+        if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
             self._lay_out(parameters, makes_momentum(optimizer))
@@ -335,13 +355,17 @@ class AndersonAccelerator:
             self._postponed = push  # by then the copy to the host is done
         else:
             push()
+        abandoned = progress.pop("abandoned", False)
         if due or pending is not None:
             judged = closure if self.settings.safeguard in (True, "loss") and not self._partitioned else None
             step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate)
             if due:
                 decisions.accelerate(step, pending)
-            elif pending is not None:
+            else:
+                assert pending is not None
                 decisions.judge(step, pending)
+        if abandoned:  # its start was not where it seems
+            history.clear()
         self._note_places(optimizer, layout)
 
     def _is_due(self, history: History) -> bool:
@@ -396,10 +420,14 @@ class AndersonAccelerator:
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
+    def _new_layout(self, parameters: list[Tensor], momentum: bool) -> Layout:
+        ranks = Ranks() if self.settings.local_sgd else self._ranks
+        return Layout(parameters, self.settings, ranks, self._partitioned, momentum)
+
     def _lay_out(self, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
-        ranks = Ranks() if self.settings.local_sgd else self._ranks
-        self._layout = Layout(parameters, self.settings, ranks, self._partitioned, momentum)
+        self._layout = None  # frees the old rows first
+        self._layout = self._new_layout(parameters, momentum)
         self._decisions.pending = self._left = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
 
@@ -433,7 +461,7 @@ class AndersonAccelerator:
         self._decisions = Decisions(self.settings)
         self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None}
         self._layout = self._left = self._postponed = None
-        self._samples = []
+        self._samples, self._averaged = [], False
 
 
 def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:

@@ -73,6 +73,8 @@ class Decisions:
     """What the last accepted candidate promised; judged when the macro-step that it began is over."""
     disturbed: bool = False
     """Whether the running macro-step starts elsewhere than the last one ended."""
+    fused: bool = True
+    """Whether all ranks have compiled kernels (or none needs them)."""
     words: list[tuple[Deferred, Callable[[float], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,7 +100,9 @@ class Decisions:
         """From `books`; raises KeyError or TypeError where they are damaged."""
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
-        decisions.averaging, decisions.disturbed = bool(books["averaging"]), bool(books["disturbed"])
+        decisions.disturbed = bool(books["disturbed"])
+        if settings.average == "auto":
+            decisions.averaging = bool(books["averaging"])
         decisions.pause, decisions.refusals = Pause(**books["pause"]), Pause(**books["refusals"])
         decisions.pending = None if books["pending"] is None else Pending(**books["pending"])
         return decisions
@@ -127,7 +131,9 @@ class Decisions:
     def judge(self, step: Step, pending: Pending) -> None:
         """Judge the last accepted candidate by the residual of the macro-step it began; put the plain iterate back."""
         squares = step.history.residual_squares()
-        square = squares @ host_tensor([pending.weights.get(kind, 0.0) for kind in KINDS]).to(squares)
+        square = squares.new_zeros(())
+        for kind, part in zip(KINDS, squares, strict=True):
+            square = square + pending.weights.get(kind, 0.0) * part
         if on_host(square):
             self._keeps_promise(step, pending, float(square))
         else:
@@ -169,12 +175,14 @@ class Decisions:
         weights = mixing.balancing_weights(parts)
         gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
         square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
-        if step.ranks.size > 1 and not step.history.partial and not local_sgd:
+        self.fused = True
+        if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
-            word = mixing.packed(gram, [square, weights.get("momentum", 1.0)])
+            word = mixing.packed(gram, [square, weights.get("momentum", 1.0), float(step.history.fused)])
             word = step.ranks.total(word) / step.ranks.size
-            gram, (square, weight) = mixing.unpacked(word, len(columns))
+            gram, (square, weight, fused) = mixing.unpacked(word, len(columns))
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
+            self.fused = fused == 1  # else some rank has no compiler, and they would round differently
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
         ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf)
         if ready and (local_sgd or pending is not None):
@@ -219,6 +227,7 @@ class Decisions:
             (scaled - solution.gamma) - (1 - beta) * scaled,
             1 - beta,
             solution.mean if checked else None,
+            self.fused,
         )
         promise = None
         if settings.safeguard:

@@ -1,4 +1,4 @@
-"""A number on its way from a device to the host."""
+"""Numbers on their way between host and device, without either waiting for the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Deferred:
         self._event: torch.cuda.Event | None = None
         self._number = number.detach()
         if number.device.type == "cuda":
-            host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True)
+            host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True, device="cpu")
             self._number = host.copy_(number.detach(), non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(number.device))
@@ -29,3 +29,10 @@ class Deferred:
         if self._event is not None:
             self._event.synchronize()
         return float(self._number)
+
+
+def handed(numbers: Tensor, device: torch.device) -> Tensor:
+    """A few numbers of the host on a device; a copy from memory that is not pinned would wait for the device."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)

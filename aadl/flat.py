@@ -61,6 +61,7 @@ class FlatRow:
         self.whole_sizes = [_real(t.detach()).numel() for t in templates]
         self.whole = sum(self.whole_sizes)
         index, count = part
+        self.is_window = count > 1
         self.window_length = -(-self.whole // count)
         bounds = [min(i * self.window_length, self.whole) for i in (index, index + 1)]
         self.window = slice(*bounds)
@@ -74,7 +75,7 @@ class FlatRow:
             ends.append(ends[-1] + size)
         clipped = [min(max(end, self.window.start), self.window.stop) for end in ends]
         self._inside = [slice(clipped[i] - ends[i], clipped[i + 1] - ends[i]) for i in range(len(self.whole_sizes))]
-        self._spans = _spans([part.stop - part.start for part in self._inside], self.piece, cut)
+        self._spans = _spans([inside.stop - inside.start for inside in self._inside], self.piece, cut)
         self._views: _Views | None = None
         self._stage: Tensor | None = None
 
@@ -151,8 +152,9 @@ class FlatRow:
         for tensor, order, inside in zip(tensors, self.orders, self._inside, strict=True):
             seen = None if tensor is None else _ordered(_real(tensor.detach()), order)
             ordered.append(seen)
-            shared = seen is not None and seen.reshape(-1).data_ptr() == seen.data_ptr()
-            flat.append(seen.reshape(-1)[inside] if seen is not None and shared else None)
+            row = None if seen is None else seen.reshape(-1)
+            shared = row is not None and seen is not None and row.data_ptr() == seen.data_ptr()
+            flat.append(row[inside] if row is not None and shared else None)
         complete = [part for part in flat if part is not None]
         heads = [part[:SAMPLE] for part in complete] if len(complete) == len(flat) else None
         self._views = _Views(tensors, places, ordered, flat, heads)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from aadl import kernels
+from aadl.deferred import handed
 from aadl.flat import FlatRow
 from aadl.mixing import Gram, filled_products, host_tensor, needed_products
 from aadl.ranks import Ranks
@@ -76,7 +77,11 @@ class Block:
 
     @property
     def is_window(self) -> bool:
-        return self.row.numel < self.row.whole or self.row.window_length < self.row.whole
+        return self.row.is_window
+
+    def forget_fetch(self) -> None:
+        """What was on its way to the host is of no use any more."""
+        self._fetched, self._arrival = False, None
 
     def read(self, values: Tensors) -> Iterator[tuple[slice, Tensor]]:
         """Pieces of the tensors, on the device of the rows."""
@@ -182,9 +187,8 @@ class History:
         of the pair before goes where the start was, from where `take` can bring it back.
         """
         slot = self.next if self.has_pair else None
-        with kernels.compiling(self.fused):
-            for block, values in zip(self.blocks, tensors, strict=True):
-                _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
+        for block, values in zip(self.blocks, tensors, strict=True):
+            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
         if slot is not None:
             self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
@@ -199,14 +203,22 @@ class History:
                 block.own_start.copy_(block.start)
                 block.start = block.own_start
             for name, tensor in block.tensors.items():
-                if wipe and name.startswith("delta"):
+                if (wipe or block.fused) and name.startswith("delta"):  # compiled kernels read unused rows too
                     tensor.zero_()
         self.columns, self.stale, self.next, self.has_pair = [], [], 0, False
 
     @property
     def fused(self) -> bool:
         """Whether compiled kernels are used."""
-        return any(block.fused for block in self.blocks)
+        return any(block.fused for block in self.blocks) and not kernels.compilation_error()
+
+    @property
+    def sums(self) -> bool:
+        """Whether `gram` is a sum over the ranks.
+
+        Replicas on devices sum there, before the host waits for the products, though they make the same ones.
+        """
+        return self.partial or (self.ranks.size > 1 and self._device().type != "cpu")
 
     def order(self) -> list[int]:
         """Ring slots, oldest column first."""
@@ -244,13 +256,13 @@ class History:
         for block in self.blocks:
             if block.residual is None or block.delta_residual is None:
                 continue
-            with kernels.compiling(block.fused):
-                products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
-            sums[kinds.index(block.kind)].add_(products.to(device), alpha=block.weight)
-        if self.partial:
-            needed = needed_products(tuple(self.stale), count).to(device)
-            word = self.ranks.total(sums.flatten(1)[:, needed]).cpu()
-            sums = torch.stack([filled_products(part, needed.cpu(), shape, self.stale) for part in word])
+            products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
+            weight = block.weight if self.partial else 1 / self.ranks.size if self.sums else 1.0
+            sums[kinds.index(block.kind)].add_(products.to(device), alpha=weight)
+        if self.sums:
+            needed = needed_products(tuple(self.stale), count)
+            word = self.ranks.total(sums.flatten(1).index_select(1, handed(needed, device))).cpu()
+            sums = torch.stack([filled_products(part, needed, shape, self.stale) for part in word])
         return dict(zip(kinds, sums.cpu(), strict=True))
 
     def residual_squares(self) -> Tensor:
@@ -258,7 +270,8 @@ class History:
         squares = torch.zeros(len(KINDS), dtype=torch.float64, device=self._device())
         for block in self.blocks:
             if block.residual is not None:
-                square = kernels.square(block.residual) if block.square is None else block.square
+                alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
+                square = block.square if alone and block.square is not None else kernels.square(block.residual)
                 share = square * block.weight
                 squares[KINDS.index(block.kind)] += share.to(squares.device)
         return self.total(squares)
@@ -278,6 +291,7 @@ class History:
         residual_coefficients: Tensor,
         residual_factor: float,
         mean_coefficients: Tensor | None = None,
+        fused: bool = True,
     ) -> Tensor | None:
         """candidate = g - DG a - DF b - c f, written where the next macro-step may start.
 
@@ -286,6 +300,7 @@ class History:
             residual_coefficients: b, shape (columns,); zeros cost nothing. Applied to the parameters only.
             residual_factor: c. Applied to the parameters only.
             mean_coefficients: s, shape (columns,), or None.
+            fused: whether compiled kernels may be used, which round differently.
 
         Returns:
             With `mean_coefficients`, how far the candidate goes along the (mean) update over the parameters,
@@ -305,8 +320,7 @@ class History:
                     used = mean_coefficients.nonzero().view(-1).tolist()
                     rows = [block.delta_residual[slots[i]] for i in used]
                     along = block.residual, rows, mean_coefficients[used]
-            with kernels.compiling(block.fused):
-                part = kernels.combine(block.own_start, block.mapped, terms, residual, along, block.fused)
+            part = kernels.combine(block.own_start, block.mapped, terms, residual, along, fused and block.fused)
             if part is not None and advance is not None:
                 advance += part.to(advance.device) * block.weight
         return None if advance is None else self.total(advance)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import shutil
 import sysconfig
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from os import environ
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from aadl.deferred import handed
 
 WIDE_PIECE = 16_384
 """Elements per row that are widened to float64 at once, so that a depth-10 ring stays in a second-level cache."""
@@ -151,17 +154,18 @@ def inner_products(ring: Tensor, residual: Tensor, filled: int, slots: Sequence[
     return products
 
 
-_work: dict[tuple[int, int, torch.device], Tensor] = {}
+_local = threading.local()
 
 
 def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
-    """A float64 work area that is kept between calls."""
-    key = rows, length, device
-    if key not in _work:
-        if len(_work) > 8:
-            _work.clear()
-        _work[key] = torch.empty(rows, length, dtype=torch.float64, device=device)
-    return _work[key]
+    """A float64 work area that this thread (and stream) keeps between calls."""
+    work: dict[Any, Tensor] = _local.__dict__.setdefault("work", {})
+    key = rows, length, device, torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    if key not in work:
+        if len(work) > 8:
+            work.clear()
+        work[key] = torch.empty(rows, length, dtype=torch.float64, device=device)
+    return work[key]
 
 
 def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Tensor | None:
@@ -246,12 +250,14 @@ def combine(
     Returns:
         <out - base, u> as a float64 tensor without dimensions, or None without `along`.
     """
-    numbers = [coefficients.to(out.device, out.dtype) for _, coefficients in terms]
+    numbers = [handed(coefficients.to(out.dtype), out.device) for _, coefficients in terms]
     rings = [ring for ring, _ in terms]
-    factor = None if residual is None else torch.tensor(residual[1], dtype=out.dtype, device=out.device)
     if fused and out.numel():
         vector = None if residual is None else residual[0]
-        update = None if along is None else (along[0], along[1], along[2].to(out.device, out.dtype))
+        factor = None
+        if residual is not None:
+            factor = handed(torch.tensor(residual[1], dtype=out.dtype, device="cpu"), out.device)
+        update = None if along is None else (along[0], along[1], handed(along[2].to(out.dtype), out.device))
         result = _run_compiled(_combination, out, base, rings, numbers, vector, factor, update)
         if result is not None:
             return result if along is not None else None
@@ -274,6 +280,8 @@ def _combine_pieces(
 ) -> Tensor | None:
     numel = out.numel()
     longest = max(numel, 1) if out.device.type != "cpu" or numel <= 2 * COMBINE_PIECE else COMBINE_PIECE
+    if out.device.type != "cpu" and any(ring.dtype != out.dtype for ring, _ in terms):
+        longest = WIDE_PIECE_ACCELERATOR  # rows are widened piece by piece
     advance = torch.zeros((), dtype=torch.float64, device=out.device)
     mean = [] if along is None else along[2].tolist()
     for start in range(0, numel, longest):
@@ -334,25 +342,10 @@ def _can_compile() -> bool:
     return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
-@contextmanager
-def compiling(fused: bool) -> Iterator[None]:
-    """Around a pass that may compile a kernel: quietly, and as many variants as there are.
-
-    There is one per number of rows and right sides, type of the rows, and option of `store`; the few that a run needs
-    are compiled once each, but they may be more than torch allows by default.
-    """
-    if not fused or _broken:
-        yield
-        return
-    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
-        warnings.simplefilter("ignore")
-        yield
-    if _broken:
-        warnings.warn(f"aadl goes on with uncompiled kernels, torch.compile failed: {_broken[0]}", stacklevel=2)
-
-
 _broken: list[str] = []
 """Why the compiled kernels do not work here, once that is known."""
+_made: set[tuple[Any, ...]] = set()
+"""Variants that were compiled: one per kernel, number of rows and right sides, type of the rows, and option."""
 
 
 def compilation_error() -> str:
@@ -362,15 +355,34 @@ def compilation_error() -> str:
 
 @cache
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True)
 
 
 def _run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
     """The result of the compiled function, or None where it cannot be compiled."""
-    if _broken:
+    # with compilation switched off or a dispatch mode on, torch would run the function as it is written, row by row
+    if _broken or torch._dynamo.config.disable or torch._C._len_torch_dispatch_stack():
         return None
+    variant = function, *map(_kind_of, arguments)
     try:
-        return _compiled(function)(*arguments)
+        if variant in _made:
+            return _compiled(function)(*arguments)
+        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+            warnings.simplefilter("ignore")  # what compilers say of themselves
+            result = _compiled(function)(*arguments)
+        _made.add(variant)
+        return result
     except Exception as error:  # whatever compilers, headers and caches can do to us; the plain kernels always work
         _broken.append(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-        return None
+    with suppress(Warning):  # where warnings are errors, a notice must not end a step halfway
+        warnings.warn(f"aadl goes on with uncompiled kernels, torch.compile failed: {_broken[0]}", stacklevel=2)
+    return None
+
+
+def _kind_of(argument: Any) -> Any:
+    """What makes torch compile another variant."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.device.type, argument.dim()
+    if isinstance(argument, list | tuple):
+        return tuple(map(_kind_of, argument))
+    return argument

@@ -33,6 +33,11 @@ class Layout:
         self.parameters, self.identity, self.groups = parameters, identity_of(parameters), grouped(parameters)
         self._settings, self._partitioned = settings, partitioned
         self._seen: tuple[Look, list[Tensors]] | None = None
+        most = max(map(shards_of, parameters), default=1)
+        if not partitioned and ranks.size % most:
+            raise ValueError(
+                f"process_group must hold every shard of the parameters: some have {most}, it has {ranks.size} ranks"
+            )
         cut = partitioned or settings.shard_history or any(shards_of(p) > 1 for p in parameters)
         self.history = History(settings.history_depth, [], ranks, partial=cut and ranks.size > 1)
         self.history.blocks += self._blocks("parameters")
@@ -75,9 +80,9 @@ class Layout:
     def sample(self, tensors: list[Tensors]) -> list[Tensor]:
         """Some elements of every parameter.
 
-        None on a device, which the host would have to wait for, and none of parts, about which ranks might disagree.
+        None on a device, which the host would have to wait for, and none of DTensors, about which ranks might disagree.
         """
-        if self.history.partial:
+        if self.history.partial and not self.asks:
             return []
         return [
             block.row.sample(values)
@@ -85,9 +90,17 @@ class Layout:
             if block.kind == "parameters" and block.row.device.type == "cpu"
         ]
 
+    @property
+    def asks(self) -> bool:
+        """Whether ranks must ask each other if somebody wrote to a tensor, because each sees its own ones only.
+
+        Not about DTensors, which all ranks change together.
+        """
+        return self.history.partial and (self._partitioned or self._settings.shard_history)
+
     def rows(self) -> dict[str, Tensor]:
         """The vectors of the history by name, see aadl.state."""
-        return state.rows_of(self.history, self.groups, self.history.ranks)
+        return state.rows_of(self.history, self.groups, self._settings.shard_history)
 
     def _blocks(self, kind: str) -> list[Block]:
         settings, ranks = self._settings, self.history.ranks

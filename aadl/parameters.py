@@ -62,9 +62,9 @@ def grouped(parameters: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
     return list(groups.values())
 
 
-def identity_of(parameters: list[Tensor]) -> list[tuple[int, torch.Size]]:
-    """Changes when parameters come, go or get another shape."""
-    return [(id(p), p.shape) for p in parameters]
+def identity_of(parameters: list[Tensor]) -> list[tuple[Any, ...]]:
+    """Changes when parameters come, go, or get another shape, type or device."""
+    return [(id(p), p.shape, p.dtype, p.device) for p in parameters]
 
 
 def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
@@ -81,15 +81,15 @@ class Rates:
 
     def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
         """The rates of those groups that have one."""
-        return [self._number(group["lr"]) for group in groups if "lr" in group]
+        return [self._number(i, group["lr"]) for i, group in enumerate(groups) if "lr" in group]
 
-    def _number(self, rate: Any) -> float:
+    def _number(self, place: int, rate: Any) -> float:
         if not isinstance(rate, Tensor) or rate.device.type == "cpu":
             return float(rate)
-        tensor, version, number = self._known.get(id(rate), (None, -1, 0.0))
+        tensor, version, number = self._known.get(place, (None, -1, 0.0))
         if tensor is not rate or version != rate._version:
             number = float(rate)
-            self._known[id(rate)] = rate, rate._version, number
+            self._known[place] = rate, rate._version, number
         return number
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +122,3 @@ def _shifted(placement: Any, by: int) -> Any:
         return placement
     fields = {name: getattr(placement, name) for name in ("dim", "split_factor") if hasattr(placement, name)}
     return type(placement)(**(fields | {"dim": placement.dim + by}))
-
-
-def weights_of(tensors: Sequence[Tensor], ranks: Ranks) -> float:
-    """Share of each copy in a sum over all ranks: 1 / copies, the same for all these tensors."""
-    return shards_of(tensors[0]) / ranks.size if tensors else 1.0

@@ -14,24 +14,25 @@ import torch
 from torch import Tensor
 
 from aadl.history import Block, Column, History
-from aadl.ranks import Ranks, is_sharded, like, local, sharded_row
+from aadl.ranks import is_sharded, like, local, sharded_row
 
 
-def rows_of(history: History, groups: Sequence[Sequence[tuple[int, Tensor]]], ranks: Ranks) -> dict[str, Tensor]:
+def rows_of(history: History, groups: Sequence[Sequence[tuple[int, Tensor]]], flat: bool) -> dict[str, Tensor]:
     """Views of all vectors; nothing is copied.
 
     Args:
         history: its blocks of parameters and, if any, of momentum, each in the order of `groups`.
         groups: (position among all trainable parameters, parameter) of each block.
-        ranks: those that share a sharded history.
+        flat: whether rows are saved as they are, for a sharded history, rather than by parameter.
     """
     rows: dict[str, Tensor] = {}
     for number, block in enumerate(history.blocks):
         group = groups[number % len(groups)]
         for name, tensor in block.tensors.items():
             leading = tensor.dim() - 1
-            if block.is_window:
-                rows[f"{block.kind}.row{number % len(groups)}.{name}"] = sharded_row(tensor, block.row.whole, ranks)
+            if flat:
+                row = sharded_row(tensor, block.row.whole, history.ranks) if block.is_window else tensor
+                rows[f"{block.kind}.row{number % len(groups)}.{name}"] = row
                 continue
             for (position, parameter), view in zip(group, block.row.logical_views(tensor), strict=True):
                 rows[f"{block.kind}.{position}.{name}"] = like(parameter, view, leading)

@@ -11,7 +11,6 @@ from small_runs import EAGER, identical
 
 import aadl
 from aadl.history import Column, History, make_block
-from aadl.ranks import Ranks
 from aadl.state import books_of, check_rows, load_rows, nbytes, parsed_books, restore_books, rows_of
 
 ONE = [[(0, torch.zeros(50))]]
@@ -20,12 +19,12 @@ ONE = [[(0, torch.zeros(50))]]
 
 def saved(history):
     """Rows and books on their way through a file."""
-    rows = {name: row.clone() for name, row in rows_of(history, ONE, Ranks()).items()}
+    rows = {name: row.clone() for name, row in rows_of(history, ONE, False).items()}
     return rows, json.dumps(books_of(history))
 
 
 def restore(history, rows, books):
-    wanted = rows_of(history, ONE, Ranks())
+    wanted = rows_of(history, ONE, False)
     check_rows(rows, wanted)
     load_rows(rows, wanted)
     parsed = json.loads(books)
@@ -92,15 +91,15 @@ def test_damaged_books_are_found_before_anything_is_changed(books):
 def test_the_rows_of_another_history_are_refused(other, message):
     rows, _ = saved(make_history())
     with pytest.raises(ValueError, match=message):
-        check_rows(rows, rows_of(make_history(**other), ONE, Ranks()))
-    check_rows(rows, rows_of(make_history(), ONE, Ranks()))
+        check_rows(rows, rows_of(make_history(**other), ONE, False))
+    check_rows(rows, rows_of(make_history(), ONE, False))
 
 
 def test_the_rows_of_other_shapes_are_refused():
     rows, _ = saved(make_history())
     history = History(3, [make_block("parameters", [torch.zeros(5, 10, dtype=torch.float64)], 3, True, None)])
     with pytest.raises(ValueError, match=r"other shapes: parameters\.0\.delta_mapped has shape \(3, 50\), not \(3, 5"):
-        check_rows(rows, rows_of(history, [[(0, torch.zeros(5, 10))]], Ranks()))
+        check_rows(rows, rows_of(history, [[(0, torch.zeros(5, 10))]], False))
 
 
 def test_rows_are_named_after_positions_and_shaped_like_the_parameters():
@@ -109,7 +108,7 @@ def test_rows_are_named_after_positions_and_shaped_like_the_parameters():
     blocks = [make_block(kind, part, 4, kind == "parameters", None)
               for kind in ("parameters", "momentum") for part in (templates, wide)]  # fmt: skip
     groups = [[(0, templates[0]), (2, templates[1]), (4, templates[2])], [(1, wide[0]), (3, wide[1])]]
-    rows = rows_of(History(4, blocks), groups, Ranks())
+    rows = rows_of(History(4, blocks), groups, False)
     shapes = {0: (2, 3, 4, 5), 1: (2,), 2: (7,), 3: (2, 3, 2), 4: (0, 3)}
     names = {"delta_mapped": (4,), "mapped": (), "start": ()}
     expected = {f"momentum.{i}.{name}": lead + shape for i, shape in shapes.items() for name, lead in names.items()}
@@ -124,11 +123,11 @@ def test_rows_are_named_after_positions_and_shaped_like_the_parameters():
 def test_tensors_that_are_in_place_are_left_alone():
     """torch.distributed.checkpoint loads into the rows themselves."""
     history = filled_history(random_pairs(3))
-    rows = rows_of(history, ONE, Ranks())
+    rows = rows_of(history, ONE, False)
     versions = [row._version for row in rows.values()]
-    load_rows(rows, rows_of(history, ONE, Ranks()))
+    load_rows(rows, rows_of(history, ONE, False))
     assert [row._version for row in rows.values()] == versions
-    load_rows({name: row.clone() for name, row in rows.items()}, rows_of(history, ONE, Ranks()))
+    load_rows({name: row.clone() for name, row in rows.items()}, rows_of(history, ONE, False))
     assert all(row._version > version for row, version in zip(rows.values(), versions, strict=True))
 
 
