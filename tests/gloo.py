@@ -1,5 +1,7 @@
 """Runs a function on several processes joined by gloo; a module of its own so that the processes can import it."""
 
+import gc
+import os
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,4 +37,8 @@ def _run_rank(rank: int, world_size: int, folder: Path, function: Callable[..., 
     result = function(rank, world_size, *args)
     (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
     dist.barrier()
+    # Wrappers of models own threads. Where one outlives its process group, torch aborts at exit now and then
+    # ("terminate called without an active exception"), so the interpreter is left without its farewell.
+    gc.collect()
     dist.destroy_process_group()
+    os._exit(0)
