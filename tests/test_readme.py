@@ -28,8 +28,8 @@ def run(code, folder, ranks=1):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", "-c", code]
     if ranks > 1:
-        # Warnings of torch's own parts are not ours to mend, nor that gloo aborts now and then when the interpreter ends
-        # after the process group did ("terminate called without an active exception").
+        # Warnings of torch's own parts are not ours to mend, nor that gloo aborts now and then at the interpreter's end
+        # ("terminate called without an active exception").
         code += "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
         (folder / "example.py").write_text(code, "utf-8")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
