@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import sysconfig
 import threading
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -354,8 +355,11 @@ def compilation_error() -> str:
 
 
 @cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function, dynamic=True)
+def _compiled(function: Callable[..., Tensor], variant: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """A compiled copy of the function for one variant: torch counts recompilations, and gives up, by code object."""
+    del variant
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, dynamic=True)
 
 
 def _run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
@@ -366,10 +370,10 @@ def _run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | 
     variant = function, *map(_kind_of, arguments)
     try:
         if variant in _made:
-            return _compiled(function)(*arguments)
-        with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):
+            return _compiled(function, variant)(*arguments)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what compilers say of themselves
-            result = _compiled(function)(*arguments)
+            result = _compiled(function, variant)(*arguments)
         _made.add(variant)
         return result
     except Exception as error:  # whatever compilers, headers and caches can do to us; the plain kernels always work

@@ -227,7 +227,7 @@ def test_weights_of_losses_that_are_none(weight):
 def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, monkeypatch):
     calls = []
 
-    def compiled(function):
+    def compiled(function, variant):
         calls.append(function)
         if function is failing:
             raise RuntimeError("no compiler")

@@ -229,7 +229,7 @@ class Failing:
     def __init__(self, when):
         self.when, self.calls = when, 0
 
-    def __call__(self, function):
+    def __call__(self, function, variant):
         self.calls += 1
         if self.when == "at once":
             raise RuntimeError("no compiler\nand a long story")
