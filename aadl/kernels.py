@@ -169,6 +169,11 @@ def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
     return work[key]
 
 
+def free_work_areas() -> None:
+    """Give back what `_scratch` keeps for this thread."""
+    _local.__dict__.clear()
+
+
 def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Tensor | None:
     """As `inner_products`, all rows of the ring. Each pass leaves out the rows whose products are known by symmetry."""
     depth = ring.shape[0]

@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import aadl
+from aadl import kernels
 from benchmarks import machine
 from benchmarks.machine import Spread, spread, time_call
 from benchmarks.shapes import resnet50_shapes
@@ -292,6 +293,7 @@ def measure(case: Case, device: str, repeats: int) -> Result:
     Raises:
         RuntimeError: a round in which no candidate was accepted, or the history was lost: nothing to time.
     """
+    kernels.free_work_areas()  # those of earlier cases would be missed when they go
     problem = Problem(case.parameters, device)
     times: dict[str, list[float]] = {}
     first: Memory | None = None
