@@ -247,8 +247,8 @@ plain step; the last two exclude the store. The largest disagreement is {worst.n
 The model counts the least bytes an event can move, at 1/1.3 of the copy bandwidth. What it does not see: the
 arithmetic of the inner products in float64, the check of the candidate's direction, and, the other way, vectors that
 stay in the last-level cache from one step to the next (a store event touches few, and can beat the model). Ratios
-differ from run to run by up to a factor of two, as the host is shared; gloo's all-reduce of a kilobyte by far more, 0.17
-to 3.4 ms where one number takes 0.05 ms.
+differ from run to run by up to a factor of two, as the host is shared; gloo's all-reduce of a kilobyte by far more,
+0.17 to 3.4 ms where one number takes 0.05 ms.
 
 ## The machines
 
