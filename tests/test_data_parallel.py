@@ -107,7 +107,7 @@ def world(request, tmp_path_factory):
 def test_replicas_at_odds_stay_bit_identical(world, name):
     size, outcomes, _ = world
     if name not in outcomes[0]:
-        pytest.skip("on two ranks only")
+        pytest.skip("runs on two ranks: four ranks take a choice of the variants, to save time")
     ours = [outcome[name] for outcome in outcomes]
     assert agree(ours)
     assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours)
@@ -132,7 +132,7 @@ def test_one_word_of_a_kilobyte_for_each_acceleration_and_none_else(world, name)
     _, outcomes, _ = world
     _, closure, _ = VARIANTS[name]
     if name not in outcomes[0]:
-        pytest.skip("on two ranks only")
+        pytest.skip("runs on two ranks: four ranks take a choice of the variants, to save time")
     for outcome in (outcome[name] for outcome in outcomes):
         judged = 0
         for calls, events in zip(outcome["own"], outcome["events"], strict=True):
@@ -153,7 +153,7 @@ def test_one_word_of_a_kilobyte_for_each_acceleration_and_none_else(world, name)
 def test_a_shared_history_takes_a_part_of_the_memory_and_changes_nothing(world, name):
     size, _, outcomes = world
     if (name, True) not in outcomes[0]:
-        pytest.skip("on two ranks only")
+        pytest.skip("runs on two ranks: four ranks take a choice of the variants, to save time")
     elements = ELEMENTS.get(name, 83)
     whole = [outcome[name, False] for outcome in outcomes]
     parts = [outcome[name, True] for outcome in outcomes]

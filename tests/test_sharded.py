@@ -138,7 +138,7 @@ def test_shards_decide_and_move_like_one_process_with_everything(world, referenc
     expected = references[name]
     layouts = [layout for layout, variant in (key for key in outcomes[0] if isinstance(key, tuple)) if variant == name]
     if size == 4 and name not in ON_FOUR["one dimension"]:
-        pytest.skip("on two ranks only")
+        pytest.skip("runs on two ranks: four ranks take a choice of the variants, to save time")
     assert len(layouts) >= 1
     for layout in layouts:
         ours = [outcome[layout, name] for outcome in outcomes]
@@ -178,7 +178,7 @@ def test_the_loss_is_that_of_the_candidate_and_not_of_gathered_copies(world, ref
     """The other half: without resharding between the trials both see the same weights, and no loss ever falls."""
     size, outcomes = world
     if size == 4:
-        pytest.skip("on two ranks only")
+        pytest.skip("runs on two ranks: four ranks take a choice of the variants, to save time")
     assert counts_of(outcomes[0]["one dimension", "loss"]) == counts_of(references["loss"])
     stale = outcomes[0]["stale"]
     assert stale["statistics"]["closure_evaluations"] > 0
