@@ -17,6 +17,7 @@ from experiments.config import load_config
 from experiments.execute import execute_experiment
 from experiments.figures import draw_figures
 from experiments.launch import ranks_from_environment
+from experiments.record import read_run
 from experiments.summarize import summarize
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -137,15 +138,25 @@ def _reproduce(options: argparse.Namespace) -> None:
         execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
     if ranks.rank == 0:
         for config in configs:
-            comparison = read_comparison(options.results / config.experiment / config.scale)
-            for path in draw_figures(comparison):
-                print(path)
-            print(summarize(comparison))
+            folder = options.results / config.experiment / config.scale
+            if _has_tables(folder):
+                comparison = read_comparison(folder)
+                for path in draw_figures(comparison):
+                    print(path)
+                print(summarize(comparison))
         print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
 
 
+def _has_tables(folder: Path) -> bool:
+    """Whether there are figures and tables for the records of a folder; said on stderr if not."""
+    if any(read_run(path).is_pinn for path in list(folder.glob("*/seed-*.h5"))[:1]):
+        print(f"{folder}: no figures and tables for physics-informed networks yet", file=sys.stderr)
+        return False
+    return True
+
+
 def _figures(options: argparse.Namespace) -> None:
-    for folder in find_folders(options.results, options.only):
+    for folder in filter(_has_tables, find_folders(options.results, options.only)):
         for path in draw_figures(read_comparison(folder)):
             print(path)
             if options.docs:
@@ -156,7 +167,7 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _summarize(options: argparse.Namespace) -> None:
-    for folder in find_folders(options.results, options.only):
+    for folder in filter(_has_tables, find_folders(options.results, options.only)):
         print(summarize(read_comparison(folder)))
 
 

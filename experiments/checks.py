@@ -5,11 +5,14 @@ A value of the wrong kind raises ValueError with the key, the value and what is 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,6 +101,18 @@ def _sizes(value: Any) -> tuple[int, ...]:
     return tuple(integer(1).parse(entry) for entry in value)
 
 
+def _some_sizes(value: Any) -> tuple[int, ...]:
+    if not value:
+        raise ValueError
+    return _sizes(value)
+
+
+def _options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError
+    return dict(value)
+
+
 MAX_SEEDS = 100_000
 SEED_BELOW = 2**31
 
@@ -125,6 +140,8 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 TEXT = Kind("a text that is not empty", _text)
 SIZES = Kind("a list of integers >= 1", _sizes)
+SOME_SIZES = Kind("a list of at least one integer >= 1", _some_sizes)
+OPTIONS = Kind("a mapping from names of options to values", _options)
 BOOLEAN = Kind("true or false", _boolean)
 SEEDS = Kind(
     f'one or several different integers >= 0 and < {SEED_BELOW}, at most {MAX_SEEDS} of them, as 3, [0, 1, 2] or "0-9"',
@@ -138,15 +155,21 @@ NAME = Kind(
 
 
 def setting(kind: Kind, default: Any = MISSING) -> Any:
-    """A dataclass field that carries its kind."""
+    """A dataclass field that carries its kind; a default that may be changed, as {}, is copied for each object."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"kind": kind})
     return field(default=default, metadata={"kind": kind})
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def read_settings(cls: type[Any], raw: Any, where: str) -> Any:
     """A settings dataclass from a raw mapping.
 
     Args:
-        cls: dataclass whose fields were made by `setting`.
+        cls: dataclass; the fields made by `setting` are settings, others are no keys.
         raw: mapping from YAML, or None for all defaults.
         where: key of the mapping, for messages.
 
@@ -154,13 +177,14 @@ def read_settings(cls: type[Any], raw: Any, where: str) -> Any:
         ValueError: unknown or missing key, or a value that the key's kind refuses.
     """
     raw = as_mapping(raw, where)
-    refuse_unknown(raw, {entry.name: entry.default for entry in fields(cls)}, where)
+    settings = [entry for entry in fields(cls) if "kind" in entry.metadata]
+    refuse_unknown(raw, {entry.name: _default(entry) for entry in settings}, where)
     values = {}
-    for entry in fields(cls):
+    for entry in settings:
         key = f"{where}.{entry.name}"
         if entry.name in raw:
             values[entry.name] = parse_value(raw[entry.name], entry.metadata["kind"], key)
-        elif entry.default is MISSING:
+        elif _default(entry) is MISSING:
             raise ValueError(f"{key} is missing; it must be {entry.metadata['kind'].allowed}")
     return cls(**values)
 
@@ -192,20 +216,47 @@ def refuse_unknown(raw: Mapping[str, Any], defaults: Mapping[str, Any], where: s
 
 @dataclass(frozen=True)
 class Component:
-    """A class of torch by name, with its keyword arguments: an optimizer or a learning-rate scheduler."""
+    """A class by name, with its keyword arguments: an optimizer or a learning-rate scheduler."""
 
     name: str
     arguments: dict[str, Any]
 
 
-def read_component(raw: Any, module: Any, where: str) -> Component:
-    """A class of `module` with a `step` method, its arguments checked against its signature."""
-    raw = dict(as_mapping(raw, where))
-    classes = {
+@cache
+def second_order_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers of `experiments.second_order`: they ask the closure for residuals and their Jacobian."""
+    if importlib.util.find_spec("experiments.second_order") is None:
+        return {}
+    return {
+        name: member
+        for name, member in vars(importlib.import_module("experiments.second_order")).items()
+        if inspect.isclass(member) and issubclass(member, torch.optim.Optimizer) and name != "Optimizer"
+    }
+
+
+@cache
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers that a configuration may name: torch's, and `second_order_optimizers`."""
+    return _with_step(torch.optim) | second_order_optimizers()
+
+
+@cache
+def schedulers() -> dict[str, type[torch.optim.lr_scheduler.LRScheduler]]:
+    """The learning-rate schedulers of torch."""
+    return _with_step(torch.optim.lr_scheduler)
+
+
+def _with_step(module: Any) -> dict[str, Any]:
+    return {
         name: member
         for name, member in vars(module).items()
         if inspect.isclass(member) and hasattr(member, "step") and name not in ("Optimizer", "LRScheduler")
     }
+
+
+def read_component(raw: Any, classes: Mapping[str, type[Any]], where: str) -> Component:
+    """One of the classes, by name, its arguments checked against its signature."""
+    raw = dict(as_mapping(raw, where))
     name = raw.pop("name", None)
     if name not in classes:
         raise ValueError(f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}")
@@ -224,17 +275,13 @@ def _refuse_not_finite(raw: Mapping[str, Any], where: str) -> None:
 
 
 def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer of torch over the given parameters."""
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, component.name)(parameters, **component.arguments)
-    return optimizer
+    """The optimizer over the given parameters."""
+    return optimizers()[component.name](parameters, **component.arguments)
 
 
 def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate scheduler of torch over the given optimizer."""
-    scheduler: torch.optim.lr_scheduler.LRScheduler = getattr(torch.optim.lr_scheduler, component.name)(
-        optimizer, **component.arguments
-    )
-    return scheduler
+    return schedulers()[component.name](optimizer, **component.arguments)
 
 
 def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
@@ -249,7 +296,7 @@ def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_scheduler(component: Component) -> None:
+def check_scheduler(component: Component, where: str) -> None:
     """Builds the scheduler on a dummy optimizer and steps once, so that what torch refuses is refused before training.
 
     Some classes look at their arguments only in `step`, and one needs an argument there that the training has not.
@@ -260,7 +307,7 @@ def check_scheduler(component: Component) -> None:
         optimizer.step()  # torch warns of a scheduler that steps first
         scheduler.step()
     except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise ValueError(f"training.scheduler: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:

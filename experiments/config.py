@@ -11,18 +11,21 @@ import math
 import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from data_loaders.collocation import KINDS, MAX_POOL, MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
 from experiments.checks import (
     BOOLEAN,
     NAME,
+    OPTIONS,
     SEEDS,
     SIZES,
+    SOME_SIZES,
     TEXT,
     Component,
     Kind,
@@ -33,15 +36,20 @@ from experiments.checks import (
     choice,
     integer,
     number,
+    optimizers,
     optional,
     parse_value,
     read_component,
     read_settings,
     refuse_unknown,
+    schedulers,
+    second_order_optimizers,
     sequence,
     setting,
 )
+from experiments.models.derivatives import RULES
 from experiments.models.mlp import ACTIVATIONS
+from experiments.pinn import load_equation
 
 # Checked against the signature of the class afterwards.
 SCHEDULER = Kind("a mapping with the name of a scheduler of torch", lambda value: value)
@@ -58,17 +66,90 @@ class GraduateAdmissionsConfig:
     data_path: str | None = setting(optional(TEXT), None)
 
 
-PROBLEMS = {"graduate_admissions": GraduateAdmissionsConfig}
+@dataclass(frozen=True)
+class PinnConfig:
+    """A physics-informed network: the equation, the network, and the points where the equation is asked for.
+
+    Attributes:
+        equation: a key of `experiments.burgers.EQUATIONS`, or a Python file, relative to the configuration's.
+        options: arguments of the equation.
+        hidden_sizes: widths of the hidden layers; the inputs are those of the equation, the output is one.
+        activation: smooth, for the equation differentiates it twice.
+        dtype: of weights and points. Points, sources and solutions are computed in float64 and rounded to it.
+        conditions: "soft": the mean squared error on `num_conditions` points of the initial and boundary conditions is
+            added to the loss, times `condition_weight`; "hard": the equation's lift meets them for every network.
+        sampler: of the points.
+        num_points: interior points, over all ranks.
+        num_conditions: points of the conditions, over all ranks; 0 with hard conditions only.
+        condition_weight: see `conditions`.
+        resample_every: iterations after which all points are drawn anew; null: never.
+        adaptive_pool: from the first resampling on, half of the interior points are drawn from this many fresh ones,
+            more of them where the residual of the network is large (`adaptive_points`); null: none are.
+        history_on_resample: "reset": the memories of L-BFGS and of aadl begin anew with the points; "keep": they stay.
+            Neither the moments of Adam nor the window of the published scheme is touched.
+        chunk_points: interior points that are differentiated at a time, which bounds the memory; null: a cache full.
+        compile: whether torch.compile compiles the residual.
+    """
+
+    equation: str = setting(TEXT)
+    options: dict[str, Any] = setting(OPTIONS, {})  # noqa: RUF009
+    hidden_sizes: tuple[int, ...] = setting(SOME_SIZES, (20,) * 8)
+    activation: str = setting(choice(*RULES), "tanh")
+    dtype: str = setting(choice("float32", "float64"), "float32")
+    conditions: str = setting(choice("soft", "hard"), "soft")
+    sampler: str = setting(choice(*KINDS), "latin_hypercube")
+    num_points: int = setting(integer(1), 4096)
+    num_conditions: int = setting(integer(0), 400)
+    condition_weight: float = setting(number(0.0), 1.0)
+    resample_every: int | None = setting(optional(integer(1)), None)
+    adaptive_pool: int | None = setting(optional(integer(1, MAX_POOL + 1)), None)
+    history_on_resample: str = setting(choice("reset", "keep"), "reset")
+    chunk_points: int | None = setting(optional(integer(1)), None)
+    compile: bool = setting(BOOLEAN, False)
+    folder: str = ""
+    """Where the configuration's file is. No setting, and no part of a run's identity."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The training loop. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
+    """Training by epochs. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
 
     epochs: int = setting(integer(1), 100)
     batch_size: int = setting(integer(1), 40)
     scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
     measure_updates: bool = setting(BOOLEAN, False)
+
+
+@dataclass(frozen=True)
+class PinnTrainingConfig:
+    """Training by iterations, which are evaluations of the gradient, however many of them a step takes.
+
+    Attributes:
+        iterations: the run ends with the step that reaches them.
+        evaluate_every: iterations between two evaluations.
+        scheduler: steps once an iteration.
+        max_seconds: of training; the run ends with the step that reaches them. null: no limit.
+        num_threads: of torch.
+        measure_updates: whether the relative standard deviation of consecutive updates is recorded.
+    """
+
+    iterations: int = setting(integer(1), 2000)
+    evaluate_every: int = setting(integer(1), 100)
+    scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
+    max_seconds: float | None = setting(optional(number(0.0)), None)
+    num_threads: int = setting(integer(1), 1)
+    measure_updates: bool = setting(BOOLEAN, False)
+
+
+ProblemConfig = GraduateAdmissionsConfig | PinnConfig
+AnyTrainingConfig = TrainingConfig | PinnTrainingConfig
+
+# The experiments of the suite. Any other name is a user's equation, see `parse_config`.
+EXPERIMENTS: dict[str, type[ProblemConfig]] = {
+    "graduate_admissions": GraduateAdmissionsConfig,
+    "burgers_2d": PinnConfig,
+    "burgers_100d": PinnConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -87,14 +168,34 @@ class PublishedConfig:
 
 
 @dataclass(frozen=True)
+class SecondStage:
+    """What goes on from an iteration on: another optimizer, without the scheduler."""
+
+    after: int
+    optimizer: Component
+    acceleration: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class VariantConfig:
-    """One way to train: an optimizer, and at most one acceleration, and the weights that are evaluated."""
+    """One way to train: an optimizer, and at most one acceleration, and the weights that are evaluated.
+
+    Attributes:
+        then: the second stage, None for none.
+        overrides: settings of "problem" and "training" that this variant has for itself.
+        baseline: name of the variant that it is compared with.
+        index: its place among the variants of the configuration.
+    """
 
     label: str
     optimizer: Component
     acceleration: dict[str, Any] | None = None
     published: PublishedConfig | None = None
     ema_decay: float | None = None
+    then: SecondStage | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    baseline: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +224,8 @@ class ExperimentConfig:
     experiment: str
     scale: str
     seeds: tuple[int, ...]
-    problem: GraduateAdmissionsConfig
-    training: TrainingConfig
+    problem: ProblemConfig
+    training: AnyTrainingConfig
     variants: dict[str, VariantConfig]
     learning_rate: LearningRateStudy | None = None
     batch_size: BatchSizeStudy | None = None
@@ -141,13 +242,23 @@ class RunConfig:
     variant_name: str
     study: str
     seed: int
-    problem: GraduateAdmissionsConfig
-    training: TrainingConfig
+    problem: ProblemConfig
+    training: AnyTrainingConfig
     variant: VariantConfig
 
     def as_json(self) -> str:
-        """The configuration as JSON with sorted keys: two runs are the same if these texts are."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The configuration as JSON with sorted keys: two runs are the same if these texts are.
+
+        What does not change a run is left out: where the file is, which variant it is compared with, its place.
+        """
+        raw = asdict(self)
+        raw["problem"].pop("folder", None)
+        for key in ("baseline", "index"):
+            del raw["variant"][key]
+        for key in ("then", "overrides"):
+            if not raw["variant"][key]:
+                del raw["variant"][key]
+        return json.dumps(raw, sort_keys=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -191,10 +302,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {raw!r}")
+    selected = None
     for text in overrides:
-        raw = _override(raw, text)
+        key, _, value = text.partition("=")
+        if key.strip() == "variants" and value.strip() and not value.lstrip().startswith("{"):
+            selected = [name.strip() for name in value.split(",")]
+        else:
+            raw = _override(raw, text)
     try:
-        return parse_config(raw)
+        return parse_config(raw, Path(path).parent, selected)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -209,15 +325,6 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
         value = yaml.load(value_text, _Loader)
     except (yaml.YAMLError, ValueError):
         raise ValueError(f"--set {key}: {value_text!r} is not a YAML value") from None
-    if keys == ["variants"] and isinstance(value, str):
-        names = [name.strip() for name in value.split(",")]
-        known = raw.get("variants") or {}
-        for name in names:
-            if name not in known:
-                raise ValueError(f"--set variants: unknown variant {name!r}; there are: {', '.join(known)}")
-        if raw.get("studies"):
-            print("--set variants leaves out the studies of the configuration", file=sys.stderr)
-        return {**raw, "variants": {name: known[name] for name in names}, "studies": None}
     result = dict(raw)
     level = result
     for position, part in enumerate(keys[:-1]):
@@ -232,19 +339,29 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     return result
 
 
-def parse_config(raw: Mapping[str, Any]) -> ExperimentConfig:
+def parse_config(
+    raw: Mapping[str, Any], folder: str | Path = ".", only: Sequence[str] | None = None
+) -> ExperimentConfig:
     """Checks a raw mapping, as YAML gives it, and returns the configuration.
+
+    An experiment has one of the names of `EXPERIMENTS`, or any name if `problem.equation` is a Python file.
+
+    Args:
+        raw: the mapping.
+        folder: where its file is; the path of a user's equation starts there.
+        only: names of the variants to keep, in this order, without studies (said on stderr); None keeps all.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range; the message names the key.
     """
     top = {
-        "experiment": (choice(*PROBLEMS), MISSING),
+        "experiment": (NAME, MISSING),
         "scale": (NAME, MISSING),
         "seeds": (SEEDS, MISSING),
         "problem": (None, {}),
         "training": (None, {}),
         "variants": (None, MISSING),
+        "baseline": (optional(NAME), None),
         "studies": (None, {}),
         "expected_minutes": (optional(number(0.0)), None),
     }
@@ -255,82 +372,206 @@ def parse_config(raw: Mapping[str, Any]) -> ExperimentConfig:
         if value is MISSING:
             raise ValueError(f"{key} is missing" + (f"; it must be {kind.allowed}" if kind else ""))
         values[key] = value if kind is None or (key not in raw) else parse_value(value, kind, key)
-    training = read_settings(TrainingConfig, values["training"], "training")
-    if training.scheduler is not None:
-        scheduler = read_component(training.scheduler, torch.optim.lr_scheduler, "training.scheduler")
-        training = replace(training, scheduler=scheduler)
-        check_scheduler(scheduler)
+    raw_problem = as_mapping(values["problem"], "problem")
+    raw_training = as_mapping(values["training"], "training")
+    problem_class = _problem_class(values["experiment"], raw_problem)
+    training = _training(problem_class, raw_training, "training")
     if not isinstance(values["variants"], Mapping) or not values["variants"]:
         raise ValueError(f"variants must be a mapping from names to settings, got {values['variants']!r}")
-    variants = {
-        parse_value(name, NAME, "a name in variants"): _variant(settings, f"variants.{name}")
-        for name, settings in values["variants"].items()
-    }
-    studies = values["studies"] or {}
-    refuse_unknown(as_mapping(studies, "studies"), {"learning_rate": None, "batch_size": None}, "studies")
-    learning_rate = batch_size = None
-    if studies.get("learning_rate") is not None:
-        learning_rate = read_settings(LearningRateStudy, studies["learning_rate"], "studies.learning_rate")
-    if studies.get("batch_size") is not None:
-        batch_size = read_settings(BatchSizeStudy, studies["batch_size"], "studies.batch_size")
-    for key, names in (
+    names = list(values["variants"])
+    for name in only or ():
+        if name not in names:
+            raise ValueError(f"--set variants: unknown variant {name!r}; there are: {', '.join(names)}")
+    if only is not None and values["studies"]:
+        print("--set variants leaves out the studies of the configuration", file=sys.stderr)
+        values["studies"] = None
+    baseline = values["baseline"] or names[0]
+    variants = {}
+    for name in names if only is None else only:
+        parse_value(name, NAME, "a name in variants")
+        variant = _variant(values["variants"][name], f"variants.{name}", problem_class is PinnConfig)
+        variants[name] = replace(variant, baseline=variant.baseline or baseline, index=names.index(name))
+    learning_rate, batch_size = _studies(values["studies"], problem_class)
+    for key, named in (
         ("studies.learning_rate.variants", learning_rate.variants if learning_rate else ()),
         ("studies.batch_size.variant", (batch_size.variant,) if batch_size else ()),
+        ("baseline", (baseline,)),
+        *((f"variants.{name}.baseline", (variant.baseline,)) for name, variant in variants.items()),
     ):
-        for name in names:
-            if name not in variants:
-                raise ValueError(f"{key}: unknown variant {name!r}; there are: {', '.join(variants)}")
-    return ExperimentConfig(
+        for name in named:
+            if name not in names:
+                raise ValueError(f"{key}: unknown variant {name!r}; there are: {', '.join(names)}")
+    config = ExperimentConfig(
         experiment=values["experiment"],
         scale=values["scale"],
         seeds=values["seeds"],
-        problem=read_settings(PROBLEMS[values["experiment"]], values["problem"], "problem"),
+        problem=_problem(problem_class, raw_problem, "problem", folder),
         training=training,
         variants=variants,
         learning_rate=learning_rate,
         batch_size=batch_size,
         expected_minutes=values["expected_minutes"],
     )
+    for name, variant in variants.items():
+        _, training = variant_settings(config, variant, f"variants.{name}.")
+        if variant.then is not None and variant.then.after >= training.iterations:
+            raise ValueError(
+                f"variants.{name}.then.after must be below the {training.iterations} iterations of the run, "
+                f"got {variant.then.after}"
+            )
+    return config
 
 
-def _variant(raw: Any, where: str) -> VariantConfig:
+def _problem_class(experiment: str, raw_problem: Mapping[str, Any]) -> type[ProblemConfig]:
+    if experiment in EXPERIMENTS:
+        return EXPERIMENTS[experiment]
+    equation = raw_problem.get("equation")
+    if isinstance(equation, str) and equation.endswith(".py"):
+        return PinnConfig
+    raise ValueError(
+        f"experiment must be one of {', '.join(EXPERIMENTS)}, got {experiment!r}; any other name needs a "
+        "Python file as problem.equation"
+    )
+
+
+def variant_settings(config: ExperimentConfig, variant: VariantConfig, where: str = "") -> tuple[Any, Any]:
+    """The settings of the problem and of the training of one variant: those of the experiment, with its overrides.
+
+    An override replaces a setting as a whole, `options` included.
+    """
+    problem, training = config.problem, config.training
+    overrides = variant.overrides
+    if isinstance(problem, PinnConfig) and overrides.get("problem"):
+        raw = {**asdict(problem), **overrides["problem"]}
+        folder = raw.pop("folder")
+        if "folder" in overrides["problem"]:
+            raw["folder"] = folder  # no setting: it is refused as any unknown key
+        problem = _problem(PinnConfig, raw, f"{where}problem", problem.folder)
+    if isinstance(training, PinnTrainingConfig) and overrides.get("training"):
+        raw = asdict(training)
+        if training.scheduler is not None:
+            raw["scheduler"] = {"name": training.scheduler.name, **training.scheduler.arguments}
+        training = _training(PinnConfig, {**raw, **overrides["training"]}, f"{where}training")
+    return problem, training
+
+
+def _problem(problem_class: type[ProblemConfig], raw: Mapping[str, Any], where: str, folder: str | Path) -> Any:
+    """The settings of the problem; a PINN's equation is made once, so that what it refuses is refused here."""
+    config = read_settings(problem_class, raw, where)
+    if not isinstance(config, PinnConfig):
+        return config
+    try:
+        equation = load_equation(config.equation, config.options, folder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    columns = equation.num_space + 1
+    largest = max(config.num_points, config.num_conditions, config.adaptive_pool or 0)
+    if config.sampler == "sobol" and columns > MAX_SOBOL_DIMENSION:
+        raise ValueError(
+            f"{where}.sampler must not be sobol for an equation of {columns} dimensions: Sobol points have at most "
+            f"{MAX_SOBOL_DIMENSION}"
+        )
+    if config.sampler == "sobol" and largest > MAX_SOBOL_COUNT:
+        raise ValueError(f"{where}: there are at most {MAX_SOBOL_COUNT} Sobol points, got {largest}")
+    if config.conditions == "soft" and config.num_conditions == 0:
+        raise ValueError(f"{where}.num_conditions must be an integer >= 1 with soft conditions, got 0")
+    if config.conditions == "hard" and equation.lift(equation.sample(_CENTER.repeat(1, columns))) is None:
+        raise ValueError(f"{where}.conditions must be soft, for {equation.label} offers no lift, got 'hard'")
+    if config.adaptive_pool is not None and config.resample_every is None:
+        raise ValueError(f"{where}.adaptive_pool must be null where resample_every is, got {config.adaptive_pool}")
+    if config.adaptive_pool is not None and config.adaptive_pool < config.num_points:
+        raise ValueError(
+            f"{where}.adaptive_pool must be at least num_points = {config.num_points}, got {config.adaptive_pool}"
+        )
+    return replace(config, folder=str(folder))
+
+
+_CENTER = torch.full((1, 1), 0.5, dtype=torch.float64)
+
+
+def _training(problem_class: type[ProblemConfig], raw: Mapping[str, Any], where: str) -> Any:
+    training_class = PinnTrainingConfig if problem_class is PinnConfig else TrainingConfig
+    training = read_settings(training_class, raw, where)
+    if training.scheduler is None:
+        return training
+    scheduler = read_component(training.scheduler, schedulers(), f"{where}.scheduler")
+    check_scheduler(scheduler, f"{where}.scheduler")
+    return replace(training, scheduler=scheduler)
+
+
+def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRateStudy | None, BatchSizeStudy | None]:
+    studies = as_mapping(raw, "studies")
+    known = {"learning_rate": None} if problem_class is PinnConfig else {"learning_rate": None, "batch_size": None}
+    refuse_unknown(studies, known, "studies")
+    learning_rate = batch_size = None
+    if studies.get("learning_rate") is not None:
+        learning_rate = read_settings(LearningRateStudy, studies["learning_rate"], "studies.learning_rate")
+    if studies.get("batch_size") is not None:
+        batch_size = read_settings(BatchSizeStudy, studies["batch_size"], "studies.batch_size")
+    return learning_rate, batch_size
+
+
+def _variant(raw: Any, where: str, is_pinn: bool) -> VariantConfig:
     raw = as_mapping(raw, where)
     known = {"label": None, "optimizer": MISSING, "acceleration": None, "published": None, "ema_decay": None}
+    if is_pinn:
+        known |= {"problem": None, "training": None, "then": None, "baseline": None}
     refuse_unknown(raw, known, where)
-    if raw.get("optimizer") is None:
-        raise ValueError(f"{where}.optimizer is missing; it must be a mapping with the name of an optimizer of torch")
-    optimizer = read_component(raw["optimizer"], torch.optim, f"{where}.optimizer")
-    check_optimizer(optimizer, f"{where}.optimizer")
-    acceleration = published = None
-    if raw.get("acceleration") is not None:
-        acceleration = dict(as_mapping(raw["acceleration"], f"{where}.acceleration"))
-        check_acceleration(optimizer, acceleration, f"{where}.acceleration")
+    optimizer, acceleration = _optimizer(raw, where, is_pinn)
+    published = then = None
     if raw.get("published") is not None:
         published = read_settings(PublishedConfig, raw["published"], f"{where}.published")
     if acceleration is not None and published is not None:
         raise ValueError(f"{where}: acceleration and published exclude each other")
-    decay_kind = optional(number(0.0, 1.0))
+    if raw.get("then") is not None:
+        stage = as_mapping(raw["then"], f"{where}.then")
+        refuse_unknown(stage, {"after": MISSING, "optimizer": MISSING, "acceleration": None}, f"{where}.then")
+        after = parse_value(stage.get("after"), integer(1), f"{where}.then.after")
+        then = SecondStage(after, *_optimizer(stage, f"{where}.then", is_pinn))
     return VariantConfig(
         label=parse_value(raw.get("label", where.rpartition(".")[2]), TEXT, f"{where}.label"),
         optimizer=optimizer,
         acceleration=acceleration,
         published=published,
-        ema_decay=parse_value(raw.get("ema_decay"), decay_kind, f"{where}.ema_decay"),
+        ema_decay=parse_value(raw.get("ema_decay"), optional(number(0.0, 1.0)), f"{where}.ema_decay"),
+        then=then,
+        overrides={
+            key: dict(as_mapping(raw[key], f"{where}.{key}")) for key in ("problem", "training") if raw.get(key)
+        },
+        baseline=parse_value(raw.get("baseline"), optional(NAME), f"{where}.baseline") or "",
     )
 
 
-def expand_runs(config: ExperimentConfig, *, num_rows: int) -> list[RunConfig]:
+def _optimizer(raw: Mapping[str, Any], where: str, is_pinn: bool) -> tuple[Component, dict[str, Any] | None]:
+    """The optimizer and the acceleration of a stage."""
+    if raw.get("optimizer") is None:
+        raise ValueError(f"{where}.optimizer is missing; it must be a mapping with the name of an optimizer of torch")
+    known = {name: kind for name, kind in optimizers().items() if is_pinn or name not in second_order_optimizers()}
+    optimizer = read_component(raw["optimizer"], known, f"{where}.optimizer")
+    check_optimizer(optimizer, f"{where}.optimizer")
+    acceleration = None
+    if raw.get("acceleration") is not None:
+        acceleration = dict(as_mapping(raw["acceleration"], f"{where}.acceleration"))
+        check_acceleration(optimizer, acceleration, f"{where}.acceleration")
+    return optimizer, acceleration
+
+
+def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
     """All runs of an experiment: seed by seed, so that what is compared runs close together in time.
 
     Args:
         config: the experiment.
-        num_rows: training rows; the batch-size study turns its number of steps into epochs with it.
+        num_rows: training rows, None where there are none; the batch-size study turns its number of steps into epochs
+            with it.
 
     Raises:
         ValueError: a batch that is larger than the training set.
     """
 
+    settings = {name: variant_settings(config, variant) for name, variant in config.variants.items()}
+
     def run(variant: str, seed: int, name: str = "", study: str = "", **changes: Any) -> RunConfig:
+        problem, training = settings[variant]
         return RunConfig(
             experiment=config.experiment,
             scale=config.scale,
@@ -338,14 +579,15 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int) -> list[RunConfig]:
             variant_name=variant,
             study=study,
             seed=seed,
-            problem=config.problem,
-            training=changes.get("training", config.training),
+            problem=problem,
+            training=changes.get("training", training),
             variant=changes.get("definition", config.variants[variant]),
         )
 
-    sizes = (config.training.batch_size, *(config.batch_size.sizes if config.batch_size else ()))
-    if max(sizes) > num_rows:
-        raise ValueError(f"a batch of {max(sizes)} rows is larger than the training set of {num_rows}")
+    if num_rows is not None and isinstance(config.training, TrainingConfig):
+        largest = max(config.training.batch_size, *(config.batch_size.sizes if config.batch_size else (1,)))
+        if largest > num_rows:
+            raise ValueError(f"a batch of {largest} rows is larger than the training set of {num_rows}")
     runs = [run(variant, seed) for seed in config.seeds for variant in config.variants]
     if config.learning_rate is not None:
         for seed in config.learning_rate.seeds:
@@ -356,6 +598,7 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int) -> list[RunConfig]:
                     definition = replace(definition, optimizer=replace(definition.optimizer, arguments=arguments))
                     runs.append(run(variant, seed, f"{variant}--lr-{rate:g}", "learning_rate", definition=definition))
     if config.batch_size is not None:
+        assert num_rows is not None and isinstance(config.training, TrainingConfig)
         study = config.batch_size
         for seed in study.seeds:
             for size in study.sizes:

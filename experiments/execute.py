@@ -9,8 +9,9 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,27 @@ import torch
 import torch.distributed as dist
 
 import aadl
-from experiments import graduate_admissions
-from experiments.checks import accelerate, make_optimizer
-from experiments.config import ExperimentConfig, RunConfig, expand_runs
+from experiments import collocation_problem, graduate_admissions
+from experiments.checks import Component, accelerate, make_optimizer, second_order_optimizers
+from experiments.config import ExperimentConfig, GraduateAdmissionsConfig, PinnTrainingConfig, RunConfig, expand_runs
 from experiments.launch import Ranks, start_process_group, stop_process_group
 from experiments.published import PublishedScheme
-from experiments.record import git_state, read_run, run_path, state_of, write_run
-from experiments.train import Problem, progress, train
+from experiments.record import git_state, note_place, read_run, run_path, state_of, write_run
+from experiments.train import Description, Problem, Stage, progress, train
 
-BUILD: dict[str, Callable[[RunConfig, Ranks], Problem]] = {"graduate_admissions": graduate_admissions.build}
+
+def describe(config: Any) -> Description:
+    """What is known of the data of a problem before any run."""
+    if isinstance(config, GraduateAdmissionsConfig):
+        return graduate_admissions.describe(config)
+    return collocation_problem.describe(config)
+
+
+def build(config: RunConfig, ranks: Ranks) -> Problem:
+    """The problem of a run."""
+    if isinstance(config.problem, GraduateAdmissionsConfig):
+        return graduate_admissions.build(config, ranks)
+    return collocation_problem.build(config, ranks)
 
 
 def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress: bool = False) -> Path:
@@ -46,31 +59,27 @@ def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress
         RuntimeError: training or recording failed; the cause is attached.
     """
     path = run_path(results, config)
-    problem = BUILD[config.experiment](config, ranks)
+    if isinstance(config.training, PinnTrainingConfig):
+        torch.set_num_threads(config.training.num_threads)
+    problem = build(config, ranks)
     start = datetime.now(timezone.utc)
+    variant = config.variant
     try:
-        optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-        statistics: Callable[[], Mapping[str, Any]] | None = None
-        if config.variant.acceleration is not None:
-            accelerate(optimizer, config.variant.acceleration)
-            accelerator = aadl.accelerator_of(optimizer)
-
-            def statistics() -> Mapping[str, Any]:
-                return accelerator.statistics
-
-        elif config.variant.published is not None:
-            scheme = PublishedScheme(optimizer, config.variant.published)
-
-            def statistics() -> Mapping[str, Any]:
-                return scheme.statistics
-
+        first = _stage(problem, variant.optimizer, variant.acceleration, 0)
+        if variant.published is not None:
+            scheme = PublishedScheme(first.optimizer, variant.published)
+            first = replace(first, statistics=lambda: scheme.statistics)
+        then = None
+        if variant.then is not None:
+            then = _stage(problem, variant.then.optimizer, variant.then.acceleration, variant.then.after)
         result = train(
             problem,
-            optimizer,
+            first.optimizer,
             config.training,
             ranks,
-            ema_decay=config.variant.ema_decay,
-            statistics=statistics,
+            ema_decay=variant.ema_decay,
+            statistics=first.statistics,
+            then=then,
             show_progress=show_progress and ranks.rank == 0,
         )
         if ranks.rank == 0:
@@ -78,6 +87,16 @@ def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress
     except Exception as error:
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {error}") from error
     return path
+
+
+def _stage(problem: Problem, optimizer: Component, acceleration: Mapping[str, Any] | None, after: int) -> Stage:
+    """An optimizer of the problem, accelerated if so wanted."""
+    made = make_optimizer(optimizer, problem.model.parameters())
+    if acceleration is None:
+        return Stage(made, after=after)
+    accelerate(made, acceleration)
+    accelerator = aadl.accelerator_of(made)
+    return Stage(made, lambda: accelerator.statistics, after)
 
 
 def execute_experiment(
@@ -103,38 +122,61 @@ def execute_experiment(
         OSError: a file cannot be read or written; a folder that cannot is told before any training.
         RuntimeError: a run failed.
     """
-    if ranks.world_size > 1 and any(variant.published is not None for variant in config.variants.values()):
-        raise ValueError(
-            f"the published scheme runs in a single process, not on {ranks.world_size} ranks: name the other variants "
-            f"with --set variants=..."
-        )
-    data, digest = graduate_admissions.read_data(config.problem.data_path)
-    runs = expand_runs(config, num_rows=graduate_admissions.num_train_rows(config.problem))
+    _check_single_process(config, ranks)
+    described = describe(config.problem)
+    runs = expand_runs(config, num_rows=described.num_rows)
+    problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
+    descriptions = {key: describe(problem) for key, problem in problems.items()}
     if ranks.rank == 0:
         _probe(results / config.experiment / config.scale)
     start_process_group(ranks)
     try:
         torch.set_num_threads(1)  # the networks are small: threads cost more than they bring, and disturb the clock
-        pending = _pending(runs, results, digest, ranks.world_size, force) if ranks.rank == 0 else []
+        pending = _pending(runs, results, descriptions, ranks.world_size, force) if ranks.rank == 0 else []
         if ranks.world_size > 1:
             box = [pending]
             dist.broadcast_object_list(box, src=0)
             pending = box[0]
         if ranks.rank == 0:
-            data_text = f"data: {data.source}" + (" (no CSV file found)" if data.source == "surrogate" else "")
+            data_text = f"data: {described.source}" + (
+                " (no CSV file found)" if described.source == "surrogate" else ""
+            )
             _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+            for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
+                _say(note)
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1:
             alone = len(pending) == 1
             finished: Iterator[Any] = (execute_run(run, ranks, results, show_progress=alone) for run in pending)
             for _ in progress(finished, len(pending), "runs", ranks.rank == 0 and not alone):
                 pass
         else:
-            _execute_parallel(pending, ranks, results, num_jobs)
+            threads = max(getattr(run.training, "num_threads", 1) for run in pending)
+            _execute_parallel(pending, ranks, results, max(1, num_jobs // threads))
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0:
         _report_diverged(runs, results)
     return len(pending)
+
+
+def _check_single_process(config: ExperimentConfig, ranks: Ranks) -> None:
+    """Refuses, on several ranks, what runs in a single process.
+
+    Raises:
+        ValueError: a variant with the published scheme, or with an optimizer that needs all residuals.
+    """
+    if ranks.world_size == 1:
+        return
+    for name, variant in config.variants.items():
+        stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
+        single = [f"the optimizer {stage.name}" for stage in stages if stage.name in second_order_optimizers()]
+        if variant.published is not None:
+            single.append("the published scheme")
+        if single:
+            raise ValueError(
+                f"variants.{name}: {single[0]} runs in a single process, not on {ranks.world_size} ranks: name the "
+                "other variants with --set variants=..."
+            )
 
 
 def _probe(folder: Path) -> None:
@@ -180,11 +222,16 @@ def _execute_parallel(pending: list[RunConfig], ranks: Ranks, results: Path, num
             raise
 
 
-def _pending(runs: list[RunConfig], results: Path, digest: str, world_size: int, force: bool) -> list[RunConfig]:
+def _pending(
+    runs: list[RunConfig], results: Path, descriptions: Mapping[str, Description], world_size: int, force: bool
+) -> list[RunConfig]:
     """The runs to make; says what is reused and what is made again, and why."""
     if force:
         return runs
-    states = {id(run): state_of(run_path(results, run), run, digest, world_size) for run in runs}
+    states = {
+        id(run): state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size)
+        for run in runs
+    }
     counts = Counter(states.values())
     if counts["unreadable"]:
         _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
@@ -193,6 +240,9 @@ def _pending(runs: list[RunConfig], results: Path, digest: str, world_size: int,
             f"{counts['changed']} records have other settings, other data or another number of ranks: "
             "these runs are made again"
         )
+    for run in runs:
+        if states[id(run)] == "finished":
+            note_place(run_path(results, run), run)
     if counts["finished"]:
         commit, dirty = git_state()
         same = sum(
@@ -207,9 +257,15 @@ def _pending(runs: list[RunConfig], results: Path, digest: str, world_size: int,
 
 
 def _report_diverged(runs: list[RunConfig], results: Path) -> None:
-    diverged = Counter(run.name for run in runs if read_run(run_path(results, run)).diverged_epoch is not None)
+    diverged: dict[str, list[str]] = {}
+    for run in runs:
+        record = read_run(run_path(results, run))
+        if record.diverged:
+            place = f" at iteration {record.diverged_iteration}" if record.diverged_iteration is not None else ""
+            diverged.setdefault(run.name, []).append(f"seed {run.seed}{place}")
     if diverged:
-        _say("diverged: " + ", ".join(f"{name} ({count} seeds)" for name, count in diverged.items()))
+        told = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
+        _say("diverged: " + ", ".join(told))
 
 
 def _say(text: str) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
-from experiments.config import GraduateAdmissionsConfig, RunConfig
+from experiments.config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP
-from experiments.train import Problem
+from experiments.train import Description, Problem
 
 Batch = tuple[Tensor, Tensor]
 
@@ -25,9 +25,15 @@ def read_data(path: str | None) -> tuple[GraduateAdmissions, str]:
     return data, digest
 
 
-def num_train_rows(config: GraduateAdmissionsConfig) -> int:
-    """Rows of the training set."""
-    return len(split(read_data(config.data_path)[0], config.validation_fraction, config.split_seed)[0])
+def describe(config: GraduateAdmissionsConfig) -> Description:
+    """The table, before any run.
+
+    Raises:
+        ValueError: the table is not as it must be.
+        OSError: the table's file cannot be read.
+    """
+    data, digest = read_data(config.data_path)
+    return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 
 
 def build(config: RunConfig, ranks: Ranks) -> Problem:
@@ -41,10 +47,12 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         ValueError: the table is not as it must be, or a batch cannot be divided among the ranks.
         OSError: the table's file cannot be read.
     """
-    data, digest = read_data(config.problem.data_path)
-    train_rows, validation_rows = split(data, config.problem.validation_fraction, config.problem.split_seed)
+    problem, training = config.problem, config.training
+    assert isinstance(problem, GraduateAdmissionsConfig) and isinstance(training, TrainingConfig)
+    data, digest = read_data(problem.data_path)
+    train_rows, validation_rows = split(data, problem.validation_fraction, problem.split_seed)
     device = device_of(ranks)
-    batch_size = config.training.batch_size
+    batch_size = training.batch_size
     for size in (batch_size, len(train_rows) % batch_size):
         if size % ranks.world_size:
             raise ValueError(f"a batch of {size} rows cannot be divided evenly among {ranks.world_size} ranks")
@@ -63,8 +71,8 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
 
     train_set, validation_set = tensors(train_rows), tensors(validation_rows)
     torch.manual_seed(config.seed)
-    sizes = (data.features.shape[1], *config.problem.hidden_sizes, 1)
-    model = MLP(sizes, config.problem.activation).to(device)
+    sizes = (data.features.shape[1], *problem.hidden_sizes, 1)
+    model = MLP(sizes, problem.activation).to(device)
 
     def epoch_batches(epoch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)

@@ -82,6 +82,7 @@ class PublishedScheme:
             "attempts": 0,
             "accepted": 0,
             "rejected": {"loss": 0, "non_finite": 0},
+            "closure_evaluations": 0,
             "averaging": False,
             "relative_standard_deviation": math.nan,
         }
@@ -140,9 +141,9 @@ class PublishedScheme:
             return
         plain_loss = math.inf
         if self.settings.safeguard and closure is not None:
-            plain_loss = _loss(closure)
+            plain_loss = self._loss(closure)
         self._write(optimizer, candidates)
-        if self.settings.safeguard and closure is not None and not _loss(closure) < plain_loss:
+        if self.settings.safeguard and closure is not None and not self._loss(closure) < plain_loss:
             self._write(optimizer, plain)
             self.statistics["rejected"]["loss"] += 1
             return
@@ -155,7 +156,7 @@ class PublishedScheme:
             for vector, group in zip(vectors, optimizer.param_groups, strict=True):
                 vector_to_parameters(vector.clone(), group["params"])
 
-
-def _loss(closure: Callable[[], Tensor]) -> float:
-    with torch.enable_grad():
-        return float(closure().detach())
+    def _loss(self, closure: Callable[[], Tensor]) -> float:
+        self.statistics["closure_evaluations"] += 1
+        with torch.enable_grad():
+            return float(closure().detach())

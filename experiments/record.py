@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -22,7 +23,7 @@ import torch
 import aadl
 from experiments.config import RunConfig
 from experiments.launch import Ranks, device_of
-from experiments.train import Problem, Result
+from experiments.train import Field, Problem, Result
 
 SCHEMA_VERSION = 1
 
@@ -36,7 +37,11 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "metrics/validation/loss": ("1", "mean squared error on the validation set"),
     "timing/training_seconds": ("s", "time spent in training since the start, without evaluation"),
     "timing/training_cpu_seconds": ("s", "CPU time of the process in training since the start, without evaluation"),
-    "updates/relative_standard_deviation": ("1", "relative standard deviation of consecutive updates over the epoch"),
+    "metrics/train/pde_loss": ("1", "mean squared residual of the equation on the present interior points"),
+    "metrics/train/condition_loss": ("1", "mean squared error on the present points of the conditions, unweighted"),
+    "metrics/evaluations": ("1", "evaluations of the loss since the start, trials included"),
+    "metrics/learning_rate": ("1", "learning rate of the present optimizer"),
+    "updates/relative_standard_deviation": ("1", "relative standard deviation of consecutive updates in the interval"),
     "acceleration/steps": ("1", "optimizer steps since the start"),
     "acceleration/macro_steps": ("1", "macro-steps since the start"),
     "acceleration/attempts": ("1", "accelerations tried since the start"),
@@ -55,15 +60,54 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/coefficient_norm": ("1", "norm of the mixing coefficients gamma for unit columns"),
 }
 
+# The same for series of test sets, whose names end in that of the set.
+ERRORS: dict[str, tuple[str, str]] = {
+    "metrics/validation/relative_l2_": ("1", "L2 norm of the error over that of the exact solution on the test set"),
+    "metrics/validation/mean_absolute_error_": ("1", "mean absolute error on the test set"),
+    "metrics/validation/max_error_": ("1", "largest absolute error on the test set"),
+}
+# Those that mean something else where points are sampled.
+SAMPLED: dict[str, tuple[str, str]] = {"metrics/train/loss": ("1", "training loss on the present points")}
+
+SCALES: dict[str, tuple[str, str]] = {
+    "epoch": ("epoch", "completed passes over the training set"),
+    "iteration": ("1", "evaluations of the gradient, or of a Jacobian, without the trials of an acceleration"),
+}
+
 
 @dataclass(frozen=True)
 class Run:
-    """One recorded run: its root attributes, its configuration, its series by name ("metrics/train/loss")."""
+    """One recorded run.
+
+    Attributes:
+        path: its file.
+        attributes: of the root.
+        config: its configuration.
+        series: by name ("metrics/train/loss").
+        places: where the series were evaluated: epochs, or iterations of a physics-informed network.
+    """
 
     path: Path
     attributes: dict[str, Any]
     config: dict[str, Any]
     series: dict[str, np.ndarray]
+    places: np.ndarray
+
+    @property
+    def is_pinn(self) -> bool:
+        """Whether it is a physics-informed network."""
+        return "equation" in self.attributes
+
+    @property
+    def diverged_iteration(self) -> int | None:
+        """First iteration with a loss that is not finite, None for a run that ended well or has epochs."""
+        iteration = int(self.attributes.get("diverged_iteration", -1))
+        return iteration if iteration >= 0 else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended with a loss that is not finite."""
+        return self.diverged_epoch is not None or self.diverged_iteration is not None
 
     @property
     def diverged_epoch(self) -> int | None:
@@ -97,15 +141,48 @@ def write_run(
     Raises:
         OSError: the folder or the file cannot be written.
     """
+
+    def fill(temporary: str) -> None:
+        with h5py.File(temporary, "w") as file:
+            for name, values in result.series.items():
+                _write_series(file, name, values, result.iterations)
+            _write_fields(file, result.fields)
+            file.attrs.update(_attributes(config, problem, result, ranks, start, end))
+            file.attrs["complete"] = True
+
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, fill)
+
+
+def note_place(path: Path, config: RunConfig) -> None:
+    """Brings what a finished record says of its place among the variants up to date; that needs no new run.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    wanted = _place(config)
+    attributes = read_run(path).attributes
+    if "equation" not in attributes or all(attributes.get(name) == value for name, value in wanted.items()):
+        return
+
+    def fill(temporary: str) -> None:
+        shutil.copyfile(path, temporary)
+        with h5py.File(temporary, "r+") as file:
+            file.attrs.update(wanted)
+
+    _replace(path, fill)
+
+
+def _place(config: RunConfig) -> dict[str, Any]:
+    return {"variant_index": config.variant.index, "baseline": config.variant.baseline}
+
+
+def _replace(path: Path, fill: Callable[[str], None]) -> None:
+    """Puts the file that `fill` writes in the place of another one, at once and whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
     os.close(handle)
     try:
-        with h5py.File(temporary, "w") as file:
-            for name, values in result.series.items():
-                _write_series(file, name, values)
-            file.attrs.update(_attributes(config, problem, result, ranks, start, end))
-            file.attrs["complete"] = True
+        fill(temporary)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes the file private
@@ -115,21 +192,44 @@ def write_run(
         raise
 
 
-def _write_series(file: h5py.File, name: str, values: np.ndarray) -> None:
+def _write_series(file: h5py.File, name: str, values: np.ndarray, iterations: np.ndarray | None) -> None:
     group_name, _, short = name.rpartition("/")
     group = file.require_group(group_name)
-    if "epoch" not in group:  # every group has its own scale: readers such as xarray open one group at a time
-        scale = group.create_dataset("epoch", data=np.arange(len(values), dtype=np.int64))
-        scale.make_scale("epoch")
-        scale.attrs["units"] = "epoch"
-        scale.attrs["long_name"] = "completed passes over the training set"
+    axis = "epoch" if iterations is None else "iteration"
+    if axis not in group:  # every group has its own scale: readers such as xarray open one group at a time
+        places = np.arange(len(values), dtype=np.int64) if iterations is None else iterations
+        scale = group.create_dataset(axis, data=places)
+        scale.make_scale(axis)
+        scale.attrs["units"], scale.attrs["long_name"] = SCALES[axis]
     dataset = group.create_dataset(short, data=values)
-    dataset.dims[0].attach_scale(group["epoch"])
+    dataset.dims[0].attach_scale(group[axis])
+    dataset.attrs["units"], dataset.attrs["long_name"] = _description(name, iterations is not None)
+
+
+def _description(name: str, is_sampled: bool) -> tuple[str, str]:
+    """Unit and long name of a series."""
+    if is_sampled and name in SAMPLED:
+        return SAMPLED[name]
+    if name in DESCRIPTIONS:
+        return DESCRIPTIONS[name]
+    for prefix, (units, long_name) in ERRORS.items():
+        if name.startswith(prefix):
+            return units, f"{long_name} {name.removeprefix(prefix)}"
+    short = name.rpartition("/")[2]
     cause = short.removeprefix("rejected_").replace("_", " ")
-    default = f"accelerations rejected since the start: {cause}" if "/rejected_" in name else short.replace("_", " ")
-    units, long_name = DESCRIPTIONS.get(name, ("1", default))
-    dataset.attrs["units"] = units
-    dataset.attrs["long_name"] = long_name
+    return "1", f"accelerations rejected since the start: {cause}" if "/rejected_" in name else short.replace("_", " ")
+
+
+def _write_fields(file: h5py.File, fields: Mapping[str, Field]) -> None:
+    for name, entry in fields.items():
+        dataset = file.require_group("fields").create_dataset(name, data=entry.values)
+        dataset.attrs["units"], dataset.attrs["long_name"] = entry.units, entry.long_name
+        if entry.dimensions == (name,):
+            dataset.make_scale(name)
+    for name, entry in fields.items():
+        for axis, dimension in enumerate(entry.dimensions):
+            if dimension != name:
+                file["fields"][name].dims[axis].attach_scale(file["fields"][dimension])
 
 
 def _attributes(
@@ -137,13 +237,23 @@ def _attributes(
 ) -> dict[str, Any]:
     commit, dirty = git_state()
     device = device_of(ranks)
+    of_iterations: dict[str, Any] = {}
+    if result.iterations is not None:
+        of_iterations = {
+            "diverged_iteration": -1 if result.diverged_iteration is None else result.diverged_iteration,
+            "stop_reason": result.stop_reason,
+        }
     return {
+        **problem.attributes,
+        **result.attributes,
+        **of_iterations,
         "schema_version": SCHEMA_VERSION,
         "config": config.as_json(),
         "experiment": config.experiment,
         "scale": config.scale,
         "variant": config.name,
         "label": config.variant.label,
+        **_place(config),
         "study": config.study,
         "seed": config.seed,
         "data_source": problem.data_source,
@@ -202,11 +312,26 @@ def read_run(path: Path) -> Run:
         series: dict[str, np.ndarray] = {}
 
         def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and not name.endswith("epoch"):
+            if not isinstance(item, h5py.Dataset) or name.startswith("fields/"):
+                return
+            if name.rpartition("/")[2] in SCALES:
+                places.append(np.asarray(item))
+            else:
                 series[name] = np.asarray(item)
 
+        places: list[np.ndarray] = []
         file.visititems(visit)
-    return Run(path, attributes, json.loads(attributes["config"]), series)
+    return Run(path, attributes, json.loads(attributes["config"]), series, places[0] if places else np.empty(0))
+
+
+def read_fields(path: Path) -> dict[str, np.ndarray]:
+    """The fields of a run by name, coordinates included; {} where there are none.
+
+    Raises:
+        OSError: the file is missing or is no HDF5 file.
+    """
+    with h5py.File(path, "r") as file:
+        return {name: np.asarray(item) for name, item in file.get("fields", {}).items()}
 
 
 def _plain(value: Any) -> Any:

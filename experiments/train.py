@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,36 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+import aadl
+from aadl.accelerator import find_accelerator
 from experiments.checks import make_scheduler
-from experiments.config import TrainingConfig
+from experiments.config import AnyTrainingConfig, PinnTrainingConfig, TrainingConfig
 from experiments.launch import Ranks, device_of
+
+
+class Field(NamedTuple):
+    """Values on a grid, for the record; a field whose only dimension has its own name is a coordinate."""
+
+    dimensions: tuple[str, ...]
+    values: np.ndarray
+    units: str
+    long_name: str
+
+
+class Description(NamedTuple):
+    """What is known of the data before a run.
+
+    Attributes:
+        source: where it comes from.
+        digest: short hash.
+        num_rows: to train on, None where points are sampled.
+        note: what everybody must know of results on it, "" for nothing.
+    """
+
+    source: str
+    digest: str
+    num_rows: int | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,19 +56,51 @@ class Problem:
 
     Attributes:
         model: the network, on its device, initialized from the run's seed.
-        epoch_batches: epoch (from 1) -> batches of this rank.
+        epoch_batches: epoch (from 1) -> batches of this rank; None where `points` is given.
         loss: (model, batch) -> scalar, the mean over the batch.
         evaluate: model -> values by the name of their series, as "metrics/train/loss"; called in eval mode, no grad.
-        data_source: where the data came from, "csv" or "surrogate".
+        data_source: where the data came from, "csv", "surrogate" or "computed".
         data_digest: short hash of the data, for telling whether two runs saw the same.
+        points: (model, iteration) -> the batch at that iteration; the same object as long as the points are the same.
+        backward: (model, batch) -> loss, with gradients accumulated, both the mean over all ranks; None for `loss` and
+            its backward pass, and for DistributedDataParallel where there are several ranks.
+        residuals: (model, batch) -> residuals r, (rows,), weighted so that the loss is sum r^2.
+        linearize: (model, batch) -> r and its Jacobian, (rows,) and (rows, parameters).
+        finish: model -> attributes of the record that are worth one evaluation, at the end.
+        fields: model -> fields of the record.
+        reset_on_new_data: whether L-BFGS and aadl begin anew when `points` gives other points.
+        attributes: further attributes of the record.
     """
 
     model: nn.Module
-    epoch_batches: Callable[[int], Iterable[Any]]
+    epoch_batches: Callable[[int], Iterable[Any]] | None
     loss: Callable[[nn.Module, Any], Tensor]
     evaluate: Callable[[nn.Module], dict[str, float]]
     data_source: str
     data_digest: str
+    points: Callable[[nn.Module, int], Any] | None = None
+    backward: Callable[[nn.Module, Any], Tensor] | None = None
+    residuals: Callable[[nn.Module, Any], Tensor] | None = None
+    linearize: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None
+    finish: Callable[[nn.Module], dict[str, float]] | None = None
+    fields: Callable[[nn.Module], dict[str, Field]] | None = None
+    reset_on_new_data: bool = False
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An optimizer, accelerated or not, from an iteration on.
+
+    Attributes:
+        optimizer: over `problem.model.parameters()`.
+        statistics: reads the counters of its acceleration.
+        after: first iteration.
+    """
+
+    optimizer: torch.optim.Optimizer
+    statistics: Callable[[], Mapping[str, Any]] | None = None
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,108 +108,288 @@ class Result:
     """What a run measured.
 
     Attributes:
-        series: values at epochs 0 .. epochs by name ("group/name"); NaN after a divergence.
-        diverged_epoch: first epoch with a loss that is not finite, None for a run that ended well.
+        series: values by name ("group/name"): at epochs 0 .. epochs, NaN after a divergence; with `iterations`, one at
+            each of them.
+        diverged_epoch: first epoch with a loss that is not finite, None for a run that ended well or has iterations.
         num_steps: optimizer steps taken.
+        iterations: where the series were evaluated, in evaluations of the gradient; None for epochs.
+        diverged_iteration: first iteration with a loss that is not finite.
+        stop_reason: "iterations", "time" or "diverged"; "" for epochs.
+        attributes: further attributes of the record.
+        fields: by name, see `Problem.fields`.
     """
 
     series: dict[str, np.ndarray]
     diverged_epoch: int | None
     num_steps: int
+    iterations: np.ndarray | None = None
+    diverged_iteration: int | None = None
+    stop_reason: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Field] = field(default_factory=dict)
+
+
+class Closure:
+    """What `optimizer.step` gets: the loss of the present batch, with gradients; everything is counted.
+
+    Attributes:
+        batch, optimizer: present ones, set by the loop.
+        num_losses: calls, trial evaluations of an acceleration included.
+        num_linearizations, num_residuals: calls of the two methods.
+    """
+
+    def __init__(self, problem: Problem, model: nn.Module, stages: Sequence[Stage]) -> None:
+        self.problem, self.model, self.stages = problem, model, stages
+        self.optimizer = stages[0].optimizer
+        self.batch: Any = None
+        self.num_losses = self.num_linearizations = self.num_residuals = 0
+
+    def __call__(self) -> Tensor:
+        """The loss, with its gradients in the parameters."""
+        self.num_losses += 1
+        self.optimizer.zero_grad()
+        if self.problem.backward is not None:
+            return self.problem.backward(self.model, self.batch)
+        loss = self.problem.loss(self.model, self.batch)
+        loss.backward()
+        return loss
+
+    def linearize(self) -> tuple[Tensor, Tensor]:
+        """Residuals (rows,) and their Jacobian (rows, parameters); the loss is the sum of their squares."""
+        self.num_linearizations += 1
+        if self.problem.linearize is None:
+            raise ValueError(f"{type(self.optimizer).__name__} needs residuals, which this problem does not have")
+        return self.problem.linearize(self.model, self.batch)
+
+    def residuals(self) -> Tensor:
+        """Residuals (rows,): a trial."""
+        self.num_residuals += 1
+        if self.problem.residuals is None:
+            raise ValueError(f"{type(self.optimizer).__name__} needs residuals, which this problem does not have")
+        return self.problem.residuals(self.model, self.batch)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the loss: for a gradient, for a Jacobian, or on trial."""
+        return self.num_losses + self.num_linearizations + self.num_residuals
+
+    @property
+    def iterations(self) -> int:
+        """Evaluations without the trials: those of the gradient or of the Jacobian."""
+        trials = sum(stage.statistics().get("closure_evaluations", 0) for stage in self.stages if stage.statistics)
+        return self.num_losses + self.num_linearizations - trials
 
 
 def train(
     problem: Problem,
     optimizer: torch.optim.Optimizer,
-    training: TrainingConfig,
+    training: AnyTrainingConfig,
     ranks: Ranks,
     *,
     ema_decay: float | None = None,
     statistics: Callable[[], Mapping[str, Any]] | None = None,
+    then: Stage | None = None,
     show_progress: bool = False,
 ) -> Result:
-    """Trains for a number of epochs, evaluates after each of them, off the clock.
+    """Trains interval by interval, evaluates after each of them, off the clock.
+
+    An interval is an epoch; for problems with `points` it is `evaluate_every` iterations, and an iteration is an
+    evaluation of the gradient (or of a Jacobian). A step that takes several of them may reach beyond the end of its
+    interval, and the evaluation follows the step.
 
     Args:
         problem: model, batches, loss and evaluation.
         optimizer: over `problem.model.parameters()`, accelerated or not.
-        training: number of epochs, scheduler, whether to measure the updates.
+        training: number of epochs or iterations, scheduler, whether to measure the updates.
         ranks: this process; the gradients are averaged over `world_size` ranks.
         ema_decay: evaluates an exponential moving average of the weights, see `_moving_average`.
-        statistics: reads the counters of an acceleration, once an epoch.
+        statistics: reads the counters of an acceleration, once an interval.
+        then: the second stage, without the scheduler.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
 
     Returns:
-        The series by epoch. A loss that is not finite ends the run, which is then recorded as diverged.
+        The series. A loss that is not finite ends the run, which is then recorded as diverged.
     """
     model: nn.Module = problem.model
-    if ranks.world_size > 1:
+    if ranks.world_size > 1 and problem.backward is None:
         device = device_of(ranks)
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    stages = [Stage(optimizer, statistics), *([then] if then is not None else [])]
+    closure = Closure(problem, model, stages)
     scheduler = make_scheduler(training.scheduler, optimizer) if training.scheduler is not None else None
     ema = None
     if ema_decay is not None:
         ema = AveragedModel(problem.model, multi_avg_fn=_moving_average(ema_decay))
     evaluated = ema.module if ema is not None else problem.model
     updates = _Updates() if training.measure_updates else None
+    clock = _Clock(problem.model)
 
     series: dict[str, list[float]] = {}
-    _append(
-        series,
-        0,
-        _evaluate(problem, evaluated),
-        statistics,
-        {"timing/training_seconds": 0.0, "timing/training_cpu_seconds": 0.0},
-    )
-    training_seconds = training_cpu_seconds = 0.0
+    if problem.points is not None:
+        closure.batch = problem.points(problem.model, 0)
+    values = _evaluate(problem, evaluated)
+    _append(series, 0, values | clock.values() | _counts(problem, closure), stages[:1])
+    iterations = [0]
     num_steps = 0
-    diverged_epoch = None
-    for epoch in progress(range(1, training.epochs + 1), training.epochs, "epochs", show_progress):
+    diverged_at = None
+    bar = _Bar(*_length(training), show_progress)
+    for interval in range(1, _num_intervals(training) + 1):
         model.train()
         losses: list[Tensor] = []
-        _synchronize(problem.model)
-        start, cpu_start = time.perf_counter(), time.process_time()
-        for batch in problem.epoch_batches(epoch):
-
-            def closure(batch: Any = batch) -> Tensor:
-                optimizer.zero_grad()
-                loss = problem.loss(model, batch)
-                loss.backward()
-                return loss
-
+        places: list[int] = []  # iteration of each loss
+        clock.start()
+        for batch in _batches(problem, training, ranks, closure, clock, interval):
+            _prepare(closure, batch, training)
             if updates is not None:
                 updates.before(problem.model)
-            loss = optimizer.step(closure)  # type: ignore[arg-type]
+            before = iterations[-1] if not places else places[-1]
+            loss = closure.optimizer.step(closure)  # type: ignore[arg-type]
             losses.append(torch.as_tensor(loss).detach())
             if updates is not None:
                 updates.after(problem.model)
             if ema is not None:
                 ema.update_parameters(problem.model)
             num_steps += 1
-        if scheduler is not None:
+            if problem.points is not None:
+                places.append(closure.iterations)
+                if scheduler is not None and closure.optimizer is optimizer:
+                    for _ in range(places[-1] - before):
+                        scheduler.step()
+                bar.update(places[-1] - before)
+        if scheduler is not None and problem.points is None:
             scheduler.step()
-        _synchronize(problem.model)
-        training_seconds += time.perf_counter() - start
-        training_cpu_seconds += time.process_time() - cpu_start
+        clock.stop()
 
-        values = {
-            "timing/training_seconds": training_seconds,
-            "timing/training_cpu_seconds": training_cpu_seconds,
-            "metrics/train/minibatch_loss": _mean_over_ranks(torch.stack(losses).mean(), ranks),
-        }
+        values = clock.values() | _counts(problem, closure)
+        if not losses:  # the time was up when the interval began
+            break
+        if problem.points is None:
+            values["metrics/train/minibatch_loss"] = _mean_over_ranks(torch.stack(losses).mean(), ranks)
+            finite = math.isfinite(values["metrics/train/minibatch_loss"])
+        else:
+            bad = ~torch.stack([loss.to(losses[0].device).reshape(()) for loss in losses]).isfinite()
+            finite = not bool(bad.any())
+            iterations.append(places[-1])
         if updates is not None:
             values["updates/relative_standard_deviation"] = updates.relative_standard_deviation()
-        finite = math.isfinite(values["metrics/train/minibatch_loss"])
         values |= _evaluate(problem, evaluated)
-        _append(series, epoch, values, statistics, {})
+        _append(series, interval, values, [stage for stage in stages if stage.after <= max(places, default=0)])
+        if problem.points is None:
+            bar.update(1)
+        bar.show(values)
         if not (finite and math.isfinite(values.get("metrics/train/loss", 0.0))):
-            diverged_epoch = epoch
+            diverged_at = interval
+            if problem.points is not None:
+                diverged_at = places[-1] if finite else places[int(bad.int().argmax())]
             break
-    return Result(
-        series={name: _padded(values, training.epochs + 1) for name, values in series.items()},
-        diverged_epoch=diverged_epoch,
-        num_steps=num_steps,
-    )
+    bar.close()
+    if problem.points is None:
+        padded = {name: _padded(entries, _num_intervals(training) + 1) for name, entries in series.items()}
+        return Result(padded, diverged_at, num_steps)
+    assert isinstance(training, PinnTrainingConfig)  # `_num_intervals` would have failed
+    reason = "iterations" if iterations[-1] >= training.iterations else "time"
+    with torch.no_grad():
+        return Result(
+            series={name: _padded(entries, len(iterations)) for name, entries in series.items()},
+            diverged_epoch=None,
+            num_steps=num_steps,
+            iterations=np.asarray(iterations, dtype=np.int64),
+            diverged_iteration=diverged_at,
+            stop_reason=reason if diverged_at is None else "diverged",
+            attributes=problem.finish(evaluated) if problem.finish is not None else {},
+            fields=problem.fields(evaluated) if problem.fields is not None else {},
+        )
+
+
+def _num_intervals(training: AnyTrainingConfig) -> int:
+    if isinstance(training, TrainingConfig):
+        return training.epochs
+    return math.ceil(training.iterations / training.evaluate_every)
+
+
+def _length(training: AnyTrainingConfig) -> tuple[int, str]:
+    """What a progress bar counts."""
+    if isinstance(training, TrainingConfig):
+        return training.epochs, "epochs"
+    return training.iterations, "iterations"
+
+
+def _batches(
+    problem: Problem, training: AnyTrainingConfig, ranks: Ranks, closure: Closure, clock: _Clock, interval: int
+) -> Iterator[Any]:
+    """The batches of an epoch, or the points of one step after the other until the interval is over."""
+    if problem.points is None:
+        assert problem.epoch_batches is not None
+        yield from problem.epoch_batches(interval)
+        return
+    assert isinstance(training, PinnTrainingConfig)
+    target = min(interval * training.evaluate_every, training.iterations)
+    while (iteration := closure.iterations) < target and not _is_time_up(training, ranks, closure, clock):
+        for stage in closure.stages:
+            if stage.after <= iteration:
+                closure.optimizer = stage.optimizer
+        yield problem.points(problem.model, iteration)
+
+
+def _is_time_up(training: PinnTrainingConfig, ranks: Ranks, closure: Closure, clock: _Clock) -> bool:
+    """Whether the training has lasted long enough, in the opinion of rank 0."""
+    if training.max_seconds is None:
+        return False
+    up = torch.tensor(float(clock.seconds() >= training.max_seconds), device=device_of(ranks))
+    if ranks.world_size > 1:
+        dist.broadcast(up, src=0)
+    return bool(up)
+
+
+def _prepare(closure: Closure, batch: Any, training: AnyTrainingConfig) -> None:
+    """Hands the batch to the closure; the memory of what was seen on other points begins anew, if asked for.
+
+    L-BFGS is told what is left of the budget: its last step ends with the line search that uses it up.
+    """
+    optimizer = closure.optimizer
+    if isinstance(optimizer, torch.optim.LBFGS) and isinstance(training, PinnTrainingConfig):
+        group = optimizer.param_groups[0]
+        group["max_eval"] = max(1, min(group["max_eval"], training.iterations - closure.iterations))
+    if batch is not closure.batch and closure.problem.reset_on_new_data:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.state.clear()
+        if find_accelerator(optimizer) is not None:
+            aadl.reset_history(optimizer)
+    closure.batch = batch
+
+
+def _counts(problem: Problem, closure: Closure) -> dict[str, float]:
+    """Series that only iterations have."""
+    if problem.points is None:
+        return {}
+    rate = closure.optimizer.param_groups[0].get("lr", math.nan)
+    return {"metrics/evaluations": float(closure.evaluations), "metrics/learning_rate": float(rate)}
+
+
+class _Clock:
+    """Seconds of wall time and of the process that passed between `start` and `stop`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._wall = self._cpu = 0.0
+        self._started: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        _synchronize(self._model)
+        self._started = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        assert self._started is not None
+        _synchronize(self._model)
+        self._wall += time.perf_counter() - self._started[0]
+        self._cpu += time.process_time() - self._started[1]
+        self._started = None
+
+    def seconds(self) -> float:
+        return self._wall + (time.perf_counter() - self._started[0] if self._started is not None else 0.0)
+
+    def values(self) -> dict[str, float]:
+        return {"timing/training_seconds": self._wall, "timing/training_cpu_seconds": self._cpu}
 
 
 def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
@@ -200,19 +439,58 @@ class _Updates:
         return math.sqrt(difference / total) if total > 0 else math.nan
 
 
+class _Bar:
+    """Progress on stderr: a bar on a terminal, at most ten plain lines elsewhere; with the last loss and error."""
+
+    def __init__(self, total: int, unit: str, enabled: bool = True) -> None:
+        self._total, self._unit, self._count, self._note = total, unit, 0, ""
+        self._start = time.perf_counter()
+        self._lines = enabled and not sys.stderr.isatty()
+        self._told = 0
+        self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
+
+    def update(self, count: int) -> None:
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(min(count, self._total - self._bar.n))  # the last step may go beyond
+
+    def show(self, values: Mapping[str, float] | None = None) -> None:
+        """Tells the loss and the error; the plain lines appear here."""
+        shown = _headline(values or {})
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        tenths = min(self._count, self._total) * 10 // self._total
+        if self._lines and tenths > self._told:
+            self._told = tenths
+            seconds = time.perf_counter() - self._start
+            more = "".join(f", {name} {text}" for name, text in shown.items())
+            if shown and self._unit == "iterations":
+                more += f", {self._count / max(seconds, 1e-9):.0f} iterations/s"
+            count = min(self._count, self._total)
+            print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _headline(values: Mapping[str, float]) -> dict[str, str]:
+    """The training loss and the first error on a validation set, as texts."""
+    errors = (value for name, value in values.items() if name.startswith("metrics/validation/"))
+    shown = {"loss": values.get("metrics/train/loss"), "error": next(errors, None)}
+    return {name: f"{value:.3g}" for name, value in shown.items() if value is not None}
+
+
 def progress(items: Iterable[Any], total: int, unit: str, enabled: bool = True) -> Iterator[Any]:
     """Passes the items on, with a bar on a terminal and at most ten plain lines elsewhere, both on stderr."""
-    if not enabled:
-        yield from items
-    elif sys.stderr.isatty():
-        yield from tqdm(items, total=total, unit=f" {unit}", dynamic_ncols=True)
-    else:
-        start = time.perf_counter()
-        for count, item in enumerate(items, start=1):
+    bar = _Bar(total, unit, enabled)
+    try:
+        for item in items:
             yield item
-            if count == total or count * 10 // total > (count - 1) * 10 // total:
-                seconds = time.perf_counter() - start
-                print(f"{count}/{total} {unit}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            bar.update(1)
+            bar.show()
+    finally:
+        bar.close()
 
 
 def _evaluate(problem: Problem, model: nn.Module) -> dict[str, float]:
@@ -225,25 +503,32 @@ def _evaluate(problem: Problem, model: nn.Module) -> dict[str, float]:
 
 
 def _append(
-    series: dict[str, list[float]],
-    epoch: int,
-    values: Mapping[str, float],
-    statistics: Callable[[], Mapping[str, Any]] | None,
-    more: Mapping[str, float],
+    series: dict[str, list[float]], interval: int, values: Mapping[str, float], stages: Sequence[Stage]
 ) -> None:
-    """Adds the values of one epoch; a series that starts late, as a new cause of rejection, is filled with NaN or 0."""
-    row = {**values, **more}
-    if statistics is not None:
-        for name, value in statistics().items():
+    """Adds the values of one interval; a series that starts late, as a new cause of rejection, is filled with NaN or 0.
+
+    Of several accelerated stages the counters are added, and of their other values those of the last one are taken.
+    """
+    row = dict(values)
+    for stage in stages:
+        if stage.statistics is None:
+            continue
+        for name, value in stage.statistics().items():
             if isinstance(value, Mapping):
-                row |= {f"acceleration/{name}_{cause}": float(count) for cause, count in value.items()}
+                counts = {f"acceleration/{name}_{cause}": float(count) for cause, count in value.items()}
+                row |= {key: row.get(key, 0.0) + count for key, count in counts.items()}
+            elif isinstance(value, int) and not isinstance(value, bool) and name not in _LAST_INTEGERS:
+                row[f"acceleration/{name}"] = row.get(f"acceleration/{name}", 0.0) + value
             elif isinstance(value, (bool, int, float)):
                 row[f"acceleration/{name}"] = float(value)
     for name, value in row.items():
         missing = 0.0 if name.startswith("acceleration/rejected_") else math.nan
         entries = series.setdefault(name, [])
-        entries.extend([missing] * (epoch - len(entries)))
+        entries.extend([missing] * (interval - len(entries)))
         entries.append(value)
+
+
+_LAST_INTEGERS = ("numerical_rank",)  # integers that count nothing
 
 
 def _padded(values: list[float], length: int) -> np.ndarray:

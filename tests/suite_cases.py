@@ -12,6 +12,8 @@ from experiments.config import (
     RunConfig,
     TrainingConfig,
     VariantConfig,
+    expand_runs,
+    parse_config,
 )
 from experiments.train import Problem, Result
 
@@ -27,6 +29,18 @@ RAW = {
     "variants": {
         "sgd": {"label": "plain SGD", "optimizer": {"name": "SGD", "lr": 1e-3, "momentum": 0.9}},
         "sgd_aadl": {"optimizer": {"name": "SGD", "lr": 1e-3, "momentum": 0.9}, "acceleration": {}},
+    },
+}
+
+PINN = {
+    "experiment": "burgers_2d",
+    "scale": "test",
+    "seeds": [0, 1],
+    "problem": {"equation": "burgers_2d", "hidden_sizes": [6, 6], "num_points": 32, "num_conditions": 8},
+    "training": {"iterations": 12, "evaluate_every": 4},
+    "variants": {
+        "adam": {"label": "plain Adam", "optimizer": {"name": "Adam", "lr": 1e-2}},
+        "adam_aadl": {"optimizer": {"name": "Adam", "lr": 1e-2}, "acceleration": {"store_each_nth": 1, "frequency": 2}},
     },
 }
 
@@ -55,6 +69,14 @@ def run_config(name="sgd", seed=0, study="", **training):
         training=replace(TrainingConfig(epochs=10, batch_size=80), **training),
         variant=(VARIANTS | TUNED_VARIANTS)[name.partition("--")[0]],
     )
+
+
+def pinn_run(variant=None, training=None, **problem):
+    """A run of a small 2d Burgers network; `variant` is its raw mapping, the other arguments are changed settings."""
+    raw = PINN | {"seeds": [0], "variants": {"one": variant or {"optimizer": {"name": "Adam", "lr": 1e-2}}}}
+    raw |= {"problem": PINN["problem"] | problem, "training": PINN["training"] | (training or {})}
+    (run,) = expand_runs(parse_config(raw))
+    return run
 
 
 def problem(source="csv", digest="abc"):

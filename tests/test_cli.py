@@ -182,7 +182,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
         (["run", "CONFIG", "--set", "problem.data_path=missing.csv"], "missing.csv does not exist"),
         (["run", "CONFIG", "--set", "problem.validation_fraction=0.999"], "leaves none for training"),
         (["run", "CONFIG", "--set", "training.batch_size=1000"], "a batch of 1000 rows is larger"),
-        (["reproduce", "--only", "imagenets"], "--only must be one of graduate_admissions"),
+        (["reproduce", "--only", "imagenets"], "--only must be one of burgers_100d, burgers_2d, graduate_admissions"),
         (["figures", "--results", "nowhere"], "no results in nowhere"),
         (["summarize", "--results", "nowhere"], "no results in nowhere"),
     ],

@@ -75,7 +75,11 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
         (["problem", "validation_fraction"], True, r"must be a finite number in \(0, 1\), got True"),
         (["problem", "activation"], "relus", r"problem\.activation must be one of tanh, relu"),
         (["problem", "hidden_sizes"], [8, 0], r"problem\.hidden_sizes must be a list of integers >= 1"),
-        (["experiment"], "graduate", r"experiment must be one of graduate_admissions, got 'graduate'"),
+        (
+            ["experiment"],
+            "graduate",
+            r"one of graduate_admissions, burgers_2d, burgers_100d, got 'graduate'",
+        ),
         (["scale"], "../x", r"scale must be a name"),
         (["seeds"], [0, 0], r"seeds must be one or several different integers"),
         (["seeds"], "3-1", r"seeds must be"),

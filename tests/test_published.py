@@ -153,3 +153,12 @@ def test_several_groups_are_extrapolated_alone(average):
         optimizer.step()
     assert [len(window) for window in scheme.windows] == [5, 5]
     assert all(p.isfinite().all() for p in parameters)
+
+
+def test_trial_evaluations_are_counted():
+    matrix, offset = linear_map()
+    settings = PublishedConfig(history_depth=5, frequency=5, safeguard=True)
+    _, scheme, _ = iterate(matrix, offset, 10, settings)
+    assert scheme.statistics["closure_evaluations"] == 2 * scheme.statistics["attempts"] == 4
+    _, scheme, _ = iterate(matrix, offset, 10, PublishedConfig(history_depth=5, frequency=5))
+    assert scheme.statistics["attempts"] == 2 and scheme.statistics["closure_evaluations"] == 0

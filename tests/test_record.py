@@ -29,7 +29,8 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert run.series["metrics/train/loss"].tolist() == [3, 2, 1]
     assert run.series["metrics/validation/loss"].tolist() == [6, 4, 2]
     assert run.config == json.loads(run_config().as_json())
-    assert run.diverged_epoch is None
+    assert run.diverged_epoch is None and not run.diverged
+    assert run.places.tolist() == [0, 1, 2] and not run.is_pinn
     attributes = run.attributes
     assert attributes["data_source"] == "csv" and attributes["seed"] == 0 and attributes["world_size"] == 1
     assert attributes["start_utc"] == "2026-01-02T03:04:05+00:00"
@@ -82,7 +83,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
 
 def test_a_diverged_run_is_recorded(tmp_path):
     run = read_run(write(tmp_path, outcome=result([1.0, np.inf, np.nan], diverged_epoch=1)))
-    assert run.diverged_epoch == 1
+    assert run.diverged_epoch == 1 and run.diverged and run.diverged_iteration is None
     assert np.isnan(run.series["metrics/train/loss"][2])
 
 

@@ -1,0 +1,359 @@
+"""Exact derivatives of a multi-layer perceptron by forward propagation, with hand-written adjoints.
+
+Carried through the layers, for N points: the value h (N, width), the Laplacian l (N, width) and the derivatives T
+(K, N, width) along K constant directions v_k. With z = W h + b and the activation f,
+
+    h <- f(z)    T_k <- f'(z) W T_k    l <- f'(z) W l + f''(z) sum_rows (W T_k)^2,
+
+where rows are the directions over which the Laplacian sums. In the first layer W T_k = W v_k is the same for all points
+and l = 0. What a point costs depends on the number of directions, not on the dimension.
+Source: forward Laplacian, Li et al., arXiv 2307.08214.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """Derivatives of an activation: z -> f, f', f'' and (z, f, f', f'') -> f'''."""
+
+    values: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    third: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value = torch.tanh(z)
+    first = 1 - value * value
+    return value, first, -2 * value * first
+
+
+def _tanh_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return first * (4 - 6 * first)
+
+
+def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value = torch.sigmoid(z)
+    first = value * (1 - value)
+    return value, first, first * (1 - 2 * value)
+
+
+def _sigmoid_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return first * (1 - 6 * first)
+
+
+def _sin(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value = torch.sin(z)
+    return value, torch.cos(z), -value
+
+
+def _sin_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return -first
+
+
+def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, first, second = _sigmoid(z)
+    return z * gate, gate + z * first, 2 * first + z * second
+
+
+def _silu_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    gate, gate_first, gate_second = _sigmoid(z)
+    return 3 * gate_second + z * _sigmoid_third(z, gate, gate_first, gate_second)
+
+
+def _normal_density(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    distribution, density = 0.5 * (1 + torch.erf(z * math.sqrt(0.5))), _normal_density(z)
+    return z * distribution, distribution + z * density, density * (2 - z * z)
+
+
+def _gelu_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return _normal_density(z) * z * (z * z - 4)
+
+
+RULES: dict[str, Rule] = {
+    "tanh": Rule(_tanh, _tanh_third),
+    "sigmoid": Rule(_sigmoid, _sigmoid_third),
+    "sin": Rule(_sin, _sin_third),
+    "silu": Rule(_silu, _silu_third),
+    "gelu": Rule(_gelu, _gelu_third),
+}
+"""By the names of `ACTIVATIONS`; without those that have no second derivative."""
+
+
+# ---- propagation -----------------------------------------------------------------------------------------------------
+
+
+class Derivatives(NamedTuple):
+    """u, u_t, sum_i u_{x_i}, sum_i u_{x_i x_i} and sum_i u_{x_i}^2 over the spatial columns, each (N, 1)."""
+
+    value: Tensor
+    time: Tensor
+    gradient_sum: Tensor
+    laplacian: Tensor
+    gradient_square: Tensor
+
+
+class Plan(NamedTuple):
+    """What is carried through the layers, in lanes: the Laplacian is lane 0, the others are directions.
+
+    Attributes:
+        rule: of the activation.
+        first_row: the Laplacian sums over the directions from this lane on, the rows.
+        num_outputs: lanes that are returned, the first ones: `first_row` or all.
+    """
+
+    rule: Rule
+    first_row: int
+    num_outputs: int
+
+
+class Layer(NamedTuple):
+    """What the adjoint needs of a hidden layer: its inputs, its pre-activations and what the activation made of them.
+
+    `lanes` (K, N, inputs) and `slopes` = W lanes (K, N, width); in the first layer, where they are the same for all
+    points, with 1 in the place of N. `square` is the sum of the squared rows of `slopes`.
+    """
+
+    value: Tensor
+    lanes: Tensor
+    z: Tensor
+    slopes: Tensor
+    square: Tensor
+    output: Tensor
+    first: Tensor
+    second: Tensor
+
+
+class Adjoint(NamedTuple):
+    """Adjoints of the pre-activations of a layer, z (N, width) and slopes (K, N, width), and the inputs it had."""
+
+    z: Tensor
+    slopes: Tensor
+    value: Tensor
+    lanes: Tensor
+
+
+Parameters = Sequence[tuple[Tensor, Tensor]]
+"""Weight (outputs, inputs) and bias (outputs) of every layer."""
+
+
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T, by oneDNN where it can: on processors not by Intel twice as fast as MKL, which `@` calls."""
+    if _onednn_linear is None or rows.dtype != torch.float32 or rows.device.type != "cpu":
+        return rows @ weight.T
+    if torch.compiler.is_compiling():  # whose own lowering of oneDNN takes constant weights only
+        return torch.ops.aadl_experiments.times(rows, weight)
+    return _onednn_linear(rows, weight, None, "none", [], "")
+
+
+_operators = torch.library.Library("aadl_experiments", "DEF")
+_operators.define("times(Tensor rows, Tensor weight) -> Tensor")
+_operators.impl("times", _times, "CPU")
+_operators.impl("times", lambda rows, weight: rows.new_empty(*rows.shape[:-1], len(weight)), "Meta")
+
+
+def propagate(
+    points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan
+) -> tuple[Tensor, list[Layer], tuple[Tensor, Tensor]]:
+    """Value and first lanes, (1 + num_outputs, N), and what the adjoint needs.
+
+    Args:
+        points: (N, inputs).
+        lanes: (K, inputs); zeros (the Laplacian of the inputs), then the directions.
+        parameters: of at least two layers, the last one with one output.
+        plan: what is wanted.
+
+    Returns:
+        The outputs, the hidden layers, and the inputs of the last layer.
+    """
+    layers: list[Layer] = []
+    value, lanes = points, lanes.unsqueeze(1)
+    for number, (weight, bias) in enumerate(parameters[:-1]):
+        z = torch.addmm(bias, value, weight.T)
+        slopes = _times(lanes, weight)
+        square = slopes[plan.first_row :].square().sum(0)
+        output, first, second = plan.rule.values(z)
+        layers.append(Layer(value, lanes, z, slopes, square, output, first, second))
+        used = plan.num_outputs if number == len(parameters) - 2 else len(slopes)
+        value, lanes = output, first * slopes[:used]
+        lanes[0].addcmul_(second, square)
+    weight, bias = parameters[-1]
+    return torch.cat([(value @ weight[0] + bias).unsqueeze(0), lanes @ weight[0]]), layers, (value, lanes)
+
+
+def pull_back(
+    adjoints: Tensor, layers: Sequence[Layer], last: tuple[Tensor, Tensor], parameters: Parameters, plan: Plan
+) -> Iterator[Adjoint]:
+    """Adjoints of the layers, the last one first.
+
+    Args:
+        adjoints: (1 + num_outputs, N), of the outputs of `propagate`.
+        layers: from `propagate`.
+        last: from `propagate`.
+        parameters: as given to it.
+        plan: as given to it.
+    """
+    columns = adjoints.unsqueeze(-1)
+    yield Adjoint(columns[0], columns[1:], *last)
+    weight, row = parameters[-1][0], plan.first_row
+    value, lanes = columns[0] * weight, columns[1:] * weight
+    for number in reversed(range(len(layers))):
+        layer, used = layers[number], len(lanes)
+        # z acts by f(z), by the factor f'(z) of all lanes, and by the factor f''(z) of the squares
+        third = plan.rule.third(layer.z, layer.output, layer.first, layer.second)
+        z = torch.addcmul(layer.first * value, layer.second, (lanes * layer.slopes[:used]).sum(0))
+        z = torch.addcmul(z, third, layer.square * lanes[0])
+        twice = 2 * (layer.second * lanes[0])
+        if used == row:
+            slopes = torch.cat([layer.first * lanes, twice * layer.slopes[row:]])
+        else:
+            slopes = layer.first * lanes
+            slopes[row:].addcmul_(twice, layer.slopes[row:])
+        yield Adjoint(z, slopes, layer.value, layer.lanes)
+        if number:
+            weight = parameters[number][0]
+            value, lanes = z @ weight, _times(slopes, weight.T)
+
+
+def _gradients(
+    adjoints: Tensor, layers: Sequence[Layer], last: tuple[Tensor, Tensor], parameters: Parameters, plan: Plan
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients in the order of the parameters, and the adjoint of the first layer's z."""
+    gradients: list[Tensor] = []
+    for adjoint in pull_back(adjoints, layers, last, parameters, plan):
+        slopes, lanes = adjoint.slopes, adjoint.lanes
+        if lanes.shape[1] == 1:
+            slopes = slopes.sum(1, keepdim=True)
+        weight = _times(slopes.flatten(0, 1).T, lanes.flatten(0, 1).T)
+        gradients[:0] = [torch.addmm(weight, adjoint.z.T, adjoint.value), adjoint.z.sum(0)]
+    return gradients, adjoint.z
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+class _Outputs(torch.autograd.Function):
+    """The outputs of `propagate` as a function of points and parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, lanes: Tensor, plan: Plan, compiles: bool, *flat: Tensor) -> Tensor:
+        parameters = list(zip(flat[::2], flat[1::2], strict=True))
+        function = _compiled(propagate) if compiles else propagate
+        outputs, ctx.layers, ctx.last = function(points, lanes, parameters, plan)
+        ctx.save_for_backward(*flat)
+        ctx.plan, ctx.compiles = plan, compiles
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, adjoints: Tensor) -> tuple[Any, ...]:
+        flat = ctx.saved_tensors
+        parameters = list(zip(flat[::2], flat[1::2], strict=True))
+        function = _compiled(_gradients) if ctx.compiles else _gradients
+        gradients, z = function(adjoints.contiguous(), ctx.layers, ctx.last, parameters, ctx.plan)
+        points = z @ flat[0] if ctx.needs_input_grad[0] else None
+        return points, None, None, None, *gradients
+
+
+def outputs_of(points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan, compiles: bool = False) -> Tensor:
+    """Value and first lanes (1 + num_outputs, N), differentiable once with respect to points and parameters.
+
+    Args:
+        points: (N, inputs).
+        lanes: (K, inputs); zeros, then the directions, constants.
+        parameters: of all layers, the last one with one output.
+        plan: what is wanted.
+        compiles: run through `torch.compile`, which compiles anew for every shape.
+    """
+    if len(parameters) == 1:
+        weight, bias = parameters[0]
+        tangents = (lanes[: plan.num_outputs] @ weight[0]).unsqueeze(-1).expand(-1, len(points))
+        return torch.cat([(points @ weight[0] + bias).unsqueeze(0), tangents])
+    return _Outputs.apply(points, lanes, plan, compiles, *(tensor for pair in parameters for tensor in pair))
+
+
+# ---- per-sample Jacobian ---------------------------------------------------------------------------------------------
+
+
+def propagate_values(points: Tensor, parameters: Parameters, rule: Rule) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Values (N,), and the input of every layer with the slope of the activation that made it (ones for the points)."""
+    inputs = [(points, torch.ones_like(points))]
+    for weight, bias in parameters[:-1]:
+        value, first, _ = rule.values(torch.addmm(bias, inputs[-1][0], weight.T))
+        inputs.append((value, first))
+    weight, bias = parameters[-1]
+    return inputs[-1][0] @ weight[0] + bias, inputs
+
+
+def fill_jacobian_of_values(
+    rows: Tensor, adjoint: Tensor, inputs: Sequence[tuple[Tensor, Tensor]], parameters: Parameters
+) -> None:
+    """Writes d residual / d parameters (N, P) into `rows`, from the adjoint (N,) of the values."""
+    z = adjoint.unsqueeze(-1)
+    for (value, first), (weight, _), (weight_rows, bias_rows) in zip(
+        reversed(inputs), reversed(parameters), reversed(_blocks(rows, parameters)), strict=True
+    ):
+        torch.mul(z.unsqueeze(2), value.unsqueeze(1), out=weight_rows)
+        bias_rows.copy_(z)
+        z = (z @ weight) * first
+
+
+def fill_jacobian(
+    rows: Tensor,
+    adjoints: Tensor,
+    layers: Sequence[Layer],
+    last: tuple[Tensor, Tensor],
+    parameters: Parameters,
+    plan: Plan,
+) -> None:
+    """Writes d residual / d parameters (N, P) into `rows`; see `pull_back` for the other arguments."""
+    steps = pull_back(adjoints, layers, last, parameters, plan)
+    for adjoint, (weight_rows, bias_rows) in zip(steps, reversed(_blocks(rows, parameters)), strict=True):
+        _fill_weight(weight_rows, adjoint)
+        bias_rows.copy_(adjoint.z)
+
+
+FEW_LANES = 8
+"""Up to here outer products are added up one by one; a batch of small matrix products pays beyond."""
+
+
+def _fill_weight(rows: Tensor, adjoint: Adjoint) -> None:
+    """rows (N, width, inputs) = sum of the outer products of adjoints and inputs, sample by sample."""
+    torch.mul(adjoint.z.unsqueeze(2), adjoint.value.unsqueeze(1), out=rows)
+    slopes, lanes = adjoint.slopes, adjoint.lanes
+    if len(slopes) <= FEW_LANES:
+        for slope, lane in zip(slopes, lanes, strict=True):
+            rows.addcmul_(slope.unsqueeze(2), lane.unsqueeze(1))
+    elif lanes.shape[1] == 1:
+        rows.add_(torch.tensordot(slopes, lanes[:, 0], dims=([0], [0])))
+    else:
+        rows.add_(torch.bmm(slopes.permute(1, 2, 0), lanes.transpose(0, 1)))
+
+
+def _blocks(rows: Tensor, parameters: Parameters) -> list[tuple[Tensor, Tensor]]:
+    """Views of the columns of each weight (N, width, inputs) and bias (N, width)."""
+    ends = [0]
+    for weight, bias in parameters:
+        ends += [ends[-1] + weight.numel(), ends[-1] + weight.numel() + bias.numel()]
+    parts = [rows[:, start:end] for start, end in pairwise(ends)]
+    shapes = [weight.shape for weight, _ in parameters]
+    return [(part.unflatten(1, shape), bias) for part, bias, shape in zip(parts[::2], parts[1::2], shapes, strict=True)]

@@ -1,0 +1,333 @@
+"""experiments.models: derivatives of the network against autograd, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from experiments.models.derivatives import RULES
+from experiments.models.mlp import MLP, accumulate_gradient, chunks
+
+SMOOTH = list(RULES)
+TOLERANCE = 1e-10
+
+
+def network(sizes, activation="tanh", seed=0):
+    """A network with larger weights than the default ones, so that second derivatives count."""
+    torch.manual_seed(seed)
+    model = MLP(sizes, activation).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.7)
+    return model
+
+
+def points_of(count, columns, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, columns, dtype=torch.float64, generator=generator) * 2 - 1
+
+
+def gradient_and_second(model, x, columns):
+    """Value, gradient (N, columns of x) and the sum of the second derivatives over the first columns, by autograd."""
+    x = x.clone().requires_grad_()
+    value = model(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    second = torch.zeros_like(value)
+    for column in range(columns):
+        if gradient.requires_grad:
+            (row,) = torch.autograd.grad(gradient[:, column].sum(), x, create_graph=True, allow_unused=True)
+            second = second + (0 if row is None else row[:, column : column + 1])
+    return value, gradient, second
+
+
+def derivatives_by_autograd(model, points):
+    value, gradient, laplacian = gradient_and_second(model, points, points.shape[1] - 1)
+    space = gradient[:, :-1]
+    return (
+        value,
+        gradient[:, -1:],
+        space.sum(1, keepdim=True),
+        laplacian,
+        space.square().sum(1, keepdim=True),
+    )
+
+
+def nonlinear(outputs, wrong=0.0):
+    """A loss that mixes all five, not symmetric in any two."""
+    value, time, gradient_sum, laplacian, square = outputs
+    residual = (1 + wrong) * time + value * gradient_sum - 0.3 * laplacian + 0.2 * square * value + torch.sin(square)
+    return (residual.square() + 0.1 * residual * laplacian).mean()
+
+
+def gradients_of(model, loss):
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, model.parameters(), strict=True)]
+
+
+def difference(ours, theirs):
+    """The largest relative difference, each tensor against its own largest element."""
+    pairs = [(a.detach(), b.detach()) for a, b in zip(ours, theirs, strict=True)]
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs)
+
+
+def assert_equal_to_autograd(model, points, **options):
+    ours, theirs = model.derivatives(points, **options), derivatives_by_autograd(model, points)
+    assert difference(ours, theirs) < TOLERANCE
+    wanted = gradients_of(model, nonlinear(theirs))
+    assert difference(gradients_of(model, nonlinear(ours)), wanted) < TOLERANCE
+    assert difference(gradients_of(model, nonlinear(model.derivatives(points, **options), wrong=1e-4)), wanted) > 1e-7
+
+
+def set_first_weight(model, singular_values):
+    """A first layer with these singular values of its spatial part."""
+    weight = model.linears[0].weight
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(weight[:, :-1], full_matrices=False)
+        weight[:, :-1] = left @ torch.diag(singular_values.to(weight)) @ right
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 7, 1), (2, 8, 6, 5, 1), (4, 7, 6, 1), (8, 7, 5, 1), (13, 6, 1), (13, 6, 9, 5, 1), (2, 1), (6, 1), (5, 1, 1)],
+    ids=str,
+)
+def test_derivatives_are_those_of_autograd(sizes):
+    assert_equal_to_autograd(network(sizes), points_of(9, sizes[0]))
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+@pytest.mark.parametrize("sizes", [(2, 6, 5, 1), (9, 5, 7, 1)], ids=str)
+def test_any_smooth_activation(sizes, activation):
+    assert_equal_to_autograd(network(sizes, activation), points_of(9, sizes[0]))
+
+
+@pytest.mark.parametrize("outcome", ["ill-conditioned", "rank-deficient", "zero"])
+@pytest.mark.parametrize("sizes", [(5, 9, 6, 1), (7, 6, 6, 1), (30, 8, 6, 1)], ids=str)
+def test_first_layers_of_any_condition(sizes, outcome):
+    model = network(sizes)
+    number = min(sizes[0] - 1, sizes[1])
+    values = torch.logspace(0, -12, number, dtype=torch.float64) * 2
+    if outcome == "rank-deficient":
+        values[number // 2 :] = 0
+    set_first_weight(model, values * (outcome != "zero"))
+    assert_equal_to_autograd(model, points_of(9, sizes[0]))
+
+
+def test_repeated_and_zero_rows_of_the_first_layer():
+    model = network((20, 6, 5, 1))
+    with torch.no_grad():
+        model.linears[0].weight[1] = model.linears[0].weight[0]
+        model.linears[0].weight[2] = 0
+    assert_equal_to_autograd(model, points_of(9, 20))
+
+
+def test_directions_are_orthonormal_and_span_the_first_layer():
+    model = network((41, 6, 1))
+    columns, weight = model.directions(), model.linears[0].weight[:, :-1]
+    assert columns.shape == (40, 6) and not columns.requires_grad
+    torch.testing.assert_close(columns.T @ columns, torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(weight @ columns @ columns.T, weight)
+    assert torch.equal(network((5, 6, 1)).directions(), torch.eye(4, dtype=torch.float64))
+
+
+def test_any_complete_basis_gives_the_same_and_an_incomplete_one_does_not():
+    model, points = network((6, 8, 4, 1)), points_of(5, 6)
+    rotation = torch.linalg.qr(points_of(5, 5, seed=3)).Q
+    wanted = model.derivatives(points)
+    assert difference(model.derivatives(points, rotation), wanted) < TOLERANCE
+    assert difference(model.derivatives(points, rotation[:, :4]), wanted) > 1e-3
+
+
+def test_gradient_with_respect_to_the_points():
+    model, points = network((6, 4, 5, 1)), points_of(5, 6).requires_grad_()
+    (ours,) = torch.autograd.grad(nonlinear(model.derivatives(points)), points)
+    again = points.detach().clone().requires_grad_()
+    inner = again * 1.0
+    value = model(inner)
+    (gradient,) = torch.autograd.grad(value.sum(), inner, create_graph=True)
+    second = sum(torch.autograd.grad(gradient[:, i].sum(), inner, create_graph=True)[0][:, i : i + 1] for i in range(5))
+    space = gradient[:, :-1]
+    outputs = (value, gradient[:, -1:], space.sum(1, keepdim=True), second, space.square().sum(1, keepdim=True))
+    (theirs,) = torch.autograd.grad(nonlinear(outputs), again)
+    assert difference([ours], [theirs]) < TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [(9, 5, 7, 1), (2, 5, 1)], ids=str)
+def test_without_the_sum_of_squares_the_others_are_the_same(sizes):
+    model, points = network(sizes), points_of(5, sizes[0])
+    full, without = model.derivatives(points), model.derivatives(points, gradient_square=False)
+    assert difference(without[:4], full[:4]) < TOLERANCE
+    assert bool(without.gradient_square.isnan().all()) == (sizes[0] > 2)
+
+
+def test_float32_stays_float32():
+    model, points = network((9, 5, 7, 1)).float(), points_of(5, 9).float()
+    outputs = model.derivatives(points)
+    assert {each.dtype for each in outputs} == {torch.float32}
+    assert difference(outputs, derivatives_by_autograd(model, points)) < 1e-4
+
+
+# ---- all columns -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+@pytest.mark.parametrize("sizes", [(1, 5, 4, 1), (3, 6, 5, 1), (6, 6, 1), (11, 5, 7, 4, 1), (4, 1)], ids=str)
+def test_value_gradient_laplacian(sizes, activation):
+    model, points = network(sizes, activation), points_of(7, sizes[0])
+    ours, theirs = model.value_gradient_laplacian(points), gradient_and_second(model, points, sizes[0])
+    assert [tuple(each.shape) for each in ours] == [(7, 1), (7, sizes[0]), (7, 1)]
+    assert difference(ours, theirs) < TOLERANCE
+
+    def loss(outputs):
+        value, gradient, laplacian = outputs
+        return ((laplacian + value * gradient.square().sum(1, keepdim=True)).square() + gradient[:, :1] ** 3).mean()
+
+    assert difference(gradients_of(model, loss(ours)), gradients_of(model, loss(theirs))) < TOLERANCE
+
+
+def test_what_has_no_second_derivative_or_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="second derivative .*got 'relu'"):
+        MLP((3, 4, 1), "relu").derivatives(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="second derivative .*got 'relu'"):
+        MLP((3, 4, 1), "relu").value_gradient_laplacian(torch.zeros(2, 3))
+    for call in (MLP((3, 4, 2)).derivatives, MLP((3, 4, 2)).value_gradient_laplacian):
+        with pytest.raises(ValueError, match=r"one output, got sizes \(3, 4, 2\)"):
+            call(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"shape \(N, 3\), got \(2, 4\)"):
+        MLP((3, 4, 1)).derivatives(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="at least one spatial column"):
+        MLP((1, 4, 1)).derivatives(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"directions must have shape \(2, r\), got \(3, 3\)"):
+        MLP((3, 4, 1)).derivatives(torch.zeros(2, 3), torch.eye(3))
+
+
+# ---- per-sample Jacobian ---------------------------------------------------------------------------------------------
+
+
+def burgers(u, rows):
+    return u.time + u.value * u.gradient_sum - 0.1 * u.laplacian + 0.3 * u.gradient_square.sin()
+
+
+def jacobian_by_autograd(model, points, residual, outputs=derivatives_by_autograd):
+    values = residual(type("U", (), dict(zip(NAMES, outputs(model, points), strict=False))), slice(0, len(points)))
+    rows = [parameters_to_vector(gradients_of_kept(model, value)) for value in values[:, 0]]
+    return values.detach(), torch.stack(rows)
+
+
+NAMES = ("value", "time", "gradient_sum", "laplacian", "gradient_square")
+
+
+def gradients_of_kept(model, value):
+    grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, model.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize(
+    ("sizes", "activation"),
+    [
+        ((2, 6, 5, 4, 1), "tanh"),
+        ((2, 6, 1), "gelu"),
+        ((14, 5, 6, 1), "silu"),
+        ((14, 12, 11, 1), "tanh"),
+        ((5, 1), "tanh"),
+    ],
+    ids=str,
+)
+def test_per_sample_jacobian(sizes, activation, chunk):
+    model, points = network(sizes, activation), points_of(8, sizes[0])
+    ours = model.residual_jacobian(points, burgers, chunk)
+    theirs = jacobian_by_autograd(model, points, burgers)
+    assert not ours[0].requires_grad and not ours[1].requires_grad
+    assert difference(ours, theirs) < TOLERANCE
+    wrong = model.residual_jacobian(points, lambda u, rows: burgers(u, rows) + 1e-4 * u.time, chunk)
+    assert difference(wrong, theirs) > 1e-7
+
+
+# torch.func.functional_call is traced by a deprecated call of torch's own
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_per_sample_jacobian_is_that_of_torch_func():
+    model, points = network((2, 6, 5, 1)), points_of(8, 2)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def residual(weights, point):
+        def u(x):
+            return torch.func.functional_call(model, weights, (x.unsqueeze(0),))[0, 0]
+
+        gradient, hessian = torch.func.grad(u)(point), torch.func.hessian(u)(point)
+        return gradient[1] + u(point) * gradient[0] - 0.1 * hessian[0, 0] + 0.3 * gradient[0].square().sin()
+
+    rows = torch.func.vmap(torch.func.grad(residual), (None, 0))(weights, points)
+    theirs = torch.cat([rows[name].flatten(1) for name in weights], 1)
+    assert difference([model.residual_jacobian(points, burgers)[1]], [theirs]) < TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 5, 1), (9, 5, 1), (4, 1), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_jacobian_of_labelled_points(sizes, chunk):
+    model, points = network(sizes), points_of(8, sizes[0])
+    target = points.sum(1, keepdim=True)
+
+    def misfit(u, rows):
+        return (u.value - target[rows]) ** 3
+
+    ours = model.residual_jacobian(points, misfit, chunk, values_only=True)
+    theirs = jacobian_by_autograd(model, points, misfit, lambda model, points: (model(points),))
+    assert difference(ours, theirs) < TOLERANCE
+    nan, _ = model.residual_jacobian(points, lambda u, rows: u.value + u.time, chunk, values_only=True)
+    assert bool(nan.isnan().all())
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
+
+
+def squared(u, rows):
+    return burgers(u, rows).square().sum()
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 5, 1), (12, 5, 6, 1)], ids=str)
+@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 100])
+def test_chunks_add_up_to_the_whole(sizes, chunk):
+    model, points = network(sizes), points_of(11, sizes[0])
+    whole = burgers(model.derivatives(points), slice(0, 11)).square().mean()
+    wanted = gradients_of(model, whole)
+    model.zero_grad()
+    loss = accumulate_gradient(model, points, squared, chunk=chunk)
+    assert not loss.requires_grad
+    assert difference([loss], [whole]) < 1e-13
+    assert difference([p.grad for p in model.parameters()], wanted) < 1e-12
+    accumulate_gradient(model, points, squared, chunk=chunk)  # adds up
+    assert difference([p.grad / 2 for p in model.parameters()], wanted) < 1e-12
+
+
+def test_mean_over_more_points_than_these():
+    model, points = network((3, 5, 1)), points_of(8, 3)
+    whole = accumulate_gradient(model, points, squared)
+    halves = [accumulate_gradient(model, points[half], squared, count=8) for half in (slice(0, 3), slice(3, 8))]
+    assert float(sum(halves)) == pytest.approx(float(whole), rel=1e-13)
+
+
+def test_chunks_call_backward_of_tensors_and_nothing_else(monkeypatch):
+    """So that an accelerator's trial evaluations, which pass over it, leave the gradients alone."""
+    model, points = network((3, 5, 1)), points_of(8, 3)
+    wanted = float(accumulate_gradient(model, points, squared, chunk=3))
+    model.zero_grad()
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
+    assert float(accumulate_gradient(model, points, squared, chunk=3)) == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("count", "size"), [(4000, 97), (7, 3), (5, 8), (1, 1), (0, 4)])
+def test_chunks_cover_all_and_only_the_last_is_shorter(count, size):
+    slices = list(chunks(count, size))
+    assert [index for rows in slices for index in range(count)[rows]] == list(range(count))
+    lengths = [rows.stop - rows.start for rows in slices]
+    assert len(slices) == math.ceil(count / size)
+    assert len(set(lengths[:-1])) <= 1 and lengths[-1:] <= lengths[:1] and max(lengths, default=0) <= size
+    with pytest.raises(ValueError, match="chunk must be at least 1"):
+        list(chunks(3, -1))
