@@ -17,6 +17,9 @@ from experiments.config import load_config
 from experiments.execute import execute_experiment
 from experiments.figures import draw_figures
 from experiments.launch import ranks_from_environment
+from experiments.pinn_compare import read_groups
+from experiments.pinn_figures import draw_pinn_figures
+from experiments.pinn_summary import summarize_pinn
 from experiments.record import read_run
 from experiments.summarize import summarize
 
@@ -139,25 +142,35 @@ def _reproduce(options: argparse.Namespace) -> None:
     if ranks.rank == 0:
         for config in configs:
             folder = options.results / config.experiment / config.scale
-            if _has_tables(folder):
-                comparison = read_comparison(folder)
-                for path in draw_figures(comparison):
-                    print(path)
-                print(summarize(comparison))
+            for path in _draw(folder):
+                print(path)
+            print(_table(folder))
         print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
 
 
-def _has_tables(folder: Path) -> bool:
-    """Whether there are figures and tables for the records of a folder; said on stderr if not."""
-    if any(read_run(path).is_pinn for path in list(folder.glob("*/seed-*.h5"))[:1]):
-        print(f"{folder}: no figures and tables for physics-informed networks yet", file=sys.stderr)
-        return False
-    return True
+def _is_pinn(folder: Path) -> bool:
+    """Whether the records of a folder are those of physics-informed networks."""
+    try:
+        return read_run(min(folder.glob("*/seed-*.h5"))).is_pinn
+    except OSError:
+        return False  # the other reader comes upon it too, and names the file
+
+
+def _draw(folder: Path) -> list[Path]:
+    if _is_pinn(folder):
+        return draw_pinn_figures(read_groups(folder))
+    return draw_figures(read_comparison(folder))
+
+
+def _table(folder: Path) -> str:
+    if _is_pinn(folder):
+        return summarize_pinn(read_groups(folder))
+    return summarize(read_comparison(folder))
 
 
 def _figures(options: argparse.Namespace) -> None:
-    for folder in filter(_has_tables, find_folders(options.results, options.only)):
-        for path in draw_figures(read_comparison(folder)):
+    for folder in find_folders(options.results, options.only):
+        for path in _draw(folder):
             print(path)
             if options.docs:
                 DOCS_FIGURES.mkdir(parents=True, exist_ok=True)
@@ -167,8 +180,8 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _summarize(options: argparse.Namespace) -> None:
-    for folder in filter(_has_tables, find_folders(options.results, options.only)):
-        print(summarize(read_comparison(folder)))
+    for folder in find_folders(options.results, options.only):
+        print(_table(folder))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ A value of the wrong kind raises ValueError with the key, the value and what is 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import re
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 import aadl
+from experiments import optimizers as own
 
 
 @dataclass(frozen=True)
@@ -223,21 +222,14 @@ class Component:
 
 
 @cache
-def second_order_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers of `experiments.second_order`: they ask the closure for residuals and their Jacobian."""
-    if importlib.util.find_spec("experiments.second_order") is None:
-        return {}
-    return {
-        name: member
-        for name, member in vars(importlib.import_module("experiments.second_order")).items()
-        if inspect.isclass(member) and issubclass(member, torch.optim.Optimizer) and name != "Optimizer"
-    }
-
-
-@cache
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers that a configuration may name: torch's, and `second_order_optimizers`."""
-    return _with_step(torch.optim) | second_order_optimizers()
+    """The optimizers that a configuration may name: torch's, and those of `experiments.optimizers`."""
+    return _with_step(torch.optim) | _with_step(own)
+
+
+def needs_residuals(name: str) -> bool:
+    """Whether the optimizer asks the closure for residuals and their Jacobian, which only some problems have."""
+    return getattr(optimizers()[name], "needs_residuals", False)
 
 
 @cache

@@ -249,6 +249,7 @@ class _Loss:
 
     def __init__(self, equation: Equation, config: PinnConfig, ranks: Ranks) -> None:
         self._equation, self._config, self._ranks = equation, config, ranks
+        self._slopes: Tensor | None = None  # weights of the residuals at the last linearization
 
     def backward(self, network: nn.Module, points: Points) -> Tensor:
         """The loss; its gradient is added to that of the parameters, chunk by chunk."""
@@ -256,7 +257,7 @@ class _Loss:
         size, equation = self._ranks.world_size, self._equation
 
         def loss_sum(u: Derivatives, rows: slice) -> Tensor:
-            return size * _residual_of(equation, u, points, rows).square().sum()
+            return size * self._scaled(_residual_of(equation, u, points, rows), rows).square().sum()
 
         loss = accumulate_gradient(
             network,
@@ -303,15 +304,18 @@ class _Loss:
         """Residuals (rows,), weighted so that the loss is the sum of their squares. Single process."""
         with torch.no_grad():
             interior = _residual(self._equation, network, points, self._config.chunk_points)
+            interior = self._scaled(interior, slice(None))
             return self._weighted(interior, self._value(network, points) - points.values, points)
 
     def linearize(self, network: nn.Module, points: Points) -> tuple[Tensor, Tensor]:
         """The residuals (rows,) and their Jacobian (rows, parameters). Single process."""
         assert isinstance(network, MLP)
         equation = self._equation
+        if self._config.slope_weight:
+            self._slopes = self._slope_weights(network, points)
 
         def residual(u: Derivatives, rows: slice) -> Tensor:
-            return _residual_of(equation, u, points, rows)
+            return self._scaled(_residual_of(equation, u, points, rows), rows)
 
         def error(u: Derivatives, rows: slice) -> Tensor:
             return _lifted(u.value, _rows(points.condition_lift, rows)) - points.values[rows]
@@ -325,6 +329,18 @@ class _Loss:
         weights = self._weighted(torch.ones_like(interior), torch.ones_like(condition), points)
         jacobian = torch.cat([jacobian, condition_jacobian]).mul_(weights.unsqueeze(1))
         return self._weighted(interior, condition, points), jacobian
+
+    def _scaled(self, residual: Tensor, rows: slice) -> Tensor:
+        return residual if self._slopes is None else residual * self._slopes[rows]
+
+    def _slope_weights(self, network: MLP, points: Points) -> Tensor:
+        """1 / (1 + |sum_i u_{x_i}|), (N, 1)."""
+        with torch.no_grad():
+            u = network.derivatives(points.interior)
+            if points.lift is not None:
+                u = compose(*points.lift, u, self._equation.num_space)
+            weights: Tensor = 1 / (1 + u.gradient_sum.abs())
+            return weights
 
     def _weighted(self, interior: Tensor, condition: Tensor | None, points: Points) -> Tensor:
         parts = [interior / math.sqrt(points.num_interior)]

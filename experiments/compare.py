@@ -43,20 +43,18 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The records of one folder `results/<experiment>/<scale>`.
+class Records:
+    """What the records of one folder `results/<experiment>/<scale>` have in common.
 
     Attributes:
         folder: where they lie.
-        families: variants by family, the plain one first.
         studies: runs by study, "learning_rate" and "batch_size".
-        data_source: "csv" or "surrogate".
+        data_source: "csv", "surrogate" or "computed".
         seeds: of the main comparison.
         commits: short commits that made the records, with "+" where the checkout had changes.
     """
 
     folder: Path
-    families: dict[str, list[Variant]]
     studies: dict[str, list[Run]]
     data_source: str
     seeds: tuple[int, ...]
@@ -64,17 +62,61 @@ class Comparison:
 
     @property
     def is_surrogate(self) -> bool:
-        return self.data_source != "csv"
+        return "surrogate" in self.data_source
+
+    @property
+    def caution(self) -> str:
+        """What stands first in every title; empty for nothing."""
+        return "SURROGATE DATA" if self.is_surrogate else ""
+
+    @property
+    def explanation(self) -> str:
+        """A second line of every title; empty for none."""
+        return ""
+
+    @property
+    def subject(self) -> str:
+        """What titles call the experiment."""
+        name = self.folder.parent.name.replace("_", " ")
+        return f"{name[:1].upper()}{name[1:]}"
 
     def source_line(self, seeds: Iterable[int] | None = None) -> str:
         """Where a figure or a table comes from: configuration, data, seeds (by default the main comparison's), code."""
         numbers = spans(self.seeds if seeds is None else seeds)
-        data = "SURROGATE DATA, not the real file" if self.is_surrogate else "data: csv"
+        data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
         experiment, scale = self.folder.parts[-2:]
         config = Path("experiments", "configs", experiment, f"{scale}.yaml")
         exists = (Path(__file__).parents[1] / config).is_file()  # not so for trials with --set scale=NAME
         settings = config.as_posix() if exists else f"scale {scale} (settings in the records)"
         return f"{settings} · {data} · seeds {numbers} · commit {', '.join(self.commits)}"
+
+
+@dataclass(frozen=True)
+class Comparison(Records):
+    """The records of one folder, the variants by family, the plain one first."""
+
+    families: dict[str, list[Variant]]
+
+
+def grouped(runs: Iterable[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+    """The runs of the main comparison by variant, and the others by study."""
+    main: dict[str, list[Run]] = {}
+    studies: dict[str, list[Run]] = {}
+    for run in runs:
+        study = run.attributes["study"]
+        groups, key = (studies, study) if study else (main, run.attributes["variant"])
+        groups.setdefault(key, []).append(run)
+    return main, studies
+
+
+def seeds_of(runs: Iterable[Run]) -> tuple[int, ...]:
+    """Seeds of the main comparison."""
+    return tuple(sorted({run.attributes["seed"] for run in runs if not run.attributes["study"]}))
+
+
+def commits_of(runs: Iterable[Run]) -> tuple[str, ...]:
+    """Short commits that made the records, with "+" where the checkout had changes."""
+    return tuple(sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in runs}))
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -119,13 +161,7 @@ def read_comparison(folder: Path) -> Comparison:
                 f"{folder} holds records with different {what}, for instance {some}: "
                 "run the experiment again, or keep trials apart with --set scale=NAME"
             )
-    main: dict[str, list[Run]] = {}
-    studies: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.attributes["study"]:
-            studies.setdefault(run.attributes["study"], []).append(run)
-        else:
-            main.setdefault(run.attributes["variant"], []).append(run)
+    main, studies = grouped(runs)
     families: dict[str, list[Variant]] = {}
     for name, group in main.items():
         definition = group[0].config["variant"]
@@ -145,10 +181,8 @@ def read_comparison(folder: Path) -> Comparison:
         families={family: families[family] for family in order},
         studies=studies,
         data_source=", ".join(sorted({run.attributes["data_source"] for run in runs})),
-        seeds=tuple(sorted({run.attributes["seed"] for run in runs if not run.attributes["study"]})),
-        commits=tuple(
-            sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in runs})
-        ),
+        seeds=seeds_of(runs),
+        commits=commits_of(runs),
     )
 
 

@@ -35,6 +35,7 @@ from experiments.checks import (
     check_scheduler,
     choice,
     integer,
+    needs_residuals,
     number,
     optimizers,
     optional,
@@ -43,7 +44,6 @@ from experiments.checks import (
     read_settings,
     refuse_unknown,
     schedulers,
-    second_order_optimizers,
     sequence,
     setting,
 )
@@ -87,6 +87,8 @@ class PinnConfig:
             more of them where the residual of the network is large (`adaptive_points`); null: none are.
         history_on_resample: "reset": the memories of L-BFGS and of aadl begin anew with the points; "keep": they stay.
             Neither the moments of Adam nor the window of the published scheme is touched.
+        slope_weight: divides the residuals by 1 + |sum_i u_{x_i}| of the network at the last linearization, which keeps
+            steep fronts from ruling the sum of squares; for optimizers that linearize. Recorded losses are without it.
         chunk_points: interior points that are differentiated at a time, which bounds the memory; null: a cache full.
         compile: whether torch.compile compiles the residual.
     """
@@ -104,6 +106,7 @@ class PinnConfig:
     resample_every: int | None = setting(optional(integer(1)), None)
     adaptive_pool: int | None = setting(optional(integer(1, MAX_POOL + 1)), None)
     history_on_resample: str = setting(choice("reset", "keep"), "reset")
+    slope_weight: bool = setting(BOOLEAN, False)
     chunk_points: int | None = setting(optional(integer(1)), None)
     compile: bool = setting(BOOLEAN, False)
     folder: str = ""
@@ -413,7 +416,12 @@ def parse_config(
         expected_minutes=values["expected_minutes"],
     )
     for name, variant in variants.items():
-        _, training = variant_settings(config, variant, f"variants.{name}.")
+        problem, training = variant_settings(config, variant, f"variants.{name}.")
+        if isinstance(problem, PinnConfig) and problem.slope_weight and not needs_residuals(variant.optimizer.name):
+            raise ValueError(
+                f"variants.{name}: problem.slope_weight must be false for {variant.optimizer.name}, which does not "
+                "linearize; it must be an optimizer that does, as LevenbergMarquardt"
+            )
         if variant.then is not None and variant.then.after >= training.iterations:
             raise ValueError(
                 f"variants.{name}.then.after must be below the {training.iterations} iterations of the run, "
@@ -546,7 +554,7 @@ def _optimizer(raw: Mapping[str, Any], where: str, is_pinn: bool) -> tuple[Compo
     """The optimizer and the acceleration of a stage."""
     if raw.get("optimizer") is None:
         raise ValueError(f"{where}.optimizer is missing; it must be a mapping with the name of an optimizer of torch")
-    known = {name: kind for name, kind in optimizers().items() if is_pinn or name not in second_order_optimizers()}
+    known = {name: kind for name, kind in optimizers().items() if is_pinn or not needs_residuals(name)}
     optimizer = read_component(raw["optimizer"], known, f"{where}.optimizer")
     check_optimizer(optimizer, f"{where}.optimizer")
     acceleration = None

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import aadl
 from experiments import collocation_problem, graduate_admissions
-from experiments.checks import Component, accelerate, make_optimizer, second_order_optimizers
+from experiments.checks import Component, accelerate, make_optimizer, needs_residuals
 from experiments.config import ExperimentConfig, GraduateAdmissionsConfig, PinnTrainingConfig, RunConfig, expand_runs
 from experiments.launch import Ranks, start_process_group, stop_process_group
 from experiments.published import PublishedScheme
@@ -169,7 +169,7 @@ def _check_single_process(config: ExperimentConfig, ranks: Ranks) -> None:
         return
     for name, variant in config.variants.items():
         stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
-        single = [f"the optimizer {stage.name}" for stage in stages if stage.name in second_order_optimizers()]
+        single = [f"the optimizer {stage.name}" for stage in stages if needs_residuals(stage.name)]
         if variant.published is not None:
             single.append("the published scheme")
         if single:

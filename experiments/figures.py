@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.compare import TRAIN, VALIDATION, Comparison, Variant, plain_of, role_of
+from experiments.compare import TRAIN, VALIDATION, Comparison, Records, Variant, plain_of, role_of
 from experiments.record import Run
 
 # One color a role in all figures, told apart with every kind of color blindness (Okabe and Ito), plus a line style.
@@ -32,6 +33,8 @@ LABELS = {"plain": "plain", "ema": "EMA of the weights", "aadl": "accelerated (a
 # Causes of rejection, in the order of their appearance.
 CAUSE_COLORS = ("#CC79A7", "#E69F00", "#F0E442", "#56B4E9", "#009E73", "#999999")
 REPEATED = ("-", (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))  # styles of several variants with one role
+
+DEVIATION = "acceleration/relative_standard_deviation"
 
 RC: dict[Any, Any] = {
     "font.size": 9,
@@ -55,7 +58,6 @@ RC: dict[Any, Any] = {
 def draw_figures(comparison: Comparison) -> list[Path]:
     """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
     folder = comparison.folder / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     drawings: dict[str, Callable[[Comparison], Figure | None]] = {
         "loss.png": draw_loss,
         "published_scheme.png": draw_published_scheme,
@@ -63,10 +65,16 @@ def draw_figures(comparison: Comparison) -> list[Path]:
         "acceleration.png": draw_acceleration,
         "learning_rate.png": draw_learning_rate,
     }
+    return save_figures(folder, {name: partial(draw, comparison) for name, draw in drawings.items()})
+
+
+def save_figures(folder: Path, drawings: Mapping[str, Callable[[], Figure | None]]) -> list[Path]:
+    """Writes what is drawn by file name, returns the paths; what gives no figure is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with plt.rc_context(RC):
         for name, draw in drawings.items():
-            figure = draw(comparison)
+            figure = draw()
             if figure is not None:
                 figure.savefig(folder / name, metadata={"Software": None})
                 plt.close(figure)
@@ -110,7 +118,7 @@ def _loss_figure(
             for variant, color, style in _styled(variants):
                 values = variant.series(series)
                 epochs = np.arange(values.shape[1])
-                low, middle, high = _spread(values)
+                low, middle, high = quantiles(values)
                 label = LABELS.get(variant.role, variant.label)
                 axis.plot(epochs, middle, color=color, linestyle=style, label=label)
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
@@ -118,7 +126,7 @@ def _loss_figure(
             axis.set_ylabel(name)
             if transposed or axis is axes[0]:
                 axis.set_title(family, loc="left")
-            _limit(axis, _spread((plain_of(variants) or variants[0]).series(series))[1])
+            _limit(axis, quantiles((plain_of(variants) or variants[0]).series(series))[1])
         axes[-1].set_xlabel("epoch")
         axes[0].set_xlabel("epoch" if transposed else "")
     handles: dict[str, Any] = {}
@@ -126,7 +134,7 @@ def _loss_figure(
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     spread = f"line: median of {len(comparison.seeds)} seeds, band: 10 to 90 %"
-    _finish(figure, comparison, f"{title} ({spread})", handles)
+    finish(figure, comparison, f"{title} ({spread})", handles)
     return figure
 
 
@@ -139,7 +147,7 @@ def _limit(axis: Axes, plain: np.ndarray) -> None:
         axis.set_ylim(low * 0.85, top)
 
 
-def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """10 %, 50 % and 90 % over the seeds, taken from the seeds themselves where one of them diverged."""
     shares = (0.1, 0.5, 0.9)
     with np.errstate(invalid="ignore"):
@@ -196,7 +204,7 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
     axis.set_ylabel("relative standard deviation\nof consecutive updates")
     axis.legend(loc="lower left")
     seeds = {int(run.attributes["seed"]) for run in runs}
-    _finish(figure, comparison, f"Oscillations against batch size (range of {len(seeds)} seeds)", {}, seeds)
+    finish(figure, comparison, f"Oscillations against batch size (range of {len(seeds)} seeds)", {}, seeds)
     return figure
 
 
@@ -235,42 +243,66 @@ def fitted_slope(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 def draw_acceleration(comparison: Comparison) -> Figure | None:
     """What the acceleration did: accepted and rejected by cause; averaging and the oscillations that switch it."""
     variants = [
-        (family, variant)
+        (f"{variant.label}\n{family}", variant)
         for family, group in comparison.families.items()
         for variant in group
         if variant.role.startswith("aadl")
     ][:4]
     if not variants:
         return None
+    figure, handles = acceleration_panels(variants, "epoch")
+    finish(figure, comparison, "What the acceleration did", handles)
+    return figure
+
+
+def acceleration_panels(
+    variants: Sequence[tuple[str, Variant]], unit: str, *, shared: bool = True
+) -> tuple[Figure, dict[str, Any]]:
+    """Two panels a variant: accelerations by outcome, and averaging with the oscillations that switch it.
+
+    Args:
+        variants: titles and variants.
+        unit: of the horizontal axis, the places of the records.
+        shared: whether all variants have one scale for their numbers of accelerations.
+
+    Returns:
+        The figure and the handles of its legend.
+    """
     causes = list(dict.fromkeys(cause for _, variant in variants for cause in _causes(variant)))
     colors = {cause: CAUSE_COLORS[position % len(CAUSE_COLORS)] for position, cause in enumerate(causes)}
-    size = (max(5.0, 1.0 + 2.8 * len(variants)), 6.0)
-    figure, grid = plt.subplots(2, len(variants), figsize=size, squeeze=False, sharex=True, sharey="row")
+    size = (max(7.0, 1.0 + 2.8 * len(variants)), 6.0)
+    figure, grid = plt.subplots(2, len(variants), figsize=size, squeeze=False, sharex=True)
+    for row in grid if shared else grid[1:]:
+        for axis in row[1:]:
+            axis.sharey(row[0])
+            axis.tick_params(labelleft=False)
     handles: dict[str, Any] = {}
-    for (family, variant), (upper, lower) in zip(variants, grid.T, strict=True):
+    for (title, variant), (upper, lower) in zip(variants, grid.T, strict=True):
         accepted = _mean(variant, "acceleration/accepted") - _mean(variant, "acceleration/reverted")
         counts = [("accepted", STYLES["published"][0], accepted)]
         counts += [(cause, colors[cause], _mean(variant, series)) for cause, series in _causes(variant).items()]
-        epochs = np.arange(len(accepted))
-        bottom = np.zeros(len(epochs))
+        places = max((run.places for run in variant.runs.values()), key=len)
+        bottom = np.zeros(len(places))
         for label, color, values in counts:
-            area = upper.fill_between(epochs, bottom, bottom + values, color=color, alpha=0.85, linewidth=0)
+            area = upper.fill_between(places, bottom, bottom + values, color=color, alpha=0.85, linewidth=0)
             handles.setdefault(label, area)
             bottom = bottom + values
-        upper.set_title(f"{variant.label}\n{family}", loc="left", fontsize=8.5)
+        upper.set_title(title, loc="left", fontsize=8.5)
         share = _mean(variant, "acceleration/averaging")
-        area = lower.fill_between(epochs, 0, share, color="#009E73", alpha=0.3, linewidth=0, step="post")
+        area = lower.fill_between(places, 0, share, color="#009E73", alpha=0.3, linewidth=0, step="post")
         handles.setdefault("share of seeds with averaging on", area)
-        stacked = np.stack([run.series["acceleration/relative_standard_deviation"] for run in variant.runs.values()])
+        stacked = np.full((len(variant.runs), len(places)), np.nan)
+        for row, run in zip(stacked, variant.runs.values(), strict=True):
+            values = run.series.get(DEVIATION, np.empty(0))
+            row[: len(values)] = values
         known = np.isfinite(stacked).any(axis=0)
-        (line,) = lower.plot(epochs[known], np.nanmedian(stacked[:, known], axis=0), color="#333333", linewidth=1.2)
+        (line,) = lower.plot(places[known], np.nanmedian(stacked[:, known], axis=0), color="#333333", linewidth=1.2)
         handles.setdefault("relative standard deviation between updates (median)", line)
-        lower.set_xlabel("epoch")
+        lower.set_xlabel(unit)
     grid[1, 0].set_ylim(bottom=0)
     grid[0, 0].set_ylabel("accelerations since the start\n(mean over the seeds)")
     grid[1, 0].set_ylabel("averaging on (share),\nrelative standard deviation")
-    _finish(figure, comparison, "What the acceleration did", handles)
-    return figure
+    return figure, handles
 
 
 def _causes(variant: Variant) -> dict[str, str]:
@@ -287,7 +319,7 @@ def _mean(variant: Variant, name: str) -> np.ndarray:
     stacked = np.zeros((len(variant.runs), length))
     for row, run in zip(stacked, variant.runs.values(), strict=True):
         values = run.series.get(name, np.zeros(length))
-        row[:] = np.where(np.isfinite(values), values, 0.0)
+        row[: len(values)] = np.where(np.isfinite(values), values, 0.0)
         if name != "acceleration/averaging":
             np.maximum.accumulate(row, out=row)
     mean: np.ndarray = stacked.mean(axis=0)
@@ -330,30 +362,58 @@ def draw_learning_rate(comparison: Comparison) -> Figure | None:
     seeds = {int(run.attributes["seed"]) for run in runs}
     optimizer = runs[0].config["variant"]["optimizer"]["name"]
     title = f"Sensitivity to the learning rate, {optimizer} (line: median, band: range of {len(seeds)} seeds)"
-    _finish(figure, comparison, title, handles, seeds)
+    finish(figure, comparison, title, handles, seeds)
     return figure
 
 
-def _finish(
-    figure: Figure, comparison: Comparison, title: str, handles: dict[str, Any], seeds: set[int] | None = None
+def finish(
+    figure: Figure,
+    records: Records,
+    title: str,
+    handles: dict[str, Any],
+    seeds: Iterable[int] | None = None,
+    note: str = "",
 ) -> None:
-    """Title, one legend below the panels, the source at the bottom; a surrogate is named first of all."""
+    """Title, one legend below the panels, the source at the bottom; a caution is named first of all.
+
+    Args:
+        figure: with its panels drawn.
+        records: what is drawn.
+        title: what the figure shows.
+        handles: of the legend, by label.
+        seeds: those of the figure, None for those of the main comparison.
+        note: a second line below the title.
+    """
     for axis in figure.axes:
         axis.tick_params(which="minor", labelsize=7)
-    experiment = comparison.folder.parent.name.replace("_", " ")
-    head = f"{experiment[:1].upper()}{experiment[1:]}: {title[:1].lower()}{title[1:]}"
+    head = f"{records.subject}: {title[:1].lower()}{title[1:]}"
     color = "#111111"
-    if comparison.is_surrogate:
-        head, color = f"SURROGATE DATA - {head}", "#B00020"
-    width, height = figure.get_size_inches()
-    columns = max(1, min(len(handles), int(width // 2.2)))
-    lines = -(-len(handles) // columns) if handles else 0
+    if records.caution:
+        head, color = f"{records.caution} - {head}", "#B00020"
+    height = figure.get_size_inches()[1]
+    top = 0.32
     _fitted_text(figure, 1 - 0.1 / height, head, 10.5, va="top", weight="bold", color=color)
-    _fitted_text(figure, 0.08 / height, f"Source: {comparison.source_line(seeds)}", 7, va="bottom", color="#666666")
-    if handles:
+    for line, shade in ((records.explanation, color), (note, "#444444")):
+        if line:
+            _fitted_text(figure, 1 - top / height, line, 8.5, va="top", color=shade)
+            top += 0.2
+    _fitted_text(figure, 0.08 / height, f"Source: {records.source_line(seeds)}", 7, va="bottom", color="#666666")
+    lines = _legend(figure, handles)
+    figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / height, 1, 1 - top / height))
+
+
+def _legend(figure: Figure, handles: dict[str, Any]) -> int:
+    """A legend at the bottom, in as many columns as there is room for; returns the number of its lines."""
+    width, height = figure.get_size_inches()
+    for columns in range(min(len(handles), int(width // 2.2)), 0, -1):
         anchor = (0.5, 0.26 / height)
-        figure.legend([*handles.values()], [*handles], loc="lower center", ncols=columns, bbox_to_anchor=anchor)
-    figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / height, 1, 1 - 0.32 / height))
+        legend = figure.legend(
+            [*handles.values()], [*handles], loc="lower center", ncols=columns, bbox_to_anchor=anchor
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return -(-len(handles) // columns)
+        legend.remove()
+    return 0
 
 
 def _fitted_text(figure: Figure, y: float, text: str, size: float, **style: Any) -> None:

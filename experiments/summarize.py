@@ -103,8 +103,8 @@ def summarize(comparison: Comparison) -> str:
     )
     for family, variants in comparison.families.items():
         rows = family_rows(variants)
-        markdown += [f"## {family}", "", *_markdown_table(HEADER, rows), ""]
-        text += [family, *_text_table(HEADER, rows), ""]
+        markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
+        text += [family, *text_table(HEADER, rows), ""]
     targets = target_lines(comparison)
     if targets:
         markdown += ["## Targets", "", *(f"- {line}" for line in targets), ""]
@@ -112,7 +112,7 @@ def summarize(comparison: Comparison) -> str:
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]
-    _write(comparison.folder / "summary.md", "\n".join(markdown))
+    write_text(comparison.folder / "summary.md", "\n".join(markdown))
     return "\n".join(text)
 
 
@@ -140,14 +140,14 @@ def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
     return rows
 
 
-def spread(values: np.ndarray, form: str) -> str:
-    """ "median [minimum .. maximum]"; "never" stands for infinity, and values that are not known are left out."""
+def spread(values: np.ndarray, form: str, infinite: str = "never") -> str:
+    """ "median [minimum .. maximum]"; `infinite` stands for infinity, and values that are not known are left out."""
     known = values[~np.isnan(values)]
     if not known.size:
         return "unknown"
 
     def show(value: float) -> str:
-        return form.format(value) if np.isfinite(value) else "never"
+        return form.format(value) if np.isfinite(value) else infinite
 
     return f"{show(median(known))} [{show(known.min())} .. {show(known.max())}]"
 
@@ -184,32 +184,32 @@ def target_lines(comparison: Comparison) -> list[str]:
             unknown = [seed for seed, ratio in zip(measures.seeds, measures.train_ratio, strict=True) if ratio != ratio]
             where += f", unknown on seeds {unknown} where plain diverged" if unknown else ""
             lines += [
-                _target(
+                target(
                     f"{settings}: plain's final loss in at most half the epochs",
-                    _median_within(measures.epochs, epochs / 2),
+                    median_within(measures.epochs, epochs / 2),
                     reached,
                 ),
-                _target(
+                target(
                     f"{settings}: in at most a third of the epochs (ambition)",
-                    _median_within(measures.epochs, epochs / 3),
+                    median_within(measures.epochs, epochs / 3),
                     reached,
                 ),
-                _target(
+                target(
                     f"{settings}: ends no higher than plain on any seed",
-                    _all_within(measures.train_ratio, 1.0),
+                    all_within(measures.train_ratio, 1.0),
                     f"{where}; {ratios}",
                 ),
             ]
         else:
             lines += [
-                _target(
+                target(
                     f"{settings}: plain's final loss in at most 0.8 of the epochs",
-                    _median_within(measures.epochs, 0.8 * epochs),
+                    median_within(measures.epochs, 0.8 * epochs),
                     reached,
                 ),
-                _target(
+                target(
                     f"{settings}: never ends more than 2 % above plain",
-                    _all_within(measures.train_ratio, 1.02),
+                    all_within(measures.train_ratio, 1.02),
                     ratios,
                 ),
             ]
@@ -220,14 +220,14 @@ def target_lines(comparison: Comparison) -> list[str]:
 def _overhead(settings: str, measures: Measures) -> str:
     overhead = np.where(np.isfinite(measures.train), measures.overhead, np.inf)  # a diverged run has no time per epoch
     numbers = f"{spread(measures.overhead, '{:+.1%}')}; in CPU time {spread(measures.cpu_overhead, '{:+.1%}')}"
-    return _target(
+    return target(
         f"{settings}: wall-clock time per epoch less than 15 % above plain's",
-        _median_within(overhead, np.nextafter(0.15, 0.0)),
+        median_within(overhead, np.nextafter(0.15, 0.0)),
         numbers,
     )
 
 
-def _median_within(values: np.ndarray, limit: float) -> bool | None:
+def median_within(values: np.ndarray, limit: float) -> bool | None:
     """Whether the median is at most the limit; None if values that are not known (NaN) could decide it.
 
     An unknown number of epochs or overhead is at best -1.
@@ -238,7 +238,7 @@ def _median_within(values: np.ndarray, limit: float) -> bool | None:
     return None if unknown.any() else True
 
 
-def _all_within(values: np.ndarray, limit: float) -> bool | None:
+def all_within(values: np.ndarray, limit: float) -> bool | None:
     """Whether all values are at most the limit; None if none is above and some are not known (NaN)."""
     unknown = np.isnan(values)
     if (values > limit).any():
@@ -246,17 +246,20 @@ def _all_within(values: np.ndarray, limit: float) -> bool | None:
     return None if unknown.any() else True
 
 
-def _target(what: str, met: bool | None, numbers: str) -> str:
+def target(what: str, met: bool | None, numbers: str) -> str:
+    """The line of a target: whether it is met, what it is, and the numbers."""
     verdict = "unknown" if met is None else "met" if met else "NOT MET"
     return f"{verdict}: {what}: {numbers}"
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The same for a terminal."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -264,7 +267,8 @@ def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
     ]
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once and whole."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

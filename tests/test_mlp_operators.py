@@ -1,9 +1,11 @@
 """experiments.models: derivatives of the network against autograd, in float64."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.utils import parameters_to_vector
 
 from experiments.models.derivatives import RULES
@@ -191,9 +193,9 @@ def test_value_gradient_laplacian(sizes, activation):
 
 
 def test_what_has_no_second_derivative_or_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="second derivative .*got 'relu'"):
+    with pytest.raises(ValueError, match=r"second derivative .*got 'relu'"):
         MLP((3, 4, 1), "relu").derivatives(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="second derivative .*got 'relu'"):
+    with pytest.raises(ValueError, match=r"second derivative .*got 'relu'"):
         MLP((3, 4, 1), "relu").value_gradient_laplacian(torch.zeros(2, 3))
     for call in (MLP((3, 4, 2)).derivatives, MLP((3, 4, 2)).value_gradient_laplacian):
         with pytest.raises(ValueError, match=r"one output, got sizes \(3, 4, 2\)"):
@@ -320,6 +322,26 @@ def test_chunks_call_backward_of_tensors_and_nothing_else(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     assert float(accumulate_gradient(model, points, squared, chunk=3)) == wanted
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "tolerance"),
+    [((12, 5, 6, 1), torch.float32, 1e-4), ((2, 6, 5, 1), torch.float64, 1e-11)],
+    ids=str,
+)
+def test_compiled_is_the_same_and_compiles_once_for_chunks_of_any_length(sizes, dtype, tolerance):
+    model, points = network(sizes).to(dtype), points_of(11, sizes[0]).to(dtype)
+    loss = accumulate_gradient(model, points, squared, chunk=4)
+    wanted = [p.grad.clone() for p in model.parameters()]
+    before = counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        model.zero_grad()
+        compiled = accumulate_gradient(model, points, squared, chunk=4, compiles=True)  # 4, 4 and 3 points
+        assert difference([compiled, *(p.grad for p in model.parameters())], [loss, *wanted]) < tolerance
+    assert counters["stats"]["unique_graphs"] == before + 2  # forward and backward
 
 
 @pytest.mark.parametrize(("count", "size"), [(4000, 97), (7, 3), (5, 8), (1, 1), (0, 4)])

@@ -35,11 +35,11 @@ class Rule(NamedTuple):
 def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = torch.tanh(z)
     first = 1 - value * value
-    return value, first, -2 * value * first
+    return value, first, (value * first).mul_(-2)
 
 
 def _tanh_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return first * (4 - 6 * first)
+    return torch.addcmul(4 * first, first, first, value=-6)
 
 
 def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,8 +124,9 @@ class Plan(NamedTuple):
 class Layer(NamedTuple):
     """What the adjoint needs of a hidden layer: its inputs, its pre-activations and what the activation made of them.
 
-    `lanes` (K, N, inputs) and `slopes` = W lanes (K, N, width); in the first layer, where they are the same for all
-    points, with 1 in the place of N. `square` is the sum of the squared rows of `slopes`.
+    `lanes` (inputs, K, N) and `slopes` = W lanes (width, K, N); in the first layer, where they are the same for all
+    points, with 1 in the place of N. `square` is the sum of the squared rows of `slopes`. All others (width, N): points
+    come last, since products of a small matrix with a wide one are the fastest, and rows are then long.
     """
 
     value: Tensor
@@ -139,7 +140,7 @@ class Layer(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """Adjoints of the pre-activations of a layer, z (N, width) and slopes (K, N, width), and the inputs it had."""
+    """Adjoints of the pre-activations of a layer, z (width, N) and slopes (width, K, N), and the inputs it had."""
 
     z: Tensor
     slopes: Tensor
@@ -154,19 +155,24 @@ Parameters = Sequence[tuple[Tensor, Tensor]]
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def _times(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight.T, by oneDNN where it can: on processors not by Intel twice as fast as MKL, which `@` calls."""
-    if _onednn_linear is None or rows.dtype != torch.float32 or rows.device.type != "cpu":
-        return rows @ weight.T
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, by oneDNN where it can: on processors not by Intel twice as fast as MKL, which `@` calls."""
+    if _onednn_linear is None or left.dtype != torch.float32 or left.device.type != "cpu":
+        return left @ right
     if torch.compiler.is_compiling():  # whose own lowering of oneDNN takes constant weights only
-        return torch.ops.aadl_experiments.times(rows, weight)
-    return _onednn_linear(rows, weight, None, "none", [], "")
+        return torch.ops.aadl_experiments.times(left, right)
+    return _onednn_linear(left, right.T, None, "none", [], "")
 
 
 _operators = torch.library.Library("aadl_experiments", "DEF")
-_operators.define("times(Tensor rows, Tensor weight) -> Tensor")
+_operators.define("times(Tensor left, Tensor right) -> Tensor")
 _operators.impl("times", _times, "CPU")
-_operators.impl("times", lambda rows, weight: rows.new_empty(*rows.shape[:-1], len(weight)), "Meta")
+_operators.impl("times", lambda left, right: left.new_empty(len(left), right.shape[1]), "Meta")
+
+
+def _through(weight: Tensor, lanes: Tensor) -> Tensor:
+    """The product of a weight with every column of lanes (inputs, K, N)."""
+    return _times(weight, lanes.flatten(1)).unflatten(1, lanes.shape[1:])
 
 
 def propagate(
@@ -184,18 +190,19 @@ def propagate(
         The outputs, the hidden layers, and the inputs of the last layer.
     """
     layers: list[Layer] = []
-    value, lanes = points, lanes.unsqueeze(1)
+    value, lanes = points.T, lanes.T.unsqueeze(2)
     for number, (weight, bias) in enumerate(parameters[:-1]):
-        z = torch.addmm(bias, value, weight.T)
-        slopes = _times(lanes, weight)
-        square = slopes[plan.first_row :].square().sum(0)
+        z = _times(weight, value).add_(bias.unsqueeze(1))
+        slopes = _through(weight, lanes)
+        square = slopes[:, plan.first_row :].square().sum(1)
         output, first, second = plan.rule.values(z)
         layers.append(Layer(value, lanes, z, slopes, square, output, first, second))
-        used = plan.num_outputs if number == len(parameters) - 2 else len(slopes)
-        value, lanes = output, first * slopes[:used]
-        lanes[0].addcmul_(second, square)
+        used = plan.num_outputs if number == len(parameters) - 2 else slopes.shape[1]
+        value, lanes = output, first.unsqueeze(1) * slopes[:, :used]
+        lanes[:, 0].addcmul_(second, square)
     weight, bias = parameters[-1]
-    return torch.cat([(value @ weight[0] + bias).unsqueeze(0), lanes @ weight[0]]), layers, (value, lanes)
+    outputs = torch.cat([torch.addmm(bias, weight, value), (weight @ lanes.flatten(1)).view(lanes.shape[1:])])
+    return outputs, layers, (value, lanes)
 
 
 def pull_back(
@@ -210,39 +217,38 @@ def pull_back(
         parameters: as given to it.
         plan: as given to it.
     """
-    columns = adjoints.unsqueeze(-1)
-    yield Adjoint(columns[0], columns[1:], *last)
-    weight, row = parameters[-1][0], plan.first_row
-    value, lanes = columns[0] * weight, columns[1:] * weight
+    yield Adjoint(adjoints[:1], adjoints[1:].unsqueeze(0), *last)
+    column, row = parameters[-1][0].T, plan.first_row
+    value, lanes = column * adjoints[0], column.unsqueeze(2) * adjoints[1:]
     for number in reversed(range(len(layers))):
-        layer, used = layers[number], len(lanes)
+        layer, used = layers[number], lanes.shape[1]
         # z acts by f(z), by the factor f'(z) of all lanes, and by the factor f''(z) of the squares
         third = plan.rule.third(layer.z, layer.output, layer.first, layer.second)
-        z = torch.addcmul(layer.first * value, layer.second, (lanes * layer.slopes[:used]).sum(0))
-        z = torch.addcmul(z, third, layer.square * lanes[0])
-        twice = 2 * (layer.second * lanes[0])
+        z = (layer.first * value).addcmul_(layer.second, (lanes * layer.slopes[:, :used]).sum(1))
+        z.addcmul_(third, layer.square * lanes[:, 0])
+        bent = (layer.second * lanes[:, 0]).unsqueeze(1)
         if used == row:
-            slopes = torch.cat([layer.first * lanes, twice * layer.slopes[row:]])
+            slopes = torch.cat([layer.first.unsqueeze(1) * lanes, bent.mul_(2) * layer.slopes[:, row:]], 1)
         else:
-            slopes = layer.first * lanes
-            slopes[row:].addcmul_(twice, layer.slopes[row:])
+            slopes = layer.first.unsqueeze(1) * lanes
+            slopes[:, row:].addcmul_(bent, layer.slopes[:, row:], value=2)
         yield Adjoint(z, slopes, layer.value, layer.lanes)
         if number:
             weight = parameters[number][0]
-            value, lanes = z @ weight, _times(slopes, weight.T)
+            value, lanes = _times(weight.T, z), _through(weight.T, slopes)
 
 
 def _gradients(
     adjoints: Tensor, layers: Sequence[Layer], last: tuple[Tensor, Tensor], parameters: Parameters, plan: Plan
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients in the order of the parameters, and the adjoint of the first layer's z."""
+    """Gradients in the order of the parameters, and the adjoint of the first layer's z (width, N)."""
     gradients: list[Tensor] = []
     for adjoint in pull_back(adjoints, layers, last, parameters, plan):
         slopes, lanes = adjoint.slopes, adjoint.lanes
-        if lanes.shape[1] == 1:
-            slopes = slopes.sum(1, keepdim=True)
-        weight = _times(slopes.flatten(0, 1).T, lanes.flatten(0, 1).T)
-        gradients[:0] = [torch.addmm(weight, adjoint.z.T, adjoint.value), adjoint.z.sum(0)]
+        if lanes.shape[2] == 1:
+            slopes = slopes.sum(2, keepdim=True)
+        weight = _times(slopes.flatten(1), lanes.flatten(1).T)
+        gradients[:0] = [weight + _times(adjoint.z, adjoint.value.T), adjoint.z.sum(1)]
     return gradients, adjoint.z
 
 
@@ -270,7 +276,7 @@ class _Outputs(torch.autograd.Function):
         parameters = list(zip(flat[::2], flat[1::2], strict=True))
         function = _compiled(_gradients) if ctx.compiles else _gradients
         gradients, z = function(adjoints.contiguous(), ctx.layers, ctx.last, parameters, ctx.plan)
-        points = z @ flat[0] if ctx.needs_input_grad[0] else None
+        points = z.T @ flat[0] if ctx.needs_input_grad[0] else None
         return points, None, None, None, *gradients
 
 
@@ -329,7 +335,7 @@ def fill_jacobian(
     steps = pull_back(adjoints, layers, last, parameters, plan)
     for adjoint, (weight_rows, bias_rows) in zip(steps, reversed(_blocks(rows, parameters)), strict=True):
         _fill_weight(weight_rows, adjoint)
-        bias_rows.copy_(adjoint.z)
+        bias_rows.copy_(adjoint.z.T)
 
 
 FEW_LANES = 8
@@ -338,8 +344,8 @@ FEW_LANES = 8
 
 def _fill_weight(rows: Tensor, adjoint: Adjoint) -> None:
     """rows (N, width, inputs) = sum of the outer products of adjoints and inputs, sample by sample."""
-    torch.mul(adjoint.z.unsqueeze(2), adjoint.value.unsqueeze(1), out=rows)
-    slopes, lanes = adjoint.slopes, adjoint.lanes
+    torch.mul(adjoint.z.T.unsqueeze(2), adjoint.value.T.contiguous().unsqueeze(1), out=rows)
+    slopes, lanes = adjoint.slopes.permute(1, 2, 0).contiguous(), adjoint.lanes.permute(1, 2, 0).contiguous()
     if len(slopes) <= FEW_LANES:
         for slope, lane in zip(slopes, lanes, strict=True):
             rows.addcmul_(slope.unsqueeze(2), lane.unsqueeze(1))

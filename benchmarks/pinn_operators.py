@@ -1,0 +1,463 @@
+"""Ways to the derivatives of a PINN, loss and backward: `python -m benchmarks.pinn_operators` (`--quick`: seconds).
+
+The residual u_t + u sum_i u_{x_i} - sum_i u_{x_i x_i} - f of a network d-50-50-50-1, tanh, at 4,000 points, its mean
+square and the gradient of that, one thread. Every row in a process of its own. --docs writes docs/pinn_operators.md.
+All of it takes some four minutes and up to 4 GB of memory.
+"""
+
+# Measured processes start here too: what only the report needs is imported where it is used.
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
+
+ROOT = Path(__file__).resolve().parent.parent
+HIDDEN = (50, 50, 50)
+HIDDEN_2D = (20,) * 8
+POINTS, POINTS_2D = 4000, 4096
+NUM_RANDOM = 16
+VISCOSITY_2D = 0.01 / torch.pi
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+# ---- ways ------------------------------------------------------------------------------------------------------------
+
+Residual = Callable[[MLP, Tensor, Tensor], Tensor]
+"""Network, points (N, d) with time last, source f (N, 1) -> residual (N, 1)."""
+
+
+def burgers(u: Derivatives, source: Tensor) -> Tensor:
+    """u_t + u sum_i u_{x_i} - nu Laplacian - f, nu = 1, or that of the 2d problem where it gets no source."""
+    viscosity = 1.0 if source.numel() else VISCOSITY_2D
+    left = u.time + u.value * u.gradient_sum - viscosity * u.laplacian
+    return left - source if source.numel() else left
+
+
+def _composed(value: Tensor, gradient: Tensor, laplacian: Tensor, source: Tensor) -> Tensor:
+    space = gradient[:, :-1].sum(1, keepdim=True)
+    return burgers(Derivatives(value, gradient[:, -1:], space, laplacian, space), source)
+
+
+def by_loop(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """One call of autograd.grad for the gradient and one for every second derivative."""
+    points = points.clone().requires_grad_()
+    value = model(points)
+    (gradient,) = torch.autograd.grad(value.sum(), points, create_graph=True)
+    laplacian = torch.zeros_like(value)
+    for column in range(points.shape[1] - 1):
+        (row,) = torch.autograd.grad(gradient[:, column].sum(), points, create_graph=True)
+        laplacian = laplacian + row[:, column : column + 1]
+    return _composed(value, gradient, laplacian, source)
+
+
+def by_hessian(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """The trace of torch.func.hessian, vmapped over the points."""
+
+    def u(point: Tensor) -> Tensor:
+        return model(point.unsqueeze(0))[0, 0]
+
+    def all_of(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        second = torch.func.hessian(u)(point).diagonal()
+        return u(point), torch.func.grad(u)(point), second[:-1].sum()
+
+    value, gradient, laplacian = torch.func.vmap(all_of)(points)
+    return _composed(value.unsqueeze(1), gradient, laplacian.unsqueeze(1), source)
+
+
+def by_jvp_of_grad(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """torch.func.jvp of torch.func.grad, vmapped over the axes."""
+
+    def total(x: Tensor) -> Tensor:
+        return model(x).sum()
+
+    def second(axis: Tensor) -> Tensor:
+        tangent = axis.expand_as(points)
+        return (torch.func.jvp(torch.func.grad(total), (points,), (tangent,))[1] * axis).sum(1)
+
+    axes = torch.eye(points.shape[1], dtype=points.dtype)[:-1]
+    laplacian = torch.func.vmap(second)(axes).sum(0).unsqueeze(1)
+    return _composed(model(points), torch.func.grad(total)(points), laplacian, source)
+
+
+def by_axes(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """Forward propagation along all axes, without compression."""
+    axes = torch.eye(points.shape[1] - 1, dtype=points.dtype)
+    return burgers(model.derivatives(points, axes, gradient_square=False), source)
+
+
+def by_random_axes(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """Forward propagation along some random axes, an unbiased estimate (STDE, arXiv 2412.00088)."""
+    num_space = points.shape[1] - 1
+    chosen = torch.randperm(num_space)[:NUM_RANDOM]
+    axes = points.new_zeros(num_space, len(chosen))
+    axes[chosen, torch.arange(len(chosen))] = (num_space / len(chosen)) ** 0.5
+    return burgers(model.derivatives(points, axes, gradient_square=False), source)
+
+
+def compressed(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """Forward propagation along an orthonormal basis of the rows of the first layer."""
+    return burgers(model.derivatives(points, gradient_square=False), source)
+
+
+def compressed_and_compiled(model: MLP, points: Tensor, source: Tensor) -> Tensor:
+    """The same, compiled."""
+    return burgers(model.derivatives(points, gradient_square=False, compiles=True), source)
+
+
+WAYS: dict[str, tuple[Residual, str]] = {
+    "loop": (by_loop, "loop of autograd.grad"),
+    "hessian": (by_hessian, "torch.func: trace of vmap(hessian)"),
+    "jvp": (by_jvp_of_grad, "torch.func: vmap(jvp(grad))"),
+    "axes": (by_axes, "forward Laplacian, all axes"),
+    "random": (by_random_axes, f"STDE, {NUM_RANDOM} random axes (an estimate)"),
+    "compressed": (compressed, "forward Laplacian, compressed"),
+    "compiled": (compressed_and_compiled, "compressed + torch.compile"),
+}
+FUNC_CHUNK = 400
+"""Points at a time of the torch.func ways: faster than all of them at once, and less memory."""
+
+
+# ---- one row, in a process of its own --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: `columns` are all inputs, time included; `points` of `POINTS` are measured, the time scaled up."""
+
+    way: str
+    columns: int
+    dtype: str = "float32"
+    points: int = POINTS
+    repeats: int = 5
+    checked: int = 16
+
+    @property
+    def planar(self) -> bool:
+        """Whether it is the 2d problem."""
+        return self.columns == 2
+
+    @property
+    def scale(self) -> float:
+        """What the time is multiplied with."""
+        return (POINTS_2D if self.planar else POINTS) / self.points
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a case measured: processor seconds of loss and backward, bytes, errors against autograd in float64."""
+
+    case: Case
+    seconds: float
+    spread: tuple[float, float]
+    peak_bytes: int
+    base_bytes: int
+    residual_error: float
+    gradient_error: float
+
+
+def problem_of(case: Case, count: int) -> tuple[MLP, Tensor, Tensor]:
+    """Network, points and source of a case."""
+    torch.manual_seed(0)
+    model = MLP((case.columns, *(HIDDEN_2D if case.planar else HIDDEN), 1)).to(DTYPES[case.dtype])
+    points = 0.5 * torch.randn(count, case.columns, dtype=DTYPES[case.dtype])
+    return model, points, torch.zeros(0) if case.planar else points[:, :2].prod(1, keepdim=True)
+
+
+def loss_and_backward(case: Case, model: MLP, points: Tensor, source: Tensor) -> None:
+    """What is timed."""
+    model.zero_grad()
+    if case.way in ("compressed", "compiled"):
+        accumulate_gradient(
+            model,
+            points,
+            lambda u, rows: burgers(u, source[rows]).square().sum(),
+            gradient_square=False,
+            compiles=case.way == "compiled",
+        )
+        return
+    chunk = {"loop": len(points), "hessian": FUNC_CHUNK, "jvp": FUNC_CHUNK}.get(case.way) or chunk_of(case)
+    for start in range(0, len(points), chunk):
+        rows = slice(start, start + chunk)
+        residual = WAYS[case.way][0](model, points[rows], source[rows])
+        (residual.square().sum() / len(points)).backward()
+
+
+def chunk_of(case: Case) -> int:
+    """Points at a time of the forward ways that are not the library's own, for the same working set."""
+    lanes = 3 + (min(NUM_RANDOM, case.columns) if case.way == "random" else case.columns)
+    return max(16, (1 << 21) // (lanes * HIDDEN[0] * DTYPES[case.dtype].itemsize))
+
+
+def measure(case: Case) -> Row:
+    """Time, then memory, then agreement."""
+    base = status_bytes("VmRSS")
+    problem = problem_of(case, case.points)
+    loss_and_backward(case, *problem)
+    times = []
+    for _ in range(case.repeats):
+        start = time.process_time()
+        loss_and_backward(case, *problem)
+        times.append(time.process_time() - start)
+    times = sorted(case.scale * each for each in times)
+    peak = status_bytes("VmHWM")
+    del problem
+    return Row(case, median(times), (times[0], times[-1]), peak, base, *errors(case))
+
+
+def errors(case: Case) -> tuple[float, float]:
+    """Relative errors of residual and gradient of the mean square, in the 2-norm, against the loop in float64."""
+    model, points, source = problem_of(case, case.checked)
+    exact = copy.deepcopy(model).double()
+    ours = _residual_and_gradient(WAYS[case.way][0], model, points, source)
+    theirs = _residual_and_gradient(by_loop, exact, points.double(), source.double())
+    first, second = ((float((a.double() - b).norm() / b.norm())) for a, b in zip(ours, theirs, strict=True))
+    return first, second
+
+
+def _residual_and_gradient(way: Residual, model: MLP, points: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    residual = way(model, points, source)
+    gradients = torch.autograd.grad(residual.square().mean(), list(model.parameters()), allow_unused=True)
+    flat = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, model.parameters(), strict=True)]
+    return residual.detach(), torch.cat([each.flatten() for each in flat])
+
+
+def status_bytes(name: str) -> int:
+    """A size of /proc/self/status; the peak of this program alone, unlike ru_maxrss, which includes its parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status does not say {name}")
+
+
+def in_own_process(case: Case) -> Row:
+    """Measure in a fresh interpreter."""
+    print(f"# {case.way}, d = {case.columns:,}, {case.dtype}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "benchmarks.pinn_operators", "--case", json.dumps(asdict(case))]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"{case} failed: {answer.stderr[-2000:]}")
+    values = json.loads(answer.stdout.splitlines()[-1])
+    return Row(Case(**values.pop("case")), **values)
+
+
+# ---- GPU -------------------------------------------------------------------------------------------------------------
+
+
+def gpu_milliseconds(columns: int, graph: bool, iterations: int = 100) -> float:
+    """An iteration on a GPU, loss and backward at all points, with or without a CUDA graph; directions included."""
+    torch.manual_seed(0)
+    model = MLP((columns, *HIDDEN, 1)).cuda()
+    points = 0.5 * torch.randn(POINTS, columns, device="cuda")
+    source, directions = points[:, :2].prod(1, keepdim=True), model.directions()
+
+    def iterate() -> None:
+        model.zero_grad(set_to_none=False)
+        u = model.derivatives(points, directions, gradient_square=False)
+        burgers(u, source).square().mean().backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            iterate()
+    torch.cuda.current_stream().wait_stream(stream)
+    call: Callable[[], Any] = iterate
+    if graph:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            iterate()
+        call = recorded.replay
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(iterations):
+        directions.copy_(model.directions())
+        call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / iterations
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def all_cases(quick: bool) -> Iterator[Case]:
+    """All rows, in the order of the tables."""
+    if quick:
+        for way in ("loop", "compressed", "random"):
+            yield Case(way, 20, points=200, repeats=2)
+        for way in ("loop", "compressed"):
+            yield Case(way, 2, points=256, repeats=2)
+        return
+    for way in ("loop", "hessian", "jvp", "axes", "random", "compressed", "compiled"):
+        fast = way in ("random", "compressed", "compiled")
+        yield Case(way, 100, repeats=15 if fast else 5)
+    for way in ("loop", "axes", "compressed", "compiled"):
+        yield Case(way, 100, "float64", repeats=9 if way.startswith("comp") else 3)
+    yield Case("loop", 1000, points=POINTS // 10, repeats=2)
+    yield Case("axes", 1000, repeats=2)
+    for way in ("random", "compressed", "compiled"):
+        yield Case(way, 1000, repeats=9)
+    for way in ("random", "compressed", "compiled"):
+        yield Case(way, 10_000, repeats=5, checked=2)
+    for dtype in DTYPES:
+        for way in ("loop", "compressed", "compiled"):
+            yield Case(way, 2, dtype, POINTS_2D, repeats=40)
+
+
+HEADER = ["d", "type", "way", "ms [least .. most]", "times the loop", "peak MB", "residual error", "gradient error"]
+
+
+def table(rows: Sequence[Row], planar: bool) -> list[list[str]]:
+    """Cells of the rows of one table; the ratio is to the loop of the same d and type."""
+    chosen = [row for row in rows if row.case.planar == planar]
+    loops = {(row.case.columns, row.case.dtype): row.seconds for row in chosen if row.case.way == "loop"}
+    cells = []
+    for row in chosen:
+        case = row.case
+        loop = loops.get((case.columns, case.dtype))
+        name = "double autograd" if planar and case.way == "loop" else WAYS[case.way][1]
+        name = name.replace(", compressed", "").replace("compressed", "forward") if planar else name
+        scaled = f" ({case.points:,} points, time x {case.scale:g})" if case.scale != 1 else ""
+        middle, low, high = (_milliseconds(each) for each in (row.seconds, *row.spread))
+        cells.append(
+            [
+                f"{case.columns:,}",
+                case.dtype,
+                name + scaled,
+                f"{middle} [{low} .. {high}]",
+                "-" if loop is None else f"{loop / row.seconds:.2f}",
+                f"{row.peak_bytes / 1e6:.0f}",
+                f"{row.residual_error:.1e}",
+                f"{row.gradient_error:.1e}",
+            ]
+        )
+    return cells
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """The targets and what was measured, as sentences."""
+    by = {(row.case.way, row.case.columns, row.case.dtype): row for row in rows}
+    lines = []
+    loop = by.get(("loop", 100, "float32"))
+    for way, target in (("compressed", 5), ("compiled", 9)):
+        row = by.get((way, 100, "float32"))
+        if loop and row:
+            ratio, peak = loop.seconds / row.seconds, row.peak_bytes / 1e6
+            met = "reached" if ratio >= target else "missed"
+            memory = "reached" if peak <= 350 else "missed"
+            lines.append(
+                f"d = 100, float32, {WAYS[way][1]}: {ratio:.1f} times the loop (target {target}: {met}), "
+                f"peak {peak:.0f} MB (target 350: {memory})."
+            )
+        wide = [by.get((way, columns, "float32")) for columns in (100, 1000, 10_000)]
+        if all(wide):
+            times = ", ".join(f"{1e3 * each.seconds:.0f}" for each in wide if each)
+            lines.append(f"{WAYS[way][1]}, d = 100, 1,000, 10,000: {times} ms.")
+    for dtype in DTYPES:
+        double, forward = by.get(("loop", 2, dtype)), by.get(("compressed", 2, dtype))
+        if double and forward:
+            ratio = double.seconds / forward.seconds
+            met = "reached" if ratio >= 1 else "missed"
+            lines.append(f"2d, {dtype}: {ratio:.2f} times double autograd without compilation (target 1: {met}).")
+    return lines
+
+
+def markdown(rows: Sequence[Row], quick: bool = False) -> str:
+    """The page."""
+    from benchmarks import machine
+    from benchmarks.step_report import show
+
+    facts = machine.facts("cpu")
+    base = median(row.base_bytes for row in rows) / 1e6
+    gpu = "Not measured on a GPU."
+    if torch.cuda.is_available():
+        gpu = " ".join(
+            f"GPU ({torch.cuda.get_device_name()}), d = {columns:,}: {gpu_milliseconds(columns, False):.2f} ms an "
+            f"iteration, {gpu_milliseconds(columns, True):.2f} ms with a CUDA graph."
+            for columns in (100, 1000)
+        )
+    wide = show((f"Loss and backward, d-50-50-50-1, {POINTS:,} points", HEADER, table(rows, False)), True)
+    planar = show((f"Loss and backward, 2-20x8-1, {POINTS_2D:,} points", HEADER, table(rows, True)), True)
+    command = "python -m benchmarks.pinn_operators" + (" --quick" if quick else " --docs")
+    return f"""# Derivatives for PINNs
+
+Written by `{command}`: {facts["processor"]}, one thread, torch {facts["torch"]}, Python {facts["python"]}, commit
+{facts["commit"]}, {facts["date"][:10]}. {gpu}
+
+Every row runs in a process of its own: a tanh network, the residual u_t + u sum_i u_xi - sum_i u_xixi - f (nu in front
+of the Laplacian and no f in 2d), its mean square and the gradient of that. d counts all inputs, time included. Times
+are milliseconds of the processor, the median [least .. most] of 2 to 40 calls after a first one, which compiles where
+that is asked for; memory is the largest resident size of the process, with interpreter and torch ({base:.0f} MB) and,
+where asked for, the compiler. Errors are relative, in the 2-norm, against a loop of autograd.grad in float64 on the
+same weights, at up to 16 points.
+
+{wide}
+The loop at d = 1,000 keeps 999 graphs: it is measured at a tenth of the points and its time scaled linearly. At
+d = 10,000 it is left out: 9,999 calls of autograd.grad for every loss, whose graphs fill the memory. The torch.func
+ways take {FUNC_CHUNK} points at a time, the forward ones as many as fill 2 MB a layer. STDE is an estimate of the
+Laplacian; its errors are those of one draw. The points themselves take {4 * POINTS * 10_000 / 1e6:.0f} MB at
+d = 10,000.
+
+{planar}
+## What it says
+
+{chr(10).join("- " + line for line in findings(rows))}
+
+## Why
+
+A network depends on x through W_1 x alone. With Q an orthonormal basis (d x r, r at most the width of the first
+layer) of a space that contains the rows of W_1, sum_i u_xixi = sum_r d2u/dq_r2: any direction q orthogonal to Q has
+W_1 q = 0 and enters quadratically in W_1 q, so neither it nor its first derivative with respect to W_1 counts, and Q
+is a constant. The cost is then that of r directions, whatever d is; what still grows with d is the product of points
+and W_1. Second derivatives with respect to W_1 are not covered.
+
+Products in float32 go through oneDNN, which on processors that are not Intel's is about twice as fast as MKL for
+these shapes. Points come last in memory, the chunks fit the cache, and the adjoint is written by hand.
+"""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pinn_operators", description=__doc__)
+    parser.add_argument("--docs", action="store_true", help="write docs/pinn_operators.md")
+    parser.add_argument("--quick", action="store_true", help="small cases: seconds")
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.docs and options.quick:
+        parser.error("--docs writes about all cases")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and with --docs write."""
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    if options.case:
+        print(json.dumps(asdict(measure(Case(**options.case)))))
+        return
+    rows = [in_own_process(case) for case in all_cases(options.quick)]
+    text = markdown(rows, options.quick)
+    print(text)
+    if options.docs:
+        (ROOT / "docs" / "pinn_operators.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Optimizers that torch does not have: Levenberg-Marquardt, and Muon for matrices beside Adam for the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+ACCEPT_FAST, ACCEPT_SLOW = 0.75, 0.25
+"""Gain ratios above which the damping falls to a third, and below which it doubles."""
+LARGEST_DAMPING = 1e12
+
+
+class LevenbergMarquardt(torch.optim.Optimizer):
+    """Minimizes L(w) = sum_i r_i(w)^2 by damped Gauss-Newton steps,
+
+        (J'J + damping I) d = -J' r,        w <- w + d,
+
+    and d = -J' (J J' + damping I)^-1 r, the same, where there are fewer residuals than parameters. With the gain ratio
+    q = (L(w) - L(w + d)) / (predicted decrease), the damping falls to a third for q > 3/4, doubles for q < 1/4, and is
+    multiplied by 4 until L falls. The damping is kept in the parameter group, and so in `state_dict`.
+
+    A step costs one Jacobian, one trial or more, rows * parameters * min(rows, parameters) multiplications and a
+    Cholesky factor of the smaller size.
+
+    Args:
+        params: parameters of one dtype, in the order of the Jacobian's columns.
+        damping: > 0, the first one.
+        max_trials: >= 1; a step without a decrease after so many trials leaves the parameters as they are.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: Levenberg 1944, Marquardt 1963; damping rule as in Nocedal and Wright, Numerical Optimization, ch. 10 and 4.
+    """
+
+    needs_residuals = True
+
+    def __init__(self, params: Iterable[Any], damping: float = 1e-2, max_trials: int = 20) -> None:
+        if not 0 < damping < math.inf:
+            raise ValueError(f"damping must be a finite number > 0, got {damping}")
+        if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
+            raise ValueError(f"max_trials must be an integer >= 1, got {max_trials!r}")
+        super().__init__(params, {"damping": damping, "max_trials": max_trials})
+        if len(self.param_groups) != 1:
+            raise ValueError(f"params must be one group, got {len(self.param_groups)}")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: object with `linearize() -> (r (rows,), J (rows, parameters))` and `residuals() -> r`.
+
+        Returns:
+            The loss before the step.
+        """
+        group = self.param_groups[0]
+        parameters = group["params"]
+        with torch.enable_grad():
+            residuals, jacobian = closure.linearize()
+        loss = residuals.square().sum()
+        if not bool(loss.isfinite()):
+            return loss
+        solve = _Damped(residuals, jacobian)
+        start = parameters_to_vector(parameters)
+        for _ in range(group["max_trials"]):
+            damping = group["damping"]
+            solution = solve(damping)
+            if solution is not None:
+                update, predicted = solution
+                vector_to_parameters(start + update, parameters)
+                decrease = float(loss - closure.residuals().square().sum())
+                if decrease > 0:
+                    ratio = decrease / predicted if predicted > 0 else math.inf
+                    factor = 1 / 3 if ratio > ACCEPT_FAST else 2.0 if ratio < ACCEPT_SLOW else 1.0
+                    group["damping"] = max(damping * factor, torch.finfo(start.dtype).tiny)
+                    return loss
+            if damping >= LARGEST_DAMPING:
+                break
+            group["damping"] = 4 * damping
+        vector_to_parameters(start, parameters)
+        return loss
+
+
+class _Damped:
+    """Solves one linearized problem for several dampings."""
+
+    def __init__(self, residuals: Tensor, jacobian: Tensor) -> None:
+        self._jacobian, self._residuals = jacobian, residuals
+        rows, columns = jacobian.shape
+        self._is_wide = rows < columns
+        self._gram = jacobian @ jacobian.T if self._is_wide else jacobian.T @ jacobian
+        self._right = residuals if self._is_wide else jacobian.T @ residuals
+
+    def __call__(self, damping: float) -> tuple[Tensor, float] | None:
+        """The step d and the decrease r'r - |r + J d|^2 that the linear model predicts; None without a factor."""
+        damped = self._gram.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            return None
+        solution = torch.cholesky_solve(self._right.unsqueeze(1), factor).squeeze(1)
+        update = -(self._jacobian.T @ solution) if self._is_wide else -solution
+        # r'r - |r + J d|^2 = -r'J d + damping d'd, since J'(r + J d) = -damping d
+        predicted = damping * update.square().sum() - self._residuals @ (self._jacobian @ update)
+        return (update, float(predicted)) if bool(update.isfinite().all()) else None
+
+
+class MuonAdam(torch.optim.Optimizer):
+    """Muon for the matrices with more than one row, Adam for biases and rows: torch's, under one roof.
+
+    Args:
+        params: an iterable of parameters.
+        lr: of Muon.
+        adam_lr: of Adam; a scheduler multiplies both.
+        momentum: of Muon, whose Nesterov form and learning-rate adjustment are torch's defaults.
+        betas: of Adam.
+
+    Raises:
+        ValueError: what torch refuses; parameters in groups.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 2e-2,
+        adam_lr: float = 1e-2,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        parameters = list(params)
+        if not all(isinstance(p, Tensor) for p in parameters):
+            raise ValueError("params must be parameters, not groups of them")
+        matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) > 1]
+        others = [p for p in parameters if not (p.ndim == 2 and min(p.shape) > 1)]
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, momentum=momentum))
+        if others:
+            self._parts.append(torch.optim.Adam(others, lr=adam_lr, betas=betas))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._share()
+
+    def _share(self) -> None:
+        """Lets the parts work on the groups and the state that everybody else sees."""
+        first = 0
+        for part in self._parts:
+            last = first + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[first:last], self.state
+            first = last
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both; returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss

@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+from pinn_records import PLAIN, RAW, save
+
+from experiments.config import expand_runs, parse_config
+from experiments.pinn_compare import measure, read_groups, settings_line
+from experiments.pinn_summary import summarize_pinn, target_lines
+
+FAST = np.append(PLAIN[::2], [0.009] * 5)  # below 0.01 from iteration 50 on, ends at 0.009
+
+
+def groups(results, experiment="burgers_2d"):
+    return read_groups(results / experiment / "test")
+
+
+def measured(results, name="adam_aadl"):
+    group = next(group for group in groups(results) if any(variant.name == name for variant in group.variants))
+    return measure(next(variant for variant in group.variants if variant.name == name), group)
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_variants_stand_in_the_order_of_the_configuration_beside_their_baseline(tmp_path):
+    for name in ("adam", "adam_aadl", "zadam", "lbfgs", "other"):
+        save(tmp_path, name, PLAIN)
+    main, other = groups(tmp_path)
+    assert [variant.name for variant in main.variants] == ["zadam", "adam", "adam_aadl", "lbfgs"]
+    assert main.baseline.name == "adam" and main.main_set == "grid" and main.seeds == (0,)
+    assert [variant.name for variant in other.variants] == ["other"] and other.baseline.name == "other"
+    assert settings_line(main) == "32 + 8 points (latin hypercube, fixed), 100 iterations, float32"
+
+
+def test_another_equation_is_never_compared(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    save(tmp_path, "adam_aadl", FAST, digest="xyz", equation="another one")
+    one, two = groups(tmp_path)
+    assert (one.equation, two.equation) == ("an equation", "another one") and two.baseline is None
+    text = summarize_pinn([one, two])
+    assert "another one, compared with adam (not run)" in text and "iterations to" not in text.split("Median over")[0]
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_aadl"])
+def test_records_with_different_settings_are_refused(tmp_path, name):
+    save(tmp_path, "adam", PLAIN)
+    changes = {"training": {"iterations": 90, "evaluate_every": 10}}
+    save(tmp_path, name, PLAIN, seed=1, changes=changes)
+    what = "settings" if name == "adam" else r"training\.iterations"
+    with pytest.raises(ValueError, match=rf"records with different {what}.*--set scale=NAME"):
+        groups(tmp_path)
+
+
+def test_a_setting_that_a_variant_has_for_itself_may_differ(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    save(tmp_path, "lbfgs", PLAIN)  # 50 iterations by its own settings
+    assert len(groups(tmp_path)[0].variants) == 2
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_measures_against_the_baseline(tmp_path):
+    for seed in (0, 1, 2):
+        save(tmp_path, "adam", PLAIN, seed)
+    save(tmp_path, "adam_aadl", FAST, 0)
+    save(tmp_path, "adam_aadl", PLAIN * 1.5, 1)
+    save(tmp_path, "adam_aadl", FAST, 7)  # the baseline has no such seed
+    own = measured(tmp_path)
+    assert own.shared == (0, 1) and len(own.loss) == 3
+    assert own.iterations.tolist() == [50, np.inf] and own.share.tolist() == [0.5, np.inf]
+    assert own.ratio.tolist() == [pytest.approx(0.9), pytest.approx(1.5)]
+    assert own.errors["grid"].tolist() == [pytest.approx(0.09), pytest.approx(0.15), pytest.approx(0.09)]
+    assert own.errors["fine"][0] == pytest.approx(0.18)
+    assert own.evaluations.tolist() == [100] * 3 and own.seconds.tolist() == [10] * 3
+
+
+def test_a_loss_that_rises_again_has_not_arrived(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    save(tmp_path, "adam_aadl", [*PLAIN[:3], 0.005, 0.005, 0.1, *PLAIN[6:-2], 0.01, 0.009])
+    assert measured(tmp_path).iterations.tolist() == [90]
+    lucky = [*PLAIN[:3], 0.005, *PLAIN[4:]]
+    save(tmp_path, "adam", lucky)
+    assert measured(tmp_path, "adam").iterations.tolist() == [100]
+
+
+def test_equal_cost(tmp_path):
+    """Twice the evaluations, half the seconds: half of its budget against all of the baseline's, and back."""
+    save(tmp_path, "adam", PLAIN)
+    save(tmp_path, "adam_aadl", PLAIN**2, evaluations=2, seconds=0.5)
+    own = measured(tmp_path)
+    assert own.ratio[0] == pytest.approx(1e-2)
+    assert own.at_evaluations[0] == pytest.approx(PLAIN[5] ** 2 / PLAIN[10])
+    assert own.at_seconds[0] == pytest.approx(PLAIN[10] ** 2 / PLAIN[5])
+
+
+def test_equal_runs_with_slightly_different_clocks_are_equal(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    save(tmp_path, "adam_aadl", PLAIN, seconds=1.01)
+    assert measured(tmp_path).at_seconds[0] == pytest.approx(1, abs=0.06)
+    save(tmp_path, "adam_aadl", PLAIN, seconds=2.0)
+    assert measured(tmp_path).at_seconds[0] == pytest.approx(PLAIN[5] / PLAIN[10])
+
+
+def test_a_diverged_run_counts_as_infinitely_bad_and_is_named(tmp_path):
+    for seed in (0, 1):
+        save(tmp_path, "adam", PLAIN, seed)
+        save(tmp_path, "adam_aadl", FAST, seed)
+    save(tmp_path, "adam_aadl", [1.0, 0.001, np.nan], 1, diverged=17)
+    own = measured(tmp_path)
+    for values in (own.loss, own.errors["grid"], own.iterations, own.ratio, own.at_evaluations, own.at_seconds,
+                   own.evaluations, own.seconds):  # fmt: skip
+        assert np.isfinite(values[0]) and np.isposinf(values[1])
+    text = summarize_pinn(groups(tmp_path))
+    assert "Diverged: accelerated: seed 1 at iteration 17" in text and "1 of 2" in text
+    assert "9.00e-03 .. diverged]" in text
+    assert any(line.startswith("NOT MET") and "above on seeds [1]" in line for line in target_lines(groups(tmp_path)))
+
+
+def test_a_seed_on_which_only_the_baseline_diverged_is_unknown(tmp_path):
+    save(tmp_path, "adam", PLAIN, 0)
+    save(tmp_path, "adam", [1.0, np.nan], 1, diverged=3)
+    for seed in (0, 1):
+        save(tmp_path, "adam_aadl", FAST, seed)
+    assert np.isnan(measured(tmp_path).ratio[1]) and np.isfinite(measured(tmp_path).loss).all()
+    assert "0 of 2, 1 unknown" in summarize_pinn(groups(tmp_path))
+    above, sooner = target_lines(groups(tmp_path))[:2]
+    assert above.startswith("unknown: ") and sooner.startswith("unknown: ")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_are_written_and_told(tmp_path):
+    for seed in (0, 1):
+        save(tmp_path, "adam", PLAIN, seed)
+        save(tmp_path, "adam_aadl", FAST, seed)
+        save(tmp_path, "lbfgs", PLAIN * 1.03, seed)
+    save(tmp_path, "other", PLAIN)
+    text = summarize_pinn(groups(tmp_path))
+    markdown = (tmp_path / "burgers_2d" / "test" / "summary.md").read_text()
+    for told in (text, markdown):
+        assert "an equation, compared with plain Adam" in told and "an equation, compared with other" in told
+        assert "no network: frozen" in told and "6.00e-01" in told and "7.00e-01" in told
+        assert "50 [50 .. 50]" in told and "0.9 [0.9 .. 0.9]" in told and "2 of 2" in told and "Source: " in told
+        assert "DEGENERATE" not in told
+    tables = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
+    assert [len(table) for table in tables] == [2 + 5, 2 + 3, 2 + 3]  # a lone variant is not compared
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+
+
+def test_a_degenerate_equation_is_named_first(tmp_path):
+    save(tmp_path, "adam", PLAIN, degenerate="degenerate: u is tiny")
+    text = summarize_pinn(groups(tmp_path))
+    markdown = (tmp_path / "burgers_2d" / "test" / "summary.md").read_text()
+    assert "DEGENERATE EQUATION: an equation: u is tiny" in text.splitlines()[0]
+    assert "DEGENERATE EQUATION: an equation: u is tiny" in markdown.splitlines()[0]
+    assert "DEGENERATE - an equation, compared with" in text
+
+
+def test_without_a_known_solution_there_are_no_errors(tmp_path):
+    save(tmp_path, "adam", PLAIN, predictors={})
+    save(tmp_path, "adam_aadl", FAST, predictors={})
+    text = summarize_pinn(groups(tmp_path))
+    assert "relative L2 (" not in text and "no network" not in text and "50 [50 .. 50]" in text
+
+
+def test_learning_rates_have_a_table(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    raw = RAW | {"seeds": [0], "studies": {"learning_rate": {"variants": ["adam"], "rates": [1e-3, 0.1], "seeds": [0]}}}
+    studies = [run for run in expand_runs(parse_config(raw)) if run.study]
+    save(tmp_path, "", 2 * PLAIN, config=studies[0])
+    save(tmp_path, "", [1.0, np.nan], diverged=3, config=studies[1])
+    text = summarize_pinn(groups(tmp_path))
+    rows = [line.split() for line in text.splitlines() if line.startswith("  plain Adam  0.")]
+    assert [row[2] for row in rows] == ["0.001", "0.1"] and rows[0][3] == "2.00e-02" and rows[1][3] == "diverged"
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def fill(results, aadl, errors, seconds=1.0):
+    for seed in (0, 1, 2):
+        save(results, "adam", PLAIN, seed, errors=np.full(11, 0.3))
+        save(results, "adam_aadl", aadl, seed, errors=errors, seconds=seconds)
+
+
+def test_targets_are_met_or_not(tmp_path):
+    fill(tmp_path / "good", FAST, np.append(np.full(10, 0.05), 1e-6), seconds=10.0)
+    lines = target_lines(groups(tmp_path / "good"))
+    verdicts = [line.partition(":")[0] for line in lines]
+    assert verdicts == ["met", "met", "met", "NOT MET", "met", "unknown"]  # 1e-6 comes after 100 s, and on no GPU
+    assert "share 0.50 [0.50 .. 0.50]" in lines[1] and "best is accelerated with 1.00e-06" in lines[2]
+    fill(tmp_path / "bad", PLAIN * 1.03, np.full(11, 0.2))
+    lines = target_lines(groups(tmp_path / "bad"))
+    assert [line.partition(":")[0] for line in lines] == ["NOT MET"] * 5 + ["unknown"]
+    assert "above on seeds [0, 1, 2]" in lines[0] and "share never" in lines[1]
+
+
+def test_lbfgs_is_no_first_order_method(tmp_path):
+    save(tmp_path, "adam", PLAIN, errors=np.full(11, 0.3))
+    save(tmp_path, "lbfgs", PLAIN, errors=np.full(11, 0.01))
+    sooner, first_order, best = target_lines(groups(tmp_path))[:3]
+    assert sooner.startswith("unknown: adam_aadl") and first_order.startswith("NOT MET") and "0.3" not in best
+    assert "best is plain Adam" in first_order and "best is L-BFGS" in best
+
+
+def test_2_percent_are_tolerated(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    save(tmp_path, "adam_aadl", PLAIN * 1.019)
+    assert target_lines(groups(tmp_path))[0].startswith("met: ")
+    save(tmp_path, "adam_aadl", PLAIN * 1.021)
+    assert target_lines(groups(tmp_path))[0].startswith("NOT MET: ")
+
+
+def test_other_experiments_have_no_targets(tmp_path):
+    save(tmp_path, "adam", PLAIN)
+    assert target_lines(groups(tmp_path))
+    (tmp_path / "burgers_2d").rename(tmp_path / "mine")
+    assert target_lines(groups(tmp_path, "mine")) == []
