@@ -149,7 +149,7 @@ class MuonAdam(torch.optim.Optimizer):
         self._share()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._share()
 
     def _share(self) -> None:
@@ -161,7 +161,7 @@ class MuonAdam(torch.optim.Optimizer):
             first = last
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; returns what the closure returns."""
         loss = None
         if closure is not None:

@@ -234,6 +234,8 @@ def train(
     diverged_at = None
     bar = _Bar(*_length(training), show_progress)
     for interval in range(1, _num_intervals(training) + 1):
+        if problem.points is not None and closure.iterations >= _target(training, interval):
+            continue  # the last step went beyond this interval
         model.train()
         losses: list[Tensor] = []
         places: list[int] = []  # iteration of each loss
@@ -273,7 +275,8 @@ def train(
         if updates is not None:
             values["updates/relative_standard_deviation"] = updates.relative_standard_deviation()
         values |= _evaluate(problem, evaluated)
-        _append(series, interval, values, [stage for stage in stages if stage.after <= max(places, default=0)])
+        place = interval if problem.points is None else len(iterations) - 1
+        _append(series, place, values, [stage for stage in stages if stage.after <= max(places, default=0)])
         if problem.points is None:
             bar.update(1)
         bar.show(values)
@@ -307,6 +310,12 @@ def _num_intervals(training: AnyTrainingConfig) -> int:
     return math.ceil(training.iterations / training.evaluate_every)
 
 
+def _target(training: AnyTrainingConfig, interval: int) -> int:
+    """The iteration that ends an interval."""
+    assert isinstance(training, PinnTrainingConfig)
+    return min(interval * training.evaluate_every, training.iterations)
+
+
 def _length(training: AnyTrainingConfig) -> tuple[int, str]:
     """What a progress bar counts."""
     if isinstance(training, TrainingConfig):
@@ -323,7 +332,7 @@ def _batches(
         yield from problem.epoch_batches(interval)
         return
     assert isinstance(training, PinnTrainingConfig)
-    target = min(interval * training.evaluate_every, training.iterations)
+    target = _target(training, interval)
     while (iteration := closure.iterations) < target and not _is_time_up(training, ranks, closure, clock):
         for stage in closure.stages:
             if stage.after <= iteration:
@@ -502,10 +511,8 @@ def _evaluate(problem: Problem, model: nn.Module) -> dict[str, float]:
     return values
 
 
-def _append(
-    series: dict[str, list[float]], interval: int, values: Mapping[str, float], stages: Sequence[Stage]
-) -> None:
-    """Adds the values of one interval; a series that starts late, as a new cause of rejection, is filled with NaN or 0.
+def _append(series: dict[str, list[float]], place: int, values: Mapping[str, float], stages: Sequence[Stage]) -> None:
+    """Adds the values at a place of the series; one that starts late, as a cause of rejection, is filled with NaN or 0.
 
     Of several accelerated stages the counters are added, and of their other values those of the last one are taken.
     """
@@ -524,7 +531,7 @@ def _append(
     for name, value in row.items():
         missing = 0.0 if name.startswith("acceleration/rejected_") else math.nan
         entries = series.setdefault(name, [])
-        entries.extend([missing] * (interval - len(entries)))
+        entries.extend([missing] * (place - len(entries)))
         entries.append(value)
 
 
