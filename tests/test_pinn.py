@@ -392,10 +392,15 @@ def test_linearizations_are_iterations_and_residuals_are_trials():
     evaluations = result.series["metrics/evaluations"]
     assert evaluations[0] == 0 and (np.diff(evaluations) >= 10).all()  # at least one trial each
     assert result.series[LOSS][-1] < 0.9 * result.series[LOSS][0]
-    variant |= {"acceleration": EAGER | {"safeguard": "loss"}}
-    result, _, _ = trained(pinn_run(variant, {"iterations": 10, "evaluate_every": 5}, dtype="float64"))
+    # Well damped steps and one column: candidates that do not point back, and whose loss is asked for.
+    variant = {
+        "optimizer": {"name": "LevenbergMarquardt", "damping": 1.0},
+        "acceleration": EAGER | {"history_depth": 1, "safeguard": "loss"},
+    }
+    result, _, _ = trained(pinn_run(variant, {"iterations": 40, "evaluate_every": 20}, dtype="float64"))
+    assert result.iterations.tolist() == [0, 20, 40] and result.num_steps == 40
     trials = result.series["acceleration/closure_evaluations"][-1]
-    assert trials > 0 and result.series["metrics/evaluations"][-1] >= 20 + trials
+    assert trials > 0 and result.series["metrics/evaluations"][-1] >= 80 + trials
 
 
 def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path):

@@ -206,7 +206,13 @@ def propagate(
 
 
 def pull_back(
-    adjoints: Tensor, layers: Sequence[Layer], last: tuple[Tensor, Tensor], parameters: Parameters, plan: Plan
+    adjoints: Tensor,
+    layers: Sequence[Layer],
+    last: tuple[Tensor, Tensor],
+    parameters: Parameters,
+    plan: Plan,
+    *,
+    sums: bool = False,
 ) -> Iterator[Adjoint]:
     """Adjoints of the layers, the last one first.
 
@@ -216,6 +222,7 @@ def pull_back(
         last: from `propagate`.
         parameters: as given to it.
         plan: as given to it.
+        sums: of the first layer's slopes, which all points share, the sum (width, K, 1) of the adjoints.
     """
     yield Adjoint(adjoints[:1], adjoints[1:].unsqueeze(0), *last)
     column, row = parameters[-1][0].T, plan.first_row
@@ -227,10 +234,13 @@ def pull_back(
         z = (layer.first * value).addcmul_(layer.second, (lanes * layer.slopes[:, :used]).sum(1))
         z.addcmul_(third, layer.square * lanes[:, 0])
         bent = (layer.second * lanes[:, 0]).unsqueeze(1)
-        if used == row:
-            slopes = torch.cat([layer.first.unsqueeze(1) * lanes, bent.mul_(2) * layer.slopes[:, row:]], 1)
+        if sums and not number:  # summed before the rows are as many as they are
+            slopes, bent = torch.bmm(lanes, layer.first.unsqueeze(2)), bent.sum(2, keepdim=True)
         else:
             slopes = layer.first.unsqueeze(1) * lanes
+        if used == row:
+            slopes = torch.cat([slopes, bent.mul_(2) * layer.slopes[:, row:]], 1)
+        else:
             slopes[:, row:].addcmul_(bent, layer.slopes[:, row:], value=2)
         yield Adjoint(z, slopes, layer.value, layer.lanes)
         if number:
@@ -243,11 +253,8 @@ def _gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients in the order of the parameters, and the adjoint of the first layer's z (width, N)."""
     gradients: list[Tensor] = []
-    for adjoint in pull_back(adjoints, layers, last, parameters, plan):
-        slopes, lanes = adjoint.slopes, adjoint.lanes
-        if lanes.shape[2] == 1:
-            slopes = slopes.sum(2, keepdim=True)
-        weight = _times(slopes.flatten(1), lanes.flatten(1).T)
+    for adjoint in pull_back(adjoints, layers, last, parameters, plan, sums=True):
+        weight = _times(adjoint.slopes.flatten(1), adjoint.lanes.flatten(1).T)
         gradients[:0] = [weight + _times(adjoint.z, adjoint.value.T), adjoint.z.sum(1)]
     return gradients, adjoint.z
 

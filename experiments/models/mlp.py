@@ -171,10 +171,16 @@ class MLP(nn.Module):
                     rules.fill_jacobian(jacobian[rows], adjoints, layers, last, parameters, plan)
         return residuals, jacobian
 
-    def default_chunk(self) -> int:
-        """Points of which a layer carries `CHUNK_BYTES`: many for the processor, few for its cache."""
+    def default_chunk(self, gradient_square: bool = True) -> int:
+        """Points of which a layer carries `CHUNK_BYTES`: many for the processor, few for its cache.
+
+        The rows of the Laplacian count where there are as many for each point: beyond the first hidden layer, or, where
+        the sum of their squares is wanted, beyond the input.
+        """
         num_space, weight = self._sizes[0] - 1, self._first_weight()
-        lanes = 3 + (min(num_space, self._sizes[1]) if num_space > 1 else 0)
+        lanes = 3
+        if num_space > 1 and (gradient_square or len(self._sizes) > 3):
+            lanes += min(num_space, self._sizes[1])
         return max(16, CHUNK_BYTES // (lanes * max(self._sizes[1:]) * weight.element_size()))
 
     def _pairs(self) -> Parameters:
@@ -257,7 +263,7 @@ def accumulate_gradient(
     """
     total = points.new_zeros(())
     _keep_freed_memory()
-    slices = list(chunks(len(points), chunk or model.default_chunk()))
+    slices = list(chunks(len(points), chunk or model.default_chunk(gradient_square)))
     size = max((rows.stop - rows.start for rows in slices), default=0)
     directions = model.directions() if points.shape[1] > 2 else None
     for rows in slices:
