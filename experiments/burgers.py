@@ -212,7 +212,8 @@ class TwoBody(_NormalLaw):
         return u.time + u.value * u.gradient_sum - u.laplacian
 
     def exact(self, points: Tensor) -> Tensor:
-        return self._solution(points[:, :-1], torch.exp(-points[:, -1:])).value
+        x = points[:, :-1]
+        return self._scale(torch.exp(-points[:, -1:])) * (torch.sin(_phase(x, torch.cos(x))) @ self._signs.to(x))
 
     def lift(self, points: Tensor) -> tuple[Derivatives, Derivatives]:
         initial = self._solution(points[:, :-1], torch.ones_like(points[:, -1:]))
@@ -227,16 +228,13 @@ class TwoBody(_NormalLaw):
 
     def _solution(self, x: Tensor, decay: Tensor) -> Derivatives:
         """u and its derivatives where `decay` is e^{-t}."""
-        a, b = x[:, :-1], x[:, 1:]
-        count = a.shape[1]
-        index = torch.arange(1, count + 1, dtype=torch.float64)
-        sign = torch.sign(torch.sin(2 * math.pi * (index * ((math.sqrt(5) - 1) / 2) % 1))).to(x)
-        cos_a, sin_a, cos_b, sin_b = torch.cos(a), torch.sin(a), torch.cos(b), torch.sin(b)
-        phi, phi_a, phi_b = a + cos_b + b * cos_a, 1 - b * sin_a, cos_a - sin_b
+        cos, sin = torch.cos(x), torch.sin(x)
+        b, cos_a, sin_a, cos_b, sin_b = x[:, 1:], cos[:, :-1], sin[:, :-1], cos[:, 1:], sin[:, 1:]
+        phi, phi_a, phi_b, sign = _phase(x, cos), 1 - b * sin_a, cos_a - sin_b, self._signs.T.to(x)
         cos_phi, sin_phi = sign * torch.cos(phi), sign * torch.sin(phi)
         gradient = torch.nn.functional.pad(cos_phi * phi_a, (0, 1)) + torch.nn.functional.pad(cos_phi * phi_b, (1, 0))
         curvature = -cos_phi * (b * cos_a + cos_b) - sin_phi * (phi_a.square() + phi_b.square())
-        scale = self.amplitude / math.sqrt(count) * decay
+        scale = self._scale(decay)
         value = scale * sin_phi.sum(dim=1, keepdim=True)
         return Derivatives(
             value=value,
@@ -246,11 +244,25 @@ class TwoBody(_NormalLaw):
             gradient_square=scale.square() * gradient.square().sum(dim=1, keepdim=True),
         )
 
+    def _scale(self, decay: Tensor) -> Tensor:
+        return self.amplitude / math.sqrt(self.num_space - 1) * decay
+
+    @cached_property
+    def _signs(self) -> Tensor:
+        """c_i, (m, 1)."""
+        index = torch.arange(1, self.num_space, dtype=torch.float64)
+        return torch.sign(torch.sin(2 * math.pi * (index * ((math.sqrt(5) - 1) / 2) % 1))).unsqueeze(1)
+
     @cached_property
     def _fits(self) -> tuple[Tensor, Tensor]:
         gram, right = _normal_equations(self, lambda points: _decaying(points, 2))
         linear = self.num_space + 1  # these columns come first
         return torch.linalg.solve(gram[:linear, :linear], right[:linear]), torch.linalg.solve(gram, right)
+
+
+def _phase(x: Tensor, cos: Tensor) -> Tensor:
+    """phi_i = x_i + cos x_{i+1} + x_{i+1} cos x_i."""
+    return x[:, :-1] + cos[:, 1:] + x[:, 1:] * cos[:, :-1]
 
 
 class Burgers100d(_NormalLaw):

@@ -417,11 +417,13 @@ def parse_config(
     )
     for name, variant in variants.items():
         problem, training = variant_settings(config, variant, f"variants.{name}.")
-        if isinstance(problem, PinnConfig) and problem.slope_weight and not needs_residuals(variant.optimizer.name):
-            raise ValueError(
-                f"variants.{name}: problem.slope_weight must be false for {variant.optimizer.name}, which does not "
-                "linearize; it must be an optimizer that does, as LevenbergMarquardt"
-            )
+        stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
+        for optimizer in stages if isinstance(problem, PinnConfig) and problem.slope_weight else ():
+            if not needs_residuals(optimizer.name):
+                raise ValueError(
+                    f"variants.{name}: problem.slope_weight must be false for {optimizer.name}, which does not "
+                    "linearize; it must be an optimizer that does, as LevenbergMarquardt"
+                )
         if variant.then is not None and variant.then.after >= training.iterations:
             raise ValueError(
                 f"variants.{name}.then.after must be below the {training.iterations} iterations of the run, "

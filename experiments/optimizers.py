@@ -41,7 +41,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     needs_residuals = True
 
     def __init__(self, params: Iterable[Any], damping: float = 1e-2, max_trials: int = 20) -> None:
-        if not 0 < damping < math.inf:
+        if isinstance(damping, bool) or not 0 < damping < math.inf:
             raise ValueError(f"damping must be a finite number > 0, got {damping}")
         if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
             raise ValueError(f"max_trials must be an integer >= 1, got {max_trials!r}")
