@@ -205,8 +205,9 @@ def role_of(definition: dict[str, Any]) -> str:
         return "published" + "".join(
             f" {option}" for option in ("average", "safeguard") if definition["published"][option]
         )
-    if definition["acceleration"] is not None:
-        return "aadl settings" if definition["acceleration"] else "aadl"
+    for stage in (definition, definition.get("then") or {}):
+        if stage.get("acceleration") is not None:
+            return "aadl settings" if stage["acceleration"] else "aadl"
     return "ema" if definition["ema_decay"] is not None else "plain"
 
 
