@@ -238,6 +238,11 @@ def schedulers() -> dict[str, type[torch.optim.lr_scheduler.LRScheduler]]:
     return _with_step(torch.optim.lr_scheduler)
 
 
+def takes(name: str, argument: str) -> bool:
+    """Whether the constructor of the optimizer has this argument."""
+    return argument in inspect.signature(optimizers()[name]).parameters
+
+
 def _with_step(module: Any) -> dict[str, Any]:
     return {
         name: member

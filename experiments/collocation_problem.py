@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from data_loaders.collocation import adaptive_points, uniform_points
 from experiments.config import PinnConfig, RunConfig
 from experiments.launch import Ranks, device_of
-from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
+from experiments.models.mlp import MLP, Derivatives, accumulate_gradient, chunks
 from experiments.pinn import Equation, compose, load_equation
 from experiments.train import Description, Field, Problem
 
@@ -109,7 +110,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         return {f"{key}_{name}": e for name, test in tests.items() for key, e in _errors(network, test).items()}
 
     def fields(network: nn.Module) -> dict[str, Field]:
-        return _fields(network, equation, problem, collocation.whole, dtype)
+        return _fields(network, equation, problem, collocation.whole)
 
     return Problem(
         model=model,
@@ -195,23 +196,8 @@ class _Collocation:
         if config.num_conditions > 0:
             uniform = uniform_points(config.sampler, config.num_conditions, columns, self._seed_of(1))
             conditions, values = equation.conditions(uniform)
-        points = self._prepared(interior[own], conditions[own], values[own])
+        points = _prepared(self._equation, config, device_of(self._ranks), interior[own], conditions[own], values[own])
         return points._replace(num_interior=len(interior), num_conditions=len(conditions))
-
-    def _prepared(self, interior: Tensor, conditions: Tensor, values: Tensor) -> Points:
-        equation, dtype, device = self._equation, getattr(torch, self._config.dtype), device_of(self._ranks)
-        interior, conditions = interior.to(device), conditions.to(device)
-        is_hard = self._config.conditions == "hard"
-        return Points(
-            interior=interior.to(dtype),
-            source=equation.source(interior).to(dtype),
-            lift=_cast(equation.lift(interior), dtype) if is_hard else None,
-            conditions=conditions.to(dtype),
-            values=values.to(device, dtype),
-            condition_lift=_cast(equation.lift(conditions), dtype) if is_hard else None,
-            num_interior=len(interior),
-            num_conditions=len(conditions),
-        )
 
     def _adapted(self, network: nn.Module, interior: Tensor, size: int) -> Tensor:
         """Half of the points replaced by points of a fresh pool where the residual is large.
@@ -223,7 +209,7 @@ class _Collocation:
         uniform = uniform_points(config.sampler, size, equation.num_space + 1, self._seed_of(2))
         pool = equation.sample(uniform)
         empty = pool[:0]
-        prepared = self._prepared(pool, empty, empty[:, :1])
+        prepared = _prepared(equation, config, device_of(self._ranks), pool, empty, empty[:, :1])
         with torch.no_grad():
             residual = _residual(equation, network, prepared, config.chunk_points).cpu()
         if bool(residual.isfinite().all()):
@@ -242,6 +228,24 @@ class _Collocation:
     def _seed_of(self, stream: int) -> int:
         """A seed for each set of points: interior, conditions, pool, choice from the pool."""
         return int(np.random.SeedSequence((self._seed, self._count, stream)).generate_state(1)[0])
+
+
+def _prepared(
+    equation: Equation, config: PinnConfig, device: torch.device, interior: Tensor, conditions: Tensor, values: Tensor
+) -> Points:
+    """Points on the device, with what the equation says of them: computed in float64, rounded to the dtype."""
+    dtype, is_hard = getattr(torch, config.dtype), config.conditions == "hard"
+    interior, conditions = interior.to(device), conditions.to(device)
+    return Points(
+        interior=interior.to(dtype),
+        source=equation.source(interior).to(dtype),
+        lift=_cast(equation.lift(interior), dtype) if is_hard else None,
+        conditions=conditions.to(dtype),
+        values=values.to(device, dtype),
+        condition_lift=_cast(equation.lift(conditions), dtype) if is_hard else None,
+        num_interior=len(interior),
+        num_conditions=len(conditions),
+    )
 
 
 class _Loss:
@@ -277,7 +281,8 @@ class _Loss:
 
     def value(self, network: nn.Module, points: Points) -> Tensor:
         """The loss on the points of this rank, differentiable: its mean over ranks is the loss."""
-        loss = _residual(self._equation, network, points, None).square().sum() / points.num_interior
+        residual = self._scaled(_residual(self._equation, network, points, None), slice(None))
+        loss = residual.square().sum() / points.num_interior
         if points.num_conditions > 0:
             error = (self._value(network, points) - points.values).square().sum() / points.num_conditions
             loss = loss + self._config.condition_weight * error
@@ -336,11 +341,8 @@ class _Loss:
     def _slope_weights(self, network: MLP, points: Points) -> Tensor:
         """1 / (1 + |sum_i u_{x_i}|), (N, 1)."""
         with torch.no_grad():
-            u = network.derivatives(points.interior)
-            if points.lift is not None:
-                u = compose(*points.lift, u, self._equation.num_space)
-            weights: Tensor = 1 / (1 + u.gradient_sum.abs())
-            return weights
+            parts = _derivatives(network, points, self._equation.num_space, self._config.chunk_points, False)
+            return torch.cat([1 / (1 + u.gradient_sum.abs()) for _, u in parts])
 
     def _weighted(self, interior: Tensor, condition: Tensor | None, points: Points) -> Tensor:
         parts = [interior / math.sqrt(points.num_interior)]
@@ -373,22 +375,33 @@ class _Loss:
 
 def _residual_of(equation: Equation, u: Derivatives, points: Points, rows: slice) -> Tensor:
     """The residual (rows, 1) of the network whose derivatives at some of the points are `u`."""
-    lift = _rows(points.lift, rows)
-    if lift is not None:
-        u = compose(*lift, u, equation.num_space)
+    u = _composed(u, points.lift, rows, equation.num_space)
     return equation.residual(points.interior[rows], u, points.source[rows])
 
 
 def _residual(equation: Equation, network: nn.Module, points: Points, chunk: int | None) -> Tensor:
     """The residual (N, 1) at all interior points."""
-    assert isinstance(network, MLP)
-    size = chunk or network.default_chunk()
-    parts = []
-    for start in range(0, len(points.interior), size):
-        rows = slice(start, start + size)
-        u = network.derivatives(points.interior[rows], gradient_square=equation.uses_gradient_square)
-        parts.append(_residual_of(equation, u, points, rows))
+    parts = [
+        equation.residual(points.interior[rows], u, points.source[rows])
+        for rows, u in _derivatives(network, points, equation.num_space, chunk, equation.uses_gradient_square)
+    ]
     return torch.cat(parts) if parts else points.interior[:, :1]
+
+
+def _derivatives(
+    network: nn.Module, points: Points, num_space: int, chunk: int | None, gradient_square: bool
+) -> Iterator[tuple[slice, Derivatives]]:
+    """Slices of the interior points, and the derivatives of the solution there."""
+    assert isinstance(network, MLP)
+    directions = network.directions() if num_space > 1 else None
+    for rows in chunks(len(points.interior), chunk or network.default_chunk(gradient_square)):
+        u = network.derivatives(points.interior[rows], directions, gradient_square=gradient_square)
+        yield rows, _composed(u, points.lift, rows, num_space)
+
+
+def _composed(u: Derivatives, lift: Lift | None, rows: slice, num_space: int) -> Derivatives:
+    own = _rows(lift, rows)
+    return u if own is None else compose(*own, u, num_space)
 
 
 def _lifted(value: Tensor, lift: Lift | None) -> Tensor:
@@ -424,28 +437,15 @@ def _errors(network: nn.Module, test: Test) -> dict[str, float]:
     }
 
 
-def _fields(
-    network: nn.Module, equation: Equation, config: PinnConfig, collocation: Tensor, dtype: torch.dtype
-) -> dict[str, Field]:
+def _fields(network: nn.Module, equation: Equation, config: PinnConfig, collocation: Tensor) -> dict[str, Field]:
     """Solution, exact solution and residual on the equation's grid, and the last interior points; {} without a grid."""
     grid = equation.grid()
     if grid is None:
         return {}
     x, t = (axis.double() for axis in grid)
-    device = next(network.parameters()).device
-    exact_points = torch.cartesian_prod(x, t).to(device)
-    is_hard = config.conditions == "hard"
     shape = (len(x), len(t))
-    points = Points(
-        interior=exact_points.to(dtype),
-        source=equation.source(exact_points).to(dtype),
-        lift=_cast(equation.lift(exact_points), dtype) if is_hard else None,
-        conditions=exact_points[:0].to(dtype),
-        values=exact_points[:0, :1].to(dtype),
-        condition_lift=None,
-        num_interior=len(exact_points),
-        num_conditions=0,
-    )
+    whole = torch.cartesian_prod(x, t)
+    points = _prepared(equation, config, next(network.parameters()).device, whole, whole[:0], whole[:0, :1])
 
     def on_grid(values: Tensor, long_name: str) -> Field:
         return Field(("x", "t"), values.double().reshape(shape).cpu().numpy(), "1", long_name)
@@ -463,5 +463,5 @@ def _fields(
         "collocation_t": Field(("point",), collocation[:, 1].numpy(), "1", "time coordinate of the interior points"),
     }
     with contextlib.suppress(NotImplementedError):
-        fields["exact"] = on_grid(equation.exact(exact_points), "exact solution")
+        fields["exact"] = on_grid(equation.exact(whole), "exact solution")
     return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Records:
         data_source: "csv", "surrogate" or "computed".
         seeds: of the main comparison.
         commits: short commits that made the records, with "+" where the checkout had changes.
+        is_as_configured: whether the configuration's file, if there is one, has the settings of the records.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Records:
     data_source: str
     seeds: tuple[int, ...]
     commits: tuple[str, ...]
+    is_as_configured: bool = field(default=True, kw_only=True)
 
     @property
     def is_surrogate(self) -> bool:
@@ -86,8 +88,8 @@ class Records:
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
         experiment, scale = self.folder.parts[-2:]
         config = Path("experiments", "configs", experiment, f"{scale}.yaml")
-        exists = (Path(__file__).parents[1] / config).is_file()  # not so for trials with --set scale=NAME
-        settings = config.as_posix() if exists else f"scale {scale} (settings in the records)"
+        told = self.is_as_configured and (Path(__file__).parents[1] / config).is_file()  # no file: --set scale=NAME
+        settings = config.as_posix() if told else f"scale {scale} (settings in the records)"
         return f"{settings} · {data} · seeds {numbers} · commit {', '.join(self.commits)}"
 
 

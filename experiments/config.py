@@ -46,6 +46,7 @@ from experiments.checks import (
     schedulers,
     sequence,
     setting,
+    takes,
 )
 from experiments.models.derivatives import RULES
 from experiments.models.mlp import ACTIVATIONS
@@ -203,7 +204,10 @@ class VariantConfig:
 
 @dataclass(frozen=True)
 class LearningRateStudy:
-    """Loss at the end of training against the learning rate."""
+    """Loss at the end of training against the learning rate.
+
+    The rate is the `lr` of the first optimizer alone: `adam_lr` of MuonAdam and the second stage stay as they are.
+    """
 
     variants: tuple[str, ...] = setting(sequence(NAME))
     rates: tuple[float, ...] = setting(sequence(number(0.0)))
@@ -250,9 +254,9 @@ class RunConfig:
     variant: VariantConfig
 
     def as_json(self) -> str:
-        """The configuration as JSON with sorted keys: two runs are the same if these texts are.
+        """The configuration as JSON with sorted keys, for the record.
 
-        What does not change a run is left out: where the file is, which variant it is compared with, its place.
+        Left out is where the file is, which variant the run is compared with, and its place. See `identity`.
         """
         raw = asdict(self)
         raw["problem"].pop("folder", None)
@@ -262,6 +266,16 @@ class RunConfig:
             if not raw["variant"][key]:
                 del raw["variant"][key]
         return json.dumps(raw, sort_keys=True)
+
+    def identity(self) -> str:
+        """What determines the run: two runs are the same if these texts are."""
+        return identity_of(json.loads(self.as_json()))
+
+
+def identity_of(recorded: Mapping[str, Any]) -> str:
+    """The same of a recorded configuration: without the label and the overrides, whose effect the settings hold."""
+    variant = {key: value for key, value in recorded["variant"].items() if key not in ("label", "overrides")}
+    return json.dumps({**recorded, "variant": variant}, sort_keys=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -291,7 +305,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         path: YAML file.
         overrides: texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
             seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study, which
-            is said on stderr.
+            is said on stderr. So are the variants that have a setting for themselves, which an override of the
+            setting of all does not change.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
@@ -313,9 +328,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         else:
             raw = _override(raw, text)
     try:
-        return parse_config(raw, Path(path).parent, selected)
+        config = parse_config(raw, Path(path).parent, selected)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for text in overrides:
+        _tell_missed(config, text.partition("=")[0].strip())
+    return config
+
+
+def _tell_missed(config: ExperimentConfig, key: str) -> None:
+    """Says on stderr which variants an override does not reach, for they have the setting for themselves."""
+    part, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    missed = [variant for variant, own in config.variants.items() if name in own.overrides.get(part, {})]
+    if missed:
+        print(f"--set {key}: these variants keep their own {part}.{name}: {', '.join(missed)}", file=sys.stderr)
 
 
 def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
@@ -415,6 +442,9 @@ def parse_config(
         batch_size=batch_size,
         expected_minutes=values["expected_minutes"],
     )
+    if learning_rate is not None:
+        for name in learning_rate.variants:
+            _check_rates(variants[name], learning_rate.rates, f"studies.learning_rate: variants.{name}")
     for name, variant in variants.items():
         problem, training = variant_settings(config, variant, f"variants.{name}.")
         stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
@@ -430,6 +460,19 @@ def parse_config(
                 f"got {variant.then.after}"
             )
     return config
+
+
+def _check_rates(variant: VariantConfig, rates: Sequence[float], where: str) -> None:
+    """Refuses a study of an optimizer that has no learning rate, or refuses one of the rates."""
+    if not takes(variant.optimizer.name, "lr"):
+        raise ValueError(f"{where} must have an optimizer with a learning rate lr, got {variant.optimizer.name}")
+    for rate in rates:
+        check_optimizer(_with_rate(variant, rate).optimizer, f"{where} with lr {rate:g}")
+
+
+def _with_rate(variant: VariantConfig, rate: float) -> VariantConfig:
+    arguments = {**variant.optimizer.arguments, "lr": rate}
+    return replace(variant, optimizer=replace(variant.optimizer, arguments=arguments))
 
 
 def _problem_class(experiment: str, raw_problem: Mapping[str, Any]) -> type[ProblemConfig]:
@@ -603,9 +646,7 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
         for seed in config.learning_rate.seeds:
             for variant in config.learning_rate.variants:
                 for rate in config.learning_rate.rates:
-                    definition = config.variants[variant]
-                    arguments = {**definition.optimizer.arguments, "lr": rate}
-                    definition = replace(definition, optimizer=replace(definition.optimizer, arguments=arguments))
+                    definition = _with_rate(config.variants[variant], rate)
                     runs.append(run(variant, seed, f"{variant}--lr-{rate:g}", "learning_rate", definition=definition))
     if config.batch_size is not None:
         assert num_rows is not None and isinstance(config.training, TrainingConfig)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,22 @@ def draw_figures(comparison: Comparison) -> list[Path]:
         "acceleration.png": draw_acceleration,
         "learning_rate.png": draw_learning_rate,
     }
-    return save_figures(folder, {name: partial(draw, comparison) for name, draw in drawings.items()})
+    return save_figures(folder, [(name, partial(draw, comparison)) for name, draw in drawings.items()])
 
 
-def save_figures(folder: Path, drawings: Mapping[str, Callable[[], Figure | None]]) -> list[Path]:
-    """Writes what is drawn by file name, returns the paths; what gives no figure is left out."""
+def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure | None]]]) -> list[Path]:
+    """Writes what is drawn by file name, returns the paths; what gives no figure is left out.
+
+    Raises:
+        ValueError: two figures have the same name: one would overwrite the other.
+    """
+    twice = sorted(name for name, count in Counter(name for name, _ in drawings).items() if count > 1)
+    if twice:
+        raise ValueError(f"two figures would have the same name in {folder}: {', '.join(twice)}")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with plt.rc_context(RC):
-        for name, draw in drawings.items():
+        for name, draw in drawings:
             figure = draw()
             if figure is not None:
                 figure.savefig(folder / name, metadata={"Software": None})

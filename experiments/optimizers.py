@@ -30,7 +30,8 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     Args:
         params: parameters of one dtype, in the order of the Jacobian's columns.
         damping: > 0, the first one.
-        max_trials: >= 1; a step without a decrease after so many trials leaves the parameters as they are.
+        max_trials: >= 1; a step without a decrease after so many trials, or with a damping above 1e12, leaves the
+            parameters and the damping as they are.
 
     Raises:
         ValueError: an argument out of its range.
@@ -67,7 +68,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         if not bool(loss.isfinite()):
             return loss
         solve = _Damped(residuals, jacobian)
-        start = parameters_to_vector(parameters)
+        start, first_damping = parameters_to_vector(parameters), group["damping"]
         for _ in range(group["max_trials"]):
             damping = group["damping"]
             solution = solve(damping)
@@ -84,6 +85,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                 break
             group["damping"] = 4 * damping
         vector_to_parameters(start, parameters)
+        group["damping"] = first_damping  # other points, or other weights, may go better
         return loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from experiments.burgers import EQUATIONS
 from experiments.compare import SECONDS, TRAIN, Records, Variant, commits_of, family_of, grouped, role_of, seeds_of
+from experiments.config import expand_runs, load_config
 from experiments.record import Run, read_runs
+
+CONFIGS = Path(__file__).parent / "configs"
 
 EVALUATIONS = "metrics/evaluations"
 ERROR = "relative_l2_"
 """Prefix of the errors at the end; the series begin with "metrics/validation/" in front of it."""
+OF_POINTS = ("graded",)
+"""Options of the suite's equations that say where points are drawn: the solution is the same."""
+UNTOLD = ("amplitude", "deviation")
+"""Options that change a solution and are not told by the label of the equation."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Group(Records):
 
     Attributes:
         name: of the baseline.
-        variants: in the order of the configuration.
+        variants: in the order of the configuration, the baseline included, whatever it is compared with itself.
         equation: in words.
         degenerate: why the equation says little; empty: it does not.
         predictors: relative L2 errors of the trivial predictors, by test set; the first set is the main one.
@@ -62,8 +71,14 @@ class Group(Records):
         return self.equation
 
 
+Key = tuple[str, str, str]
+"""Of a group: its baseline, its equation in words, and what else tells its solution."""
+
+
 def read_groups(folder: Path) -> list[Group]:
-    """The records of a folder by equation and baseline, in the order of the configuration.
+    """The records of a folder by solution and baseline, in the order of the configuration.
+
+    A variant belongs to the group of its baseline, and to that of its own name, if another one is compared with it.
 
     Raises:
         ValueError: records that do not belong together: one variant, or the settings that all variants share, differ.
@@ -73,27 +88,25 @@ def read_groups(folder: Path) -> list[Group]:
     main, studies = grouped(runs)
     _check_variants(folder, main)
     _check_shared(folder, [run for group in main.values() for run in group])
-    members: dict[tuple[str, str], list[Variant]] = {}
+    variants = []
     for name, of_variant in sorted(main.items(), key=lambda item: (item[1][0].attributes["variant_index"], item[0])):
-        first = of_variant[0]
-        definition = first.config["variant"]
-        variant = Variant(
-            name=name,
-            label=definition["label"],
-            role=role_of(definition),
-            family=family_of(definition["optimizer"]),
-            runs={run.attributes["seed"]: run for run in of_variant},
+        definition = of_variant[0].config["variant"]
+        variants.append(
+            Variant(
+                name=name,
+                label=definition["label"],
+                role=role_of(definition),
+                family=family_of(definition["optimizer"]),
+                runs={run.attributes["seed"]: run for run in of_variant},
+            )
         )
-        members.setdefault((first.attributes["baseline"], first.attributes["data_digest"]), []).append(variant)
+    is_as_configured = _are_as_configured(folder, runs)
     groups = []
-    for (baseline, digest), variants in members.items():
-        own = [run for variant in variants for run in variant.runs.values()]
+    for key in dict.fromkeys(_key(first_run(variant)) for variant in variants):
+        members = [variant for variant in variants if key in _keys(variant)]
+        own = [run for variant in members for run in variant.runs.values()]
         attributes = own[0].attributes
-        of_group = {
-            study: [run for run in some if (run.attributes["baseline"], run.attributes["data_digest"])
-                    == (baseline, digest)]
-            for study, some in studies.items()
-        }  # fmt: skip
+        of_group = {study: [run for run in some if _key(run) == key] for study, some in studies.items()}
         groups.append(
             Group(
                 folder=folder,
@@ -101,11 +114,12 @@ def read_groups(folder: Path) -> list[Group]:
                 data_source=attributes["data_source"],
                 seeds=seeds_of(own),
                 commits=commits_of(own),
-                name=baseline,
-                variants=variants,
-                equation=attributes["equation"],
+                name=key[0],
+                variants=members,
+                equation=key[1],
                 degenerate=attributes["degenerate"].removeprefix("degenerate: "),
                 predictors=json.loads(attributes["predictors"]),
+                is_as_configured=is_as_configured,
             )
         )
     if not groups:
@@ -113,13 +127,99 @@ def read_groups(folder: Path) -> list[Group]:
     return groups
 
 
+def first_run(variant: Variant) -> Run:
+    """One run of a variant, for what is the same in all of them."""
+    return next(iter(variant.runs.values()))
+
+
+def baseline_of(variant: Variant) -> str:
+    """Name of the variant that this one is compared with."""
+    return str(first_run(variant).attributes["baseline"])
+
+
+def _key(run: Run) -> Key:
+    """The group of a run."""
+    return (run.attributes["baseline"], *solution_of(run))
+
+
+def _keys(variant: Variant) -> tuple[Key, Key]:
+    """The group of a variant, and the one whose baseline it is, which there need not be."""
+    run = first_run(variant)
+    return _key(run), (variant.name, *solution_of(run))
+
+
+def solution_of(run: Run) -> tuple[str, str]:
+    """The equation in words, and a text that is the same for two runs if their equations and solutions are.
+
+    Options of the suite's equations are compared by value, defaults filled in, without those of the points. What the
+    options of a user's equation mean is not known: any change of them, or of its file, makes another one.
+    """
+    label, problem = run.attributes["equation"], run.config["problem"]
+    if problem["equation"] not in EQUATIONS:
+        return label, run.attributes["data_digest"]
+    parameters = inspect.signature(EQUATIONS[problem["equation"]]).parameters
+    defaults = {name: f"{parameter.default:.9g}" for name, parameter in parameters.items() if name not in OF_POINTS}
+    options = {name: f"{problem['options'][name]:.9g}" for name in defaults if name in problem["options"]}
+    untold = [f", {name} {value}" for name, value in options.items() if name in UNTOLD and value != defaults[name]]
+    return label + "".join(untold), json.dumps([problem["equation"], defaults | options], sort_keys=True)
+
+
+def objective_of(variant: Variant) -> tuple[Any, ...]:
+    """What the recorded loss is, in expectation: losses are divided by each other where this is the same.
+
+    Numbers of points, sampler and dtype change how it is estimated. Slope weights are left out of recorded losses.
+    """
+    problem = first_run(variant).config["problem"]
+    weight = problem["condition_weight"] if problem["num_conditions"] > 0 else None
+    points = [float(problem["options"].get(name, 0)) for name in OF_POINTS]
+    if problem["equation"] not in EQUATIONS:
+        points = []  # within a group all of their options are the same
+    return (problem["conditions"], weight, problem["adaptive_pool"], *points)
+
+
+def has_other_loss(variant: Variant, group: Group) -> bool:
+    """Whether the loss of a variant is another one than that of the baseline, if it was run."""
+    return group.baseline is not None and objective_of(variant) != objective_of(group.baseline)
+
+
+def accepted_candidates(variant: Variant) -> str:
+    """ "12 of 39": accelerations accepted and not taken back, of those tried, medians over seeds; "-" without any."""
+    counts = [
+        (_last(run, "accepted") - _last(run, "reverted"), _last(run, "attempts"))
+        for run in variant.runs.values()
+        if "acceleration/accepted" in run.series
+    ]
+    return "{:.0f} of {:.0f}".format(*np.median(counts, axis=0)) if counts else "-"
+
+
+def _last(run: Run, counter: str) -> float:
+    """The count at the end; that of a diverged run is the last one that is known."""
+    values = run.series.get(f"acceleration/{counter}", np.zeros(1))
+    return float(values.max(where=np.isfinite(values), initial=0.0))
+
+
+def _are_as_configured(folder: Path, runs: list[Run]) -> bool:
+    """Whether the configuration's file has the settings of all runs, seeds apart; True if there is no such file."""
+    path = CONFIGS / folder.parent.name / f"{folder.name}.yaml"
+    if not path.is_file():
+        return True
+    try:
+        known = {_without_seed(json.loads(run.as_json())) for run in expand_runs(load_config(path))}
+    except ValueError:  # not of this version
+        return False
+    return all(_without_seed(run.config) in known for run in runs)
+
+
+def _without_seed(config: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in config.items() if key != "seed"}, sort_keys=True)
+
+
 def _check_variants(folder: Path, main: dict[str, list[Run]]) -> None:
     """The seeds of a variant must have the same settings and the same equation."""
     for runs in main.values():
         settings: dict[str, Run] = {}
         for run in runs:
-            config = {key: value for key, value in run.config.items() if key != "seed"}
-            settings.setdefault(json.dumps([config, run.attributes["data_digest"]], sort_keys=True), run)
+            settings.setdefault(_without_seed(run.config) + run.attributes["data_digest"], run)
         if len(settings) > 1:
             _refuse(folder, "settings", [*settings.values()])
 
@@ -155,13 +255,14 @@ class Measures:
         evaluations: of the loss, trials included; inf for a diverged run.
         seconds: of training; likewise.
         iterations: first evaluated iteration from which on the loss is never above the final one of the baseline on the
-            same seed; inf for never, NaN (unknown) if only the baseline diverged. The loss jumps with the points and
-            between steps: the baseline itself may pass its final loss early, and leave it again. This and the following
-            over the shared seeds.
+            same seed; inf for never, NaN (unknown) if only the baseline diverged or if the baseline has another loss.
+            The loss jumps with the points and between steps: the baseline itself may pass its final loss early, and
+            leave it again. This and the following over the shared seeds.
         share: the same over the iterations of the baseline.
         ratio: final loss over the baseline's.
         at_evaluations: the same where both have spent the smaller of the two numbers of evaluations of the loss.
         at_seconds: likewise for training seconds.
+        error_ratio: relative L2 error at the end on the main test set over the baseline's, whatever their losses are.
         shared: seeds that the baseline has too.
     """
 
@@ -174,6 +275,7 @@ class Measures:
     ratio: np.ndarray
     at_evaluations: np.ndarray
     at_seconds: np.ndarray
+    error_ratio: np.ndarray
     shared: tuple[int, ...]
 
 
@@ -182,7 +284,9 @@ def measure(variant: Variant, group: Group) -> Measures:
     runs = [variant.runs[seed] for seed in sorted(variant.runs)]
     baseline = group.baseline
     shared = tuple(sorted(set(variant.runs) & set(baseline.runs))) if baseline is not None else ()
-    rows = [_against(variant.runs[seed], baseline.runs[seed]) for seed in shared] if baseline is not None else []
+    pairs = [(variant.runs[seed], baseline.runs[seed]) for seed in shared] if baseline is not None else []
+    other = has_other_loss(variant, group)
+    rows = [(np.nan,) * 5 if other else _against(own, rival) for own, rival in pairs]
     iterations, share, ratio, at_evaluations, at_seconds = np.array(rows, dtype=float).reshape(-1, 5).T
     return Measures(
         loss=_ends(runs, TRAIN),
@@ -194,6 +298,7 @@ def measure(variant: Variant, group: Group) -> Measures:
         ratio=ratio,
         at_evaluations=at_evaluations,
         at_seconds=at_seconds,
+        error_ratio=np.array([_error_ratio(own, rival, group.main_set) for own, rival in pairs]),
         shared=shared,
     )
 
@@ -221,6 +326,16 @@ def _against(own: Run, rival: Run) -> tuple[float, ...]:
         budget = min(own.series[cost][-1], rival.series[cost][-1])
         ratios.append(_ratio(_loss_at(own, cost, budget), _loss_at(rival, cost, budget)))
     return (iterations, iterations / rival.places[-1], *ratios)
+
+
+def _error_ratio(own: Run, rival: Run, test_set: str | None) -> float:
+    """The own error over the rival's; NaN (unknown) without a test set, or if only the rival diverged."""
+    if test_set is None:
+        return np.nan
+    mine, other = final_error(own, test_set), final_error(rival, test_set)
+    if np.isinf(mine) or np.isinf(other):
+        return np.inf if np.isinf(mine) else np.nan
+    return _ratio(mine, other)
 
 
 def _ratio(own: float, rival: float) -> float:
@@ -264,7 +379,7 @@ def diverged_note(variants: Iterable[Variant]) -> str:
 def settings_line(group: Group) -> str:
     """Points and budget of the baseline, or of the first variant without one."""
     variant = group.baseline or group.variants[0]
-    config = next(iter(variant.runs.values())).config
+    config = first_run(variant).config
     problem: dict[str, Any] = config["problem"]
     every = problem["resample_every"]
     words = problem["sampler"].replace("_", " ")

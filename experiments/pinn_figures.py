@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.compare import SECONDS, TRAIN, Variant
 from experiments.figures import acceleration_panels, finish, quantiles, save_figures
-from experiments.pinn_compare import ERROR, Group, final_error, settings_line
+from experiments.pinn_compare import ERROR, Group, final_error, has_other_loss, settings_line
 from experiments.record import Run, read_fields
 
 # Okabe and Ito, told apart with every kind of color blindness; after all colors the next line style.
@@ -30,11 +30,13 @@ FLOOR = 1e-16
 def draw_pinn_figures(groups: list[Group]) -> list[Path]:
     """Draws every figure that the records allow into `figures/` beside them, returns the paths.
 
-    The names of the figures of the first group stand alone, those of the others end in the name of their baseline.
+    The names of the figures of the first group stand alone, those of the others end in the name of their baseline and,
+    where it was not run, of their first variant: several groups may lack the same one.
     """
-    drawings: dict[str, Callable[[], Figure | None]] = {}
+    drawings: list[tuple[str, Callable[[], Figure | None]]] = []
     for position, group in enumerate(groups):
-        ending = f"_{group.name}" if position else ""
+        ending = "" if group.baseline is not None else f"+{group.variants[0].name}"  # no name holds a plus
+        ending = f"_of_{group.name}{ending}" if position else ""
         for name, draw in (
             ("convergence", draw_convergence),
             ("solution", draw_best_solution),
@@ -42,7 +44,7 @@ def draw_pinn_figures(groups: list[Group]) -> list[Path]:
             ("predictors", draw_predictors),
             ("acceleration", draw_acceleration),
         ):
-            drawings[f"{name}{ending}.png"] = partial(draw, group)
+            drawings.append((f"{name}{ending}.png", partial(draw, group)))
     return save_figures(groups[0].folder / "figures", drawings)
 
 
@@ -66,7 +68,7 @@ def draw_convergence(group: Group) -> Figure | None:
                     continue
                 (line,) = axis.plot(places, middle, color=color, linestyle=style, linewidth=1.4)
                 axis.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
-                handles[_label(variant)] = line
+                handles[_label(variant) + " (other loss)" * has_other_loss(variant, group)] = line
     for axes, (_, name) in zip(grid, rows, strict=True):
         axes[0].set_ylabel(name)
         axes[0].set_yscale("log")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,8 +13,11 @@ from experiments.pinn_compare import (
     ERROR,
     Group,
     Measures,
+    accepted_candidates,
+    baseline_of,
     diverged_note,
     final_error,
+    has_other_loss,
     measure,
     settings_line,
     value_within,
@@ -35,19 +39,25 @@ TOLERANCE = 1.02
 AGAINST = (
     "variant",
     "iterations to the baseline's final loss",
-    "final loss over the baseline's",
+    "final loss / baseline's",
     "at equal evaluations",
     "at equal seconds",
     "seeds > 2 % above",
+    "accepted",
+    "relative L2 / baseline's",
 )
+"""The last column is left out where the solution is not known."""
+OTHER_LOSS = "other loss"
 LEGEND = (
     "Median over the seeds [minimum .. maximum]; a diverged run counts as infinitely bad. Loss: on the points of the "
     "last draw, with the evaluated weights; each variant has its own points. Iterations: evaluations of the gradient "
     "or of a Jacobian after which no recorded loss is above the baseline's final one on the same seed; the loss jumps "
     "when points are drawn anew, so the baseline may have been below its final loss before. At equal evaluations (of "
     "the loss, trials included) or seconds: the losses where both have spent the smaller of the two budgets, "
-    "interpolated; no schedule was adapted to it. Seconds: training alone. The last column includes diverged runs; "
-    "where only the baseline diverged, a seed is unknown."
+    "interpolated; no schedule was adapted to it. Seconds: training alone. Seeds above include diverged runs; where "
+    "only the baseline diverged, a seed is unknown. Other loss: the weight or the kind of the conditions, or the law "
+    "of the interior points, is not that of the baseline: the losses cannot be compared, the errors can. Accepted: "
+    "accelerations accepted and not taken back, of those tried; with 0 a run repeats that without acceleration."
 )
 
 
@@ -78,7 +88,8 @@ def summarize_pinn(groups: list[Group]) -> str:
         markdown += ["## Targets", "", *(f"- {line}" for line in targets), ""]
         text += ["Targets", *(f"  {line}" for line in targets), ""]
     seeds = sorted({seed for group in groups for seed in group.seeds})
-    source = f"Source: {groups[0].source_line(seeds)}"
+    commits = tuple(sorted({commit for group in groups for commit in group.commits}))
+    source = f"Source: {replace(groups[0], commits=commits).source_line(seeds)}"
     markdown += [LEGEND, "", source, ""]
     text += [LEGEND, source]
     write_text(folder / "summary.md", "\n".join(markdown))
@@ -91,7 +102,9 @@ def _tables(group: Group) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]
     errors = [f"relative L2 ({name})" for name in group.predictors]
     tables = [(("variant", "final training loss", *errors, "evaluations", "seconds"), _result_rows(group, measured))]
     if group.baseline is not None and len(group.variants) > 1:
-        tables.append((AGAINST, [_comparison_row(group, variant, measures) for variant, measures in measured]))
+        count = len(AGAINST) - (group.main_set is None)
+        rows = [_comparison_row(group, variant, measures)[:count] for variant, measures in measured]
+        tables.append((AGAINST[:count], rows))
     if group.studies.get("learning_rate"):
         rows = _learning_rate_rows(group, group.studies["learning_rate"])
         tables.append((("variant", "learning rate", "final training loss", *errors[:1]), rows))
@@ -113,16 +126,22 @@ def _result_rows(group: Group, measured: list[tuple[Variant, Measures]]) -> list
 
 
 def _comparison_row(group: Group, variant: Variant, measures: Measures) -> tuple[str, ...]:
+    accepted = accepted_candidates(variant)
     if not measures.shared:
-        return (variant.label, *("no seed in common",) * 5)
+        return (variant.label, "no seed in common", "-", "-", "-", "-", accepted, "-")
     iterations = spread(measures.iterations, "{:.0f}")
     if variant is group.baseline:
-        return (variant.label, iterations, "-", "-", "-", "-")
+        return (variant.label, iterations, "-", "-", "-", "-", accepted, "-")
+    error = spread(measures.error_ratio, "{:.3g}", "diverged")
+    if has_other_loss(variant, group):
+        return (variant.label, *(OTHER_LOSS,) * 5, accepted, error)
     above = f"{int((measures.ratio > TOLERANCE).sum())} of {len(measures.shared)}"
     unknown = int(np.isnan(measures.ratio).sum())
     above += f", {unknown} unknown" if unknown else ""
-    ratios = (measures.ratio, measures.at_evaluations, measures.at_seconds)
-    return (variant.label, iterations, *(spread(ratio, "{:.3g}", "diverged") for ratio in ratios), above)
+    ratios = [
+        spread(ratio, "{:.3g}", "diverged") for ratio in (measures.ratio, measures.at_evaluations, measures.at_seconds)
+    ]
+    return (variant.label, iterations, *ratios, above, accepted, error)
 
 
 def _learning_rate_rows(group: Group, runs: list[Run]) -> list[tuple[str, ...]]:
@@ -146,46 +165,57 @@ def _learning_rate_rows(group: Group, runs: list[Run]) -> list[tuple[str, ...]]:
 
 
 def target_lines(groups: list[Group]) -> list[str]:
-    """The targets of the experiment with the numbers; empty for an experiment without any.
+    """The targets of the equations with the numbers; empty for equations without any.
 
     A target is met, NOT MET or unknown: the last where its variants were not run, or where the seeds on which the
     baseline diverged could decide it.
     """
-    experiment = groups[0].folder.parent.name
-    if experiment not in TARGETS:
-        return []
-    lines = [
-        _never_above(variant, group)
-        for group in groups
-        for variant in group.variants
-        if variant.role == "aadl"
-    ]
-    return lines + [line(groups[0]) for line in TARGETS[experiment]]
+    lines = []
+    for equation in dict.fromkeys(group.equation for group in groups if group.equation in TARGETS):
+        own = [group for group in groups if group.equation == equation]
+        lines += [_never_above(variant, group) for variant, group in _compared(own) if variant.role == "aadl"]
+        lines += [line(own) for line in TARGETS[equation]]
+    return lines
+
+
+def _compared(groups: list[Group]) -> Iterator[tuple[Variant, Group]]:
+    """The variants, each in the group of its baseline; not those that are their own."""
+    for group in groups:
+        for variant in group.variants:
+            if baseline_of(variant) == group.name != variant.name:
+                yield variant, group
 
 
 def _never_above(variant: Variant, group: Group) -> str:
+    what = f"{group.equation}, {variant.label}: never ends more than 2 % above its baseline"
     measures = measure(variant, group)
-    above = [seed for seed, ratio in zip(measures.shared, measures.ratio, strict=True) if ratio > TOLERANCE]
-    what = f"{variant.label}, {group.equation}: never ends more than 2 % above its baseline"
     if not measures.shared:
         return target(what, None, "the baseline was not run")
+    if has_other_loss(variant, group):
+        return target(what, None, f"{OTHER_LOSS} than the baseline's")
+    above = [seed for seed, ratio in zip(measures.shared, measures.ratio, strict=True) if ratio > TOLERANCE]
     where = f"above on seeds {above}" if above else f"above on none of {len(measures.shared)} seeds"
     ratios = f"final loss over the baseline's {spread(measures.ratio, '{:.3g}', 'diverged')}"
-    return target(what, all_within(measures.ratio, TOLERANCE), f"{where}; {ratios}")
+    return target(what, all_within(measures.ratio, TOLERANCE), f"{where}; {ratios}; {_accepted(variant)}")
 
 
-def _sooner(group: Group, *, name: str, share: float, words: str) -> str:
+def _accepted(variant: Variant) -> str:
+    return f"{accepted_candidates(variant)} candidates accepted"
+
+
+def _sooner(groups: list[Group], *, name: str, share: float, words: str) -> str:
     """A variant reaches the baseline's final loss in this share of its iterations, in the median."""
-    what = f"{name}: the baseline's final loss in at most {words} of its iterations"
-    variant = next((variant for variant in group.variants if variant.name == name), None)
-    measures = None if variant is None else measure(variant, group)
-    if measures is None or not measures.shared:
+    what = f"{groups[0].equation}, {name}: the baseline's final loss in at most {words} of its iterations"
+    found = [(variant, measure(variant, group)) for variant, group in _compared(groups) if variant.name == name]
+    if not found or not found[0][1].shared:
         return target(what, None, "not run")
-    return target(what, median_within(measures.share, share), f"share {spread(measures.share, '{:.2f}')}")
+    ((variant, measures),) = found
+    numbers = f"share {spread(measures.share, '{:.2f}')}; {_accepted(variant)}"
+    return target(what, median_within(measures.share, share), numbers)
 
 
 def _error(
-    group: Group,
+    groups: list[Group],
     *,
     limit: float,
     seconds: float = np.inf,
@@ -194,10 +224,12 @@ def _error(
 ) -> str:
     """The best variant has at most this relative L2 error after these training seconds, in the median."""
     within = f" after at most {seconds:g} s of training" if np.isfinite(seconds) else ""
-    what = f"relative L2 at most {limit:g}{within}, {words}"
-    series = f"metrics/validation/{ERROR}{group.main_set}"
+    what = f"{groups[0].equation}, relative L2 at most {limit:g}{within}, {words}"
+    main_set = groups[0].main_set
+    series = f"metrics/validation/{ERROR}{main_set}"
+    variants = {variant.name: variant for group in groups for variant in group.variants}
     found = []
-    for variant in group.variants if group.main_set is not None else []:
+    for variant in variants.values() if main_set is not None else []:
         errors = [value_within(run, series, SECONDS, seconds) for run in variant.runs.values() if only(run)]
         if errors:
             found.append((median(np.array(errors)), variant.label, np.array(errors)))
@@ -220,16 +252,17 @@ def _on_gpu(run: Run) -> bool:
     return not str(run.attributes["devices"]).startswith("cpu")
 
 
-# Of the first group of an experiment; beside them, no variant with the defaults of aadl may end above its baseline.
-TARGETS: dict[str, tuple[Callable[[Group], str], ...]] = {
-    "burgers_2d": (
+# By equation in words, with its default options; beside them, no variant with the defaults of aadl may end above its
+# baseline.
+TARGETS: dict[str, tuple[Callable[[list[Group]], str], ...]] = {
+    "2d Burgers, nu = 0.01/pi": (
         partial(_sooner, name="adam_aadl", share=1 / 2, words="half"),
         partial(_error, limit=0.05, only=_is_first_order, words="any first-order variant (no L-BFGS)"),
         partial(_error, limit=1e-4, seconds=60),
         partial(_error, limit=1e-5, seconds=600),
         partial(_error, limit=1e-7, seconds=600, only=_on_gpu, words="any variant on a GPU"),
     ),
-    "burgers_100d": (
+    "100d Burgers, two-body solution": (
         partial(_error, limit=0.2),
         partial(_error, limit=0.05, seconds=3600),
     ),

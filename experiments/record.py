@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import aadl
-from experiments.config import RunConfig
+from experiments.config import RunConfig, identity_of
 from experiments.launch import Ranks, device_of
 from experiments.train import Field, Problem, Result
 
@@ -155,14 +155,16 @@ def write_run(
 
 
 def note_place(path: Path, config: RunConfig) -> None:
-    """Brings what a finished record says of its place among the variants up to date; that needs no new run.
+    """Brings what a finished record says of its label and its place among the variants up to date, without a new run.
 
     Raises:
         OSError: the file cannot be read or written.
     """
-    wanted = _place(config)
     attributes = read_run(path).attributes
-    if "equation" not in attributes or all(attributes.get(name) == value for name, value in wanted.items()):
+    wanted = {"label": config.variant.label, "config": config.as_json()}
+    if "equation" in attributes:
+        wanted |= _place(config)
+    if all(attributes.get(name) == value for name, value in wanted.items()):
         return
 
     def fill(temporary: str) -> None:
@@ -356,14 +358,15 @@ def read_runs(folder: Path) -> list[Run]:
 def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
     """Whether the run must be done: "finished", "missing", "changed" or "unreadable".
 
-    "changed" means other settings, other data or another number of ranks: each changes the numbers.
+    "changed" means other settings, other data or another number of ranks: each changes the numbers. A label does not,
+    nor does an override that says what holds for all variants.
     """
     if not path.exists():
         return "missing"
     try:
         run = read_run(path)
+        recorded = identity_of(run.config)
     except (OSError, KeyError, ValueError):
         return "unreadable"
-    same: Mapping[str, Any] = run.attributes
-    identity = (same.get("config"), same.get("data_digest"), same.get("world_size"))
-    return "finished" if identity == (config.as_json(), data_digest, world_size) else "changed"
+    identity = (recorded, run.attributes.get("data_digest"), run.attributes.get("world_size"))
+    return "finished" if identity == (config.identity(), data_digest, world_size) else "changed"

@@ -232,7 +232,7 @@ def train(
     iterations = [0]
     num_steps = 0
     diverged_at = None
-    bar = _Bar(*_length(training), show_progress)
+    bar = _Bar(*_length(training), show_progress, getattr(training, "max_seconds", None))
     for interval in range(1, _num_intervals(training) + 1):
         if problem.points is not None and closure.iterations >= _target(training, interval):
             continue  # the last step went beyond this interval
@@ -449,10 +449,13 @@ class _Updates:
 
 
 class _Bar:
-    """Progress on stderr: a bar on a terminal, at most ten plain lines elsewhere; with the last loss and error."""
+    """Progress on stderr: a bar on a terminal, at most ten plain lines elsewhere; with the last loss and error.
 
-    def __init__(self, total: int, unit: str, enabled: bool = True) -> None:
-        self._total, self._unit, self._count, self._note = total, unit, 0, ""
+    A line appears for each tenth of the total count or of `max_seconds` of training, whichever is further.
+    """
+
+    def __init__(self, total: int, unit: str, enabled: bool = True, max_seconds: float | None = None) -> None:
+        self._total, self._unit, self._count, self._max_seconds = total, unit, 0, max_seconds
         self._start = time.perf_counter()
         self._lines = enabled and not sys.stderr.isatty()
         self._told = 0
@@ -468,7 +471,7 @@ class _Bar:
         shown = _headline(values or {})
         if self._bar is not None:
             self._bar.set_postfix(shown)
-        tenths = min(self._count, self._total) * 10 // self._total
+        tenths = self._tenths((values or {}).get("timing/training_seconds", 0.0))
         if self._lines and tenths > self._told:
             self._told = tenths
             seconds = time.perf_counter() - self._start
@@ -477,6 +480,11 @@ class _Bar:
                 more += f", {self._count / max(seconds, 1e-9):.0f} iterations/s"
             count = min(self._count, self._total)
             print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
+
+    def _tenths(self, seconds: float) -> int:
+        """0 to 10, after so many seconds of training."""
+        timed = int(10 * seconds / self._max_seconds) if self._max_seconds is not None else 0
+        return min(10, max(self._count * 10 // self._total, timed))
 
     def close(self) -> None:
         if self._bar is not None:

@@ -8,8 +8,10 @@ from datetime import datetime, timezone
 import numpy as np
 from suite_cases import PINN, problem
 
+from experiments.collocation_problem import describe
 from experiments.config import expand_runs, parse_config
 from experiments.launch import Ranks
+from experiments.pinn import load_equation
 from experiments.record import run_path, write_run
 from experiments.train import Field, Result
 
@@ -28,6 +30,18 @@ RAW["variants"] = {
     },
     "other": {"label": "other", "optimizer": ADAM, "baseline": "other"},
 }
+SECOND_ORDER = {
+    "optimizer": {"name": "LevenbergMarquardt"},
+    "problem": {"options": {"graded": 0.5}, "dtype": "float64", "conditions": "hard", "num_conditions": 0},
+}
+# As in the laptop configuration: one variant has another loss than its baseline, and is the baseline of another one.
+LAPTOP = {
+    name: RAW["variants"][name] for name in ("adam", "adam_aadl")
+} | {
+    "lm": {"label": "LM", **SECOND_ORDER},
+    "lm_aadl": {"label": "LM, accelerated", "baseline": "lm", "acceleration": {"frequency": 20}, **SECOND_ORDER},
+}  # fmt: skip
+LABEL = "2d Burgers, nu = 0.01/pi"
 PREDICTORS = {"grid": {"zero": 1.0, "frozen": 0.6}, "fine": {"zero": 1.0, "frozen": 0.7}}
 PLAIN = np.geomspace(1.0, 0.01, 11)
 
@@ -39,7 +53,7 @@ def config_of(name, seed=0, changes=None):
 
 
 def save(results, name, losses, seed=0, *, seconds=1.0, evaluations=1, errors=None, diverged=None, fields=None,
-         equation="an equation", degenerate="", digest="abc", predictors=None, changes=None, config=None,
+         equation=None, degenerate="", digest=None, predictors=None, changes=None, config=None,
          places=None, **series):  # fmt: skip
     """Writes a record with these losses, one every 10 iterations; relative errors are ten times as large.
 
@@ -48,6 +62,7 @@ def save(results, name, losses, seed=0, *, seconds=1.0, evaluations=1, errors=No
         evaluations: an iteration.
         errors: of the main test set; those of the other one are twice as large.
         diverged: iteration.
+        equation: label; by default that of the equation of the configuration. Likewise `digest`.
         changes: of the raw configuration.
         config: of another run.
     """
@@ -66,8 +81,16 @@ def save(results, name, losses, seed=0, *, seconds=1.0, evaluations=1, errors=No
         own |= {"metrics/validation/relative_l2_grid": errors}
         ends = {"relative_l2_grid": errors[-1], "relative_l2_fine": 2 * errors[-1]}
     own |= {key.replace("__", "/"): np.asarray(values, dtype=float) for key, values in series.items()}
-    attributes = {"equation": equation, "degenerate": degenerate, "num_space": 1, "predictors": json.dumps(predictors)}
     config = config_of(name, seed, changes) if config is None else config
+    own_problem = config.problem
+    label = load_equation(own_problem.equation, own_problem.options, own_problem.folder).label
+    digest = describe(own_problem).digest if digest is None else digest
+    attributes = {
+        "equation": equation or label,
+        "degenerate": degenerate,
+        "num_space": 1,
+        "predictors": json.dumps(predictors),
+    }
     outcome = Result(own, None, len(losses) - 1, places, diverged, "iterations" if diverged is None else "diverged",
                      ends, fields or {})  # fmt: skip
     path = run_path(results, config)

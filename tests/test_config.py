@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from suite_cases import RAW
+from suite_cases import PINN, RAW
 
 from experiments.config import expand_runs, load_config, parse_config
 
@@ -189,3 +189,40 @@ def test_paper_settings():
     assert (published.relaxation, published.wait_iterations, published.history_depth) == (1.0, 1, 5)
     assert (published.frequency, published.store_each_nth, published.reg_acc) == (10, 1, 0.0)
     assert not published.average and not published.safeguard
+
+
+def test_a_study_of_an_optimizer_without_a_learning_rate_is_refused():
+    raw = copy.deepcopy(PINN)
+    raw["variants"]["lm"] = {"optimizer": {"name": "LevenbergMarquardt"}}
+    raw["variants"]["muon"] = {"optimizer": {"name": "MuonAdam"}}
+    raw["studies"] = {"learning_rate": {"variants": ["adam", "muon"], "rates": [1e-3]}}
+    (muon,) = (run for run in expand_runs(parse_config(raw)) if run.name == "muon--lr-0.001" and run.seed == 0)
+    assert muon.variant.optimizer.arguments == {"lr": 1e-3}
+    raw["studies"]["learning_rate"]["variants"] = ["adam", "lm"]
+    with pytest.raises(ValueError) as caught:
+        parse_config(raw)
+    expected = "variants.lm must have an optimizer with a learning rate lr, got LevenbergMarquardt"
+    assert str(caught.value) == f"studies.learning_rate: {expected}"
+
+
+def test_overrides_that_miss_a_variant_are_told(tmp_path, capsys):
+    raw = copy.deepcopy(PINN)
+    for name in ("own", "second"):
+        raw["variants"][name] = {
+            "optimizer": {"name": "Adam"},
+            "problem": {"num_points": 64, "options": {"nu": 0.01}},
+            "training": {"iterations": 6},
+        }
+    path = write(tmp_path, json.dumps(raw))
+    config = load_config(path, ["problem.num_points=16", "problem.options.nu=0.02", "training.evaluate_every=3"])
+    assert config.problem.num_points == 16
+    assert capsys.readouterr().err.splitlines() == [
+        "--set problem.num_points: these variants keep their own problem.num_points: own, second",
+        "--set problem.options.nu: these variants keep their own problem.options: own, second",
+    ]
+    load_config(path, ["variants=adam,second", "training.iterations=3"])
+    assert capsys.readouterr().err == (
+        "--set training.iterations: these variants keep their own training.iterations: second\n"
+    )
+    load_config(path, ["variants=adam", "training.iterations=3", "seeds=0"])
+    assert not capsys.readouterr().err

@@ -229,6 +229,50 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
         (HEAT.replace("def test_points(", "def points("), "equation Heat does not define test_points"),
         (HEAT.replace("points, self.exact(points)", "points, self.exact(points)[:, 0]"), r"values of conditions must"),
         (HEAT.replace("self.diffusivity * u.laplacian", "points"), r"residual must have shape .3, 1., got .3, 2."),
+        (
+            HEAT.replace("u.laplacian", "u.lap"),
+            r"Heat: residual failed: AttributeError: .* has no attribute 'lap' \(.*heat\.py, line 24\)",
+        ),
+        (HEAT.replace("self.mode * math.pi", "mode"), r"failed: NameError: name 'mode' .*heat\.py, line 27\)"),
+        (HEAT.replace("num_space = 1", "num_space = math.po"), r"imported: AttributeError: .*heat\.py, line 10\)"),
+        (HEAT.replace("= diffusivity, mode", "= {}['x']"), r"Heat: __init__ failed: KeyError: 'x' \(.*line 13\)"),
+        (HEAT.replace("num_space = 1", "num_space = 0"), "Heat: num_space must be an integer >= 1, got 0"),
+        (HEAT.replace("num_space = 1", "num_space = True"), "Heat: num_space must be an integer >= 1, got True"),
+        (HEAT.replace("num_space = 1", "num_space = '2'"), "Heat: num_space must be an integer >= 1, got '2'"),
+        (HEAT.replace('f"heat equation, mode {mode}"', "mode"), "Heat: label must be a text, got 1"),
+        (HEAT.replace("return points, self.exact(points)", "return points"), "two tensors, points .*, got Tensor"),
+        (
+            HEAT.replace("points, self.exact(points)", "points, torch.zeros(len(points), 1)").replace(
+                "* torch.sin(k * points[:, :1])", "[:, 0] * torch.sin(k * points[:, 0])"
+            ),
+            r"the exact solution must have shape \(3, 1\), got \(3,\)",
+        ),
+        (
+            HEAT.replace("points, self.exact(points)", "points, torch.zeros(len(points), 1)").replace(
+                "torch.sin(k * points[:, :1])", "math.nan"
+            ),
+            r"the exact solution must be finite, got nan",
+        ),
+        (HEAT.replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)"), r"points 'grid' must have .*got \(3, 3\)"),
+        (HEAT.replace('{"grid": torch.cartesian_prod(x, x)}', "x"), "test_points must return a mapping .*got Tensor"),
+        (HEAT.replace("return u.time -", "return 1e400 + u.time -"), "the residual must be finite, got inf"),
+        (
+            HEAT + "\n        def source(self, points):\n            return None\n",
+            "source must be a tensor .* NoneType",
+        ),
+        (
+            HEAT + '\n        def predictors(self):\n            return {"flat": lambda points: points[:, 0]}\n',
+            r"the predictor 'flat' must have shape \(3, 1\), got \(3,\)",
+        ),
+        (
+            HEAT + '\n        def predictors(self):\n            return {"flat": lambda points: points.colour}\n',
+            r"predictor 'flat' failed: AttributeError: .*heat\.py",
+        ),
+        (
+            HEAT + "\n        def grid(self):\n            return torch.zeros(3, 2), torch.zeros(3)\n",
+            r"coordinates x of grid must have shape \(6,\), got \(3, 2\)",
+        ),
+        (HEAT + "\n        def grid(self):\n            return torch.zeros(3)\n", "grid must be None, or .*got Tensor"),
     ],
 )
 def test_a_file_that_defines_no_equation_is_explained(tmp_path, text, message):
@@ -241,9 +285,15 @@ def test_a_file_that_defines_no_equation_is_explained(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+SECOND_COLUMN = (
+    HEAT.replace("num_space = 1", "num_space = 2")
+    .replace("[uniform[:, :1]", "[uniform[:, :2]")
+    .replace("* points[:, 1:])", "* points[:, 2:])")
+    .replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)")
+)
+
+
 def test_a_lift_that_the_product_rule_does_not_cover_is_refused(tmp_path):
-    text = HEAT.replace("num_space = 1", "num_space = 2")
-    text = text.replace("[uniform[:, :1]", "[uniform[:, :2]").replace("* points[:, 1:])", "* points[:, 2:])")
     lift = """
         def lift(self, points):
             from experiments.models.mlp import Derivatives
@@ -251,12 +301,96 @@ def test_a_lift_that_the_product_rule_does_not_cover_is_refused(tmp_path):
             b = Derivatives(points[:, -1:], zero + 1, zero, zero, zero + SQUARE)
             return Derivatives(zero, zero, zero, zero, zero), b
     """
-    write(tmp_path, text + lift.replace("SQUARE", "0"))
+    write(tmp_path, SECOND_COLUMN + lift.replace("SQUARE", "0"))
     assert load_equation("heat.py", {}, tmp_path).num_space == 2
     for wrong in (lift.replace("SQUARE", "1"), lift.replace("SQUARE", "0") + "\n        uses_gradient_square = True\n"):
-        write(tmp_path, text + wrong)
+        write(tmp_path, SECOND_COLUMN + wrong)
         with pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs"):
             load_equation("heat.py", {}, tmp_path)
+
+
+def test_a_factor_that_depends_on_space_is_refused_whatever_is_said_of_its_derivatives(tmp_path):
+    lift = """
+        def lift(self, points):
+            from experiments.models.mlp import Derivatives
+            zero = torch.zeros_like(points[:, :1])
+            b = Derivatives(points[:, -1:] * FACTOR, zero + FACTOR, zero, zero, zero)
+            return Derivatives(zero, zero, zero, zero, zero * math.nan), b
+    """
+    write(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "1"))
+    assert load_equation("heat.py", {}, tmp_path)
+    write(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "points[:, 1:2]"))
+    with pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs a factor b that depends on time"):
+        load_equation("heat.py", {}, tmp_path)
+
+
+LIFT = """
+        def lift(self, points):
+            from experiments.models.mlp import Derivatives
+            x, t = points.detach().split(1, dim=1)
+            zero, sine, cosine = torch.zeros_like(x), torch.sin(20 * x), 20 * torch.cos(20 * x)
+            b = x * (1 - x) * t
+            b_x = (1 - 2 * x) * t
+            a = Derivatives(sine, zero, cosine, -400 * sine, cosine**2)
+            return a, Derivatives(b, x * (1 - x), b_x, -2 * t, b_x**2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("(b, x * (1 - x),", "(b, x,", r"Heat: time of b of the lift must be 0\.\d+ at a point, by diff.*, got 0\.\d+"),
+        ("(1 - 2 * x) * t", "(1 + 2 * x) * t", "gradient_sum of b of the lift must be"),
+        ("-2 * t", "2 * t", "laplacian of b of the lift must be"),
+        ("zero, cosine,", "zero, cosine / 20,", "gradient_sum of a of the lift must be"),
+        ("-400 * sine", "-20 * sine", "laplacian of a of the lift must be"),
+        ("(sine, zero,", "(sine, zero + 1,", "time of a of the lift must be"),
+        ("(sine, zero,", "(sine[:, 0], zero,", r"value of a of the lift must have shape \(3, 1\), got \(3,\)"),
+        ("return a, D", "return D", "lift must return None or two Derivatives, of a and b, got Derivatives|5 values"),
+    ],
+)
+def test_a_lift_with_a_wrong_derivative_is_refused(tmp_path, right, wrong, message):
+    write(tmp_path, HEAT + LIFT)
+    assert load_equation("heat.py", {}, tmp_path)
+    assert right in LIFT
+    write(tmp_path, HEAT + LIFT.replace(right, wrong))
+    with pytest.raises(ValueError, match=message):
+        load_equation("heat.py", {}, tmp_path)
+
+
+def test_a_residual_that_reads_the_gradient_says_so(tmp_path):
+    reads = SECOND_COLUMN.replace("return u.time -", "return u.gradient_square + u.time -")
+    write(tmp_path, reads)
+    with pytest.raises(ValueError, match=r"reads u\.gradient_square, so uses_gradient_square must be True, got False"):
+        load_equation("heat.py", {}, tmp_path)
+    write(tmp_path, reads + "\n        uses_gradient_square = True\n")
+    assert load_equation("heat.py", {}, tmp_path).num_space == 2
+
+
+def test_a_grid_is_of_one_spatial_column(tmp_path):
+    write(tmp_path, SECOND_COLUMN + "\n        def grid(self):\n            return torch.zeros(3), torch.zeros(3)\n")
+    with pytest.raises(
+        ValueError, match=r"grid must be None, or .* with one spatial column, got 2 values with num_space"
+    ):
+        load_equation("heat.py", {}, tmp_path)
+
+
+def test_a_constructor_may_take_any_options(tmp_path):
+    text = HEAT.replace("diffusivity=0.1, mode=1", "diffusivity, *rest, mode=1, **more")
+    write(tmp_path, text)
+    assert load_equation("heat.py", {"diffusivity": 0.2, "other": 1}, tmp_path).diffusivity == 0.2
+    with pytest.raises(ValueError, match=r"the option 'diffusivity' .* is missing; Heat takes diffusivity, mode$"):
+        load_equation("heat.py", {}, tmp_path)
+
+
+def test_the_solution_is_evaluated_in_blocks(monkeypatch):
+    equation = ColeHopf(dimension=4)
+    whole = equation.reference()["sobol"][1]
+    sizes, exact = [], equation.exact
+    monkeypatch.setattr("experiments.pinn.BLOCK_ELEMENTS", 4 * 3000)
+    monkeypatch.setattr(equation, "exact", lambda points: sizes.append(len(points)) or exact(points))
+    torch.testing.assert_close(equation.reference()["sobol"][1], whole, rtol=1e-14, atol=1e-14)
+    assert sizes == [3000, 3000, 3000, 1000]
 
 
 @pytest.mark.parametrize(

@@ -582,6 +582,31 @@ def test_finished_runs_are_left_and_changed_ones_made_again(config, tmp_path, ca
     assert read_run(paths[2]).attributes["baseline"] == "adam_aadl"  # brought up to date without a run
 
 
+def test_a_label_or_an_override_that_changes_nothing_is_no_new_run(config, tmp_path, capsys):
+    results = tmp_path / "results"
+    run(config, results)
+    changes = ["variants.adam.label=Adam again", "variants.adam_aadl.problem={num_points: 32}"]
+    capsys.readouterr()
+    assert run(config, results, *(text for change in changes for text in ("--set", change))) == 0
+    assert "0 of 4 runs to do" in capsys.readouterr().err
+    record = read_run(results / "burgers_2d" / "test" / "adam" / "seed-1.h5")
+    assert record.attributes["label"] == record.config["variant"]["label"] == "Adam again"
+    run(config, results, "--set", "variants.adam_aadl.problem={num_points: 16}")
+    assert "2 of 4 runs to do" in capsys.readouterr().err
+
+
+def test_a_run_with_a_time_limit_tells_its_progress_by_time(monkeypatch, capsys):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("experiments.train.time.perf_counter", lambda: next(seconds))
+    limited = pinn_run(training={"iterations": 10**6, "evaluate_every": 1, "max_seconds": 60})
+    problem = build(limited, Ranks())
+    optimizer = torch.optim.Adam(problem.model.parameters())
+    result = train(problem, optimizer, limited.training, Ranks(), show_progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert result.stop_reason == "time" and len(result.iterations) > 11
+    assert 5 <= len(lines) <= 10 and all("/1000000 iterations, " in line and "loss " in line for line in lines)
+
+
 def test_a_run_is_the_same_twice_and_in_worker_processes(tmp_path):
     experiment = parse_config(copy.deepcopy(PINN) | {"seeds": [3]})
     for name, jobs in (("one", 1), ("two", 2)):

@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import yaml
-from pinn_records import PLAIN, fields, save
+from pinn_records import ADAM, LABEL, LAPTOP, PLAIN, RAW, fields, save
 from suite_cases import PINN
 
 from experiments.__main__ import main
@@ -40,7 +40,7 @@ def groups(results):
 def drawn(group, draw):
     """All texts of a figure, and the figure."""
     figures = []
-    save_figures(group.folder, {"one.png": lambda: figures.append(draw(group)) or figures[0]})
+    save_figures(group.folder, [("one.png", lambda: figures.append(draw(group)) or figures[0])])
     if figures[0] is None:
         return None
     texts = [text.get_text() for text in figures[0].findobj(lambda artist: hasattr(artist, "get_text"))]
@@ -61,10 +61,37 @@ def test_all_figures_are_drawn_and_small(tmp_path, with_fields):
     paths = draw_pinn_figures(groups(tmp_path))
     names = {"solution", "solution_baseline"} if with_fields else {"predictors"}
     assert {path.stem for path in paths} == names | {
-        "convergence", "acceleration", "convergence_other", "predictors_other",
+        "convergence", "acceleration", "convergence_of_other", "predictors_of_other",
     }  # fmt: skip
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG") and 10_000 < path.stat().st_size < 300_000
+
+
+def test_no_figure_overwrites_another_one(tmp_path):
+    """Two groups lack one baseline, on two equations; another one is called as a figure."""
+    variants = {name: RAW["variants"][name] for name in ("adam", "adam_aadl")} | {
+        name: {"optimizer": ADAM, "problem": {"options": {"nu": nu}}} for name, nu in (("wide", 0.1), ("wider", 0.3))
+    }
+    variants["baseline"] = {"optimizer": ADAM, "baseline": "baseline"}
+    for name in variants:
+        save(tmp_path, name, PLAIN, fields=fields(), changes={"variants": variants})
+    stems = [path.stem for path in draw_pinn_figures(groups(tmp_path))]
+    assert len(set(stems)) == len(stems)
+    assert {"solution_baseline", "solution_of_baseline", "solution_baseline_of_baseline"} <= set(stems)
+    assert {"convergence_of_adam+wide", "convergence_of_adam+wider"} <= set(stems)
+
+
+def test_figures_with_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"same name in .*: one\.png"):
+        save_figures(tmp_path, [("one.png", lambda: None), ("two.png", lambda: None), ("one.png", lambda: None)])
+
+
+def test_the_legend_tells_another_loss(tmp_path):
+    for name in LAPTOP:
+        save(tmp_path, name, PLAIN, changes={"variants": LAPTOP})
+    main, second = groups(tmp_path)
+    assert "LM (other loss)" in drawn(main, draw_convergence)[0]
+    assert "other loss" not in drawn(second, draw_convergence)[0]
 
 
 @pytest.mark.parametrize("degenerate", ["", "degenerate: u is tiny"])
@@ -74,8 +101,8 @@ def test_all_figures_are_drawn_and_small(tmp_path, with_fields):
 def test_titles_name_the_equation_the_source_and_what_is_wrong_with_it(tmp_path, draw, degenerate):
     fill(tmp_path, with_fields=draw is not draw_predictors, degenerate=degenerate)
     texts, _ = drawn(groups(tmp_path)[0], draw)
-    assert "n equation: " in texts and "32 + 8 points" in texts and "Source: scale test" in texts
-    assert ("DEGENERATE - an equation" in texts and "u is tiny" in texts) == bool(degenerate)
+    assert f"{LABEL}: " in texts and "32 + 8 points" in texts and "Source: scale test" in texts
+    assert (f"DEGENERATE - {LABEL}" in texts and "u is tiny" in texts) == bool(degenerate)
 
 
 def test_the_best_run_and_the_median_run_of_the_baseline_are_drawn(tmp_path):

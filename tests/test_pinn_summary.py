@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from pinn_records import PLAIN, RAW, save
+from pinn_records import ADAM, LABEL, LAPTOP, PLAIN, RAW, SECOND_ORDER, save
 
-from experiments.config import expand_runs, parse_config
-from experiments.pinn_compare import measure, read_groups, settings_line
+from experiments.config import expand_runs, load_config, parse_config
+from experiments.pinn_compare import CONFIGS, accepted_candidates, measure, read_groups, settings_line
+from experiments.pinn_figures import draw_pinn_figures
 from experiments.pinn_summary import summarize_pinn, target_lines
 
 FAST = np.append(PLAIN[::2], [0.009] * 5)  # below 0.01 from iteration 50 on, ends at 0.009
@@ -11,6 +12,11 @@ FAST = np.append(PLAIN[::2], [0.009] * 5)  # below 0.01 from iteration 50 on, en
 
 def groups(results, experiment="burgers_2d"):
     return read_groups(results / experiment / "test")
+
+
+def counters(accepted, attempts, reverted=0):
+    counts = {"accepted": accepted, "attempts": attempts, "reverted": reverted}
+    return {f"acceleration__{name}": np.linspace(0, count, 11) for name, count in counts.items()}
 
 
 def measured(results, name="adam_aadl"):
@@ -35,9 +41,62 @@ def test_another_equation_is_never_compared(tmp_path):
     save(tmp_path, "adam", PLAIN)
     save(tmp_path, "adam_aadl", FAST, digest="xyz", equation="another one")
     one, two = groups(tmp_path)
-    assert (one.equation, two.equation) == ("an equation", "another one") and two.baseline is None
+    assert (one.equation, two.equation) == (LABEL, "another one") and two.baseline is None
     text = summarize_pinn([one, two])
     assert "another one, compared with adam (not run)" in text and "iterations to" not in text.split("Median over")[0]
+
+
+def test_an_option_that_the_label_does_not_tell_makes_another_equation(tmp_path):
+    problem = RAW["problem"] | {"equation": "two_body"}
+    own = RAW["variants"]["adam_aadl"] | {"problem": {"options": {"amplitude": 1.0}}}
+    changes = {"problem": problem, "variants": RAW["variants"] | {"adam_aadl": own}}
+    for name in ("adam", "adam_aadl"):
+        save(tmp_path, name, PLAIN, changes=changes)
+    one, two = groups(tmp_path)
+    assert one.baseline is not None and two.baseline is None
+    assert two.equation == f"{one.equation}, amplitude 1"
+
+
+def test_a_baseline_stands_in_its_own_group_and_in_that_of_its_baseline(tmp_path):
+    for name in LAPTOP:
+        save(tmp_path, name, PLAIN, changes={"variants": LAPTOP})
+    main, second = groups(tmp_path)
+    assert [variant.name for variant in main.variants] == ["adam", "adam_aadl", "lm"]
+    assert [variant.name for variant in second.variants] == ["lm", "lm_aadl"]
+    assert main.baseline.name == "adam" and second.baseline.name == "lm"
+    text = summarize_pinn([main, second])
+    assert f"{LABEL}, compared with LM\n" in text and "not run)" not in text
+
+
+SHIPPED = sorted(path for path in CONFIGS.glob("burgers_*/*.yaml"))
+
+
+def fill_shipped(results, path, overrides=()):
+    config = load_config(path, overrides)
+    for run in expand_runs(config):
+        if run.seed == config.seeds[0]:
+            save(results, run.name, PLAIN, config=run)
+    return read_groups(results / config.experiment / config.scale)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_group_of_the_shipped_configurations_has_its_baseline(tmp_path, path):
+    found = fill_shipped(tmp_path, path)
+    names = {variant.name for group in found for variant in group.variants}
+    assert names == set(load_config(path).variants)
+    assert all(group.baseline is not None for group in found)
+    text = summarize_pinn(found)
+    assert "(not run)" not in text and "baseline was not run" not in text
+    assert f"Source: experiments/configs/{path.parent.name}/{path.name} · " in text
+    assert len({f.name for f in draw_pinn_figures(found)}) == 2 * len(found)  # convergence and predictors
+
+
+def test_a_file_that_was_overridden_is_not_named_as_the_source(tmp_path):
+    (path,) = [path for path in SHIPPED if path.parent.name == "burgers_2d" and path.stem == "laptop"]
+    plain = fill_shipped(tmp_path / "plain", path, ["seeds=7"])[0]
+    changed = fill_shipped(tmp_path / "changed", path, ["problem.num_points=256"])[0]
+    assert plain.source_line().startswith("experiments/configs/burgers_2d/laptop.yaml · ")
+    assert changed.source_line().startswith("scale laptop (settings in the records) · ")
 
 
 @pytest.mark.parametrize("name", ["adam", "adam_aadl"])
@@ -72,6 +131,62 @@ def test_measures_against_the_baseline(tmp_path):
     assert own.errors["grid"].tolist() == [pytest.approx(0.09), pytest.approx(0.15), pytest.approx(0.09)]
     assert own.errors["fine"][0] == pytest.approx(0.18)
     assert own.evaluations.tolist() == [100] * 3 and own.seconds.tolist() == [10] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_other"),
+    [
+        ({"options": {"graded": 0.5}}, True),
+        ({"condition_weight": 10}, True),
+        ({"conditions": "hard"}, True),
+        ({"adaptive_pool": 64, "resample_every": 10}, True),
+        ({"num_points": 64, "num_conditions": 16, "sampler": "sobol", "dtype": "float64"}, False),
+        ({"options": {"graded": 0.0, "nu": 0.01 / np.pi}, "resample_every": 10}, False),
+    ],
+)
+def test_losses_of_different_objectives_are_not_divided(tmp_path, settings, is_other):
+    variants = RAW["variants"] | {"adam_aadl": RAW["variants"]["adam_aadl"] | {"problem": settings}}
+    for name, losses in (("adam", PLAIN), ("adam_aadl", FAST)):
+        save(tmp_path, name, losses, changes={"variants": variants})
+    (group,) = groups(tmp_path)
+    own = measured(tmp_path)
+    for values in (own.iterations, own.share, own.ratio, own.at_evaluations, own.at_seconds):
+        assert np.isnan(values).all() == is_other
+    assert own.error_ratio.tolist() == [pytest.approx(0.9)]
+    _, line = [line for line in summarize_pinn([group]).splitlines() if line.startswith("  accelerated ")]
+    assert line.endswith(" 0.9 [0.9 .. 0.9]") and line.count("other loss") == (5 if is_other else 0)
+    never, sooner = target_lines([group])[:2]
+    assert never.startswith("unknown" if is_other else "met") and ("other loss than" in never) == is_other
+    assert sooner.startswith("unknown" if is_other else "met")
+
+
+def test_hard_conditions_without_points_have_no_weight(tmp_path):
+    second = LAPTOP["lm_aadl"] | {"problem": SECOND_ORDER["problem"] | {"condition_weight": 10}}
+    for name in ("lm", "lm_aadl"):
+        save(tmp_path, name, PLAIN, changes={"variants": LAPTOP | {"lm_aadl": second}, "baseline": "lm"})
+    assert measured(tmp_path, "lm_aadl").ratio.tolist() == [1]
+
+
+def test_a_diverged_run_has_no_error_and_one_of_the_baseline_makes_it_unknown(tmp_path):
+    for seed in (0, 1, 2):
+        save(tmp_path, "adam", PLAIN, seed)
+        save(tmp_path, "adam_aadl", FAST, seed)
+    save(tmp_path, "adam", [1.0, np.nan], 1, diverged=3)
+    save(tmp_path, "adam_aadl", [1.0, np.nan], 2, diverged=3)
+    ratio = measured(tmp_path).error_ratio
+    assert ratio[0] == pytest.approx(0.9) and np.isnan(ratio[1]) and np.isposinf(ratio[2])
+
+
+def test_accepted_candidates_are_counted_net_and_over_the_seeds(tmp_path):
+    for seed, counts in enumerate(((5, 20, 1), (9, 30), (0, 10))):
+        save(tmp_path, "adam", PLAIN, seed)
+        save(tmp_path, "adam_aadl", PLAIN, seed, **counters(*counts))
+    (group,) = groups(tmp_path)
+    assert [accepted_candidates(variant) for variant in group.variants] == ["-", "4 of 20"]
+    assert any("1 [1 .. 1]" in line and "4 of 20" in line for line in summarize_pinn([group]).splitlines())
+    save(tmp_path, "adam_aadl", [1.0, np.nan], 1, diverged=3, acceleration__accepted=[2, np.nan],
+         acceleration__attempts=[4, np.nan])  # fmt: skip
+    assert accepted_candidates(groups(tmp_path)[0].variants[1]) == "2 of 10"
 
 
 def test_a_loss_that_rises_again_has_not_arrived(tmp_path):
@@ -139,7 +254,7 @@ def test_the_tables_are_written_and_told(tmp_path):
     text = summarize_pinn(groups(tmp_path))
     markdown = (tmp_path / "burgers_2d" / "test" / "summary.md").read_text()
     for told in (text, markdown):
-        assert "an equation, compared with plain Adam" in told and "an equation, compared with other" in told
+        assert f"{LABEL}, compared with plain Adam" in told and f"{LABEL}, compared with other" in told
         assert "no network: frozen" in told and "6.00e-01" in told and "7.00e-01" in told
         assert "50 [50 .. 50]" in told and "0.9 [0.9 .. 0.9]" in told and "2 of 2" in told and "Source: " in told
         assert "DEGENERATE" not in told
@@ -153,9 +268,9 @@ def test_a_degenerate_equation_is_named_first(tmp_path):
     save(tmp_path, "adam", PLAIN, degenerate="degenerate: u is tiny")
     text = summarize_pinn(groups(tmp_path))
     markdown = (tmp_path / "burgers_2d" / "test" / "summary.md").read_text()
-    assert "DEGENERATE EQUATION: an equation: u is tiny" in text.splitlines()[0]
-    assert "DEGENERATE EQUATION: an equation: u is tiny" in markdown.splitlines()[0]
-    assert "DEGENERATE - an equation, compared with" in text
+    assert f"DEGENERATE EQUATION: {LABEL}: u is tiny" in text.splitlines()[0]
+    assert f"DEGENERATE EQUATION: {LABEL}: u is tiny" in markdown.splitlines()[0]
+    assert f"DEGENERATE - {LABEL}, compared with" in text
 
 
 def test_without_a_known_solution_there_are_no_errors(tmp_path):
@@ -201,7 +316,7 @@ def test_lbfgs_is_no_first_order_method(tmp_path):
     save(tmp_path, "adam", PLAIN, errors=np.full(11, 0.3))
     save(tmp_path, "lbfgs", PLAIN, errors=np.full(11, 0.01))
     sooner, first_order, best = target_lines(groups(tmp_path))[:3]
-    assert sooner.startswith("unknown: adam_aadl") and first_order.startswith("NOT MET") and "0.3" not in best
+    assert sooner.startswith(f"unknown: {LABEL}, adam_aadl") and first_order.startswith("NOT MET") and "0.3" not in best
     assert "best is plain Adam" in first_order and "best is L-BFGS" in best
 
 
@@ -213,8 +328,47 @@ def test_2_percent_are_tolerated(tmp_path):
     assert target_lines(groups(tmp_path))[0].startswith("NOT MET: ")
 
 
-def test_other_experiments_have_no_targets(tmp_path):
+def test_targets_belong_to_an_equation_whatever_the_folder_is_called(tmp_path):
     save(tmp_path, "adam", PLAIN)
-    assert target_lines(groups(tmp_path))
     (tmp_path / "burgers_2d").rename(tmp_path / "mine")
-    assert target_lines(groups(tmp_path, "mine")) == []
+    lines = target_lines(groups(tmp_path, "mine"))
+    assert lines and all(f": {LABEL}, " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("equation", "options", "num_targets"),
+    [
+        ("burgers_2d", {}, 5),
+        ("burgers_2d", {"graded": 0.5}, 5),
+        ("burgers_2d", {"nu": 0.3}, 0),
+        ("two_body", {}, 2),
+        ("two_body", {"dimension": 100, "amplitude": 3}, 2),
+        ("two_body", {"dimension": 20}, 0),
+        ("two_body", {"amplitude": 0.01}, 0),
+        ("burgers_100d", {}, 0),
+        ("deep_bsde", {}, 0),
+    ],
+)
+def test_another_equation_has_no_targets(tmp_path, equation, options, num_targets):
+    changes = {"problem": RAW["problem"] | {"equation": equation, "options": options}}
+    for name in ("adam", "adam_aadl"):
+        save(tmp_path, name, PLAIN, changes=changes)
+    assert len(target_lines(groups(tmp_path))) == (num_targets + 1 if num_targets else 0)
+
+
+def test_targets_look_at_all_groups_of_their_equation_and_at_no_other(tmp_path):
+    changes = {"variants": LAPTOP | {"wide": {"optimizer": ADAM, "problem": {"options": {"nu": 0.3}}}}}
+    for name, error in (("adam", 0.3), ("adam_aadl", 0.3), ("lm", 1e-3), ("lm_aadl", 1e-6), ("wide", 1e-9)):
+        save(tmp_path, name, PLAIN, errors=np.full(11, error), changes=changes)
+    lines = target_lines(groups(tmp_path))
+    assert [line.partition(":")[0] for line in lines] == ["met", "NOT MET", "NOT MET", "met", "met", "unknown"]
+    assert "best is LM, accelerated with 1.00e-06" in lines[3] and not any("wide" in line for line in lines)
+
+
+def test_the_lines_of_the_accelerated_variants_tell_whether_anything_was_accepted(tmp_path):
+    fill(tmp_path, PLAIN, np.full(11, 0.3))
+    for seed in (0, 1):
+        save(tmp_path, "adam_aadl", PLAIN, seed, **counters(3, 20))
+    save(tmp_path, "adam_aadl", PLAIN, 2, **counters(0, 30))
+    never, sooner = target_lines(groups(tmp_path))[:2]
+    assert never.endswith("; 3 of 20 candidates accepted") and sooner.endswith("; 3 of 20 candidates accepted")

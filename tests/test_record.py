@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import h5py
@@ -9,7 +10,7 @@ from suite_cases import problem, result, run_config
 
 from experiments import record
 from experiments.launch import Ranks
-from experiments.record import git_state, read_run, read_runs, run_path, state_of, write_run
+from experiments.record import git_state, note_place, read_run, read_runs, run_path, state_of, write_run
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
@@ -105,6 +106,22 @@ def test_what_must_be_run_again(tmp_path):
     assert state_of(path, config, "abc", 1) == "unreadable"
     with pytest.raises(OSError, match=r"seed-0\.h5 cannot be read .*run its experiment again"):
         read_runs(path.parent.parent)
+
+
+def test_another_label_is_no_other_run_and_is_brought_up_to_date(tmp_path):
+    config = run_config()
+    path = write(tmp_path)
+    renamed = replace(config, variant=replace(config.variant, label="SGD, plain"))
+    assert state_of(path, renamed, "abc", 1) == "finished"
+    assert config.identity() == renamed.identity() != run_config(epochs=11).identity()
+    before = path.stat().st_mtime_ns
+    note_place(path, config)
+    assert path.stat().st_mtime_ns == before  # nothing to do
+    note_place(path, renamed)
+    run = read_run(path)
+    assert run.attributes["label"] == run.config["variant"]["label"] == "SGD, plain"
+    assert run.config == json.loads(renamed.as_json())
+    assert state_of(path, config, "abc", 1) == state_of(path, renamed, "abc", 1) == "finished"
 
 
 def test_the_environment_is_recorded_by_an_allow_list(tmp_path, monkeypatch):
