@@ -174,10 +174,7 @@ class MuonAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for part in self._parts:
             part.step()
         return loss
@@ -213,10 +210,7 @@ class FrozenAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -234,3 +228,11 @@ class FrozenAdam(torch.optim.Optimizer):
         second = state["exp_avg_sq"] / (1 - beta2 ** min(state["step"], group["freeze_after"]))
         scale = group["lr"] / (1 - beta1 ** state["step"])
         parameter.addcdiv_(state["exp_avg"], second.sqrt_().add_(group["eps"]), value=-scale)
+
+
+def _loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What the closure returns, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

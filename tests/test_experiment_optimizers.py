@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from burgers_by_autograd import residual_and_slope
 from small_runs import EAGER, closure_of, identical, network, snapshot, statistics, train
 from suite_cases import pinn_run
 from torch import nn
@@ -591,17 +592,8 @@ def steep(slope_weight=True, **settings):
 
 def book(model, points, is_hard, slopes=None):
     """Residuals by autograd, divided by 1 + |u_x| of `slopes`, None for the present ones; and the present u_x."""
-    x = points.interior.clone().requires_grad_()
-
-    def u_of(z):
-        value = model(z)
-        return -torch.sin(math.pi * z[:, :1]) + z[:, 1:] * (1 - z[:, :1] ** 2) * value if is_hard else value
-
-    u = u_of(x)
-    (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)
-    residual = first[:, 1:] + u * first[:, :1] - NU * second[:, :1]
-    present = first[:, :1].detach()
+    residual, slope = residual_and_slope(model, points, NU, is_hard)
+    present = slope.detach()
     divisor = 1 + (present if slopes is None else slopes).abs()
     rows = [residual / divisor / math.sqrt(len(residual))]
     if len(points.conditions):

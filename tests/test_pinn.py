@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from burgers_by_autograd import residual_and_slope
 from suite_cases import PINN, RAW, pinn_run
 from torch.nn.utils import parameters_to_vector
 
@@ -98,16 +99,7 @@ def trained(config):
 
 def burgers_loss(model, points, nu, is_hard):
     """The loss by the book: autograd twice."""
-    x = points.interior.clone().requires_grad_()
-
-    def u_of(z):
-        value = model(z)
-        return -torch.sin(math.pi * z[:, :1]) + z[:, 1:] * (1 - z[:, :1] ** 2) * value if is_hard else value
-
-    u = u_of(x)
-    (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)
-    residual = first[:, 1:] + u * first[:, :1] - nu * second[:, :1]
+    residual, _ = residual_and_slope(model, points, nu, is_hard)
     loss = residual.square().mean()
     if len(points.conditions):
         loss = loss + 3.0 * (u_of(points.conditions) - points.values).square().mean()
