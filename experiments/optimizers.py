@@ -30,8 +30,8 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     Args:
         params: parameters of one dtype, in the order of the Jacobian's columns.
         damping: > 0, the first one.
-        max_trials: >= 1; a step without a decrease after so many trials, or with a damping above 1e12, leaves the
-            parameters and the damping as they are.
+        max_trials: >= 1; a step without a decrease after so many trials leaves the parameters as they are, and the next
+            one goes on with the larger damping, or begins again with `damping` where no digit of them moved.
 
     Raises:
         ValueError: an argument out of its range.
@@ -68,9 +68,9 @@ class LevenbergMarquardt(torch.optim.Optimizer):
         if not bool(loss.isfinite()):
             return loss
         solve = _Damped(residuals, jacobian)
-        start, first_damping = parameters_to_vector(parameters), group["damping"]
+        start = parameters_to_vector(parameters)
         for _ in range(group["max_trials"]):
-            damping = group["damping"]
+            damping, exhausted = group["damping"], False
             solution = solve(damping)
             if solution is not None:
                 update, predicted = solution
@@ -81,11 +81,12 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                     factor = 1 / 3 if ratio > ACCEPT_FAST else 2.0 if ratio < ACCEPT_SLOW else 1.0
                     group["damping"] = max(damping * factor, torch.finfo(start.dtype).tiny)
                     return loss
-            if damping >= LARGEST_DAMPING:
+                exhausted = bool((start + update == start).all())
+            if exhausted or damping >= LARGEST_DAMPING:
+                group["damping"] = self.defaults["damping"]  # other points, or other weights, may go better
                 break
             group["damping"] = 4 * damping
         vector_to_parameters(start, parameters)
-        group["damping"] = first_damping  # other points, or other weights, may go better
         return loss
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.burgers import EQUATIONS
 from experiments.compare import SECONDS, TRAIN, Records, Variant, commits_of, family_of, grouped, role_of, seeds_of
-from experiments.config import expand_runs, load_config
+from experiments.config import expand_runs, identity_of, load_config
 from experiments.record import Run, read_runs
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -211,7 +211,7 @@ def _are_as_configured(folder: Path, runs: list[Run]) -> bool:
 
 
 def _without_seed(config: dict[str, Any]) -> str:
-    return json.dumps({key: value for key, value in config.items() if key != "seed"}, sort_keys=True)
+    return identity_of({key: value for key, value in config.items() if key != "seed"})
 
 
 def _check_variants(folder: Path, main: dict[str, list[Run]]) -> None:

@@ -177,11 +177,30 @@ def test_the_weights_are_put_back_when_no_trial_succeeds():
     assert float(optimizer.step(script)) == 1.0
     assert len(script.trials) == len(set(script.trials)) == 3 and 0.1 not in script.trials
     assert float(script.weight.detach()) == 0.1
-    assert optimizer.param_groups[0]["damping"] == 1.0  # for other points, or other weights, may go better
+    assert optimizer.param_groups[0]["damping"] == 4.0**3  # where the next step goes on
     optimizer.param_groups[0]["damping"] = 2 * LARGEST_DAMPING
     optimizer.step(script)
     assert len(script.trials) == 4 and float(script.weight.detach()) == 0.1
-    assert optimizer.param_groups[0]["damping"] == 2 * LARGEST_DAMPING
+    assert optimizer.param_groups[0]["damping"] == 1.0  # the first one: other points may go better
+
+
+@pytest.mark.parametrize(("damping", "max_trials"), [(1e-18, 20), (1e-2, 1), (1e-8, 5)])
+def test_a_damping_that_is_too_small_is_raised_step_by_step(damping, max_trials):
+    weights = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+
+    class Rosenbrock:
+        def residuals(self):
+            x, y = weights.detach()
+            return torch.stack([10 * (y - x**2), 1 - x])
+
+        def linearize(self):
+            x = float(weights.detach()[0])
+            return self.residuals(), torch.tensor([[-20 * x, 10.0], [-1.0, 0.0]], dtype=torch.float64)
+
+    optimizer = LevenbergMarquardt([weights], damping=damping, max_trials=max_trials)
+    for _ in range(200):
+        optimizer.step(Rosenbrock())
+    assert torch.allclose(weights.detach(), torch.ones(2, dtype=torch.float64), atol=1e-8)
 
 
 def test_other_points_are_learned_after_convergence():
@@ -194,7 +213,7 @@ def test_other_points_are_learned_after_convergence():
     for _ in range(60):  # far beyond the last digit
         optimizer.step(closure)
     closure.target = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
-    for _ in range(5):
+    for _ in range(15):
         optimizer.step(closure)
     best = torch.linalg.lstsq(jacobian, closure.target).solution
     assert torch.allclose(weights.detach(), best, rtol=1e-6)
