@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,14 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.compare import find_folders, read_comparison
-from experiments.config import load_config
+from experiments.config import ExperimentConfig, load_config
 from experiments.execute import execute_experiment
 from experiments.figures import draw_figures
-from experiments.launch import ranks_from_environment
+from experiments.image_figures import draw_image_figures
+from experiments.image_summary import summarize_images
+from experiments.interruption import EXIT_RESUME
+from experiments.launch import Ranks, ranks_from_environment
 from experiments.pinn_compare import read_groups
 from experiments.pinn_figures import draw_pinn_figures
 from experiments.pinn_summary import summarize_pinn
-from experiments.record import read_run
+from experiments.record import Run, read_run
+from experiments.session import Interrupted
 from experiments.summarize import summarize
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -31,13 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 130 after
-        Ctrl-C and 143 after SIGTERM.
+        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 75 after a
+        signal or a time limit that stopped a run, which is saved: the same command goes on; 130 after Ctrl-C and 143
+        after SIGTERM outside of a run.
     """
     options = _parser().parse_args(arguments)
     try:
         with _sigterm_interrupts():
             options.command(options)
+    except Interrupted as error:
+        print(f"{error}: the same command goes on", file=sys.stderr)
+        return EXIT_RESUME
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -127,7 +136,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     names = [path.parent.name for path in paths]
     if only is not None and only not in names:
         raise ValueError(f"--only must be one of {', '.join(names)}, got {only!r}")
-    configs = [load_config(path) for path in paths if only in (None, path.parent.name)]
+    chosen = [(path, load_config(path)) for path in paths if only in (None, path.parent.name)]
+    configs = [config for _, config in chosen]
     ranks = ranks_from_environment(os.environ)
     print("This will run:", file=sys.stderr)
     for config in configs:
@@ -137,8 +147,8 @@ def _reproduce(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     start = time.perf_counter()
-    for config in configs:
-        execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+    for path, config in chosen:
+        _execute(path, config, ranks, options)
     if ranks.rank == 0:
         for config in configs:
             folder = options.results / config.experiment / config.scale
@@ -148,23 +158,49 @@ def _reproduce(options: argparse.Namespace) -> None:
         print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
 
 
-def _is_pinn(folder: Path) -> bool:
-    """Whether the records of a folder are those of physics-informed networks."""
+def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
+    """Makes the runs of a configuration; one that wants several ranks is given to torchrun."""
+    if config.num_ranks == 1 or ranks.world_size > 1:
+        execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.num_ranks}"]
+    command += ["-m", "experiments", "run", str(path), "--results", str(options.results)]
+    with subprocess.Popen(command + ["--force"] * options.force) as launcher:
+        try:
+            code = launcher.wait()
+        except BaseException:
+            launcher.terminate()  # torchrun passes it on, and the ranks save
+            launcher.wait()
+            raise
+    if code == EXIT_RESUME:
+        raise Interrupted(f"{config.experiment} was stopped and saved")
+    if code != 0:
+        raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks with exit code {code}, see above")
+
+
+def _first(folder: Path) -> Run | None:
+    """One of the records of a folder, which tells what kind they are."""
     try:
-        return read_run(min(folder.glob("*/seed-*.h5"))).is_pinn
+        return read_run(min(folder.glob("*/seed-*.h5")))
     except OSError:
-        return False  # the other reader comes upon it too, and names the file
+        return None  # the readers of comparisons come upon it too, and name the file
 
 
 def _draw(folder: Path) -> list[Path]:
-    if _is_pinn(folder):
+    run = _first(folder)
+    if run is not None and run.is_pinn:
         return draw_pinn_figures(read_groups(folder))
+    if run is not None and run.is_classification:
+        return draw_image_figures(read_comparison(folder))
     return draw_figures(read_comparison(folder))
 
 
 def _table(folder: Path) -> str:
-    if _is_pinn(folder):
+    run = _first(folder)
+    if run is not None and run.is_pinn:
         return summarize_pinn(read_groups(folder))
+    if run is not None and run.is_classification:
+        return summarize_images(read_comparison(folder))
     return summarize(read_comparison(folder))
 
 

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from experiments.config import PinnConfig, RunConfig
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient, chunks
 from experiments.pinn import Equation, compose, load_equation
-from experiments.train import Description, Field, Problem
+from experiments.problem import Description, Field, Problem
 
 ADAPTIVE_SHARE = 0.5
 """Of the interior points that `adaptive_pool` gives; the others stay spread over the domain."""
@@ -126,6 +126,8 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         finish=finish,
         fields=fields,
         reset_on_new_data=problem.history_on_resample == "reset",
+        state=collocation.state_dict,
+        restore=collocation.load_state_dict,
         attributes={
             "equation": equation.label,
             "degenerate": equation.degenerate,
@@ -185,11 +187,26 @@ class _Collocation:
             self.present = self._draw(network)
         return self.present
 
+    def state_dict(self) -> dict[str, Any]:
+        """How often points were drawn, and the interior ones: adapted points depend on the weights of their time."""
+        return {"count": self._count, "whole": self.whole}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Points:
+        """The saved points, which are the present ones again."""
+        self._count = state["count"]
+        self.present = self._of_this_rank(state["whole"])
+        return self.present
+
     def _draw(self, network: nn.Module) -> Points:
         config, equation, columns = self._config, self._equation, self._equation.num_space + 1
         interior = equation.sample(uniform_points(config.sampler, config.num_points, columns, self._seed_of(0)))
         if config.adaptive_pool is not None and self._count > 0:
             interior = self._adapted(network, interior, config.adaptive_pool)
+        return self._of_this_rank(interior)
+
+    def _of_this_rank(self, interior: Tensor) -> Points:
+        """This rank's part of the interior points and of the conditions that belong to them."""
+        config, equation, columns = self._config, self._equation, self._equation.num_space + 1
         self.whole = interior
         own = slice(self._ranks.rank, None, self._ranks.world_size)
         conditions, values = torch.empty(0, columns, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)

@@ -48,6 +48,14 @@ from experiments.checks import (
     setting,
     takes,
 )
+from experiments.image_config import (
+    CADENCES,
+    NOMINAL_STEPS,
+    ImageConfig,
+    ImageTrainingConfig,
+    check_image_settings,
+    in_steps,
+)
 from experiments.models.derivatives import RULES
 from experiments.models.mlp import ACTIVATIONS
 from experiments.pinn import load_equation
@@ -145,14 +153,22 @@ class PinnTrainingConfig:
     measure_updates: bool = setting(BOOLEAN, False)
 
 
-ProblemConfig = GraduateAdmissionsConfig | PinnConfig
-AnyTrainingConfig = TrainingConfig | PinnTrainingConfig
+ProblemConfig = GraduateAdmissionsConfig | PinnConfig | ImageConfig
+AnyTrainingConfig = TrainingConfig | PinnTrainingConfig | ImageTrainingConfig
+
+# The training settings of a kind of problem.
+TRAININGS: dict[type[ProblemConfig], type[AnyTrainingConfig]] = {
+    GraduateAdmissionsConfig: TrainingConfig,
+    PinnConfig: PinnTrainingConfig,
+    ImageConfig: ImageTrainingConfig,
+}
 
 # The experiments of the suite. Any other name is a user's equation, see `parse_config`.
 EXPERIMENTS: dict[str, type[ProblemConfig]] = {
     "graduate_admissions": GraduateAdmissionsConfig,
     "burgers_2d": PinnConfig,
     "burgers_100d": PinnConfig,
+    "imagenet": ImageConfig,
 }
 
 
@@ -186,6 +202,7 @@ class VariantConfig:
 
     Attributes:
         then: the second stage, None for none.
+        published_cadences: cadences of the published scheme that are given in epochs, as texts.
         overrides: settings of "problem" and "training" that this variant has for itself.
         baseline: name of the variant that it is compared with.
         index: its place among the variants of the configuration.
@@ -195,6 +212,7 @@ class VariantConfig:
     optimizer: Component
     acceleration: dict[str, Any] | None = None
     published: PublishedConfig | None = None
+    published_cadences: dict[str, str] = field(default_factory=dict)
     ema_decay: float | None = None
     then: SecondStage | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -225,8 +243,27 @@ class BatchSizeStudy:
 
 
 @dataclass(frozen=True)
+class SaveConfig:
+    """How runs are saved on the way. No part of a run's identity.
+
+    Attributes:
+        every_seconds: between two checkpoints of a run, and between two publications of its unfinished record.
+        keep: checkpoints of a run that are kept, besides the best one; those of a finished run are removed.
+        asynchronous: whether a thread writes them while the training goes on.
+    """
+
+    every_seconds: float = setting(number(0.0, closed_low=True), 300.0)
+    keep: int = setting(integer(1, 1000), 2)
+    asynchronous: bool = setting(BOOLEAN, False)
+
+
+@dataclass(frozen=True)
 class ExperimentConfig:
-    """A whole experiment: every variant with every seed, and the studies."""
+    """A whole experiment: every variant with every seed, and the studies.
+
+    Attributes:
+        num_ranks: processes that `reproduce` starts for it on one machine.
+    """
 
     experiment: str
     scale: str
@@ -237,6 +274,8 @@ class ExperimentConfig:
     learning_rate: LearningRateStudy | None = None
     batch_size: BatchSizeStudy | None = None
     expected_minutes: float | None = None
+    num_ranks: int = 1
+    save: SaveConfig = field(default_factory=SaveConfig)
 
 
 @dataclass(frozen=True)
@@ -262,6 +301,9 @@ class RunConfig:
         raw["problem"].pop("folder", None)
         for key in ("baseline", "index"):
             del raw["variant"][key]
+        cadences = raw["variant"].pop("published_cadences")
+        if cadences:
+            raw["variant"]["published"] |= cadences
         for key in ("then", "overrides"):
             if not raw["variant"][key]:
                 del raw["variant"][key]
@@ -394,6 +436,8 @@ def parse_config(
         "baseline": (optional(NAME), None),
         "studies": (None, {}),
         "expected_minutes": (optional(number(0.0)), None),
+        "num_ranks": (integer(1, 1025), 1),
+        "save": (None, {}),
     }
     refuse_unknown(raw, {key: default for key, (_, default) in top.items()}, "")
     values: dict[str, Any] = {}
@@ -419,7 +463,7 @@ def parse_config(
     variants = {}
     for name in names if only is None else only:
         parse_value(name, NAME, "a name in variants")
-        variant = _variant(values["variants"][name], f"variants.{name}", problem_class is PinnConfig)
+        variant = _variant(values["variants"][name], f"variants.{name}", problem_class)
         variants[name] = replace(variant, baseline=variant.baseline or baseline, index=names.index(name))
     learning_rate, batch_size = _studies(values["studies"], problem_class)
     for key, named in (
@@ -441,6 +485,8 @@ def parse_config(
         learning_rate=learning_rate,
         batch_size=batch_size,
         expected_minutes=values["expected_minutes"],
+        num_ranks=values["num_ranks"],
+        save=read_settings(SaveConfig, values["save"], "save"),
     )
     if learning_rate is not None:
         for name in learning_rate.variants:
@@ -454,6 +500,10 @@ def parse_config(
                     f"variants.{name}: problem.slope_weight must be false for {optimizer.name}, which does not "
                     "linearize; it must be an optimizer that does, as LevenbergMarquardt"
                 )
+        if isinstance(problem, ImageConfig):
+            check_image_settings(problem, training)
+            if training.reference_batch is not None and "lr" not in variant.optimizer.arguments:
+                raise ValueError(f"variants.{name}.optimizer.lr must be given, for training.reference_batch scales it")
         if variant.then is not None and variant.then.after >= training.iterations:
             raise ValueError(
                 f"variants.{name}.then.after must be below the {training.iterations} iterations of the run, "
@@ -543,9 +593,8 @@ _CENTER = torch.full((1, 1), 0.5, dtype=torch.float64)
 
 
 def _training(problem_class: type[ProblemConfig], raw: Mapping[str, Any], where: str) -> Any:
-    training_class = PinnTrainingConfig if problem_class is PinnConfig else TrainingConfig
-    training = read_settings(training_class, raw, where)
-    if training.scheduler is None:
+    training = read_settings(TRAININGS[problem_class], raw, where)
+    if getattr(training, "scheduler", None) is None:
         return training
     scheduler = read_component(training.scheduler, schedulers(), f"{where}.scheduler")
     check_scheduler(scheduler, f"{where}.scheduler")
@@ -554,7 +603,9 @@ def _training(problem_class: type[ProblemConfig], raw: Mapping[str, Any], where:
 
 def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRateStudy | None, BatchSizeStudy | None]:
     studies = as_mapping(raw, "studies")
-    known = {"learning_rate": None} if problem_class is PinnConfig else {"learning_rate": None, "batch_size": None}
+    known = {"learning_rate": None}
+    if problem_class is GraduateAdmissionsConfig:
+        known["batch_size"] = None
     refuse_unknown(studies, known, "studies")
     learning_rate = batch_size = None
     if studies.get("learning_rate") is not None:
@@ -564,28 +615,34 @@ def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRate
     return learning_rate, batch_size
 
 
-def _variant(raw: Any, where: str, is_pinn: bool) -> VariantConfig:
-    raw = as_mapping(raw, where)
+def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> VariantConfig:
+    raw, is_pinn = as_mapping(raw, where), problem_class is PinnConfig
     known = {"label": None, "optimizer": MISSING, "acceleration": None, "published": None, "ema_decay": None}
     if is_pinn:
         known |= {"problem": None, "training": None, "then": None, "baseline": None}
     refuse_unknown(raw, known, where)
-    optimizer, acceleration = _optimizer(raw, where, is_pinn)
+    optimizer, acceleration = _optimizer(raw, where, problem_class)
     published = then = None
+    cadences: dict[str, str] = {}
     if raw.get("published") is not None:
-        published = read_settings(PublishedConfig, raw["published"], f"{where}.published")
+        settings = as_mapping(raw["published"], f"{where}.published")
+        if problem_class is ImageConfig:
+            cadences = {name: settings[name] for name in CADENCES if isinstance(settings.get(name), str)}
+            settings = in_steps(settings, NOMINAL_STEPS, f"{where}.published")
+        published = read_settings(PublishedConfig, settings, f"{where}.published")
     if acceleration is not None and published is not None:
         raise ValueError(f"{where}: acceleration and published exclude each other")
     if raw.get("then") is not None:
         stage = as_mapping(raw["then"], f"{where}.then")
         refuse_unknown(stage, {"after": MISSING, "optimizer": MISSING, "acceleration": None}, f"{where}.then")
         after = parse_value(stage.get("after"), integer(1), f"{where}.then.after")
-        then = SecondStage(after, *_optimizer(stage, f"{where}.then", is_pinn))
+        then = SecondStage(after, *_optimizer(stage, f"{where}.then", problem_class))
     return VariantConfig(
         label=parse_value(raw.get("label", where.rpartition(".")[2]), TEXT, f"{where}.label"),
         optimizer=optimizer,
         acceleration=acceleration,
         published=published,
+        published_cadences=cadences,
         ema_decay=parse_value(raw.get("ema_decay"), optional(number(0.0, 1.0)), f"{where}.ema_decay"),
         then=then,
         overrides={
@@ -595,17 +652,25 @@ def _variant(raw: Any, where: str, is_pinn: bool) -> VariantConfig:
     )
 
 
-def _optimizer(raw: Mapping[str, Any], where: str, is_pinn: bool) -> tuple[Component, dict[str, Any] | None]:
+def _optimizer(
+    raw: Mapping[str, Any], where: str, problem_class: type[ProblemConfig]
+) -> tuple[Component, dict[str, Any] | None]:
     """The optimizer and the acceleration of a stage."""
     if raw.get("optimizer") is None:
         raise ValueError(f"{where}.optimizer is missing; it must be a mapping with the name of an optimizer of torch")
-    known = {name: kind for name, kind in optimizers().items() if is_pinn or not needs_residuals(name)}
+    known = {
+        name: kind for name, kind in optimizers().items() if problem_class is PinnConfig or not needs_residuals(name)
+    }
+    if problem_class is ImageConfig:
+        del known["LBFGS"]  # its line search needs gradients where no batch was differentiated
     optimizer = read_component(raw["optimizer"], known, f"{where}.optimizer")
     check_optimizer(optimizer, f"{where}.optimizer")
     acceleration = None
     if raw.get("acceleration") is not None:
         acceleration = dict(as_mapping(raw["acceleration"], f"{where}.acceleration"))
-        check_acceleration(optimizer, acceleration, f"{where}.acceleration")
+        is_image = problem_class is ImageConfig
+        settings = in_steps(acceleration, NOMINAL_STEPS, f"{where}.acceleration") if is_image else acceleration
+        check_acceleration(optimizer, settings, f"{where}.acceleration")
     return optimizer, acceleration
 
 

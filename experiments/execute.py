@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,19 +21,39 @@ import torch
 import torch.distributed as dist
 
 import aadl
-from experiments import collocation_problem, graduate_admissions
+from experiments import collocation_problem, graduate_admissions, imagenet
 from experiments.checks import Component, accelerate, make_optimizer, needs_residuals
-from experiments.config import ExperimentConfig, GraduateAdmissionsConfig, PinnTrainingConfig, RunConfig, expand_runs
+from experiments.config import (
+    ExperimentConfig,
+    GraduateAdmissionsConfig,
+    PublishedConfig,
+    RunConfig,
+    SaveConfig,
+    expand_runs,
+)
+from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
+from experiments.interruption import Interruption
 from experiments.launch import Ranks, start_process_group, stop_process_group
+from experiments.lock import FolderInUse
+from experiments.problem import Description, Problem
+from experiments.progress import progress
 from experiments.published import PublishedScheme
-from experiments.record import git_state, note_place, read_run, run_path, state_of, write_run
-from experiments.train import Description, Problem, Stage, progress, train
+from experiments.record import git_state, note_place, read_run, run_folder, run_path, state_of, write_run
+from experiments.schedules import scaled_rate
+from experiments.session import Interrupted, OtherRun, RunSession
+from experiments.steps import HookSeconds, Stage
+from experiments.train import Result, train
+
+POLL_SECONDS = 0.5
+"""Between two looks of the process that waits for workers, whether it was told to stop."""
 
 
 def describe(config: Any) -> Description:
     """What is known of the data of a problem before any run."""
     if isinstance(config, GraduateAdmissionsConfig):
         return graduate_admissions.describe(config)
+    if isinstance(config, ImageConfig):
+        return imagenet.describe(config)
     return collocation_problem.describe(config)
 
 
@@ -40,63 +61,120 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     """The problem of a run."""
     if isinstance(config.problem, GraduateAdmissionsConfig):
         return graduate_admissions.build(config, ranks)
+    if isinstance(config.problem, ImageConfig):
+        return imagenet.build(config, ranks)
     return collocation_problem.build(config, ranks)
 
 
-def execute_run(config: RunConfig, ranks: Ranks, results: Path, *, show_progress: bool = False) -> Path:
-    """Builds, accelerates, trains and records one run.
+def execute_run(
+    config: RunConfig,
+    ranks: Ranks,
+    results: Path,
+    *,
+    save: SaveConfig | None = None,
+    interruption: Interruption | None = None,
+    anew: bool = False,
+    show_progress: bool = False,
+) -> Path:
+    """Builds, accelerates, trains and records one run; goes on where it was stopped.
 
     Args:
         config: the run.
         ranks: this process; rank 0 writes the record.
         results: folder of all results.
+        save: how it is saved on the way; None for the defaults.
+        interruption: whether to stop; None for signals and the time limit of the environment, during this run.
+        anew: whether its checkpoints are removed first.
         show_progress: progress by epoch.
 
     Returns:
         The record's path.
 
     Raises:
+        Interrupted: the run was told to stop, and saved.
+        OSError: another job makes this very run.
+        OtherRun: its checkpoints are of a run with other settings or data.
         RuntimeError: training or recording failed; the cause is attached.
     """
+    if interruption is None:
+        with Interruption() as own:
+            return execute_run(
+                config, ranks, results, save=save, interruption=own, anew=anew, show_progress=show_progress
+            )
     path = run_path(results, config)
-    if isinstance(config.training, PinnTrainingConfig):
-        torch.set_num_threads(config.training.num_threads)
+    torch.set_num_threads(getattr(config.training, "num_threads", 1))
     problem = build(config, ranks)
-    start = datetime.now(timezone.utc)
     variant = config.variant
-    try:
-        first = _stage(problem, variant.optimizer, variant.acceleration, 0)
-        if variant.published is not None:
-            scheme = PublishedScheme(first.optimizer, variant.published)
-            first = replace(first, statistics=lambda: scheme.statistics)
-        then = None
-        if variant.then is not None:
-            then = _stage(problem, variant.then.optimizer, variant.then.acceleration, variant.then.after)
-        result = train(
-            problem,
-            first.optimizer,
-            config.training,
-            ranks,
-            ema_decay=variant.ema_decay,
-            statistics=first.statistics,
-            then=then,
-            show_progress=show_progress and ranks.rank == 0,
+
+    def write(result: Result, complete: bool = False) -> None:
+        now = datetime.now(timezone.utc)
+        restarts = session.num_restores
+        write_run(
+            path, config, problem, result, ranks, session.start, now, complete=complete, restart_count=restarts
         )
-        if ranks.rank == 0:
-            write_run(path, config, problem, result, ranks, start, datetime.now(timezone.utc))
+
+    try:
+        session = RunSession(
+            run_folder(path), config, ranks, problem.data_digest, save or SaveConfig(), interruption, write, anew=anew
+        )
+        with session:
+            first = _stage(problem, config, ranks, variant.optimizer, variant.acceleration, variant.published)
+            then = None
+            if variant.then is not None:
+                stage = variant.then
+                then = _stage(problem, config, ranks, stage.optimizer, stage.acceleration, after=stage.after)
+            result = train(
+                problem,
+                first,
+                config.training,
+                ranks,
+                ema_decay=variant.ema_decay,
+                then=then,
+                session=session,
+                show_progress=show_progress and ranks.rank == 0,
+            )
+            if ranks.rank == 0:
+                write(result, complete=True)
+    except (Interrupted, FolderInUse, OtherRun):
+        raise
     except Exception as error:
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {error}") from error
+    finally:
+        if problem.close is not None:
+            problem.close()
     return path
 
 
-def _stage(problem: Problem, optimizer: Component, acceleration: Mapping[str, Any] | None, after: int) -> Stage:
-    """An optimizer of the problem, accelerated if so wanted."""
-    made = make_optimizer(optimizer, problem.model.parameters())
-    if acceleration is None:
-        return Stage(made, after=after)
-    accelerate(made, acceleration)
-    accelerator = aadl.accelerator_of(made)
-    return Stage(made, lambda: accelerator.statistics, after)
+def _stage(
+    problem: Problem,
+    config: RunConfig,
+    ranks: Ranks,
+    optimizer: Component,
+    acceleration: Mapping[str, Any] | None,
+    published: PublishedConfig | None = None,
+    after: int = 0,
+) -> Stage:
+    """An optimizer of the problem, accelerated if so wanted; for images with the rate of the batch, and timed."""
+    training, arguments = config.training, dict(optimizer.arguments)
+    is_image = isinstance(training, ImageTrainingConfig)
+    if isinstance(training, ImageTrainingConfig) and training.reference_batch is not None:
+        arguments["lr"] *= scaled_rate(training, training.global_batch(ranks))
+    parameters = problem.parameters(arguments) if problem.parameters is not None else problem.model.parameters()
+    made = make_optimizer(Component(optimizer.name, arguments), parameters)
+    seconds = HookSeconds(made) if is_image and (acceleration is not None or published is not None) else None
+    stage = Stage(made, after=after)
+    if acceleration is not None:
+        steps = in_steps(acceleration, problem.steps_per_epoch) if problem.steps_per_epoch else acceleration
+        accelerate(made, steps)
+        accelerator = aadl.accelerator_of(made)
+        stage = replace(stage, statistics=lambda: accelerator.statistics)
+    elif published is not None:
+        if problem.steps_per_epoch:
+            steps = in_steps(config.variant.published_cadences, problem.steps_per_epoch)
+            published = replace(published, **{name: steps[name] for name in CADENCES if name in steps})
+        scheme = PublishedScheme(made, published)
+        stage = replace(stage, statistics=lambda: scheme.statistics, memory=scheme)
+    return replace(stage, seconds=seconds.enclose()) if seconds is not None else stage
 
 
 def execute_experiment(
@@ -120,6 +198,7 @@ def execute_experiment(
     Raises:
         ValueError: the data is not as it must be.
         OSError: a file cannot be read or written; a folder that cannot is told before any training.
+        Interrupted: a run was told to stop, and saved.
         RuntimeError: a run failed.
     """
     _check_single_process(config, ranks)
@@ -131,7 +210,6 @@ def execute_experiment(
         _probe(results / config.experiment / config.scale)
     start_process_group(ranks)
     try:
-        torch.set_num_threads(1)  # the networks are small: threads cost more than they bring, and disturb the clock
         pending = _pending(runs, results, descriptions, ranks.world_size, force) if ranks.rank == 0 else []
         if ranks.world_size > 1:
             box = [pending]
@@ -145,13 +223,10 @@ def execute_experiment(
             for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
                 _say(note)
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1:
-            alone = len(pending) == 1
-            finished: Iterator[Any] = (execute_run(run, ranks, results, show_progress=alone) for run in pending)
-            for _ in progress(finished, len(pending), "runs", ranks.rank == 0 and not alone):
-                pass
+            _execute_in_turn(pending, ranks, results, config.save, force)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            _execute_parallel(pending, ranks, results, max(1, num_jobs // threads))
+            _execute_parallel(pending, ranks, results, config.save, force, max(1, num_jobs // threads))
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0:
@@ -163,15 +238,13 @@ def _check_single_process(config: ExperimentConfig, ranks: Ranks) -> None:
     """Refuses, on several ranks, what runs in a single process.
 
     Raises:
-        ValueError: a variant with the published scheme, or with an optimizer that needs all residuals.
+        ValueError: a variant with an optimizer that needs all residuals.
     """
     if ranks.world_size == 1:
         return
     for name, variant in config.variants.items():
         stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
         single = [f"the optimizer {stage.name}" for stage in stages if needs_residuals(stage.name)]
-        if variant.published is not None:
-            single.append("the published scheme")
         if single:
             raise ValueError(
                 f"variants.{name}: {single[0]} runs in a single process, not on {ranks.world_size} ranks: name the "
@@ -202,24 +275,58 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _execute_parallel(pending: list[RunConfig], ranks: Ranks, results: Path, num_jobs: int) -> None:
+def _execute_in_turn(
+    pending: list[RunConfig], ranks: Ranks, results: Path, save: SaveConfig, anew: bool
+) -> None:
+    """One run after the other, in this process."""
+    tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+    with Interruption() as interruption:
+        for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
+            if tell_each and ranks.rank == 0 and len(pending) > 1:
+                _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
+            options = {"save": save, "interruption": interruption, "anew": anew, "show_progress": tell_each}
+            execute_run(run, ranks, results, **options)  # type: ignore[arg-type]
+
+
+def _execute_parallel(
+    pending: list[RunConfig], ranks: Ranks, results: Path, save: SaveConfig, anew: bool, num_jobs: int
+) -> None:
+    """Several runs at a time, in worker processes; a signal to this process reaches them all, and they save."""
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(
-        min(num_jobs, len(pending)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-    ) as pool:
-        futures = [pool.submit(execute_run, run, ranks, results) for run in pending]
+    with (
+        Interruption() as interruption,
+        ProcessPoolExecutor(
+            min(num_jobs, len(pending)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+        ) as pool,
+    ):
+        futures = [pool.submit(execute_run, run, ranks, results, save=save, anew=anew) for run in pending]
         try:
-            for future in progress(as_completed(futures), len(futures), "runs"):
+            for future in progress(_as_completed(futures, interruption), len(futures), "runs"):
                 future.result()
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):  # SIGTERM reaches this process alone, so it is passed on
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
+        except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)  # wait=False would forget the cancelation on exit
             raise
+
+
+def _as_completed(futures: list[Future[Path]], interruption: Interruption) -> Iterator[Future[Path]]:
+    """The futures as they are done; when told to stop, the workers are told, and what has not begun does not begin."""
+    waiting, told = set(futures), False
+    while waiting:
+        done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        if interruption.reason and not told:
+            told = True
+            for future in waiting:
+                future.cancel()
+            for worker in multiprocessing.active_children():
+                if worker.pid is not None:
+                    os.kill(worker.pid, signal.SIGUSR1)
+        cancelled = {future for future in done if future.cancelled()}
+        yield from done - cancelled
+        if cancelled and not waiting:
+            raise Interrupted(f"stopped by {interruption.reason}; the runs that had begun are finished or saved")
 
 
 def _pending(
@@ -233,6 +340,8 @@ def _pending(
         for run in runs
     }
     counts = Counter(states.values())
+    if counts["unfinished"]:
+        _say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
     if counts["unreadable"]:
         _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
     if counts["changed"]:

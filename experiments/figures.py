@@ -123,7 +123,7 @@ def _loss_figure(
     for column, (family, variants) in enumerate(families.items()):
         axes = grid[column] if transposed else grid[:, column]
         for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
-            for variant, color, style in _styled(variants):
+            for variant, color, style in styled(variants):
                 values = variant.series(series)
                 epochs = np.arange(values.shape[1])
                 low, middle, high = quantiles(values)
@@ -168,7 +168,7 @@ def quantiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return low, middle, high
 
 
-def _styled(variants: list[Variant]) -> list[tuple[Variant, str, Any]]:
+def styled(variants: list[Variant]) -> list[tuple[Variant, str, Any]]:
     """Variants with color and line style; further variants with the same role get another line style."""
     seen: dict[str, int] = {}
     styled = []
@@ -323,7 +323,7 @@ def _causes(variant: Variant) -> dict[str, str]:
 
 def _mean(variant: Variant, name: str) -> np.ndarray:
     """Mean over the seeds of a counter or a flag; a run without it counts 0, a diverged one keeps its last count."""
-    length = max(len(run.series[TRAIN]) for run in variant.runs.values())
+    length = max(len(run.places) for run in variant.runs.values())
     stacked = np.zeros((len(variant.runs), length))
     for row, run in zip(stacked, variant.runs.values(), strict=True):
         values = run.series.get(name, np.zeros(length))

@@ -13,7 +13,7 @@ from data_loaders.graduate_admissions import GraduateAdmissions, load, split
 from experiments.config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP
-from experiments.train import Description, Problem
+from experiments.problem import Description, Problem
 
 Batch = tuple[Tensor, Tensor]
 
@@ -74,10 +74,10 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     sizes = (data.features.shape[1], *problem.hidden_sizes, 1)
     model = MLP(sizes, problem.activation).to(device)
 
-    def epoch_batches(epoch: int) -> Iterator[Batch]:
+    def epoch_batches(epoch: int, first: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(train_rows), generator=generator).to(device)
-        for indices in order.split(batch_size):
+        for indices in order.split(batch_size)[first:]:
             own = indices[ranks.rank :: ranks.world_size]
             yield train_set[0][own], train_set[1][own]
 

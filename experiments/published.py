@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -65,7 +66,9 @@ class PublishedScheme:
     3. every `frequency` steps after `wait_iterations`, with at least three stored, the extrapolated point replaces the
        weights and the newest row of the window. With `safeguard` only if the closure's loss falls by it.
 
-    Momentum is left as it is, and every parameter group is extrapolated alone. Single process only.
+    Momentum is left as it is, and every parameter group is extrapolated alone. Ranks that hold copies of one model take
+    the same points: those of rank 0, judged by the mean of the ranks' losses. (The package lets each rank judge by its
+    own loss, whereupon the copies differ for good.)
 
     Args:
         optimizer: any torch optimizer whose `step` gets a closure if `safeguard` is wanted.
@@ -135,6 +138,9 @@ class PublishedScheme:
                 extrapolate(torch.stack(list(window), dim=1), self.settings.relaxation, self.settings.reg_acc)
                 for window in self.windows
             ]
+        if self._num_ranks() > 1:
+            for candidate in candidates:  # the last digits of a solver may differ between machines
+                dist.broadcast(candidate, src=0)
         # The package itself writes a non-finite candidate; here it would only end the run, so it is rejected.
         if not all(bool(candidate.isfinite().all()) for candidate in candidates):
             self.statistics["rejected"]["non_finite"] += 1
@@ -159,4 +165,31 @@ class PublishedScheme:
     def _loss(self, closure: Callable[[], Tensor]) -> float:
         self.statistics["closure_evaluations"] += 1
         with torch.enable_grad():
-            return float(closure().detach())
+            loss = closure().detach().clone()
+        if self._num_ranks() > 1:
+            dist.all_reduce(loss)
+            loss /= self._num_ranks()
+        return float(loss)
+
+    @staticmethod
+    def _num_ranks() -> int:
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Windows, counters and statistics: what a resumed run needs."""
+        return {
+            "windows": [list(window) for window in self.windows],
+            "raw": [list(raw) for raw in self.raw],
+            "since_store": self.since_store,
+            "since_acceleration": self.since_acceleration,
+            "statistics": {**self.statistics, "rejected": dict(self.statistics["rejected"])},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues as the saved scheme would have."""
+        for name in ("windows", "raw"):
+            for own, saved in zip(getattr(self, name), state[name], strict=True):
+                own.clear()
+                own.extend(tensor.clone() for tensor in saved)
+        self.since_store, self.since_acceleration = state["since_store"], state["since_acceleration"]
+        self.statistics = {**state["statistics"], "rejected": dict(state["statistics"]["rejected"])}

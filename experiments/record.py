@@ -23,7 +23,8 @@ import torch
 import aadl
 from experiments.config import RunConfig, identity_of
 from experiments.launch import Ranks, device_of
-from experiments.train import Field, Problem, Result
+from experiments.problem import Field, Problem
+from experiments.train import Result
 
 SCHEMA_VERSION = 1
 
@@ -34,9 +35,14 @@ ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CU
 DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "metrics/train/loss": ("1", "mean squared error on the training set"),
     "metrics/train/minibatch_loss": ("1", "mean over the epoch of the loss that the optimizer saw"),
-    "metrics/validation/loss": ("1", "mean squared error on the validation set"),
+    "metrics/validation/loss": ("1", "loss on the validation set: mean squared error, or cross entropy of classes"),
     "timing/training_seconds": ("s", "time spent in training since the start, without evaluation"),
     "timing/training_cpu_seconds": ("s", "CPU time of the process in training since the start, without evaluation"),
+    "timing/input_seconds": ("s", "part of the training in which rank 0 waited for images, since the start"),
+    "timing/acceleration_seconds": ("s", "part of the training that the acceleration took, since the start"),
+    "timing/evaluation_seconds": ("s", "time spent in evaluations since the start, statistics of BatchNorm included"),
+    "timing/batchnorm_seconds": ("s", "part of the evaluations that computed statistics of BatchNorm, since the start"),
+    "timing/images_per_second": ("s-1", "images per second of training, over all ranks, in the epoch"),
     "metrics/train/pde_loss": ("1", "mean squared residual of the equation on the present interior points"),
     "metrics/train/condition_loss": ("1", "mean squared error on the present points of the conditions, unweighted"),
     "metrics/evaluations": ("1", "evaluations of the loss since the start, trials included"),
@@ -65,6 +71,15 @@ ERRORS: dict[str, tuple[str, str]] = {
     "metrics/validation/relative_l2_": ("1", "L2 norm of the error over that of the exact solution on the test set"),
     "metrics/validation/mean_absolute_error_": ("1", "mean absolute error on the test set"),
     "metrics/validation/max_error_": ("1", "largest absolute error on the test set"),
+}
+# Those of image classification; "stale" are those with the statistics of BatchNorm that the training left.
+CLASSIFICATION: dict[str, tuple[str, str]] = {
+    "loss": ("1", "cross entropy on the validation set, without label smoothing"),
+    "top1": ("1", "share of the validation images whose class came first"),
+    "top5": ("1", "share of the validation images whose class came among the first five"),
+    "num_correct_top1": ("1", "number of validation images whose class came first"),
+    "num_correct_top5": ("1", "number of validation images whose class came among the first five"),
+    "num_images": ("1", "number of validation images that were evaluated"),
 }
 # Those that mean something else where points are sampled.
 SAMPLED: dict[str, tuple[str, str]] = {"metrics/train/loss": ("1", "training loss on the present points")}
@@ -99,6 +114,11 @@ class Run:
         return "equation" in self.attributes
 
     @property
+    def is_classification(self) -> bool:
+        """Whether it is image classification."""
+        return "classification" in self.attributes
+
+    @property
     def diverged_iteration(self) -> int | None:
         """First iteration with a loss that is not finite, None for a run that ended well or has epochs."""
         iteration = int(self.attributes.get("diverged_iteration", -1))
@@ -121,8 +141,22 @@ def run_path(results: Path, config: RunConfig) -> Path:
     return results / config.experiment / config.scale / config.name / f"seed-{config.seed}.h5"
 
 
+def run_folder(path: Path) -> Path:
+    """Where a run that is not finished keeps its checkpoints, beside its record."""
+    return path.with_suffix(".run")
+
+
 def write_run(
-    path: Path, config: RunConfig, problem: Problem, result: Result, ranks: Ranks, start: datetime, end: datetime
+    path: Path,
+    config: RunConfig,
+    problem: Problem,
+    result: Result,
+    ranks: Ranks,
+    start: datetime,
+    end: datetime,
+    *,
+    complete: bool = True,
+    restart_count: int = 0,
 ) -> None:
     """Writes one run to a temporary file in the same folder, then moves it into place.
 
@@ -137,6 +171,8 @@ def write_run(
         ranks: for the world size.
         start: start of the run, UTC.
         end: end of the run, UTC.
+        complete: whether the run is finished.
+        restart_count: how often it was taken up again.
 
     Raises:
         OSError: the folder or the file cannot be written.
@@ -148,7 +184,8 @@ def write_run(
                 _write_series(file, name, values, result.iterations)
             _write_fields(file, result.fields)
             file.attrs.update(_attributes(config, problem, result, ranks, start, end))
-            file.attrs["complete"] = True
+            file.attrs["restart_count"] = restart_count
+            file.attrs["complete"] = complete
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, fill)
@@ -212,6 +249,11 @@ def _description(name: str, is_sampled: bool) -> tuple[str, str]:
     """Unit and long name of a series."""
     if is_sampled and name in SAMPLED:
         return SAMPLED[name]
+    group, _, short = name.rpartition("/")
+    stale, short = short.startswith("stale_"), short.removeprefix("stale_")
+    if group == "metrics/validation" and short in CLASSIFICATION and (stale or name not in DESCRIPTIONS):
+        units, long_name = CLASSIFICATION[short]
+        return units, long_name + (", with stale statistics of BatchNorm" if stale else "")
     if name in DESCRIPTIONS:
         return DESCRIPTIONS[name]
     for prefix, (units, long_name) in ERRORS.items():
@@ -276,7 +318,6 @@ def _attributes(
         "num_threads": torch.get_num_threads(),
         "scheduler": "none",
         "job_id": "",
-        "restart_count": 0,
         "environment": json.dumps({name: os.environ[name] for name in ENVIRONMENT if name in os.environ}),
         "start_utc": start.isoformat(timespec="seconds"),
         "end_utc": end.isoformat(timespec="seconds"),
@@ -356,11 +397,14 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
-    """Whether the run must be done: "finished", "missing", "changed" or "unreadable".
+    """Whether the run must be done: "finished", "unfinished", "missing", "changed" or "unreadable".
 
-    "changed" means other settings, other data or another number of ranks: each changes the numbers. A label does not,
-    nor does an override that says what holds for all variants.
+    "unfinished" means that the run has checkpoints from which it goes on. "changed" means other settings, other data or
+    another number of ranks: each changes the numbers. A label does not, nor does an override that says what holds for
+    all variants.
     """
+    if any(run_folder(path).glob("step-*")):
+        return "unfinished"
     if not path.exists():
         return "missing"
     try:

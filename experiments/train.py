@@ -3,104 +3,31 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 import aadl
 from aadl.accelerator import find_accelerator
 from experiments.checks import make_scheduler
-from experiments.config import AnyTrainingConfig, PinnTrainingConfig, TrainingConfig
+from experiments.config import AnyTrainingConfig, PinnTrainingConfig
+from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of
+from experiments.problem import Field, Problem
+from experiments.progress import Bar
+from experiments.schedules import step_scheduler
+from experiments.steps import AccumulatedClosure, Clock, Closure, Stage, Updates, moving_average
 
-
-class Field(NamedTuple):
-    """Values on a grid, for the record; a field whose only dimension has its own name is a coordinate."""
-
-    dimensions: tuple[str, ...]
-    values: np.ndarray
-    units: str
-    long_name: str
-
-
-class Description(NamedTuple):
-    """What is known of the data before a run.
-
-    Attributes:
-        source: where it comes from.
-        digest: short hash.
-        num_rows: to train on, None where points are sampled.
-        note: what everybody must know of results on it, "" for nothing.
-    """
-
-    source: str
-    digest: str
-    num_rows: int | None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the loop needs to know of an experiment.
-
-    Attributes:
-        model: the network, on its device, initialized from the run's seed.
-        epoch_batches: epoch (from 1) -> batches of this rank; None where `points` is given.
-        loss: (model, batch) -> scalar, the mean over the batch.
-        evaluate: model -> values by the name of their series, as "metrics/train/loss"; called in eval mode, no grad.
-        data_source: where the data came from, "csv", "surrogate" or "computed".
-        data_digest: short hash of the data, for telling whether two runs saw the same.
-        points: (model, iteration) -> the batch at that iteration; the same object as long as the points are the same.
-        backward: (model, batch) -> loss, with gradients accumulated, both the mean over all ranks; None for `loss` and
-            its backward pass, and for DistributedDataParallel where there are several ranks.
-        residuals: (model, batch) -> residuals r, (rows,), weighted so that the loss is sum r^2.
-        linearize: (model, batch) -> r and its Jacobian, (rows,) and (rows, parameters).
-        finish: model -> attributes of the record that are worth one evaluation, at the end.
-        fields: model -> fields of the record.
-        reset_on_new_data: whether L-BFGS and aadl begin anew when `points` gives other points.
-        attributes: further attributes of the record.
-    """
-
-    model: nn.Module
-    epoch_batches: Callable[[int], Iterable[Any]] | None
-    loss: Callable[[nn.Module, Any], Tensor]
-    evaluate: Callable[[nn.Module], dict[str, float]]
-    data_source: str
-    data_digest: str
-    points: Callable[[nn.Module, int], Any] | None = None
-    backward: Callable[[nn.Module, Any], Tensor] | None = None
-    residuals: Callable[[nn.Module, Any], Tensor] | None = None
-    linearize: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None
-    finish: Callable[[nn.Module], dict[str, float]] | None = None
-    fields: Callable[[nn.Module], dict[str, Field]] | None = None
-    reset_on_new_data: bool = False
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """An optimizer, accelerated or not, from an iteration on.
-
-    Attributes:
-        optimizer: over `problem.model.parameters()`.
-        statistics: reads the counters of its acceleration.
-        after: first iteration.
-    """
-
-    optimizer: torch.optim.Optimizer
-    statistics: Callable[[], Mapping[str, Any]] | None = None
-    after: int = 0
+VALUE_SECONDS = "timing/"
+"""Series of an evaluation with this prefix are seconds of their own, which are added up."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +35,8 @@ class Result:
     """What a run measured.
 
     Attributes:
-        series: values by name ("group/name"): at epochs 0 .. epochs, NaN after a divergence; with `iterations`, one at
-            each of them.
+        series: values by name ("group/name"): at epochs 0 .. epochs, NaN after a divergence and where nothing was
+            evaluated; with `iterations`, one at each of them.
         diverged_epoch: first epoch with a loss that is not finite, None for a run that ended well or has iterations.
         num_steps: optimizer steps taken.
         iterations: where the series were evaluated, in evaluations of the gradient; None for epochs.
@@ -129,66 +56,29 @@ class Result:
     fields: Mapping[str, Field] = field(default_factory=dict)
 
 
-class Closure:
-    """What `optimizer.step` gets: the loss of the present batch, with gradients; everything is counted.
+class Session(Protocol):
+    """What keeps a run on disk and may end it early, see `experiments.session`."""
 
-    Attributes:
-        batch, optimizer: present ones, set by the loop.
-        num_losses: calls, trial evaluations of an acceleration included.
-        num_linearizations, num_residuals: calls of the two methods.
-    """
+    def restore(self, run: Training) -> bool:
+        """Puts the run where it was saved last, if it was."""
 
-    def __init__(self, problem: Problem, model: nn.Module, stages: Sequence[Stage]) -> None:
-        self.problem, self.model, self.stages = problem, model, stages
-        self.optimizer = stages[0].optimizer
-        self.batch: Any = None
-        self.num_losses = self.num_linearizations = self.num_residuals = 0
+    def after_step(self, run: Training, loss: Tensor) -> None:
+        """Called after every step of the optimizer; may raise."""
 
-    def __call__(self) -> Tensor:
-        """The loss, with its gradients in the parameters."""
-        self.num_losses += 1
-        self.optimizer.zero_grad()
-        if self.problem.backward is not None:
-            return self.problem.backward(self.model, self.batch)
-        loss = self.problem.loss(self.model, self.batch)
-        loss.backward()
-        return loss
-
-    def linearize(self) -> tuple[Tensor, Tensor]:
-        """Residuals (rows,) and their Jacobian (rows, parameters); the loss is the sum of their squares."""
-        self.num_linearizations += 1
-        if self.problem.linearize is None:
-            raise ValueError(f"{type(self.optimizer).__name__} needs residuals, which this problem does not have")
-        return self.problem.linearize(self.model, self.batch)
-
-    def residuals(self) -> Tensor:
-        """Residuals (rows,): a trial."""
-        self.num_residuals += 1
-        if self.problem.residuals is None:
-            raise ValueError(f"{type(self.optimizer).__name__} needs residuals, which this problem does not have")
-        return self.problem.residuals(self.model, self.batch)
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the loss: for a gradient, for a Jacobian, or on trial."""
-        return self.num_losses + self.num_linearizations + self.num_residuals
-
-    @property
-    def iterations(self) -> int:
-        """Evaluations without the trials: those of the gradient or of the Jacobian."""
-        trials = sum(stage.statistics().get("closure_evaluations", 0) for stage in self.stages if stage.statistics)
-        return self.num_losses + self.num_linearizations - trials
+    def after_interval(self, run: Training) -> None:
+        """Called after every evaluation; may raise."""
 
 
 def train(
     problem: Problem,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Stage,
     training: AnyTrainingConfig,
     ranks: Ranks,
     *,
     ema_decay: float | None = None,
     statistics: Callable[[], Mapping[str, Any]] | None = None,
     then: Stage | None = None,
+    session: Session | None = None,
     show_progress: bool = False,
 ) -> Result:
     """Trains interval by interval, evaluates after each of them, off the clock.
@@ -199,115 +89,361 @@ def train(
 
     Args:
         problem: model, batches, loss and evaluation.
-        optimizer: over `problem.model.parameters()`, accelerated or not.
+        optimizer: over `problem.model.parameters()`, accelerated or not; or the first stage.
         training: number of epochs or iterations, scheduler, whether to measure the updates.
         ranks: this process; the gradients are averaged over `world_size` ranks.
-        ema_decay: evaluates an exponential moving average of the weights, see `_moving_average`.
+        ema_decay: evaluates an exponential moving average of the weights, see `steps.moving_average`.
         statistics: reads the counters of an acceleration, once an interval.
         then: the second stage, without the scheduler.
+        session: takes up a saved run, saves this one on the way, and may stop it.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
 
     Returns:
         The series. A loss that is not finite ends the run, which is then recorded as diverged.
     """
-    model: nn.Module = problem.model
-    if ranks.world_size > 1 and problem.backward is None:
-        device = device_of(ranks)
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    stages = [Stage(optimizer, statistics), *([then] if then is not None else [])]
-    closure = Closure(problem, model, stages)
-    scheduler = make_scheduler(training.scheduler, optimizer) if training.scheduler is not None else None
-    ema = None
-    if ema_decay is not None:
-        ema = AveragedModel(problem.model, multi_avg_fn=_moving_average(ema_decay))
-    evaluated = ema.module if ema is not None else problem.model
-    updates = _Updates() if training.measure_updates else None
-    clock = _Clock(problem.model)
+    first = optimizer if isinstance(optimizer, Stage) else Stage(optimizer, statistics)
+    run = Training(problem, [first, *([then] if then is not None else [])], training, ranks, ema_decay, show_progress)
+    if session is None or not session.restore(run):
+        run.begin()
+    while run.goes_on:
+        if not run.train_interval(session):
+            break  # the time was up when the interval began
+        if session is not None:
+            session.after_interval(run)
+    run.bar.close()
+    return run.result(finished=True)
 
-    series: dict[str, list[float]] = {}
-    if problem.points is not None:
-        closure.batch = problem.points(problem.model, 0)
-    values = _evaluate(problem, evaluated)
-    _append(series, 0, values | clock.values() | _counts(problem, closure), stages[:1])
-    iterations = [0]
-    num_steps = 0
-    diverged_at = None
-    bar = _Bar(*_length(training), show_progress, getattr(training, "max_seconds", None))
-    for interval in range(1, _num_intervals(training) + 1):
-        if problem.points is not None and closure.iterations >= _target(training, interval):
-            continue  # the last step went beyond this interval
-        model.train()
-        losses: list[Tensor] = []
-        places: list[int] = []  # iteration of each loss
-        clock.start()
-        for batch in _batches(problem, training, ranks, closure, clock, interval):
-            _prepare(closure, batch, training)
-            if updates is not None:
-                updates.before(problem.model)
-            before = iterations[-1] if not places else places[-1]
-            loss = closure.optimizer.step(closure)  # type: ignore[arg-type]
-            losses.append(torch.as_tensor(loss).detach())
-            if updates is not None:
-                updates.after(problem.model)
-            if ema is not None:
-                ema.update_parameters(problem.model)
-            num_steps += 1
-            if problem.points is not None:
-                places.append(closure.iterations)
-                if scheduler is not None and closure.optimizer is optimizer:
-                    for _ in range(places[-1] - before):
-                        scheduler.step()
-                bar.update(places[-1] - before)
-        if scheduler is not None and problem.points is None:
-            scheduler.step()
-        clock.stop()
 
-        values = clock.values() | _counts(problem, closure)
-        if not losses:  # the time was up when the interval began
-            break
-        if problem.points is None:
-            values["metrics/train/minibatch_loss"] = _mean_over_ranks(torch.stack(losses).mean(), ranks)
-            finite = math.isfinite(values["metrics/train/minibatch_loss"])
-        else:
-            bad = ~torch.stack([loss.to(losses[0].device).reshape(()) for loss in losses]).isfinite()
+class Training:
+    """A run in the making: everything that a step changes, so that it can be saved and taken up again.
+
+    Attributes:
+        interval: the present one, from 1.
+        step: steps taken in it.
+        num_steps: steps taken in all.
+        iterations: where the series were evaluated.
+        diverged_at: interval or iteration of the first loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        stages: Sequence[Stage],
+        training: AnyTrainingConfig,
+        ranks: Ranks,
+        ema_decay: float | None,
+        show_progress: bool,
+    ) -> None:
+        self.problem, self.stages, self.training, self.ranks = problem, stages, training, ranks
+        self.closure = _closure(problem, stages, training, ranks)
+        self.scheduler: Any = None
+        if isinstance(training, ImageTrainingConfig):
+            assert problem.steps_per_epoch is not None
+            batch = training.global_batch(ranks)
+            self.scheduler = step_scheduler(stages[0].optimizer, training, problem.steps_per_epoch, batch)
+        elif training.scheduler is not None:
+            self.scheduler = make_scheduler(training.scheduler, stages[0].optimizer)
+        self.ema = None
+        if ema_decay is not None:
+            self.ema = AveragedModel(problem.model, multi_avg_fn=moving_average(ema_decay))
+        self.updates = Updates() if training.measure_updates else None
+        self.clock = Clock(problem.model)
+        self.series: dict[str, list[float]] = {}
+        self.interval, self.step, self.num_steps = 1, 0, 0
+        self.iterations = [0]
+        self.diverged_at: int | None = None
+        self._earlier_seconds = 0.0  # of the acceleration, in earlier processes
+        self.seconds: dict[str, float] = {}  # of what is not training, or a part of it, by series
+        self._losses: list[Tensor] = []  # of the present interval
+        self._places: list[int] = []  # iteration of each of them
+        self.bar = _bar(problem, training, show_progress)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is an interval to train."""
+        return self.interval <= _num_intervals(self.training) and self.diverged_at is None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose values are recorded."""
+        return self.ema.module if self.ema is not None else self.problem.model
+
+    def begin(self) -> None:
+        """Evaluates the initial weights."""
+        if self.problem.points is not None:
+            self.closure.batch = self.problem.points(self.problem.model, 0)
+        if isinstance(self.training, ImageTrainingConfig):
+            self.seconds["timing/input_seconds"] = 0.0
+        _append(self.series, 0, self._evaluate() | self._measures() | self.seconds, self.stages[:1])
+
+    def train_interval(self, session: Session | None = None) -> bool:
+        """Trains to the end of the present interval and evaluates; False if there was no time for a single step."""
+        problem, is_sampled = self.problem, self.problem.points is not None
+        if is_sampled and self.closure.iterations >= _target(self.training, self.interval):
+            self.interval += 1
+            return True  # the last step went beyond this interval
+        problem.model.train()
+        self.closure.model.train()
+        self.clock.start()
+        for batch in self._batches():
+            self._step(batch)
+            if session is not None:
+                session.after_step(self, self._losses[-1])
+        if self.scheduler is not None and not is_sampled and not isinstance(self.training, ImageTrainingConfig):
+            self.scheduler.step()
+        self.clock.stop()
+        if not self._losses:
+            return False
+        self._finish_interval()
+        return True
+
+    def _step(self, batch: Any) -> None:
+        """One step of the optimizer, and what follows it."""
+        problem, closure = self.problem, self.closure
+        _prepare(closure, batch, self.training)
+        if self.updates is not None:
+            self.updates.before(problem.model)
+        self._losses.append(closure.step())
+        if self.updates is not None:
+            self.updates.after(problem.model)
+        if self.ema is not None:
+            self.ema.update_parameters(problem.model)
+        self.num_steps += 1
+        self.step += 1
+        if problem.points is not None:
+            before = self._places[-1] if self._places else self.iterations[-1]
+            self._places.append(closure.iterations)
+            if self.scheduler is not None and closure.optimizer is self.stages[0].optimizer:
+                for _ in range(self._places[-1] - before):
+                    self.scheduler.step()
+            self.bar.update(self._places[-1] - before)
+        elif isinstance(self.training, ImageTrainingConfig):
+            self.scheduler.step()
+            self.bar.update(1)
+            if self.bar.is_due:
+                self.bar.show({"metrics/train/loss": float(self._losses[-1])})
+
+    def _batches(self) -> Iterator[Any]:
+        """The rest of an epoch, or the points of one step after the other until the interval is over."""
+        problem, training, closure = self.problem, self.training, self.closure
+        if problem.epoch_batches is not None:
+            batches = iter(problem.epoch_batches(self.interval, self.step))
+            yield from self._timed(batches) if isinstance(training, ImageTrainingConfig) else batches
+            return
+        assert problem.points is not None
+        target = _target(training, self.interval)
+        while (iteration := closure.iterations) < target and not self._is_time_up():
+            for stage in self.stages:
+                if stage.after <= iteration:
+                    closure.optimizer = stage.optimizer
+            yield problem.points(problem.model, iteration)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, with the time that this process waits for them."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._add_seconds("timing/input_seconds", time.perf_counter() - start)
+            if batch is None:
+                return
+            yield batch
+
+    def _is_time_up(self) -> bool:
+        """Whether the training has lasted long enough, in the opinion of rank 0."""
+        limit = getattr(self.training, "max_seconds", None)
+        if limit is None:
+            return False
+        up = torch.tensor(float(self.clock.seconds() >= limit), device=device_of(self.ranks))
+        if self.ranks.world_size > 1:
+            dist.broadcast(up, src=0)
+        return bool(up)
+
+    def _finish_interval(self) -> None:
+        """Evaluates, keeps the values, and goes on to the next interval."""
+        is_sampled = self.problem.points is not None
+        losses, places = self._losses, self._places
+        values = self._measures()
+        bad = ~torch.stack([loss.to(losses[0].device).reshape(()) for loss in losses]).isfinite()
+        if is_sampled:
             finite = not bool(bad.any())
-            iterations.append(places[-1])
-        if updates is not None:
-            values["updates/relative_standard_deviation"] = updates.relative_standard_deviation()
-        values |= _evaluate(problem, evaluated)
-        place = interval if problem.points is None else len(iterations) - 1
-        _append(series, place, values, [stage for stage in stages if stage.after <= max(places, default=0)])
-        if problem.points is None:
-            bar.update(1)
-        bar.show(values)
+            self.iterations.append(places[-1])
+        else:
+            values["metrics/train/minibatch_loss"] = _mean_over_ranks(torch.stack(losses).mean(), self.ranks)
+            finite = math.isfinite(values["metrics/train/minibatch_loss"])
+        if self.updates is not None:
+            values["updates/relative_standard_deviation"] = self.updates.relative_standard_deviation()
+        if _is_evaluated(self.training, self.interval) or not finite:
+            values |= self._evaluate()
+        values |= self.seconds
+        place = len(self.iterations) - 1 if is_sampled else self.interval
+        reached = max(places, default=0)
+        _append(self.series, place, values, [stage for stage in self.stages if stage.after <= reached])
+        if not is_sampled and not isinstance(self.training, ImageTrainingConfig):
+            self.bar.update(1)
+        self.bar.show(values)
         if not (finite and math.isfinite(values.get("metrics/train/loss", 0.0))):
-            diverged_at = interval
-            if problem.points is not None:
-                diverged_at = places[-1] if finite else places[int(bad.int().argmax())]
-            break
-    bar.close()
-    if problem.points is None:
-        padded = {name: _padded(entries, _num_intervals(training) + 1) for name, entries in series.items()}
-        return Result(padded, diverged_at, num_steps)
-    assert isinstance(training, PinnTrainingConfig)  # `_num_intervals` would have failed
-    reason = "iterations" if iterations[-1] >= training.iterations else "time"
-    with torch.no_grad():
+            self.diverged_at = self.interval
+            if is_sampled:
+                self.diverged_at = places[-1] if finite else places[int(bad.int().argmax())]
+        self.interval, self.step, self._losses, self._places = self.interval + 1, 0, [], []
+
+    def _evaluate(self) -> dict[str, float]:
+        """Values of the evaluated model; their seconds are added to those of earlier evaluations."""
+        start = time.perf_counter() if isinstance(self.training, ImageTrainingConfig) else None
+        values = _evaluate(self.problem, self.evaluated)
+        for name in [name for name in values if name.startswith(VALUE_SECONDS)]:
+            self._add_seconds(name, values.pop(name))
+        if start is not None:
+            self._add_seconds("timing/evaluation_seconds", time.perf_counter() - start)
+        return values
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def _measures(self) -> dict[str, float]:
+        """Time, and what else is known without an evaluation."""
+        values = self.clock.values()
+        if any(stage.seconds is not None for stage in self.stages):
+            self.seconds["timing/acceleration_seconds"] = self._acceleration_seconds()
+        if isinstance(self.training, ImageTrainingConfig) and self._losses:
+            seconds = values["timing/training_seconds"] - self.series["timing/training_seconds"][-1]
+            values["timing/images_per_second"] = len(self._losses) * self.training.global_batch(self.ranks) / seconds
+        if self.problem.points is not None:
+            values["metrics/evaluations"] = float(self.closure.evaluations)
+        if self.problem.points is not None or isinstance(self.training, ImageTrainingConfig):
+            values["metrics/learning_rate"] = float(self.closure.optimizer.param_groups[0].get("lr", math.nan))
+        return values
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Of the last evaluation; None where there is none."""
+        entries = self.series.get("metrics/validation/loss")
+        return entries[-1] if entries and math.isfinite(entries[-1]) else None
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What all ranks have in common, and what belongs to this one; all ranks must call."""
+        if self.problem.synchronize is not None:
+            self.problem.synchronize()
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
+        shared = {
+            "model": self.problem.model.state_dict(),
+            "optimizers": [stage.optimizer.state_dict() for stage in self.stages],
+            "memories": [stage.memory.state_dict() if stage.memory is not None else None for stage in self.stages],
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "updates": self.updates.state_dict() if self.updates is not None else None,
+            "closure": self.closure.state_dict(),
+            "clock": self.clock.state_dict(),
+            "problem": self.problem.state() if self.problem.state is not None else None,
+            "series": {name: list(values) for name, values in self.series.items()},
+            "seconds": dict(self.seconds),
+            "acceleration_seconds": self._acceleration_seconds(),
+            "mean_losses": _mean(losses, self.ranks),
+            "places": list(self._places),
+            "iterations": list(self.iterations),
+            "interval": self.interval,
+            "step": self.step,
+            "num_steps": self.num_steps,
+            "diverged_at": self.diverged_at,
+        }
+        return shared, {"losses": losses}
+
+    def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Continues where a run with the same settings was; `own` is None on ranks that did not take part in it."""
+        self.problem.model.load_state_dict(shared["model"])
+        for stage, optimizer, memory in zip(self.stages, shared["optimizers"], shared["memories"], strict=True):
+            stage.optimizer.load_state_dict(optimizer)
+            if stage.memory is not None:
+                stage.memory.load_state_dict(memory)
+        for name in ("scheduler", "ema", "updates", "closure", "clock"):
+            part = getattr(self, name)
+            if part is not None:
+                part.load_state_dict(shared[name])
+        for name in ("interval", "step", "num_steps", "diverged_at"):
+            setattr(self, name, shared[name])
+        self.series = {name: list(values) for name, values in shared["series"].items()}
+        self.seconds, self._earlier_seconds = dict(shared["seconds"]), shared["acceleration_seconds"]
+        self.iterations, self._places = list(shared["iterations"]), list(shared["places"])
+        losses = own["losses"] if own is not None else shared["mean_losses"]
+        self._losses = list(losses.to(next(self.problem.model.parameters()).device))
+        if self.problem.restore is not None:
+            self.closure.batch = self.problem.restore(shared["problem"])
+        for stage in self.stages:
+            if self.problem.points is not None and stage.after <= self.closure.iterations:
+                self.closure.optimizer = stage.optimizer
+        self.bar.skip(self._done())
+
+    def _done(self) -> int:
+        """What the progress bar counts, so far."""
+        if self.problem.points is not None:
+            return self.closure.iterations
+        return self.num_steps if isinstance(self.training, ImageTrainingConfig) else self.interval - 1
+
+    def _acceleration_seconds(self) -> float:
+        """Of all processes that had this run."""
+        return self._earlier_seconds + sum(stage.seconds() for stage in self.stages if stage.seconds is not None)
+
+    def result(self, *, finished: bool) -> Result:
+        """The series so far; of a finished run also what is worth one evaluation at the end."""
+        problem, training = self.problem, self.training
+        more: dict[str, Any] = {}
+        if finished:
+            with torch.no_grad():
+                more = {
+                    "attributes": problem.finish(self.evaluated) if problem.finish is not None else {},
+                    "fields": problem.fields(self.evaluated) if problem.fields is not None else {},
+                }
+        if not isinstance(training, PinnTrainingConfig):
+            length = _num_intervals(training) + 1 if finished else self.interval
+            padded = {name: _padded(entries, length) for name, entries in self.series.items()}
+            return Result(padded, self.diverged_at, self.num_steps, **more)
+        reason = "iterations" if self.iterations[-1] >= training.iterations else "time"
         return Result(
-            series={name: _padded(entries, len(iterations)) for name, entries in series.items()},
+            series={name: _padded(entries, len(self.iterations)) for name, entries in self.series.items()},
             diverged_epoch=None,
-            num_steps=num_steps,
-            iterations=np.asarray(iterations, dtype=np.int64),
-            diverged_iteration=diverged_at,
-            stop_reason=reason if diverged_at is None else "diverged",
-            attributes=problem.finish(evaluated) if problem.finish is not None else {},
-            fields=problem.fields(evaluated) if problem.fields is not None else {},
+            num_steps=self.num_steps,
+            iterations=np.asarray(self.iterations, dtype=np.int64),
+            diverged_iteration=self.diverged_at,
+            stop_reason=reason if self.diverged_at is None else "diverged",
+            **more,
         )
 
 
+def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingConfig, ranks: Ranks) -> Closure:
+    """The closure of the steps, with the model as it is trained: over ranks, compiled."""
+    model, device = problem.model, device_of(ranks)
+    if isinstance(training, ImageTrainingConfig):
+        if ranks.world_size > 1:
+            # Buffers are sent when somebody looks at them: before an evaluation and before a save.
+            model = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        if training.compile:
+            model = torch.compile(model)  # type: ignore[assignment]
+        scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
+        return AccumulatedClosure(problem, model, stages, training.accumulate, scaler)
+    if ranks.world_size > 1 and problem.backward is None:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    return Closure(problem, model, stages)
+
+
+def _bar(problem: Problem, training: AnyTrainingConfig, show_progress: bool) -> Bar:
+    """Progress in epochs, iterations, or steps with images."""
+    if isinstance(training, PinnTrainingConfig):
+        return Bar(training.iterations, "iterations", show_progress, training.max_seconds)
+    if isinstance(training, ImageTrainingConfig):
+        assert problem.steps_per_epoch is not None
+        return Bar(training.epochs * problem.steps_per_epoch, "steps", show_progress, images=problem.batch_images)
+    return Bar(training.epochs, "epochs", show_progress)
+
+
 def _num_intervals(training: AnyTrainingConfig) -> int:
-    if isinstance(training, TrainingConfig):
-        return training.epochs
-    return math.ceil(training.iterations / training.evaluate_every)
+    if isinstance(training, PinnTrainingConfig):
+        return math.ceil(training.iterations / training.evaluate_every)
+    return training.epochs
 
 
 def _target(training: AnyTrainingConfig, interval: int) -> int:
@@ -316,38 +452,11 @@ def _target(training: AnyTrainingConfig, interval: int) -> int:
     return min(interval * training.evaluate_every, training.iterations)
 
 
-def _length(training: AnyTrainingConfig) -> tuple[int, str]:
-    """What a progress bar counts."""
-    if isinstance(training, TrainingConfig):
-        return training.epochs, "epochs"
-    return training.iterations, "iterations"
-
-
-def _batches(
-    problem: Problem, training: AnyTrainingConfig, ranks: Ranks, closure: Closure, clock: _Clock, interval: int
-) -> Iterator[Any]:
-    """The batches of an epoch, or the points of one step after the other until the interval is over."""
-    if problem.points is None:
-        assert problem.epoch_batches is not None
-        yield from problem.epoch_batches(interval)
-        return
-    assert isinstance(training, PinnTrainingConfig)
-    target = _target(training, interval)
-    while (iteration := closure.iterations) < target and not _is_time_up(training, ranks, closure, clock):
-        for stage in closure.stages:
-            if stage.after <= iteration:
-                closure.optimizer = stage.optimizer
-        yield problem.points(problem.model, iteration)
-
-
-def _is_time_up(training: PinnTrainingConfig, ranks: Ranks, closure: Closure, clock: _Clock) -> bool:
-    """Whether the training has lasted long enough, in the opinion of rank 0."""
-    if training.max_seconds is None:
-        return False
-    up = torch.tensor(float(clock.seconds() >= training.max_seconds), device=device_of(ranks))
-    if ranks.world_size > 1:
-        dist.broadcast(up, src=0)
-    return bool(up)
+def _is_evaluated(training: AnyTrainingConfig, interval: int) -> bool:
+    """Whether an evaluation follows the interval."""
+    if not isinstance(training, ImageTrainingConfig):
+        return True
+    return interval % training.evaluate_every == 0 or interval == training.epochs
 
 
 def _prepare(closure: Closure, batch: Any, training: AnyTrainingConfig) -> None:
@@ -365,149 +474,6 @@ def _prepare(closure: Closure, batch: Any, training: AnyTrainingConfig) -> None:
         if find_accelerator(optimizer) is not None:
             aadl.reset_history(optimizer)
     closure.batch = batch
-
-
-def _counts(problem: Problem, closure: Closure) -> dict[str, float]:
-    """Series that only iterations have."""
-    if problem.points is None:
-        return {}
-    rate = closure.optimizer.param_groups[0].get("lr", math.nan)
-    return {"metrics/evaluations": float(closure.evaluations), "metrics/learning_rate": float(rate)}
-
-
-class _Clock:
-    """Seconds of wall time and of the process that passed between `start` and `stop`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._wall = self._cpu = 0.0
-        self._started: tuple[float, float] | None = None
-
-    def start(self) -> None:
-        _synchronize(self._model)
-        self._started = time.perf_counter(), time.process_time()
-
-    def stop(self) -> None:
-        assert self._started is not None
-        _synchronize(self._model)
-        self._wall += time.perf_counter() - self._started[0]
-        self._cpu += time.process_time() - self._started[1]
-        self._started = None
-
-    def seconds(self) -> float:
-        return self._wall + (time.perf_counter() - self._started[0] if self._started is not None else 0.0)
-
-    def values(self) -> dict[str, float]:
-        return {"timing/training_seconds": self._wall, "timing/training_cpu_seconds": self._cpu}
-
-
-def _moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """`e <- d_n e + (1 - d_n) w` with `d_n = min(decay, (1 + n) / (10 + n))` after n averages.
-
-    With a constant decay the random initial weights would weigh on the average for 1 / (1 - decay) steps and more, and
-    the rival would look worse than it is.
-    """
-
-    def update(averages: Any, weights: Any, num_averaged: Any) -> None:
-        count = float(num_averaged)
-        torch._foreach_lerp_(averages, weights, 1.0 - min(decay, (1.0 + count) / (10.0 + count)))
-
-    return update
-
-
-class _Updates:
-    """Relative standard deviation of consecutive updates u_k = x_{k+1} - x_k, pooled over an epoch.
-
-    For two neighbors the variance over the squared mean is `||u_{k+1} - u_k||^2 / ||u_{k+1} + u_k||^2`; pooled,
-
-        s^2 = sum_k ||u_{k+1} - u_k||^2 / sum_k ||u_{k+1} + u_k||^2.
-
-    Aligned updates give 0, independent ones of zero mean 1, alternating ones more. Pairs reach across epochs, for with
-    a single batch an epoch there were none otherwise.
-    """
-
-    def __init__(self) -> None:
-        self._last: Tensor | None = None
-        self._start: Tensor | None = None
-        self._sums = [0.0, 0.0]
-
-    def before(self, model: nn.Module) -> None:
-        self._start = parameters_to_vector(model.parameters()).detach().clone()
-
-    def after(self, model: nn.Module) -> None:
-        assert self._start is not None  # before() was called
-        update = parameters_to_vector(model.parameters()).detach() - self._start
-        if self._last is not None:
-            self._sums[0] += float((update - self._last).double().square().sum())
-            self._sums[1] += float((update + self._last).double().square().sum())
-        self._last = update
-
-    def relative_standard_deviation(self) -> float:
-        difference, total = self._sums
-        self._sums = [0.0, 0.0]
-        return math.sqrt(difference / total) if total > 0 else math.nan
-
-
-class _Bar:
-    """Progress on stderr: a bar on a terminal, at most ten plain lines elsewhere; with the last loss and error.
-
-    A line appears for each tenth of the total count or of `max_seconds` of training, whichever is further.
-    """
-
-    def __init__(self, total: int, unit: str, enabled: bool = True, max_seconds: float | None = None) -> None:
-        self._total, self._unit, self._count, self._max_seconds = total, unit, 0, max_seconds
-        self._start = time.perf_counter()
-        self._lines = enabled and not sys.stderr.isatty()
-        self._told = 0
-        self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
-
-    def update(self, count: int) -> None:
-        self._count += count
-        if self._bar is not None:
-            self._bar.update(min(count, self._total - self._bar.n))  # the last step may go beyond
-
-    def show(self, values: Mapping[str, float] | None = None) -> None:
-        """Tells the loss and the error; the plain lines appear here."""
-        shown = _headline(values or {})
-        if self._bar is not None:
-            self._bar.set_postfix(shown)
-        tenths = self._tenths((values or {}).get("timing/training_seconds", 0.0))
-        if self._lines and tenths > self._told:
-            self._told = tenths
-            seconds = time.perf_counter() - self._start
-            more = "".join(f", {name} {text}" for name, text in shown.items())
-            if shown and self._unit == "iterations":
-                more += f", {self._count / max(seconds, 1e-9):.0f} iterations/s"
-            count = min(self._count, self._total)
-            print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
-
-    def _tenths(self, seconds: float) -> int:
-        """0 to 10, after so many seconds of training."""
-        timed = int(10 * seconds / self._max_seconds) if self._max_seconds is not None else 0
-        return min(10, max(self._count * 10 // self._total, timed))
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _headline(values: Mapping[str, float]) -> dict[str, str]:
-    """The training loss and the first error on a validation set, as texts."""
-    errors = (value for name, value in values.items() if name.startswith("metrics/validation/"))
-    shown = {"loss": values.get("metrics/train/loss"), "error": next(errors, None)}
-    return {name: f"{value:.3g}" for name, value in shown.items() if value is not None}
-
-
-def progress(items: Iterable[Any], total: int, unit: str, enabled: bool = True) -> Iterator[Any]:
-    """Passes the items on, with a bar on a terminal and at most ten plain lines elsewhere, both on stderr."""
-    bar = _Bar(total, unit, enabled)
-    try:
-        for item in items:
-            yield item
-            bar.update(1)
-            bar.show()
-    finally:
-        bar.close()
 
 
 def _evaluate(problem: Problem, model: nn.Module) -> dict[str, float]:
@@ -553,13 +519,12 @@ def _padded(values: list[float], length: int) -> np.ndarray:
 
 
 def _mean_over_ranks(value: Tensor, ranks: Ranks) -> float:
-    if ranks.world_size > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-        value /= ranks.world_size
-    return float(value)
+    return float(_mean(value, ranks))
 
 
-def _synchronize(model: nn.Module) -> None:
-    if next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
+def _mean(value: Tensor, ranks: Ranks) -> Tensor:
+    if ranks.world_size == 1:
+        return value
+    total = value.to(device_of(ranks), copy=True)
+    dist.all_reduce(total)
+    return total / ranks.world_size

@@ -13,7 +13,8 @@ from experiments.config import expand_runs, parse_config
 from experiments.launch import Ranks
 from experiments.pinn import load_equation
 from experiments.record import run_path, write_run
-from experiments.train import Field, Result
+from experiments.problem import Field
+from experiments.train import Result
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ADAM = {"name": "Adam", "lr": 1e-2}

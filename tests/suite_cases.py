@@ -15,7 +15,8 @@ from experiments.config import (
     expand_runs,
     parse_config,
 )
-from experiments.train import Problem, Result
+from experiments.problem import Problem
+from experiments.train import Result
 
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})
 TUNED = Component("SGD", {**SGD.arguments, "lr": 1e-2})
@@ -80,7 +81,7 @@ def pinn_run(variant=None, training=None, **problem):
 
 
 def problem(source="csv", digest="abc"):
-    return Problem(torch.nn.Linear(1, 1), lambda epoch: [], lambda model, batch: None, lambda model: {}, source, digest)
+    return Problem(torch.nn.Linear(1, 1), lambda epoch, first: [], lambda model, batch: None, lambda model: {}, source, digest)
 
 
 def result(train_losses, seconds_per_epoch=1.0, diverged_epoch=None, **series):

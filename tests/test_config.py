@@ -78,7 +78,7 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
         (
             ["experiment"],
             "graduate",
-            r"one of graduate_admissions, burgers_2d, burgers_100d, got 'graduate'",
+            r"one of graduate_admissions, burgers_2d, burgers_100d, imagenet, got 'graduate'",
         ),
         (["scale"], "../x", r"scale must be a name"),
         (["seeds"], [0, 0], r"seeds must be one or several different integers"),

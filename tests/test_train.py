@@ -12,7 +12,9 @@ from experiments.checks import Component, make_optimizer
 from experiments.config import TrainingConfig
 from experiments.launch import Ranks
 from experiments.models.mlp import MLP
-from experiments.train import Problem, _moving_average, _Updates, train
+from experiments.problem import Problem
+from experiments.steps import Updates, moving_average
+from experiments.train import train
 
 TRAIN = "metrics/train/loss"
 
@@ -29,7 +31,7 @@ def quadratic(curvature=1.0, start=1.0, num_batches=2, fail_at=None):
 
     return Problem(
         model=model,
-        epoch_batches=lambda epoch: [(epoch, step) for step in range(num_batches)],
+        epoch_batches=lambda epoch, first: [(epoch, step) for step in range(first, num_batches)],
         loss=loss,
         evaluate=lambda network: {TRAIN: float(network(torch.ones(1, 1)).square().mean())},
         data_source="csv",
@@ -55,7 +57,7 @@ def test_the_loop_is_gradient_descent():
 def test_training_seconds_leave_the_evaluation_out(monkeypatch):
     problem = quadratic()
     clock = [0.0]
-    monkeypatch.setattr("experiments.train.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("experiments.steps.time.perf_counter", lambda: clock[0])
 
     def loss(network, batch):
         clock[0] += 1.0
@@ -86,16 +88,16 @@ def test_scheduler_steps_once_an_epoch():
     assert result.series[TRAIN][1] < 1 and result.series[TRAIN][1] == result.series[TRAIN][3]
 
 
-def test_moving_average_is_evaluated_and_never_written_back():
+def testmoving_average_is_evaluated_and_never_written_back():
     problem, plain_problem = quadratic(), quadratic()
     averaged = run(problem, ema_decay=0.99)
     plain = run(plain_problem)
     assert torch.equal(problem.model.weight, plain_problem.model.weight)
     assert averaged.series[TRAIN][-1] > plain.series[TRAIN][-1]  # it lags behind
     average, weights = [torch.ones(1)], [torch.zeros(1)]
-    _moving_average(0.99)(average, weights, torch.tensor(1))
+    moving_average(0.99)(average, weights, torch.tensor(1))
     assert average[0].item() == pytest.approx(2 / 11)  # a short memory at first
-    _moving_average(0.99)(average, [torch.ones(1)], torch.tensor(10_000))
+    moving_average(0.99)(average, [torch.ones(1)], torch.tensor(10_000))
     assert average[0].item() == pytest.approx(1 - 0.99 * 9 / 11)
 
 
@@ -121,7 +123,7 @@ def test_statistics_become_series():
 )
 def test_relative_standard_deviation_of_updates(updates, expected):
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    measure = _Updates()
+    measure = Updates()
     for update in updates:
         measure.before(model)
         with torch.no_grad():
@@ -132,7 +134,7 @@ def test_relative_standard_deviation_of_updates(updates, expected):
 
 def test_updates_of_random_sign_have_deviation_one():
     model = torch.nn.Linear(100, 100, bias=False)
-    measure = _Updates()
+    measure = Updates()
     for _ in range(20):
         measure.before(model)
         with torch.no_grad():

@@ -1,0 +1,319 @@
+"""From encoded bytes to pixels: decoders, random and central crops, and what makes an image unreadable."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where it is used: packing and reading start faster without torch
+
+DECODERS = ("pillow", "torchvision", "dali")
+POLICIES = ("skip", "stop")
+FORMATS = ("JPEG", "PNG", "MPO", "BMP", "PPM", "GIF", "WEBP", "TIFF")  # of Pillow; others may start programs
+NEEDS = {"pillow": "PIL", "torchvision": "torchvision.io", "dali": "nvidia.dali"}
+
+AREA = (0.08, 1.0)  # of a random crop, as a share of the image
+ASPECT = (3 / 4, 4 / 3)  # its width over its height
+ATTEMPTS = 10
+NUM_UNIFORM = 2 * ATTEMPTS + 3  # random numbers of an augmentation: area and aspect of every attempt, x, y, flip
+
+Pixels = NDArray[np.uint8]
+"""(height, width, 3)."""
+
+
+class ImageError(Exception):
+    """An image that cannot be read; the message is the reason, or a whole sentence that names the image."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How images become pixels.
+
+    Attributes:
+        size: side of the square crop, in pixels.
+        resize: length of the short side before the central crop at evaluation, in pixels, at least `size`.
+        decoder: "pillow", or "torchvision" or "dali" where these import.
+        on_corrupt: what an unreadable image does: "skip" it, count it and go on, or "stop".
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    size: int
+    resize: int
+    decoder: str = "pillow"
+    on_corrupt: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
+        if self.resize < self.size:
+            raise ValueError(f"resize must be at least size, {self.size} pixels, got {self.resize}")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
+        if self.on_corrupt not in POLICIES:
+            raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Part of an image, in pixels, that becomes the square; fractions are allowed; mirrored where `flip`."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    flip: bool = False
+
+    def pixels(self) -> tuple[int, int, int, int, bool]:
+        """Left, top, width, height, flip of a crop of whole pixels."""
+        return int(self.left), int(self.top), int(self.width), int(self.height), self.flip
+
+
+# ---- crops -----------------------------------------------------------------------------------------------------------
+
+
+def random_crop(width: int, height: int, numbers: list[float]) -> Crop:
+    """Crop of a random area and aspect at a random place, mirrored in half of the cases.
+
+    Area uniform in 8 % to 100 % of the image, aspect log-uniform in 3/4 to 4/3; after ten attempts that do not fit, the
+    largest central crop with an aspect in that range (Szegedy et al. 2015; torchvision's RandomResizedCrop).
+
+    Args:
+        width: of the image, in pixels, >= 1.
+        height: of the image, in pixels, >= 1.
+        numbers: NUM_UNIFORM of them, in [0, 1).
+    """
+    x, y, flip = numbers[-3], numbers[-2], numbers[-1] < 0.5
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    for attempt in range(ATTEMPTS):
+        area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * numbers[2 * attempt])
+        aspect = math.exp(low + (high - low) * numbers[2 * attempt + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return Crop(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h, flip)
+    w = min(width, max(1, round(height * ASPECT[1])))
+    h = min(height, max(1, round(width / ASPECT[0])))
+    return Crop((width - w) // 2, (height - h) // 2, w, h, flip)
+
+
+def central_place(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
+    """Size of an image whose short side was resized to `resize` pixels, and left and top of its central square.
+
+    Returns:
+        Width, height, left, top, in pixels, rounded as torchvision's Resize and CenterCrop do.
+    """
+    short = min(width, height)
+    new_width, new_height = int(resize * width / short), int(resize * height / short)
+    return new_width, new_height, round((new_width - size) / 2), round((new_height - size) / 2)
+
+
+def central_crop(width: int, height: int, size: int, resize: int) -> Crop:
+    """The part of the original image that the central square shows, see `central_place`."""
+    new_width, new_height, left, top = central_place(width, height, size, resize)
+    x, y = width / new_width, height / new_height
+    return Crop(left * x, top * y, min(size * x, width - left * x), min(size * y, height - top * y))
+
+
+# ---- decoders --------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Decodes, crops and resizes one image after the other.
+
+    Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). Gray, CMYK and
+    palette images become RGB, alpha is dropped, the first frame counts, EXIF orientation is not applied. Draft decoding
+    is not used: it changes pixels.
+
+    Attributes:
+        decoding: what was asked for.
+        num_fallbacks: images that Pillow read because the chosen decoder refused them.
+
+    Raises:
+        ValueError: the decoder does not import.
+    """
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.num_fallbacks = 0
+        self._first: Callable[[bytes, int, int, list[float] | None], Pixels] | None = None
+        if decoding.decoder == "torchvision":
+            self._first = _WithTorchvision(decoding)
+        elif decoding.decoder == "dali":
+            self._first = _WithDali(decoding)
+
+    def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
+        """The square, (size, size, 3).
+
+        Args:
+            data: the encoded image.
+            numbers: for a random crop, see `random_crop`; None for the central one.
+
+        Raises:
+            ImageError: the image cannot be read, or is too large to be one (Image.MAX_IMAGE_PIXELS).
+        """
+        image = open_image(data)
+        if self._first is not None:
+            try:
+                return self._first(data, *image.size, numbers)
+            except Exception:  # whatever a library raises on an image that it does not take: Pillow decides
+                self.num_fallbacks += 1
+        size = self.decoding.size
+        crop = (
+            central_crop(*image.size, size, self.decoding.resize)
+            if numbers is None
+            else random_crop(*image.size, numbers)
+        )
+        box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+        square = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+        return np.asarray(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else square)
+
+
+def check_decoder(name: str) -> ModuleType:
+    """The module that a decoder needs; raises ValueError, in one sentence, where it does not import."""
+    try:
+        return importlib.import_module(NEEDS[name])
+    except Exception as error:  # a broken installation raises anything, RuntimeError and OSError included
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"decoder {name!r} needs {NEEDS[name]}, which does not import here ({reason}): install it, or choose pillow"
+        ) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Context in which warnings about rubbish in headers are ignored and images beyond the size limit are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Image whose header was read; raises ImageError."""
+    if not data:
+        raise ImageError("it is empty")
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        raise ImageError(_reason(error)) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The decoded image in RGB; raises ImageError, also where the file is truncated."""
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
+    except Exception as error:
+        raise ImageError(_reason(error)) from None
+
+
+class _WithTorchvision:
+    """torchvision's decoder and torch's resizing, which takes no pixel from beyond the crop."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        import torch
+
+        module = check_decoder("torchvision")
+        self.decoding = decoding
+        self.decode = partial(module.decode_image, mode=module.ImageReadMode.RGB)
+        self.as_tensor = partial(torch.frombuffer, dtype=torch.uint8)
+
+    def __call__(self, data: bytes, width: int, height: int, numbers: list[float] | None) -> Pixels:
+        image: Tensor = self.decode(self.as_tensor(data))
+        if image.itemsize != 1 or image.shape != (3, height, width):
+            raise ImageError(f"it was decoded to {tuple(image.shape)}, {image.dtype}")
+        size = self.decoding.size
+        if numbers is None:
+            new_width, new_height, left, top = central_place(width, height, size, self.decoding.resize)
+            square = _resized(image, new_width, new_height)[:, top : top + size, left : left + size]
+        else:
+            x, y, w, h, flip = random_crop(width, height, numbers).pixels()
+            square = _resized(image[:, y : y + h, x : x + w], size, size)
+            square = square.flip(2) if flip else square
+        return square.permute(1, 2, 0).numpy()
+
+
+def _resized(image: Tensor, width: int, height: int) -> Tensor:
+    from torch.nn.functional import interpolate
+
+    return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+class _WithDali:
+    """A DALI pipeline on the processor that decodes no more than the crop, one image a run."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.pipeline: Any = None
+
+    def __call__(self, data: bytes, width: int, height: int, numbers: list[float] | None) -> Pixels:
+        size = self.decoding.size
+        if numbers is None:
+            new_width, new_height, left, top = central_place(width, height, size, self.decoding.resize)
+            return self._run(data, (0, 0, width, height), new_width, new_height)[top : top + size, left : left + size]
+        x, y, w, h, flip = random_crop(width, height, numbers).pixels()
+        square = self._run(data, (x, y, w, h), size, size)
+        return square[:, ::-1] if flip else square
+
+    def _run(self, data: bytes, window: tuple[int, int, int, int], width: int, height: int) -> Pixels:
+        if self.pipeline is None:
+            self.pipeline = _dali_pipeline()
+        x, y, w, h = window
+        try:
+            self.pipeline.feed_input("data", [np.frombuffer(data, np.uint8)])
+            self.pipeline.feed_input("window", [np.array([y, x, h, w], np.float32)])
+            self.pipeline.feed_input("size", [np.array([height, width], np.float32)])
+            (output,) = self.pipeline.run()
+            return np.array(output.at(0))
+        except Exception:
+            self.pipeline = None  # DALI takes no more input after an error
+            raise
+
+
+def _dali_pipeline() -> Any:
+    """decode window [y, x, height, width] -> resize to [height, width]."""
+    dali = check_decoder("dali")
+    fn = importlib.import_module(f"{dali.__name__}.fn")
+
+    @dali.pipeline_def(
+        batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False
+    )
+    def pipeline() -> Any:
+        data, window, size = (fn.external_source(name=name) for name in ("data", "window", "size"))
+        image = fn.decoders.image_slice(
+            data,
+            window[0:2],
+            window[2:4],
+            axes=(0, 1),
+            normalized_anchor=False,
+            normalized_shape=False,
+            adjust_orientation=False,
+            output_type=dali.types.DALIImageType.RGB,
+        )
+        return fn.resize(image, size=size, interp_type=dali.types.DALIInterpType.INTERP_LINEAR, antialias=True)
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image of a known format"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it announces more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    return str(error).partition("\n")[0] or type(error).__name__

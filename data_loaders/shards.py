@@ -1,0 +1,381 @@
+"""Packed images for parallel file systems: many encoded images in few HDF5 files, read by offset.
+
+A set is `<folder>/<split>-00000-of-000NN.h5` and so on. Each shard holds, as contiguous datasets, the encoded bytes of
+its images one after the other (`data`), where each begins (`offsets`, one more than images), `labels`, a CRC-32 an
+image (`crc32`) and the names (`names`, `name_offsets`). Attributes: format, version, split, shard, num_shards,
+class_names, source, pack_digest (the same for all shards of a set, no other), left_out (names of unreadable images),
+table_crc32 and names_crc32 (checksums of the small datasets) and, last, complete. HDF5 is needed to open a set, not to
+read its images: that takes one pread, which is safe in any process.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+SHARD_VERSION = 1
+FORMAT = "packed images"
+IMAGES_PER_SHARD = 10_000  # about 1 GB of ImageNet
+SPLITS = ("train", "validation")
+
+Item = tuple[str, int, bytes]
+"""Name, label, encoded image."""
+
+
+class PackedNames:
+    """Many strings as one array of bytes and offsets: workers that fork share it, and a pickle is small."""
+
+    def __init__(self, data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self.data, self.offsets = data, offsets
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> PackedNames:
+        """Packs strings; names of files that are no UTF-8 survive."""
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(each) for each in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+# ---- headers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What is known of a shard without its images.
+
+    Attributes:
+        path: its file.
+        shard, num_shards: its number, and how many there are.
+        class_names: of the whole set.
+        source: what the set was made from.
+        pack_digest: common to the shards of a set.
+        left_out: names of images that were unreadable.
+        names_crc32: checksum of the names.
+        start: place of the first image in the file, in bytes.
+        offsets: of each image from there, and of the end, (n + 1,).
+        labels: (n,).
+        crc32: (n,).
+    """
+
+    path: Path
+    shard: int
+    num_shards: int
+    class_names: tuple[str, ...]
+    source: str
+    pack_digest: str
+    left_out: tuple[str, ...]
+    names_crc32: int
+    start: int
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
+
+
+def shard_path(folder: Path, split: str, shard: int, num_shards: int) -> Path:
+    """`<folder>/<split>-<shard>-of-<num_shards>.h5`."""
+    return folder / f"{split}-{shard:05d}-of-{num_shards:05d}.h5"
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in order; none where the split is not packed here.
+
+    Raises:
+        ValueError: shards are missing, or belong to sets of different numbers of shards.
+    """
+    pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})-of-(\d{{5,}})\.h5")
+    found: dict[tuple[int, int], Path] = {}  # by (number of shards, number of the shard)
+    for path in folder.iterdir():
+        if match := pattern.fullmatch(path.name):
+            found[int(match[2]), int(match[1])] = path
+    if not found:
+        return []
+    totals = sorted({total for total, _ in found})
+    if len(totals) > 1:
+        counts = " and ".join(map(str, totals))
+        raise ValueError(f"{folder} mixes {split} shards of sets with {counts} shards: keep one set in a folder")
+    missing = sorted(set(range(totals[0])) - {shard for _, shard in found})
+    if missing:
+        names = ", ".join(shard_path(folder, split, shard, totals[0]).name for shard in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"{folder} lacks {len(missing)} of {totals[0]} {split} shards: {names}{more}")
+    return [found[place] for place in sorted(found)]
+
+
+def read_header(path: Path) -> Shard:
+    """Everything but the images, checked for consistency.
+
+    Raises:
+        ValueError: the file is no shard, is incomplete, damaged, or of another version; one sentence names it.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = dict(file.attrs)
+            if attributes.get("format") != FORMAT:
+                raise ValueError(f"{path} is not a shard of packed images")
+            version = int(attributes["version"])
+            if version != SHARD_VERSION:
+                raise ValueError(
+                    f"{path} has shard version {version} where this code reads {SHARD_VERSION}: pack the images again"
+                )
+            if not attributes.get("complete"):
+                raise ValueError(f"{path} is incomplete: pack the images again")
+            data = file["data"]
+            shard = Shard(
+                path,
+                int(attributes["shard"]),
+                int(attributes["num_shards"]),
+                tuple(json.loads(attributes["class_names"])),
+                str(attributes["source"]),
+                str(attributes["pack_digest"]),
+                tuple(json.loads(attributes["left_out"])),
+                int(attributes["names_crc32"]),
+                data.id.get_offset() or 0,
+                file["offsets"][:],
+                file["labels"][:],
+                file["crc32"][:],
+            )
+            num_bytes, contiguous, table_crc32 = len(data), data.chunks is None, int(attributes["table_crc32"])
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip("'\"").partition("\n")[0]
+        raise ValueError(f"{path} cannot be read as a shard of packed images ({reason})") from None
+    problem = "its table of images has the wrong checksum"
+    if _crc32_of(shard.offsets, shard.labels, shard.crc32) == table_crc32:
+        problem = _inconsistency(shard, num_bytes, contiguous)
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}")
+    return shard
+
+
+def _inconsistency(shard: Shard, num_bytes: int, contiguous: bool) -> str:
+    offsets, labels = shard.offsets, shard.labels
+    size = shard.path.stat().st_size
+    if not contiguous:
+        return "its images are not contiguous"
+    if not len(offsets) == len(labels) + 1 == len(shard.crc32) + 1:
+        return f"it has {len(offsets)} offsets, {len(labels)} labels and {len(shard.crc32)} checksums"
+    if offsets[0] != 0 or offsets[-1] != num_bytes or bool((np.diff(offsets) < 0).any()):
+        return "its offsets do not divide its images"
+    if size < shard.start + num_bytes:
+        return f"it has {size:,} bytes where its images end at byte {shard.start + num_bytes:,}"
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(shard.class_names):
+        return f"it has labels outside its {len(shard.class_names)} classes"
+    return ""
+
+
+def read_names(shard: Shard) -> PackedNames:
+    """Names of the images of a shard; raises ValueError where they are damaged."""
+    try:
+        with h5py.File(shard.path, "r", locking=False) as file:
+            names = PackedNames(file["names"][:], file["name_offsets"][:])
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the names in {shard.path} cannot be read ({error})") from None
+    if len(names) != len(shard.labels) or _crc32_of(names.data, names.offsets) != shard.names_crc32:
+        raise ValueError(f"the names in {shard.path} have the wrong checksum")
+    return names
+
+
+def _crc32_of(*arrays: NDArray[Any]) -> int:
+    checksum = 0
+    for array in arrays:
+        checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, checksum)
+    return checksum
+
+
+def check_same_set(shards: Sequence[Shard]) -> None:
+    """Raises ValueError where a shard is not where it belongs, or belongs to another set."""
+    for number, shard in enumerate(shards):
+        if (shard.shard, shard.num_shards) != (number, len(shards)):
+            raise ValueError(f"{shard.path} is shard {shard.shard} of {shard.num_shards} by its contents")
+        if shard.pack_digest != shards[0].pack_digest or shard.class_names != shards[0].class_names:
+            raise ValueError(f"{shard.path} belongs to another set than {shards[0].path.name}: pack the images again")
+
+
+def digest_of(*parts: Any) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part).encode())
+    return state.hexdigest()[:16]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """What the shards of a set have in common, see `Shard`."""
+
+    split: str
+    class_names: tuple[str, ...]
+    source: str
+    pack_digest: str
+
+
+def write_packed(
+    folder: str | os.PathLike[str],
+    split: str,
+    items: Iterable[Item],
+    class_names: Sequence[str],
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    source: str = "packed",
+) -> list[Path]:
+    """Writes a split in this process, all of it or nothing, in place of one that the folder holds already.
+
+    Args:
+        folder: made where it is missing.
+        split: "train" or "validation".
+        items: name, label and encoded image of each; read once, one after the other.
+        class_names: in the order of the labels.
+        images_per_shard: >= 1.
+        source: what the images are, for records.
+
+    Returns:
+        The shards.
+
+    Raises:
+        ValueError: an argument outside its range, or no item.
+        OSError: writing failed.
+    """
+    folder = Path(folder)
+    check_writing(split, images_per_shard)
+    folder.mkdir(parents=True, exist_ok=True)
+    remaining = iter(items)
+    written: list[Path] = []
+    digest = hashlib.sha256(json.dumps([source, list(class_names), images_per_shard]).encode())
+    header = Header(split, tuple(class_names), source, "")
+    try:
+        for first in remaining:
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{split}-", suffix=".tmp")
+            os.close(handle)
+            written.append(Path(temporary))
+            shard = chain([first], islice(remaining, images_per_shard - 1))
+            digest.update(_fill(written[-1], header, shard, ()).tobytes())
+        if not written:
+            raise ValueError(f"there is no image to pack for {split}")
+        for number, path in enumerate(written):
+            _complete(path, number, len(written), digest.hexdigest()[:16])
+        for path in folder.glob(f"{split}-*-of-*.h5"):
+            path.unlink()
+        return [path.replace(shard_path(folder, split, number, len(written))) for number, path in enumerate(written)]
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def write_shard(
+    path: Path, header: Header, shard: int, num_shards: int, items: Iterable[Item], left_out: Sequence[str] = ()
+) -> None:
+    """Writes one shard to a temporary file and moves it into place; `left_out` may grow while items are taken."""
+    with _temporary(path) as temporary:
+        _fill(temporary, header, items, left_out)
+        _complete(temporary, shard, num_shards, header.pack_digest)
+
+
+def check_writing(split: str, images_per_shard: int) -> None:
+    """Raises ValueError for an unknown split or a shard without images."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be train or validation, got {split!r}")
+    if images_per_shard < 1:
+        raise ValueError(f"images_per_shard must be at least 1, got {images_per_shard}")
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A file in the same folder that takes the place of `path` in the end, or goes away."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # of a write, which knows no name
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
+        raise
+
+
+def _fill(path: Path, header: Header, items: Iterable[Item], left_out: Sequence[str]) -> NDArray[np.uint32]:
+    """Writes all but the last attributes; returns the checksums.
+
+    The size of a contiguous dataset must be known when it is made, so the images are spooled first: memory stays small,
+    and a full disk shows in an ordinary write. HDF5 itself brings the interpreter down when it runs out of space.
+    """
+    names: list[str] = []
+    labels: list[int] = []
+    sizes: list[int] = []
+    checksums: list[int] = []
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        for name, label, data in items:
+            if not 0 <= label < len(header.class_names):
+                raise ValueError(f"{name} has label {label}, outside the {len(header.class_names)} classes")
+            names.append(name)
+            labels.append(label)
+            sizes.append(len(data))
+            checksums.append(zlib.crc32(data))
+            spool.write(data)
+        spool.seek(0)
+        crc32 = np.array(checksums, np.uint32)
+        packed = PackedNames.of(names)
+        needed = sum(sizes) + 40 * len(names) + len(packed.data) + (1 << 20)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
+        with h5py.File(path, "w", locking=False) as file:
+            table = (np.cumsum([0, *sizes], dtype=np.int64), np.array(labels, np.int64), crc32)
+            file["offsets"], file["labels"], file["crc32"] = table
+            file["names"] = packed.data
+            file["name_offsets"] = packed.offsets
+            file.attrs["format"], file.attrs["version"], file.attrs["split"] = FORMAT, SHARD_VERSION, header.split
+            file.attrs["source"] = header.source
+            file.attrs["table_crc32"] = _crc32_of(*table)
+            file.attrs["names_crc32"] = _crc32_of(packed.data, packed.offsets)
+            _set_text(file, "class_names", json.dumps(header.class_names))
+            _set_text(file, "left_out", json.dumps(list(left_out)))
+            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            plist.set_layout(h5py.h5d.CONTIGUOUS)
+            plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            space = h5py.h5s.create_simple((sum(sizes),))
+            start = h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U8LE, space, plist).get_offset()
+        if start is not None:  # None where no image has a byte
+            with path.open("rb+") as file:
+                file.seek(start)
+                shutil.copyfileobj(spool, file, 1 << 22)
+    return crc32
+
+
+def _set_text(file: h5py.File, name: str, text: str) -> None:
+    """An attribute of any length: beyond 64 KB, HDF5 takes text of variable length only."""
+    file.attrs.create(name, text, dtype=h5py.string_dtype())
+
+
+def _complete(path: Path, shard: int, num_shards: int, pack_digest: str) -> None:
+    with h5py.File(path, "r+", locking=False) as file:
+        file.attrs["shard"], file.attrs["num_shards"], file.attrs["pack_digest"] = shard, num_shards, pack_digest
+        file.attrs["complete"] = True
+    os.chmod(path, 0o644)  # mkstemp makes the file private
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())

@@ -1,0 +1,235 @@
+"""How a rank leaves its job: together with the others, or at once when one of them has failed.
+
+A failed rank must end the job within seconds and with one traceback, its own. So it says in the store of all ranks
+that it failed, and a thread of every rank looks there; a rank that lost its connection looks there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from experiments.ranks import Ranks
+from experiments.rendezvous import Deadline, host_of
+
+RESUME_CODE = 75  # all ranks stop together to be continued by a later job
+WATCH_SECONDS = 1.0
+CLAIM_SECONDS = 3.0  # a rank that lost its connection waits so long for the rank that failed to say so
+FAREWELL_SECONDS = 30.0
+
+
+@dataclass
+class Joined:
+    """The ranks that this process has met: their store, and the watch over the others.
+
+    Attributes:
+        ranks: this process.
+        base: the store, with the keys of earlier attempts in it.
+        store: the part of it that belongs to this attempt.
+        groups: process groups so far.
+        done: ends the watch.
+        watcher: the thread that watches.
+    """
+
+    ranks: Ranks
+    base: Store
+    store: Store
+    groups: int = 0
+    done: threading.Event | None = None
+    watcher: threading.Thread | None = None
+
+
+_joined: Joined | None = None
+_last_words = threading.Lock()
+
+
+def joined() -> Joined | None:
+    """The ranks that this process has met, if it has."""
+    return _joined
+
+
+def join(ranks: Ranks, base: Store, store: Store) -> Joined:
+    """Remembers the ranks that this process has met; they stay the same until it leaves."""
+    global _joined
+    _joined = Joined(ranks, base, store)
+    return _joined
+
+
+def watch(met: Joined) -> None:
+    """Starts to watch the other ranks, in a thread, until the process group is left."""
+    met.done = threading.Event()
+    met.watcher = threading.Thread(target=_watch, args=(met, met.done), daemon=True)
+    met.watcher.start()
+
+
+def stop_process_group(ranks: Ranks) -> None:
+    """Leaves the process group, if there is one, with the other ranks, or at once if an exception is under way."""
+    if ranks.world_size == 1 or not dist.is_initialized():
+        return
+    failing = sys.exc_info()[1] is not None
+    if _joined is not None:
+        _stop_watching(_joined)
+        if not failing:
+            _wait_for_all(_joined, f"stop {_joined.groups}", FAREWELL_SECONDS)
+    # Wrappers of models own threads that must not outlive the group: torch would abort the process at its exit.
+    gc.collect()
+    if not (failing and dist.get_backend() == "nccl"):  # which would wait for what the others no longer do
+        dist.destroy_process_group()
+
+
+def _stop_watching(met: Joined) -> None:
+    if met.done is not None:
+        met.done.set()
+    if met.watcher is not None and met.watcher is not threading.current_thread():
+        met.watcher.join(timeout=2 * WATCH_SECONDS)
+
+
+def _wait_for_all(met: Joined, name: str, seconds: float) -> None:
+    """Waits until all ranks have come here; not longer than that, nor for a rank 0 that is gone with its store."""
+    end = Deadline(seconds)
+    with contextlib.suppress(RuntimeError):
+        if met.store.add(f"{name} arrived", 1) == met.ranks.world_size:
+            met.store.set(f"{name} all", "")
+        while not met.store.check([f"{name} all"]) and end.pause():
+            pass
+        met.store.add(f"{name} seen", 1)
+        if met.ranks.rank == 0:  # its store goes with it
+            end = Deadline(2.0)
+            while met.store.add(f"{name} seen", 0) < met.ranks.world_size and end.pause():
+                pass
+
+
+@contextlib.contextmanager
+def end_on_failure(ranks: Ranks) -> Iterator[None]:
+    """Ends this process, and with it the job, if the body raises; a single process raises as usual.
+
+    The first rank to fail prints its traceback, or one sentence for a mistake of the user, and tells the others through
+    the store; they print one line each, whether they wait in a collective or not. The code is 2 after a mistake of the
+    user, 130 after Ctrl-C, else 1.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if ranks.world_size == 1:
+            raise
+        _fail(ranks, error)
+
+
+def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
+    mistake = isinstance(error, (ValueError, OSError))
+    code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
+    me, what = f"rank {ranks.rank} on {host_of(ranks)}", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    first: dict[str, Any] | None = None
+    if _joined is None:
+        if mistake and ranks.rank > 0:  # most mistakes are everyone's: rank 0 tells them, and the launcher ends the job
+            time.sleep(WATCH_SECONDS)
+    else:
+        first = _claim(_joined, {"rank": ranks.rank, "host": host_of(ranks), "what": what}, _is_lost_connection(error))
+    if not _last_words.acquire(blocking=False):
+        time.sleep(FAREWELL_SECONDS)  # the watcher is speaking, and ends the process
+    if first is not None:
+        print(_ended_by(me, first), file=sys.stderr)
+        code = 1
+    elif mistake or (isinstance(error, RuntimeError) and _joined is None):
+        print(f"error: {me}: {' '.join(str(error).split())}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+        print(f"{me}: interrupted", file=sys.stderr)
+    else:
+        text = "".join(traceback.format_exception(error))
+        print(f"{me} failed:\n{text}", end="", file=sys.stderr)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    if _joined is not None and first is None:
+        _let_others_hear(_joined)
+    os._exit(code)
+
+
+def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str, Any] | None:
+    """Says that this rank is the first to fail, unless another one was, which is returned.
+
+    A lost connection is the consequence of another rank's failure, which has yet to say so, or was killed.
+    """
+    end = Deadline(CLAIM_SECONDS)
+    try:
+        while lost_connection and not met.store.check(["failed"]) and end.pause():
+            pass
+        first: dict[str, Any] = json.loads(met.store.compare_set("failed", "", json.dumps(own)))
+    except RuntimeError:
+        return {"rank": 0, "host": "", "what": "it ended, and its store with it"} if lost_connection else None
+    if first == own:
+        return None
+    with contextlib.suppress(RuntimeError):
+        met.store.add("heard", 1)
+    return first
+
+
+def _is_lost_connection(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset|refused)", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _let_others_hear(met: Joined) -> None:
+    """Keeps the store of rank 0 for a moment, so that the others can read who failed."""
+    end = Deadline(CLAIM_SECONDS if met.ranks.rank == 0 else 0.0)
+    with contextlib.suppress(RuntimeError):
+        while end.pause() and met.store.add("heard", 0) < met.ranks.world_size - 1:
+            pass
+
+
+def _ended_by(me: str, first: Mapping[str, Any]) -> str:
+    where = f" on {first['host']}" if first["host"] else ""
+    return f"{me}: ended because rank {first['rank']}{where} failed: {first['what']}"
+
+
+def _watch(met: Joined, done: threading.Event) -> None:
+    """Ends this process when another rank says that it failed, or rank 0 is gone, also in the midst of a collective."""
+    first: dict[str, Any] = {"rank": 0, "host": "", "what": "it ended, and its store with it"}
+    while not done.wait(WATCH_SECONDS):
+        try:
+            if not met.store.check(["failed"]):
+                continue
+            first = json.loads(met.store.get("failed"))
+            if first["rank"] == met.ranks.rank:
+                return
+            met.store.add("heard", 1)
+        except RuntimeError:
+            pass
+        if done.is_set() or not _last_words.acquire(blocking=False):
+            return
+        print(_ended_by(f"rank {met.ranks.rank} on {host_of(met.ranks)}", first), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; after a process group together with the other ranks and without the interpreter's farewell.
+
+    The threads of torch abort some of those farewells. The ranks wait for each other, since MPICH ends all of them as
+    soon as one has left in this way.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _joined is None:
+        sys.exit(code)
+    _stop_watching(_joined)
+    if code in (0, RESUME_CODE):
+        _wait_for_all(_joined, "leave", float("inf"))
+    os._exit(code)

@@ -1,0 +1,126 @@
+"""The table of image classification, from HDF5 records alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.compare import SECONDS, VALIDATION, Comparison, Variant, plain_of
+from experiments.record import Run
+from experiments.summarize import markdown_table, spread, text_table, write_text
+
+TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
+INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))
+PARTS = ("network", "acceleration", "input", "evaluation")
+HEADER = (
+    "variant",
+    "final validation loss",
+    "top-1 (%)",
+    "top-5 (%)",
+    "top-1, stale statistics (%)",
+    "epochs to plain's final validation loss",
+    "seconds to it",
+    "images/s",
+    "time in AA, input, evaluation (%)",
+    "candidates taken of tried",
+)
+
+
+def total_seconds(run: Run) -> np.ndarray:
+    """Seconds of training and evaluation up to each epoch."""
+    return run.series[SECONDS] + _or_zero(run, EVALUATION)
+
+
+def images_per_second(run: Run) -> float:
+    """Images trained on over seconds of training, acceleration and waiting for input included; NaN for a diverged run."""
+    return float(run.attributes["num_steps"] * run.attributes["batch_images"] / _last(run.series[SECONDS]))
+
+
+def cost_shares(variant: Variant) -> dict[str, np.ndarray]:
+    """Shares of the time of a run by part, over the seeds; evaluation includes new statistics of BatchNorm."""
+    rows = []
+    for run in variant.runs.values():
+        evaluation, acceleration, waiting = (_last(_or_zero(run, name)) for name in (EVALUATION, ACCELERATION, INPUT))
+        training = _last(run.series[SECONDS])
+        parts = np.array([training - acceleration - waiting, acceleration, waiting, evaluation])
+        rows.append(parts / (training + evaluation))
+    return dict(zip(PARTS, np.array(rows).T, strict=True))
+
+
+def _or_zero(run: Run, name: str) -> np.ndarray:
+    return run.series.get(name, np.zeros(len(run.places)))
+
+
+def _last(values: np.ndarray) -> float:
+    """The last value that is known."""
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else np.nan
+
+
+def summarize_images(comparison: Comparison) -> str:
+    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
+    title = f"{comparison.folder.parent.name}, {comparison.folder.name}"
+    markdown, text = [f"# {title}", ""], [title, ""]
+    for family, variants in comparison.families.items():
+        rows = [_row(variant, plain_of(variants)) for variant in variants]
+        markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
+        text += [family, *text_table(HEADER, rows), ""]
+    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    about = run.attributes
+    legend = (
+        f"{about['classification']}, {about['num_classes']} classes, {about['num_train_images']} training and "
+        f"{about['num_validation_images']} validation images, batches of {about['batch_images']}, "
+        f"{run.config['training']['epochs']} epochs, {about['world_size']} ranks, {about['devices']}. Median over the "
+        "seeds [minimum .. maximum]. Every accuracy counts all validation images once; all but the stale one are with "
+        "statistics of BatchNorm computed anew. Seconds include the evaluations; images/s do not."
+    )
+    source = f"Source: {comparison.source_line()}"
+    markdown += [legend, "", source, ""]
+    text += [legend, source]
+    write_text(comparison.folder / "summary.md", "\n".join(markdown))
+    return "\n".join(text)
+
+
+def _row(variant: Variant, plain: Variant | None) -> tuple[str, ...]:
+    """A line of the table."""
+
+    def final(name: str, factor: float = 1.0, worst: float = np.inf) -> np.ndarray:
+        values = [factor * run.series[name][-1] if not run.diverged else worst for run in variant.runs.values()]
+        return np.array(values)
+
+    shares = cost_shares(variant)
+    percent = ", ".join(f"{100 * float(np.nanmedian(shares[part])):.1f}" for part in PARTS[1:])
+    epochs = seconds = "-"
+    if plain is not None:
+        reached = np.array([_reached(run, plain.runs[seed]) for seed, run in variant.runs.items() if seed in plain.runs])
+        if len(reached):
+            epochs, seconds = spread(reached[:, 0], "{:.0f}"), spread(reached[:, 1], "{:.0f}")
+    taken = "-"
+    if variant.role.startswith(("aadl", "published")):
+        counts = [
+            tuple(int(_last(_or_zero(run, f"acceleration/{name}"))) for name in ("accepted", "reverted", "attempts"))
+            for run in variant.runs.values()
+        ]
+        accepted, reverted, attempts = (int(np.median(column)) for column in zip(*counts, strict=True))
+        taken = f"{accepted} of {attempts}" + (f", {reverted} taken back" if reverted else "")
+    return (
+        variant.label,
+        spread(final(VALIDATION), "{:.3f}", "diverged"),
+        spread(final(TOP1, 100, np.nan), "{:.1f}"),
+        spread(final(TOP5, 100, np.nan), "{:.1f}"),
+        spread(final(STALE_TOP1, 100, np.nan), "{:.1f}"),
+        epochs,
+        seconds,
+        spread(np.array([images_per_second(run) for run in variant.runs.values()]), "{:.0f}"),
+        percent,
+        taken,
+    )
+
+
+def _reached(run: Run, plain: Run) -> tuple[float, float]:
+    """First epoch, and seconds until then, with a validation loss not above plain's final one; inf for never."""
+    if plain.diverged:
+        return np.nan, np.nan
+    places = np.flatnonzero(run.series[VALIDATION] <= plain.series[VALIDATION][-1])
+    if run.diverged or not places.size:
+        return np.inf, np.inf
+    return float(places[0]), float(total_seconds(run)[places[0]])

@@ -1,0 +1,290 @@
+"""Image classification: ResNets on ImageNet1k in any of its layouts, or on fractals where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from data_loaders import fractals
+from data_loaders.imagenet import Decoding, EvaluationLoader, Images, TrainLoader, check_pair, open_images
+from data_loaders.packed import PackedImages, stage
+from experiments.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
+from experiments.classification import Counts, evaluate_exactly
+from experiments.config import RunConfig
+from experiments.image_config import ImageConfig, ImageTrainingConfig
+from experiments.launch import Ranks, device_of
+from experiments.models.resnet import MODELS, parameter_groups
+from experiments.problem import Description, Problem
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the channels of ImageNet1k, in [0, 1]; those that torchvision's weights expect."""
+DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
+PATH_VARIABLE = "AADL_IMAGENET_DIR"
+Batch = tuple[Tensor, Tensor]
+
+
+def data_folder(config: ImageConfig, env: Mapping[str, str] = os.environ) -> Path:
+    """Where the images are; fractals are made there on first use.
+
+    Raises:
+        ValueError: no folder was named.
+        OSError: the fractals cannot be written.
+    """
+    if config.data == "fractals":
+        settings = {
+            "num_classes": config.num_classes,
+            "images_per_class": config.images_per_class,
+            "validation_per_class": config.validation_per_class,
+            "size": config.data_size,
+            "seed": config.data_seed,
+        }
+        name = "fractals-" + "-".join(str(value) for value in settings.values())
+        target = Path(config.data_path) if config.data_path is not None else DATA_FOLDER / name
+        return fractals.ensure(target, packed=True, num_workers=len(os.sched_getaffinity(0)), **settings)
+    path = config.data_path or env.get(PATH_VARIABLE)
+    if not path:
+        raise ValueError(f"problem.data_path must name the folder of the images, or {PATH_VARIABLE} must, got neither")
+    return Path(path).expanduser()
+
+
+def describe(config: ImageConfig) -> Description:
+    """The images, before any run.
+
+    Raises:
+        ValueError: no folder was named, or its classes are not those of a training and a validation set.
+        OSError: it cannot be read.
+    """
+    train, validation = _open(data_folder(config))
+    digest = hashlib.sha256(f"{train.digest} {validation.digest}".encode()).hexdigest()[:16]
+    return Description(config.data if config.data == "fractals" else train.source, digest, len(train))
+
+
+@lru_cache(maxsize=2)
+def _open(folder: Path) -> tuple[Images, Images]:
+    """The training and the validation set; kept, for a listing of folders takes its time."""
+    train, validation = open_images(folder, "train"), open_images(folder, "validation")
+    check_pair(train, validation)
+    return train, validation
+
+
+def build(config: RunConfig, ranks: Ranks) -> Problem:
+    """The classification problem of one run.
+
+    The seed of the run sets the initial weights, the order of the images and their augmentation; none of it depends on
+    the number of ranks or of workers. A validation evaluates every image once, with the running statistics of BatchNorm
+    that the training left ("stale", those of rank 0) and with statistics computed anew for these very weights; it
+    leaves no trace in the model.
+
+    Raises:
+        ValueError: settings that do not fit the data, the device or the number of ranks.
+        OSError: data or initial weights cannot be read.
+    """
+    problem, training = config.problem, config.training
+    assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
+    device = device_of(ranks)
+    folder = data_folder(problem)
+    train_set, validation_set = _open(folder)
+    description = describe(problem)
+    if problem.stage_folder is not None:
+        train_set, validation_set = _staged(folder, Path(problem.stage_folder), (train_set, validation_set))
+    _check(problem, training, ranks, device)
+    model = _model(config, len(train_set.class_names), device)
+    decoding = Decoding(problem.image_size, problem.resize, problem.decoder, problem.on_unreadable)
+    share = {
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "num_workers": problem.num_workers,
+        "start_method": problem.start_method,
+    }
+    batch_size = training.global_batch(ranks)
+    loader = TrainLoader(train_set, decoding, batch_size=batch_size, seed=config.seed, **share)
+    validation = EvaluationLoader(validation_set, decoding, batch_size=problem.evaluation_batch, **share)
+    forward = _forward(training, device)
+
+    def epoch_batches(epoch: int, first: int = 0) -> Iterator[Batch]:
+        for images, labels in loader.batches(epoch, first):
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(forward(network, batch[0]), batch[1], label_smoothing=training.label_smoothing)
+
+    def renewed(network: nn.Module) -> None:
+        batches = loader.statistics_batches(min(problem.statistics_images, len(train_set)), problem.statistics_batch)
+        recompute_statistics(
+            network,
+            (images.to(device, non_blocking=True) for images in batches),
+            forward=lambda images: forward(network, images),
+            world_size=ranks.world_size,
+        )
+
+    def counts(network: nn.Module) -> Counts:
+        return evaluate_exactly(
+            network,
+            validation.batches(),
+            forward=lambda images: forward(network, images),
+            num_images=len(validation_set),
+            num_unreadable=lambda: validation.num_unreadable,
+            world_size=ranks.world_size,
+        )
+
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        with untouched_buffers(network):
+            broadcast_buffers(network, ranks.world_size)
+            stale = counts(network)
+            start = time.perf_counter()
+            renewed(network)
+            seconds = time.perf_counter() - start
+            return _series(counts(network)) | _series(stale, "stale_") | {"timing/batchnorm_seconds": seconds}
+
+    def export(network: nn.Module) -> dict[str, Tensor]:
+        with untouched_buffers(network):
+            broadcast_buffers(network, ranks.world_size)
+            renewed(network)
+            return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+    def finish(network: nn.Module) -> dict[str, Any]:
+        unreadable = {"train": loader.unreadable, "validation": validation.unreadable}
+        return {f"unreadable_{split}_of_rank_0": len(found) for split, found in unreadable.items()}
+
+    return Problem(
+        model=model,
+        epoch_batches=epoch_batches,
+        loss=loss,
+        evaluate=evaluate,
+        data_source=description.source,
+        data_digest=description.digest,
+        finish=finish,
+        steps_per_epoch=loader.steps_per_epoch,
+        batch_images=batch_size,
+        parameters=lambda arguments: _parameters(model, training, arguments),
+        export=export if training.save_weights else None,
+        synchronize=lambda: broadcast_buffers(model, ranks.world_size),
+        close=lambda: _close(loader, validation),
+        attributes={
+            "classification": problem.model,
+            "num_classes": len(train_set.class_names),
+            "num_train_images": len(train_set),
+            "num_validation_images": len(validation_set),
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "steps_per_epoch": loader.steps_per_epoch,
+            "batch_images": batch_size,
+        },
+    )
+
+
+def _check(problem: ImageConfig, training: ImageTrainingConfig, ranks: Ranks, device: torch.device) -> None:
+    """What the device and the number of ranks allow."""
+    batch = training.global_batch(ranks)
+    if batch % (ranks.world_size * training.accumulate):
+        raise ValueError(
+            f"training.batch_size must be a multiple of ranks times accumulate, {ranks.world_size} x "
+            f"{training.accumulate}, got {batch}"
+        )
+    if batch // (ranks.world_size * training.accumulate) < 2 and problem.image_size <= 32:
+        raise ValueError(
+            f"training.batch_size must leave every rank 2 images or more, for BatchNorm has a single value of them at "
+            f"the end of the network, got {batch} for {ranks.world_size} ranks and accumulate {training.accumulate}"
+        )
+    if training.sync_batchnorm and device.type != "cuda":
+        raise ValueError("training.sync_batchnorm must be false on CPUs: torch's SyncBatchNorm is for GPUs, got true")
+
+
+def _model(config: RunConfig, num_classes: int, device: torch.device) -> nn.Module:
+    problem, training = config.problem, config.training
+    assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
+    torch.manual_seed(config.seed)
+    options = {"zero_init_residual": problem.zero_init_residual, "stem": problem.stem}
+    model: nn.Module = MODELS[problem.model](num_classes, **options)
+    if problem.initial_weights is not None:
+        load_weights(model, Path(problem.initial_weights))
+    if training.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    memory_format = torch.channels_last if training.channels_last else torch.preserve_format
+    return model.to(device, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state_dict, torchvision's for instance.
+
+    Raises:
+        ValueError: the file holds no weights of this network.
+        OSError: it cannot be read.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"the weights {path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
+        raise ValueError(f"{path} holds no weights saved by torch.save: {str(error).splitlines()[0]}") from None
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"the weights {path} are not those of this network: {text[:300]}") from None
+
+
+def _parameters(model: nn.Module, training: ImageTrainingConfig, arguments: Mapping[str, Any]) -> Any:
+    """What the optimizer gets; the groups without exemption have the optimizer's own weight decay."""
+    if not training.exempt_norm_and_bias:
+        return model.parameters()
+    groups = parameter_groups(model, 1.0, exempt=True)
+    for group in groups:
+        if group["weight_decay"] != 0.0:
+            del group["weight_decay"]
+    return groups
+
+
+def _forward(training: ImageTrainingConfig, device: torch.device) -> Callable[[nn.Module, Tensor], Tensor]:
+    """(network, uint8 images (B, 3, H, W) on the device) -> logits (B, classes) in float32."""
+    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
+    deviation = torch.tensor(DEVIATION, device=device).view(1, 3, 1, 1) * 255
+    memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+    dtype = getattr(torch, training.precision)
+
+    def forward(network: nn.Module, images: Tensor) -> Tensor:
+        normalized = ((images.float() - mean) / deviation).contiguous(memory_format=memory_format)
+        autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        with autocast:
+            return cast(Tensor, network(normalized)).float()
+
+    return forward
+
+
+def _series(counts: Counts, prefix: str = "") -> dict[str, float]:
+    group = f"metrics/validation/{prefix}"
+    return {
+        f"{group}loss": counts.loss,
+        f"{group}top1": counts.top1,
+        f"{group}top5": counts.top5,
+        f"{group}num_correct_top1": float(counts.num_top1),
+        f"{group}num_correct_top5": float(counts.num_top5),
+        f"{group}num_images": float(counts.num_images),
+    }
+
+
+def _staged(folder: Path, target: Path, sets: tuple[Images, Images]) -> tuple[Images, Images]:
+    """The sets, read from a copy on this node."""
+    if not all(isinstance(images, PackedImages) for images in sets):
+        raise ValueError(
+            f"problem.stage_folder needs packed data, which {folder} is not: pack it with "
+            "python -m data_loaders.imagenet pack"
+        )
+    staged = stage(folder, target)
+    print(f"data: read from its copy in {staged}", file=sys.stderr)
+    return _open(staged)
+
+
+def _close(loader: TrainLoader, validation: EvaluationLoader) -> None:
+    loader.close()
+    validation.close()

@@ -1,0 +1,277 @@
+"""When a run must stop early: signals and the time limit set a flag, and all ranks agree on it once per step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from experiments.launch import Ranks
+
+EXIT_RESUME = 75  # of a process that stopped early, has saved its state, and wants to be started again
+
+# USR1 and USR2 announce a time limit (Slurm --signal, LSF), TERM a preemption or a cancellation.
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+# Seconds since the epoch at which the job ends; the first one that is set counts.
+END_TIME_VARIABLES = ("AADL_END_TIME", "SLURM_JOB_END_TIME")
+
+
+class Interruption:
+    """While entered, signals and the time limit do nothing but give a reason to stop.
+
+    A second signal changes nothing. In a thread other than the main one Python allows no signal handlers, and the time
+    limit alone counts. The handlers are inherited by processes that are forked, as the workers of a DataLoader, and
+    schedulers signal these, too: they must call `ignore_signals` or its like first.
+
+    Attributes:
+        margin_seconds: so long before the end of the job the run must stop; may be changed at any time, as when a
+            checkpoint turns out to take long.
+    """
+
+    def __init__(
+        self,
+        *,
+        deadline_seconds: float | None = None,
+        margin_seconds: float = 60.0,
+        include_interrupt: bool = False,
+        environment: Mapping[str, str] = os.environ,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Args:
+            deadline_seconds: time limit from now on, > 0; None for that of the environment alone. The earlier counts.
+            margin_seconds: see above, >= 0.
+            include_interrupt: whether SIGINT (Ctrl-C) is a reason to stop as well, and raises no KeyboardInterrupt.
+            environment: with AADL_END_TIME or SLURM_JOB_END_TIME, in seconds since the epoch.
+            clock: seconds since the epoch.
+
+        Raises:
+            ValueError: a time is not a number, or out of its range.
+        """
+        if deadline_seconds is not None and not deadline_seconds > 0:
+            raise ValueError(f"deadline_seconds must be > 0, got {deadline_seconds}")
+        if not margin_seconds >= 0:
+            raise ValueError(f"margin_seconds must be >= 0, got {margin_seconds}")
+        ends = [_end_time(environment)]
+        if deadline_seconds is not None:
+            ends.append(clock() + deadline_seconds)
+        self.end_time: float | None = min((end for end in ends if end is not None), default=None)
+        self.margin_seconds = margin_seconds
+        self._clock = clock
+        self._signals = (*SIGNALS, signal.SIGINT) if include_interrupt else SIGNALS
+        self._previous: dict[signal.Signals, Any] = {}
+        self._reason = ""
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None: it was not set by Python, and Python cannot bring it back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._reason = self._reason or signal.Signals(number).name
+
+    @property
+    def reason(self) -> str:
+        """Why the run must stop ("SIGUSR1", "time limit"): the first reason stays; "" for none."""
+        if not self._reason and self.seconds_left <= 0:
+            self._reason = "time limit"
+        return self._reason
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the time limit less the margin, infinite without a limit."""
+        return float("inf") if self.end_time is None else self.end_time - self.margin_seconds - self._clock()
+
+
+def _end_time(environment: Mapping[str, str]) -> float | None:
+    for name in END_TIME_VARIABLES:
+        text = environment.get(name, "")
+        if not text:
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise ValueError(f"environment variable {name} must be a time in seconds since the epoch, got {text!r}")
+        return value
+    return None
+
+
+def ignore_signals(worker_id: int = 0) -> None:
+    """Lets a process ignore what `Interruption` handles; a `worker_init_fn` of DataLoader.
+
+    A scheduler signals every process of a step, and a worker that ends takes the run with it before it has saved.
+    (`data_loaders` does the same by itself, for it does not import this package.)
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Word(NamedTuple):
+    """What all ranks said of one step, the same on every rank.
+
+    Attributes:
+        step: number of the step.
+        stop: whether any rank must stop.
+        finite: whether the values of all ranks were finite.
+        save: whether any rank finds it is time to save.
+    """
+
+    step: int
+    stop: bool
+    finite: bool
+    save: bool = False
+
+
+class RanksDisagree(RuntimeError):
+    """The ranks are at different steps or have taken different decisions, or one of them is gone."""
+
+
+class Agreement:
+    """One small word per optimizer step over all ranks.
+
+    Within a step, `read()` comes before `post()`: it returns the word of the step before, which has traveled meanwhile,
+
+        for step in ...:
+            word = agreement.read()             # None at the first step
+            if word is not None and word.stop:
+                break                           # on all ranks in the same step
+            ...
+            agreement.post(step, bool(interruption.reason), finite, fingerprint)
+
+    The ranks then stop one step after the flag was set. The word is an all-reduce of int64 numbers on the CPU whose
+    size never changes, so ranks that have lost each other find out here, by an error that is the same on all of them,
+    and not by a hang or an abort in a collective of the training. Flags, not values, are reduced: a maximum loses NaN.
+    """
+
+    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0) -> None:
+        """Made by all ranks together.
+
+        Args:
+            ranks: this process.
+            timeout_seconds: for so long the others may be late with their word, > 0.
+        """
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be > 0, got {timeout_seconds}")
+        self._ranks, self._timeout_seconds = ranks, timeout_seconds
+        self._group = None
+        if ranks.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._posted: tuple[int, int] | None = None  # step, fingerprint
+        self._values = torch.empty(0)
+        self._work: Any = None
+
+    def post(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> None:
+        """Starts to send the word of this rank.
+
+        Args:
+            step: number of the step, in [0, 2^62).
+            stop: whether this rank must stop.
+            finite: whether its values were finite.
+            fingerprint: a number that must be the same on all ranks, as a hash of what was decided; taken modulo 2^62.
+            save: whether it is time to save.
+        """
+        if self._posted is not None:
+            raise RuntimeError("a word was posted before the last one was read")
+        fingerprint %= 1 << 62
+        # The maximum of -x is the negative minimum of x.
+        numbers = [int(stop), int(not finite), int(save), step, -step, fingerprint, -fingerprint]
+        self._posted = step, fingerprint
+        self._values = torch.tensor(numbers, dtype=torch.int64)
+        if self._group is not None:
+            try:
+                self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            except RuntimeError as error:
+                raise self._lost(step, error) from error
+
+    def read(self) -> Word | None:
+        """Waits for the word that was posted last, and returns it; None where none was posted since.
+
+        Raises:
+            RanksDisagree: steps or fingerprints differ, or a rank is gone or hangs; the message names the ranks.
+        """
+        if self._posted is None:
+            return None
+        (step, fingerprint), self._posted = self._posted, None
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise self._lost(step, error) from error
+            finally:
+                self._work = None
+        stop, not_finite, save, last, minus_first, largest, minus_smallest = self._values.tolist()
+        if last != -minus_first or largest != -minus_smallest:
+            raise RanksDisagree(self._disagreement(step, fingerprint))
+        return Word(step, bool(stop), not not_finite, bool(save))
+
+    def agree_now(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> Word:
+        """Posts a word and waits for it."""
+        self.post(step, stop, finite, fingerprint, save=save)
+        word = self.read()
+        assert word is not None
+        return word
+
+    def _disagreement(self, step: int, fingerprint: int) -> str:
+        """Every rank has seen that there is one, so all of them come here, and one more collective is safe."""
+        mine = torch.tensor([step, fingerprint], dtype=torch.int64)
+        gathered = [torch.empty_like(mine) for _ in range(self._ranks.world_size)]
+        dist.all_gather(gathered, mine, group=self._group)
+        words = [tuple(word.tolist()) for word in gathered]
+        steps = [word[0] for word in words]
+        if len(set(steps)) > 1:
+            usual = max(set(steps), key=lambda value: (steps.count(value), value))
+            strays = [f"rank {rank} at step {value}" for rank, value in enumerate(steps) if value != usual]
+            return f"the ranks are at different steps: {_few(strays)}, the others at step {usual}"
+        prints = [word[1] for word in words]
+        usual = max(set(prints), key=lambda value: (prints.count(value), -prints.index(value)))
+        strays = [f"rank {rank}" for rank, value in enumerate(prints) if value != usual]
+        return f"the ranks have taken different decisions at step {step}: {_few(strays)} differs from the others"
+
+    def _lost(self, step: int, error: RuntimeError) -> RanksDisagree:
+        """Finds out who is missing, by a roll call in the store, for the connections of the group are broken now."""
+        text = str(error).strip().splitlines()[0][:200]
+        hung = "timed out" in text.lower()
+        what = f"gave no word within {self._timeout_seconds:g} s" if hung else "was lost"
+        missing = self._roll_call(step)
+        who = _few([f"rank {rank}" for rank in missing]) if missing else "a rank"
+        return RanksDisagree(f"{who} {what} at step {step} ({text})")
+
+    def _roll_call(self, step: int, wait_seconds: float = 2.0) -> list[int]:
+        """The ranks that did not come here as well; [] where nobody can tell."""
+        try:
+            store = dist.distributed_c10d.PrefixStore(
+                f"aadl-roll-call-{step}", dist.distributed_c10d._get_default_store()
+            )
+            store.set(str(self._ranks.rank), "here")
+            end = time.monotonic() + wait_seconds
+            missing = list(range(self._ranks.world_size))
+            while missing and time.monotonic() < end:
+                missing = [rank for rank in missing if not store.check([str(rank)])]
+                time.sleep(0.05)
+            return missing if self._ranks.rank not in missing else []
+        except (RuntimeError, ValueError) as error:  # the store went down with the rank that kept it
+            print(f"the ranks cannot be called up: {error}", file=sys.stderr, flush=True)
+            return []
+
+
+def _few(texts: list[str], limit: int = 8) -> str:
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more

@@ -1,0 +1,208 @@
+"""ResNet18 and ResNet50, with the names and shapes of torchvision's, so that weights travel both ways.
+
+Sources: He et al., arXiv 1512.03385; for ResNet50 the variant "v1.5", whose bottlenecks stride in the 3x3 convolution
+and not in the first 1x1; initial weights after He et al., arXiv 1502.01852; options after Goyal et al., arXiv
+1706.02677.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+STEMS = ("imagenet", "small")
+
+
+class BasicBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv3x3(relu(bn(conv3x3(x)))))).
+
+    Args:
+        inputs: channels that come in.
+        width: channels of both convolutions, and that go out.
+        stride: of the first convolution.
+        downsample: shortcut where the shape changes.
+    """
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = _convolution(inputs, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _convolution(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
+
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The one before the sum."""
+        return self.bn2
+
+
+class Bottleneck(nn.Module):
+    """relu(shortcut(x) + bn(conv1x1(relu(bn(conv3x3(relu(bn(conv1x1(x))))))))).
+
+    Args:
+        inputs: channels that come in.
+        width: channels of the 3x3 convolution; four times as many go out.
+        stride: of the 3x3 convolution.
+        downsample: shortcut where the shape changes.
+    """
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = _convolution(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _convolution(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _convolution(width, width * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, 4 width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
+
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The one before the sum."""
+        return self.bn3
+
+
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks, the mean over the image, and a linear layer.
+
+    The names, shapes, order and dtypes of its state_dict are torchvision's, and so are its initial weights under the
+    same seed, unless an option says otherwise.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        depths: blocks in each of the four stages.
+        num_classes: outputs, >= 1.
+        zero_init_residual: the last BatchNorm weight of every block starts at 0, so that blocks start as the identity.
+        fc_std: the last layer starts with weights from N(0, fc_std^2) and biases 0 (0.01 in Goyal et al.); None: with
+            torch's default.
+        stem: "imagenet": a 7x7 convolution of stride 2, then max-pooling of stride 2; "small", for images of 32 to 64
+            pixels: a 3x3 convolution of stride 1 without pooling. "conv1.weight" is then (64, 3, 3, 3), and neither
+            loads the weights of the other.
+
+    Raises:
+        ValueError: num_classes below 1, fc_std not above 0, or an unknown stem.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        num_classes: int = 1000,
+        *,
+        zero_init_residual: bool = False,
+        fc_std: float | None = None,
+        stem: str = "imagenet",
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes}")
+        if fc_std is not None and not fc_std > 0:
+            raise ValueError(f"fc_std must be a number > 0 or None, got {fc_std}")
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
+        self.stem = stem
+        self.conv1 = _convolution(3, 64, 7, 2) if stem == "imagenet" else _convolution(3, 64, 3)
+        self.bn1 = nn.BatchNorm2d(64)
+        outputs = [width * block.expansion for width in (64, 128, 256, 512)]
+        self.layer1 = _stage(block, 64, 64, depths[0], 1)
+        self.layer2 = _stage(block, outputs[0], 128, depths[1], 2)
+        self.layer3 = _stage(block, outputs[1], 256, depths[2], 2)
+        self.layer4 = _stage(block, outputs[2], 512, depths[3], 2)
+        self.fc = nn.Linear(outputs[3], num_classes)
+        self._initialize(zero_init_residual, fc_std)
+
+    def _initialize(self, zero_init_residual: bool, fc_std: float | None) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, BasicBlock | Bottleneck):
+                    nn.init.zeros_(module.last_norm().weight)
+        if fc_std is not None:
+            nn.init.normal_(self.fc.weight, std=fc_std)
+            nn.init.zeros_(self.fc.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalized images (B, 3, H, W) to logits (B, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def resnet18(num_classes: int = 1000, **options: Any) -> ResNet:
+    """ResNet18 (11,689,512 parameters with 1000 classes); options as in `ResNet`."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, **options)
+
+
+def resnet50(num_classes: int = 1000, **options: Any) -> ResNet:
+    """ResNet50 v1.5 (25,557,032 parameters with 1000 classes); options as in `ResNet`."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, **options)
+
+
+MODELS: dict[str, Callable[..., ResNet]] = {"resnet18": resnet18, "resnet50": resnet50}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, exempt: bool) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, each parameter in one of them.
+
+    Args:
+        model: wrapped or not.
+        weight_decay: of the weights.
+        exempt: whether BatchNorm weights and all biases have no weight decay. BatchNorm is known by the type of the
+            module: its name does not tell that "downsample.1" is one.
+
+    Returns:
+        One group, or the decayed one and the exempt one; empty groups are left out.
+    """
+    decayed: dict[int, nn.Parameter] = {}  # by id: modules may share a parameter
+    exempted: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_exempt = exempt and (isinstance(module, _BatchNorm) or name == "bias")
+            if id(parameter) not in decayed.keys() | exempted.keys():
+                (exempted if is_exempt else decayed)[id(parameter)] = parameter
+    groups = [(decayed, weight_decay), (exempted, 0.0)]
+    return [{"params": list(group.values()), "weight_decay": decay} for group, decay in groups if group]
+
+
+def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """Without bias, for a BatchNorm follows; padded so that stride 1 keeps the shape."""
+    return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck], inputs: int, width: int, depth: int, stride: int
+) -> nn.Sequential:
+    """`depth` blocks, of which the first has the stride and, where the shape changes, a projection as shortcut."""
+    outputs = width * block.expansion
+    downsample = None
+    if stride != 1 or inputs != outputs:
+        downsample = nn.Sequential(_convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    blocks = [block(inputs, width, stride, downsample)]
+    blocks += [block(outputs, width, 1, None) for _ in range(depth - 1)]
+    return nn.Sequential(*blocks)

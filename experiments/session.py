@@ -1,0 +1,209 @@
+"""A run on disk: taken up where it was saved, saved on the way, stopped by all ranks at the same step."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from experiments.checkpoint import Checkpoints
+from experiments.config import RunConfig, SaveConfig
+from experiments.interruption import Agreement, Interruption
+from experiments.launch import Ranks
+from experiments.lock import FolderInUse, FolderLock
+from experiments.state import rng_state, set_rng_state
+from experiments.train import Result, Training
+
+PUBLISH_SECONDS = 10.0
+"""Between two publications of the record of an unfinished run, which is written anew each time."""
+
+
+class Interrupted(Exception):
+    """The run stopped early and was saved; the message says where."""
+
+
+class OtherRun(ValueError):
+    """The checkpoints are of a run with other settings or data."""
+
+
+class RunSession:
+    """The session of one run, made by all ranks together; a context manager.
+
+    A run has a folder beside its record, with its checkpoints and a lock, which is removed when the run is finished.
+
+    Attributes:
+        start: of the run, in the first process that had it; UTC.
+        num_restores: how often it was taken up.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        ranks: Ranks,
+        data_digest: str,
+        save: SaveConfig,
+        interruption: Interruption,
+        publish: Callable[[Result], None],
+        *,
+        anew: bool = False,
+    ) -> None:
+        """
+        Args:
+            folder: of this run alone.
+            config: what determines the run; a checkpoint of another one is refused.
+            ranks: this process.
+            data_digest: of the data, which determines the run as well.
+            save: how often, and how many are kept.
+            interruption: whether to stop.
+            publish: writes the record of the unfinished run; called on rank 0.
+            anew: whether checkpoints that are there are removed.
+        """
+        self.folder, self._ranks, self._save_settings = folder, ranks, save
+        self._interruption, self._publish, self._anew = interruption, publish, anew
+        text = f"{config.identity()} {data_digest}"
+        self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._lock: AbstractContextManager[Any] = nullcontext()
+        if ranks.rank == 0:
+            self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
+        self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
+        self._agreement = Agreement(ranks)
+        self._saved_at = self._published_at = time.monotonic()
+        self._last_step = -1
+        self._best: float | None = None
+        self.start = datetime.now(timezone.utc)
+        self.num_restores = 0
+
+    def __enter__(self) -> RunSession:
+        failure: OSError | None = None
+        try:
+            self._lock.__enter__()
+            for checkpoint in self.folder.glob("step-*") if self._anew and self._ranks.rank == 0 else ():
+                shutil.rmtree(checkpoint)
+        except OSError as error:
+            failure = error
+        message = [str(failure) if failure is not None else ""]
+        if self._ranks.world_size > 1:
+            dist.broadcast_object_list(message, src=0)
+        if message[0]:
+            raise FolderInUse(message[0]) from failure
+        if isinstance(self._lock, FolderLock) and self._lock.note:
+            _say(self._lock.note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._agreement.read()  # of the last step
+                self._checkpoints.close()
+        finally:
+            self._lock.__exit__(None, None, None)
+        if self._ranks.rank == 0 and kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def restore(self, run: Training) -> bool:
+        """Puts the run where it was saved last; False if it never was.
+
+        Raises:
+            OtherRun: the checkpoints are of another run.
+            CheckpointError: none of them can be used.
+        """
+        try:
+            loaded = self._checkpoints.load(identity=self._identity)
+        except ValueError as error:
+            raise OtherRun(
+                f"{error} (its settings or its data have changed: go back to them, keep both apart with "
+                "--set scale=NAME, or begin anew with --force)"
+            ) from None
+        if loaded is None:
+            return False
+        run.load_state(loaded.shared["run"], loaded.own["run"] if loaded.own is not None else None)
+        if loaded.own is not None:
+            set_rng_state(loaded.own["rng"])
+        self.start = datetime.fromisoformat(loaded.shared["start"])
+        self.num_restores = loaded.shared["num_restores"] + 1
+        self._best = loaded.shared["best"]
+        self._last_step = loaded.step
+        if self._ranks.rank == 0:
+            other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
+            _say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
+        return True
+
+    def after_step(self, run: Training, loss: Tensor) -> None:
+        """Saves where it is time to, or saves and stops where a rank was asked to; all ranks after the same step.
+
+        Raises:
+            Interrupted: the run was saved and must end.
+            RanksDisagree: the ranks are at different steps, or one is gone.
+        """
+        word = self._agreement.read()
+        if word is not None and word.stop:
+            self._stop(run)
+        if word is not None and word.save:
+            self._save(run)
+        # How often the loss was asked for tells whether the ranks took the same decisions.
+        stop = bool(self._interruption.reason)
+        self._agreement.post(run.num_steps, stop, True, run.closure.evaluations, save=self._is_time())
+
+    def after_interval(self, run: Training) -> None:
+        """Publishes the record now and then, and saves where it is time to; the best evaluation is kept."""
+        if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
+            self._publish(run.result(finished=False))
+            self._published_at = time.monotonic()
+        value = run.validation_loss
+        is_best = value is not None and (self._best is None or value < self._best)
+        self._best = value if is_best else self._best
+        self._agreement.read()
+        word = self._agreement.agree_now(
+            run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=self._is_time()
+        )
+        if word.stop and run.goes_on:
+            self._stop(run)
+        elif word.save:
+            self._save(run, best=is_best)
+
+    def _is_time(self) -> bool:
+        """Whether to save, by the clock of rank 0."""
+        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > self._save_settings.every_seconds
+
+    def _stop(self, run: Training) -> None:
+        self._save(run)
+        self._checkpoints.close()
+        reason = self._interruption.reason or "another rank"
+        raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
+
+    def _save(self, run: Training, *, best: bool = False) -> None:
+        """Saves the run, unless it was saved at this very step; rank 0 publishes the record as well."""
+        start = self._saved_at = time.monotonic()
+        if run.num_steps == self._last_step:
+            return
+        with run.clock.stopped():
+            shared, own = run.state()
+            self._checkpoints.save(
+                run.num_steps,
+                {"run": shared, "start": self.start.isoformat(), "num_restores": self.num_restores, "best": self._best},
+                {"run": own, "rng": rng_state()},
+                best=best,
+                identity=self._identity,
+            )
+        self._last_step = run.num_steps
+        self._saved_at = time.monotonic()  # the time it takes is no time of training
+        # A long checkpoint needs a longer margin before the end of the job.
+        margin = self._interruption.margin_seconds
+        self._interruption.margin_seconds = max(margin, 3 * (self._saved_at - start))
+        if self._ranks.rank == 0:
+            self._publish(run.result(finished=False))
+            self._published_at = time.monotonic()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

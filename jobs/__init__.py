@@ -1,0 +1,1 @@
+"""Batch jobs of the suite: job scripts for Slurm, LSF and workstations, and scaling studies made of them."""

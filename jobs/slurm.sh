@@ -1,0 +1,51 @@
+#!/bin/bash
+@{directives}
+#
+# @{title}
+# Written by: @{command}
+# By hand: sbatch @{script}
+
+cd @{checkout} || exit 1
+@{setup}
+# The ranks save and stop by themselves before this time, in seconds since 1970.
+export AADL_END_TIME=${SLURM_JOB_END_TIME:-$(($(date +%s) + @{seconds}))}
+# Made by rank 0 when the ranks stopped early, to be resumed.
+export AADL_STOPPED_FILE=@{jobs}/.stopped-$SLURM_JOB_ID
+job=@{job_id}
+rm -f "$AADL_STOPPED_FILE"
+restarts=${SLURM_RESTART_COUNT:-0}
+max_restarts=@{max_restarts}
+@{stage}
+@{seed}
+# A signal to this shell alone (--signal=B:) goes on to the ranks: they stop at the same step, save, and exit.
+step=
+forward() {
+    trapped=yes
+    [ -z "$step" ] || kill -s "$1" "$step"
+}
+trap 'forward USR1' USR1
+trap 'forward USR2' USR2
+trap 'forward TERM' TERM
+
+echo "job $SLURM_JOB_ID, start $((restarts + 1)), nodes $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
+@{launch} &
+step=$!
+trapped=yes
+while [ -n "$trapped" ]; do # a trap ends wait early
+    trapped=
+    wait "$step"
+    code=$?
+done
+
+if [ -e "$AADL_STOPPED_FILE" ]; then
+    rm -f "$AADL_STOPPED_FILE"
+    code=75
+    # Not RUNNING: canceled, or out of time; requeueing would undo an scancel.
+    if [ "$restarts" -lt "$max_restarts" ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+        echo "stopped early, state saved: requeued (start $((restarts + 1)) of at most $((max_restarts + 1)))"
+        scontrol requeue "$job" && exit "$code"
+        echo "error: scontrol requeue was refused" >&2
+    fi
+    echo "stopped early, state saved: the next job of the chain, or sbatch with this script, goes on" >&2
+fi
+exit "$code"

@@ -1,0 +1,200 @@
+"""Renders a job script for a site and submits it: `python -m jobs.submit CONFIG --site SITE --nodes N --time H:MM:SS`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from experiments.config import load_config
+from jobs.script import Job, Request, make_job, render
+from jobs.site import Site, read_site, site_names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Submits one experiment.
+
+    Returns:
+        0; 2 after a mistake of the user, explained in one sentence on stderr; on a site without a batch system, the
+        exit code of the job.
+    """
+    parser = argparse.ArgumentParser(prog="python -m jobs.submit", description=__doc__)
+    add_job_options(parser)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each of which resumes the one before")
+    parser.add_argument("--array", metavar="seeds=0-9", help="a job array whose elements have one seed each")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    return guarded(lambda: _submit(options, ["python", "-m", "jobs.submit", *given]))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command; a mistake of the user becomes one sentence on stderr and exit code 2."""
+    try:
+        return command()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every command which submits has."""
+    sites = ", ".join(site_names())
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG", help="a YAML file of experiments/configs, or of your own")
+    add("--site", required=True, metavar="SITE", help=f"{sites}, or a file that ends in .yaml")
+    add("--time", metavar="H:MM:SS", help="wall time of a job")
+    add("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
+    add("--account", metavar="A", help="whom the site charges")
+    add("--queue", metavar="Q", help="queue or partition (the site's first)")
+    add("--ranks-per-node", type=int, metavar="N", help="ranks a node (the site's)")
+    add("--cores-per-rank", type=int, metavar="N", help="cores a rank (the site's)")
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs a node, 0 to run on CPUs (the site's)")
+    add("--name", metavar="NAME", help="name of the job (EXPERIMENT-SCALE)")
+    add("--python", metavar="PATH", help="interpreter on the nodes (the site's, or the one that runs this)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, repeatable")
+    add("--stage-environment", type=Path, metavar="ARCHIVE", help="packed environment, unpacked on each node's disk")
+    add("--stage-data", type=Path, metavar="DIR", help="data, copied to each node's disk")
+    add("--dry-run", action="store_true", help="print the script and submit nothing")
+
+
+def request_from(options: argparse.Namespace, **changes: object) -> Request:
+    """The request of a command line with `add_job_options`."""
+    wanted: dict[str, object] = {
+        "config": options.config,
+        "results": options.results,
+        "time": options.time,
+        "account": options.account,
+        "queue": options.queue,
+        "ranks_per_node": options.ranks_per_node,
+        "cores_per_rank": options.cores_per_rank,
+        "gpus_per_node": options.gpus_per_node,
+        "name": options.name,
+        "python": options.python,
+        "overrides": tuple(options.set),
+        "environment": _existing(options.stage_environment, "--stage-environment"),
+        "data": _existing(options.stage_data, "--stage-data"),
+    }
+    return Request(**{**wanted, **changes})  # type: ignore[arg-type]
+
+
+def _existing(path: Path | None, option: str) -> Path | None:
+    if path is not None and not path.exists():
+        raise FileNotFoundError(f"{option} {path} does not exist")
+    return path
+
+
+def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
+    site = read_site(options.site)
+    request = request_from(options, nodes=options.nodes, chain=options.chain, array=options.array)
+    job = checked_job(site, request)
+    path = script_path(job)
+    script = render(job, path, command)
+    if options.dry_run:
+        print(script, end="")
+        return 0
+    write_script(path, script)
+    print(path, file=sys.stderr)
+    if site.scheduler == "none":
+        return subprocess.run(["bash", path], check=False).returncode
+    previous = None
+    for _ in range(request.chain):
+        previous = submit_script(site, path, previous)
+        print(previous)
+    return 0
+
+
+def checked_job(site: Site, request: Request) -> Job:
+    """The job of a request, after its configuration was read and checked as the job itself will do.
+
+    Raises:
+        ValueError: the configuration or the request is wrong.
+        OSError: the configuration cannot be read.
+    """
+    seeds = [request.array] if request.array is not None else []
+    job = make_job(site, request, "experiment", sys.executable)
+    config = load_config(request.config, [*request.overrides, *seeds])
+    return make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable) if not request.name else job
+
+
+def script_path(job: Job) -> Path:
+    """Where a new script of the job is kept: `<results>/jobs/<name>-<UTC>.sh`."""
+    return job.jobs / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
+
+
+def write_script(path: Path, script: str) -> None:
+    """Writes a script at once and whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(script)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(f"the results folder {path.parent.parent} cannot be written: {error.strerror or error}") from None
+
+
+def submit_script(site: Site, path: Path, after: str | None = None) -> str:
+    """Submits a script.
+
+    Args:
+        site: whose scheduler takes it.
+        path: the script.
+        after: the id of a job that must have ended before, None for none.
+
+    Returns:
+        The id of the job.
+
+    Raises:
+        ValueError: a variable is set that the site does not bear.
+        OSError: the scheduler is missing or refuses the job; the message is its own.
+    """
+    for name in site.refused_variables:
+        if name in os.environ:
+            raise ValueError(f"{name} must not be set when a job is submitted to {site.name}: type `unset {name}` first")
+    if site.scheduler == "slurm":
+        command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
+    else:
+        command = ["bsub", *(["-w", f"ended({after})"] if after else [])]
+    text = path.read_text(encoding="utf-8") if site.submit == "stdin" else None
+    try:
+        done = subprocess.run(
+            command if text is not None else [*command, str(path)],
+            input=text,
+            stdin=subprocess.DEVNULL if text is None else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise OSError(
+            f"{command[0]} was not found: submit on a login node of {site.name}, where {path} can be submitted by hand "
+            "too, or see the script with --dry-run"
+        ) from None
+    pattern = r"(\d+)(?:;\S+)?\s*" if site.scheduler == "slurm" else r"(?s).*Job <(\d+)>.*"
+    match = re.fullmatch(pattern, done.stdout)
+    if done.returncode != 0 or match is None:
+        told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise OSError(f"{command[0]} refused {path}: {told}")
+    return match[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Experiments under a real Slurm, by the path of a user: `python -m jobs.submit`, then sbatch, srun and the records."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+import yaml
+from cluster import ROOT, wait_until
+
+from experiments import __main__ as suite
+from experiments.record import read_run
+from suite_cases import RAW
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+# Sums over ranks are taken in another order than over a whole batch, and training carries the rounding on.
+TOLERANCE = 1e-4
+PLAIN, ACCELERATED = "sgd", "sgd_aadl"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Graduate admissions, small: two variants, one seed, a few epochs."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(yaml.safe_dump(RAW | {"seeds": 0}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_config(tmp_path_factory):
+    """The same, with enough steps to be interrupted."""
+    path = tmp_path_factory.mktemp("config") / "long.yaml"
+    variants = {name: RAW["variants"][name] for name in (ACCELERATED,)}
+    path.write_text(yaml.safe_dump(RAW | {"seeds": 0, "training": {"epochs": 1500, "batch_size": 80}, "variants": variants}))
+    return path
+
+
+def run_plainly(config, results, *more):
+    """The same command in one process, without a scheduler."""
+    assert suite.main(["run", str(config), "--results", str(results), "--jobs", "1", *more]) == 0
+
+
+def record(results, variant=PLAIN, seed=0):
+    return read_run(results / "graduate_admissions" / "test" / variant / f"seed-{seed}.h5")
+
+
+def log_of(results, job):
+    """What the job has written so far."""
+    return "".join(path.read_text() for path in (results / "jobs").glob(f"*-{job}.out"))
+
+
+def succeed(cluster, results, job, seconds=120):
+    assert cluster.wait_for_end(job, seconds) == "COMPLETED", log_of(results, job)
+
+
+def wait_for_training(results, job):
+    """Waits until the ranks train."""
+    wait_until(lambda: "runs to do" in log_of(results, job), 90, "no training", lambda: log_of(results, job))
+    time.sleep(2)
+
+
+def ranks_of(cluster, job):
+    """Process ids of the Python processes of a job's ranks, by rank."""
+    found = {}
+    for folder in os.scandir("/proc"):
+        try:
+            environ = open(f"/proc/{folder.name}/environ", "rb").read().split(b"\0") if folder.name.isdigit() else []
+            command = open(f"/proc/{folder.name}/cmdline", "rb").read().split(b"\0") if environ else []
+        except OSError:
+            continue
+        here = f"SLURM_CONF={cluster.env['SLURM_CONF']}".encode() in environ and f"SLURM_JOB_ID={job}".encode() in environ
+        rank = [entry for entry in environ if entry.startswith(b"SLURM_PROCID=")]
+        if here and rank and command[0] == sys.executable.encode() and b"experiments" in command:
+            found[int(rank[0].split(b"=")[1])] = int(folder.name)
+    return found
+
+
+def same_numbers(first, second):
+    """Every series of the training, bit for bit; clocks are no part of it."""
+    names = [name for name in first.series if not name.startswith("timing/")]
+    assert names and first.series.keys() == second.series.keys()
+    return all(np.array_equal(first.series[name], second.series[name], equal_nan=True) for name in names)
+
+
+def edited(cluster, results, config, old, new):
+    """Submits a script as a user does who edits it by hand; the id of the job."""
+    options = [str(config), "--site", str(cluster.site), "--results", str(results), "--time", "0:10:00", "--nodes", "2"]
+    text = cluster.run(sys.executable, "-m", "jobs.submit", *options, "--dry-run")
+    changed = re.sub(old, new, text)
+    assert changed != text
+    (results / "jobs").mkdir(parents=True)
+    (results / "jobs" / "by_hand.sh").write_text(changed)
+    return cluster.run("sbatch", "--parsable", str(results / "jobs" / "by_hand.sh")).strip()
+
+
+def test_two_nodes_give_the_numbers_and_the_figure_of_a_plain_run(cluster, config, tmp_path):
+    command = [sys.executable, "-m", "jobs.submit", str(config), "--site", str(cluster.site), "--nodes", "2"]
+    told = cluster.run(*command, "--time", "0:10:00", "--results", str(tmp_path / "slurm"))
+    assert told.strip().isdigit()
+    run_plainly(config, tmp_path / "plain")
+    succeed(cluster, tmp_path / "slurm", told.strip())
+    for variant in (PLAIN, ACCELERATED):
+        ours, plain = record(tmp_path / "slurm", variant), record(tmp_path / "plain", variant)
+        assert (ours.attributes["world_size"], plain.attributes["world_size"]) == (4, 1)
+        assert ours.attributes["launcher"] == "srun" and ours.attributes["num_steps"] == plain.attributes["num_steps"]
+        for name in ("metrics/train/loss", "metrics/validation/loss"):
+            np.testing.assert_allclose(ours.series[name], plain.series[name], rtol=TOLERANCE)
+            assert ours.series[name][0] != ours.series[name][-1]
+    for folder in ("slurm", "plain"):
+        assert suite.main(["figures", "--results", str(tmp_path / folder)]) == 0
+    figures = [tmp_path / folder / "graduate_admissions" / "test" / "figures" / "loss.png" for folder in ("slurm", "plain")]
+    pictures = [matplotlib.image.imread(path) for path in figures]
+    assert pictures[0].shape == pictures[1].shape
+    # All but the line below the figure, which names the number of ranks.
+    above = int(0.94 * len(pictures[0]))
+    assert np.abs(pictures[0][:above] - pictures[1][:above]).mean() < 1e-3
+
+
+def test_an_array_makes_one_seed_each(cluster, config, tmp_path):
+    [job] = cluster.submit(config, tmp_path, "--array", "seeds=0,2", "--nodes", "1", "--set", f"variants={PLAIN}")
+    for index in range(2):
+        succeed(cluster, tmp_path, f"{job}_{index}")
+    records = [record(tmp_path, seed=seed) for seed in (0, 2)]
+    assert [entry.attributes["seed"] for entry in records] == [0, 2]
+    assert not same_numbers(*records)
+
+
+def test_steps_smaller_than_the_job_and_uneven_ones(cluster, config, tmp_path):
+    """One job with two steps: one of two ranks on the second node alone, one of three ranks on two nodes."""
+    small, uneven = tmp_path / "small", tmp_path / "uneven"
+    step = r"srun (?P<options>--nodes.*) \\\n    (?P<rank>bash .*) --results \S+ &"
+    shape = "--kill-on-bad-exit=1"
+    lines = (
+        rf"srun --nodes=1 --ntasks=2 --nodelist=$(scontrol show hostnames | tail -1) {shape} \g<rank> --results {small} "
+        rf"\&\& srun --nodes=2 --ntasks=3 {shape} \g<rank> --results {uneven} \&"
+    )
+    job = edited(cluster, tmp_path / "results", config, step, lines)
+    succeed(cluster, tmp_path / "results", job)
+    assert record(small).attributes["world_size"] == 2 and record(uneven).attributes["world_size"] == 3
+    np.testing.assert_allclose(
+        record(small).series["metrics/train/loss"], record(uneven).series["metrics/train/loss"], rtol=TOLERANCE
+    )
+
+
+def test_a_batch_shell_without_srun_is_refused(cluster, config, tmp_path):
+    job = edited(cluster, tmp_path, config, r"srun --nodes.* \\\n", "")
+    assert cluster.wait_for_end(job) == "FAILED"
+    log = log_of(tmp_path, job)
+    assert re.search(r"error: this is the batch shell of Slurm job \d+.*start with `srun -N 2 -n 4", log), log
+    assert "Traceback" not in log and not list(tmp_path.rglob("*.h5"))
+
+
+def test_a_killed_rank_ends_the_job_in_seconds(cluster, long_config, tmp_path):
+    [job] = cluster.submit(long_config, tmp_path, "--nodes", "2")
+    wait_for_training(tmp_path, job)
+    processes = ranks_of(cluster, job)
+    assert sorted(processes) == [0, 1, 2, 3]
+    os.kill(processes[2], signal.SIGKILL)
+    assert cluster.wait_for_end(job, seconds=30) == "FAILED"
+    assert cluster.job(job)["Restarts"] == "0"  # a crash is not repeated
+    assert re.search(r"task 2: (Killed|Exited with exit code 137)", log_of(tmp_path, job))
+    wait_until(lambda: not ranks_of(cluster, job), 30, "ranks are left")
+
+
+def test_a_requeued_job_avoids_a_drained_node_and_resumes(cluster, long_config, tmp_path):
+    [job] = cluster.submit(long_config, tmp_path, "--nodes", "2")
+    wait_for_training(tmp_path, job)
+    drained = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()[0]
+    cluster.run("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=test")
+    try:
+        assert cluster.state(job) == "RUNNING"  # draining lets it run
+        cluster.run("scontrol", "requeue", job)
+        cluster.wait_for(job, "RUNNING")
+        assert drained not in cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+        succeed(cluster, tmp_path, job)
+    finally:
+        cluster.run("scontrol", "update", f"NodeName={drained}", "State=RESUME")
+    assert cluster.job(job)["Restarts"] == "1"
+    assert record(tmp_path, ACCELERATED).attributes["world_size"] == 4
+
+
+def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config, tmp_path):
+    """USR1 as before a time limit, checkpoint, exit 75, requeue by the script, resume: the same record bit for bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    [reference] = cluster.submit(long_config, whole, "--nodes", "2")
+    [job] = cluster.submit(long_config, parts, "--nodes", "2")
+    wait_for_training(parts, job)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    succeed(cluster, parts, job)
+    succeed(cluster, whole, reference)
+    log = log_of(parts, job)
+    assert cluster.job(job)["Restarts"] == "1" and "requeued (start 1 of at most 3)" in log
+    assert same_numbers(record(parts, ACCELERATED), record(whole, ACCELERATED))
+    assert record(parts, ACCELERATED).attributes["restart_count"] == 1
+    assert record(whole, ACCELERATED).attributes["restart_count"] == 0
+
+
+def test_the_scheduler_itself_takes_what_was_rendered(cluster, config, tmp_path):
+    """sbatch --test-only of a script, and the refusal of one that is too large for the cluster."""
+    options = [str(config), "--site", str(cluster.site), "--results", str(tmp_path), "--time", "0:10:00", "--dry-run"]
+    script = cluster.run(sys.executable, "-m", "jobs.submit", *options, "--nodes", "4", "--array", "seeds=0-3")
+    (tmp_path / "script.sh").write_text(script)
+    cluster.run("sbatch", "--test-only", str(tmp_path / "script.sh"))
+    command = [sys.executable, "-m", "jobs.submit", *options[:-1], "--nodes", "5"]
+    refused = subprocess.run(command, env=cluster.env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --nodes must be at most 4")

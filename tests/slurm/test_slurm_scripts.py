@@ -1,0 +1,116 @@
+"""Job scripts under a real Slurm, with a program that stands in for the experiment (stand_in.py)."""
+
+import re
+import tarfile
+
+import pytest
+import stand_in
+from cluster import wait_until
+
+pytestmark = pytest.mark.slurm
+
+CONFIG = "experiments/configs/graduate_admissions/laptop.yaml"
+
+
+@pytest.fixture
+def submit(cluster, tmp_path):
+    """submit(*options): ids of stand-in jobs with results in `tmp_path / "my results"`."""
+    program = stand_in.make(tmp_path)
+    return lambda *options: cluster.submit(CONFIG, tmp_path / "my results", "--python", program, *options)
+
+
+def wait_for_ranks(folder, job, number, count=0):
+    wait_until(lambda: len(stand_in.started(folder, job, count)) == number, 60, f"job {job}: no {number} ranks")
+
+
+def log_of(folder, job):
+    return next((folder / "my results" / "jobs").glob(f"*-{job}.out")).read_text()
+
+
+def test_a_signal_reaches_all_ranks_and_the_script_requeues(cluster, submit, tmp_path):
+    [job] = submit("--nodes", "2")
+    wait_for_ranks(tmp_path, job, 4)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    assert cluster.wait_for_end(job) == "COMPLETED"
+    assert cluster.job(job)["Restarts"] == "1"
+    assert len(stand_in.started(tmp_path, job, 1)) == 4
+    log = log_of(tmp_path, job)  # of both starts: the second one appends
+    assert log.index("start 1, nodes node") < log.index("requeued (start 1 of at most 3)") < log.index("start 2, nodes")
+    assert "error" not in re.sub(r"slurmstepd.*JOB REQUEUE", "", log)
+    ends = {int(end) for end in re.findall(r"start 0 of job \d+ ends (\d+)", log)}
+    assert len(ends) == 1
+
+
+def test_a_signal_during_the_start_is_no_death(cluster, submit, tmp_path, monkeypatch):
+    monkeypatch.setitem(cluster.env, "STAND_IN_DELAY", "3")
+    [job] = submit("--nodes", "2")
+    wait_until(lambda: len(list(tmp_path.glob("enter-*"))) == 4, 30, "no ranks")
+    assert not stand_in.started(tmp_path, job)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    wait_for_ranks(tmp_path, job, 4)
+    (tmp_path / "go").touch()
+    assert cluster.wait_for_end(job) == "COMPLETED"
+
+
+def test_restarts_are_capped(cluster, submit, tmp_path):
+    (tmp_path / "stubborn").touch()
+    [job] = submit("--nodes", "1")
+    for count in range(3):
+        wait_for_ranks(tmp_path, job, 2, count)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait_for_end(job) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == "75:0" and cluster.job(job)["Restarts"] == "2"
+    assert "sbatch with this script, goes on" in log_of(tmp_path, job)
+
+
+def test_a_canceled_job_stays_canceled(cluster, submit, tmp_path):
+    """Its ranks save on SIGTERM and exit with 75, which must not bring it back."""
+    [job] = submit("--nodes", "2")
+    wait_for_ranks(tmp_path, job, 4)
+    cluster.run("scancel", job)
+    wait_until(lambda: not cluster.run("squeue", "-h", "-j", job, check=False), 30, "the job is still there")
+    assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
+
+
+def test_one_element_of_an_array_is_requeued_alone(cluster, submit, tmp_path):
+    """The last element has the id of the whole array as its SLURM_JOB_ID."""
+    [job] = submit("--nodes", "1", "--ranks-per-node", "1", "--array", "seeds=3,5-6")
+    wait_until(lambda: len(list(tmp_path.glob("start-*"))) == 3, 60, "not all elements started")
+    numbers = [cluster.job(f"{job}_{index}")["JobId"] for index in range(3)]
+    assert job in numbers
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_{numbers.index(job)}")
+    wait_for_ranks(tmp_path, job, 1, 1)
+    (tmp_path / "go").touch()
+    for index, number in enumerate(numbers):
+        assert cluster.wait_for_end(f"{job}_{index}") == "COMPLETED"
+        assert cluster.job(f"{job}_{index}")["Restarts"] == ("1" if number == job else "0")
+    logs = [log_of(tmp_path, f"{job}_{index}") for index in range(3)]
+    assert [re.findall(r"seeds=(\d+)", log)[0] for log in logs] == ["3", "5", "6"]
+
+
+def test_a_chain_goes_on_without_requeueing(cluster, submit, tmp_path):
+    first, second = submit("--nodes", "1", "--chain", "2")
+    assert f"afterany:{first}" in cluster.job(second)["Dependency"]
+    wait_for_ranks(tmp_path, first, 2)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    assert cluster.wait_for_end(first) == "FAILED" and cluster.job(first)["Restarts"] == "0"
+    wait_for_ranks(tmp_path, second, 2)
+    (tmp_path / "go").touch()
+    assert cluster.wait_for_end(second) == "COMPLETED"
+
+
+def test_data_and_environment_are_staged_on_each_node(cluster, submit, tmp_path):
+    (tmp_path / "go").touch()
+    (tmp_path / "some data").mkdir()
+    (tmp_path / "some data" / "table.csv").write_text("1,2,3")
+    with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "stand_in", "bin/python")
+    packed = ["--stage-environment", str(tmp_path / "packed.tar.gz"), "--stage-data", str(tmp_path / "some data")]
+    [job] = submit("--nodes", "2", *packed)
+    assert cluster.wait_for_end(job) == "COMPLETED", log_of(tmp_path, job)
+    local = cluster.folder / f"local-{job}"
+    assert (local / "data" / "table.csv").read_text() == "1,2,3"
+    assert (local / "environment" / "bin" / "python").exists() and len(stand_in.started(tmp_path, job)) == 4
+    (tmp_path / "packed.tar.gz").write_bytes(b"half a file")
+    [job] = submit("--nodes", "2", *packed)
+    assert cluster.wait_for_end(job) == "FAILED" and not stand_in.started(tmp_path, job)

@@ -1,0 +1,238 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from experiments.interruption import EXIT_RESUME, SIGNALS, Agreement, Interruption, RanksDisagree, Word, ignore_signals
+from experiments.launch import Ranks
+
+
+def quiet(**options):
+    """Without the environment of this process."""
+    return Interruption(environment={}, **options)
+
+
+def test_the_exit_code_is_that_of_a_temporary_failure():
+    assert EXIT_RESUME == os.EX_TEMPFAIL == 75
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_only_gives_a_reason(number):
+    with quiet() as interruption:
+        assert interruption.reason == ""
+        os.kill(os.getpid(), number)
+        assert interruption.reason == number.name
+
+
+def test_the_first_reason_stays_and_further_signals_do_no_harm():
+    with quiet() as interruption:
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert interruption.reason == "SIGUSR2"
+    assert interruption.reason == "SIGUSR2"
+
+
+def test_previous_handlers_come_back():
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
+    try:
+        others = [signal.getsignal(number) for number in SIGNALS]
+        with quiet() as interruption:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert [signal.getsignal(number) for number in SIGNALS] == others
+        assert interruption.reason == "SIGUSR1" and not calls
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert calls == [1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_keyboard_interrupts_unless_asked():
+    with quiet(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with quiet(include_interrupt=True) as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.reason == "SIGINT"
+
+
+@pytest.mark.parametrize(
+    ("environment", "deadline_seconds", "end"),
+    [
+        ({}, None, None),
+        ({}, 500.0, 1500.0),
+        ({"SLURM_JOB_END_TIME": "2000"}, None, 2000.0),
+        ({"SLURM_JOB_END_TIME": "2000", "AADL_END_TIME": "1800"}, None, 1800.0),
+        ({"SLURM_JOB_END_TIME": "1700", "AADL_END_TIME": "1800"}, None, 1800.0),
+        ({"SLURM_JOB_END_TIME": "2000", "AADL_END_TIME": ""}, None, 2000.0),
+        ({"AADL_END_TIME": "2000.5"}, 500.0, 1500.0),
+        ({"AADL_END_TIME": "1200"}, 500.0, 1200.0),
+    ],
+)
+def test_the_time_limit_less_the_margin_is_a_reason(environment, deadline_seconds, end):
+    now = [1000.0]
+    interruption = Interruption(
+        deadline_seconds=deadline_seconds, margin_seconds=60, environment=environment, clock=lambda: now[0]
+    )
+    assert interruption.end_time == end
+    if end is None:
+        now[0] = 1e12
+        assert interruption.reason == "" and interruption.seconds_left == float("inf")
+        return
+    now[0] = end - 60.5
+    assert interruption.reason == "" and interruption.seconds_left == 0.5
+    interruption.margin_seconds = 61.0  # saving takes longer than thought
+    assert interruption.reason == "time limit"
+    interruption.margin_seconds = 0.0
+    assert interruption.reason == "time limit"
+
+
+@pytest.mark.parametrize("text", ["tomorrow", "nan", "-5", "0", "inf"])
+def test_a_wrong_end_time_is_named(text):
+    with pytest.raises(ValueError, match=f"AADL_END_TIME must be a time in seconds since the epoch, got '{text}'"):
+        Interruption(environment={"AADL_END_TIME": text})
+
+
+@pytest.mark.parametrize("name", ["deadline_seconds", "margin_seconds"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_wrong_times_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        quiet(**{name: value})
+
+
+def test_outside_the_main_thread_only_the_time_limit_counts():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def work():
+        with quiet(deadline_seconds=1e-9, margin_seconds=0) as interruption:
+            seen.extend([signal.getsignal(number) for number in SIGNALS])
+            seen.append(interruption.reason)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [*before, "time limit"]
+
+
+class Numbers(Dataset):
+    """Hands out the process that made each item."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, place):
+        return torch.tensor([place, os.getpid()])
+
+
+def test_workers_outlive_the_signals():
+    with quiet() as interruption:
+        loader = DataLoader(Numbers(), num_workers=1, worker_init_fn=ignore_signals, prefetch_factor=1)
+        batches = iter(loader)
+        _, worker = next(batches)[0].tolist()
+        assert worker != os.getpid()
+        for number in SIGNALS:
+            os.kill(worker, number)
+        rest = [batch[0].tolist() for batch in batches]
+        assert [place for place, _ in rest] == list(range(1, 40))
+        assert {pid for _, pid in rest} == {worker}
+        assert interruption.reason == ""  # the signals reached the worker alone
+
+
+def test_a_single_rank_needs_no_process_group():
+    agreement = Agreement(Ranks())
+    assert agreement.read() is None
+    agreement.post(3, stop=False, finite=True, fingerprint=-5)
+    with pytest.raises(RuntimeError, match="before the last one was read"):
+        agreement.post(4, stop=False, finite=True)
+    assert agreement.read() == Word(3, False, True)
+    assert agreement.read() is None
+    assert agreement.agree_now(4, stop=True, finite=False) == Word(4, True, False)
+    assert not dist.is_initialized()
+
+
+def test_the_timeout_must_be_positive():
+    with pytest.raises(ValueError, match="timeout_seconds must be > 0, got 0"):
+        Agreement(Ranks(), timeout_seconds=0)
+
+
+def agreeing_ranks(rank, world_size):
+    """Rank 1 is signaled in step 3 and has a NaN in step 2."""
+    agreement = Agreement(Ranks(rank, world_size))
+    words, done = [], []
+    with quiet() as interruption:
+        for step in range(10):
+            word = agreement.read()
+            words.append(word)
+            if word is not None and word.stop:
+                break
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finite = not (rank == 1 and step == 2)
+            agreement.post(step, bool(interruption.reason), finite, fingerprint=hash(("decision", step)))
+            done.append(step)
+    told = {"words": words, "done": done, "now": agreement.agree_now(99, rank == 0, True, fingerprint=2**62 + 1)}
+    for name, step, fingerprint in (("steps", 7 + rank, 0), ("fingerprints", 7, 1 - 3 * rank)):
+        try:
+            told[name] = agreement.agree_now(step, False, True, fingerprint)
+        except RanksDisagree as error:
+            told[name] = str(error)
+    told["after"] = agreement.agree_now(8, False, True, fingerprint=7)
+    return told
+
+
+def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
+    told = spawn_ranks(agreeing_ranks, 3)
+    assert told[0] == told[1] == told[2]
+    first = told[0]
+    assert first["words"] == [None, *(Word(step, step == 3, step != 2) for step in range(4))]
+    assert first["done"] == [0, 1, 2, 3]
+    assert first["now"] == Word(99, True, True)
+    assert "different steps: rank 0 at step 7, rank 1 at step 8, the others at step 9" in first["steps"]
+    assert "different decisions at step 7" in first["fingerprints"]
+    assert first["after"] == Word(8, False, True)
+
+
+def hanging_ranks(rank, world_size):
+    agreement = Agreement(Ranks(rank, world_size), timeout_seconds=2)
+    agreement.agree_now(1, False, True)
+    if rank == 1:
+        time.sleep(8)
+    try:
+        agreement.agree_now(2, False, True)
+    except RanksDisagree as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_hangs_is_named(spawn_ranks):
+    first, second, third = spawn_ranks(hanging_ranks, 3)
+    assert first.startswith("rank 1 gave no word within 2 s at step 2")
+    assert third.startswith("rank 1 ")
+    assert "at step 2" in second
+
+
+def dying_ranks(rank, world_size, folder):
+    agreement = Agreement(Ranks(rank, world_size), timeout_seconds=60)
+    agreement.agree_now(1, False, True)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        agreement.agree_now(2, False, True)
+    except RanksDisagree as error:
+        (folder / "told").write_text(f"{time.monotonic() - start} {error}")
+        os._exit(0)
+
+
+def test_a_rank_that_died_is_named_long_before_the_timeout(spawn_ranks, tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        spawn_ranks(dying_ranks, 2, tmp_path)
+    # The parent ends the others with SIGTERM as soon as it sees the death, so the text may be missing on a busy machine.
+    if (tmp_path / "told").exists():
+        seconds, _, text = (tmp_path / "told").read_text().partition(" ")
+        assert text.startswith("rank 1 was lost at step 2") and float(seconds) < 30

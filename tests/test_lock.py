@@ -1,0 +1,246 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.lock import LOCK_NAME, FolderInUse, FolderLock
+
+ROOT = Path(__file__).parent.parent
+HOLD = """
+import sys
+from pathlib import Path
+from experiments.lock import FolderLock, FolderInUse
+try:
+    with FolderLock(Path(sys.argv[1]), "the other run") as lock:
+        print("held", lock.note, flush=True)
+        sys.stdin.read()
+except FolderInUse as error:
+    print("refused", error, flush=True)
+"""
+
+
+@pytest.fixture
+def start():
+    """start(folder, **environment): a process that holds the lock until its input ends, and its first line."""
+    processes = []
+
+    def begin(folder, **environment):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process, process.stdout.readline().strip()
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def lock_of(folder, environment=None, **options):
+    return FolderLock(folder, "this run", environment=environment or {}, **options)
+
+
+def rewrite(folder, **changes):
+    path = folder / LOCK_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def touch(folder, seconds_ago):
+    then = time.time() - seconds_ago
+    os.utime(folder / LOCK_NAME, (then, then))
+
+
+def test_the_lock_goes_with_its_holder(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with lock_of(folder) as lock:
+        assert lock.note == "" and os.listdir(folder) == [LOCK_NAME]
+    assert os.listdir(folder) == []
+    with pytest.raises(ZeroDivisionError), lock_of(folder):
+        1 / 0  # noqa: B018
+    assert os.listdir(folder) == []
+
+
+def test_a_second_process_is_refused_with_the_holder_named(tmp_path, start):
+    holder, line = start(tmp_path, SLURM_JOB_ID="4711")
+    assert line == "held"
+    other, line = start(tmp_path)
+    assert line.startswith("refused")
+    for text in (
+        str(tmp_path),
+        f"process {holder.pid}",
+        socket.gethostname(),
+        "job slurm 4711",
+        "the other run",
+        "since 2",
+    ):
+        assert text in line
+    with pytest.raises(FolderInUse, match=f"process {holder.pid}"):
+        lock_of(tmp_path).acquire()
+    holder.communicate("")
+    assert holder.returncode == 0
+    with lock_of(tmp_path) as lock:
+        assert lock.note == ""
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, start, capsys):
+    holder, line = start(tmp_path)
+    assert line == "held"
+    os.kill(holder.pid, signal.SIGKILL)
+    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)  # not waited for: a zombie counts as dead
+    with lock_of(tmp_path) as lock:
+        assert f"process {holder.pid}" in lock.note and "its process is gone" in lock.note
+    assert lock.note in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_number_that_another_process_got_is_no_sign_of_life(tmp_path, start):
+    _, line = start(tmp_path)
+    assert line == "held"
+    rewrite(tmp_path, pid_started="1")
+    with lock_of(tmp_path) as lock:
+        assert "its process is gone" in lock.note
+
+
+@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"boot": "another"}, {"pid_space": "pid:[1]"}])
+def test_elsewhere_only_signs_of_life_count(tmp_path, start, change):
+    _, line = start(tmp_path)
+    assert line == "held"
+    rewrite(tmp_path, pid=2**22 + 1, **change)  # no process here has this number
+    with pytest.raises(FolderInUse):
+        lock_of(tmp_path, stale_seconds=50).acquire()
+    touch(tmp_path, 45)
+    with pytest.raises(FolderInUse):
+        lock_of(tmp_path, stale_seconds=50).acquire()
+    touch(tmp_path, 60)
+    with lock_of(tmp_path, stale_seconds=50) as lock:
+        assert "no sign of life for 60 s" in lock.note
+
+
+def test_here_a_living_process_holds_without_signs_of_life(tmp_path, start):
+    _, line = start(tmp_path)
+    assert line == "held"
+    touch(tmp_path, 10_000)
+    with pytest.raises(FolderInUse):
+        lock_of(tmp_path).acquire()
+
+
+def test_the_holder_gives_signs_of_life(tmp_path):
+    with lock_of(tmp_path, stale_seconds=0.5):
+        touch(tmp_path, 1000)
+        before = (tmp_path / LOCK_NAME).stat().st_mtime
+        for _ in range(1000):
+            time.sleep(0.01)
+            if (tmp_path / LOCK_NAME).stat().st_mtime > before + 900:
+                return
+    pytest.fail("no sign of life")
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_taken"),
+    [
+        ({"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "2"}, True),
+        ({"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1"}, False),
+        ({"SLURM_JOB_ID": "5"}, False),
+        ({"SLURM_JOB_ID": "6", "SLURM_RESTART_COUNT": "2"}, False),
+        ({"LSB_JOBID": "5", "AADL_RESTART_COUNT": "2"}, False),
+        ({}, False),
+    ],
+)
+def test_a_restart_of_the_same_job_takes_over(tmp_path, start, environment, is_taken):
+    _, line = start(tmp_path, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
+    assert line == "held"
+    rewrite(tmp_path, host="elsewhere")
+    if is_taken:
+        with lock_of(tmp_path, environment) as lock:
+            assert "this is restart 2 of the same job" in lock.note
+    else:
+        with pytest.raises(FolderInUse):
+            lock_of(tmp_path, environment).acquire()
+
+
+def test_elements_of_an_lsf_array_are_different_jobs(tmp_path):
+    first = {"LSB_JOBID": "5", "LSB_JOBINDEX": "1", "AADL_RESTART_COUNT": "0"}
+    with lock_of(tmp_path, first):
+        rewrite(tmp_path, host="elsewhere")
+        with pytest.raises(FolderInUse, match=r"job lsf 5\[1\]"):
+            lock_of(tmp_path, {**first, "LSB_JOBINDEX": "2", "AADL_RESTART_COUNT": "1"}).acquire()
+        with lock_of(tmp_path, {**first, "AADL_RESTART_COUNT": "1"}) as lock:
+            assert lock.note
+
+
+def test_the_lock_that_was_taken_over_is_not_removed_by_its_old_holder(tmp_path):
+    old = lock_of(tmp_path)
+    old.acquire()
+    rewrite(tmp_path, host="elsewhere")
+    touch(tmp_path, 1000)
+    with lock_of(tmp_path):
+        old.release()
+        assert os.listdir(tmp_path) == [LOCK_NAME]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_lock_is_taken_over_when_it_is_old(tmp_path):
+    (tmp_path / LOCK_NAME).write_text("{")
+    with pytest.raises(FolderInUse, match="an unknown host"):
+        lock_of(tmp_path).acquire()
+    touch(tmp_path, 1000)
+    with lock_of(tmp_path) as lock:
+        assert "no sign of life" in lock.note
+
+
+def test_file_systems_without_hard_links_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    with lock_of(tmp_path):
+        with pytest.raises(FolderInUse, match="this run"):
+            lock_of(tmp_path).acquire()
+        assert os.listdir(tmp_path) == [LOCK_NAME]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_process_does_not_release(tmp_path):
+    with lock_of(tmp_path) as lock:
+        lock._pid += 1  # as in the child
+        lock.release()
+        assert os.listdir(tmp_path) == [LOCK_NAME]
+        lock._pid -= 1
+
+
+def test_of_many_processes_one_takes_over(tmp_path, start):
+    """All of them see the lock of a dead process at the same time."""
+    dead, line = start(tmp_path)
+    assert line == "held"
+    dead.kill()
+    dead.communicate()
+    rivals = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    lines = [rival.stdout.readline().split()[0] for rival in rivals]
+    for rival in rivals:
+        rival.communicate("")
+    assert sorted(lines) == ["held", "refused", "refused", "refused"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_limits_are_named(tmp_path):
+    with pytest.raises(ValueError, match="stale_seconds must be > 0, got 0"):
+        lock_of(tmp_path, stale_seconds=0)
