@@ -337,7 +337,9 @@ def _file_name(class_name: str, number: int) -> str:
 Result = TypeVar("Result")
 
 
-def _in_order(function: Callable[..., Result], tasks: Iterator[tuple[Any, ...]], num_workers: int) -> Iterator[Result]:
+def _in_order(
+    function: Callable[..., Result], tasks: Iterator[tuple[Any, ...]], num_workers: int
+) -> Generator[Result, None, None]:
     """function(*task) of every task in their order, with a few tasks a worker in flight."""
     if not num_workers:
         yield from (function(*task) for task in tasks)

@@ -98,8 +98,8 @@ def check_pair(train: Images, validation: Images) -> None:
         counts = np.bincount(images.labels, minlength=len(images.class_names))
         empty = [images.class_names[each] for each in np.flatnonzero(counts == 0)]
         if empty:
-            more = ", ..." if len(empty) > 5 else ""
-            raise ValueError(f"{len(empty)} classes have no image in {name}: {', '.join(empty[:5])}{more}")
+            more = f", ... ({len(empty)} classes)" if len(empty) > 5 else ""
+            raise ValueError(f"{name} has no image of {', '.join(empty[:5])}{more}")
 
 
 # ---- reading, here or in a worker ------------------------------------------------------------------------------------
@@ -120,12 +120,14 @@ class _Answer(NamedTuple):
         labels: (b,).
         unreadable: reasons by index.
         failed: whether the batch is worthless.
+        num_fallbacks: images that the chosen decoder refused and Pillow read.
     """
 
     images: Tensor
     labels: Tensor
     unreadable: dict[int, str]
     failed: bool
+    num_fallbacks: int
 
 
 class _Reader:
@@ -139,15 +141,18 @@ class _Reader:
         size = self.decoding.size
         squares = np.empty((len(key.indices), size, size, 3), np.uint8)
         unreadable: dict[int, str] = {}
+        if self._decoder is None:
+            self._decoder = Decoder(self.decoding)
+        before = self._decoder.num_fallbacks
         with quiet():
             make = self._evaluation if key.epoch is None else self._training
-            read = make(key, squares, unreadable)
+            read = make(self._decoder, key, squares, unreadable)
         failed = -1 in read or bool(unreadable and self.decoding.on_corrupt == "stop")
         pixels = torch.from_numpy(squares[: len(read)]).permute(0, 3, 1, 2)
         labels = self.images.labels[np.array(read, np.int64)]
-        return _Answer(pixels, torch.from_numpy(labels), unreadable, failed)
+        return _Answer(pixels, torch.from_numpy(labels), unreadable, failed, self._decoder.num_fallbacks - before)
 
-    def _training(self, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
+    def _training(self, decoder: Decoder, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
         """An image an entry: the one asked for, or in its place the next one that can be read."""
         numbers: list[list[float] | None] = [None] * len(key.indices)
         if self.augment:
@@ -155,29 +160,28 @@ class _Reader:
         attempts = 1 if self.decoding.on_corrupt == "stop" else min(len(self.images), MAX_REPLACED)
         read = []
         for row, index in enumerate(key.indices.tolist()):
+            target = squares[row : row + 1]
             candidates = (each % len(self.images) for each in range(index, index + attempts))
-            read.append(
-                next((c for c in candidates if self._reads(c, numbers[row], squares[row : row + 1], unreadable)), -1)
-            )
+            read.append(next((c for c in candidates if self._reads(decoder, c, numbers[row], target, unreadable)), -1))
             if read[-1] < 0:
                 break
         return read
 
-    def _evaluation(self, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
+    def _evaluation(self, decoder: Decoder, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
         """The images that can be read."""
         read: list[int] = []
         for index in key.indices.tolist():
-            if self._reads(index, None, squares[len(read) : len(read) + 1], unreadable):
+            if self._reads(decoder, index, None, squares[len(read) : len(read) + 1], unreadable):
                 read.append(index)
             elif self.decoding.on_corrupt == "stop":
                 break
         return read
 
-    def _reads(self, index: int, numbers: list[float] | None, target: Pixels, unreadable: dict[int, str]) -> bool:
-        if self._decoder is None:
-            self._decoder = Decoder(self.decoding)
+    def _reads(
+        self, decoder: Decoder, index: int, numbers: list[float] | None, target: Pixels, unreadable: dict[int, str]
+    ) -> bool:
         try:
-            target[0] = self._decoder(self.images.read(index), numbers)
+            target[0] = decoder(self.images.read(index), numbers)
             return True
         except ImageError as error:
             unreadable[index] = str(error)
@@ -217,6 +221,7 @@ class _Loader:
     Attributes:
         unreadable: reasons by index of the images that this rank could not read so far; each was logged once.
         num_unreadable: how many the present pass met, or the last one.
+        num_fallbacks: images so far that the chosen decoder refused and Pillow read.
     """
 
     def __init__(
@@ -243,7 +248,7 @@ class _Loader:
         self.images, self.decoding = images, decoding
         self.rank, self.world_size = rank, world_size
         self.unreadable: dict[int, str] = {}
-        self.num_unreadable = 0
+        self.num_unreadable = self.num_fallbacks = 0
         self._pass = 0
         self._reader = _Reader(images, decoding, seed, augment)
         self._keys = _Keys()
@@ -285,6 +290,7 @@ class _Loader:
 
     def _note(self, answer: _Answer) -> None:
         self.num_unreadable += len(answer.unreadable)
+        self.num_fallbacks += answer.num_fallbacks
         for index, reason in answer.unreadable.items():
             if index not in self.unreadable:
                 self.unreadable[index] = reason
@@ -298,7 +304,7 @@ class _Loader:
             raise ImageError(f"{len(answer.unreadable)} images in a row cannot be read, from {named} on: {reason}")
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers; later passes are made in this process."""
         self._pass += 1
         self._workers = None
 
@@ -331,7 +337,7 @@ class TrainLoader(_Loader):
     Attributes:
         steps_per_epoch: full global batches.
         num_left_out: images that an epoch leaves out, other ones in each: the remainder of the last batch.
-        unreadable, num_unreadable: see `_Loader`.
+        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
 
     Raises:
         ValueError: an argument outside its range, a decoder that does not import, fewer images than a batch.
@@ -410,7 +416,7 @@ class EvaluationLoader(_Loader):
 
     Attributes:
         num_images: of this rank.
-        unreadable, num_unreadable: see `_Loader`.
+        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
     """
 
     def __init__(

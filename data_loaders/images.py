@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: packing and reading start faster without torch
 
 DECODERS = ("pillow", "torchvision", "dali")
 POLICIES = ("skip", "stop")
-FORMATS = ("JPEG", "PNG", "MPO", "BMP", "PPM", "GIF", "WEBP", "TIFF")  # of Pillow; others may start programs
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")  # of Pillow; others may start programs
+PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to be known; Pillow loads the others itself
 NEEDS = {"pillow": "PIL", "torchvision": "torchvision.io", "dali": "nvidia.dali"}
 
 AREA = (0.08, 1.0)  # of a random crop, as a share of the image
@@ -135,12 +136,12 @@ class Decoder:
     """Decodes, crops and resizes one image after the other.
 
     Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). Gray, CMYK and
-    palette images become RGB, alpha is dropped, the first frame counts, EXIF orientation is not applied. Draft decoding
-    is not used: it changes pixels.
+    palette images become RGB, by Pillow whatever the decoder; alpha is dropped, the first frame counts, EXIF
+    orientation is not applied. Draft decoding is not used: it changes pixels.
 
     Attributes:
         decoding: what was asked for.
-        num_fallbacks: images that Pillow read because the chosen decoder refused them.
+        num_fallbacks: RGB and gray images that Pillow read because the chosen decoder refused them.
 
     Raises:
         ValueError: the decoder does not import.
@@ -166,20 +167,27 @@ class Decoder:
             ImageError: the image cannot be read, or is too large to be one (Image.MAX_IMAGE_PIXELS).
         """
         image = open_image(data)
-        if self._first is not None:
+        refused = False
+        if self._first is not None and image.mode in ("RGB", "L"):  # libraries disagree on what other modes mean
             try:
                 return self._first(data, *image.size, numbers)
             except Exception:  # whatever a library raises on an image that it does not take: Pillow decides
-                self.num_fallbacks += 1
+                refused = True
+        square = self._with_pillow(image, numbers)
+        self.num_fallbacks += refused
+        return square
+
+    def _with_pillow(self, image: Image.Image, numbers: list[float] | None) -> Pixels:
         size = self.decoding.size
-        crop = (
-            central_crop(*image.size, size, self.decoding.resize)
-            if numbers is None
-            else random_crop(*image.size, numbers)
-        )
+        if numbers is None:
+            crop = central_crop(*image.size, size, self.decoding.resize)
+        else:
+            crop = random_crop(*image.size, numbers)
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
         square = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else square)
+        if crop.flip:
+            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.frombuffer(square.tobytes(), np.uint8).reshape(size, size, 3)  # asarray takes half as long again
 
 
 def check_decoder(name: str) -> ModuleType:

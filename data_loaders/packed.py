@@ -291,9 +291,7 @@ def _is_copy(copy: Path, path: Path) -> bool:
 
 
 def _check_room(folder: Path, paths: Sequence[Path]) -> None:
-    needed = sum(path.stat().st_size for path in paths) - sum(
-        (folder / path.name).stat().st_size for path in paths if (folder / path.name).exists()
-    )
+    needed = sum(path.stat().st_size for path in paths)  # what is replaced stays until its copy is whole
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import io
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,7 +157,8 @@ def pack(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument outside its range, or the folder holds shards of other images or settings.
+        ValueError: an argument outside its range, the folder holds shards of other images or settings, or another
+            process is at work there.
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed.
     """
@@ -170,9 +173,12 @@ def pack(
     header = Header(split, images.class_names, f"packed {images.source}{resized}", digest)
     num_shards = -(-len(images) // packing.images_per_shard)
     tasks = [_Task(shard_path(target, split, shard, num_shards), shard, num_shards) for shard in range(num_shards)]
-    finished = _finished(target, split, tasks, digest)
-    remaining = [task for task in tasks if task.path not in finished]
-    with tqdm(total=len(images), desc=split, unit="image", disable=not progress, dynamic_ncols=True) as bar:
+    with (
+        _alone(target, split),
+        tqdm(total=len(images), desc=split, unit="image", disable=not progress, dynamic_ncols=True) as bar,
+    ):
+        finished = _finished(target, split, tasks, digest)
+        remaining = [task for task in tasks if task.path not in finished]
         bar.update(min(len(images), len(finished) * packing.images_per_shard))
         if remaining:
             _run(remaining, images, header, packing, min(num_workers, len(remaining)), bar)
@@ -181,6 +187,22 @@ def pack(
         raise ImageError(f"none of the {len(images)} images can be read; the first is {result.left_out[0]}")
     _check_counts(images, result)
     return result
+
+
+@contextmanager
+def _alone(folder: Path, split: str) -> Iterator[None]:
+    """Keeps other packings of a split out of a folder, and removes what killed ones left, where it can be locked."""
+    with (folder / f".packing-{split}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is packing {split} into {folder}") from None
+        except OSError:  # a parallel file system that was mounted without locks
+            yield
+            return
+        for leftover in folder.glob(f".{split}-*.tmp"):
+            leftover.unlink()
+        yield
 
 
 def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> set[Path]:

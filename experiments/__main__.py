@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 75 after a
-        signal or a time limit that stopped a run, which is saved: the same command goes on; 130 after Ctrl-C and 143
+        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 75 after
+        a signal or a time limit that stopped a run, which is saved: the same command goes on; 130 after Ctrl-C and 143
         after SIGTERM outside of a run.
     """
     options = _parser().parse_args(arguments)

@@ -1,8 +1,7 @@
 """Checkpoints: saved by all ranks together, whole or not at all, and loaded by all ranks from the same folder.
 
 A killed process, a full disk or a lost permission leaves the checkpoint before untouched: a new one is written under
-another name, synced, ended with a manifest and renamed. When loading, rank 0 lists the checkpoints, every rank verifies
-what it needs of one, and the newest that all of them can read is taken.
+another name, synced, ended with a manifest and renamed. The newest that all ranks can verify and read is taken.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,19 +26,16 @@ from experiments.checkpoint_folder import Finding, verify_folder
 from experiments.launch import Ranks
 from experiments.state import (
     Encoded,
-    Layout,
     State,
     architecture_of,
+    check_template,
     decode,
     digest,
     encode,
-    is_sharded,
-    layout_of,
     layouts_of,
-    leaves,
     rng_state,
     set_rng_state,
-    shards_in,
+    targets_of,
 )
 
 __all__ = [
@@ -100,7 +97,8 @@ class _FailedTogether(Exception):
 
     def __init__(self, failures: dict[int, _Failure], world_size: int) -> None:
         rank, first = min(failures.items())
-        super().__init__(first.text if world_size == 1 else f"{first.text} (rank {rank})")
+        is_of_all = len(failures) == world_size and len(set(failures.values())) == 1
+        super().__init__(first.text if is_of_all else f"{first.text} (rank {rank})")
         self.is_transient = all(failure.is_transient for failure in failures.values())
 
 
@@ -113,6 +111,15 @@ class _Job(NamedTuple):
     best: bool
     identity: str
     num_bytes: int  # of all ranks
+
+
+class _Read(NamedTuple):
+    """What a rank has read of a checkpoint before the DTensors are filled."""
+
+    shared: State
+    own: State | None
+    targets: dict[str, Tensor]  # the DTensors in `shared`
+    metadata: Any  # of torch.distributed.checkpoint
 
 
 class Checkpoints:
@@ -208,7 +215,7 @@ class Checkpoints:
         """
         self.wait()
         try:
-            manifests = self._together(lambda: self._manifests() if self._ranks.rank == 0 else [])[0]
+            manifests = self._from_first(self._manifests)
         except _FailedTogether as error:
             raise CheckpointError(f"the checkpoints in {self.folder} cannot be listed: {error}") from None
         rejected: list[tuple[str, str]] = []
@@ -241,22 +248,36 @@ class Checkpoints:
     # Agreement between ranks
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """Runs an action and returns its result on each rank; an error on one of them is raised on all."""
-        failure: _Failure | None = None
-        result: T | None = None
-        cause: Exception | None = None
-        try:
-            result = action()
-        except Exception as error:
-            cause, failure = error, _failure_of(error)
-        outcomes: list[Any] = [(result, failure)]
+        """Runs an action on each rank and returns the results by rank; an error on one of them is raised on all."""
+        outcome, cause = _outcome_of(action)
+        outcomes: list[Any] = [outcome]
         if self._ranks.world_size > 1:
             outcomes = [None] * self._ranks.world_size
-            dist.all_gather_object(outcomes, (result, failure), group=self._group)
+            with self._naming_losses():
+                dist.all_gather_object(outcomes, outcome, group=self._group)
         failures = {rank: failed for rank, (_, failed) in enumerate(outcomes) if failed is not None}
         if failures:
             raise _FailedTogether(failures, self._ranks.world_size) from cause
-        return [value for value, _ in outcomes]
+        return [result for result, _ in outcomes]
+
+    def _from_first(self, action: Callable[[], T]) -> T:
+        """Runs an action on rank 0 and returns its result on all ranks; an error is raised on all."""
+        outcome, cause = _outcome_of(action) if self._ranks.rank == 0 else (None, None)
+        outcomes: list[Any] = [outcome]
+        if self._ranks.world_size > 1:
+            with self._naming_losses():
+                dist.broadcast_object_list(outcomes, src=0, group=self._group)
+        [(result, failure)] = outcomes
+        if failure is not None:
+            raise _FailedTogether({0: failure}, self._ranks.world_size) from cause
+        return cast(T, result)
+
+    @contextmanager
+    def _naming_losses(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo
+            raise CheckpointError(f"a rank was lost among the checkpoints in {self.folder} ({error})") from error
 
     # Writing
 
@@ -317,27 +338,18 @@ class Checkpoints:
 
     def _attempt(self, job: _Job) -> None:
         """Writes one checkpoint, or nothing."""
-        is_first = self._ranks.rank == 0
         has_shards = bool(job.shared.sharded)
         temporary: Path | None = None
         try:
-            temporary = self._together(
-                lambda: folders.make_temporary(self.folder, job.step, has_shards) if is_first else None
-            )[0]
-            assert temporary is not None
+            temporary = self._from_first(lambda: folders.make_temporary(self.folder, job.step, has_shards))
             entries = self._written(job, temporary)
-            self._together(lambda: self._publish(job, temporary, entries) if is_first else None)
+            self._from_first(partial(self._publish, job, temporary, entries))
         except _FailedTogether:
-            doomed = temporary
-            if doomed is not None:
-                self._together(lambda: shutil.rmtree(doomed, ignore_errors=True) if is_first else None)
-            raise
-        except RuntimeError as error:  # of gloo: a rank has died
-            raise CheckpointError(
-                f"the checkpoint of step {job.step} was not written: a rank was lost meanwhile ({error})"
-            ) from error
-        except BaseException:
             if temporary is not None:
+                self._from_first(partial(shutil.rmtree, temporary, ignore_errors=True))
+            raise
+        except BaseException:  # an interrupt, or a rank was lost; removed only by the one who may be renaming it
+            if temporary is not None and self._ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
@@ -393,40 +405,40 @@ class Checkpoints:
         """Verifies and reads one checkpoint, on all ranks together."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
         own_name = folders.rank_file(rank) if rank < manifest["world_size"] else None
-        # What every rank reads, and a fair part of what nobody or everybody reads in parts.
+        # All that this rank reads as a whole, and a fair part of the other files.
         mine = [files.SHARED, *([own_name] if own_name is not None else [])]
         read_by_rank = {files.SHARED, *(folders.rank_file(other) for other in range(world_size))}
         others = [name for name in manifest["files"] if name not in read_by_rank]
         self._together(lambda: folders.verify_files(folder, manifest, [*mine, *others[rank::world_size]]))
 
-        def read_states() -> tuple[files.Content, dict[str, Tensor], State | None]:
+        def read_states() -> _Read:
             content = files.read_state(folder / files.SHARED)
-            targets = _targets(content.tree, template)
-            decoded = decode(content.tree, content.tensors, targets)
-            layouts = layouts_of(decoded, "shared")
+            targets = targets_of(content.tree, template)
+            shared = decode(content.tree, content.tensors, targets)
+            layouts = layouts_of(shared, "shared")
             if architecture_of(layouts) != manifest["architecture"]:
                 raise ValueError(f"the tensors in {files.SHARED} are not those that {folders.MANIFEST} speaks of")
-            _check_template(layouts, template)
+            check_template(layouts, template)
+            metadata = files.read_metadata(folder, manifest["files"]) if targets else None
             if own_name is None:
-                return content, targets, None
+                return _Read(shared, None, targets, metadata)
             of_rank = files.read_state(folder / own_name)
-            return content, targets, decode(of_rank.tree, of_rank.tensors, {})
+            return _Read(shared, decode(of_rank.tree, of_rank.tensors, {}), targets, metadata)
 
-        read: list[tuple[files.Content, dict[str, Tensor], State | None]] = []
+        read: list[_Read] = []
         self._together(lambda: read.append(read_states()))
-        content, targets, own = read[0]
-        if targets:
-            self._together(lambda: files.read_shards(folder, manifest["files"], targets, self._group))
-        return decode(content.tree, content.tensors, targets), own
+        shared, own, targets, metadata = read[0]
+        if targets:  # the tensors are in the state already, and are filled now
+            self._together(lambda: files.read_shards(folder, metadata, targets, self._group))
+        return shared, own
 
 
-def _failure_of(error: Exception) -> _Failure:
-    """What the other ranks are told of an error; torch.distributed.checkpoint wraps those of all ranks in one."""
-    inner = getattr(error, "failures", None)
-    if isinstance(inner, dict) and inner:
-        causes = [wrapped[0] for _, wrapped in sorted(inner.items())]
-        return _Failure(_text_of(causes[0]), all(_is_transient(cause) for cause in causes))
-    return _Failure(_text_of(error), _is_transient(error))
+def _outcome_of(action: Callable[[], T]) -> tuple[tuple[T | None, _Failure | None], Exception | None]:
+    """Result and failure, which can be sent to other ranks, and the error itself, which cannot."""
+    try:
+        return (action(), None), None
+    except Exception as error:
+        return (None, _Failure(_text_of(error), _is_transient(error))), error
 
 
 def _text_of(error: BaseException) -> str:
@@ -437,44 +449,3 @@ def _text_of(error: BaseException) -> str:
 
 def _is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in TRANSIENT
-
-
-def _targets(tree: Any, template: State | None) -> dict[str, Tensor]:
-    """What the saved DTensors are loaded into: new DTensors like those of the template, else whole tensors."""
-    known = {name: leaf for name, leaf in leaves(template or {}, "shared") if is_sharded(leaf)}
-    targets = {}
-    for name, shape, dtype in shards_in(tree):
-        like = known.get(name)
-        if like is not None and layout_of(name, like) == Layout(name, shape, dtype):
-            targets[name] = torch.empty_like(like)
-        else:
-            targets[name] = torch.empty(shape, dtype=_dtype(dtype))
-    return targets
-
-
-def _dtype(text: str) -> torch.dtype:
-    dtype = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"its tree names the dtype {text!r}")
-    return dtype
-
-
-def _check_template(saved: list[Layout], template: State | None) -> None:
-    """Raises ValueError where the tensors below a key of the template are not those that were saved."""
-    for key in template or {}:
-        prefix = f"shared[{key!r}]"
-        have = {layout.name: layout for layout in layouts_of((template or {})[key], prefix)}
-        found = {
-            layout.name: layout for layout in saved if layout.name == prefix or layout.name.startswith(f"{prefix}[")
-        }
-        for name in [*have, *found]:
-            mine, theirs = have.get(name), found.get(name)
-            if theirs is None:
-                raise ValueError(f"another architecture: {name} is missing in it")
-            if mine is None:
-                raise ValueError(f"another architecture: it has {name}, which is missing here")
-            if mine != theirs:
-                raise ValueError(
-                    f"another architecture: {name} has shape {theirs.shape} and {theirs.dtype} in it, and shape "
-                    f"{mine.shape} and {mine.dtype} here"
-                )

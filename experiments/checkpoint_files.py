@@ -9,7 +9,8 @@ import pickle
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
@@ -21,6 +22,7 @@ from experiments.state import Encoded
 
 SHARED = "shared.pt"
 SHARDED = "sharded"
+METADATA = "sharded/.metadata"
 BLOCK = 1 << 22  # bytes read or written at once
 
 
@@ -84,7 +86,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     """Writes DTensors; on all ranks of the group together, None for a single rank.
 
     Raises:
-        OSError: this rank cannot write. Other ranks raise CheckpointException of torch.distributed.checkpoint.
+        OSError, ValueError: one of the ranks cannot write; the same on all ranks.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.metadata import StorageMeta
@@ -95,7 +97,22 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
             return StorageMeta()  # else it holds the path of the temporary folder
 
     writer = Writer(folder / SHARDED)
-    save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+    with _first_failure():
+        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raises the first of the errors that torch.distributed.checkpoint gathers in a BaseException of its own."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+        if isinstance(first, OSError):
+            raise OSError(first.errno, f"{first.strerror} (rank {rank})") from None
+        raise ValueError(f"{type(first).__name__}: {_short(first)} (rank {rank})") from None
 
 
 def shards_of(folder: Path, rank: int) -> dict[str, FileEntry]:
@@ -142,7 +159,7 @@ def read_state(path: Path) -> Content:
         raise ValueError(f"{path.name} holds no tree of values") from None
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """What is wrong with the bytes, in one line; torch's own text begins with how to load them all the same."""
     text = str(error)
     if asked := re.search(r"GLOBAL ([\w.]+)", text):
@@ -153,42 +170,37 @@ def _short(error: Exception) -> str:
     return lines[0][:200]
 
 
-def read_shards(
-    folder: Path, names: Iterable[str], targets: Mapping[str, Tensor], group: dist.ProcessGroup | None
-) -> None:
+def read_shards(folder: Path, metadata: Any, targets: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Reads DTensors into the tensors of the targets, each rank its part; on all ranks of the group together.
 
     Args:
         folder: of the checkpoint.
-        names: its files that were verified.
+        metadata: from `read_metadata`.
         targets: tensors by name; DTensors get their part, others the whole.
         group: of gloo, None for a single rank.
 
     Raises:
-        ValueError: the metadata is refused. CheckpointException: a rank cannot read its part.
+        OSError, ValueError: one of the ranks cannot read its part; the same on all ranks.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    verified = [name.removeprefix(f"{SHARDED}/") for name in names if name.startswith(f"{SHARDED}/")]
-
     class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            return read_metadata(folder / SHARDED / ".metadata", verified)
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return metadata
 
     reader = Reader(folder / SHARDED)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _first_failure():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single rank does without
         load(dict(targets), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
-def read_metadata(path: Path, files: Iterable[str]) -> Any:
+def read_metadata(folder: Path, names: Iterable[str]) -> Any:
     """The metadata of torch.distributed.checkpoint, a pickle: only with an unpickler that knows its few classes.
 
     Args:
-        path: of `.metadata`.
-        files: names beside it; it may refer to no others.
+        folder: of the checkpoint.
+        names: its files; the metadata may refer to no others.
 
     Raises:
         ValueError: it holds anything else.
@@ -196,14 +208,14 @@ def read_metadata(path: Path, files: Iterable[str]) -> Any:
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = _MetadataUnpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
     except Exception as error:  # an unpickler raises whatever the bytes lead to
-        raise ValueError(f"{SHARDED}/{path.name} is refused ({_short(error)})") from None
+        raise ValueError(f"{METADATA} is refused ({_short(error)})") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{SHARDED}/{path.name} holds something else than metadata")
-    strange = {info.relative_path for info in metadata.storage_data.values()} - set(files)
+        raise ValueError(f"{METADATA} holds something else than metadata")
+    strange = {f"{SHARDED}/{info.relative_path}" for info in metadata.storage_data.values()} - set(names)
     if strange:
-        raise ValueError(f"{SHARDED}/{path.name} refers to {min(strange)!r}, which is no file of the checkpoint")
+        raise ValueError(f"{METADATA} refers to {min(strange)!r}, which is no file of the checkpoint")
     metadata.storage_meta = StorageMeta()
     return metadata
 

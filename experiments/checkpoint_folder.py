@@ -142,6 +142,9 @@ def new_manifest(
     }
 
 
+KEYS = frozenset(new_manifest(0, 1, "", "", False, {}))
+
+
 def checksum_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
@@ -173,7 +176,7 @@ def prune(folder: Path, step: int, keep: int, unusable: Collection[str] = ()) ->
     """
     names = [name for name in names_of_checkpoints(folder) if step_of(name) <= step]
     kept = [name for name in names if name not in unusable][:keep]
-    old = names[names.index(kept[-1]) + 1 :]
+    old = names[names.index(kept[-1]) + 1 :] if len(kept) == keep else []
     best = next((name for name in names if _is_best(folder / name)), None)
     for name in old:
         if name == best:
@@ -213,9 +216,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is damaged: its checksum is wrong")
     if version != FORMAT:
         raise ValueError(f"it has format {version}, and this program reads format {FORMAT}")
-    for name in manifest["files"]:
+    if set(manifest) != KEYS or not isinstance(manifest["files"], dict):
+        raise ValueError(f"{MANIFEST} lacks what one of format {FORMAT} says")
+    for name, entry in manifest["files"].items():
         if not _FILE.fullmatch(name):
             raise ValueError(f"{MANIFEST} names the file {name!r}, which no checkpoint has")
+        if set(entry) != set(files.FileEntry._fields):
+            raise ValueError(f"{MANIFEST} has a wrong entry for {name}")
     return dict(manifest)
 
 
@@ -270,6 +277,8 @@ def _problem_of(folder: Path) -> str:
         if name.endswith(".pt"):
             content = files.read_state(folder / name)
             decode(content.tree, content.tensors, {shard.name: torch.empty(0) for shard in shards_in(content.tree)})
+    if files.METADATA in manifest["files"]:
+        files.read_metadata(folder, manifest["files"])
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     strange = found - set(manifest["files"]) - {MANIFEST}
     return f"{min(strange)} is not in {MANIFEST}" if strange else ""

@@ -29,6 +29,7 @@ RESUME_CODE = 75  # all ranks stop together to be continued by a later job
 WATCH_SECONDS = 1.0
 CLAIM_SECONDS = 3.0  # a rank that lost its connection waits so long for the rank that failed to say so
 FAREWELL_SECONDS = 30.0
+LOST_STORE: dict[str, Any] = {"rank": 0, "host": "", "what": "it ended, and its store with it"}
 
 
 @dataclass
@@ -104,7 +105,8 @@ def _wait_for_all(met: Joined, name: str, seconds: float) -> None:
         if met.store.add(f"{name} arrived", 1) == met.ranks.world_size:
             met.store.set(f"{name} all", "")
         while not met.store.check([f"{name} all"]) and end.pause():
-            pass
+            if (first := _failed(met)) is not None:
+                _end_because_of(first, met)
         met.store.add(f"{name} seen", 1)
         if met.ranks.rank == 0:  # its store goes with it
             end = Deadline(2.0)
@@ -168,7 +170,7 @@ def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str,
             pass
         first: dict[str, Any] = json.loads(met.store.compare_set("failed", "", json.dumps(own)))
     except RuntimeError:
-        return {"rank": 0, "host": "", "what": "it ended, and its store with it"} if lost_connection else None
+        return LOST_STORE if lost_connection else None
     if first == own:
         return None
     with contextlib.suppress(RuntimeError):
@@ -199,30 +201,39 @@ def _ended_by(me: str, first: Mapping[str, Any]) -> str:
     return f"{me}: ended because rank {first['rank']}{where} failed: {first['what']}"
 
 
+def _failed(met: Joined) -> dict[str, Any] | None:
+    """What another rank said that failed, or None."""
+    if not met.store.check(["failed"]):
+        return None
+    first: dict[str, Any] = json.loads(met.store.get("failed"))
+    if first["rank"] == met.ranks.rank:
+        return None
+    met.store.add("heard", 1)
+    return first
+
+
+def _end_because_of(first: Mapping[str, Any], met: Joined) -> NoReturn:
+    print(_ended_by(f"rank {met.ranks.rank} on {host_of(met.ranks)}", first), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
 def _watch(met: Joined, done: threading.Event) -> None:
     """Ends this process when another rank says that it failed, or rank 0 is gone, also in the midst of a collective."""
-    first: dict[str, Any] = {"rank": 0, "host": "", "what": "it ended, and its store with it"}
     while not done.wait(WATCH_SECONDS):
         try:
-            if not met.store.check(["failed"]):
-                continue
-            first = json.loads(met.store.get("failed"))
-            if first["rank"] == met.ranks.rank:
-                return
-            met.store.add("heard", 1)
+            first = _failed(met)
         except RuntimeError:
-            pass
-        if done.is_set() or not _last_words.acquire(blocking=False):
-            return
-        print(_ended_by(f"rank {met.ranks.rank} on {host_of(met.ranks)}", first), file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
+            first = LOST_STORE
+        if first is not None and not done.is_set() and _last_words.acquire(blocking=False):
+            _end_because_of(first, met)
 
 
 def leave(code: int) -> NoReturn:
     """Ends the process; after a process group together with the other ranks and without the interpreter's farewell.
 
-    The threads of torch abort some of those farewells. The ranks wait for each other, since MPICH ends all of them as
+    The threads of torch abort some of those farewells. The ranks wait for each other, as long as it takes with the
+    codes 0 and RESUME_CODE, which all have in common: launchers end all ranks as soon as one has failed, and MPICH as
     soon as one has left in this way.
     """
     sys.stdout.flush()
@@ -230,6 +241,9 @@ def leave(code: int) -> NoReturn:
     if _joined is None:
         sys.exit(code)
     _stop_watching(_joined)
-    if code in (0, RESUME_CODE):
-        _wait_for_all(_joined, "leave", float("inf"))
+    together = code in (0, RESUME_CODE)
+    _wait_for_all(_joined, "leave", float("inf") if together else FAREWELL_SECONDS)
+    if not together:
+        own = {"rank": _joined.ranks.rank, "host": host_of(_joined.ranks), "what": f"it left with code {code}"}
+        _claim(_joined, own, lost_connection=False)  # for ranks that did not come here
     os._exit(code)

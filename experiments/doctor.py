@@ -375,7 +375,7 @@ def _bandwidth(ranks: Ranks, floor: float | None) -> list[Finding]:
         seconds = min(_time_all_reduce(values) for _ in range(4))
         bandwidth = 2 * (ranks.world_size - 1) / ranks.world_size * size / seconds / 1e9
         best = max(best, bandwidth)
-        parts.append(f"{size / 2**20:g} MiB {seconds * 1e3:.2f} ms {bandwidth:.2f} GB/s")
+        parts.append(f"{size // 1024} KiB {seconds * 1e3:.2f} ms {bandwidth:.2f} GB/s")
     slow = floor is not None and best < floor
     cure = f"below --floor {floor:g}: see NCCL_DEBUG=INFO for the network in use, and launch.interface" if slow else ""
     return [Finding("all_reduce", "; ".join(parts), cure, bad=slow)]
@@ -448,9 +448,12 @@ def _compare_site(site: Mapping[str, Any], ranks: Ranks, facts: Sequence[Mapping
     if not site:
         return []
     findings = [Finding("site", str(site.get("title", "")))]
+    if ranks.scheduler == "none" and site.get("scheduler", "none") != "none":
+        findings.append(Finding("job", "none: what the site wants of one was not compared"))
+        return findings
     launcher, per_node = site.get("launcher"), site.get("ranks", {})
     own = {"mpich": "mpirun", "openmpi": "mpirun"}.get(ranks.launcher, ranks.launcher)
-    if launcher is not None and own != launcher:
+    if launcher is not None and own != launcher and ranks.world_size > 1:
         findings.append(Finding("launcher of the site", f"{launcher}, not {ranks.launcher}", f"start with {launcher}"))
     for what, want, have in (
         ("ranks a node", per_node.get("per_node"), facts[0]["local_size"] or None),

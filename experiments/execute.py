@@ -38,7 +38,16 @@ from experiments.lock import FolderInUse
 from experiments.problem import Description, Problem
 from experiments.progress import progress
 from experiments.published import PublishedScheme
-from experiments.record import git_state, note_place, read_run, run_folder, run_path, state_of, write_run
+from experiments.record import (
+    git_state,
+    note_place,
+    read_run,
+    run_folder,
+    run_path,
+    state_of,
+    write_run,
+    write_weights,
+)
 from experiments.schedules import scaled_rate
 from experiments.session import Interrupted, OtherRun, RunSession
 from experiments.steps import HookSeconds, Stage
@@ -109,9 +118,7 @@ def execute_run(
     def write(result: Result, complete: bool = False) -> None:
         now = datetime.now(timezone.utc)
         restarts = session.num_restores
-        write_run(
-            path, config, problem, result, ranks, session.start, now, complete=complete, restart_count=restarts
-        )
+        write_run(path, config, problem, result, ranks, session.start, now, complete=complete, restart_count=restarts)
 
     try:
         session = RunSession(
@@ -133,7 +140,10 @@ def execute_run(
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
             )
+            weights = problem.export(problem.model) if problem.export is not None else None
             if ranks.rank == 0:
+                if weights is not None:
+                    write_weights(path.with_suffix(".weights.pt"), weights)
                 write(result, complete=True)
     except (Interrupted, FolderInUse, OtherRun):
         raise
@@ -275,9 +285,7 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _execute_in_turn(
-    pending: list[RunConfig], ranks: Ranks, results: Path, save: SaveConfig, anew: bool
-) -> None:
+def _execute_in_turn(pending: list[RunConfig], ranks: Ranks, results: Path, save: SaveConfig, anew: bool) -> None:
     """One run after the other, in this process."""
     tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
     with Interruption() as interruption:

@@ -31,7 +31,7 @@ def total_seconds(run: Run) -> np.ndarray:
 
 
 def images_per_second(run: Run) -> float:
-    """Images trained on over seconds of training, acceleration and waiting for input included; NaN for a diverged run."""
+    """Images trained on over seconds of training, with acceleration and waiting for input; NaN after a divergence."""
     return float(run.attributes["num_steps"] * run.attributes["batch_images"] / _last(run.series[SECONDS]))
 
 
@@ -91,7 +91,9 @@ def _row(variant: Variant, plain: Variant | None) -> tuple[str, ...]:
     percent = ", ".join(f"{100 * float(np.nanmedian(shares[part])):.1f}" for part in PARTS[1:])
     epochs = seconds = "-"
     if plain is not None:
-        reached = np.array([_reached(run, plain.runs[seed]) for seed, run in variant.runs.items() if seed in plain.runs])
+        reached = np.array(
+            [_reached(run, plain.runs[seed]) for seed, run in variant.runs.items() if seed in plain.runs]
+        )
         if len(reached):
             epochs, seconds = spread(reached[:, 0], "{:.0f}"), spread(reached[:, 1], "{:.0f}")
     taken = "-"

@@ -42,7 +42,7 @@ def data_folder(config: ImageConfig, env: Mapping[str, str] = os.environ) -> Pat
         OSError: the fractals cannot be written.
     """
     if config.data == "fractals":
-        settings = {
+        settings: dict[str, Any] = {
             "num_classes": config.num_classes,
             "images_per_class": config.images_per_class,
             "validation_per_class": config.validation_per_class,
@@ -101,7 +101,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     _check(problem, training, ranks, device)
     model = _model(config, len(train_set.class_names), device)
     decoding = Decoding(problem.image_size, problem.resize, problem.decoder, problem.on_unreadable)
-    share = {
+    share: dict[str, Any] = {
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "num_workers": problem.num_workers,
@@ -120,7 +120,9 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         return cross_entropy(forward(network, batch[0]), batch[1], label_smoothing=training.label_smoothing)
 
     def renewed(network: nn.Module) -> None:
-        batches = loader.statistics_batches(min(problem.statistics_images, len(train_set)), problem.statistics_batch)
+        count = min(problem.statistics_images, len(train_set))
+        count -= count % problem.statistics_batch == 1  # an image alone may have a single value in a channel
+        batches = loader.statistics_batches(count, problem.statistics_batch)
         recompute_statistics(
             network,
             (images.to(device, non_blocking=True) for images in batches),
@@ -211,7 +213,7 @@ def _model(config: RunConfig, num_classes: int, device: torch.device) -> nn.Modu
     if training.sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     memory_format = torch.channels_last if training.channels_last else torch.preserve_format
-    return model.to(device, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
+    return model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

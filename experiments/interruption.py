@@ -155,6 +155,7 @@ class Agreement:
                 break                           # on all ranks in the same step
             ...
             agreement.post(step, bool(interruption.reason), finite, fingerprint)
+        word = agreement.read()                 # of the last step
 
     The ranks then stop one step after the flag was set. The word is an all-reduce of int64 numbers on the CPU whose
     size never changes, so ranks that have lost each other find out here, by an error that is the same on all of them,
@@ -185,7 +186,8 @@ class Agreement:
             step: number of the step, in [0, 2^62).
             stop: whether this rank must stop.
             finite: whether its values were finite.
-            fingerprint: a number that must be the same on all ranks, as a hash of what was decided; taken modulo 2^62.
+            fingerprint: a number that must be the same on all ranks, as of what was decided; taken modulo 2^62. Not
+                Python's hash() of a text, which differs between processes.
             save: whether it is time to save.
         """
         if self._posted is not None:
@@ -210,16 +212,17 @@ class Agreement:
         if self._posted is None:
             return None
         (step, fingerprint), self._posted = self._posted, None
-        if self._work is not None:
-            try:
-                self._work.wait()
-            except RuntimeError as error:
-                raise self._lost(step, error) from error
-            finally:
-                self._work = None
-        stop, not_finite, save, last, minus_first, largest, minus_smallest = self._values.tolist()
-        if last != -minus_first or largest != -minus_smallest:
-            raise RanksDisagree(self._disagreement(step, fingerprint))
+        work, self._work = self._work, None
+        try:
+            if work is not None:
+                work.wait()
+            stop, not_finite, save, last, minus_first, largest, minus_smallest = self._values.tolist()
+            agreed = last == -minus_first and largest == -minus_smallest
+            text = "" if agreed else self._disagreement(step, fingerprint)
+        except RuntimeError as error:
+            raise self._lost(step, error) from error
+        if not agreed:
+            raise RanksDisagree(text)
         return Word(step, bool(stop), not not_finite, bool(save))
 
     def agree_now(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> Word:

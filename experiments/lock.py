@@ -31,7 +31,7 @@ class FolderLock:
     """Held by one job; a context manager for its rank 0, whose success the caller tells the other ranks.
 
     Attributes:
-        note: what was taken over from a dead holder, "" for nothing.
+        note: what was taken over from a dead holder, for the caller to tell; "" for nothing.
     """
 
     def __init__(
@@ -120,8 +120,7 @@ class FolderLock:
         try:
             if _read(self.path).get("token") == holder.get("token") and self._why_stale(self.path, mine):
                 self.path.unlink(missing_ok=True)
-                self.note = f"note: took {self.folder} over from {_name(holder)}: {why}"
-                print(self.note, file=sys.stderr, flush=True)
+                self.note = f"took {self.folder} over from {_name(holder)}: {why}"
         finally:
             guard.unlink(missing_ok=True)
 

@@ -191,6 +191,15 @@ def write_run(
     _replace(path, fill)
 
 
+def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes a state_dict at once and whole; torch.load(path, weights_only=True) reads it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    _replace(path, lambda temporary: torch.save(dict(weights), temporary))
+
+
 def note_place(path: Path, config: RunConfig) -> None:
     """Brings what a finished record says of its label and its place among the variants up to date, without a new run.
 

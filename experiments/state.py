@@ -233,6 +233,55 @@ def shards_in(tree: Any) -> Iterator[Layout]:
                 yield from shards_in(entry)
 
 
+def targets_of(tree: Any, template: State | None) -> dict[str, Tensor]:
+    """What saved DTensors are loaded into, by name: new DTensors like those of the template, else whole tensors.
+
+    Raises:
+        ValueError: the tree names a dtype that there is not.
+    """
+    known = {name: leaf for name, leaf in leaves(template or {}, "shared") if is_sharded(leaf)}
+    targets = {}
+    for name, shape, dtype in shards_in(tree):
+        like = known.get(name)
+        if like is not None and layout_of(name, like) == Layout(name, shape, dtype):
+            targets[name] = torch.empty_like(like)
+        else:
+            targets[name] = torch.empty(shape, dtype=_dtype(dtype))
+    return targets
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"its tree names the dtype {text!r}")
+    return dtype
+
+
+def check_template(saved: list[Layout], template: State | None) -> None:
+    """Compares the tensors below each key of a template with those that were saved.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ; the message names the first tensor.
+    """
+    for key in template or {}:
+        prefix = f"shared[{key!r}]"
+        have = {layout.name: layout for layout in layouts_of((template or {})[key], prefix)}
+        found = {
+            layout.name: layout for layout in saved if layout.name == prefix or layout.name.startswith(f"{prefix}[")
+        }
+        for name in [*have, *found]:
+            mine, theirs = have.get(name), found.get(name)
+            if theirs is None:
+                raise ValueError(f"another architecture: {name} is missing in it")
+            if mine is None:
+                raise ValueError(f"another architecture: it has {name}, which is missing here")
+            if mine != theirs:
+                raise ValueError(
+                    f"another architecture: {name} has shape {theirs.shape} and {theirs.dtype} in it, and shape "
+                    f"{mine.shape} and {mine.dtype} here"
+                )
+
+
 def digest(state: Any) -> str:
     """SHA-256 over all names, types, values and bits of a state; of DTensors the local part. The order of keys is none.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,12 +71,11 @@ class Session(Protocol):
 
 def train(
     problem: Problem,
-    optimizer: torch.optim.Optimizer | Stage,
+    first: Stage,
     training: AnyTrainingConfig,
     ranks: Ranks,
     *,
     ema_decay: float | None = None,
-    statistics: Callable[[], Mapping[str, Any]] | None = None,
     then: Stage | None = None,
     session: Session | None = None,
     show_progress: bool = False,
@@ -89,11 +88,10 @@ def train(
 
     Args:
         problem: model, batches, loss and evaluation.
-        optimizer: over `problem.model.parameters()`, accelerated or not; or the first stage.
+        first: an optimizer over `problem.model.parameters()`, accelerated or not.
         training: number of epochs or iterations, scheduler, whether to measure the updates.
         ranks: this process; the gradients are averaged over `world_size` ranks.
         ema_decay: evaluates an exponential moving average of the weights, see `steps.moving_average`.
-        statistics: reads the counters of an acceleration, once an interval.
         then: the second stage, without the scheduler.
         session: takes up a saved run, saves this one on the way, and may stop it.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
@@ -101,7 +99,6 @@ def train(
     Returns:
         The series. A loss that is not finite ends the run, which is then recorded as diverged.
     """
-    first = optimizer if isinstance(optimizer, Stage) else Stage(optimizer, statistics)
     run = Training(problem, [first, *([then] if then is not None else [])], training, ranks, ema_decay, show_progress)
     if session is None or not session.restore(run):
         run.begin()

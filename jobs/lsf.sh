@@ -10,11 +10,11 @@ cd @{checkout} || exit 1
 # The ranks save and stop by themselves before this time, in seconds since 1970.
 export AADL_END_TIME=$(($(date +%s) + @{seconds}))
 # Made by rank 0 when the ranks stopped early, to be resumed.
-export AADL_STOPPED_FILE=@{jobs}/.stopped-$LSB_JOBID-$LSB_JOBINDEX
+export AADL_STOPPED_FILE=@{jobs}/.stopped-$LSB_JOBID-${LSB_JOBINDEX:-0}
 job=@{job_id}
 rm -f "$AADL_STOPPED_FILE"
 # LSF does not count the starts of a job, which keeps its id when it is requeued: one line a start.
-starts=@{jobs}/.starts-$LSB_JOBID-$LSB_JOBINDEX
+starts=@{jobs}/.starts-$LSB_JOBID-${LSB_JOBINDEX:-0}
 echo "$HOSTNAME" >>"$starts"
 restarts=$(($(wc -l <"$starts") - 1))
 export AADL_RESTART_COUNT=$restarts
@@ -22,15 +22,17 @@ max_restarts=@{max_restarts}
 @{stage}
 @{seed}
 # A signal to this shell goes on to the ranks: they stop at the same step, save, and exit. Launchers that pass on no
-# signal do no harm: the ranks mind the time themselves.
+# signal do no harm: the ranks mind the time themselves. INT and TERM are bkill's: then the job must not come back.
 step=
+killed=
 forward() {
     trapped=yes
     [ -z "$step" ] || kill -s "$1" "$step"
 }
 trap 'forward USR1' USR1
 trap 'forward USR2' USR2
-trap 'forward TERM' TERM
+trap 'killed=yes trapped=yes' INT
+trap 'killed=yes; forward TERM' TERM
 
 echo "job $LSB_JOBID, start $((restarts + 1)), $(date -u +%FT%TZ)"
 # -wa and bkill signal the launcher too, which must not die of it.
@@ -46,7 +48,7 @@ done
 if [ -e "$AADL_STOPPED_FILE" ]; then
     rm -f "$AADL_STOPPED_FILE"
     code=75
-    if [ "$restarts" -lt "$max_restarts" ]; then
+    if [ -z "$killed" ] && [ "$restarts" -lt "$max_restarts" ]; then
         echo "stopped early, state saved: requeued (start $((restarts + 1)) of at most $((max_restarts + 1)))"
         brequeue "$job" && exit "$code"
         echo "error: brequeue was refused" >&2

@@ -378,7 +378,9 @@ def _stage(job: Job) -> str:
         "mpirun": f"mpirun -np {job.nodes} --map-by ppr:1:node",
     }.get(job.site.launcher, "")
     stage = f"{each} bash jobs/stage.sh".strip()
-    lines = ["# To the disk of each node: thousands of ranks that read the same files are slow on a shared file system."]
+    lines = [
+        "# To the disk of each node: thousands of ranks that read the same files are slow on a shared file system."
+    ]
     if job.environment is not None:
         archive = _quoted(job.environment)
         if job.site.scheduler == "slurm":
@@ -394,7 +396,9 @@ def _stage(job: Job) -> str:
 
 def _launch(job: Job) -> str:
     """The command that starts the ranks."""
-    python = f'"{job.site.node_local.path}/environment/bin/python"' if _has_own_python(job) else _quoted(job.python)
+    python = _quoted(job.python)
+    if job.environment is not None and job.site.node_local is not None:
+        python = f'"{job.site.node_local.path}/environment/bin/python"'
     run = ["-m experiments run", _quoted(job.config), "--results", _quoted(job.results)]
     for override in job.overrides:
         run += ["--set", _quoted(override)]
@@ -408,10 +412,6 @@ def _launch(job: Job) -> str:
     options += job.site.gpu_launch_options if job.gpus_per_node else ()
     launcher = " ".join([job.site.launcher, *options]).format(**_fields(job))
     return f"{launcher} \\\n    bash jobs/rank.sh {python} {experiment}"
-
-
-def _has_own_python(job: Job) -> bool:
-    return job.environment is not None and job.site.node_local is not None
 
 
 def _launcher_options(job: Job) -> list[str]:

@@ -62,11 +62,17 @@ def _variables(value: Any) -> dict[str, str]:
     variables: dict[str, str] = {}
     for name, text in OPTIONS.parse(value).items():
         text = str(text) if isinstance(text, int) and not isinstance(text, bool) else text
-        plain = isinstance(text, str) and not re.search(r'["`\\\n]|\$(?!\w|\{\w+\})', text)
+        plain = isinstance(text, str) and not re.search(r'["`\\\n]|\$(?!\w|\{\w+(:-[\w./]+)?\})', text)
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or not plain:
             raise ValueError
         variables[name] = text
     return variables
+
+
+def _local(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(/|\$)[\w./${}:-]*", value):
+        raise ValueError
+    return value
 
 
 def _date(value: Any) -> date:
@@ -77,6 +83,7 @@ def _date(value: Any) -> date:
 
 TEXTS = Kind("a list of texts", _texts)
 DIRECTIVES = Kind("a list of lines in which braces hold one of " + ", ".join(FIELDS), _directives)
+DATE = optional(Kind("a date as 2026-01-31", _date))
 VARIABLES = Kind('a mapping from variables to texts without ", `, \\ and $( )', _variables)
 
 
@@ -85,7 +92,7 @@ class Verified:
     """Where job scripts for the site ran, and when; `note` says what did."""
 
     by: str = setting(choice("real machine", "local Slurm", "fake LSF", "this machine", "never"))
-    date: Any = setting(optional(Kind("a date as 2026-01-31", _date)), None)
+    date: Any = setting(DATE, None)  # noqa: RUF009
     note: str = setting(TEXT, "nothing was run")
 
 
@@ -114,20 +121,6 @@ class Limit:
     minutes: int = setting(integer(1))
 
 
-@dataclass(frozen=True)
-class Queue:
-    """The directives that name a queue, and its limits, by ascending number of nodes; () for no known limit."""
-
-    directives: tuple[str, ...] = setting(DIRECTIVES)
-    limits: tuple[Limit, ...] = setting(
-        Kind(
-            "a list of {nodes, minutes} with ascending nodes",
-            lambda value: _limits(value),
-        ),
-        (),
-    )
-
-
 def _limits(value: Any) -> tuple[Limit, ...]:
     if not isinstance(value, list):
         raise ValueError
@@ -135,6 +128,14 @@ def _limits(value: Any) -> tuple[Limit, ...]:
     if [limit.nodes for limit in limits] != sorted({limit.nodes for limit in limits}):
         raise ValueError
     return limits
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The directives that name a queue, and its limits, by ascending number of nodes; () for no known limit."""
+
+    directives: tuple[str, ...] = setting(DIRECTIVES)
+    limits: tuple[Limit, ...] = setting(Kind("a list of {nodes, minutes} with ascending nodes", _limits), ())
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,8 @@ class WarningSignal:
 class NodeLocal:
     """A disk of the node's own: its path there, and the features or flags a job must ask for to have it."""
 
-    path: str = setting(Kind("an absolute path, in which $USER and the like may stand", lambda value: _local(value)))
+    path: str = setting(Kind("an absolute path, in which $USER and the like may stand", _local))
     features: tuple[str, ...] = setting(TEXTS, ())
-
-
-def _local(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"(/|\$)[\w./${}:-]*", value):
-        raise ValueError
-    return value
 
 
 @dataclass(frozen=True)
@@ -204,9 +199,9 @@ class Site:
     # sections, read apart
     name: str = ""
     verified: Verified | None = None
-    node: Node = Node()  # noqa: RUF009
-    ranks: RanksPerNode = RanksPerNode()  # noqa: RUF009
-    warning: WarningSignal = WarningSignal()  # noqa: RUF009
+    node: Node = Node()
+    ranks: RanksPerNode = RanksPerNode()
+    warning: WarningSignal = WarningSignal()
     node_local: NodeLocal | None = None
     queues: dict[str, Queue] | None = None
 

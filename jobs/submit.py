@@ -1,4 +1,4 @@
-"""Renders a job script for a site and submits it: `python -m jobs.submit CONFIG --site SITE --nodes N --time H:MM:SS`."""
+"""Renders a job script for a site, and submits it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.submit", description=__doc__)
     add_job_options(parser)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each of which resumes the one before")
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, each of which resumes the one before"
+    )
     parser.add_argument("--array", metavar="seeds=0-9", help="a job array whose elements have one seed each")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     return guarded(lambda: _submit(options, ["python", "-m", "jobs.submit", *given]))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m jobs.submit`."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.submit", description=__doc__)
+    add_job_options(parser)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs, each of which resumes the one before"
+    )
+    parser.add_argument("--array", metavar="seeds=0-9", help="a job array whose elements have one seed each")
+    return parser
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -78,16 +92,10 @@ def request_from(options: argparse.Namespace, **changes: object) -> Request:
         "name": options.name,
         "python": options.python,
         "overrides": tuple(options.set),
-        "environment": _existing(options.stage_environment, "--stage-environment"),
-        "data": _existing(options.stage_data, "--stage-data"),
+        "environment": options.stage_environment,
+        "data": options.stage_data,
     }
     return Request(**{**wanted, **changes})  # type: ignore[arg-type]
-
-
-def _existing(path: Path | None, option: str) -> Path | None:
-    if path is not None and not path.exists():
-        raise FileNotFoundError(f"{option} {path} does not exist")
-    return path
 
 
 def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -99,7 +107,7 @@ def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
     if options.dry_run:
         print(script, end="")
         return 0
-    write_script(path, script)
+    write_text(path, script, executable=True)
     print(path, file=sys.stderr)
     if site.scheduler == "none":
         return subprocess.run(["bash", path], check=False).returncode
@@ -117,6 +125,9 @@ def checked_job(site: Site, request: Request) -> Job:
         ValueError: the configuration or the request is wrong.
         OSError: the configuration cannot be read.
     """
+    for option, path in (("--stage-environment", request.environment), ("--stage-data", request.data)):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{option} {path} does not exist")
     seeds = [request.array] if request.array is not None else []
     job = make_job(site, request, "experiment", sys.executable)
     config = load_config(request.config, [*request.overrides, *seeds])
@@ -128,8 +139,8 @@ def script_path(job: Job) -> Path:
     return job.jobs / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
 
 
-def write_script(path: Path, script: str) -> None:
-    """Writes a script at once and whole.
+def write_text(path: Path, text: str, *, executable: bool = False) -> None:
+    """Writes a file at once and whole.
 
     Raises:
         OSError: the folder cannot be written.
@@ -139,16 +150,16 @@ def write_script(path: Path, script: str) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(script)
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o755)
+            os.chmod(temporary, 0o755 if executable else 0o644)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise OSError(f"the results folder {path.parent.parent} cannot be written: {error.strerror or error}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def submit_script(site: Site, path: Path, after: str | None = None) -> str:
@@ -168,7 +179,9 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
     """
     for name in site.refused_variables:
         if name in os.environ:
-            raise ValueError(f"{name} must not be set when a job is submitted to {site.name}: type `unset {name}` first")
+            raise ValueError(
+                f"{name} must not be set when a job is submitted to {site.name}: type `unset {name}` first"
+            )
     if site.scheduler == "slurm":
         command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     else:

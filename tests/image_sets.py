@@ -23,8 +23,11 @@ def encoded(kind="JPEG", seed=0, mode="RGB", width=48, height=36, **options):
 def bomb():
     """A PNG that announces 40,000 x 40,000 pixels."""
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    parts = [
+        struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in ((b"IHDR", header), (b"IDAT", b"\x78\x9c"))
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def with_rubbish_in_exif():
@@ -56,6 +59,10 @@ READABLE = {
     "one_column": encoded(width=1, height=400),
     "exif_rubbish": with_rubbish_in_exif(),
     "progressive": encoded(progressive=True),
+    "webp": encoded("WEBP"),
+    "tiff": encoded("TIFF"),
+    "bitmap": encoded("BMP"),
+    "gif": encoded("GIF"),
 }
 
 

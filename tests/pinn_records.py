@@ -12,8 +12,8 @@ from experiments.collocation_problem import describe
 from experiments.config import expand_runs, parse_config
 from experiments.launch import Ranks
 from experiments.pinn import load_equation
-from experiments.record import run_path, write_run
 from experiments.problem import Field
+from experiments.record import run_path, write_run
 from experiments.train import Result
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)

@@ -21,7 +21,8 @@ for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
 rank = next(int(env[name]) for name in ("SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK") if name in env)
 job = env.get("SLURM_JOB_ID") or env["LSB_JOBID"] + ("." + env["LSB_JOBINDEX"] if env["LSB_JOBINDEX"] != "0" else "")
 count = int(env.get("AADL_RESTART_COUNT") or env.get("SLURM_RESTART_COUNT") or 0)
-print(f"rank {{rank}} start {{count}} of job {{job}} ends {{env['AADL_END_TIME']}}: {{' '.join(sys.argv[1:])}}", flush=True)
+arguments = " ".join(sys.argv[1:])
+print(f"rank {{rank}} start {{count}} of job {{job}} ends {{env['AADL_END_TIME']}}: {{arguments}}", flush=True)
 (folder / f"start-{{job}}-{{count}}-{{rank}}").write_text(str(os.getpid()))
 again = count > 0 and not (folder / "stubborn").exists()
 while not (reasons or again or (folder / "go").exists()):

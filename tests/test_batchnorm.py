@@ -191,17 +191,22 @@ def test_autocast_keeps_float32_statistics():
     assert statistics(model)["bn1"].dtype == torch.float32
 
 
-def test_a_compiled_model_is_seen_through():
-    model, batches = network(), batches_of()
-    compiled = torch.compile(model, backend="eager")
+def test_a_compiled_model_is_seen_through_and_not_compiled_again():
+    model, batches, graphs = network().eval(), batches_of(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, dynamic=True)
     with torch.no_grad():
-        model.eval()
-        compiled(batches[0])  # code that knows nothing of what is to come
-    expected = network()
-    recompute_statistics(expected, batches)
-    recompute_statistics(model, batches, forward=compiled)
-    assert_equal(statistics(model), statistics(expected), 1e-6)
-    with torch.no_grad():
+        compiled(batches[0])
+        num_graphs = len(graphs)
+        expected = network()
+        recompute_statistics(expected, batches)
+        recompute_statistics(model, batches, forward=compiled)
+        assert len(graphs) == num_graphs > 0
+        assert_equal(statistics(model), statistics(expected), 1e-6)
         torch.testing.assert_close(compiled(batches[0]), expected.eval()(batches[0]))
 
 

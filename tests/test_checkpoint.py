@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -705,22 +706,48 @@ def sharded_ranks(rank, world_size, folder, asynchronous):
         flip_bit(part, 0.5)
     dist.barrier()
     damaged = checkpoints.load(template=template)
-    told["damaged"] = damaged.step, damaged.rejected[0][1], bool((damaged.shared["weight"].full_tensor() == FULL).all())
+    is_equal = bool((damaged.shared["weight"].full_tensor() == FULL).all())
+    told["damaged"] = damaged.step, damaged.rejected[0][1], is_equal
+    checkpoints.save(3, state, own_at(3, rank))
+    checkpoints.wait()
+    if rank == 0:
+        forge(folder / "step-0000000003", "sharded/.metadata", pickle.dumps(Malicious(folder / "executed")))
+    dist.barrier()
+    told["forged"] = checkpoints.load(template=template).rejected[0]
+
+    class NoSpace(FileSystemWriter):
+        def write_data(self, plan, planner):
+            no_space()
+
+    original = filesystem.FileSystemWriter
+    if rank == 1:
+        filesystem.FileSystemWriter = NoSpace
+    told["failed"] = error_of(lambda: (checkpoints.save(4, state, own_at(4, rank)), checkpoints.wait()))
+    filesystem.FileSystemWriter = original
+    told["names"] = names(folder)
     return told
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sharded_tensors_are_cut_anew(spawn_ranks, tmp_path, asynchronous):
     if not asynchronous:
         Checkpoints(tmp_path / "run", Ranks()).save(0, {}, own_at(0))
     first, second = spawn_ranks(sharded_ranks, 2, tmp_path / "run", asynchronous)
     if not asynchronous:
         assert (first.pop("own"), second.pop("own")) == (0, None)
+    for told in (first, second):
+        kind, text = told.pop("failed")
+        assert kind == "CheckpointError" and "step 4 cannot be written" in text
+        assert "No space left on device (rank 1); it needs" in text
     assert first == second
     assert first["placements"] == ("(Shard(dim=1),)", "(Shard(dim=0),)")
     assert first["equal"] and first["untouched"] and first["whole"]
     step, reason, equal = first["damaged"]
     assert step == 1 and "sharded/__" in reason and "is damaged" in reason and equal
+    name, reason = first["forged"]
+    assert name == "step-0000000003" and "sharded/.metadata is refused (it asks for posix.system)" in reason
+    assert not (tmp_path / "run" / "executed").exists()
+    assert first["names"] == ["step-0000000001", "step-0000000002", "step-0000000003"]
 
     # One process without any process group loads the whole tensors.
     loaded = Checkpoints(tmp_path / "run", Ranks()).load()
@@ -730,21 +757,23 @@ def test_sharded_tensors_are_cut_anew(spawn_ranks, tmp_path, asynchronous):
 
 def test_the_metadata_of_shards_is_read_without_executing_it(tmp_path):
     marker = tmp_path / "executed"
-    path = tmp_path / ".metadata"
+    (tmp_path / "sharded").mkdir()
+    path = tmp_path / "sharded" / ".metadata"
     for content, text in ((Malicious(marker), "posix.system"), (argparse.Namespace(a=1), "argparse.Namespace")):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(ValueError, match=f"sharded/.metadata is refused .it asks for {text}"):
-            checkpoint_files.read_metadata(path, [])
+            checkpoint_files.read_metadata(tmp_path, [])
     path.write_bytes(pickle.dumps({}))
     with pytest.raises(ValueError, match="holds something else than metadata"):
-        checkpoint_files.read_metadata(path, [])
+        checkpoint_files.read_metadata(tmp_path, [])
     path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match="refused"):
-        checkpoint_files.read_metadata(path, [])
+        checkpoint_files.read_metadata(tmp_path, [])
     assert not marker.exists()
 
 
 def save_and_lose_a_rank(rank, world_size, folder, point, doomed):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent ends the others as soon as it sees a death
     checkpoints = Checkpoints(folder, Ranks(rank, world_size), keep=1)
     checkpoints.save(1, state_at(1), own_at(1, rank), identity="run")
 
@@ -754,9 +783,9 @@ def save_and_lose_a_rank(rank, world_size, folder, point, doomed):
 
     if rank == doomed:
         checkpoint_files.kill_point = die
-    text = error_of(lambda: checkpoints.save(2, state_at(2), own_at(2, rank), identity="run"))[1]
-    (folder / f"told-{rank}").write_text(text)
-    signal.pause()  # until the fate of the other one ends this one as well
+    told = error_of(lambda: checkpoints.save(2, state_at(2), own_at(2, rank), identity="run"))
+    (folder / "told").write_text(" ".join(told))
+    os._exit(0)
 
 
 @pytest.mark.parametrize(
@@ -764,9 +793,12 @@ def save_and_lose_a_rank(rank, world_size, folder, point, doomed):
     [("file written", 1), pytest.param("manifest synced", 0, marks=pytest.mark.slow)],
 )
 def test_a_rank_killed_while_saving_is_noticed_by_the_others(spawn_ranks, tmp_path, point, doomed):
+    folder = tmp_path / "run"
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        spawn_ranks(save_and_lose_a_rank, 2, tmp_path / "run", point, doomed)
-    assert_loads(Checkpoints(tmp_path / "run", Ranks()), 1)
+        spawn_ranks(save_and_lose_a_rank, 2, folder, point, doomed)  # which gives the others 30 s
+    told = (folder / "told").read_text()
+    assert told.startswith(f"CheckpointError a rank was lost among the checkpoints in {folder}")
+    assert_loads(Checkpoints(folder, Ranks()), 1)
 
 
 def test_encode_counts_bytes():

@@ -106,7 +106,7 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
 
 
 def test_sigterm_ends_a_command_as_an_interrupt_does(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(execute, "train", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(execute, "describe", lambda *args: signal.raise_signal(signal.SIGTERM))
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler of ours, nothing happens
     try:
         assert run(config, tmp_path / "results") == 143
@@ -165,7 +165,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
             assert wait_until(started, 60)
             time.sleep(4)  # the workers import torch and begin to train
             parent.send_signal(number)
-            assert parent.wait(10) == (143 if number == signal.SIGTERM else -number)
+            assert parent.wait(10) == (75 if number == signal.SIGTERM else -number)
             assert wait_until(lambda: not any(map(is_running, workers)), 10)
         finally:
             parent.kill()

@@ -1,4 +1,4 @@
-"""Folders, loaders and pixels: the same images for any ranks and workers, from any step; exact evaluation; bad images."""
+"""Folders, loaders, pixels: the same for any ranks and workers and from any step; exact evaluation; bad images."""
 
 import logging
 import os
@@ -83,9 +83,9 @@ def test_open_images_tells_folders_and_shards_apart(tmp_path, name):
 
 
 def test_what_is_missing_or_ambiguous_is_one_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="ImageNet: .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"ImageNet: .*nowhere does not exist"):
         open_images(tmp_path / "nowhere", "train")
-    with pytest.raises(FileNotFoundError, match="neither packed images .validation-00000-of-.* nor a folder val or"):
+    with pytest.raises(FileNotFoundError, match=r"neither packed images .validation-00000-of-.* nor a folder val or"):
         open_images(tmp_path, "validation")
     with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
         open_images(tmp_path, "test")
@@ -111,7 +111,7 @@ def test_pairs_that_do_not_fit_are_named(tmp_path):
     (root / "val/n04").rename(root / "val/n02")
     for image in (root / "train/n03").iterdir():
         image.unlink()
-    with pytest.raises(ValueError, match="1 classes have no image in train: n03"):
+    with pytest.raises(ValueError, match="train has no image of n03"):
         check_pair(open_images(root, "train"), validation)
 
 
@@ -201,8 +201,8 @@ def crops(width, height, count=2000):
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (1, 1), (400, 1), (3, 1000), (2, 2)])
 def test_random_crops_lie_in_the_image(width, height):
     for crop in crops(width, height):
-        assert 0 <= crop.left and crop.left + crop.width <= width and crop.width >= 1
-        assert 0 <= crop.top and crop.top + crop.height <= height and crop.height >= 1
+        assert crop.left >= 0 and crop.left + crop.width <= width and crop.width >= 1
+        assert crop.top >= 0 and crop.top + crop.height <= height and crop.height >= 1
 
 
 def test_random_crops_follow_their_laws():
@@ -211,7 +211,7 @@ def test_random_crops_follow_their_laws():
     aspect = np.array([crop.width / crop.height for crop in made])
     assert area.min() < 0.09 and area.max() > 0.97
     assert np.quantile(area[area < 0.5], 0.5) == pytest.approx(0.29, abs=0.02)  # uniform where nearly all fit
-    assert 0.74 < aspect.min() and aspect.max() < 1.35
+    assert aspect.min() > 0.74 and aspect.max() < 1.35
     assert abs(np.log(aspect[area < 0.3]).mean()) < 0.02
     assert np.mean([crop.flip for crop in made]) == pytest.approx(0.5, abs=0.04)
     x = np.array([crop.left / max(1, 500 - crop.width) for crop in made])
@@ -229,7 +229,7 @@ def test_the_central_crop_is_resize_then_crop(width, height, size, resize):
     data = encoded("PNG", 5, width=width, height=height)
     assert np.abs(Decoder(Decoding(size, resize))(data, None) - expected).max() <= 1
     crop = central_crop(width, height, size, resize)
-    assert 0 <= crop.left and crop.left + crop.width <= width and 0 <= crop.top and crop.top + crop.height <= height
+    assert crop.left >= 0 and crop.left + crop.width <= width and crop.top >= 0 and crop.top + crop.height <= height
 
 
 def test_a_random_crop_shows_its_part_of_the_image_and_is_mirrored():
@@ -301,6 +301,29 @@ def test_an_image_that_the_chosen_decoder_refuses_is_read_by_pillow(monkeypatch)
     assert decode.num_fallbacks == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loaders_count_what_the_chosen_decoder_refused(monkeypatch, num_workers):
+    class Picky:
+        def __init__(self, decoding):
+            pass
+
+        def __call__(self, data, *_):
+            if data in CONTENTS[:3]:
+                raise RuntimeError("unsupported color conversion")
+            return np.full((16, 16, 3), 7, np.uint8)
+
+    monkeypatch.setitem(decoding_module.NEEDS, "torchvision", "PIL")
+    monkeypatch.setattr(decoding_module, "_WithTorchvision", Picky)
+    images = listed([*CONTENTS[:29], b""])
+    settings = {"batch_size": 5, "num_workers": num_workers, "start_method": "fork"}
+    with EvaluationLoader(images, Decoding(16, 20, "torchvision"), **settings) as loader:
+        read = torch.cat([each for each, _ in loader.batches()])
+    assert (loader.num_fallbacks, loader.num_unreadable) == (3, 1)
+    assert np.array_equal(read[2].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[2], None))
+    assert read[3].unique().tolist() == [7]
+
+
 def importable(name):
     try:
         check_decoder(name)
@@ -316,16 +339,17 @@ def test_other_decoders_see_what_pillow_sees(name):
     data = encoded(seed=4, width=300, height=200)
     numbers = uniform(sample_seed(0, 0, np.arange(12)), NUM_UNIFORM).tolist()
     for each in [None, *numbers]:
-        difference = np.abs(theirs(data, each).astype(int) - ours(data, each))[2:-2, 2:-2]
+        with decoding_module.quiet():
+            difference = np.abs(theirs(data, each).astype(int) - ours(data, each))[2:-2, 2:-2]
         assert difference.mean() < 2 and np.quantile(difference, 0.99) < 12
     assert theirs.num_fallbacks == 0
     with decoding_module.quiet():
         for kind, broken in UNREADABLE.items():
             with pytest.raises(ImageError):
-                print(kind, theirs(broken, None).mean())
+                raise AssertionError(f"{kind}: {theirs(broken, None).mean()}")
         for kind, good in READABLE.items():
             assert np.abs(theirs(good, None).astype(int) - ours(good, None)).mean() < 6, kind
-    assert np.array_equal(theirs(data, numbers[0]), Decoder(Decoding(size, resize, name))(data, numbers[0]))
+        assert np.array_equal(theirs(data, numbers[0]), Decoder(Decoding(size, resize, name))(data, numbers[0]))
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -446,25 +470,16 @@ def test_statistics_in_the_body_of_the_last_step_are_allowed():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_statistics_use_the_same_images_for_any_ranks(world_size):
-    def of(rank, world):
-        loader = TrainLoader(listed(), SMALL, batch_size=21 * 2, seed=5, rank=rank, world_size=world)
-        return list(loader.statistics_batches(22, 5))
-
     images = listed(CONTENTS * 2)
     alone = TrainLoader(images, SMALL, batch_size=42, seed=5)
     expected = list(alone.statistics_batches(22, 5))
     assert [len(batch) for batch in expected] == [5, 5, 5, 5, 2]
     list(alone.batches(1))
     assert all(map(torch.equal, expected, alone.statistics_batches(22, 5)))  # always the same
-    parts = [
-        list(
-            TrainLoader(images, SMALL, batch_size=42, seed=5, rank=rank, world_size=world_size).statistics_batches(
-                22, 5
-            )
-        )
-        for rank in range(world_size)
-    ] if 42 % world_size == 0 else None
-    assert parts is not None
+    parts = []
+    for rank in range(world_size):
+        loader = TrainLoader(images, SMALL, batch_size=42, seed=5, rank=rank, world_size=world_size)
+        parts.append(list(loader.statistics_batches(22, 5)))
     assert sum(map(len, parts)) == 5
     assert all(torch.equal(batch, parts[b % world_size][b // world_size]) for b, batch in enumerate(expected))
 
@@ -527,15 +542,18 @@ def test_replacements_are_the_same_for_any_ranks_and_workers(world_size):
 def test_stop_ends_training_with_one_sentence(kind, num_workers):
     images = listed([*CONTENTS[:11], UNREADABLE[kind], *CONTENTS[12:]])
     decoding = Decoding(16, 20, on_corrupt="stop")
-    with TrainLoader(
-        images, decoding, batch_size=30, seed=5, num_workers=num_workers, start_method="fork"
-    ) as loader, pytest.raises(ImageError, match=r"^image 11 \(image-11\) cannot be read: [^\n]+$"):
+    with (
+        TrainLoader(images, decoding, batch_size=30, seed=5, num_workers=num_workers, start_method="fork") as loader,
+        pytest.raises(ImageError, match=r"^image 11 \(image-11\) cannot be read: [^\n]+$"),
+    ):
         list(loader.batches(0))
 
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_a_damaged_shard_is_met_by_the_policy(tmp_path, policy):
-    (path,) = write_packed(tmp_path, "train", [(f"n/{i}", i, d) for i, d in enumerate(CONTENTS)], list(map(str, range(30))))
+    (path,) = write_packed(
+        tmp_path, "train", [(f"n/{i}", i, d) for i, d in enumerate(CONTENTS)], list(map(str, range(30)))
+    )
     data = bytearray(path.read_bytes())
     data[data.find(CONTENTS[7]) + 100] ^= 1
     path.write_bytes(data)
@@ -557,7 +575,7 @@ def test_a_file_that_vanished_is_unreadable(tmp_path):
 
 
 def test_a_set_without_a_readable_image_is_an_error():
-    with pytest.raises(ImageError, match=r"5 images in a row cannot be read, from image \d \(image-\d\) on: it is empty"):
+    with pytest.raises(ImageError, match=r"5 images in a row cannot be read, from image \d \(image-\d\) on: it is"):
         list(TrainLoader(listed([b""] * 5), SMALL, batch_size=5, seed=0).batches(0))
     with pytest.raises(ImageError, match="none of the 5 images can be read, the first because it is empty"):
         list(EvaluationLoader(listed([b""] * 5), SMALL, batch_size=2).batches())

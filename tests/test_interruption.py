@@ -152,6 +152,7 @@ def test_a_single_rank_needs_no_process_group():
     assert agreement.read() == Word(3, False, True)
     assert agreement.read() is None
     assert agreement.agree_now(4, stop=True, finite=False) == Word(4, True, False)
+    assert agreement.agree_now(4, stop=False, finite=True, save=True) == Word(4, False, True, True)
     assert not dist.is_initialized()
 
 
@@ -173,9 +174,9 @@ def agreeing_ranks(rank, world_size):
             if rank == 1 and step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             finite = not (rank == 1 and step == 2)
-            agreement.post(step, bool(interruption.reason), finite, fingerprint=hash(("decision", step)))
+            agreement.post(step, bool(interruption.reason), finite, fingerprint=1000 + step)
             done.append(step)
-    told = {"words": words, "done": done, "now": agreement.agree_now(99, rank == 0, True, fingerprint=2**62 + 1)}
+    told = {"words": words, "done": done, "now": agreement.agree_now(99, rank == 0, True, 2**62 + 1, save=rank == 2)}
     for name, step, fingerprint in (("steps", 7 + rank, 0), ("fingerprints", 7, 1 - 3 * rank)):
         try:
             told[name] = agreement.agree_now(step, False, True, fingerprint)
@@ -191,7 +192,7 @@ def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
     first = told[0]
     assert first["words"] == [None, *(Word(step, step == 3, step != 2) for step in range(4))]
     assert first["done"] == [0, 1, 2, 3]
-    assert first["now"] == Word(99, True, True)
+    assert first["now"] == Word(99, True, True, True)
     assert "different steps: rank 0 at step 7, rank 1 at step 8, the others at step 9" in first["steps"]
     assert "different decisions at step 7" in first["fingerprints"]
     assert first["after"] == Word(8, False, True)
@@ -201,7 +202,7 @@ def hanging_ranks(rank, world_size):
     agreement = Agreement(Ranks(rank, world_size), timeout_seconds=2)
     agreement.agree_now(1, False, True)
     if rank == 1:
-        time.sleep(8)
+        time.sleep(6)  # the timeout and the roll call of the other take 4 s
     try:
         agreement.agree_now(2, False, True)
     except RanksDisagree as error:
@@ -209,30 +210,26 @@ def hanging_ranks(rank, world_size):
     return ""
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(spawn_ranks):
-    first, second, third = spawn_ranks(hanging_ranks, 3)
+    first, second = spawn_ranks(hanging_ranks, 2)
     assert first.startswith("rank 1 gave no word within 2 s at step 2")
-    assert third.startswith("rank 1 ")
     assert "at step 2" in second
 
 
 def dying_ranks(rank, world_size, folder):
-    agreement = Agreement(Ranks(rank, world_size), timeout_seconds=60)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent ends the others as soon as it sees a death
+    agreement = Agreement(Ranks(rank, world_size), timeout_seconds=600)
     agreement.agree_now(1, False, True)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    start = time.monotonic()
-    try:
+    with pytest.raises(RanksDisagree) as caught:
         agreement.agree_now(2, False, True)
-    except RanksDisagree as error:
-        (folder / "told").write_text(f"{time.monotonic() - start} {error}")
-        os._exit(0)
+    (folder / "told").write_text(str(caught.value))
+    os._exit(0)
 
 
 def test_a_rank_that_died_is_named_long_before_the_timeout(spawn_ranks, tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        spawn_ranks(dying_ranks, 2, tmp_path)
-    # The parent ends the others with SIGTERM as soon as it sees the death, so the text may be missing on a busy machine.
-    if (tmp_path / "told").exists():
-        seconds, _, text = (tmp_path / "told").read_text().partition(" ")
-        assert text.startswith("rank 1 was lost at step 2") and float(seconds) < 30
+        spawn_ranks(dying_ranks, 2, tmp_path)  # which gives the others 30 s
+    assert (tmp_path / "told").read_text().startswith("rank 1 was lost at step 2")

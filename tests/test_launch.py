@@ -1,9 +1,42 @@
+import os
+import sys
+import types
+
+import launched
 import pytest
 import torch
 
-from experiments.launch import Ranks, device_of, ranks_from_environment
+from experiments import launch
+from experiments.checks import read_settings
+from experiments.launch import (
+    LaunchSettings,
+    Ranks,
+    binding,
+    device_of,
+    end_on_failure,
+    leave,
+    ranks_from_environment,
+    safe_start_method,
+    start_process_group,
+    stop_process_group,
+)
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The environment of a single process, restored afterwards."""
+    clean = launched.clean_environment()
+    for name in os.environ.keys() - clean.keys():
+        monkeypatch.delenv(name)
+    before = dict(os.environ)
+    yield os.environ
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+
+
+# --- ranks from the environment (test_ranks.py has the launchers)
 
 
 def test_a_single_process():
@@ -11,13 +44,15 @@ def test_a_single_process():
     assert Ranks().world_size == 1
 
 
-def test_torchrun():
-    assert ranks_from_environment(TORCHRUN) == Ranks(3, 4, 1, "host", 29500, "torchrun")
+def test_a_process_of_four():
+    ranks = ranks_from_environment(BY_HAND)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)
+    assert (ranks.master_address, ranks.master_port) == ("host", 29500)
 
 
-@pytest.mark.parametrize("name", sorted(TORCHRUN))
+@pytest.mark.parametrize("name", sorted(BY_HAND))
 def test_a_missing_variable_is_named(name):
-    env = {key: value for key, value in TORCHRUN.items() if key != name}
+    env = {key: value for key, value in BY_HAND.items() if key != name}
     with pytest.raises(ValueError, match=rf"environment variable {name} is missing .*torchrun sets all of"):
         ranks_from_environment(env)
 
@@ -36,8 +71,234 @@ def test_a_missing_variable_is_named(name):
 )
 def test_a_wrong_variable_is_named(name, value, message):
     with pytest.raises(ValueError, match=message):
-        ranks_from_environment(TORCHRUN | {name: value})
+        ranks_from_environment(BY_HAND | {name: value})
+
+
+def test_pmix_without_mpi4py_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ValueError, match=r"the number of ranks is known to MPI alone, and mpi4py cannot be used"):
+        ranks_from_environment({"PMIX_RANK": "0"})
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"start_seconds": 0}, "launch.start_seconds must be a finite number"),
+        ({"backend": "mpi"}, "launch.backend must be one of auto, nccl, gloo"),
+        ({"nccl": {"PATH": "x"}}, "launch.nccl must be a mapping from variables NCCL_"),
+        ({"nccl": ["NCCL_DEBUG"]}, "launch.nccl must be a mapping"),
+        ({"interface": ""}, "launch.interface must be a text that is not empty, or null"),
+        ({"flight_recorder": -1}, "launch.flight_recorder must be an integer >= 0"),
+        ({"start_method": "thread"}, "launch.start_method must be one of auto, fork, spawn, forkserver"),
+        ({"timeout": 3}, "unknown key launch.timeout"),
+    ],
+)
+def test_a_wrong_setting_is_named(raw, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(LaunchSettings, raw, "launch")
+
+
+def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_path):
+    raw = {"nccl": {"NCCL_DEBUG": "WARN", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": 600}, "flight_recorder": 100}
+    settings = read_settings(LaunchSettings, raw, "launch")
+    environment["NCCL_DEBUG"] = "INFO"
+    launch._export_settings(settings, tmp_path)
+    assert environment["NCCL_DEBUG"] == "INFO"
+    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600"
+    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+    assert environment["TORCH_FR_BUFFER_SIZE"] == "100" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
+    assert "TORCH_DISTRIBUTED_DEBUG" not in environment
+
+
+def test_no_flight_recorder(environment):
+    launch._export_settings(LaunchSettings(flight_recorder=0), None)
+    assert not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} & environment.keys()
+
+
+def test_start_method(monkeypatch):
+    assert safe_start_method(LaunchSettings(start_method="spawn")) == "spawn"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    monkeypatch.setattr(launch, "_mpi_was_used", False)
+    assert safe_start_method() != "forkserver" or sys.version_info >= (3, 14)
+    monkeypatch.setattr(launch, "_mpi_was_used", True)
+    assert safe_start_method() == "forkserver"
+    monkeypatch.setattr(launch, "_mpi_was_used", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert safe_start_method(LaunchSettings()) == "forkserver"
+
+
+# --- devices
 
 
 def test_device():
     assert device_of(Ranks()).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def see_gpus(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("count", "local", "device"), [(0, 3, "cpu"), (1, 3, "cuda:0"), (4, 3, "cuda:3"), (8, 0, "cuda:0")]
+)
+def test_the_device_of_a_rank(monkeypatch, count, local, device):
+    see_gpus(monkeypatch, count)
+    assert str(device_of(Ranks(3, 8, local))) == device
+
+
+def test_more_ranks_than_devices(monkeypatch):
+    see_gpus(monkeypatch, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(
+        ValueError, match=r"local rank 2 on n1 has no GPU: this process sees 2 .*DEVICES=4,5.*--gpus-per"
+    ):
+        device_of(Ranks(2, 4, 2, host="n1"))
+    _, _, problem = launch._device(Ranks(2, 4, 2, host="n1"), LaunchSettings())
+    assert "local rank 2 on n1" in problem  # which the roll call tells to all ranks
+    see_gpus(monkeypatch, 0)
+    assert "has no GPU" in launch._device(Ranks(), LaunchSettings(backend="nccl"))[2]
+    assert launch._device(Ranks(), LaunchSettings())[::2] == ("gloo", "")
+
+
+def facts(**different):
+    return {"host": "n1", "machine": "n1", "backend": "nccl", "device": "", "problem": "", **different}
+
+
+@pytest.mark.parametrize(
+    ("second", "settings", "problem"),
+    [
+        (facts(device="GPU-b"), LaunchSettings(), ""),
+        (facts(device="GPU-a"), LaunchSettings(), "ranks 0 and 1 on n1 use the same GPU GPU-a"),
+        (facts(device="GPU-a", machine="n2"), LaunchSettings(), ""),
+        (facts(device="GPU-a"), LaunchSettings(share_devices=True), "use the same GPU"),  # NCCL cannot
+        (facts(backend="gloo"), LaunchSettings(), "rank 0 on n1 wants nccl and rank 1 on n1 wants gloo"),
+        (facts(problem="no such device"), LaunchSettings(), "rank 1: no such device"),
+    ],
+)
+def test_ranks_that_cannot_work_together(second, settings, problem):
+    told = launch._judge([facts(device="GPU-a"), second], settings)
+    assert problem in told and bool(problem) == bool(told)
+
+
+def test_ranks_may_share_a_device_by_gloo():
+    shared = [facts(device="GPU-a", backend="gloo")] * 2
+    assert launch._judge(shared, LaunchSettings(share_devices=True)) == ""
+    assert "use the same GPU" in launch._judge(shared, LaunchSettings())
+
+
+# --- MPI
+
+
+def mpi_of(rank, size):
+    world = types.SimpleNamespace(rank=rank, size=size)
+    return types.SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "Open MPI v5.0.11, package")
+
+
+def test_mpi_is_used_where_mpiexec_spawned_the_ranks(monkeypatch):
+    monkeypatch.setattr(launch, "_mpi", lambda: mpi_of(1, 2))
+    ranks = Ranks(1, 2, 1, launcher="mpich")
+    assert launch._mpi_for_rendezvous(ranks, LaunchSettings()) is not None
+    assert launch._mpi_for_rendezvous(ranks, LaunchSettings(rendezvous="file")) is None
+    for launcher in ("srun", "jsrun", "torchrun", "env"):
+        assert launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher=launcher), LaunchSettings()) is None
+    assert launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="srun"), LaunchSettings(rendezvous="mpi")) is not None
+
+
+def test_another_mpi_library_is_told(monkeypatch):
+    monkeypatch.setattr(launch, "_mpi", lambda: mpi_of(0, 1))
+    message = r"mpich started rank 1 of 2, but MPI.COMM_WORLD has rank 0 of 1: .*Open MPI v5.0.11.*rendezvous: file"
+    with pytest.raises(ValueError, match=message):
+        launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings())
+
+
+def test_without_mpi4py_the_file_does(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings()) is None
+    with pytest.raises(ValueError, match=r"launch\.rendezvous is mpi, but mpi4py cannot be used"):
+        launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings(rendezvous="mpi"))
+
+
+# --- one process
+
+
+def test_one_process_needs_no_network(monkeypatch, environment):
+    def forbidden(*arguments, **keywords):
+        raise AssertionError("a socket")
+
+    monkeypatch.setattr("socket.socket", forbidden)
+    start_process_group(Ranks())
+    assert not torch.distributed.is_initialized()
+    [place] = binding(Ranks())
+    assert place["rank"] == 0 and place["pid"] == os.getpid() and place["cores"]
+    stop_process_group(Ranks())
+    with pytest.raises(KeyError), end_on_failure(Ranks()):
+        raise KeyError
+    with pytest.raises(SystemExit, match="3"):
+        leave(3)
+
+
+# --- several processes
+
+
+def run_job(tmp_path, *args, size=2):
+    """Exit codes and logs of a job of `size` tasks of srun."""
+    processes = [
+        launched.start(launched.job, launched.srun_variables(rank, size), tmp_path / f"log-{rank}", tmp_path, *args)
+        for rank in range(size)
+    ]
+    return launched.finish(processes), [(tmp_path / f"log-{rank}").read_text() for rank in range(size)]
+
+
+def test_the_binding_is_the_same_on_all_ranks(tmp_path):
+    processes = [
+        launched.start(launched.gather_binding, launched.srun_variables(rank, 2), tmp_path / f"log-{rank}", tmp_path)
+        for rank in range(2)
+    ]
+    assert launched.finish(processes) == [0, 0], (tmp_path / "log-0").read_text()
+    first, second = ((tmp_path / f"binding-{rank}").read_text() for rank in range(2))
+    assert first == second and "'rank': 1" in first and "'cores': '" in first and "'interface': 'lo'" in first
+
+
+@pytest.mark.parametrize(
+    ("fail", "failing"),
+    [("raises", 1), ("raises", 0), ("alone", 1), ("alone", 0), ("mistake", 1), ("afterwards", 0), ("afterwards", 1)],
+)
+def test_a_rank_that_fails_ends_the_job_with_one_traceback(tmp_path, fail, failing):
+    """The other one waits in a collective, or is "alone", far from any, or "afterwards" about to leave."""
+    codes, logs = run_job(tmp_path, fail, failing)
+    other = 1 - failing
+    if fail == "mistake":
+        assert codes[failing] == 2 and logs[failing].count("error: rank 1 on") == 1
+        assert "the batch has 3 rows" in logs[failing] and "Traceback" not in logs[failing]
+    else:
+        assert codes[failing] == 1 and logs[failing].startswith(f"rank {failing} on ")
+        assert "Traceback" in logs[failing] and "KeyError: 'no such thing'" in logs[failing]
+    assert codes[other] == 1
+    assert f"ended because rank {failing} on " in logs[other] and "Traceback" not in logs[other]
+    assert len([line for line in logs[other].splitlines() if not line.endswith(" summed")]) == 1
+
+
+def test_ranks_leave_together(tmp_path):
+    processes = [
+        launched.start(launched.work_after_the_group, launched.srun_variables(rank, 2), tmp_path / "log", tmp_path)
+        for rank in range(2)
+    ]
+    processes[1].join(60)
+    assert (tmp_path / "written").exists()
+    assert launched.finish(processes) == [75, 75], (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(("fail", "failing"), [("killed", 1), ("killed", 0), ("killed alone", 0)])
+def test_a_rank_that_is_killed_ends_the_job(tmp_path, fail, failing):
+    codes, logs = run_job(tmp_path, fail, failing)
+    assert codes[failing] == -9 and codes[1 - failing] == 1
+    if failing == 0:
+        assert "ended because rank 0 failed: it ended, and its store with it" in logs[1]
+    else:
+        assert "Connection" in logs[0]  # what this rank saw, for the other one could not say anything

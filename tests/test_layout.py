@@ -15,7 +15,7 @@ STANDARD = set(sys.stdlib_module_names)
 # What each folder may import beside the standard library and itself.
 ALLOWED = {
     "aadl": {"torch"},
-    "data_loaders": {"torch", "numpy", "h5py", "PIL"},
+    "data_loaders": {"torch", "numpy", "h5py", "PIL", "tqdm"},
     "experiments": {"aadl", "data_loaders", "torch", "numpy", "scipy", "matplotlib", "tqdm", "yaml", "h5py", "mpi4py"},
     "jobs": {"experiments", "yaml"},
 }

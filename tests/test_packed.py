@@ -176,7 +176,7 @@ def test_a_flipped_byte_is_named_by_verify_and_by_reading(folder):
     flip(shard(folder), place_of(shard(folder), 4))
     assert verify(folder) == ["train-00001-of-00003.h5: image 4 (a/14.JPEG, index 14) is damaged"]
     images = PackedImages(folder, "train")
-    with pytest.raises(ImageError, match="its checksum in train-00001-of-00003.h5 is wrong"):
+    with pytest.raises(ImageError, match=r"its checksum in train-00001-of-00003.h5 is wrong"):
         images.read(14)
     assert images.read(13) == CONTENTS[13]
 
@@ -195,7 +195,7 @@ def test_a_flipped_byte_in_a_table_is_found_at_once(folder, name):
     with h5py.File(shard(folder), "r") as file:
         place = file[name].id.get_offset()
     flip(shard(folder), place)
-    with pytest.raises(ValueError, match="00001-of-00003.h5 is damaged: its table of images has the wrong checksum"):
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 is damaged: its table of images has the wrong checksum"):
         PackedImages(folder, "train")
     assert len(verify(folder)) == 1
 
@@ -228,20 +228,20 @@ def test_a_shard_that_shrinks_while_it_is_read_makes_its_images_unreadable(folde
 
 def test_another_version_is_refused(folder):
     change(shard(folder), version=2)
-    with pytest.raises(ValueError, match="00001-of-00003.h5 has shard version 2 where this code reads 1: pack"):
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 has shard version 2 where this code reads 1: pack"):
         PackedImages(folder, "train")
     assert "version 2" in verify(folder)[0]
 
 
 def test_an_incomplete_shard_is_refused(folder):
     change(shard(folder), complete=None)
-    with pytest.raises(ValueError, match="00001-of-00003.h5 is incomplete"):
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 is incomplete"):
         PackedImages(folder, "train")
 
 
 def test_missing_shards_are_named(folder):
     shard(folder, 1).unlink()
-    with pytest.raises(ValueError, match="lacks 1 of 3 train shards: train-00001-of-00003.h5"):
+    with pytest.raises(ValueError, match=r"lacks 1 of 3 train shards: train-00001-of-00003.h5"):
         open_images(folder, "train")
     assert "lacks 1 of 3" in verify(folder)[0]
 
@@ -255,14 +255,14 @@ def test_sets_of_different_lengths_do_not_mix(folder):
 def test_a_shard_of_another_set_is_refused(folder, tmp_path):
     write_packed(tmp_path / "other", "train", items(CONTENTS[::-1]), ["a", "b"], images_per_shard=10)
     shutil.copy(shard(tmp_path / "other"), shard(folder))
-    with pytest.raises(ValueError, match="00001-of-00003.h5 belongs to another set than train-00000-of-00003.h5"):
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 belongs to another set than train-00000-of-00003.h5"):
         open_images(folder, "train")
     assert "another set" in verify(folder)[0]
 
 
 def test_exchanged_shards_are_refused(folder):
     shutil.copy(shard(folder, 0), shard(folder, 1))
-    with pytest.raises(ValueError, match="00001-of-00003.h5 is shard 0 of 3 by its contents"):
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 is shard 0 of 3 by its contents"):
         open_images(folder, "train")
 
 
@@ -273,7 +273,7 @@ def test_what_is_no_shard_is_refused(folder, content):
             file["data"] = np.zeros(3)
     else:
         shard(folder).write_bytes(content)
-    with pytest.raises(ValueError, match="00001-of-00003.h5 (cannot be read as|is not) a shard of packed images"):
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 (cannot be read as|is not) a shard of packed images"):
         open_images(folder, "train")
 
 
@@ -341,7 +341,7 @@ def test_under_stop_the_first_unreadable_image_ends_the_packing(tmp_path, monkey
     images = ListedImages([CONTENTS[0], UNREADABLE[kind], CONTENTS[1]])
     with pytest.raises(ImageError, match=r"^image 1 \(image-1\) cannot be read: "):
         pack(images, tmp_path, "train", Packing(on_corrupt="stop"))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".packing-train.lock"]
 
 
 def test_nothing_readable_is_an_error(tmp_path, monkeypatch):
@@ -375,13 +375,33 @@ def test_shards_of_other_settings_or_images_are_not_touched(tmp_path, monkeypatc
     pack_here(monkeypatch)
     pack(ListedImages(CONTENTS), tmp_path, "train", Packing(images_per_shard=10))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="holds train-00000-of-00003.h5 of other images or settings"):
+    with pytest.raises(ValueError, match=r"holds train-00000-of-00003.h5 of other images or settings"):
         pack(ListedImages(CONTENTS), tmp_path, "train", settings)
     other = ListedImages(CONTENTS)
     other.digest = "another"
     with pytest.raises(ValueError, match="of other images or settings"):
         pack(other, tmp_path, "train", Packing(images_per_shard=10))
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_leftovers_of_a_killed_packing_go_and_two_at_a_time_are_refused(tmp_path, monkeypatch):
+    pack_here(monkeypatch)
+    (tmp_path / ".train-00000-of-00001-x.tmp").write_bytes(b"half a shard")
+    (tmp_path / ".validation-00000-of-00001-x.tmp").write_bytes(b"of another split")
+    with packing._alone(tmp_path, "validation"):
+        pack(ListedImages(CONTENTS), tmp_path, "train", Packing())
+        with pytest.raises(ValueError, match="another process is packing validation into"):
+            pack(ListedImages(CONTENTS), tmp_path, "validation", Packing())
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_locked_is_packed_all_the_same(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    pack_here(monkeypatch)
+    monkeypatch.setattr(packing.fcntl, "flock", unsupported)
+    assert len(pack(ListedImages(CONTENTS), tmp_path, "train", Packing())) == 25
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path, monkeypatch, capsys):
@@ -395,7 +415,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path, monkeypatch, c
     assert main(["pack", str(tmp_path / "images"), str(tmp_path / "set"), "--quiet"]) == 2
     path = tmp_path / "set" / "train-00000-of-00001.h5"
     assert capsys.readouterr().err == f"error: No space left on device ({path})\n"
-    assert not list((tmp_path / "set").iterdir())
+    assert [path.name for path in (tmp_path / "set").iterdir()] == [".packing-train.lock"]
 
 
 @pytest.mark.parametrize(
@@ -449,14 +469,14 @@ def test_a_damaged_source_is_not_staged(folder, tmp_path):
 
 def test_another_set_in_the_target_stays(folder, tmp_path):
     write_packed(tmp_path / "copy", "train", items(CONTENTS[:3]), ["a", "b"])
-    with pytest.raises(ValueError, match="holds another packed set .train-00000-of-00001.h5.: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds another packed set .train-00000-of-00001.h5.: choose another folder"):
         stage(folder, tmp_path / "copy")
 
 
 def test_too_little_room_is_one_sentence(folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="has 0.00 GB free where the packed set needs"):
+    with pytest.raises(OSError, match=r"has 0.00 GB free where the packed set needs"):
         stage(folder, tmp_path / "copy")
 
 
@@ -568,7 +588,7 @@ def test_an_interrupted_packing_says_so_and_goes_on(tmp_path):
     while not list(target.glob("train-*.h5")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGINT)  # as the terminal does: to all processes
-    output, errors = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=60)
     assert first.returncode == 130, errors
     assert "interrupted: finished shards stay" in errors and "Traceback" not in errors
     finished = inodes(target)

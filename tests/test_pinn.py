@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import h5py
@@ -34,6 +35,7 @@ EAGER = {"store_each_nth": 1, "frequency": 2, "wait_iterations": 0}
 
 HEAT = """
 import math
+import tempfile
 import torch
 from experiments.pinn import Equation
 
@@ -83,15 +85,16 @@ def trained(config):
     seen = {}
     original = execute.train
 
-    def keep(problem, optimizer, *args, **kwargs):
-        seen["problem"], seen["optimizer"] = problem, optimizer
-        seen["result"] = original(problem, optimizer, *args, **kwargs)
+    def keep(problem, first, *args, **kwargs):
+        seen["problem"], seen["optimizer"] = problem, first.optimizer
+        seen["result"] = original(problem, first, *args, **kwargs)
         return seen["result"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(execute, "train", keep)
         patch.setattr(execute, "write_run", lambda *args, **options: None)
-        execute_run(config, Ranks(), Path("nowhere"))
+        with tempfile.TemporaryDirectory() as results:
+            execute_run(config, Ranks(), Path(results))
     return seen["result"], seen["problem"], seen["optimizer"]
 
 
@@ -286,14 +289,15 @@ def test_a_run_ends_when_its_time_is_up(monkeypatch):
         return backward(model, points)
 
     optimizer = torch.optim.Adam(problem.model.parameters())
-    result = train(dataclasses.replace(problem, backward=slow), optimizer, config.training, Ranks())
+    result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), config.training, Ranks())
     assert result.stop_reason == "time" and result.iterations.tolist() == [0, 4, 7]
     clock[0] = 0.0
     longer = dataclasses.replace(config.training, max_seconds=1000.0, iterations=8)
-    assert train(dataclasses.replace(problem, backward=slow), optimizer, longer, Ranks()).stop_reason == "iterations"
+    result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), longer, Ranks())
+    assert result.stop_reason == "iterations"
     clock[0] = 0.0
     exact = dataclasses.replace(config.training, max_seconds=8.0)  # up at the end of an interval
-    result = train(dataclasses.replace(problem, backward=slow), optimizer, exact, Ranks())
+    result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), exact, Ranks())
     assert result.stop_reason == "time" and result.iterations.tolist() == [0, 4, 8]
 
 
@@ -346,12 +350,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_iteration():
     config = pinn_run(training={"iterations": 40, "evaluate_every": 10})
     problem = build(config, Ranks())
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
-    result = train(failing(problem, 13), optimizer, config.training, Ranks())
+    result = train(failing(problem, 13), Stage(optimizer), config.training, Ranks())
     assert result.diverged_iteration == 13 and result.stop_reason == "diverged" and result.diverged_epoch is None
     assert result.iterations.tolist() == [0, 10, 20] and np.isfinite(result.series[LOSS][:2]).all()
     problem = build(config, Ranks())
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=1e30)  # the loss is finite, the weights are not
-    assert train(problem, optimizer, config.training, Ranks()).diverged_iteration in range(1, 11)
+    assert train(problem, Stage(optimizer), config.training, Ranks()).diverged_iteration in range(1, 11)
 
 
 @pytest.mark.parametrize(
@@ -591,7 +595,7 @@ def test_a_run_with_a_time_limit_tells_its_progress_by_time(monkeypatch, capsys)
     limited = pinn_run(training={"iterations": 10**6, "evaluate_every": 1, "max_seconds": 60})
     problem = build(limited, Ranks())
     optimizer = torch.optim.Adam(problem.model.parameters())
-    result = train(problem, optimizer, limited.training, Ranks(), show_progress=True)
+    result = train(problem, Stage(optimizer), limited.training, Ranks(), show_progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert result.stop_reason == "time" and len(result.iterations) > 11
     assert 5 <= len(lines) <= 10 and all("/1000000 iterations, " in line and "loss " in line for line in lines)

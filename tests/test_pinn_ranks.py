@@ -56,8 +56,8 @@ def _train_rank(rank, world_size, variant, settings):
     ranks = Ranks(rank=rank, world_size=world_size)
     config = pinn_run(variant, {"iterations": 24, "evaluate_every": 6}, resample_every=12, **settings)
     problem = build(config, ranks)
-    stage = _stage(problem, config.variant.optimizer, config.variant.acceleration, 0)
-    result = train(problem, stage.optimizer, config.training, ranks, statistics=stage.statistics)
+    stage = _stage(problem, config, ranks, config.variant.optimizer, config.variant.acceleration)
+    result = train(problem, stage, config.training, ranks)
     accepted = 0
     if config.variant.acceleration is not None:
         accepted = aadl.accelerator_of(stage.optimizer).statistics["accepted"]
@@ -95,8 +95,8 @@ def _stop_rank(rank, world_size):
     training = {"iterations": 10**6, "evaluate_every": 10**6, "max_seconds": 0.2 if rank == 0 else 0.01}
     config = pinn_run({"optimizer": ADAM}, training)
     problem = build(config, ranks)
-    stage = _stage(problem, config.variant.optimizer, None, 0)
-    result = train(problem, stage.optimizer, config.training, ranks)
+    stage = _stage(problem, config, ranks, config.variant.optimizer, None)
+    result = train(problem, stage, config.training, ranks)
     return result.iterations.tolist(), result.stop_reason
 
 

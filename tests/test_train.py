@@ -13,7 +13,7 @@ from experiments.config import TrainingConfig
 from experiments.launch import Ranks
 from experiments.models.mlp import MLP
 from experiments.problem import Problem
-from experiments.steps import Updates, moving_average
+from experiments.steps import Stage, Updates, moving_average
 from experiments.train import train
 
 TRAIN = "metrics/train/loss"
@@ -44,7 +44,8 @@ def run(problem, epochs=3, lr=0.1, **options):
         epochs=epochs, **{k: options.pop(k) for k in ("scheduler", "measure_updates") if k in options}
     )
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr)
-    return train(problem, optimizer, training, Ranks(), **options)
+    stage = Stage(optimizer, options.pop("statistics", None))
+    return train(problem, stage, training, Ranks(), **options)
 
 
 def test_the_loop_is_gradient_descent():
@@ -149,7 +150,7 @@ def test_the_acceleration_is_driven_by_the_loop():
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
     aadl.accelerate(optimizer, store_each_nth=1, frequency=2)
     result = train(
-        problem, optimizer, config.training, Ranks(), statistics=lambda: aadl.accelerator_of(optimizer).statistics
+        problem, Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics), config.training, Ranks()
     )
     assert result.series["acceleration/attempts"][-1] > 0
     assert result.series["acceleration/steps"][-1] == result.num_steps == 40
@@ -196,7 +197,7 @@ def _train_rank(rank, world_size):
     ranks = Ranks(rank=rank, world_size=world_size)
     problem = graduate_admissions.build(config, ranks)
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-    return train(problem, optimizer, config.training, ranks).series[TRAIN]
+    return train(problem, Stage(optimizer), config.training, ranks).series[TRAIN]
 
 
 def test_two_ranks_train_as_one(spawn_ranks):

@@ -137,7 +137,9 @@ class Cluster:
         (self.folder / "gres.conf").write_text(devices)
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
-        self.site.write_text(SITE.format(python=sys.executable, gpus=GPUS_PER_NODE, folder=self.folder, nodes=NUM_NODES))
+        self.site.write_text(
+            SITE.format(python=sys.executable, gpus=GPUS_PER_NODE, folder=self.folder, nodes=NUM_NODES)
+        )
 
     def _spawn(self, program, *arguments, key=None):
         with open(self.folder / f"{key or program}.out", "ab") as log:

@@ -6,16 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import yaml
 from cluster import ROOT, wait_until
+from suite_cases import RAW
 
 from experiments import __main__ as suite
 from experiments.record import read_run
-from suite_cases import RAW
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -37,7 +38,9 @@ def long_config(tmp_path_factory):
     """The same, with enough steps to be interrupted."""
     path = tmp_path_factory.mktemp("config") / "long.yaml"
     variants = {name: RAW["variants"][name] for name in (ACCELERATED,)}
-    path.write_text(yaml.safe_dump(RAW | {"seeds": 0, "training": {"epochs": 1500, "batch_size": 80}, "variants": variants}))
+    path.write_text(
+        yaml.safe_dump(RAW | {"seeds": 0, "training": {"epochs": 600, "batch_size": 80}, "variants": variants})
+    )
     return path
 
 
@@ -55,29 +58,29 @@ def log_of(results, job):
     return "".join(path.read_text() for path in (results / "jobs").glob(f"*-{job}.out"))
 
 
-def succeed(cluster, results, job, seconds=120):
+def succeed(cluster, results, job, seconds=300):
     assert cluster.wait_for_end(job, seconds) == "COMPLETED", log_of(results, job)
 
 
 def wait_for_training(results, job):
     """Waits until the ranks train."""
-    wait_until(lambda: "runs to do" in log_of(results, job), 90, "no training", lambda: log_of(results, job))
-    time.sleep(2)
+    wait_until(lambda: "runs to do" in log_of(results, job), 180, "no training", lambda: log_of(results, job))
+    time.sleep(1)
 
 
 def ranks_of(cluster, job):
     """Process ids of the Python processes of a job's ranks, by rank."""
     found = {}
-    for folder in os.scandir("/proc"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            environ = open(f"/proc/{folder.name}/environ", "rb").read().split(b"\0") if folder.name.isdigit() else []
-            command = open(f"/proc/{folder.name}/cmdline", "rb").read().split(b"\0") if environ else []
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            pairs = [entry.partition(b"=") for entry in (folder / "environ").read_bytes().split(b"\0")]
         except OSError:
             continue
-        here = f"SLURM_CONF={cluster.env['SLURM_CONF']}".encode() in environ and f"SLURM_JOB_ID={job}".encode() in environ
-        rank = [entry for entry in environ if entry.startswith(b"SLURM_PROCID=")]
-        if here and rank and command[0] == sys.executable.encode() and b"experiments" in command:
-            found[int(rank[0].split(b"=")[1])] = int(folder.name)
+        env = {name.decode(): value.decode(errors="replace") for name, _, value in pairs}
+        here = (env.get("SLURM_CONF"), env.get("SLURM_JOB_ID")) == (cluster.env["SLURM_CONF"], job)
+        if here and "SLURM_STEP_ID" in env and command[:4] == [sys.executable.encode(), b"-m", b"experiments", b"run"]:
+            found[int(env["SLURM_PROCID"])] = int(folder.name)
     return found
 
 
@@ -88,10 +91,10 @@ def same_numbers(first, second):
     return all(np.array_equal(first.series[name], second.series[name], equal_nan=True) for name in names)
 
 
-def edited(cluster, results, config, old, new):
+def edited(cluster, results, config, old, new, nodes=2):
     """Submits a script as a user does who edits it by hand; the id of the job."""
-    options = [str(config), "--site", str(cluster.site), "--results", str(results), "--time", "0:10:00", "--nodes", "2"]
-    text = cluster.run(sys.executable, "-m", "jobs.submit", *options, "--dry-run")
+    options = [str(config), "--site", str(cluster.site), "--results", str(results), "--time", "0:10:00"]
+    text = cluster.run(sys.executable, "-m", "jobs.submit", *options, "--nodes", str(nodes), "--dry-run")
     changed = re.sub(old, new, text)
     assert changed != text
     (results / "jobs").mkdir(parents=True)
@@ -114,7 +117,9 @@ def test_two_nodes_give_the_numbers_and_the_figure_of_a_plain_run(cluster, confi
             assert ours.series[name][0] != ours.series[name][-1]
     for folder in ("slurm", "plain"):
         assert suite.main(["figures", "--results", str(tmp_path / folder)]) == 0
-    figures = [tmp_path / folder / "graduate_admissions" / "test" / "figures" / "loss.png" for folder in ("slurm", "plain")]
+    figures = [
+        tmp_path / folder / "graduate_admissions" / "test" / "figures" / "loss.png" for folder in ("slurm", "plain")
+    ]
     pictures = [matplotlib.image.imread(path) for path in figures]
     assert pictures[0].shape == pictures[1].shape
     # All but the line below the figure, which names the number of ranks.
@@ -132,17 +137,17 @@ def test_an_array_makes_one_seed_each(cluster, config, tmp_path):
 
 
 def test_steps_smaller_than_the_job_and_uneven_ones(cluster, config, tmp_path):
-    """One job with two steps: one of two ranks on the second node alone, one of three ranks on two nodes."""
+    """One job with two steps: one of two ranks on the last node alone, one of four ranks on three nodes."""
     small, uneven = tmp_path / "small", tmp_path / "uneven"
     step = r"srun (?P<options>--nodes.*) \\\n    (?P<rank>bash .*) --results \S+ &"
-    shape = "--kill-on-bad-exit=1"
+    last = "--nodelist=$(scontrol show hostnames | tail -1)"
     lines = (
-        rf"srun --nodes=1 --ntasks=2 --nodelist=$(scontrol show hostnames | tail -1) {shape} \g<rank> --results {small} "
-        rf"\&\& srun --nodes=2 --ntasks=3 {shape} \g<rank> --results {uneven} \&"
+        rf"srun --nodes=1 --ntasks=2 {last} \g<rank> --results {small} "
+        rf"&& srun --nodes=3 --ntasks=4 \g<rank> --results {uneven} &"
     )
-    job = edited(cluster, tmp_path / "results", config, step, lines)
+    job = edited(cluster, tmp_path / "results", config, step, lines, nodes=3)
     succeed(cluster, tmp_path / "results", job)
-    assert record(small).attributes["world_size"] == 2 and record(uneven).attributes["world_size"] == 3
+    assert record(small).attributes["world_size"] == 2 and record(uneven).attributes["world_size"] == 4
     np.testing.assert_allclose(
         record(small).series["metrics/train/loss"], record(uneven).series["metrics/train/loss"], rtol=TOLERANCE
     )

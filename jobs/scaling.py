@@ -1,0 +1,304 @@
+"""Scaling studies: submits one job a number of nodes, and collects what they recorded into a figure and a table."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from experiments.config import ExperimentConfig, load_config
+from experiments.figures import save_figures
+from experiments.record import Run, read_run
+from jobs.script import Job, render
+from jobs.site import Site, read_site
+from jobs.submit import (
+    add_job_options,
+    checked_job,
+    guarded,
+    request_from,
+    script_path,
+    submit_script,
+    write_text,
+)
+
+MODES = ("strong", "weak")
+COLORS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vPX"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Submits a study, or collects its records.
+
+    Returns:
+        0; 2 after a mistake of the user, explained in one sentence on stderr.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["collect"]:
+        parser = argparse.ArgumentParser(prog="python -m jobs.scaling collect", description="draw a study's records")
+        parser.add_argument("results", type=Path, metavar="RESULTS", help="the folder that --results named")
+        options = parser.parse_args(given[1:])
+        return guarded(lambda: _collect(options.results))
+    parser = argparse.ArgumentParser(prog="python -m jobs.scaling", description=__doc__)
+    add_job_options(parser)
+    parser.add_argument("--nodes", required=True, metavar="N,N,...", help="numbers of nodes, as 1,2,4,8")
+    parser.add_argument("--mode", required=True, choices=MODES, help="the same work for all ranks, or for each rank")
+    options = parser.parse_args(given)
+    return guarded(lambda: _study(options, ["python", "-m", "jobs.scaling", *given]))
+
+
+# --- the study
+
+
+def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
+    """Checks and renders every job before the first one is submitted."""
+    site = read_site(options.site)
+    numbers = _numbers(options.nodes)
+    config = load_config(options.config, options.set)
+    jobs: list[tuple[Job, Path, str]] = []
+    ranks_each = checked_job(site, request_from(options, nodes=numbers[0])).ranks_per_node
+    for number in numbers:
+        overrides = work_overrides(config, options.mode, number * ranks_each, numbers[0] * ranks_each)
+        job = checked_job(
+            site,
+            request_from(
+                options,
+                nodes=number,
+                results=folder_of(options.results, options.mode, number),
+                overrides=(*options.set, *overrides),
+                name=f"{options.name or f'{config.experiment}-{config.scale}'}-{options.mode}-{number}",
+            ),
+        )
+        path = script_path(job)
+        jobs.append((job, path, render(job, path, command)))
+    if options.dry_run:
+        print("\n".join(f"# --- {path}\n{script}" for _, path, script in jobs), end="")
+        return 0
+    return _submit(site, jobs)
+
+
+def _submit(site: Site, jobs: Sequence[tuple[Job, Path, str]]) -> int:
+    if site.scheduler == "none":
+        raise ValueError(f"--site must have a batch system for a study over nodes, and {site.name} has none")
+    for _, path, script in jobs:
+        write_text(path, script, executable=True)
+        print(path, file=sys.stderr)
+        print(submit_script(site, path))
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    parts = text.split(",")
+    numbers = [int(part) for part in parts if part.strip().isdigit()]
+    if len(numbers) < len(parts) or min(numbers) < 1 or numbers != sorted(set(numbers)):
+        raise ValueError(f"--nodes must be rising integers >= 1 with commas, as 1,2,4,8, got {text!r}")
+    return numbers
+
+
+def folder_of(results: Path, mode: str, nodes: int) -> Path:
+    """Where one job of a study keeps its records: jobs of other sizes would make each other's runs again."""
+    return results / "scaling" / mode / f"nodes-{nodes}"
+
+
+def work_overrides(config: ExperimentConfig, mode: str, ranks: int, fewest_ranks: int) -> list[str]:
+    """The settings that keep the work constant: in all where mode is strong, for each rank where it is weak.
+
+    What the configuration says holds for the job with the fewest ranks.
+
+    Args:
+        config: the experiment.
+        mode: "strong" or "weak".
+        ranks: of the job.
+        fewest_ranks: of the smallest job of the study.
+
+    Raises:
+        ValueError: the work cannot be divided or multiplied so.
+    """
+    factor, rest = divmod(ranks, fewest_ranks)
+    if mode == "weak" and rest:
+        raise ValueError(f"--nodes must be multiples of the smallest number for weak scaling, got {ranks} ranks")
+    training: Any = config.training
+    problem: Any = config.problem
+    per_rank = getattr(training, "batch_size_per_rank", None)
+    if per_rank is not None:
+        whole = [f"training.batch_size={per_rank * fewest_ranks}", "training.batch_size_per_rank=null"]
+        return whole if mode == "strong" else []
+    if mode == "strong":
+        return []
+    if getattr(training, "batch_size", None) is not None:
+        return [f"training.batch_size={training.batch_size * factor}"]
+    return [f"problem.{name}={getattr(problem, name) * factor}" for name in ("num_points", "num_conditions")]
+
+
+# --- its records
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of ranks of one variant.
+
+    Attributes:
+        variant: its name.
+        mode: "strong" or "weak".
+        ranks: world size.
+        rates: samples (images, rows, points) per second over all ranks, one for each seed.
+        steps_per_second: of the optimizer, median over the seeds.
+        unit: of the samples.
+    """
+
+    variant: str
+    mode: str
+    ranks: int
+    rates: tuple[float, ...]
+    steps_per_second: float
+    unit: str
+
+    @property
+    def rate(self) -> float:
+        """Samples per second, median over the seeds."""
+        return statistics.median(self.rates)
+
+
+def samples_per_step(run: Run) -> tuple[int, str]:
+    """Samples of one optimizer step over all ranks, and what they are."""
+    training, problem = run.config["training"], run.config["problem"]
+    world_size = int(run.attributes["world_size"])
+    if training.get("batch_size_per_rank") is not None:
+        return int(training["batch_size_per_rank"]) * world_size, "images"
+    if training.get("batch_size") is not None:
+        return int(training["batch_size"]), "images" if "timing/images_per_second" in run.series else "rows"
+    return int(problem["num_points"]) + int(problem["num_conditions"]), "points"
+
+
+def steps_per_second(run: Run) -> float:
+    """Optimizer steps per second of training; the first interval, which warms up, is left out where there are more.
+
+    Raises:
+        ValueError: the record has no time.
+    """
+    seconds, places = run.series["timing/training_seconds"], run.places
+    first = 1 if len(places) > 2 else 0
+    spent = float(seconds[-1] - seconds[first])
+    if not spent > 0:
+        raise ValueError(f"{run.path} has no training time: the run was too short")
+    share = float(places[-1] - places[first]) / float(places[-1] - places[0])
+    return float(run.attributes["num_steps"]) * share / spent
+
+
+def read_points(results: Path) -> list[Point]:
+    """The finished runs of a study, by mode, variant and ranks.
+
+    Raises:
+        OSError: there are none, or one cannot be read.
+        ValueError: a record has no time.
+    """
+    groups: dict[tuple[str, str, int], list[Run]] = {}
+    for mode in MODES:
+        for path in sorted((results / "scaling" / mode).glob("nodes-*/*/*/*/seed-*.h5")):
+            run = read_run(path)
+            if not run.diverged:
+                key = (mode, str(run.attributes["variant"]), int(run.attributes["world_size"]))
+                groups.setdefault(key, []).append(run)
+    if not groups:
+        raise OSError(f"no records of a scaling study in {results / 'scaling'}: its jobs have not finished")
+    points = []
+    for (mode, variant, ranks), runs in sorted(groups.items()):
+        samples, unit = samples_per_step(runs[0])
+        rates = [steps_per_second(run) for run in runs]
+        points.append(
+            Point(variant, mode, ranks, tuple(rate * samples for rate in rates), statistics.median(rates), unit)
+        )
+    return points
+
+
+def efficiencies(points: Sequence[Point]) -> list[float]:
+    """Samples per second and rank, over those of the fewest ranks; points of one variant and mode, by rising ranks.
+
+    The same formula serves strong and weak scaling, for both count samples.
+    """
+    return [point.rate / point.ranks / (points[0].rate / points[0].ranks) for point in points]
+
+
+def _curves(points: Sequence[Point], mode: str) -> dict[str, list[Point]]:
+    curves: dict[str, list[Point]] = {}
+    for point in points:
+        if point.mode == mode:
+            curves.setdefault(point.variant, []).append(point)
+    return {variant: sorted(curve, key=lambda point: point.ranks) for variant, curve in curves.items()}
+
+
+def _figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def table(points: Sequence[Point]) -> str:
+    """A table in Markdown: one row a mode, variant and number of ranks."""
+    lines = [
+        "| scaling | variant | ranks | samples/s | steps/s | speed-up | efficiency |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for mode in MODES:
+        for variant, curve in _curves(points, mode).items():
+            for point, efficiency in zip(curve, efficiencies(curve), strict=True):
+                lines.append(
+                    f"| {mode} | {variant} | {point.ranks} | {_figures(point.rate)} {point.unit} | "
+                    f"{_figures(point.steps_per_second)} | {point.rate / curve[0].rate:.2f} | {100 * efficiency:.0f} % |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def draw_scaling(points: Sequence[Point], mode: str) -> Figure | None:
+    """Throughput and efficiency against the number of ranks, None without records of this mode."""
+    curves = _curves(points, mode)
+    if not curves:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
+    for number, (variant, curve) in enumerate(curves.items()):
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        ranks = [point.ranks for point in curve]
+        middle = [point.rate for point in curve]
+        errors = [
+            [point.rate - min(point.rates) for point in curve],
+            [max(point.rates) - point.rate for point in curve],
+        ]
+        left.errorbar(ranks, middle, yerr=errors, color=color, marker=marker, markersize=4, capsize=3, label=variant)
+        left.plot(ranks, [middle[0] * count / ranks[0] for count in ranks], color=color, linestyle=":", linewidth=0.9)
+        right.plot(ranks, efficiencies(curve), color=color, marker=marker, markersize=4)
+    counts = sorted({point.ranks for curve in curves.values() for point in curve})
+    unit = next(iter(curves.values()))[0].unit
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.set_xlabel("ranks")
+    left.set_yscale("log")
+    left.set_ylabel(f"{unit} per second (dotted: ideal)")
+    left.legend()
+    right.axhline(1.0, color="#999999", linestyle=":", linewidth=0.9)
+    right.set_ylim(0.0, max(1.1, 1.05 * max(max(efficiencies(curve)) for curve in curves.values())))
+    right.set_ylabel("efficiency against the fewest ranks")
+    figure.suptitle(f"{mode.capitalize()} scaling: median and range over the seeds", x=0.01, ha="left")
+    return figure
+
+
+def _collect(results: Path) -> int:
+    points = read_points(results)
+    text = table(points)
+    drawings = [(f"{mode}.png", partial(draw_scaling, points, mode)) for mode in MODES]
+    folder = results / "scaling"
+    for path in save_figures(folder, drawings):
+        print(path)
+    write_text(folder / "scaling.md", text)
+    print(folder / "scaling.md", text, sep="\n", end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

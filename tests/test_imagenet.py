@@ -1,0 +1,346 @@
+"""Image classification in the suite: the problem of a run, what a validation leaves alone, mistakes of a user."""
+
+import copy
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
+from PIL import Image
+from small_runs import identical
+from torch import nn
+
+import aadl
+from data_loaders.imagenet import Decoding, TrainLoader, open_images
+from data_loaders.packed import write_packed
+from experiments.__main__ import main
+from experiments.batchnorm import recompute_statistics
+from experiments.execute import _stage
+from experiments.image_config import ImageConfig
+from experiments.imagenet import build, data_folder, describe
+from experiments.launch import Ranks
+from experiments.models.resnet import resnet18
+from experiments.problem import Problem
+from experiments.steps import AccumulatedClosure, HookSeconds, Stage
+
+TOP1 = "metrics/validation/top1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_set(tmp_path_factory.mktemp("images") / "set")
+
+
+def buffers(model):
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+def small_problem(**changes):
+    """A linear classifier of 4 numbers, and its batch of 12 rows."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    loss = nn.functional.cross_entropy
+    problem = Problem(model, None, lambda network, batch: loss(network(batch[0]), batch[1]), lambda network: {}, "", "")
+    return problem, (torch.randn(12, 4), torch.randint(0, 3, (12,)))
+
+
+def closure_of(problem, optimizer, parts=1, scale=False, **options):
+    scaler = torch.amp.GradScaler("cpu", enabled=scale, **options)
+    return AccumulatedClosure(problem, problem.model, [Stage(optimizer)], parts, scaler)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("parts", [1, 3, 4])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(parts, scale):
+    problem, batch = small_problem()
+    twin = copy.deepcopy(problem.model)
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.5, momentum=0.9)
+    closure = closure_of(problem, optimizer, parts, scale)
+    expected = torch.optim.SGD(twin.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(3):
+        closure.batch = batch
+        told = closure.step()
+        expected.zero_grad()
+        loss = nn.functional.cross_entropy(twin(batch[0]), batch[1])
+        loss.backward()
+        expected.step()
+        assert told == pytest.approx(float(loss.detach()), rel=1e-5) and not told.requires_grad
+    torch.testing.assert_close(problem.model.state_dict(), twin.state_dict())
+    assert closure.num_losses == 3
+
+
+def test_a_trial_sees_the_loss_at_the_candidate_and_no_gradient():
+    problem, batch = small_problem()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    seen = []
+
+    def trials(_, arguments, kwargs):
+        with torch.no_grad():
+            seen.append(float(arguments[1]()))
+            gradients = [p.grad.clone() for p in problem.model.parameters()]
+            problem.model[0].bias.add_(1.0)
+            seen.append(float(arguments[1]()))
+            problem.model[0].weight.zero_()
+            seen.append(float(arguments[1]()))
+            assert all(torch.equal(p.grad, g) for p, g in zip(problem.model.parameters(), gradients, strict=True))
+
+    closure = closure_of(problem, optimizer, parts=2)
+    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: trials(optimizer, (None, closure), kwargs))
+    closure.batch = batch
+    before = float(closure.step())
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)  # a bias on all classes changes nothing
+    assert seen[0] != before and seen[2] != seen[0] and closure.num_losses == 4
+
+
+def test_a_step_that_overflows_is_skipped_and_no_hook_sees_it():
+    problem, batch = small_problem()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    aadl.accelerate(optimizer, store_each_nth=1, frequency=2)
+    closure = closure_of(problem, optimizer, scale=True, init_scale=1e38, growth_interval=1000)
+    closure.batch = (1e3 * batch[0], batch[1])
+    weights = copy.deepcopy(problem.model.state_dict())
+    closure.step()
+    assert closure.num_skipped == 1 and identical(weights, problem.model.state_dict())
+    assert aadl.accelerator_of(optimizer).statistics["steps"] == 0
+    for _ in range(300):
+        closure.step()
+        if closure.num_skipped < closure.num_losses:
+            break
+    assert aadl.accelerator_of(optimizer).statistics["steps"] == 1
+    assert not identical(weights, problem.model.state_dict())
+
+
+def test_seconds_of_hooks_are_those_in_between(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("experiments.steps.time.perf_counter", lambda: clock[0])
+
+    def take(seconds):
+        def hook(*_):
+            clock[0] += seconds
+
+        return hook
+
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.register_step_post_hook(take(100))
+    seconds = HookSeconds(optimizer)
+    optimizer.register_step_pre_hook(take(1))
+    optimizer.register_step_post_hook(take(2))
+    seconds.enclose()
+    optimizer.register_step_post_hook(take(1000))
+    optimizer.step()
+    assert seconds() == 3
+    optimizer.step()
+    assert seconds() == 6
+
+
+# ---- the problem of a run --------------------------------------------------------------------------------------------
+
+
+def test_a_validation_records_both_statistics_and_leaves_no_trace(folder):
+    problem = build(image_run(folder), Ranks())
+    problem.model.train()
+    for batch in problem.epoch_batches(1, 0):
+        problem.loss(problem.model, batch)  # running statistics move
+    before, mode = copy.deepcopy(problem.model.state_dict()), problem.model.training
+    random = torch.get_rng_state()
+    values = problem.evaluate(problem.model)
+    assert identical(before, problem.model.state_dict()) and problem.model.training == mode
+    assert torch.equal(random, torch.get_rng_state())
+    assert values["metrics/validation/loss"] != values["metrics/validation/stale_loss"]
+    assert values["metrics/validation/num_images"] == values["metrics/validation/stale_num_images"] == 20
+    for prefix in ("", "stale_"):
+        correct = values[f"metrics/validation/{prefix}num_correct_top1"]
+        assert values[f"metrics/validation/{prefix}top1"] == correct / 20 and correct == int(correct)
+        assert values[f"metrics/validation/{prefix}num_correct_top5"] == 20  # four classes
+    # The same by hand, with buffers that are kept.
+    images = torch.cat(list(loader_batches(folder)))
+    recompute_statistics(problem.model, images.split(8), forward=lambda batch: forward(problem.model, batch))
+    again = problem.evaluate(problem.model)
+    assert again["metrics/validation/stale_loss"] == pytest.approx(values["metrics/validation/loss"], rel=1e-6)
+
+
+def loader_batches(folder):
+    loader = TrainLoader(open_images(folder, "train"), Decoding(24, 24), batch_size=16, seed=0)
+    return loader.statistics_batches(20, 8)
+
+
+def forward(model, images):
+    mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return model((images / 255 - mean) / deviation)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_share_the_batches_of_a_single_process(folder, world_size):
+    config = image_run(folder)
+    whole = [batch[1] for batch in build(config, Ranks()).epoch_batches(2, 1)]
+    parts = [
+        [batch[1] for batch in build(config, Ranks(rank=rank, world_size=world_size)).epoch_batches(2, 1)]
+        for rank in range(world_size)
+    ]
+    for step, labels in enumerate(whole):
+        assert torch.equal(torch.stack([own[step] for own in parts], dim=1).flatten(), labels)
+
+
+def test_seeds_set_weights_and_order(folder):
+    first, again = (build(image_run(folder), Ranks()) for _ in range(2))
+    other = build(replace(image_run(folder), seed=1), Ranks())
+    assert identical(first.model.state_dict(), again.model.state_dict())
+    assert not identical(first.model.state_dict(), other.model.state_dict())
+    labels = [torch.cat([labels for _, labels in problem.epoch_batches(1, 0)]) for problem in (first, again, other)]
+    assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
+
+
+def test_weight_decay_spares_batchnorm_and_biases_if_told(folder):
+    optimizer = {"name": "SGD", "lr": 0.1, "weight_decay": 0.01}
+    for exempt, expected in ((False, [0.01]), (True, [0.01, 0.0])):
+        config = image_run(folder, {"optimizer": optimizer}, training={"exempt_norm_and_bias": exempt})
+        problem = build(config, Ranks())
+        stage = _stage(problem, config, Ranks(), config.variant.optimizer, None)
+        assert [group["weight_decay"] for group in stage.optimizer.param_groups] == expected
+        assert sum(len(group["params"]) for group in stage.optimizer.param_groups) == 62
+    assert all(p.ndim == 1 for p in stage.optimizer.param_groups[1]["params"])
+
+
+def test_rate_and_cadence_follow_the_batch(folder):
+    training = {"reference_batch": 4, "batch_size": 8}
+    variant = {"acceleration": {"store_each_nth": "1 epoch", "frequency": "2 epochs", "fused": False}}
+    config = image_run(folder, variant, training=training)
+    problem = build(config, Ranks())
+    assert problem.steps_per_epoch == 6
+    stage = _stage(problem, config, Ranks(), config.variant.optimizer, config.variant.acceleration)
+    assert stage.optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
+    settings = aadl.accelerator_of(stage.optimizer).settings
+    assert (settings.store_each_nth, settings.frequency) == (6, 12)
+    published = image_run(folder, {"published": PUBLISHED | {"frequency": "1 epoch"}}, training=training)
+    stage = _stage(problem, published, Ranks(), published.variant.optimizer, None, published.variant.published)
+    assert stage.memory.settings.frequency == 6 and stage.memory.settings.store_each_nth == 1
+
+
+def test_bfloat16_and_channels_last_compute_nearly_the_same(folder):
+    losses = []
+    for changes in ({}, {"precision": "bfloat16"}, {"channels_last": True}):
+        problem = build(image_run(folder, training=changes), Ranks())
+        losses.append(float(problem.loss(problem.model, next(iter(problem.epoch_batches(1, 0)))).detach()))
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[1] != losses[0]
+
+
+def test_packed_images_are_the_same_data_and_may_be_staged(folder, tmp_path):
+    for split in ("train", "validation"):
+        images = open_images(folder, split)
+        items = ((images.name(i), int(images.labels[i]), images.read(i)) for i in range(len(images)))
+        write_packed(tmp_path / "packed", split, items, images.class_names, images_per_shard=16)
+    plain = build(image_run(folder), Ranks())
+    staged = build(image_run(tmp_path / "packed", problem={"stage_folder": str(tmp_path / "node")}), Ranks())
+    for left, right in zip(plain.epoch_batches(1, 0), staged.epoch_batches(1, 0), strict=True):
+        assert identical(list(left), list(right))
+    assert any((tmp_path / "node").rglob("*.h5"))
+    with pytest.raises(ValueError, match=r"problem\.stage_folder needs packed data, which .* is not: pack it with"):
+        build(image_run(folder, problem={"stage_folder": str(tmp_path / "node")}), Ranks())
+
+
+def test_fractals_are_made_on_first_use(tmp_path):
+    config = ImageConfig(data_path=str(tmp_path / "f"), num_classes=2, images_per_class=3, validation_per_class=2,
+                         data_size=16, image_size=16, resize=16)  # fmt: skip
+    folder = data_folder(config)
+    assert len(open_images(folder, "train")) == 6 and len(open_images(folder, "validation")) == 4
+    assert describe(config).source == "fractals" and describe(config).num_rows == 6
+
+
+def test_images_of_the_environment(folder, monkeypatch):
+    config = ImageConfig(data="folder")
+    monkeypatch.delenv("AADL_IMAGENET_DIR", raising=False)
+    with pytest.raises(ValueError, match=r"data_path must name the folder of the images, or AADL_IMAGENET_DIR must"):
+        data_folder(config)
+    assert data_folder(config, {"AADL_IMAGENET_DIR": str(folder)}) == folder
+
+
+def test_weights_come_in_from_a_file(folder, tmp_path):
+    weights = resnet18(4).state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    problem = build(image_run(folder, problem={"initial_weights": str(tmp_path / "weights.pt")}), Ranks())
+    assert identical(dict(problem.model.state_dict()), dict(weights))
+    torch.save(resnet18(5).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt are not those of this network: .*fc\.weight"):
+        build(image_run(folder, problem={"initial_weights": str(tmp_path / "other.pt")}), Ranks())
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pt holds no weights saved by torch\.save"):
+        build(image_run(folder, problem={"initial_weights": str(tmp_path / "text.pt")}), Ranks())
+    with pytest.raises(OSError, match=r"the weights .*none\.pt cannot be read: No such file"):
+        build(image_run(folder, problem={"initial_weights": str(tmp_path / "none.pt")}), Ranks())
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(raw, tmp_path, *options):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return main(["run", str(path), "--results", str(tmp_path / "results"), "--jobs", "1", *options])
+
+
+def test_a_run_is_recorded_drawn_and_summarized(folder, tmp_path, capsys):
+    raw = raw_config(folder, {"acceleration": AADL, "label": "aadl"}, training={"save_weights": True})
+    raw["variants"] = {"plain": {"optimizer": raw["variants"]["one"]["optimizer"], "label": "SGD"}, **raw["variants"]}
+    assert run(raw, tmp_path) == 0
+    with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
+        assert file["metrics/validation/top1"].shape == (3,) and file.attrs["complete"]
+        assert file["timing/images_per_second"].attrs["units"] == "s-1"
+        assert "stale statistics" in file["metrics/validation/stale_top1"].attrs["long_name"]
+        assert "cross entropy" in file["metrics/validation/stale_loss"].attrs["long_name"]
+        seconds = {
+            name: file[f"timing/{name}_seconds"][-1] for name in ("training", "acceleration", "input", "evaluation")
+        }
+        assert 0 < seconds["acceleration"] < seconds["training"] and 0 < seconds["input"] < seconds["training"]
+        assert seconds["evaluation"] > file["timing/batchnorm_seconds"][-1] > 0
+        assert file.attrs["batch_images"] == 16 and file.attrs["num_train_images"] == 48
+    weights = torch.load(tmp_path / "results/imagenet/test/one/seed-0.weights.pt", weights_only=True)
+    assert weights.keys() == resnet18(4).state_dict().keys()
+    capsys.readouterr()
+    assert main(["figures", "--results", str(tmp_path / "results")]) == 0
+    drawn = {line.rpartition("/")[2] for line in capsys.readouterr().out.split()}
+    assert drawn == {"validation.png", "cost.png", "statistics.png", "acceleration.png"}
+    for path in (tmp_path / "results").rglob("*.png"):
+        with Image.open(path) as image:
+            assert image.size[0] > 300
+    assert main(["summarize", "--results", str(tmp_path / "results")]) == 0
+    table = capsys.readouterr().out
+    assert "top-1 (%)" in table and "20 validation images" in table and "batches of 16" in table
+
+
+def test_a_validation_may_be_left_out_but_for_the_last(folder, tmp_path):
+    assert run(raw_config(folder, training={"epochs": 3, "evaluate_every": 2}), tmp_path) == 0
+    with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
+        assert np.isfinite(file["metrics/validation/top1"][:]).tolist() == [True, False, True, True]
+        assert np.isfinite(file["metrics/train/minibatch_loss"][:]).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("problem", "training", "message"),
+    [
+        ({"data_path": "MISSING"}, {}, "MISSING"),
+        ({}, {"batch_size": 64}, "batch_size 64 is larger than the set, which has 48 images"),
+        ({}, {"sync_batchnorm": True}, "sync_batchnorm must be false on CPUs"),
+        ({}, {"accumulate": 3}, "must be a multiple of ranks times accumulate, 1 x 3, got 16"),
+        ({"decoder": "dali"}, {}, "dali"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_the_training(folder, tmp_path, capsys, problem, training, message):
+    assert run(raw_config(folder, problem=problem, training=training), tmp_path) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(told) == 1 and message in told[0]
+    assert not list((tmp_path / "results").rglob("*.h5"))
+
+
+def test_classes_that_do_not_match_are_named(tmp_path, capsys):
+    folder = image_set(tmp_path / "set")
+    (folder / "val" / "fractal_0003").rename(folder / "val" / "another")
+    assert run(raw_config(folder), tmp_path) == 2
+    assert "another" in capsys.readouterr().err
