@@ -236,6 +236,7 @@ class Report:
     times: dict[str, Times]
     cold: dict[str, list[float]]
     workers: dict[int, tuple[float, float]]
+    load: float
 
 
 def ratios(report: Report, form: str, name: str = "load") -> list[float]:
@@ -322,7 +323,8 @@ def page(report: Report) -> str:
     missing = f" Not run here, because it does not import: {' and '.join(absent)}." if absent else ""
     return f"""# Input pipeline
 
-Written by `python -m benchmarks.input_pipeline --docs`: {machine}.
+Written by `python -m benchmarks.input_pipeline --docs`: {machine}. Load of the machine over the last five minutes:
+{report.load:.1f} processes, one of them this one; where there are more than cores, others disturbed the numbers.
 
 {report.num_images} JPEG files of {WIDTH} x {HEIGHT} pixels with a 1/f spectrum, quality {QUALITY}, in the layout of
 ImageNet; training crops of {SIZE} pixels (8 % to 100 % of the area, aspect 3/4 to 4/3), mirrored in half of the cases,
@@ -357,9 +359,10 @@ def run(num_images: int, rounds: int, folder: Path | None, workers: Sequence[int
         sizes = {form: [len(images.read(index)) for index in range(num_images)] for form, images in forms.items()}
         kilobytes = {form: float(np.mean(each)) / 1e3 for form, each in sizes.items()}
         times = measure(cases_of(forms), rounds, num_images)
+        load = os.getloadavg()[1]
         cold = {form: cold_seconds(forms[form], min(rounds, 15)) for form in ("folder", "packed", "resized")}
         parallel = {number: with_workers(forms["packed"], number, 3) for number in workers}
-    return Report(facts("cpu"), num_images, rounds, kilobytes, times, cold, parallel)
+    return Report(facts("cpu"), num_images, rounds, kilobytes, times, cold, parallel, load)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

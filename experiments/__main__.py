@@ -1,4 +1,4 @@
-"""Command line of the suite: `python -m experiments run | reproduce | figures | summarize`."""
+"""Command line of the suite: `python -m experiments run | reproduce | figures | summarize | doctor`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from experiments import doctor
 from experiments.compare import find_folders, read_comparison
-from experiments.config import ExperimentConfig, load_config
+from experiments.config import ExperimentConfig, load_config, read_yaml
+from experiments.departure import end_on_failure, leave
 from experiments.execute import execute_experiment
 from experiments.figures import draw_figures
 from experiments.image_figures import draw_image_figures
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with _sigterm_interrupts():
-            options.command(options)
+            code = options.command(options)
     except Interrupted as error:
         print(f"{error}: the same command goes on", file=sys.stderr)
         return EXIT_RESUME
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print("interrupted: the finished runs are kept, the same command makes the others", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
-    return 0
+    return int(code or 0)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -67,10 +69,9 @@ class _Terminated(KeyboardInterrupt):
 def _sigterm_interrupts() -> Iterator[None]:
     """Turns SIGTERM into an interrupt, so that the workers end too.
 
-    Not in a thread, where Python allows no handlers, and not with several ranks: there a rank that waits for another
-    one in a collective could not react, and SIGTERM must end it at once.
+    Not in a thread, where Python allows no handlers. While a run is trained, it saves and stops instead.
     """
-    if threading.current_thread() is not threading.main_thread() or "WORLD_SIZE" in os.environ:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -111,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "print the tables of all results and write them to summary.md"
     table = commands.add_parser("summarize", parents=[everywhere, several], help=text, description=text)
     table.set_defaults(command=_summarize)
+    text = "look at this machine, or at all ranks of a job: versions, devices, binding, network, folder of results"
+    check = commands.add_parser("doctor", help=text, description=text)
+    doctor.add_arguments(check)
+    check.set_defaults(command=lambda options: doctor.main(options, read_yaml))
     return parser
 
 
@@ -120,8 +125,19 @@ def _num_cores() -> int:
 
 def _run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.set)
-    ranks = ranks_from_environment(os.environ)
-    execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+    _execute_here(config, ranks_from_environment(os.environ), options)
+
+
+def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
+    """Makes the runs in this process and its like; a rank that fails ends the others."""
+    interrupted: Interrupted | None = None
+    with end_on_failure(ranks):
+        try:
+            execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+        except Interrupted as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _jobs(options: argparse.Namespace) -> int:
@@ -161,7 +177,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs of a configuration; one that wants several ranks is given to torchrun."""
     if config.num_ranks == 1 or ranks.world_size > 1:
-        execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+        _execute_here(config, ranks, options)
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.num_ranks}"]
     command += ["-m", "experiments", "run", str(path), "--results", str(options.results)]
@@ -221,4 +237,4 @@ def _summarize(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

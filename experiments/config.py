@@ -56,6 +56,7 @@ from experiments.image_config import (
     check_image_settings,
     in_steps,
 )
+from experiments.launch import LaunchSettings
 from experiments.models.derivatives import RULES
 from experiments.models.mlp import ACTIVATIONS
 from experiments.pinn import load_equation
@@ -276,6 +277,7 @@ class ExperimentConfig:
     expected_minutes: float | None = None
     num_ranks: int = 1
     save: SaveConfig = field(default_factory=SaveConfig)
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,24 @@ _Loader.add_implicit_resolver(
 )
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping of settings in a YAML file; numbers as `1e-3` are read, a repeated key is refused.
+
+    Raises:
+        ValueError: invalid YAML, or no mapping.
+        OSError: the file cannot be read.
+    """
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {raw!r}")
+    return raw
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads and checks a configuration.
 
@@ -354,14 +374,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
         OSError: the file cannot be read.
     """
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {raw!r}")
+    raw = read_yaml(path)
     selected = None
     for text in overrides:
         key, _, value = text.partition("=")
@@ -438,6 +451,7 @@ def parse_config(
         "expected_minutes": (optional(number(0.0)), None),
         "num_ranks": (integer(1, 1025), 1),
         "save": (None, {}),
+        "launch": (None, {}),
     }
     refuse_unknown(raw, {key: default for key, (_, default) in top.items()}, "")
     values: dict[str, Any] = {}
@@ -487,6 +501,7 @@ def parse_config(
         expected_minutes=values["expected_minutes"],
         num_ranks=values["num_ranks"],
         save=read_settings(SaveConfig, values["save"], "save"),
+        launch=read_settings(LaunchSettings, values["launch"], "launch"),
     )
     if learning_rate is not None:
         for name in learning_rate.variants:

@@ -33,7 +33,7 @@ from experiments.config import (
 )
 from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
 from experiments.interruption import Interruption
-from experiments.launch import Ranks, start_process_group, stop_process_group
+from experiments.launch import LaunchSettings, Ranks, binding, start_process_group, stop_process_group
 from experiments.lock import FolderInUse
 from experiments.problem import Description, Problem
 from experiments.progress import progress
@@ -83,6 +83,7 @@ def execute_run(
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
     anew: bool = False,
+    timeout_seconds: float = LaunchSettings.collective_seconds,
     show_progress: bool = False,
 ) -> Path:
     """Builds, accelerates, trains and records one run; goes on where it was stopped.
@@ -94,6 +95,7 @@ def execute_run(
         save: how it is saved on the way; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
         anew: whether its checkpoints are removed first.
+        timeout_seconds: for so long the ranks wait for each other.
         show_progress: progress by epoch.
 
     Returns:
@@ -107,22 +109,31 @@ def execute_run(
     """
     if interruption is None:
         with Interruption() as own:
-            return execute_run(
-                config, ranks, results, save=save, interruption=own, anew=anew, show_progress=show_progress
-            )
+            options = {"save": save, "anew": anew, "timeout_seconds": timeout_seconds, "show_progress": show_progress}
+            return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
     path = run_path(results, config)
     torch.set_num_threads(getattr(config.training, "num_threads", 1))
     problem = build(config, ranks)
     variant = config.variant
 
+    places = binding(ranks) if ranks.world_size > 1 else []
+
     def write(result: Result, complete: bool = False) -> None:
-        now = datetime.now(timezone.utc)
-        restarts = session.num_restores
-        write_run(path, config, problem, result, ranks, session.start, now, complete=complete, restart_count=restarts)
+        now, restarts = datetime.now(timezone.utc), session.num_restores
+        more = {"complete": complete, "restart_count": restarts, "places": places}
+        write_run(path, config, problem, result, ranks, session.start, now, **more)  # type: ignore[arg-type]
 
     try:
         session = RunSession(
-            run_folder(path), config, ranks, problem.data_digest, save or SaveConfig(), interruption, write, anew=anew
+            run_folder(path),
+            config,
+            ranks,
+            problem.data_digest,
+            save or SaveConfig(),
+            interruption,
+            write,
+            anew=anew,
+            timeout_seconds=timeout_seconds,
         )
         with session:
             first = _stage(problem, config, ranks, variant.optimizer, variant.acceleration, variant.published)
@@ -140,10 +151,9 @@ def execute_run(
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
             )
-            weights = problem.export(problem.model) if problem.export is not None else None
             if ranks.rank == 0:
-                if weights is not None:
-                    write_weights(path.with_suffix(".weights.pt"), weights)
+                if result.weights is not None:
+                    write_weights(path.with_suffix(".weights.pt"), result.weights)
                 write(result, complete=True)
     except (Interrupted, FolderInUse, OtherRun):
         raise
@@ -218,7 +228,7 @@ def execute_experiment(
     descriptions = {key: describe(problem) for key, problem in problems.items()}
     if ranks.rank == 0:
         _probe(results / config.experiment / config.scale)
-    start_process_group(ranks)
+    start_process_group(ranks, config.launch, results)
     try:
         pending = _pending(runs, results, descriptions, ranks.world_size, force) if ranks.rank == 0 else []
         if ranks.world_size > 1:
@@ -233,10 +243,10 @@ def execute_experiment(
             for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
                 _say(note)
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1:
-            _execute_in_turn(pending, ranks, results, config.save, force)
+            _execute_in_turn(pending, ranks, results, config, force)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            _execute_parallel(pending, ranks, results, config.save, force, max(1, num_jobs // threads))
+            _execute_parallel(pending, ranks, results, config, force, max(1, num_jobs // threads))
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0:
@@ -285,19 +295,29 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _execute_in_turn(pending: list[RunConfig], ranks: Ranks, results: Path, save: SaveConfig, anew: bool) -> None:
+def _execute_in_turn(
+    pending: list[RunConfig], ranks: Ranks, results: Path, config: ExperimentConfig, anew: bool
+) -> None:
     """One run after the other, in this process."""
     tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
     with Interruption() as interruption:
         for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
             if tell_each and ranks.rank == 0 and len(pending) > 1:
                 _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
-            options = {"save": save, "interruption": interruption, "anew": anew, "show_progress": tell_each}
-            execute_run(run, ranks, results, **options)  # type: ignore[arg-type]
+            execute_run(
+                run,
+                ranks,
+                results,
+                save=config.save,
+                interruption=interruption,
+                anew=anew,
+                timeout_seconds=config.launch.collective_seconds,
+                show_progress=tell_each,
+            )
 
 
 def _execute_parallel(
-    pending: list[RunConfig], ranks: Ranks, results: Path, save: SaveConfig, anew: bool, num_jobs: int
+    pending: list[RunConfig], ranks: Ranks, results: Path, config: ExperimentConfig, anew: bool, num_jobs: int
 ) -> None:
     """Several runs at a time, in worker processes; a signal to this process reaches them all, and they save."""
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
@@ -310,7 +330,7 @@ def _execute_parallel(
             initializer=_start_worker,
         ) as pool,
     ):
-        futures = [pool.submit(execute_run, run, ranks, results, save=save, anew=anew) for run in pending]
+        futures = [pool.submit(execute_run, run, ranks, results, save=config.save, anew=anew) for run in pending]
         try:
             for future in progress(_as_completed(futures, interruption), len(futures), "runs"):
                 future.result()

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -157,6 +157,7 @@ def write_run(
     *,
     complete: bool = True,
     restart_count: int = 0,
+    places: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes one run to a temporary file in the same folder, then moves it into place.
 
@@ -173,6 +174,7 @@ def write_run(
         end: end of the run, UTC.
         complete: whether the run is finished.
         restart_count: how often it was taken up again.
+        places: of the ranks, see `experiments.launch.binding`.
 
     Raises:
         OSError: the folder or the file cannot be written.
@@ -183,7 +185,9 @@ def write_run(
             for name, values in result.series.items():
                 _write_series(file, name, values, result.iterations)
             _write_fields(file, result.fields)
-            file.attrs.update(_attributes(config, problem, result, ranks, start, end))
+            if places:  # a dataset, for attributes have no room for a thousand ranks
+                file.create_dataset("launch/binding", data=json.dumps([*places]))
+            file.attrs.update(_attributes(config, problem, result, ranks, start, end, places))
             file.attrs["restart_count"] = restart_count
             file.attrs["complete"] = complete
 
@@ -286,10 +290,18 @@ def _write_fields(file: h5py.File, fields: Mapping[str, Field]) -> None:
 
 
 def _attributes(
-    config: RunConfig, problem: Problem, result: Result, ranks: Ranks, start: datetime, end: datetime
+    config: RunConfig,
+    problem: Problem,
+    result: Result,
+    ranks: Ranks,
+    start: datetime,
+    end: datetime,
+    places: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     commit, dirty = git_state()
     device = device_of(ranks)
+    own = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    hosts = dict.fromkeys(str(place["host"]) for place in places) or [ranks.host or socket.gethostname()]
     of_iterations: dict[str, Any] = {}
     if result.iterations is not None:
         of_iterations = {
@@ -322,11 +334,11 @@ def _attributes(
         "aadl_version": aadl.__version__,
         "world_size": ranks.world_size,
         "launcher": ranks.launcher,
-        "hosts": socket.gethostname(),
-        "devices": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "hosts": ", ".join(hosts),
+        "devices": own,
         "num_threads": torch.get_num_threads(),
-        "scheduler": "none",
-        "job_id": "",
+        "scheduler": ranks.scheduler,
+        "job_id": ranks.job_id,
         "environment": json.dumps({name: os.environ[name] for name in ENVIRONMENT if name in os.environ}),
         "start_utc": start.isoformat(timespec="seconds"),
         "end_utc": end.isoformat(timespec="seconds"),
@@ -364,7 +376,7 @@ def read_run(path: Path) -> Run:
         series: dict[str, np.ndarray] = {}
 
         def visit(name: str, item: Any) -> None:
-            if not isinstance(item, h5py.Dataset) or name.startswith("fields/"):
+            if not isinstance(item, h5py.Dataset) or name.startswith(("fields/", "launch/")):
                 return
             if name.rpartition("/")[2] in SCALES:
                 places.append(np.asarray(item))

@@ -56,6 +56,7 @@ class RunSession:
         publish: Callable[[Result], None],
         *,
         anew: bool = False,
+        timeout_seconds: float = 600.0,
     ) -> None:
         """
         Args:
@@ -67,6 +68,7 @@ class RunSession:
             interruption: whether to stop.
             publish: writes the record of the unfinished run; called on rank 0.
             anew: whether checkpoints that are there are removed.
+            timeout_seconds: for so long the ranks wait for each other.
         """
         self.folder, self._ranks, self._save_settings = folder, ranks, save
         self._interruption, self._publish, self._anew = interruption, publish, anew
@@ -76,7 +78,7 @@ class RunSession:
         if ranks.rank == 0:
             self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
-        self._agreement = Agreement(ranks)
+        self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1
         self._best: float | None = None
@@ -184,7 +186,7 @@ class RunSession:
     def _save(self, run: Training, *, best: bool = False) -> None:
         """Saves the run, unless it was saved at this very step; rank 0 publishes the record as well."""
         start = self._saved_at = time.monotonic()
-        if run.num_steps == self._last_step:
+        if run.num_steps == self._last_step and not best:
             return
         with run.clock.stopped():
             shared, own = run.state()

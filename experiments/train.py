@@ -44,6 +44,7 @@ class Result:
         stop_reason: "iterations", "time" or "diverged"; "" for epochs.
         attributes: further attributes of the record.
         fields: by name, see `Problem.fields`.
+        weights: of the end, where they are wanted.
     """
 
     series: dict[str, np.ndarray]
@@ -54,6 +55,7 @@ class Result:
     stop_reason: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Field] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] | None = None
 
 
 class Session(Protocol):
@@ -389,6 +391,7 @@ class Training:
                 more = {
                     "attributes": problem.finish(self.evaluated) if problem.finish is not None else {},
                     "fields": problem.fields(self.evaluated) if problem.fields is not None else {},
+                    "weights": problem.export(self.evaluated) if problem.export is not None else None,
                 }
         if not isinstance(training, PinnTrainingConfig):
             length = _num_intervals(training) + 1 if finished else self.interval

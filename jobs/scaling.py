@@ -247,10 +247,9 @@ def table(points: Sequence[Point]) -> str:
     for mode in MODES:
         for variant, curve in _curves(points, mode).items():
             for point, efficiency in zip(curve, efficiencies(curve), strict=True):
-                lines.append(
-                    f"| {mode} | {variant} | {point.ranks} | {_figures(point.rate)} {point.unit} | "
-                    f"{_figures(point.steps_per_second)} | {point.rate / curve[0].rate:.2f} | {100 * efficiency:.0f} % |"
-                )
+                numbers = f"{_figures(point.rate)} {point.unit} | {_figures(point.steps_per_second)}"
+                gain = f"{point.rate / curve[0].rate:.2f} | {100 * efficiency:.0f} %"
+                lines.append(f"| {mode} | {variant} | {point.ranks} | {numbers} | {gain} |")
     return "\n".join(lines) + "\n"
 
 

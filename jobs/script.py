@@ -132,7 +132,7 @@ def make_job(site: Site, request: Request, experiment: str, python: str) -> Job:
         account=_word(request.account, "--account"),
         queue=queue,
         overrides=request.overrides,
-        seeds=_seeds(request.array),
+        seeds=array_seeds(request.array),
         max_restarts=site.max_restarts if request.chain == 1 else 0,
         environment=request.environment.resolve() if request.environment else None,
         data=request.data.resolve() if request.data else None,
@@ -230,7 +230,12 @@ def _check_limits(site: Site, queue: Queue, name: str, nodes: int, seconds: int)
     raise ValueError(f"--nodes must be at most {queue.limits[-1].nodes} in queue {name} of {site.name}, got {nodes}")
 
 
-def _seeds(array: str | None) -> tuple[int, ...]:
+def array_seeds(array: str | None) -> tuple[int, ...]:
+    """The seeds of `seeds=0-9`, () without an array.
+
+    Raises:
+        ValueError: another key, or no seeds.
+    """
     if array is None:
         return ()
     key, _, value = array.partition("=")

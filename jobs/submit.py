@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from experiments.config import load_config
-from jobs.script import Job, Request, make_job, render
+from jobs.script import Job, Request, array_seeds, make_job, render
 from jobs.site import Site, read_site, site_names
 
 
@@ -128,10 +128,10 @@ def checked_job(site: Site, request: Request) -> Job:
     for option, path in (("--stage-environment", request.environment), ("--stage-data", request.data)):
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{option} {path} does not exist")
-    seeds = [request.array] if request.array is not None else []
-    job = make_job(site, request, "experiment", sys.executable)
-    config = load_config(request.config, [*request.overrides, *seeds])
-    return make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable) if not request.name else job
+    array_seeds(request.array)
+    array = [request.array] if request.array is not None else []
+    config = load_config(request.config, [*request.overrides, *array])
+    return make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable)
 
 
 def script_path(job: Job) -> Path:

@@ -33,7 +33,7 @@ def report_of(load, floor, resized_load=1e-3, workers=None):
     times = {name: Times(cpu, [2 * each for each in cpu]) for name, cpu in seconds.items()}
     cold = {"folder": [1e-4], "packed": [2e-4]}
     kilobytes = {"folder": 100.0, "packed": 100.0, "resized": 35.0}
-    return Report({"processor": "P"}, 4, len(load), kilobytes, times, cold, workers or {})
+    return Report({"processor": "P"}, 4, len(load), kilobytes, times, cold, workers or {}, 1.5)
 
 
 def test_the_images_are_like_those_of_imagenet():
@@ -113,6 +113,7 @@ def test_the_page_shows_what_was_measured():
     assert "| packed | 100 | TrainLoader | 500 [500 .. 500] | 250 | 0.500 [0.500 .. 0.500] |" in page
     assert "| one file an image | open, read, close | 10.0 [10.0 .. 10.0] | - |" in page
     assert "2 workers on this machine: 1,234 images/s" in page and "50 µs an image" in page
+    assert "1.5 processes, one of them this one" in page
     assert "Not run here, because it does not import: torchvision and dali." in page
 
 

@@ -15,15 +15,15 @@ STANDARD = set(sys.stdlib_module_names)
 # What each folder may import beside the standard library and itself.
 ALLOWED = {
     "aadl": {"torch"},
-    "data_loaders": {"torch", "numpy", "h5py", "PIL", "tqdm"},
+    "data_loaders": {"torch", "numpy", "scipy", "h5py", "PIL", "tqdm"},
     "experiments": {"aadl", "data_loaders", "torch", "numpy", "scipy", "matplotlib", "tqdm", "yaml", "h5py", "mpi4py"},
-    "jobs": {"experiments", "yaml"},
+    "jobs": {"experiments", "yaml", "numpy", "matplotlib"},
 }
 # Where in these folders a package may be imported at all.
 CONFINED = {
     "mpi4py": ("experiments/launch.py",),
     "yaml": ("experiments/config.py", "jobs/"),
-    "h5py": ("experiments/record.py", "data_loaders/"),
+    "h5py": ("experiments/record.py", "experiments/doctor.py", "data_loaders/"),
 }
 LAZY = {"mpi4py"}  # inside a function only
 

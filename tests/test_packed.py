@@ -575,7 +575,9 @@ def test_workers_pack_what_one_process_packs(tmp_path, monkeypatch):
     pack_here(monkeypatch)
     alone = pack(open_images(root, "train"), tmp_path / "alone", "train", Packing(images_per_shard=8))
     assert alone.digest == PackedImages(target, "train").digest
-    assert command("pack", root, tmp_path / "strict", "--workers", 2, "--on-corrupt", "stop").wait(timeout=120) == 2
+    strict = command("pack", root, tmp_path / "strict", "--workers", 2, "--on-corrupt", "stop")
+    _, errors = strict.communicate(timeout=120)
+    assert strict.returncode == 2 and "error: image 14 (n02/n02_4.JPEG) cannot be read: image file is" in errors
 
 
 @pytest.mark.slow

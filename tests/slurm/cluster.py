@@ -182,13 +182,23 @@ class Cluster:
         told = self.run("sinfo", "-h", "-N", "-o", "%N %t", check=False).split("\n")
         return sorted({line.split()[0] for line in told if line.endswith(" idle")})
 
-    def submit(self, config, results, *options):
-        """The ids of jobs submitted through `python -m jobs.submit`."""
-        told = io.StringIO()
+    def type(self, config, results, *options):
+        """`python -m jobs.submit` in this process, for importing torch takes long: (exit code, stdout, stderr)."""
+        told, errors = io.StringIO(), io.StringIO()
         arguments = [str(config), "--site", str(self.site), "--results", str(results), "--time", "0:10:00", *options]
-        with patch.dict(os.environ, self.env, clear=True), contextlib.redirect_stdout(told):
-            assert submit.main(arguments) == 0
-        return told.getvalue().split()
+        with (
+            patch.dict(os.environ, self.env, clear=True),
+            contextlib.redirect_stdout(told),
+            contextlib.redirect_stderr(errors),
+        ):
+            code = submit.main(arguments)
+        return code, told.getvalue(), errors.getvalue()
+
+    def submit(self, config, results, *options):
+        """The ids of submitted jobs."""
+        code, told, errors = self.type(config, results, *options)
+        assert code == 0, errors
+        return told.split()
 
     def job(self, number):
         """The fields of a job, of the first element of an array."""

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import yaml
-from cluster import ROOT, wait_until
+from cluster import wait_until
 from suite_cases import RAW
 
 from experiments import __main__ as suite
@@ -39,7 +38,7 @@ def long_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "long.yaml"
     variants = {name: RAW["variants"][name] for name in (ACCELERATED,)}
     path.write_text(
-        yaml.safe_dump(RAW | {"seeds": 0, "training": {"epochs": 600, "batch_size": 80}, "variants": variants})
+        yaml.safe_dump(RAW | {"seeds": 0, "training": {"epochs": 300, "batch_size": 80}, "variants": variants})
     )
     return path
 
@@ -93,8 +92,7 @@ def same_numbers(first, second):
 
 def edited(cluster, results, config, old, new, nodes=2):
     """Submits a script as a user does who edits it by hand; the id of the job."""
-    options = [str(config), "--site", str(cluster.site), "--results", str(results), "--time", "0:10:00"]
-    text = cluster.run(sys.executable, "-m", "jobs.submit", *options, "--nodes", str(nodes), "--dry-run")
+    _, text, _ = cluster.type(config, results, "--nodes", str(nodes), "--dry-run")
     changed = re.sub(old, new, text)
     assert changed != text
     (results / "jobs").mkdir(parents=True)
@@ -208,10 +206,12 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config
 
 def test_the_scheduler_itself_takes_what_was_rendered(cluster, config, tmp_path):
     """sbatch --test-only of a script, and the refusal of one that is too large for the cluster."""
-    options = [str(config), "--site", str(cluster.site), "--results", str(tmp_path), "--time", "0:10:00", "--dry-run"]
-    script = cluster.run(sys.executable, "-m", "jobs.submit", *options, "--nodes", "4", "--array", "seeds=0-3")
-    (tmp_path / "script.sh").write_text(script)
+    code, text, _ = cluster.type(config, tmp_path, "--nodes", "4", "--array", "seeds=0-3", "--dry-run")
+    (tmp_path / "script.sh").write_text(text)
     cluster.run("sbatch", "--test-only", str(tmp_path / "script.sh"))
-    command = [sys.executable, "-m", "jobs.submit", *options[:-1], "--nodes", "5"]
-    refused = subprocess.run(command, env=cluster.env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: --nodes must be at most 4")
+    too_many = (tmp_path / "script.sh").read_text().replace("--nodes=4", "--nodes=5")
+    (tmp_path / "script.sh").write_text(too_many)
+    with pytest.raises(AssertionError, match="node configuration is not available"):
+        cluster.run("sbatch", "--test-only", str(tmp_path / "script.sh"))
+    code, _, told = cluster.type(config, tmp_path, "--nodes", "5")
+    assert code == 2 and told.startswith("error: --nodes must be at most 4")

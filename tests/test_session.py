@@ -1,0 +1,264 @@
+"""Runs that are stopped, saved and taken up again: the continuation repeats the uninterrupted run bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
+from small_runs import identical
+from suite_cases import PINN, RAW, pinn_run, run_config
+
+from experiments.__main__ import main
+from experiments.config import SaveConfig
+from experiments.execute import execute_run
+from experiments.interruption import EXIT_RESUME, Interruption
+from experiments.launch import Ranks
+from experiments.lock import FolderInUse
+from experiments.record import read_run, run_folder, run_path, state_of
+from experiments.session import Interrupted, OtherRun, RunSession
+from experiments.train import Training
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("timing/", "metrics/evaluations_per_second")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return image_set(tmp_path_factory.mktemp("images") / "set")
+
+
+def ends(config, results, stops=(), monkeypatch=None):
+    """The final state of a run that is told to stop after some of its steps, each time in a session of its own."""
+    kept = {}
+    result = Training.result
+
+    def keep(run, *, finished):
+        if finished:
+            kept["state"] = run.state()[0]
+        return result(run, finished=finished)
+
+    monkeypatch.setattr(Training, "result", keep)
+    for stop in stops:
+        interruption = Interruption(environment={})
+        after_step = RunSession.after_step
+
+        def told(session, run, loss, after_step=after_step, interruption=interruption, stop=stop):
+            if run.num_steps == stop:
+                interruption._reason = "a test"
+            after_step(session, run, loss)
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match=rf"after step {stop + 1}; the state is"):
+            patch.setattr(RunSession, "after_step", told)
+            execute_run(config, Ranks(), results, interruption=interruption)
+        assert state_of(run_path(results, config), config, "", 1) == "unfinished"
+    execute_run(config, Ranks(), results, interruption=Interruption(environment={}))
+    assert not run_folder(run_path(results, config)).exists()
+    return kept["state"], read_run(run_path(results, config))
+
+
+def assert_same(config, tmp_path, stops, monkeypatch):
+    whole, expected = ends(config, tmp_path / "whole", (), monkeypatch)
+    resumed, record = ends(config, tmp_path / "resumed", stops, monkeypatch)
+    parts = ("model", "optimizers", "memories", "scheduler", "ema", "updates", "problem", "num_steps", "iterations")
+    for name in parts:
+        assert identical(whole[name], resumed[name]), name
+    assert expected.series.keys() == record.series.keys()
+    for name, values in expected.series.items():
+        if not name.startswith(TIMES):
+            assert np.array_equal(values, record.series[name], equal_nan=True), name
+    assert record.attributes["restart_count"] == len(stops) and expected.attributes["restart_count"] == 0
+    assert record.attributes["num_steps"] == expected.attributes["num_steps"]
+    return record
+
+
+IMAGES = {
+    "plain": {},
+    "ema": {"ema_decay": 0.9},
+    "aadl": {"acceleration": AADL},
+    "published": {"published": PUBLISHED},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ema")) for name in IMAGES])
+def test_image_classification_goes_on_in_mid_epoch(folder, tmp_path, monkeypatch, name):
+    config = image_run(folder, IMAGES[name], training={"epochs": 3, "batch_size": 8})
+    record = assert_same(config, tmp_path, (1, 8), monkeypatch)  # in the first epoch, and in the second
+    if name != "plain" and name != "ema":
+        assert record.series["acceleration/attempts"][-1] > 2
+    seconds = record.series["timing/training_seconds"]
+    assert (np.diff(seconds) > 0).all()
+
+
+@pytest.mark.slow
+def test_image_classification_goes_on_at_the_ends_of_epochs_and_with_workers(folder, tmp_path, monkeypatch):
+    workers = image_run(folder, problem={"num_workers": 2}, training={"batch_size": 8})
+    assert_same(workers, tmp_path, (4, 5, 6, 10), monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd_ema", "sgd_aadl", "sgd_published"])
+def test_graduate_admissions_goes_on(tmp_path, monkeypatch, name):
+    config = run_config(name, epochs=6, measure_updates=True)
+    assert_same(config, tmp_path, (1, 5, 17), monkeypatch)
+
+
+SECOND = {"then": {"after": 12, "optimizer": {"name": "LBFGS", "max_iter": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("variant", "problem"),
+    [
+        ({"acceleration": {"store_each_nth": 1, "frequency": 2}}, {"resample_every": 5}),
+        ({"acceleration": {"store_each_nth": 1, "frequency": 2}}, {"resample_every": 7, "adaptive_pool": 40}),
+        (SECOND, {"resample_every": 5, "history_on_resample": "keep"}),
+        ({"optimizer": {"name": "MuonAdam"}}, {}),
+        ({"optimizer": {"name": "LevenbergMarquardt"}}, {"slope_weight": True}),
+        ({"optimizer": {"name": "FrozenAdam", "freeze_after": 3}}, {}),
+    ],
+    ids=["aadl", "adaptive", "second stage", "muon", "levenberg-marquardt", "frozen"],
+)
+def test_physics_informed_networks_go_on(tmp_path, monkeypatch, variant, problem):
+    variant = {"optimizer": {"name": "Adam", "lr": 1e-2}} | variant
+    has_rate = variant["optimizer"]["name"] != "LevenbergMarquardt"
+    scheduler = {"name": "StepLR", "step_size": 4, "gamma": 0.5} if has_rate else None
+    config = pinn_run(variant, {"iterations": 20, "scheduler": scheduler}, **problem)
+    assert_same(config, tmp_path, (2, 9), monkeypatch)
+
+
+def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monkeypatch):
+    config = run_config("sgd_aadl", epochs=6)
+    interruption = Interruption(environment={})
+    interruption._reason = "SIGUSR1"
+    with pytest.raises(Interrupted, match=r"stopped by SIGUSR1 after step 2; the state is saved"):
+        execute_run(config, Ranks(), tmp_path, interruption=interruption)
+    path = run_path(tmp_path, config)
+    assert state_of(path, config, "", 1) == "unfinished"
+    with h5py.File(path) as file:
+        assert not file.attrs["complete"] and len(file["metrics/validation/loss"]) == 1
+    with pytest.raises(OSError, match="is incomplete"):
+        read_run(path)
+    other = replace(config, training=replace(config.training, epochs=7))
+    with pytest.raises(OtherRun, match=r"its settings or its data have changed: .*--force"):
+        execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), anew=True)
+    assert len(read_run(path).series["metrics/validation/loss"]) == 8
+    assert read_run(path).attributes["restart_count"] == 0
+
+
+def test_a_run_is_saved_by_the_clock_and_the_best_one_stays(tmp_path, monkeypatch):
+    config = run_config("sgd", epochs=3)
+    steps = []
+    save = RunSession._save
+
+    def note(session, run, **more):
+        steps.append(run.num_steps)
+        save(session, run, **more)
+
+    monkeypatch.setattr(RunSession, "_save", note)
+    often = SaveConfig(every_seconds=0.0)
+    execute_run(config, Ranks(), tmp_path, save=often, interruption=Interruption(environment={}))
+    assert len(steps) > 10 and not run_folder(run_path(tmp_path, config)).exists()
+    execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
+    assert steps[-1] == 12 and len([step for step in steps if step == 2]) == 1
+
+
+def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):
+    config = run_config("sgd", epochs=2)
+    place = run_folder(run_path(tmp_path, config))
+    with (
+        RunSession(place, config, Ranks(), "", SaveConfig(), Interruption(environment={}), print),
+        pytest.raises(FolderInUse, match=r"run sgd, seed 0"),
+    ):
+        execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def write(raw, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def command(config, results, *options):
+    return main(["run", str(config), "--results", str(results), *options])
+
+
+@pytest.mark.parametrize("raw", [RAW, PINN], ids=["epochs", "iterations"])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, raw, number):
+    config = write(raw, tmp_path)
+    assert command(config, tmp_path / "whole", "--jobs", "1") == 0
+    step = Training._step
+
+    def raising(run, batch):
+        if run.num_steps == 3 and raising.armed:
+            raising.armed = False
+            signal.raise_signal(number)
+        step(run, batch)
+
+    raising.armed = True
+    monkeypatch.setattr(Training, "_step", raising)
+    assert command(config, tmp_path / "again", "--jobs", "1") == EXIT_RESUME
+    told = capsys.readouterr().err
+    assert f"stopped by {number.name} after step" in told and "the same command goes on" in told
+    assert command(config, tmp_path / "again", "--jobs", "1") == 0
+    assert "1 runs were stopped on the way: they are taken up again" in capsys.readouterr().err
+    paths = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.h5"))
+    assert len(paths) == 4
+    for path in paths:
+        whole, again = read_run(tmp_path / "whole" / path), read_run(tmp_path / "again" / path)
+        for name in ("metrics/train/loss", "metrics/validation/loss"):
+            if name in whole.series:
+                assert np.array_equal(whole.series[name], again.series[name])
+
+
+@pytest.mark.slow
+def test_workers_save_when_their_parent_is_told_to_stop(tmp_path):
+    raw = RAW | {"training": {"epochs": 100_000, "batch_size": 80}}
+    config = write(raw, tmp_path)
+    line = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "r"), "--jobs", "2"]
+    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUME and "stopped by" in told
+    assert len(list((tmp_path / "r").rglob("step-*"))) == 2
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_at_the_same_step_and_go_on(folder, tmp_path):
+    raw = raw_config(folder, {"acceleration": AADL}, training={"epochs": 3, "batch_size": 8})
+    config = write(raw, tmp_path)
+
+    def line(results):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        return [*launcher, "-m", "experiments", "run", str(config), "--results", str(tmp_path / results)]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(line("whole"), cwd=ROOT, check=True, env=environment, capture_output=True)
+    stopped = environment | {"AADL_END_TIME": "1"}  # the job's time is up before it begins
+    first = subprocess.run(line("again"), cwd=ROOT, env=stopped, capture_output=True, text=True)
+    assert first.returncode != 0 and "stopped by time limit after step 2" in first.stderr
+    subprocess.run(line("again"), cwd=ROOT, check=True, env=environment, capture_output=True)
+    whole, again = (read_run(tmp_path / name / "imagenet/test/one/seed-0.h5") for name in ("whole", "again"))
+    assert again.attributes["restart_count"] == 1 and again.attributes["world_size"] == 2
+    for name, values in whole.series.items():
+        if not name.startswith(TIMES):
+            assert np.array_equal(values, again.series[name], equal_nan=True), name
