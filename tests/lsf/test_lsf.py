@@ -47,12 +47,17 @@ class Lsf:
         return path
 
     def submit(self, *options, config=CONFIG):
+        """The ids of submitted jobs."""
+        return self.tell(*options, config=config).split()
+
+    def tell(self, *options, config=CONFIG):
+        """What `python -m jobs.submit` prints."""
         told = io.StringIO()
         arguments = [str(config), "--site", str(self.site), "--results", str(self.results), "--time", "2:00:00"]
         account = ["--account", "ABC123"] if self.site.stem == "summit" else []
         with patch.dict(os.environ, self.env, clear=True), contextlib.redirect_stdout(told):
             assert submit.main([*arguments, *account, *options]) == 0
-        return told.getvalue().split()
+        return told.getvalue()
 
     def type(self, *command, code=0):
         done = subprocess.run(
@@ -215,19 +220,26 @@ def test_many_nodes_whose_list_of_hosts_is_dropped(summit, tmp_path):
 )
 def test_the_fake_refuses_what_the_machine_would(summit, tmp_path, old, new, told):
     """Otherwise the tests above could not fail."""
-    [job] = summit.submit("--nodes", "2", "--python", stand_in.make(tmp_path), "--name", "right")
-    wait_for_ranks(tmp_path, job, 12)
-    script = next((summit.results / "jobs").glob("right*.sh"))
-    text = script.read_text()
+    (tmp_path / "go").touch()
+    script = tmp_path / "script.sh"
+    program = stand_in.make(tmp_path)
+    text = "".join(summit.tell("--nodes", "2", "--python", program, "--dry-run"))
     assert old in text
+    (summit.results / "jobs").mkdir(parents=True)
     script.write_text(text.replace(old, new))
     if "#BSUB" in old:
         assert told in summit.type("bsub", str(script), code=255)
         return
-    summit.type("bsub", str(script))
-    wrong = str(int(job) + 1)
-    assert summit.wait_for_end(wrong) != 0
-    assert told in summit.log(wrong)
+    job = re.search(r"<(\d+)>", summit.type("bsub", str(script)))[1]
+    assert summit.wait_for_end(job) != 0
+    assert told in summit.log(job) and not stand_in.started(tmp_path, job)
+
+
+def test_six_ranks_on_each_node_of_summit(summit, tmp_path):
+    (tmp_path / "go").touch()
+    [job] = summit.submit("--nodes", "2", "--python", stand_in.make(tmp_path))
+    assert summit.wait_for_end(job) == 0
+    assert sorted(stand_in.started(tmp_path, job)) == list(range(12))
 
 
 def test_the_wrong_way_to_hand_in_a_script_is_refused(lsf):
