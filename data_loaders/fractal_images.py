@@ -204,6 +204,25 @@ class Variation(NamedTuple):
     contrast: tuple[float, float] = (0.1, 0.6)
     wave: float = 0.12
 
+    def times(self, factor: float) -> Variation:
+        """Instances that are `factor` times as far apart, in [0, 2]: ranges around the same middle, kept to colors."""
+
+        def scaled(ends: tuple[float, float], least: float = 0.0) -> tuple[float, float]:
+            inwards = (1 - factor) * (ends[1] - ends[0]) / 2  # 0 for the factor 1, whose values stay to the last bit
+            return max(least, ends[0] + inwards), ends[1] - inwards
+
+        return Variation(
+            angle=factor * self.angle,
+            stretch=factor * self.stretch,
+            shift=factor * self.shift,
+            rotation=factor * self.rotation,
+            scale=scaled(self.scale, 0.1),
+            place=factor * self.place,
+            background=scaled(self.background),
+            contrast=scaled(self.contrast, 0.02),
+            wave=factor * self.wave,
+        )
+
 
 USUAL = Variation()
 
@@ -216,7 +235,7 @@ def draw(seed: int, class_index: int, instance: int, size: int, variation: Varia
         class_index: in [0, 2^31).
         instance: in [0, 2^32 - 2].
         size: pixels, in [8, 2048].
-        variation: between the instances of a class; a set is made with the usual one.
+        variation: between the instances of a class.
 
     Raises:
         ValueError: an argument outside its range.

@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import io
 import json
+import math
 import multiprocessing
 import os
 import secrets
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from data_loaders.fractal_images import SIZES, VERSION, check_integer, draw
+from data_loaders.fractal_images import SIZES, USUAL, VERSION, check_integer, draw
 
 __all__ = ["Settings", "class_names", "draw", "ensure", "write_folder", "write_shards"]
 
@@ -36,6 +37,7 @@ LOCK = ".fractals.lock"
 VALIDATION = 1 << 31
 """The first instance of the validation set, so that neither set changes with the size of the other."""
 FOLDERS = {"train": "train", "validation": "val"}
+VARIATIONS = (0.0, 2.0)  # the first one excluded
 CHUNK = 64  # images a worker makes at a time
 
 
@@ -50,6 +52,7 @@ class Settings:
     seed: int
     quality: int
     packed: bool
+    variation: float = 1.0
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -60,6 +63,9 @@ class Settings:
         check_integer("size", self.size, *SIZES)
         check_integer("seed", self.seed, 0, (1 << 63) - 1)
         check_integer("quality", self.quality, 1, 100)
+        low, high = VARIATIONS
+        if not (math.isfinite(self.variation) and low < self.variation <= high):
+            raise ValueError(f"variation must be a number in ({low:g}, {high:g}], got {self.variation}")
 
     def count(self, split: str) -> int:
         """Images of a class in "train" or "validation"."""
@@ -81,6 +87,7 @@ def write_folder(
     size: int,
     seed: int = 0,
     quality: int = 90,
+    variation: float = 1.0,
     num_workers: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -95,6 +102,7 @@ def write_folder(
         size: pixels of a side, in [8, 2048].
         seed: in [0, 2^63).
         quality: of the JPEG files, in [1, 100].
+        variation: how far the images of a class are apart, in (0, 2]; 1 is the usual, see `fractal_images.Variation`.
         num_workers: processes, one a core by default; 0 works in this one. Started by spawn, so that a script that
             calls this needs the line `if __name__ == "__main__":`.
         progress: whether to show a bar on a terminal.
@@ -103,7 +111,7 @@ def write_folder(
         ValueError: a value outside its range, or `target` holds something else.
         OSError: a file cannot be written.
     """
-    settings = Settings(num_classes, images_per_class, validation_per_class, size, seed, quality, packed=False)
+    settings = Settings(num_classes, images_per_class, validation_per_class, size, seed, quality, False, variation)
     _write(Path(target), settings, _write_files, num_workers, progress)
 
 
@@ -116,6 +124,7 @@ def write_shards(
     size: int,
     seed: int = 0,
     quality: int = 90,
+    variation: float = 1.0,
     num_workers: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -124,7 +133,7 @@ def write_shards(
     The images of a split go round the classes, so that every shard holds all of them. A split is written whole or not
     at all.
     """
-    settings = Settings(num_classes, images_per_class, validation_per_class, size, seed, quality, packed=True)
+    settings = Settings(num_classes, images_per_class, validation_per_class, size, seed, quality, True, variation)
     _write(Path(target), settings, _write_packed, num_workers, progress)
 
 
@@ -137,6 +146,7 @@ def ensure(
     size: int,
     seed: int = 0,
     quality: int = 90,
+    variation: float = 1.0,
     packed: bool = False,
     num_workers: int | None = None,
     progress: bool = True,
@@ -150,6 +160,7 @@ def ensure(
         size=size,
         seed=seed,
         quality=quality,
+        variation=variation,
         num_workers=num_workers,
         progress=progress,
     )
@@ -323,7 +334,7 @@ def encode(settings: Settings, split: str, class_index: int, number: int) -> byt
     """The JPEG file of an image; `number` counts those of a class in "train" or "validation"."""
     instance = number if split == "train" else VALIDATION + number
     buffer = io.BytesIO()
-    image = Image.fromarray(draw(settings.seed, class_index, instance, settings.size))
+    image = Image.fromarray(draw(settings.seed, class_index, instance, settings.size, USUAL.times(settings.variation)))
     image.save(buffer, "JPEG", quality=settings.quality)
     return buffer.getvalue()
 
@@ -380,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="side of an image (64)")
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other classes (0)")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG files, 1 to 100 (90)")
+    parser.add_argument("--variation", type=float, default=1.0, help="between images of a class, up to 2 (1)")
     parser.add_argument("--packed", action="store_true", help="shards instead of folders of files")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core); 0: this one alone")
     options = parser.parse_args(arguments)
@@ -392,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size=options.size,
             seed=options.seed,
             quality=options.quality,
+            variation=options.variation,
             packed=options.packed,
             num_workers=options.workers,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import importlib
@@ -36,8 +37,10 @@ class Images(Protocol):
         class_names: in the order of the labels.
         digest: short hash that tells whether two sets are the same.
         source: where the images come from, for records.
+        folder: where they are.
     """
 
+    folder: Path
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     digest: str
@@ -50,6 +53,9 @@ class Images(Protocol):
 
     def name(self, index: int) -> str:
         """Its name, for messages."""
+
+    def at(self, root: Path) -> Images:
+        """The same set, read from a copy of its root; nothing is looked up there."""
 
 
 class FolderImages:
@@ -103,6 +109,13 @@ class FolderImages:
     def name(self, index: int) -> str:
         """Path of an image below the folder of its split."""
         return self._names[index]
+
+    def at(self, root: Path) -> FolderImages:
+        """The same set in a copy of its root."""
+        moved = copy.copy(self)
+        moved.folder = root / self.folder.name
+        moved._folder = os.fspath(moved.folder) + os.sep
+        return moved
 
 
 def split_folder(root: Path, split: str) -> Path:

@@ -253,6 +253,7 @@ class _Loader:
         self._reader = _Reader(images, decoding, seed, augment)
         self._keys = _Keys()
         self._workers: DataLoader[_Answer] | None = None
+        self._pin = pin_memory and not num_workers  # DataLoader pins for itself
         if num_workers:
             self._workers = self._start(num_workers, start_method, pin_memory)
 
@@ -278,7 +279,7 @@ class _Loader:
         self._pass += 1
         number, self.num_unreadable = self._pass, 0
         if self._workers is None:
-            answers: Iterator[_Answer] = map(self._reader.__getitem__, keys)
+            answers: Iterator[_Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
         else:
             self._keys.now = keys
             answers = iter(self._workers)
@@ -287,6 +288,10 @@ class _Loader:
             yield answer
             if number != self._pass and place < count:
                 raise RuntimeError("another pass over the same loader was begun before this one ended")
+
+    def _pinned(self, key: _Key) -> _Answer:
+        answer = self._reader[key]
+        return answer._replace(images=answer.images.pin_memory(), labels=answer.labels.pin_memory())
 
     def _note(self, answer: _Answer) -> None:
         self.num_unreadable += len(answer.unreadable)
@@ -332,7 +337,7 @@ class TrainLoader(_Loader):
         num_workers: processes that decode; 0 for this one.
         start_method: of the workers: "fork", "spawn" or "forkserver".
         augment: False takes the central crop of evaluation.
-        pin_memory: for asynchronous copies to a GPU.
+        pin_memory: batches in page-locked memory, for asynchronous copies to a GPU, whoever decodes.
 
     Attributes:
         steps_per_epoch: full global batches.

@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")  # of Pillow; oth
 PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to be known; Pillow loads the others itself
 NEEDS = {"pillow": "PIL", "torchvision": "torchvision.io", "dali": "nvidia.dali"}
 
-AREA = (0.08, 1.0)  # of a random crop, as a share of the image
+SMALLEST = 0.08  # area of a random crop, as a share of the image's
 ASPECT = (3 / 4, 4 / 3)  # its width over its height
 ATTEMPTS = 10
 NUM_UNIFORM = 2 * ATTEMPTS + 3  # random numbers of an augmentation: area and aspect of every attempt, x, y, flip
@@ -48,6 +48,7 @@ class Decoding:
         resize: length of the short side before the central crop at evaluation, in pixels, at least `size`.
         decoder: "pillow", or "torchvision" or "dali" where these import.
         on_corrupt: what an unreadable image does: "skip" it, count it and go on, or "stop".
+        smallest_crop: least area of a random crop, as a share of the image's, in (0, 1].
 
     Raises:
         ValueError: a value outside its range.
@@ -57,6 +58,7 @@ class Decoding:
     resize: int
     decoder: str = "pillow"
     on_corrupt: str = "skip"
+    smallest_crop: float = SMALLEST
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -67,6 +69,8 @@ class Decoding:
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
         if self.on_corrupt not in POLICIES:
             raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
+        if not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop must be a share in (0, 1], got {self.smallest_crop}")
 
 
 @dataclass(frozen=True)
@@ -87,21 +91,22 @@ class Crop:
 # ---- crops -----------------------------------------------------------------------------------------------------------
 
 
-def random_crop(width: int, height: int, numbers: list[float]) -> Crop:
+def random_crop(width: int, height: int, numbers: list[float], smallest: float = SMALLEST) -> Crop:
     """Crop of a random area and aspect at a random place, mirrored in half of the cases.
 
-    Area uniform in 8 % to 100 % of the image, aspect log-uniform in 3/4 to 4/3; after ten attempts that do not fit, the
+    Area uniform in `smallest` to 1 of the image's, aspect log-uniform in 3/4 to 4/3; if ten attempts do not fit, the
     largest central crop with an aspect in that range (Szegedy et al. 2015; torchvision's RandomResizedCrop).
 
     Args:
         width: of the image, in pixels, >= 1.
         height: of the image, in pixels, >= 1.
         numbers: NUM_UNIFORM of them, in [0, 1).
+        smallest: least area, as a share of the image's, in (0, 1].
     """
     x, y, flip = numbers[-3], numbers[-2], numbers[-1] < 0.5
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
     for attempt in range(ATTEMPTS):
-        area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * numbers[2 * attempt])
+        area = width * height * (smallest + (1.0 - smallest) * numbers[2 * attempt])
         aspect = math.exp(low + (high - low) * numbers[2 * attempt + 1])
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
@@ -182,7 +187,7 @@ class Decoder:
         if numbers is None:
             crop = central_crop(*image.size, size, self.decoding.resize)
         else:
-            crop = random_crop(*image.size, numbers)
+            crop = random_crop(*image.size, numbers, self.decoding.smallest_crop)
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
         square = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
         if crop.flip:
@@ -249,7 +254,7 @@ class _WithTorchvision:
             new_width, new_height, left, top = central_place(width, height, size, self.decoding.resize)
             square = _resized(image, new_width, new_height)[:, top : top + size, left : left + size]
         else:
-            x, y, w, h, flip = random_crop(width, height, numbers).pixels()
+            x, y, w, h, flip = random_crop(width, height, numbers, self.decoding.smallest_crop).pixels()
             square = _resized(image[:, y : y + h, x : x + w], size, size)
             square = square.flip(2) if flip else square
         return square.permute(1, 2, 0).numpy()
@@ -273,7 +278,7 @@ class _WithDali:
         if numbers is None:
             new_width, new_height, left, top = central_place(width, height, size, self.decoding.resize)
             return self._run(data, (0, 0, width, height), new_width, new_height)[top : top + size, left : left + size]
-        x, y, w, h, flip = random_crop(width, height, numbers).pixels()
+        x, y, w, h, flip = random_crop(width, height, numbers, self.decoding.smallest_crop).pixels()
         square = self._run(data, (x, y, w, h), size, size)
         return square[:, ::-1] if flip else square
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import os
@@ -122,6 +123,12 @@ class PackedImages:
             except ValueError:  # a message about the image needs one
                 return f"number {number} of {self.paths[shard].name}"
         return self._names[shard][number]
+
+    def at(self, root: Path) -> PackedImages:
+        """The same set in a copy of its folder."""
+        moved = copy.copy(self)  # with no shard open, see __getstate__
+        moved.folder, moved.paths = root, tuple(root / path.name for path in self.paths)
+        return moved
 
     def close(self) -> None:
         """Closes the shards; reading opens them again."""

@@ -276,9 +276,10 @@ def write_packed(
             raise ValueError(f"there is no image to pack for {split}")
         for number, path in enumerate(written):
             _complete(path, number, len(written), digest.hexdigest()[:16])
-        for path in folder.glob(f"{split}-*-of-*.h5"):
+        shards = [path.replace(shard_path(folder, split, number, len(written))) for number, path in enumerate(written)]
+        for path in set(folder.glob(f"{split}-*-of-*.h5")).difference(shards):
             path.unlink()
-        return [path.replace(shard_path(folder, split, number, len(written))) for number, path in enumerate(written)]
+        return shards
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from experiments.execute import execute_experiment
 from experiments.figures import draw_figures
 from experiments.image_figures import draw_image_figures
 from experiments.image_summary import summarize_images
-from experiments.interruption import EXIT_RESUME
+from experiments.interruption import EXIT_RESUME, Interruption
 from experiments.launch import Ranks, ranks_from_environment
 from experiments.pinn_compare import read_groups
 from experiments.pinn_figures import draw_pinn_figures
@@ -31,6 +32,8 @@ from experiments.session import Interrupted
 from experiments.summarize import summarize
 
 CONFIGS = Path(__file__).parent / "configs"
+STOPPED_FILE = "AADL_STOPPED_FILE"
+"""Names a file that rank 0 makes when the runs were stopped and saved, for launchers with exit codes of their own."""
 DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
 
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _sigterm_interrupts():
             code = options.command(options)
     except Interrupted as error:
-        print(f"{error}: the same command goes on", file=sys.stderr)
+        if int(os.environ.get("RANK") or 0) == 0:  # one of the ranks is enough, where they can be told apart
+            print(f"{error}: the same command goes on", file=sys.stderr)
         return EXIT_RESUME
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -125,7 +129,7 @@ def _num_cores() -> int:
 
 def _run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.set)
-    _execute_here(config, ranks_from_environment(os.environ), options)
+    _execute(Path(options.config), config, ranks_from_environment(os.environ), options)
 
 
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
@@ -137,6 +141,8 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:
+        if ranks.rank == 0 and os.environ.get(STOPPED_FILE):
+            Path(os.environ[STOPPED_FILE]).touch()
         raise interrupted
 
 
@@ -175,23 +181,34 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
-    """Makes the runs of a configuration; one that wants several ranks is given to torchrun."""
-    if config.num_ranks == 1 or ranks.world_size > 1:
+    """Makes the runs of a configuration; one that wants several ranks is given to torchrun, unless it is by now."""
+    if config.num_ranks == 1 or ranks.launcher != "single process":
         _execute_here(config, ranks, options)
         return
+    arguments = ["run", str(path), "--results", str(options.results), *(["--force"] if options.force else [])]
+    for text in getattr(options, "set", []):
+        arguments += ["--set", text]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.num_ranks}"]
-    command += ["-m", "experiments", "run", str(path), "--results", str(options.results)]
-    with subprocess.Popen(command + ["--force"] * options.force) as launcher:
-        try:
-            code = launcher.wait()
-        except BaseException:
-            launcher.terminate()  # torchrun passes it on, and the ranks save
-            launcher.wait()
-            raise
-    if code == EXIT_RESUME:
-        raise Interrupted(f"{config.experiment} was stopped and saved")
+    with tempfile.TemporaryDirectory() as folder, Interruption() as interruption:
+        stopped = Path(folder) / "stopped"  # torchrun itself has one exit code for everything
+        environment = os.environ | {STOPPED_FILE: str(stopped)}
+        with subprocess.Popen([*command, "-m", "experiments", *arguments], env=environment) as launcher:
+            code, told = None, False
+            while code is None:
+                try:
+                    code = launcher.wait(timeout=1.0)
+                except subprocess.TimeoutExpired:
+                    if interruption.reason and not told:
+                        told = True
+                        launcher.terminate()  # torchrun passes it on, and the ranks save
+                except BaseException:
+                    launcher.terminate()
+                    launcher.wait()
+                    raise
+        if stopped.exists():
+            raise Interrupted(f"{config.experiment} was stopped on its {config.num_ranks} ranks")
     if code != 0:
-        raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks with exit code {code}, see above")
+        raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks, see above")
 
 
 def _first(folder: Path) -> Run | None:

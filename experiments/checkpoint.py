@@ -2,12 +2,15 @@
 
 A killed process, a full disk or a lost permission leaves the checkpoint before untouched: a new one is written under
 another name, synced, ended with a manifest and renamed. The newest that all ranks can verify and read is taken.
+
+What W ranks ask of the file system. Saving: rank 0 writes and syncs shared.pt, the manifest and two folders, and each
+rank its own small file, all at once. Loading: each rank reads shared.pt once, W times its size in all, of which the
+file system reads one from disk, and its own file. All of W's replies travel to all ranks, some hundred bytes each.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +26,7 @@ from torch import Tensor
 from experiments import checkpoint_files as files
 from experiments import checkpoint_folder as folders
 from experiments.checkpoint_folder import Finding, verify_folder
+from experiments.departure import background_group, control_group
 from experiments.launch import Ranks
 from experiments.state import (
     Encoded,
@@ -126,7 +130,7 @@ class Checkpoints:
     """The checkpoints of a run in one folder, `<folder>/step-<step>/`."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2, asynchronous: bool = False) -> None:
-        """Made by all ranks together, for it makes a process group of its own where there are several.
+        """Made by all ranks together; it uses `control_group`, and where asynchronous `background_group`.
 
         Args:
             folder: on a file system that all ranks see; made when the first checkpoint is saved.
@@ -141,9 +145,9 @@ class Checkpoints:
             raise ValueError(f"keep must be an integer >= 1, got {keep!r}")
         self.folder = Path(folder)
         self._ranks, self._keep, self._asynchronous = ranks, keep, asynchronous
-        # Gloo: the values live on the CPU, and a thread may use the group while the training uses another one.
-        has_ranks = ranks.world_size > 1 or (dist.is_available() and dist.is_initialized())
-        self._group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if has_ranks else None
+        # Gloo: the values live on the CPU. A thread has a group to itself, and `save`, `wait` and `load` see to it that
+        # the main thread uses it only while there is no thread.
+        self._group = background_group(ranks) if asynchronous else control_group(ranks)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._unusable: set[str] = set()  # names of checkpoints that were passed over
@@ -289,7 +293,7 @@ class Checkpoints:
         encoded: list[Encoded] = []
 
         def encode_both() -> tuple[int, str, int]:
-            # What is replicated is written by rank 0; the others need only its names.
+            # What is replicated is written by rank 0; the others need only its names and shapes.
             is_first = self._ranks.rank == 0
             encoded.append(encode(shared, "shared", copy=self._asynchronous, shards_only=not is_first))
             encoded.append(encode(own, "own", copy=self._asynchronous))
@@ -376,9 +380,6 @@ class Checkpoints:
         return entries
 
     def _publish(self, job: _Job, temporary: Path, entries: Mapping[str, files.FileEntry]) -> None:
-        for name, entry in entries.items():
-            if (size := os.stat(temporary / name).st_size) != entry.num_bytes:
-                raise OSError(errno.EIO, f"{name} has {size} bytes after {entry.num_bytes} were written")
         architecture = architecture_of(job.shared.layouts)
         folders.publish(
             temporary,
@@ -405,14 +406,14 @@ class Checkpoints:
         """Verifies and reads one checkpoint, on all ranks together."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
         own_name = folders.rank_file(rank) if rank < manifest["world_size"] else None
-        # All that this rank reads as a whole, and a fair part of the other files.
-        mine = [files.SHARED, *([own_name] if own_name is not None else [])]
         read_by_rank = {files.SHARED, *(folders.rank_file(other) for other in range(world_size))}
         others = [name for name in manifest["files"] if name not in read_by_rank]
-        self._together(lambda: folders.verify_files(folder, manifest, [*mine, *others[rank::world_size]]))
 
         def read_states() -> _Read:
-            content = files.read_state(folder / files.SHARED)
+            """Reads and verifies what this rank needs as a whole, and verifies a fair part of the other files."""
+            content = folders.read_verified(folder, manifest, files.SHARED)
+            of_rank = None if own_name is None else folders.read_verified(folder, manifest, own_name)
+            folders.verify_files(folder, manifest, others[rank::world_size])
             targets = targets_of(content.tree, template)
             shared = decode(content.tree, content.tensors, targets)
             layouts = layouts_of(shared, "shared")
@@ -420,10 +421,8 @@ class Checkpoints:
                 raise ValueError(f"the tensors in {files.SHARED} are not those that {folders.MANIFEST} speaks of")
             check_template(layouts, template)
             metadata = files.read_metadata(folder, manifest["files"]) if targets else None
-            if own_name is None:
-                return _Read(shared, None, targets, metadata)
-            of_rank = files.read_state(folder / own_name)
-            return _Read(shared, decode(of_rank.tree, of_rank.tensors, {}), targets, metadata)
+            own = None if of_rank is None else decode(of_rank.tree, of_rank.tensors, {})
+            return _Read(shared, own, targets, metadata)
 
         read: list[_Read] = []
         self._together(lambda: read.append(read_states()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -61,7 +62,7 @@ class _Checksummed:
 
 
 def write_state(path: Path, encoded: Encoded) -> FileEntry:
-    """Writes all of a state but its DTensors: tensors, and one text for the rest.
+    """Writes all of a state but its DTensors: tensors, and one text for the rest; syncs it and looks at its size.
 
     Raises:
         OSError: the file cannot be written.
@@ -78,6 +79,9 @@ def write_state(path: Path, encoded: Encoded) -> FileEntry:
         file.flush()
         kill_point("file written")
         os.fsync(raw.fileno())
+        size = os.fstat(raw.fileno()).st_size
+    if size != file.num_bytes:
+        raise OSError(errno.EIO, f"{path.name} has {size} bytes after {file.num_bytes} were written")
     kill_point("file synced")
     return FileEntry(file.num_bytes, file.crc32)
 
@@ -138,25 +142,29 @@ class Content(NamedTuple):
     tensors: list[Tensor]
 
 
-def read_state(path: Path) -> Content:
-    """Reads what `write_state` wrote, on the CPU; nothing in the file is executed.
+def read_state(data: bytes, name: str) -> Content:
+    """Takes apart what `write_state` wrote, on the CPU; nothing in it is executed.
+
+    Args:
+        data: all bytes of the file; the tensors are copies.
+        name: of the file, for messages.
 
     Raises:
         ValueError: it holds something else; the message is the reason.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the bytes lead to
-        raise ValueError(f"{path.name} is refused ({_short(error)})") from None
+        raise ValueError(f"{name} is refused ({_short(error)})") from None
     if not isinstance(content, dict) or set(content) != {"tree", "tensors"}:
-        raise ValueError(f"{path.name} holds something else than a checkpoint")
+        raise ValueError(f"{name} holds something else than a checkpoint")
     tensors = content["tensors"]
     if not isinstance(tensors, list) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise ValueError(f"{path.name} holds something else than tensors")
+        raise ValueError(f"{name} holds something else than tensors")
     try:
         return Content(json.loads(content["tree"]), tensors)
     except (TypeError, ValueError):
-        raise ValueError(f"{path.name} holds no tree of values") from None
+        raise ValueError(f"{name} holds no tree of values") from None
 
 
 def _short(error: BaseException) -> str:

@@ -19,7 +19,9 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,18 +235,42 @@ def verify_files(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]
         ValueError: a file is missing or differs; the message names the first one.
     """
     for name in names:
-        if name not in manifest["files"]:
-            raise ValueError(f"{name} is not in {MANIFEST}")
-        expected = files.FileEntry(**manifest["files"][name])
-        try:
-            num_bytes = os.stat(folder / name).st_size
-            if num_bytes != expected.num_bytes:
-                raise ValueError(f"{name} has {num_bytes} bytes instead of {expected.num_bytes}")
-            found = files.entry_of(folder / name)
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read ({error.strerror})") from None
+        with _comparing(folder, manifest, name) as compare:
+            compare(files.entry_of(folder / name))
+
+
+def read_verified(folder: Path, manifest: Mapping[str, Any], name: str) -> files.Content:
+    """Reads a file of `write_state`, once: what is compared with the manifest is what is used.
+
+    It takes the memory of the file while the tensors are made, twice their size in all.
+
+    Raises:
+        ValueError: the file is missing, differs, or is refused; the message names it.
+    """
+    with _comparing(folder, manifest, name) as compare:
+        data = (folder / name).read_bytes()
+        compare(files.FileEntry(len(data), zlib.crc32(data)))
+    return files.read_state(data, name)
+
+
+@contextmanager
+def _comparing(folder: Path, manifest: Mapping[str, Any], name: str) -> Iterator[Callable[[files.FileEntry], None]]:
+    """What to tell the entry that was found; a size that differs is found without reading."""
+    if name not in manifest["files"]:
+        raise ValueError(f"{name} is not in {MANIFEST}")
+    expected = files.FileEntry(**manifest["files"][name])
+
+    def compare(found: files.FileEntry) -> None:
         if found != expected:
             raise ValueError(f"{name} is damaged: its checksum is {found.crc32:08x} instead of {expected.crc32:08x}")
+
+    try:
+        num_bytes = os.stat(folder / name).st_size
+        if num_bytes != expected.num_bytes:
+            raise ValueError(f"{name} has {num_bytes} bytes instead of {expected.num_bytes}")
+        yield compare
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read ({error.strerror})") from None
 
 
 # Auditing
@@ -272,11 +298,11 @@ def verify_folder(folder: Path) -> list[Finding]:
 
 def _problem_of(folder: Path) -> str:
     manifest = read_manifest(folder)
-    verify_files(folder, manifest, manifest["files"])
-    for name in manifest["files"]:
-        if name.endswith(".pt"):
-            content = files.read_state(folder / name)
-            decode(content.tree, content.tensors, {shard.name: torch.empty(0) for shard in shards_in(content.tree)})
+    states = [name for name in manifest["files"] if name.endswith(".pt")]
+    verify_files(folder, manifest, [name for name in manifest["files"] if name not in states])
+    for name in states:
+        content = read_verified(folder, manifest, name)
+        decode(content.tree, content.tensors, {shard.name: torch.empty(0) for shard in shards_in(content.tree)})
     if files.METADATA in manifest["files"]:
         files.read_metadata(folder, manifest["files"])
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

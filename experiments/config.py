@@ -248,8 +248,9 @@ class SaveConfig:
     """How runs are saved on the way. No part of a run's identity.
 
     Attributes:
-        every_seconds: between two checkpoints of a run, and between two publications of its unfinished record.
-        keep: checkpoints of a run that are kept, besides the best one; those of a finished run are removed.
+        every_seconds: between two checkpoints of a run.
+        keep: newest checkpoints of a run that are kept, besides the one with the best validation loss among those that
+            were saved after a validation; those of a finished run are removed.
         asynchronous: whether a thread writes them while the training goes on.
     """
 
@@ -319,7 +320,14 @@ class RunConfig:
 def identity_of(recorded: Mapping[str, Any]) -> str:
     """The same of a recorded configuration: without the label and the overrides, whose effect the settings hold."""
     variant = {key: value for key, value in recorded["variant"].items() if key not in ("label", "overrides")}
-    return json.dumps({**recorded, "variant": variant}, sort_keys=True)
+    problem = recorded["problem"]
+    if "statistics_images" in problem:  # images: where they lie and who decodes them changes no number
+        problem = {key: value for key, value in problem.items() if key not in OF_THE_MACHINE}
+    return json.dumps({**recorded, "variant": variant, "problem": problem}, sort_keys=True)
+
+
+OF_THE_MACHINE = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
+"""Settings of images that are no part of a run's identity; the data itself is told apart by its digest."""
 
 
 class _Loader(yaml.SafeLoader):

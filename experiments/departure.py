@@ -1,7 +1,8 @@
-"""How a rank leaves its job: together with the others, or at once when one of them has failed.
+"""What all ranks of a job have in common: their groups for control, and how they leave, together or at once.
 
 A failed rank must end the job within seconds and with one traceback, its own. So it says in the store of all ranks
-that it failed, and a thread of every rank looks there; a rank that lost its connection looks there too.
+that it failed, and a thread of every rank looks there; a rank that lost its connection looks there too. Of a rank that
+was killed nobody says so: then these threads answer a roll call, and the one that does not answer is named.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from experiments.ranks import Ranks
-from experiments.rendezvous import Deadline, host_of
+from experiments.rendezvous import Deadline, host_of, spans
 
 RESUME_CODE = 75  # all ranks stop together to be continued by a later job
 WATCH_SECONDS = 1.0
 CLAIM_SECONDS = 3.0  # a rank that lost its connection waits so long for the rank that failed to say so
 FAREWELL_SECONDS = 30.0
+PATIENCE_SECONDS = 1800.0  # of the groups for control: a rank may write its part of a checkpoint for so long
 LOST_STORE: dict[str, Any] = {"rank": 0, "host": "", "what": "it ended, and its store with it"}
 
 
@@ -53,8 +56,13 @@ class Joined:
     watcher: threading.Thread | None = None
 
 
+class RanksDisagree(RuntimeError):
+    """The ranks are at different steps or have taken different decisions, or one of them is gone."""
+
+
 _joined: Joined | None = None
 _last_words = threading.Lock()
+_side_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def joined() -> Joined | None:
@@ -67,6 +75,36 @@ def join(ranks: Ranks, base: Store, store: Store) -> Joined:
     global _joined
     _joined = Joined(ranks, base, store)
     return _joined
+
+
+def control_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """The gloo group of all ranks for what their main threads decide, None for a process that has no others.
+
+    One for the whole life of a process group, however many runs use it, for every rank holds a connection to every
+    other one. `start_process_group` makes it; where the ranks met otherwise, the first call does, on all of them.
+    """
+    return _side_group("control", ranks)
+
+
+def background_group(ranks: Ranks) -> dist.ProcessGroup | None:
+    """The same for one thread beside the main one; to be asked for by the main thread of all ranks.
+
+    The ranks must call the collectives of one group in one order, which two threads of a process cannot promise.
+    """
+    return _side_group("background", ranks)
+
+
+def _side_group(purpose: str, ranks: Ranks) -> dist.ProcessGroup | None:
+    if not (dist.is_available() and dist.is_initialized()):
+        if ranks.world_size > 1:
+            raise RuntimeError(f"rank {ranks.rank} of {ranks.world_size} has no process group yet")
+        return None
+    try:
+        dist.get_backend(_side_groups[purpose])
+    except (KeyError, ValueError):  # ValueError: it went with an earlier process group
+        seconds = timedelta(seconds=PATIENCE_SECONDS)
+        _side_groups[purpose] = dist.new_group(backend="gloo", timeout=seconds, group_desc=f"aadl {purpose}")
+    return _side_groups[purpose]
 
 
 def watch(met: Joined) -> None:
@@ -85,6 +123,7 @@ def stop_process_group(ranks: Ranks) -> None:
         _stop_watching(_joined)
         if not failing:
             _wait_for_all(_joined, f"stop {_joined.groups}", FAREWELL_SECONDS)
+    _side_groups.clear()
     # Wrappers of models own threads that must not outlive the group: torch would abort the process at its exit.
     gc.collect()
     if not (failing and dist.get_backend() == "nccl"):  # which would wait for what the others no longer do
@@ -131,7 +170,7 @@ def end_on_failure(ranks: Ranks) -> Iterator[None]:
 
 
 def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
-    mistake = isinstance(error, (ValueError, OSError))
+    mistake, lost_connection = isinstance(error, (ValueError, OSError)), _is_lost_connection(error)
     code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
     me, what = f"rank {ranks.rank} on {host_of(ranks)}", f"{type(error).__name__}: {' '.join(str(error).split())}"
     first: dict[str, Any] | None = None
@@ -139,7 +178,7 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
         if mistake and ranks.rank > 0:  # most mistakes are everyone's: rank 0 tells them, and the launcher ends the job
             time.sleep(WATCH_SECONDS)
     else:
-        first = _claim(_joined, {"rank": ranks.rank, "host": host_of(ranks), "what": what}, _is_lost_connection(error))
+        first = _claim(_joined, {"rank": ranks.rank, "host": host_of(ranks), "what": what}, lost_connection)
     if not _last_words.acquire(blocking=False):
         time.sleep(FAREWELL_SECONDS)  # the watcher is speaking, and ends the process
     if first is not None:
@@ -149,6 +188,10 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
         print(f"error: {me}: {' '.join(str(error).split())}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print(f"{me}: interrupted", file=sys.stderr)
+    elif _has_cause(error, RanksDisagree):  # which says all there is to say
+        print(f"error: {me}: {' '.join(str(error).split())}", file=sys.stderr)
+    elif lost_connection and _joined is not None and (gone := _absent(_joined)):
+        print(f"error: {me}: rank {spans(gone)} was killed, or its host is gone ({what[:300]})", file=sys.stderr)
     else:
         text = "".join(traceback.format_exception(error))
         print(f"{me} failed:\n{text}", end="", file=sys.stderr)
@@ -162,10 +205,15 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
 def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str, Any] | None:
     """Says that this rank is the first to fail, unless another one was, which is returned.
 
-    A lost connection is the consequence of another rank's failure, which has yet to say so, or was killed.
+    A lost connection is the consequence of another rank's failure, which has yet to say so, or was killed; those that
+    live answer a roll call meanwhile.
     """
     end = Deadline(CLAIM_SECONDS)
     try:
+        if lost_connection:
+            _call_roll(met)
+        else:
+            met.store.set("attention", "")
         while lost_connection and not met.store.check(["failed"]) and end.pause():
             pass
         first: dict[str, Any] = json.loads(met.store.compare_set("failed", "", json.dumps(own)))
@@ -176,6 +224,46 @@ def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str,
     with contextlib.suppress(RuntimeError):
         met.store.add("heard", 1)
     return first
+
+
+def _call_roll(met: Joined) -> None:
+    met.store.set(f"present {met.ranks.rank}", "")
+    met.store.multi_set(["roll", "attention"], ["", ""])  # type: ignore[attr-defined]
+
+
+def _absent(met: Joined) -> list[int]:
+    """The ranks that have not answered the roll call, [] where the store does not tell."""
+    try:
+        everyone = range(met.ranks.world_size)
+        if met.store.check([f"present {rank}" for rank in everyone]):
+            return []
+        return [rank for rank in everyone if not met.store.check([f"present {rank}"])]
+    except RuntimeError:
+        return []
+
+
+def absent_ranks() -> list[int] | None:
+    """The ranks whose process is gone; one whose main thread waits for a collective is not. It takes seconds.
+
+    None where nobody can tell: the ranks have met otherwise, or their store is gone and may have been anyone's.
+    """
+    met = _joined
+    if met is None or met.done is None or met.done.is_set():
+        return None
+    end = Deadline(2.5 * WATCH_SECONDS)
+    try:
+        _call_roll(met)
+        while not met.store.check([f"present {rank}" for rank in range(met.ranks.world_size)]) and end.pause():
+            pass
+    except RuntimeError:
+        return None if met.ranks.agent_store else [0]
+    return _absent(met)
+
+
+def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__
+    return error is not None
 
 
 def _is_lost_connection(error: BaseException | None) -> bool:
@@ -202,7 +290,11 @@ def _ended_by(me: str, first: Mapping[str, Any]) -> str:
 
 
 def _failed(met: Joined) -> dict[str, Any] | None:
-    """What another rank said that failed, or None."""
+    """What another rank said that failed, or None; answers a roll call as well."""
+    if not met.store.check(["attention"]):  # one question a second for each rank is enough for the store of rank 0
+        return None
+    if met.store.check(["roll"]):
+        met.store.set(f"present {met.ranks.rank}", "")
     if not met.store.check(["failed"]):
         return None
     first: dict[str, Any] = json.loads(met.store.get("failed"))

@@ -191,12 +191,19 @@ def _facts(ranks: Ranks, results: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "interfaces": interface_addresses(),
         "name": _resolved(socket.gethostname()),
-        "start method": safe_start_method(),
+        "start method": _start_methods(),
         "environment": {name: os.environ[name] for name in names if name in os.environ},
         "all_environment": sorted(os.environ),
         "open ssh": ssh.exists() and bool(ssh.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)),
         "local_size": ranks.local_size,
     }
+
+
+def _start_methods() -> str:
+    """How workers start here, and whether a wish for fork is granted."""
+    granted = safe_start_method("fork")
+    text = "" if granted == "fork" else f"; {granted} also where fork is wished, for MPI or a GPU is in use"
+    return safe_start_method() + text
 
 
 def _resolved(host: str) -> str:

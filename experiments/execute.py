@@ -33,7 +33,7 @@ from experiments.config import (
 )
 from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
 from experiments.interruption import Interruption
-from experiments.launch import LaunchSettings, Ranks, binding, start_process_group, stop_process_group
+from experiments.launch import LaunchSettings, Ranks, binding, device_of, start_process_group, stop_process_group
 from experiments.lock import FolderInUse
 from experiments.problem import Description, Problem
 from experiments.progress import progress
@@ -49,8 +49,9 @@ from experiments.record import (
     write_weights,
 )
 from experiments.schedules import scaled_rate
-from experiments.session import Interrupted, OtherRun, RunSession
+from experiments.session import Interrupted, OtherRun, RunSession, check_checkpoints
 from experiments.steps import HookSeconds, Stage
+from experiments.together import by_first
 from experiments.train import Result, train
 
 POLL_SECONDS = 0.5
@@ -221,32 +222,19 @@ def execute_experiment(
         Interrupted: a run was told to stop, and saved.
         RuntimeError: a run failed.
     """
-    _check_single_process(config, ranks)
-    described = describe(config.problem)
-    runs = expand_runs(config, num_rows=described.num_rows)
-    problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
-    descriptions = {key: describe(problem) for key, problem in problems.items()}
-    if ranks.rank == 0:
-        _probe(results / config.experiment / config.scale)
+    check_single_process(config, ranks)
+    anew = force and ranks.restart_count == 0
+    if force and not anew:
+        _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
-        pending = _pending(runs, results, descriptions, ranks.world_size, force) if ranks.rank == 0 else []
-        if ranks.world_size > 1:
-            box = [pending]
-            dist.broadcast_object_list(box, src=0)
-            pending = box[0]
-        if ranks.rank == 0:
-            data_text = f"data: {described.source}" + (
-                " (no CSV file found)" if described.source == "surrogate" else ""
-            )
-            _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
-            for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
-                _say(note)
-        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1:
-            _execute_in_turn(pending, ranks, results, config, force)
+        seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
+        runs, pending = by_first(ranks, lambda: _plan(config, ranks, results, anew), "reading the data", seconds)
+        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
+            _execute_in_turn(pending, ranks, results, config, anew)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            _execute_parallel(pending, ranks, results, config, force, max(1, num_jobs // threads))
+            _execute_parallel(pending, ranks, results, config, anew, max(1, num_jobs // threads))
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0:
@@ -254,7 +242,27 @@ def execute_experiment(
     return len(pending)
 
 
-def _check_single_process(config: ExperimentConfig, ranks: Ranks) -> None:
+def _plan(config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool) -> tuple[list[RunConfig], list[RunConfig]]:
+    """All runs, and those to make; says what is known of them."""
+    described = describe(config.problem)
+    runs = expand_runs(config, num_rows=described.num_rows)
+    problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
+    descriptions = {key: describe(problem) for key, problem in problems.items()}
+    _probe(results / config.experiment / config.scale)
+    pending = _pending(runs, results, descriptions, ranks, anew)
+    data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
+    _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+    for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
+        _say(note)
+    return runs, pending
+
+
+def _shares_a_device(pending: list[RunConfig]) -> bool:
+    """Whether runs at a time would stand in each other's way: on a GPU, or for images, whose runs use all there is."""
+    return torch.cuda.is_available() or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+
+
+def check_single_process(config: ExperimentConfig, ranks: Ranks) -> None:
     """Refuses, on several ranks, what runs in a single process.
 
     Raises:
@@ -302,6 +310,9 @@ def _execute_in_turn(
     tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
     with Interruption() as interruption:
         for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
+            if _is_told_to_stop(interruption, ranks):
+                reason = interruption.reason or "a signal to another rank"
+                raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
             if tell_each and ranks.rank == 0 and len(pending) > 1:
                 _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
             execute_run(
@@ -314,6 +325,14 @@ def _execute_in_turn(
                 timeout_seconds=config.launch.collective_seconds,
                 show_progress=tell_each,
             )
+
+
+def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
+    """Whether any rank was told to stop; all ranks ask together, between two runs."""
+    told = torch.tensor(float(bool(interruption.reason)), device=device_of(ranks))
+    if ranks.world_size > 1:
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
 
 
 def _execute_parallel(
@@ -358,16 +377,20 @@ def _as_completed(futures: list[Future[Path]], interruption: Interruption) -> It
 
 
 def _pending(
-    runs: list[RunConfig], results: Path, descriptions: Mapping[str, Description], world_size: int, force: bool
+    runs: list[RunConfig], results: Path, descriptions: Mapping[str, Description], ranks: Ranks, force: bool
 ) -> list[RunConfig]:
     """The runs to make; says what is reused and what is made again, and why."""
     if force:
         return runs
     states = {
-        id(run): state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size)
+        id(run): state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, ranks.world_size)
         for run in runs
     }
     counts = Counter(states.values())
+    for run in runs:
+        if states[id(run)] == "unfinished":
+            digest = descriptions[repr(run.problem)].digest
+            check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     if counts["unfinished"]:
         _say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
     if counts["unreadable"]:

@@ -12,6 +12,11 @@ from experiments.checks import BOOLEAN, TEXT, Kind, choice, integer, number, opt
 from experiments.launch import Ranks
 
 
+def _up_to(high: float) -> Kind:
+    """A number in (0, high]."""
+    return Kind(f"a number in (0, {high:g}]", number(0.0, math.nextafter(high, math.inf)).parse)
+
+
 @dataclass(frozen=True)
 class ImageConfig:
     """Images with labels, and the network.
@@ -22,17 +27,21 @@ class ImageConfig:
         data_path: the folder; with fractals where they are kept, null for data/. "folder" needs it, or the environment
             variable AADL_IMAGENET_DIR.
         num_classes, images_per_class, validation_per_class, data_size, data_seed: of the fractals, data_size in pixels.
+        data_variation: of the fractals: how far those of a class are apart; 1 is the usual, more is harder.
         model: ResNet-18 or ResNet-50 v1.5.
         stem: "imagenet" (7x7, stride 2, pooling) or "small" (3x3, no pooling), for images of 32 pixels or so.
         zero_init_residual: whether the last BatchNorm of every residual block starts with gamma = 0 (Goyal et al.).
+        fc_std: standard deviation of the last layer's random weights; null: torch's.
         initial_weights: a state_dict saved by torch.save, torchvision's for instance; null for random ones.
         image_size: pixels of a crop, for training and validation.
         resize: short side at validation before the center is cropped.
+        smallest_crop: least area of a random training crop, as a share of the image's; more for small images.
         decoder: what decodes JPEG.
         on_unreadable: "skip": broken images are named, counted and left out; "stop": the first one ends the run.
         num_workers: processes that decode, per rank; 0: the rank decodes.
-        start_method: of these processes.
+        start_method: of these processes; "auto": forkserver where MPI or a GPU is in use.
         stage_folder: node-local folder that packed data is copied to first; null: it is read where it lies.
+        stage_seconds: that the ranks wait for each other while the data is opened, made or copied.
         statistics_images: training images from which the statistics of BatchNorm are computed anew before a validation.
         statistics_batch: images in a batch of them, which is what deeper layers are normalized over.
         evaluation_batch: images per rank and batch of the validation.
@@ -45,18 +54,22 @@ class ImageConfig:
     validation_per_class: int = setting(integer(1), 50)
     data_size: int = setting(integer(8, 4097), 64)
     data_seed: int = setting(integer(0, 2**31), 0)
+    data_variation: float = setting(_up_to(2.0), 1.0)
     model: str = setting(choice("resnet18", "resnet50"), "resnet50")
     stem: str = setting(choice("imagenet", "small"), "imagenet")
     zero_init_residual: bool = setting(BOOLEAN, False)
+    fc_std: float | None = setting(optional(number(0.0)), None)
     initial_weights: str | None = setting(optional(TEXT), None)
     image_size: int = setting(integer(8, 4097), 224)
     resize: int = setting(integer(8, 8193), 256)
+    smallest_crop: float = setting(_up_to(1.0), 0.08)
     decoder: str = setting(choice("pillow", "torchvision", "dali"), "pillow")
     on_unreadable: str = setting(choice("skip", "stop"), "skip")
     num_workers: int = setting(integer(0, 257), 0)
-    start_method: str = setting(choice("forkserver", "spawn", "fork"), "forkserver")
+    start_method: str = setting(choice("auto", "forkserver", "spawn", "fork"), "auto")
     stage_folder: str | None = setting(optional(TEXT), None)
-    statistics_images: int = setting(integer(1), 2048)
+    stage_seconds: float = setting(number(0.0), 3600.0)
+    statistics_images: int = setting(integer(2), 2048)
     statistics_batch: int = setting(integer(2), 64)
     evaluation_batch: int = setting(integer(1), 256)
 
@@ -85,6 +98,8 @@ class ImageTrainingConfig:
         evaluate_every: epochs between two validations; the last epoch always has one.
         save_weights: whether the weights of the end are written beside the record, with computed statistics.
         num_threads: of torch, per rank.
+        deterministic: whether torch uses deterministic algorithms alone. On a GPU, a run that was stopped and taken up
+            again has the bits of one that was not only with this; without it cuDNN takes the fastest algorithms.
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
     """
 
@@ -111,6 +126,7 @@ class ImageTrainingConfig:
     evaluate_every: int = setting(integer(1), 1)
     save_weights: bool = setting(BOOLEAN, False)
     num_threads: int = setting(integer(1), 1)
+    deterministic: bool = setting(BOOLEAN, False)
     measure_updates: bool = setting(BOOLEAN, False)
 
     def global_batch(self, ranks: Ranks) -> int:
@@ -140,6 +156,10 @@ def check_image_settings(problem: ImageConfig, training: ImageTrainingConfig, wh
         raise ValueError(f"{where}training.milestones must be a list of epochs with schedule step, got []")
     if list(training.milestones) != sorted(training.milestones):
         raise ValueError(f"{where}training.milestones must ascend, got {list(training.milestones)}")
+    if training.milestones and training.milestones[-1] >= training.epochs:
+        raise ValueError(
+            f"{where}training.milestones must be below epochs = {training.epochs}, got {list(training.milestones)}"
+        )
     if training.warmup_epochs >= training.epochs:
         raise ValueError(
             f"{where}training.warmup_epochs must be below epochs = {training.epochs}, got {training.warmup_epochs:g}"

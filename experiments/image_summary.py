@@ -10,6 +10,7 @@ from experiments.summarize import markdown_table, spread, text_table, write_text
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))
+RATE = "timing/images_per_second"
 PARTS = ("network", "acceleration", "input", "evaluation")
 HEADER = (
     "variant",
@@ -31,8 +32,10 @@ def total_seconds(run: Run) -> np.ndarray:
 
 
 def images_per_second(run: Run) -> float:
-    """Images trained on over seconds of training, with acceleration and waiting for input; NaN after a divergence."""
-    return float(run.attributes["num_steps"] * run.attributes["batch_images"] / _last(run.series[SECONDS]))
+    """Median over the epochs but the first, in which machinery warms up; with acceleration and waiting for input."""
+    rates = run.series[RATE][1:]
+    known = rates[np.isfinite(rates)]
+    return float(np.median(known[1:] if len(known) > 1 else known)) if len(known) else np.nan
 
 
 def cost_shares(variant: Variant) -> dict[str, np.ndarray]:

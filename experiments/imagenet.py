@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,59 +24,125 @@ from experiments.batchnorm import broadcast_buffers, recompute_statistics, untou
 from experiments.classification import Counts, evaluate_exactly
 from experiments.config import RunConfig
 from experiments.image_config import ImageConfig, ImageTrainingConfig
-from experiments.launch import Ranks, device_of
+from experiments.launch import Ranks, device_of, safe_start_method
 from experiments.models.resnet import MODELS, parameter_groups
 from experiments.problem import Description, Problem
+from experiments.together import by_each, by_first
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the channels of ImageNet1k, in [0, 1]; those that torchvision's weights expect."""
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 PATH_VARIABLE = "AADL_IMAGENET_DIR"
+DATA_SETTINGS = (
+    "data", "data_path", "num_classes", "images_per_class", "validation_per_class", "data_size", "data_seed",
+    "data_variation", "stage_folder", "stage_seconds",
+)  # fmt: skip
+"""Of the problem: runs that have them in common share the opened sets."""
 Batch = tuple[Tensor, Tensor]
+Sets = tuple[Images, Images]
 
 
 def data_folder(config: ImageConfig, env: Mapping[str, str] = os.environ) -> Path:
-    """Where the images are; fractals are made there on first use.
-
-    Raises:
-        ValueError: no folder was named.
-        OSError: the fractals cannot be written.
-    """
+    """Where the images are, or will be; raises ValueError where no folder was named."""
     if config.data == "fractals":
-        settings: dict[str, Any] = {
-            "num_classes": config.num_classes,
-            "images_per_class": config.images_per_class,
-            "validation_per_class": config.validation_per_class,
-            "size": config.data_size,
-            "seed": config.data_seed,
-        }
-        name = "fractals-" + "-".join(str(value) for value in settings.values())
-        target = Path(config.data_path) if config.data_path is not None else DATA_FOLDER / name
-        return fractals.ensure(target, packed=True, num_workers=len(os.sched_getaffinity(0)), **settings)
+        name = "fractals-" + "-".join(str(value) for value in _fractal_settings(config).values())
+        return Path(config.data_path).expanduser() if config.data_path is not None else DATA_FOLDER / name
     path = config.data_path or env.get(PATH_VARIABLE)
     if not path:
         raise ValueError(f"problem.data_path must name the folder of the images, or {PATH_VARIABLE} must, got neither")
     return Path(path).expanduser()
 
 
+def _fractal_settings(config: ImageConfig) -> dict[str, Any]:
+    return {
+        "num_classes": config.num_classes,
+        "images_per_class": config.images_per_class,
+        "validation_per_class": config.validation_per_class,
+        "size": config.data_size,
+        "seed": config.data_seed,
+        "variation": config.data_variation,
+    }
+
+
 def describe(config: ImageConfig) -> Description:
-    """The images, before any run.
+    """The images, before any run, opened by this process; fractals are made on first use.
 
     Raises:
         ValueError: no folder was named, or its classes are not those of a training and a validation set.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or the fractals cannot be written.
     """
-    train, validation = _open(data_folder(config))
+    return _description(config, _first_sets(config))
+
+
+def _description(config: ImageConfig, sets: Sets) -> Description:
+    train, validation = sets
     digest = hashlib.sha256(f"{train.digest} {validation.digest}".encode()).hexdigest()[:16]
     return Description(config.data if config.data == "fractals" else train.source, digest, len(train))
 
 
+# ---- the sets --------------------------------------------------------------------------------------------------------
+
+
+def _first_sets(config: ImageConfig) -> Sets:
+    """The sets as a single process makes and opens them."""
+    folder = data_folder(config)
+    if config.data == "fractals":
+        settings = _fractal_settings(config)
+        fractals.ensure(folder, packed=True, num_workers=len(os.sched_getaffinity(0)), **settings)
+    return _open(folder)
+
+
 @lru_cache(maxsize=2)
-def _open(folder: Path) -> tuple[Images, Images]:
+def _open(folder: Path) -> Sets:
     """The training and the validation set; kept, for a listing of folders takes its time."""
     train, validation = open_images(folder, "train"), open_images(folder, "validation")
     check_pair(train, validation)
     return train, validation
+
+
+def open_sets(config: ImageConfig, ranks: Ranks) -> Sets:
+    """The training and the validation set of all ranks, kept for the runs of this process.
+
+    Rank 0 makes fractals, lists folders and reads headers, for thousands of ranks that did so would overwhelm a shared
+    file system; the others get what it found. Packed sets that are to be staged are copied once a node.
+
+    Raises:
+        ValueError, OSError: as `describe`, or a copy cannot be made; the same on all ranks.
+    """
+    data = replace(ImageConfig(), **{name: getattr(config, name) for name in DATA_SETTINGS})
+    return _open_sets(data, ranks, os.environ.get(PATH_VARIABLE))
+
+
+@lru_cache(maxsize=2)
+def _open_sets(config: ImageConfig, ranks: Ranks, _: str | None) -> Sets:
+    sets = by_first(ranks, lambda: _first_sets(config), "opening the images", config.stage_seconds)
+    folder = by_each(ranks, lambda: _folder_here(config, sets, ranks), "staging the images", config.stage_seconds)
+    return by_each(ranks, lambda: _sets_at(folder, sets), "looking for the images", config.stage_seconds)
+
+
+def _folder_here(config: ImageConfig, sets: Sets, ranks: Ranks) -> Path:
+    """Where this node reads the sets: the job may have copied them to another folder on each, or this does."""
+    folder = data_folder(config)
+    if config.stage_folder is None:
+        return folder
+    if not all(isinstance(images, PackedImages) for images in sets):
+        raise ValueError(
+            f"problem.stage_folder needs packed data, which {folder} is not: pack it with "
+            "python -m data_loaders.imagenet pack"
+        )
+    target = Path(config.stage_folder).expanduser()
+    return stage(folder, target) if ranks.local_rank == 0 else target
+
+
+def _sets_at(folder: Path, sets: Sets) -> Sets:
+    train, validation = (images.at(folder) for images in sets)
+    for images in (train, validation):
+        if not images.folder.is_dir():
+            raise FileNotFoundError(f"{images.folder} does not exist here, though the images were found on rank 0")
+    return train, validation
+
+
+# ---- the problem -----------------------------------------------------------------------------------------------------
 
 
 def build(config: RunConfig, ranks: Ranks) -> Problem:
@@ -93,28 +160,27 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     problem, training = config.problem, config.training
     assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
     device = device_of(ranks)
-    folder = data_folder(problem)
-    train_set, validation_set = _open(folder)
-    description = describe(problem)
-    if problem.stage_folder is not None:
-        train_set, validation_set = _staged(folder, Path(problem.stage_folder), (train_set, validation_set))
     _check(problem, training, ranks, device)
+    sets = train_set, validation_set = open_sets(problem, ranks)
+    description = _description(problem, sets)
     model = _model(config, len(train_set.class_names), device)
-    decoding = Decoding(problem.image_size, problem.resize, problem.decoder, problem.on_unreadable)
+    decoding = Decoding(
+        problem.image_size, problem.resize, problem.decoder, problem.on_unreadable, problem.smallest_crop
+    )
     share: dict[str, Any] = {
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "num_workers": problem.num_workers,
-        "start_method": problem.start_method,
+        "start_method": safe_start_method(problem.start_method),
+        "pin_memory": device.type == "cuda",
     }
     batch_size = training.global_batch(ranks)
     loader = TrainLoader(train_set, decoding, batch_size=batch_size, seed=config.seed, **share)
     validation = EvaluationLoader(validation_set, decoding, batch_size=problem.evaluation_batch, **share)
     forward = _forward(training, device)
 
-    def epoch_batches(epoch: int, first: int = 0) -> Iterator[Batch]:
-        for images, labels in loader.batches(epoch, first):
-            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    def to_device(batch: Batch) -> Batch:
+        return batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(forward(network, batch[0]), batch[1], label_smoothing=training.label_smoothing)
@@ -131,7 +197,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         )
 
     def counts(network: nn.Module) -> Counts:
-        return evaluate_exactly(
+        found = evaluate_exactly(
             network,
             validation.batches(),
             forward=lambda images: forward(network, images),
@@ -139,6 +205,9 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
             num_unreadable=lambda: validation.num_unreadable,
             world_size=ranks.world_size,
         )
+        if not found.num_images:
+            raise RuntimeError(f"none of the {len(validation_set)} validation images can be read")
+        return found
 
     def evaluate(network: nn.Module) -> dict[str, float]:
         with untouched_buffers(network):
@@ -156,12 +225,19 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
             return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
     def finish(network: nn.Module) -> dict[str, Any]:
-        unreadable = {"train": loader.unreadable, "validation": validation.unreadable}
-        return {f"unreadable_{split}_of_rank_0": len(found) for split, found in unreadable.items()}
+        both: dict[str, TrainLoader | EvaluationLoader] = {"train": loader, "validation": validation}
+        return {f"num_unreadable_{name}_images": _num_unreadable(each, ranks, device) for name, each in both.items()}
 
+    def close() -> None:
+        loader.close()
+        validation.close()
+        settings_of_torch()
+
+    settings_of_torch = _set_torch(training, device)
     return Problem(
         model=model,
-        epoch_batches=epoch_batches,
+        epoch_batches=loader.batches,
+        to_device=to_device,
         loss=loss,
         evaluate=evaluate,
         data_source=description.source,
@@ -172,7 +248,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         parameters=lambda arguments: _parameters(model, training, arguments),
         export=export if training.save_weights else None,
         synchronize=lambda: broadcast_buffers(model, ranks.world_size),
-        close=lambda: _close(loader, validation),
+        close=close,
         attributes={
             "classification": problem.model,
             "num_classes": len(train_set.class_names),
@@ -181,6 +257,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
             "num_parameters": sum(p.numel() for p in model.parameters()),
             "steps_per_epoch": loader.steps_per_epoch,
             "batch_images": batch_size,
+            "deterministic": training.deterministic,
         },
     )
 
@@ -200,13 +277,36 @@ def _check(problem: ImageConfig, training: ImageTrainingConfig, ranks: Ranks, de
         )
     if training.sync_batchnorm and device.type != "cuda":
         raise ValueError("training.sync_batchnorm must be false on CPUs: torch's SyncBatchNorm is for GPUs, got true")
+    if training.precision == "bfloat16" and device.type == "cuda":
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                name = torch.cuda.get_device_name(device)
+                raise ValueError(
+                    f"training.precision must be float32 or float16 on {name}, which has no bfloat16, got bfloat16"
+                )
+
+
+def _set_torch(training: ImageTrainingConfig, device: torch.device) -> Callable[[], None]:
+    """Makes torch reproducible or, on a GPU, lets cuDNN try which algorithm is fastest; returns what undoes it."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    benchmark = torch.backends.cudnn.benchmark
+
+    def undo() -> None:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    torch.use_deterministic_algorithms(training.deterministic)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not training.deterministic
+    return undo
 
 
 def _model(config: RunConfig, num_classes: int, device: torch.device) -> nn.Module:
     problem, training = config.problem, config.training
     assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
     torch.manual_seed(config.seed)
-    options = {"zero_init_residual": problem.zero_init_residual, "stem": problem.stem}
+    options = {"zero_init_residual": problem.zero_init_residual, "fc_std": problem.fc_std, "stem": problem.stem}
     model: nn.Module = MODELS[problem.model](num_classes, **options)
     if problem.initial_weights is not None:
         load_weights(model, Path(problem.initial_weights))
@@ -275,18 +375,11 @@ def _series(counts: Counts, prefix: str = "") -> dict[str, float]:
     }
 
 
-def _staged(folder: Path, target: Path, sets: tuple[Images, Images]) -> tuple[Images, Images]:
-    """The sets, read from a copy on this node."""
-    if not all(isinstance(images, PackedImages) for images in sets):
-        raise ValueError(
-            f"problem.stage_folder needs packed data, which {folder} is not: pack it with "
-            "python -m data_loaders.imagenet pack"
-        )
-    staged = stage(folder, target)
-    print(f"data: read from its copy in {staged}", file=sys.stderr)
-    return _open(staged)
-
-
-def _close(loader: TrainLoader, validation: EvaluationLoader) -> None:
-    loader.close()
-    validation.close()
+def _num_unreadable(loader: TrainLoader | EvaluationLoader, ranks: Ranks, device: torch.device) -> int:
+    """Images that a rank could not read; one that several ranks came upon counts once."""
+    unreadable = torch.zeros(len(loader.images), dtype=torch.uint8)
+    unreadable[list(loader.unreadable)] = 1
+    unreadable = unreadable.to(device)
+    if ranks.world_size > 1:
+        dist.all_reduce(unreadable, dist.ReduceOp.MAX)
+    return int(unreadable.sum())

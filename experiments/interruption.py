@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from experiments.departure import RanksDisagree, absent_ranks, control_group
 from experiments.launch import Ranks
+
+__all__ = [
+    "EXIT_RESUME",
+    "SIGNALS",
+    "Agreement",
+    "Interruption",
+    "RanksDisagree",
+    "Word",
+    "ignore_signals",
+]
 
 EXIT_RESUME = 75  # of a process that stopped early, has saved its state, and wants to be started again
 
@@ -130,7 +141,7 @@ class Word(NamedTuple):
     Attributes:
         step: number of the step.
         stop: whether any rank must stop.
-        finite: whether the values of all ranks were finite.
+        finite: whether the values of all ranks were finite, since the word before.
         save: whether any rank finds it is time to save.
     """
 
@@ -140,12 +151,22 @@ class Word(NamedTuple):
     save: bool = False
 
 
-class RanksDisagree(RuntimeError):
-    """The ranks are at different steps or have taken different decisions, or one of them is gone."""
+class _Kept(NamedTuple):
+    """What one rank says of the steps since the last word."""
+
+    stop: bool
+    finite: bool
+    save: bool
+    fingerprint: int
+
+    def merged(self, later: _Kept) -> _Kept:
+        """Both in one; two ranks whose fingerprints differ in either have different ones here."""
+        fingerprint = (self.fingerprint * 1_000_003 + later.fingerprint) % (1 << 62)
+        return _Kept(self.stop or later.stop, self.finite and later.finite, self.save or later.save, fingerprint)
 
 
 class Agreement:
-    """One small word per optimizer step over all ranks.
+    """One small word over all ranks per optimizer step, or per `every` of them.
 
     Within a step, `read()` comes before `post()`: it returns the word of the step before, which has traveled meanwhile,
 
@@ -160,27 +181,35 @@ class Agreement:
     The ranks then stop one step after the flag was set. The word is an all-reduce of int64 numbers on the CPU whose
     size never changes, so ranks that have lost each other find out here, by an error that is the same on all of them,
     and not by a hang or an abort in a collective of the training. Flags, not values, are reduced: a maximum loses NaN.
+
+    Cost. Gloo reduces around a ring: a word takes about 2 (W - 1) messages one after the other with W ranks, of some
+    10 to 50 us each between nodes, so at 1,536 ranks 30 to 150 ms. It travels while the step computes, so it costs
+    nothing as long as a step takes longer than that, and the difference where it is shorter. With `every` = n only the
+    steps that n divides send a word, and each waits a n-th as often; the price is that the ranks stop, save, or find
+    out that they disagree up to n steps later. Choose n such that n steps take several times as long as a word.
     """
 
-    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0) -> None:
+    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0, every: int = 1) -> None:
         """Made by all ranks together.
 
         Args:
             ranks: this process.
             timeout_seconds: for so long the others may be late with their word, > 0.
+            every: only the steps that this divides send a word, >= 1; the others keep theirs until then.
         """
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be > 0, got {timeout_seconds}")
-        self._ranks, self._timeout_seconds = ranks, timeout_seconds
-        self._group = None
-        if ranks.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer >= 1, got {every!r}")
+        self._ranks, self._timeout_seconds, self._every = ranks, timeout_seconds, every
+        self._group = control_group(ranks) if ranks.world_size > 1 else None
+        self._kept: _Kept | None = None  # of the steps since the last word
         self._posted: tuple[int, int] | None = None  # step, fingerprint
         self._values = torch.empty(0)
         self._work: Any = None
 
     def post(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> None:
-        """Starts to send the word of this rank.
+        """Starts to send the word of this rank, or keeps it for the next step that `every` divides.
 
         Args:
             step: number of the step, in [0, 2^62).
@@ -190,21 +219,32 @@ class Agreement:
                 Python's hash() of a text, which differs between processes.
             save: whether it is time to save.
         """
+        self._post(step, _Kept(stop, finite, save, fingerprint % (1 << 62)), now=step % self._every == 0)
+
+    def _post(self, step: int, word: _Kept, *, now: bool) -> None:
         if self._posted is not None:
             raise RuntimeError("a word was posted before the last one was read")
-        fingerprint %= 1 << 62
+        if self._kept is not None:
+            word = self._kept.merged(word)
+        self._kept = None if now else word
+        if not now:
+            return
         # The maximum of -x is the negative minimum of x.
-        numbers = [int(stop), int(not finite), int(save), step, -step, fingerprint, -fingerprint]
+        fingerprint = word.fingerprint
+        numbers = [word.stop, not word.finite, word.save, step, -step, fingerprint, -fingerprint]
         self._posted = step, fingerprint
-        self._values = torch.tensor(numbers, dtype=torch.int64)
+        self._values = torch.tensor([int(number) for number in numbers], dtype=torch.int64)
         if self._group is not None:
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]  # as torch itself does
+            options.timeout = timedelta(seconds=self._timeout_seconds)  # that of the group allows for checkpoints
             try:
-                self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=self._group, async_op=True)
+                self._work = self._group.allreduce([self._values], options)
             except RuntimeError as error:
                 raise self._lost(step, error) from error
 
     def read(self) -> Word | None:
-        """Waits for the word that was posted last, and returns it; None where none was posted since.
+        """Waits for the word that was sent last, and returns it; None where none was sent since.
 
         Raises:
             RanksDisagree: steps or fingerprints differ, or a rank is gone or hangs; the message names the ranks.
@@ -226,8 +266,8 @@ class Agreement:
         return Word(step, bool(stop), not not_finite, bool(save))
 
     def agree_now(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> Word:
-        """Posts a word and waits for it."""
-        self.post(step, stop, finite, fingerprint, save=save)
+        """Sends a word, and what was kept, at any step, and waits for it."""
+        self._post(step, _Kept(stop, finite, save, fingerprint % (1 << 62)), now=True)
         word = self.read()
         assert word is not None
         return word
@@ -249,11 +289,17 @@ class Agreement:
         return f"the ranks have taken different decisions at step {step}: {_few(strays)} differs from the others"
 
     def _lost(self, step: int, error: RuntimeError) -> RanksDisagree:
-        """Finds out who is missing, by a roll call in the store, for the connections of the group are broken now."""
+        """Finds out who is missing, by a roll call in the store, for the connections of the group are broken now.
+
+        A lost connection is noticed by the neighbors of a dead rank alone: the others wait, and answer by a thread.
+        After a timeout all ranks come here but the one that hangs.
+        """
         text = str(error).strip().splitlines()[0][:200]
         hung = "timed out" in text.lower()
         what = f"gave no word within {self._timeout_seconds:g} s" if hung else "was lost"
-        missing = self._roll_call(step)
+        missing = None if hung else absent_ranks()
+        if missing is None:
+            missing = self._roll_call(step)
         who = _few([f"rank {rank}" for rank in missing]) if missing else "a rank"
         return RanksDisagree(f"{who} {what} at step {step} ({text})")
 

@@ -27,7 +27,16 @@ from torch.distributed import PrefixStore, Store, TCPStore, set_debug_level_from
 
 from experiments import rendezvous
 from experiments.checks import BOOLEAN, TEXT, Kind, choice, integer, number, optional, setting
-from experiments.departure import Joined, end_on_failure, join, joined, leave, stop_process_group, watch
+from experiments.departure import (
+    Joined,
+    control_group,
+    end_on_failure,
+    join,
+    joined,
+    leave,
+    stop_process_group,
+    watch,
+)
 from experiments.ranks import MPI_LAUNCHERS, Ranks, read_ranks
 from experiments.rendezvous import Announcement, Deadline, host_of
 
@@ -73,7 +82,6 @@ class LaunchSettings:
             libraries' own choice.
         nccl: variables for NCCL and its watchdog.
         flight_recorder: last collectives that are kept for the dump after a timeout; 0 for none.
-        start_method: of data loader workers; auto means forkserver where MPI or a GPU is in use.
         share_devices: lets several ranks use one GPU.
         debug: torch checks that all ranks call the same collective, which is slow.
     """
@@ -85,10 +93,11 @@ class LaunchSettings:
     interface: str | None = setting(optional(TEXT), "auto")
     nccl: dict[str, str] = setting(VARIABLES, {})  # noqa: RUF009
     flight_recorder: int = setting(integer(0), 2000)
-    start_method: str = setting(choice("auto", "fork", "spawn", "forkserver"), "auto")
     share_devices: bool = setting(BOOLEAN, False)
     debug: bool = setting(BOOLEAN, False)
 
+
+OTHER_FILES = 512  # beside connections: libraries, data, workers
 
 _mpi_was_used = False
 
@@ -151,17 +160,23 @@ def device_of(ranks: Ranks) -> torch.device:
     )
 
 
-def safe_start_method(settings: LaunchSettings | None = None) -> str:
-    """The start method for data loader workers: a forked copy of a process that uses MPI or a GPU may hang or crash."""
-    wanted = "auto" if settings is None else settings.start_method
-    if wanted != "auto":
-        return wanted
+def safe_start_method(wish: str = "auto") -> str:
+    """How data loader workers are to start: a forked copy of a process that uses MPI or a GPU may hang or crash.
+
+    Args:
+        wish: "spawn" and "forkserver" are granted, "fork" only where neither is in use, and "auto" is Python's own
+            choice there; elsewhere both become "forkserver".
+    """
+    usual = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    method = usual if wish == "auto" else wish
     in_use = _mpi_was_used or "mpi4py.MPI" in sys.modules or torch.cuda.is_available()
-    return "forkserver" if in_use else multiprocessing.get_start_method()
+    return "forkserver" if in_use and method == "fork" else method
 
 
 def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, folder: Path | None = None) -> None:
     """Joins the ranks, by nccl on GPUs and by gloo on CPUs; nothing to do, and no network, for a single rank.
+
+    Every group of gloo, the one for control among them, connects each rank with each other one.
 
     Args:
         ranks: this process.
@@ -178,6 +193,7 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
         return
     settings = settings or LaunchSettings()
     _export_settings(settings, folder)
+    _allow_many_files(ranks.world_size)
     met = joined() or _meet(ranks, settings, folder or Path(), Deadline(settings.start_seconds))
     backend, device, _ = _device(ranks, settings)
     if device.type == "cuda":
@@ -192,6 +208,7 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
         device_id=device if backend == "nccl" else None,
     )
     watch(met)
+    control_group(ranks)
 
 
 def _meet(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: Deadline) -> Joined:
@@ -203,7 +220,7 @@ def _meet(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: Deadli
         "machine": _machine(),
         "backend": backend,
         "device": _device_name(device),
-        "problem": problem,
+        "problem": problem or _few_files(ranks),
     }
     try:
         name, several_hosts = rendezvous.roll_call(base, ranks, facts, lambda found: _judge(found, settings), deadline)
@@ -329,7 +346,6 @@ def _open_store(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: 
     addresses = rendezvous.own_addresses(names, one_host=one_host)
     if ranks.master_address:
         addresses = (ranks.master_address, *addresses)
-    _allow_many_files(ranks.world_size)
     listening = rendezvous.listen(ranks.master_port, loopback=addresses == ("127.0.0.1",))
     announcement = Announcement(addresses, listening.getsockname()[1], secrets.token_hex(16))
     store = rendezvous.host_store(listening, announcement.token, settings.start_seconds)
@@ -341,12 +357,28 @@ def _open_store(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: 
 
 
 def _allow_many_files(world_size: int) -> None:
-    """Every rank holds connections to rank 0, and the usual limit of 1024 files is lower than many jobs are wide."""
+    """Raises the limit of open files, usually 1024, to what this rank may need.
+
+    Each group of gloo takes one connection per rank: the world, where it is gloo's, control, and asynchronous
+    checkpoints. Rank 0 holds one more for each client of its store, and for a moment two.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * world_size + 512
+    wanted = 5 * world_size + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+
+
+def _few_files(ranks: Ranks) -> str:
+    """What is wrong with the limit of open files, which the roll call tells to all ranks."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 3 * ranks.world_size + 64
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return ""
+    return (
+        f"a process on {host_of(ranks)} may open {soft} files, and one of {ranks.world_size} ranks needs {needed} for "
+        "its connections: raise the hard limit (ulimit -Hn, LimitNOFILE of the scheduler's daemon)"
+    )
 
 
 def _mpi_for_rendezvous(ranks: Ranks, settings: LaunchSettings) -> Any:

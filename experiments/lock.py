@@ -66,7 +66,10 @@ class FolderLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock.
+        """Takes the lock; from a holder that cannot be asked from here after `stale_seconds` at most.
+
+        A dead holder on another host looks like a living one that gave a sign of life a moment ago, so its next one is
+        waited for: a living one gives it after a tenth of its `stale_seconds`.
 
         Raises:
             FolderInUse: another job holds it; the message names that job.
@@ -109,8 +112,12 @@ class FolderLock:
             return  # it was given back
         holder = _read(self.path)
         why = self._why_stale(self.path, mine)
+        if not why and not self._is_here(holder):
+            why = self._wait_for_sign(holder, mine)
+            if not self.path.exists():
+                return
         if not why:
-            raise FolderInUse(_refusal(self.folder, holder))
+            raise FolderInUse(_refusal(self.folder, _read(self.path) or holder))
         guard = self.path.with_name(f".{LOCK_NAME}-takeover")
         if not _link(mine, guard):
             if self._why_stale(guard, mine):
@@ -124,13 +131,43 @@ class FolderLock:
         finally:
             guard.unlink(missing_ok=True)
 
+    def _wait_for_sign(self, holder: Mapping[str, Any], mine: Path) -> str:
+        """Waits until a holder that cannot be asked gives a sign of life or has given none for too long.
+
+        Returns:
+            Why it is dead; "" if it lives, if another one has come, or if it has given the lock back.
+        """
+        seen, end = _touched(self.path), time.monotonic() + 1.1 * self._stale_seconds
+        if seen is None:
+            return ""
+        left = self._stale_seconds - (_age(self.path, mine) or 0.0)
+        print(
+            f"{self.folder} is locked by {_name(holder)}; it cannot be asked from here, so its next sign of life is "
+            f"waited for, {max(0.0, left):.3g} s at most",
+            file=sys.stderr,
+            flush=True,
+        )
+        while time.monotonic() < end:
+            time.sleep(min(1.0, self._stale_seconds / (2 * BEATS)))
+            same = _read(self.path).get("token") == holder.get("token")  # which also makes a network file system look
+            if not same or _touched(self.path) != seen:
+                return ""
+            if why := self._why_stale(self.path, mine):
+                return why
+        return ""  # the file system does not tell the time, so nobody knows
+
+    def _is_here(self, holder: Mapping[str, Any]) -> bool:
+        """Whether the holder is a process that this one can ask for."""
+        me = _holder("", "", self._environment)
+        return bool(holder) and all(holder.get(key) == me[key] for key in ("host", "boot", "pid_space"))
+
     def _why_stale(self, path: Path, mine: Path) -> str:
         """Why the maker of a lock or guard file is dead, "" for one that lives or has gone with its file."""
         holder = _read(path)
         me = _holder("", "", self._environment)
         if holder.get("job") and holder["job"] == me["job"] and me["restart"] > holder.get("restart", 0):
             return f"this is restart {me['restart']} of the same job"
-        if holder and all(holder.get(key) == me[key] for key in ("host", "boot", "pid_space")):
+        if self._is_here(holder):
             return "" if _lives(holder["pid"], holder.get("pid_started")) else "its process is gone"
         age = _age(path, mine)
         return f"no sign of life for {age:.0f} s" if age is not None and age > self._stale_seconds else ""
@@ -214,6 +251,14 @@ def _link(source: Path, target: Path) -> bool:
         with os.fdopen(handle, "wb") as file:
             file.write(source.read_bytes())
         return True
+
+
+def _touched(path: Path) -> int | None:
+    """When a file was touched, in ns; None for a missing one."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _age(path: Path, probe: Path) -> float | None:

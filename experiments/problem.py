@@ -57,6 +57,7 @@ class Problem:
         reset_on_new_data: whether L-BFGS and aadl begin anew when `points` gives other points.
         steps_per_epoch: of image classification.
         batch_images: images in a step, over all ranks.
+        to_device: a batch as `epoch_batches` gives it -> the batch on the device; None where it is there.
         parameters: arguments of an optimizer -> what it is given; None for `model.parameters()`.
         export: model -> the weights of the end, for a file beside the record.
         close: ends what the problem has started.
@@ -81,6 +82,7 @@ class Problem:
     reset_on_new_data: bool = False
     steps_per_epoch: int | None = None
     batch_images: int | None = None
+    to_device: Callable[[Any], Any] | None = None
     parameters: Callable[[Mapping[str, Any]], Any] | None = None
     export: Callable[[nn.Module], dict[str, Tensor]] | None = None
     close: Callable[[], None] | None = None

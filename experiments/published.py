@@ -89,6 +89,7 @@ class PublishedScheme:
             "averaging": False,
             "relative_standard_deviation": math.nan,
         }
+        self._groups = optimizer.param_groups
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
@@ -188,8 +189,8 @@ class PublishedScheme:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues as the saved scheme would have."""
         for name in ("windows", "raw"):
-            for own, saved in zip(getattr(self, name), state[name], strict=True):
+            for own, saved, group in zip(getattr(self, name), state[name], self._groups, strict=True):
                 own.clear()
-                own.extend(tensor.clone() for tensor in saved)
+                own.extend(tensor.to(group["params"][0].device, copy=True) for tensor in saved)
         self.since_store, self.since_acceleration = state["since_store"], state["since_acceleration"]
         self.statistics = {**state["statistics"], "rejected": dict(state["statistics"]["rejected"])}

@@ -8,6 +8,7 @@ import platform
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "timing/images_per_second": ("s-1", "images per second of training, over all ranks, in the epoch"),
     "metrics/train/pde_loss": ("1", "mean squared residual of the equation on the present interior points"),
     "metrics/train/condition_loss": ("1", "mean squared error on the present points of the conditions, unweighted"),
+    "metrics/skipped_steps": ("1", "steps that the GradScaler skipped for an overflow, since the start"),
     "metrics/evaluations": ("1", "evaluations of the loss since the start, trials included"),
     "metrics/learning_rate": ("1", "learning rate of the present optimizer"),
     "updates/relative_standard_deviation": ("1", "relative standard deviation of consecutive updates in the interval"),
@@ -361,6 +363,10 @@ def git_state() -> tuple[str, bool]:
     return commit.stdout.strip(), bool(status.stdout.strip())
 
 
+class IncompleteRecord(OSError):
+    """The record of a run that is not finished."""
+
+
 def read_run(path: Path) -> Run:
     """Reads one run.
 
@@ -370,7 +376,7 @@ def read_run(path: Path) -> Run:
     with h5py.File(path, "r") as file:
         attributes = {name: _plain(value) for name, value in file.attrs.items()}
         if not attributes.get("complete"):
-            raise OSError(f"{path} is incomplete")
+            raise IncompleteRecord(f"{path} is incomplete")
         if attributes.get("schema_version") != SCHEMA_VERSION:
             raise OSError(f"{path} has schema version {attributes.get('schema_version')}, not {SCHEMA_VERSION}")
         series: dict[str, np.ndarray] = {}
@@ -403,17 +409,23 @@ def _plain(value: Any) -> Any:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All runs below a folder, ordered by variant and seed.
+    """All finished runs below a folder, ordered by variant and seed; the others are named on stderr.
 
     Raises:
-        OSError: one of the files is unreadable or incomplete; the message names it.
+        OSError: one of the files is unreadable, or none is finished; the message names it.
     """
-    runs = []
-    for path in folder.glob("*/seed-*.h5"):
+    runs, unfinished = [], []
+    for path in sorted(folder.glob("*/seed-*.h5")):
         try:
             runs.append(read_run(path))
+        except IncompleteRecord:
+            unfinished.append(f"{path.parent.name}/{path.stem}")
         except OSError as error:
             raise OSError(f"{path} cannot be read ({error}): delete it or run its experiment again") from None
+    if unfinished and not runs:
+        raise OSError(f"none of the runs in {folder} is finished: {', '.join(unfinished)}")
+    if unfinished:
+        print(f"left out, for they are not finished: {', '.join(unfinished)}", file=sys.stderr)
     return sorted(runs, key=lambda run: (run.attributes["variant"], run.attributes["seed"]))
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.checkpoint import Checkpoints
+from experiments.checkpoint_folder import names_of_checkpoints, read_manifest
 from experiments.config import RunConfig, SaveConfig
+from experiments.image_config import ImageTrainingConfig
 from experiments.interruption import Agreement, Interruption
 from experiments.launch import Ranks
 from experiments.lock import FolderInUse, FolderLock
 from experiments.state import rng_state, set_rng_state
+from experiments.steps import FiniteLosses
 from experiments.train import Result, Training
 
 PUBLISH_SECONDS = 10.0
@@ -33,6 +36,37 @@ class Interrupted(Exception):
 
 class OtherRun(ValueError):
     """The checkpoints are of a run with other settings or data."""
+
+
+def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -> str:
+    """Hash of what must be the same for a checkpoint to be taken up: settings, data, and the batch over all ranks."""
+    batch = config.training.global_batch(ranks) if isinstance(config.training, ImageTrainingConfig) else ""
+    return hashlib.sha256(f"{config.identity()} {data_digest} {batch}".encode()).hexdigest()[:16]
+
+
+def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: Ranks) -> None:
+    """Refuses checkpoints of which every readable one is of another run, before any run is made.
+
+    Raises:
+        OtherRun: settings, data or the batch over all ranks have changed.
+    """
+    identity = identity_of_checkpoints(config, data_digest, ranks)
+    others = []
+    for name in names_of_checkpoints(folder):
+        with suppress(ValueError):  # `load` names the damaged ones
+            found = read_manifest(folder / name)["identity"]
+            if found == identity:
+                return
+            others.append(name)
+    if others:
+        raise OtherRun(_other_run(f"{folder / others[0]} was saved by another run"))
+
+
+def _other_run(what: str) -> str:
+    return (
+        f"{what}: its settings, its data or its batch over all ranks have changed; go back to them, keep both apart "
+        "with --set scale=NAME, or begin anew with --force"
+    )
 
 
 class RunSession:
@@ -72,8 +106,9 @@ class RunSession:
         """
         self.folder, self._ranks, self._save_settings = folder, ranks, save
         self._interruption, self._publish, self._anew = interruption, publish, anew
-        text = f"{config.identity()} {data_digest}"
-        self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._identity = identity_of_checkpoints(config, data_digest, ranks)
+        self._finite = FiniteLosses()
+        self._is_finite = True
         self._lock: AbstractContextManager[Any] = nullcontext()
         if ranks.rank == 0:
             self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
@@ -81,6 +116,7 @@ class RunSession:
         self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1
+        self._save_seconds = 0.0  # the longest
         self._best: float | None = None
         self.start = datetime.now(timezone.utc)
         self.num_restores = 0
@@ -89,10 +125,11 @@ class RunSession:
         failure: OSError | None = None
         try:
             self._lock.__enter__()
-            for checkpoint in self.folder.glob("step-*") if self._anew and self._ranks.rank == 0 else ():
-                shutil.rmtree(checkpoint)
+            if self._anew and self._ranks.rank == 0:
+                self._remove_checkpoints()
         except OSError as error:
             failure = error
+            self._lock.__exit__(None, None, None)
         message = [str(failure) if failure is not None else ""]
         if self._ranks.world_size > 1:
             dist.broadcast_object_list(message, src=0)
@@ -107,10 +144,18 @@ class RunSession:
             if kind is None:
                 self._agreement.read()  # of the last step
                 self._checkpoints.close()
+            if kind is None and self._ranks.rank == 0:
+                self._remove_checkpoints()
         finally:
             self._lock.__exit__(None, None, None)
-        if self._ranks.rank == 0 and kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if kind is None and self._ranks.rank == 0:
+            with suppress(OSError):  # somebody else is there by now
+                self.folder.rmdir()
+
+    def _remove_checkpoints(self) -> None:
+        for place in self.folder.iterdir():
+            if place.is_dir():
+                shutil.rmtree(place)
 
     def restore(self, run: Training) -> bool:
         """Puts the run where it was saved last; False if it never was.
@@ -122,15 +167,14 @@ class RunSession:
         try:
             loaded = self._checkpoints.load(identity=self._identity)
         except ValueError as error:
-            raise OtherRun(
-                f"{error} (its settings or its data have changed: go back to them, keep both apart with "
-                "--set scale=NAME, or begin anew with --force)"
-            ) from None
+            raise OtherRun(_other_run(str(error))) from None
         if loaded is None:
             return False
-        run.load_state(loaded.shared["run"], loaded.own["run"] if loaded.own is not None else None)
-        if loaded.own is not None:
-            set_rng_state(loaded.own["rng"])
+        # With other ranks, what each had for itself belongs to another division of the work.
+        own = loaded.own if loaded.world_size_saved == self._ranks.world_size else None
+        run.load_state(loaded.shared["run"], own["run"] if own is not None else None)
+        if own is not None:
+            set_rng_state(own["rng"])
         self.start = datetime.fromisoformat(loaded.shared["start"])
         self.num_restores = loaded.shared["num_restores"] + 1
         self._best = loaded.shared["best"]
@@ -148,29 +192,38 @@ class RunSession:
             RanksDisagree: the ranks are at different steps, or one is gone.
         """
         word = self._agreement.read()
+        if word is not None and not word.finite:
+            run.is_lost = True  # all ranks end the interval here, and record that the run diverged
+            return
         if word is not None and word.stop:
             self._stop(run)
         if word is not None and word.save:
             self._save(run)
+        self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
-        self._agreement.post(run.num_steps, stop, True, run.closure.evaluations, save=self._is_time())
+        self._agreement.post(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
         """Publishes the record now and then, and saves where it is time to; the best evaluation is kept."""
         if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self._publish(run.result(finished=False))
             self._published_at = time.monotonic()
-        value = run.validation_loss
-        is_best = value is not None and (self._best is None or value < self._best)
-        self._best = value if is_best else self._best
+        # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
+        margin = run.longest_evaluation + 3 * self._save_seconds
+        self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
         self._agreement.read()
         word = self._agreement.agree_now(
             run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=self._is_time()
         )
-        if word.stop and run.goes_on:
+        if not run.goes_on:
+            return
+        if word.stop:
             self._stop(run)
         elif word.save:
+            value = run.validation_loss
+            is_best = value is not None and (self._best is None or value < self._best)
+            self._best = value if is_best else self._best
             self._save(run, best=is_best)
 
     def _is_time(self) -> bool:
@@ -180,7 +233,7 @@ class RunSession:
     def _stop(self, run: Training) -> None:
         self._save(run)
         self._checkpoints.close()
-        reason = self._interruption.reason or "another rank"
+        reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
     def _save(self, run: Training, *, best: bool = False) -> None:
@@ -199,9 +252,7 @@ class RunSession:
             )
         self._last_step = run.num_steps
         self._saved_at = time.monotonic()  # the time it takes is no time of training
-        # A long checkpoint needs a longer margin before the end of the job.
-        margin = self._interruption.margin_seconds
-        self._interruption.margin_seconds = max(margin, 3 * (self._saved_at - start))
+        self._save_seconds = max(self._save_seconds, self._saved_at - start)
         if self._ranks.rank == 0:
             self._publish(run.result(finished=False))
             self._published_at = time.monotonic()

@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     """A state in parts that can be written.
 
     Attributes:
-        tree: of JSON values; a tensor is its place in `tensors`, a DTensor its name.
+        tree: of JSON values; a tensor is its place in `tensors`, a DTensor its name; None for shards only.
         tensors: on the CPU, each once.
         sharded: DTensors by name.
         layouts: of all tensors, in the order of the tree.
@@ -45,9 +45,10 @@ class Encoded(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors that this process holds, and about as many as the text of the tree takes."""
+        """Bytes that this process has to write: of the tensors, and about as many as the text of the tree takes."""
         parts = [*self.tensors, *(local_of(tensor) for tensor in self.sharded.values())]
-        return sum(part.numel() * part.element_size() for part in parts) + len(json.dumps(self.tree))
+        text = 0 if self.tree is None else len(json.dumps(self.tree))
+        return sum(part.numel() * part.element_size() for part in parts) + text
 
 
 def is_sharded(value: object) -> bool:
@@ -129,7 +130,8 @@ def encode(state: Any, name: str, *, copy: bool = False, shards_only: bool = Fal
         name: of the whole, for messages and for the names of DTensors.
         copy: whether the parts must stay as they are while the state changes; tensors of other devices are copied to
             the CPU (to pinned memory, if asked to copy) in any case.
-        shards_only: whether `tensors` stays empty, on a rank that does not write them.
+        shards_only: whether nothing but DTensors is copied, on a rank that writes no others: `tensors` stays empty,
+            and `tree` is None; `layouts` and `sharded` are those of the whole.
 
     Raises:
         TypeError: an entry has another type; the message names it.
@@ -141,7 +143,7 @@ def encode(state: Any, name: str, *, copy: bool = False, shards_only: bool = Fal
     tree = _encode(state, name, encoded, places, copy, shards_only)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # the copies to pinned memory are under way
-    return encoded._replace(tree=tree)
+    return encoded if shards_only else encoded._replace(tree=tree)
 
 
 def _encode(value: Any, name: str, into: Encoded, places: dict[Any, int], copy: bool, shards_only: bool) -> Any:
@@ -159,6 +161,8 @@ def _encode(value: Any, name: str, into: Encoded, places: dict[Any, int], copy: 
     if is_sharded(value):
         into.sharded[name] = _copy_of_shards(value) if copy else value.detach()
         return {"sharded": name, "shape": list(value.shape), "dtype": str(value.dtype)}
+    if shards_only:
+        return None
     # Tied tensors are written once. Empty ones have no address that could tell them apart.
     identity = (
         value.device,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from experiments.batchnorm import untouched_buffers
 from experiments.problem import Problem
 
 
@@ -49,6 +50,18 @@ class Closure:
         self.optimizer = stages[0].optimizer
         self.batch: Any = None
         self.num_losses = self.num_linearizations = self.num_residuals = 0
+
+    def warm_up(self, batch: Any) -> None:
+        """A pass that leaves no trace but in the machinery, before the first step of a process.
+
+        DistributedDataParallel arranges its buckets anew after its first pass, whereupon sums over three ranks or more
+        come out differently in the last digits: without this one, a continued run would not repeat the uninterrupted
+        one. And torch.compile compiles.
+        """
+        device = next(self.problem.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), untouched_buffers(self.problem.model):
+            self.problem.loss(self.model, batch).backward()
+        self.optimizer.zero_grad()
 
     def step(self) -> Tensor:
         """One step of the present optimizer; returns the loss before it."""
@@ -103,9 +116,9 @@ class AccumulatedClosure(Closure):
     """Gradients first, over the parts of a batch and scaled against underflow; then the optimizer's step.
 
     The step's first call of the closure gets the loss that the gradients belong to. Further calls, the trials of a
-    safeguard, evaluate the loss where the parameters are then, in train mode, forward only and without
-    DistributedDataParallel: the ranks' values are averaged by whoever asks. Optimizers that want a gradient at a second
-    point (L-BFGS) are not for it.
+    safeguard, evaluate the loss where the parameters are then, in train mode, forward only, without a trace in the
+    buffers, and without DistributedDataParallel: the ranks' values are averaged by whoever asks. Optimizers that want a
+    gradient at a second point (L-BFGS) are not for it.
 
     Args:
         problem, model, stages: as of Closure; a batch is a tuple of tensors with equally many rows.
@@ -121,16 +134,19 @@ class AccumulatedClosure(Closure):
         self._loss: Tensor | None = None
         self.num_skipped = 0
 
+    def warm_up(self, batch: Any) -> None:
+        """As of Closure, with a part of the batch."""
+        super().warm_up(tuple(tensor.tensor_split(self._num_parts)[0] for tensor in batch))
+
     def step(self) -> Tensor:
         """One step; returns the loss before it, the mean over the parts."""
         self.optimizer.zero_grad()
         loss = self._loss = self._with_gradients()
         if self.scaler.is_enabled():
-            before = self.scaler.get_scale()
             # GradScaler refuses the keyword `closure` only, for it scales no loss in there; ours has no backward pass.
             self.scaler.step(self.optimizer, self)
             self.scaler.update()
-            self.num_skipped += self.scaler.get_scale() < before
+            self.num_skipped += self._loss is not None  # a step that was taken has asked for it
         else:
             self.optimizer.step(self)  # type: ignore[arg-type]
         return loss
@@ -141,7 +157,7 @@ class AccumulatedClosure(Closure):
         if loss is not None:
             return loss
         self.num_losses += 1
-        with torch.no_grad():
+        with torch.no_grad(), untouched_buffers(self.problem.model):
             return torch.stack([self.problem.loss(self.problem.model, part) for part in self._parts()]).mean()
 
     def _parts(self) -> list[Any]:
@@ -263,6 +279,24 @@ def _synchronize(model: nn.Module) -> None:
         torch.cuda.synchronize()
 
 
+class FiniteLosses:
+    """Whether the losses so far were finite, told some steps late so that the host does not wait for a device."""
+
+    def __init__(self) -> None:
+        self._pending: list[Tensor] = []
+        self._finite = True
+
+    def __call__(self, loss: Tensor) -> bool:
+        """Takes the present loss; answers for those of two steps ago and before."""
+        flag = loss.isfinite().all()
+        if flag.is_cuda:
+            flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+        self._pending.append(flag)
+        if len(self._pending) > 2:
+            self._finite = self._finite and bool(self._pending.pop(0))
+        return self._finite
+
+
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
     """`e <- d_n e + (1 - d_n) w` with `d_n = min(decay, (1 + n) / (10 + n))` after n averages.
 
@@ -312,5 +346,6 @@ class Updates:
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last, "sums": list(self._sums)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._last, self._sums = state["last"], list(state["sums"])
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
+        last = state["last"]
+        self._last, self._sums = last if last is None else last.to(device), list(state["sums"])

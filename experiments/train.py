@@ -144,13 +144,18 @@ class Training:
             self.scheduler = make_scheduler(training.scheduler, stages[0].optimizer)
         self.ema = None
         if ema_decay is not None:
-            self.ema = AveragedModel(problem.model, multi_avg_fn=moving_average(ema_decay))
+            average = moving_average(ema_decay)
+            # The counter that torch passes was sent to the device, and reading it would make the host wait.
+            self.ema = AveragedModel(problem.model, multi_avg_fn=lambda a, w, _: average(a, w, self._num_averaged()))
         self.updates = Updates() if training.measure_updates else None
         self.clock = Clock(problem.model)
         self.series: dict[str, list[float]] = {}
         self.interval, self.step, self.num_steps = 1, 0, 0
         self.iterations = [0]
         self.diverged_at: int | None = None
+        self.is_lost = False  # all ranks know that a loss was not finite
+        self.longest_evaluation = 0.0
+        self._is_warm = not _needs_warm_up(self.closure)
         self._earlier_seconds = 0.0  # of the acceleration, in earlier processes
         self.seconds: dict[str, float] = {}  # of what is not training, or a part of it, by series
         self._losses: list[Tensor] = []  # of the present interval
@@ -185,9 +190,15 @@ class Training:
         self.closure.model.train()
         self.clock.start()
         for batch in self._batches():
+            if not self._is_warm:
+                with self.clock.stopped():
+                    self.closure.warm_up(batch)
+                self._is_warm = True
             self._step(batch)
             if session is not None:
                 session.after_step(self, self._losses[-1])
+            if self.is_lost:
+                break
         if self.scheduler is not None and not is_sampled and not isinstance(self.training, ImageTrainingConfig):
             self.scheduler.step()
         self.clock.stop()
@@ -245,7 +256,7 @@ class Training:
             self._add_seconds("timing/input_seconds", time.perf_counter() - start)
             if batch is None:
                 return
-            yield batch
+            yield batch if self.problem.to_device is None else self.problem.to_device(batch)
 
     def _is_time_up(self) -> bool:
         """Whether the training has lasted long enough, in the opinion of rank 0."""
@@ -288,12 +299,14 @@ class Training:
 
     def _evaluate(self) -> dict[str, float]:
         """Values of the evaluated model; their seconds are added to those of earlier evaluations."""
-        start = time.perf_counter() if isinstance(self.training, ImageTrainingConfig) else None
+        start = time.monotonic()
         values = _evaluate(self.problem, self.evaluated)
         for name in [name for name in values if name.startswith(VALUE_SECONDS)]:
             self._add_seconds(name, values.pop(name))
-        if start is not None:
-            self._add_seconds("timing/evaluation_seconds", time.perf_counter() - start)
+        seconds = time.monotonic() - start
+        self.longest_evaluation = max(self.longest_evaluation, seconds)
+        if isinstance(self.training, ImageTrainingConfig):
+            self._add_seconds("timing/evaluation_seconds", seconds)
         return values
 
     def _add_seconds(self, name: str, seconds: float) -> None:
@@ -307,6 +320,8 @@ class Training:
         if isinstance(self.training, ImageTrainingConfig) and self._losses:
             seconds = values["timing/training_seconds"] - self.series["timing/training_seconds"][-1]
             values["timing/images_per_second"] = len(self._losses) * self.training.global_batch(self.ranks) / seconds
+        if isinstance(self.closure, AccumulatedClosure) and self.closure.scaler.is_enabled():
+            values["metrics/skipped_steps"] = float(self.closure.num_skipped)
         if self.problem.points is not None:
             values["metrics/evaluations"] = float(self.closure.evaluations)
         if self.problem.points is not None or isinstance(self.training, ImageTrainingConfig):
@@ -354,23 +369,30 @@ class Training:
             stage.optimizer.load_state_dict(optimizer)
             if stage.memory is not None:
                 stage.memory.load_state_dict(memory)
-        for name in ("scheduler", "ema", "updates", "closure", "clock"):
+        device = next(self.problem.model.parameters()).device
+        for name in ("scheduler", "ema", "closure", "clock"):
             part = getattr(self, name)
             if part is not None:
                 part.load_state_dict(shared[name])
+        if self.updates is not None:
+            self.updates.load_state_dict(shared["updates"], device)
         for name in ("interval", "step", "num_steps", "diverged_at"):
             setattr(self, name, shared[name])
         self.series = {name: list(values) for name, values in shared["series"].items()}
         self.seconds, self._earlier_seconds = dict(shared["seconds"]), shared["acceleration_seconds"]
         self.iterations, self._places = list(shared["iterations"]), list(shared["places"])
         losses = own["losses"] if own is not None else shared["mean_losses"]
-        self._losses = list(losses.to(next(self.problem.model.parameters()).device))
+        self._losses = list(losses.to(device))
         if self.problem.restore is not None:
             self.closure.batch = self.problem.restore(shared["problem"])
         for stage in self.stages:
             if self.problem.points is not None and stage.after <= self.closure.iterations:
                 self.closure.optimizer = stage.optimizer
         self.bar.skip(self._done())
+
+    def _num_averaged(self) -> Tensor:
+        assert self.ema is not None
+        return self.ema.n_averaged
 
     def _done(self) -> int:
         """What the progress bar counts, so far."""
@@ -418,7 +440,7 @@ def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingCon
             model = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
         if training.compile:
@@ -428,6 +450,11 @@ def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingCon
     if ranks.world_size > 1 and problem.backward is None:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     return Closure(problem, model, stages)
+
+
+def _needs_warm_up(closure: Closure) -> bool:
+    """Whether the first pass of a process arranges or compiles something."""
+    return closure.model is not closure.problem.model
 
 
 def _bar(problem: Problem, training: AnyTrainingConfig, show_progress: bool) -> Bar:

@@ -22,6 +22,8 @@ JOB_IDS = {
     "lsf": ("$LSB_JOBID", '"$LSB_JOBID[$LSB_JOBINDEX]"'),
     "none": ("", ""),
 }
+# Where the experiments look for their data; both, for a script does not know which of them its experiment reads.
+DATA_VARIABLES = ("AADL_DATA_DIR", "AADL_IMAGENET_DIR")
 
 
 class Script(string.Template):
@@ -395,7 +397,7 @@ def _stage(job: Job) -> str:
         lines.append(f'{stage} environment {archive} "{folder}/environment" || exit 1')
     if job.data is not None:
         lines.append(f'{stage} data {_quoted(job.data)} "{folder}/data" || exit 1')
-        lines.append(f'export AADL_DATA_DIR="{folder}/data"')
+        lines += [f'export {name}="{folder}/data"' for name in DATA_VARIABLES]
     return "\n".join(lines)
 
 
@@ -429,5 +431,5 @@ def _launcher_options(job: Job) -> list[str]:
         threads = f"-E OMP_NUM_THREADS={_variables(job)['OMP_NUM_THREADS']}"
         return [*shape, "-b packed:{cores_per_rank}", "-d packed", "-X 1", threads]
     names = ["AADL_END_TIME", "AADL_STOPPED_FILE", "AADL_RESTART_COUNT", *_variables(job)]
-    names += ["AADL_DATA_DIR"] if job.data is not None else []
+    names += DATA_VARIABLES if job.data is not None else ()
     return ["-np {ranks}", "--map-by ppr:{ranks_per_node}:node:pe={cores_per_rank}", *(f"-x {name}" for name in names)]

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from torch.distributed.checkpoint import FileSystemWriter, filesystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from experiments import checkpoint_files, checkpoint_folder
+from experiments import checkpoint_files, checkpoint_folder, departure
+from experiments import state as experiment_state
 from experiments.checkpoint import CheckpointError, Checkpoints, digest, rng_state, set_rng_state, verify_folder
+from experiments.interruption import Agreement, Word
 from experiments.launch import Ranks
 from experiments.state import encode
 
@@ -640,6 +643,9 @@ def error_of(action):
 def test_ranks_save_load_and_fail_together(spawn_ranks, tmp_path):
     first, second = spawn_ranks(two_ranks, 2, tmp_path / "run")
     assert first["none"] and second["none"]
+    size = sum((tmp_path / "run" / "step-0000000004" / name).stat().st_size for name in first["files"][1:])
+    needed = int(first["one rank fails"][1].split("it needs ")[1].split()[0])
+    assert 0.9 * size < needed < size  # what rank 0 alone writes counts once
     assert first["files"] == ["manifest.json", "rank-00000.pt", "rank-00001.pt", "shared.pt"]
     assert first["loaded"] == second["loaded"] == (2, 2, [])
     assert first["one rank is damaged"] == second["one rank is damaged"]
@@ -772,6 +778,34 @@ def test_the_metadata_of_shards_is_read_without_executing_it(tmp_path):
     assert not marker.exists()
 
 
+def agree_while_saving(rank, world_size, folder):
+    """The thread of rank 0 hangs behind while the main threads go on: no order of both is the same on all ranks."""
+    departure.PATIENCE_SECONDS = 20.0  # of a group, if both should use one
+    ranks = Ranks(rank, world_size)
+    checkpoints, agreement = Checkpoints(folder, ranks, asynchronous=True), Agreement(ranks, timeout_seconds=20)
+    goes_on = threading.Event()
+    if rank == 0:
+        checkpoint_files.kill_point = lambda name: goes_on.wait()
+    checkpoints.save(1, state_at(1), own_at(1, rank), identity="run")
+    words = [agreement.agree_now(step, step == 3 and rank == 1, True) for step in range(5)]
+    assert names_of(folder) == []
+    goes_on.set()
+    checkpoints.close()
+    return words, outcome(checkpoints, rank), names_of(folder)
+
+
+def names_of(folder):
+    return names(folder) if folder.exists() else []
+
+
+def test_ranks_agree_while_a_checkpoint_is_written(spawn_ranks, tmp_path):
+    first, second = spawn_ranks(agree_while_saving, 2, tmp_path / "run")
+    assert first == second
+    words, loaded, files = first
+    assert words == [Word(step, step == 3, True) for step in range(5)]
+    assert loaded == (1, 2, []) and files == ["step-0000000001"]
+
+
 def save_and_lose_a_rank(rank, world_size, folder, point, doomed):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent ends the others as soon as it sees a death
     checkpoints = Checkpoints(folder, Ranks(rank, world_size), keep=1)
@@ -803,3 +837,41 @@ def test_a_rank_killed_while_saving_is_noticed_by_the_others(spawn_ranks, tmp_pa
 
 def test_encode_counts_bytes():
     assert 4000 <= encode({"a": torch.zeros(1000)}, "x").num_bytes < 4100
+
+
+def test_a_rank_that_writes_only_shards_copies_nothing_else(monkeypatch):
+    state = {**state_at(1), "list": [torch.zeros(10)[2:5], torch.zeros(3), 0.5]}
+    whole = encode(state, "shared", copy=True)
+    monkeypatch.setattr(experiment_state, "_on_cpu", lambda *_: pytest.fail("a copy"))
+    names_only = encode(state, "shared", copy=True, shards_only=True)
+    assert names_only.layouts == whole.layouts and len(whole.layouts) == 6
+    assert names_only.tensors == [] and names_only.tree is None and names_only.num_bytes == 0
+    with pytest.raises(TypeError, match=r"shared\['a'\] is a set"):
+        encode({"a": {1}}, "shared", shards_only=True)
+
+
+def bytes_read():
+    """Bytes that this process has read from files so far."""
+    [line] = [line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar")]
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="needs /proc/self/io")
+def test_a_file_is_read_once(tmp_path):
+    state = {"model": torch.randn(2_000_000)}
+    checkpoints = Checkpoints(tmp_path, Ranks())
+    checkpoints.save(1, state, own_at(1))
+    for read in (checkpoints.load, lambda: verify_folder(tmp_path)):
+        before = bytes_read()
+        assert read()
+        assert 8_000_000 < bytes_read() - before < 12_000_000
+
+
+def test_a_short_file_is_noticed_by_the_one_that_wrote_it(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1)
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: os.truncate(handle, 100) if os.fstat(handle).st_size > 5000 else None
+    )
+    with pytest.raises(CheckpointError, match=r"shared\.pt has 100 bytes after \d+ were written"):
+        checkpoints.save(2, state_at(2), own_at(2), identity="run")
+    assert_loads(checkpoints, 1)

@@ -2,13 +2,14 @@ import argparse
 import errno
 import os
 import re
+import sys
 from pathlib import Path
 
 import launched
 import pytest
 import yaml
 
-from experiments import doctor
+from experiments import doctor, launch
 from experiments.departure import leave
 from experiments.doctor import Finding
 from experiments.launch import Ranks
@@ -53,6 +54,16 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
         assert f"\n   {name}  " in f"\n{told}", name
     assert "a second writer is refused" in told and "nothing to change" in told
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_the_start_method_of_workers_is_told(single, monkeypatch, tmp_path, capsys):
+    for in_use in (False, True):
+        monkeypatch.setattr(launch, "_mpi_was_used", in_use)
+        monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+        doctor.main(options("--results", tmp_path))
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
+        granted = "mpi4py.MPI" not in sys.modules and not in_use
+        assert line.endswith("; forkserver also where fork is wished, for MPI or a GPU is in use") == (not granted)
 
 
 def test_launchers_in_disorder_are_a_finding(single, monkeypatch, tmp_path, capsys):

@@ -122,6 +122,25 @@ def test_classes_differ():
     assert own_class_is_nearest(100) > 0.9
 
 
+def test_a_variation_times_a_factor_moves_the_images_of_a_class_apart():
+    assert USUAL.times(1.0) == USUAL
+    half, twice = USUAL.times(0.5), USUAL.times(2.0)
+    assert half[:4] == tuple(each / 2 for each in USUAL[:4]) and twice.wave == 2 * USUAL.wave
+    assert half.scale == pytest.approx((0.6875, 0.9625)) and twice.scale == pytest.approx((0.275, 1.375))
+    assert twice.background[0] == 0.0 and twice.contrast[0] == 0.02  # colors stay colors, figures stay visible
+    images = np.array([[draw(0, 0, i, 16, USUAL.times(f)) for i in range(30)] for f in (0.1, 1.0, 2.0)], dtype=float)
+    spread = images.var(axis=1).mean(axis=(1, 2, 3))
+    assert spread[0] < spread[1] < spread[2]
+
+
+def test_a_set_is_drawn_with_its_variation(tmp_path):
+    usual, apart = (ensure(tmp_path / str(factor), **SMALL, variation=factor) for factor in (1.0, 2.0))
+    name = "train/fractal_0001/fractal_0001_00004.JPEG"
+    with Image.open(apart / name) as image:
+        assert np.abs(np.asarray(image).astype(int) - draw(0, 1, 4, 16, USUAL.times(2.0))).mean() < 12
+    assert (usual / name).read_bytes() != (apart / name).read_bytes()
+
+
 def test_the_strongest_perturbation_still_contracts():
     system = perturbed(class_system(0, 0), np.random.RandomState(0), USUAL._replace(stretch=5.0))
     assert np.abs(system.stretch).max() == CONTRACTION
@@ -321,12 +340,20 @@ def test_settings_out_of_range_are_refused_before_anything_is_made(tmp_path, nam
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, 2.5, float("nan")])
+def test_variations_out_of_range_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"^variation must be a number in \(0, 2\], got"):
+        ensure(tmp_path / "set", **SMALL, variation=value)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"num_classes": 4}, "made with num_classes 3, not 4"),
         ({"size": 17}, "made with size 16, not 17"),
         ({"quality": 91}, "made with quality 90, not 91"),
+        ({"variation": 2.0}, "made with variation 1.0, not 2.0"),
         ({"packed": True}, "made with packed False, not True"),
     ],
 )

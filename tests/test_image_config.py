@@ -56,10 +56,22 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
         ("training", {"batch_size_per_rank": 4}, "must have one of batch_size and batch_size_per_rank, got 16 and 4"),
         ("training", {"schedule": "step"}, "milestones must be a list of epochs with schedule step"),
         ("training", {"schedule": "step", "milestones": [2, 1]}, r"milestones must ascend, got \[2\.0, 1\.0\]"),
+        (
+            "training",
+            {"schedule": "step", "milestones": [1, 2]},
+            r"milestones must be below epochs = 2, got \[1\.0, 2\.0\]",
+        ),
         ("training", {"warmup_epochs": 2}, "warmup_epochs must be below epochs = 2, got 2"),
         ("training", {"precision": "float8"}, "precision must be one of float32, bfloat16, float16"),
         ("training", {"scheduler": {"name": "StepLR"}}, r"unknown key training\.scheduler"),
         ("problem", {"resize": 20}, "resize must be at least image_size = 24, got 20"),
+        ("problem", {"statistics_images": 1}, "statistics_images must be an integer >= 2, got 1"),
+        ("problem", {"smallest_crop": 0}, r"smallest_crop must be a number in \(0, 1\], got 0"),
+        ("problem", {"smallest_crop": 1.01}, r"smallest_crop must be a number in \(0, 1\], got 1\.01"),
+        ("problem", {"data_variation": 2.5}, r"data_variation must be a number in \(0, 2\], got 2\.5"),
+        ("problem", {"fc_std": 0}, "fc_std must be"),
+        ("problem", {"stage_seconds": 0}, "stage_seconds must be"),
+        ("problem", {"start_method": "thread"}, "start_method must be one of auto, forkserver, spawn, fork"),
         ("problem", {"model": "resnet34"}, "model must be one of resnet18, resnet50"),
     ],
 )
@@ -81,6 +93,12 @@ def test_settings_that_do_not_go_together_are_named(part, changes, message):
 def test_variants_that_are_not_for_images_are_named(variant, message):
     with pytest.raises(ValueError, match=message):
         parse_config(raw_config("folder", variant))
+
+
+def test_the_ends_of_ranges_are_allowed():
+    ends = {"smallest_crop": 1, "data_variation": 2, "statistics_images": 2}
+    problem = parse_config(raw_config("folder", problem=ends)).problem
+    assert (problem.smallest_crop, problem.data_variation, problem.statistics_images) == (1.0, 2.0, 2)
 
 
 def test_a_rate_that_is_scaled_must_be_given():

@@ -1,8 +1,12 @@
 """Image classification in the suite: the problem of a run, what a validation leaves alone, mistakes of a user."""
 
+import contextlib
 import copy
+import os
+import shutil
 from dataclasses import replace
 
+import gloo
 import h5py
 import numpy as np
 import pytest
@@ -16,11 +20,12 @@ from torch import nn
 import aadl
 from data_loaders.imagenet import Decoding, TrainLoader, open_images
 from data_loaders.packed import write_packed
+from experiments import imagenet
 from experiments.__main__ import main
 from experiments.batchnorm import recompute_statistics
 from experiments.execute import _stage
-from experiments.image_config import ImageConfig
-from experiments.imagenet import build, data_folder, describe
+from experiments.image_config import ImageConfig, ImageTrainingConfig
+from experiments.imagenet import build, data_folder, describe, open_sets
 from experiments.launch import Ranks
 from experiments.models.resnet import resnet18
 from experiments.problem import Problem
@@ -232,26 +237,180 @@ def test_bfloat16_and_channels_last_compute_nearly_the_same(folder):
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[1] != losses[0]
 
 
-def test_packed_images_are_the_same_data_and_may_be_staged(folder, tmp_path):
+def pack(folder, target):
     for split in ("train", "validation"):
         images = open_images(folder, split)
         items = ((images.name(i), int(images.labels[i]), images.read(i)) for i in range(len(images)))
-        write_packed(tmp_path / "packed", split, items, images.class_names, images_per_shard=16)
+        write_packed(target, split, items, images.class_names, images_per_shard=16)
+    return target
+
+
+def test_packed_images_are_the_same_data_and_may_be_staged(folder, tmp_path):
+    pack(folder, tmp_path / "packed")
     plain = build(image_run(folder), Ranks())
     staged = build(image_run(tmp_path / "packed", problem={"stage_folder": str(tmp_path / "node")}), Ranks())
     for left, right in zip(plain.epoch_batches(1, 0), staged.epoch_batches(1, 0), strict=True):
         assert identical(list(left), list(right))
     assert any((tmp_path / "node").rglob("*.h5"))
+    assert staged.epoch_batches.__self__.images.folder == tmp_path / "node"
     with pytest.raises(ValueError, match=r"problem\.stage_folder needs packed data, which .* is not: pack it with"):
         build(image_run(folder, problem={"stage_folder": str(tmp_path / "node")}), Ranks())
+
+
+class Seen(Exception):
+    pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_loaders_pin_batches_for_a_gpu_and_start_workers_safely(folder, monkeypatch, device):
+    def loader(*_, **settings):
+        raise Seen(settings["pin_memory"], settings["start_method"])
+
+    monkeypatch.setattr(imagenet, "device_of", lambda ranks: torch.device(device))
+    monkeypatch.setattr(imagenet, "_model", lambda *_: None)
+    monkeypatch.setattr(imagenet, "safe_start_method", lambda wish: f"safe {wish}")
+    monkeypatch.setattr(imagenet, "TrainLoader", loader)
+    with pytest.raises(Seen) as seen:
+        build(image_run(folder), Ranks())
+    assert seen.value.args == (device == "cuda", "safe auto")
+
+
+def test_batches_come_as_they_were_read_and_the_problem_brings_them_to_the_device(folder):
+    problem = build(image_run(folder), Ranks())
+    batch = next(iter(problem.epoch_batches(1, 0)))
+    assert batch[0].dtype == torch.uint8 and identical(list(batch), list(problem.to_device(batch)))
+
+
+def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for told in (True, False):
+        problem = build(image_run(folder, training={"deterministic": told}), Ranks())
+        assert torch.are_deterministic_algorithms_enabled() == told == problem.attributes["deterministic"]
+        problem.close()
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    for told, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
+        undo = imagenet._set_torch(ImageTrainingConfig(deterministic=told), torch.device(device))
+        assert torch.backends.cudnn.benchmark == benchmark
+        undo()
+        assert not torch.backends.cudnn.benchmark
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_bfloat16_is_refused_where_the_gpu_has_none(folder, monkeypatch, has_bfloat16):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    problem = ImageConfig()
+    training = ImageTrainingConfig(batch_size=8, precision="bfloat16")
+    expected = contextlib.nullcontext()
+    if not has_bfloat16:
+        expected = pytest.raises(ValueError, match="float32 or float16 on Tesla V100, which has no bfloat16")
+    with expected:
+        imagenet._check(problem, training, Ranks(), torch.device("cuda"))
+    imagenet._check(problem, training, Ranks(), torch.device("cpu"))
+    imagenet._check(problem, replace(training, precision="float16"), Ranks(), torch.device("cuda"))
+
+
+def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
+    usual, other = (
+        build(image_run(folder, problem=changes), Ranks()) for changes in ({}, {"fc_std": 0.5, "smallest_crop": 1.0})
+    )
+    assert float(other.model.fc.weight.detach().std()) == pytest.approx(0.5, rel=0.1) and not other.model.fc.bias.any()
+    assert float(usual.model.fc.weight.detach().std()) < 0.1 and usual.model.fc.bias.any()
+    batches = [next(iter(problem.epoch_batches(1, 0))) for problem in (usual, other)]
+    assert torch.equal(batches[0][1], batches[1][1]) and not torch.equal(batches[0][0], batches[1][0])
+
+
+def test_the_sets_are_staged_once_for_all_runs(folder, tmp_path, monkeypatch):
+    calls = []
+    original = imagenet.stage
+    monkeypatch.setattr(imagenet, "stage", lambda *places: calls.append(places) or original(*places))
+    packed = pack(folder, tmp_path / "packed")
+    for seed, target in ((0, "a"), (1, "a"), (1, "b")):
+        config = image_run(packed, problem={"stage_folder": str(tmp_path / target), "stem": "small"})
+        build(replace(config, seed=seed), Ranks())
+    assert calls == [(packed, tmp_path / "a"), (packed, tmp_path / "b")]
+
+
+def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
+    """What two ranks, each with a node of its own, read and are told."""
+    opened, staged = [], []
+    original = imagenet.open_images, imagenet.stage
+    imagenet.open_images = lambda *which: opened.append(which) or original[0](*which)
+    imagenet.stage = lambda *places: staged.append(places) or original[1](*places)
+    ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}")
+    found = {}
+    for _ in range(2):  # each node has its copy
+        os.environ["AADL_IMAGENET_DIR"] = str(tmp_path / f"node-{rank}")
+        train, validation = open_sets(ImageConfig(data="folder"), ranks)
+        found["copy"] = train.folder, train.read(40), validation.read(3), train.name(40), train.digest
+    del os.environ["AADL_IMAGENET_DIR"]
+    found["opened"] = len(opened)
+    staging = ImageConfig(data="folder", data_path=str(packed), stage_folder=str(tmp_path / "local"))
+    train, _ = open_sets(staging, replace(ranks, local_rank=rank))  # on one node
+    found["staged"] = len(staged), train.folder, train.read(40), len(opened)
+    for name, path in (("missing", tmp_path / "missing"), ("of one", None)):
+        if path is None and rank == 0:
+            os.environ["AADL_IMAGENET_DIR"] = str(folder)
+        try:
+            open_sets(ImageConfig(data="folder", data_path=path and str(path)), ranks)
+        except (ValueError, OSError) as error:
+            found[name] = str(error)
+    fractal = ImageConfig(data_path=str(tmp_path / "fractals"), num_classes=2, images_per_class=2, data_size=8,
+                          validation_per_class=1, data_seed=5)  # fmt: skip
+    made, ensure = [], imagenet.fractals.ensure
+    imagenet.fractals.ensure = lambda *place, **settings: made.append(place) or ensure(*place, **settings)
+    found["fractals"] = len(open_sets(fractal, ranks)[0]), len(made)
+    problem = build(image_run(broken), ranks)
+    for _ in problem.epoch_batches(1, 0):
+        pass
+    found["unreadable"] = problem.finish(problem.model)
+    try:
+        problem.evaluate(problem.model)
+    except RuntimeError as error:
+        found["none"] = str(error)
+    return found
+
+
+def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
+    packed = pack(folder, tmp_path / "packed")
+    for name in ("node-0", "node-1", "broken"):
+        shutil.copytree(folder, tmp_path / name)
+    for path in [*(tmp_path / "broken/val").rglob("*.JPEG"), *sorted((tmp_path / "broken/train").rglob("*.JPEG"))[:5]]:
+        path.write_bytes(b"")
+    places = (folder, packed, tmp_path / "broken", tmp_path)
+    found = gloo.spawn_ranks(tmp_path / "ranks", outcomes_on_ranks, 2, *places)
+    images, validation = open_images(folder, "train"), open_images(folder, "validation")
+    for rank, each in enumerate(found):
+        content = images.read(40), validation.read(3), images.name(40), images.digest
+        assert each["copy"] == (tmp_path / f"node-{rank}" / "train", *content)
+        assert each["opened"] == (2 if rank == 0 else 0)
+        assert each["staged"] == (1 - rank, tmp_path / "local", images.read(40), 4 * (1 - rank))
+        assert each["missing"] == f"ImageNet: {tmp_path / 'missing'} does not exist"
+        assert each["fractals"] == (4, 1 - rank)
+        assert each["unreadable"]["num_unreadable_train_images"] == 5
+        assert each["none"] == "none of the 20 validation images can be read"
+    assert found[0]["of one"].startswith("rank 1 on node1: problem.data_path must name the folder")
+    assert "AADL_IMAGENET_DIR must, got neither" in found[1]["of one"]
 
 
 def test_fractals_are_made_on_first_use(tmp_path):
     config = ImageConfig(data_path=str(tmp_path / "f"), num_classes=2, images_per_class=3, validation_per_class=2,
                          data_size=16, image_size=16, resize=16)  # fmt: skip
     folder = data_folder(config)
-    assert len(open_images(folder, "train")) == 6 and len(open_images(folder, "validation")) == 4
+    assert folder == tmp_path / "f" and not folder.exists()
     assert describe(config).source == "fractals" and describe(config).num_rows == 6
+    assert len(open_images(folder, "train")) == 6 and len(open_images(folder, "validation")) == 4
+
+
+def test_the_usual_folder_of_fractals_is_named_after_all_that_they_depend_on():
+    config = ImageConfig()
+    changes = {"num_classes": 11, "images_per_class": 7, "validation_per_class": 7, "data_size": 32, "data_seed": 2**30,
+               "data_variation": 0.5}  # fmt: skip
+    folders = [data_folder(config), *(data_folder(replace(config, **{name: value})) for name, value in changes.items())]
+    assert len(set(folders)) == 7 and len({folder.parent for folder in folders}) == 1
 
 
 def test_images_of_the_environment(folder, monkeypatch):
@@ -337,6 +496,19 @@ def test_a_mistake_is_one_sentence_before_the_training(folder, tmp_path, capsys,
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(told) == 1 and message in told[0]
     assert not list((tmp_path / "results").rglob("*.h5"))
+
+
+def test_an_image_that_stops_the_run_is_named_in_one_sentence(tmp_path, capsys):
+    folder = image_set(tmp_path / "set")
+    (folder / "train" / "fractal_0002" / "fractal_0002_00003.JPEG").write_bytes(b"")
+    assert run(raw_config(folder, problem={"on_unreadable": "stop"}), tmp_path) == 1
+    told = capsys.readouterr().err
+    (line,) = [line for line in told.splitlines() if line.startswith("error")]
+    assert "image 27 (fractal_0002/fractal_0002_00003.JPEG) cannot be read: it is empty" in line
+    assert "Traceback" not in told
+    assert run(raw_config(folder), tmp_path) == 0
+    with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
+        assert file.attrs["num_unreadable_train_images"] == 1 and file.attrs["num_unreadable_validation_images"] == 0
 
 
 def test_classes_that_do_not_match_are_named(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import scipy.io
 import torch
 from image_sets import READABLE, UNREADABLE, ListedImages, encoded, pixels, write_folders
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from data_loaders import images as decoding_module
 from data_loaders.image_folder import FolderImages
@@ -62,6 +64,36 @@ def test_folders_are_read_in_the_order_of_names(tmp_path):
     ]
     assert images.read(24) == b"png"
     assert images.read(2) == (root / "train/n01/n01_10.JPEG").read_bytes()
+
+
+def test_a_set_is_read_from_a_copy_of_its_root(tmp_path):
+    root = write_folders(tmp_path / "here")
+    images = FolderImages(root, "validation")
+    shutil.copytree(root, tmp_path / "there")
+    moved = images.at(tmp_path / "there")
+    shutil.rmtree(root)
+    assert moved.folder == tmp_path / "there" / "val" and len(moved.read(0)) > 100
+    with pytest.raises(FileNotFoundError):
+        images.read(0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("pin", [False, True])
+def test_batches_of_this_process_are_pinned_if_told(monkeypatch, pin, num_workers):
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append(tensor.shape)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(DataLoader, "__init__", lambda self, *_, **options: pinned.append(options["pin_memory"]))
+    with TrainLoader(listed(), SMALL, batch_size=15, seed=0, num_workers=num_workers, pin_memory=pin) as loader:
+        if num_workers:
+            assert pinned == [pin]  # DataLoader does it
+            return
+        assert same(list(loader.batches(1)), list(TrainLoader(listed(), SMALL, batch_size=15, seed=0).batches(1)))
+    assert pinned == pin * 2 * [(15, 3, 16, 16), (15,)]
 
 
 def test_the_digest_of_folders_tells_sets_apart(tmp_path):
@@ -193,9 +225,9 @@ def test_a_list_that_does_not_fit_is_one_sentence(tmp_path, prepare, message):
 # ---- crops and pixels ------------------------------------------------------------------------------------------------
 
 
-def crops(width, height, count=2000):
+def crops(width, height, count=2000, **options):
     numbers = uniform(sample_seed(0, 0, np.arange(count)), NUM_UNIFORM).tolist()
-    return [random_crop(width, height, each) for each in numbers]
+    return [random_crop(width, height, each, **options) for each in numbers]
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (1, 1), (400, 1), (3, 1000), (2, 2)])
@@ -216,6 +248,25 @@ def test_random_crops_follow_their_laws():
     assert np.mean([crop.flip for crop in made]) == pytest.approx(0.5, abs=0.04)
     x = np.array([crop.left / max(1, 500 - crop.width) for crop in made])
     assert x.mean() == pytest.approx(0.5, abs=0.03) and x.min() == 0 and x.max() == 1
+
+
+@pytest.mark.parametrize("smallest", [0.08, 0.5, 1.0])
+def test_random_crops_have_at_least_the_smallest_area(smallest):
+    area = [crop.width * crop.height / 400**2 for crop in crops(400, 400, smallest=smallest)]
+    assert min(area) == pytest.approx(smallest, abs=0.01) and max(area) > 0.97
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "torchvision"])
+def test_a_decoding_passes_its_smallest_crop_on(decoder):
+    if decoder == "torchvision":
+        pytest.importorskip("torchvision.io")
+    data = encoded(seed=3, width=90, height=60)
+    numbers = uniform(sample_seed(0, 0, np.arange(20)), NUM_UNIFORM).tolist()
+    default, same, large = (
+        [Decoder(Decoding(16, 20, decoder, **options))(data, each) for each in numbers]
+        for options in ({}, {"smallest_crop": 0.08}, {"smallest_crop": 0.9})
+    )
+    assert np.array_equal(default, same) and not np.array_equal(default, large)
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (333, 500), (256, 256), (77, 41), (1, 1), (300, 2)])
@@ -276,6 +327,8 @@ def test_broken_images_have_a_reason(kind):
         ({"size": 0}, "size must be at least 1 pixel, got 0"),
         ({"resize": 15}, "resize must be at least size, 16 pixels, got 15"),
         ({"decoder": "opencv"}, "decoder must be one of pillow, torchvision, dali, got 'opencv'"),
+        ({"smallest_crop": 0.0}, r"smallest_crop must be a share in \(0, 1\], got 0\.0"),
+        ({"smallest_crop": 1.5}, r"smallest_crop must be a share in \(0, 1\], got 1\.5"),
         ({"on_corrupt": "warn"}, "on_corrupt must be skip or stop, got 'warn'"),
     ],
 )

@@ -198,6 +198,64 @@ def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
     assert first["after"] == Word(8, False, True)
 
 
+@pytest.mark.parametrize("every", [0, -1, True, 1.5])
+def test_the_number_of_steps_between_words_must_be_a_count(every):
+    with pytest.raises(ValueError, match=f"every must be an integer >= 1, got {every}"):
+        Agreement(Ranks(), every=every)
+
+
+def test_between_words_what_was_said_is_kept():
+    agreement = Agreement(Ranks(), every=4)
+    said = {0: (False, True, False), 2: (True, True, False), 3: (False, False, False), 5: (False, True, True)}
+    words = []
+    for step in range(13):
+        stop, finite, save = said.get(step, (False, True, False))
+        agreement.post(step, stop, finite, save=save)
+        words.append(agreement.read())
+    expected = {
+        0: Word(0, False, True),
+        4: Word(4, True, False),
+        8: Word(8, False, True, True),
+        12: Word(12, False, True),
+    }
+    assert words == [expected.get(step) for step in range(13)]
+    agreement.post(13, stop=True, finite=True)
+    assert agreement.agree_now(14, stop=False, finite=True) == Word(14, True, True)  # at any step, with what was kept
+    assert agreement.agree_now(15, stop=False, finite=True) == Word(15, False, True)
+
+
+def ranks_that_seldom_agree(rank, world_size):
+    """Rank 1 is signaled in step 4 and has a NaN in step 2; the last two words are of other decisions or steps."""
+    agreement = Agreement(Ranks(rank, world_size), every=3)
+    words, done = [], []
+    for step in range(20):
+        words.append(agreement.read())
+        if words[-1] is not None and words[-1].stop:
+            break
+        agreement.post(step, rank == 1 and step == 4, not (rank == 1 and step == 2), fingerprint=1000 + step)
+        done.append(step)
+    told = {"words": words, "done": done}
+    for name, fingerprints in (("between", (7 + rank, 5)), ("order", (5 + rank, 6 - rank)), ("last", (5, 7 + rank))):
+        agreement.post(31, False, True, fingerprints[0])
+        try:
+            told[name] = agreement.agree_now(32, False, True, fingerprints[1])
+        except RanksDisagree as error:
+            told[name] = str(error)
+    told["after"] = agreement.agree_now(33, False, True, fingerprint=7)
+    return told
+
+
+def test_ranks_that_agree_seldom_stop_together_and_miss_nothing(spawn_ranks):
+    first, second = spawn_ranks(ranks_that_seldom_agree, 2)
+    assert first == second
+    sent = {1: Word(0, False, True), 4: Word(3, False, False), 7: Word(6, True, True)}
+    assert first["words"] == [sent.get(step) for step in range(8)]
+    assert first["done"] == list(range(7))
+    for name in ("between", "order", "last"):
+        assert "different decisions at step 32" in first[name]
+    assert first["after"] == Word(33, False, True)
+
+
 def hanging_ranks(rank, world_size):
     agreement = Agreement(Ranks(rank, world_size), timeout_seconds=2)
     agreement.agree_now(1, False, True)

@@ -1,13 +1,19 @@
 import os
+import resource
+import signal
 import sys
 import types
 
 import launched
 import pytest
 import torch
+import torch.distributed as dist
 
 from experiments import launch
+from experiments.checkpoint import Checkpoints
 from experiments.checks import read_settings
+from experiments.departure import control_group
+from experiments.interruption import Agreement
 from experiments.launch import (
     LaunchSettings,
     Ranks,
@@ -92,7 +98,7 @@ def test_pmix_without_mpi4py_says_what_is_missing(monkeypatch):
         ({"nccl": ["NCCL_DEBUG"]}, "launch.nccl must be a mapping"),
         ({"interface": ""}, "launch.interface must be a text that is not empty, or null"),
         ({"flight_recorder": -1}, "launch.flight_recorder must be an integer >= 0"),
-        ({"start_method": "thread"}, "launch.start_method must be one of auto, fork, spawn, forkserver"),
+        ({"start_method": "fork"}, "unknown key launch.start_method"),  # the problem has it
         ({"timeout": 3}, "unknown key launch.timeout"),
     ],
 )
@@ -119,17 +125,16 @@ def test_no_flight_recorder(environment):
     assert not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} & environment.keys()
 
 
-def test_start_method(monkeypatch):
-    assert safe_start_method(LaunchSettings(start_method="spawn")) == "spawn"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize("in_use", ["nothing", "MPI", "a GPU"])
+def test_nothing_is_forked_where_mpi_or_a_gpu_is_in_use(monkeypatch, in_use):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: in_use == "a GPU")
     monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-    monkeypatch.setattr(launch, "_mpi_was_used", False)
-    assert safe_start_method() != "forkserver" or sys.version_info >= (3, 14)
-    monkeypatch.setattr(launch, "_mpi_was_used", True)
-    assert safe_start_method() == "forkserver"
-    monkeypatch.setattr(launch, "_mpi_was_used", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert safe_start_method(LaunchSettings()) == "forkserver"
+    monkeypatch.setattr(launch, "_mpi_was_used", in_use == "MPI")
+    assert safe_start_method("spawn") == "spawn" and safe_start_method("forkserver") == "forkserver"
+    assert safe_start_method("fork") == ("fork" if in_use == "nothing" else "forkserver")
+    for usual in ("fork", "spawn", "forkserver"):
+        monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none, usual=usual: usual)
+        assert safe_start_method() == safe_start_method(usual)
 
 
 # --- devices
@@ -190,6 +195,96 @@ def test_ranks_may_share_a_device_by_gloo():
     shared = [facts(device="GPU-a", backend="gloo")] * 2
     assert launch._judge(shared, LaunchSettings(share_devices=True)) == ""
     assert "use the same GPU" in launch._judge(shared, LaunchSettings())
+
+
+# --- open files
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """limit(soft, hard): such a limit of open files, and the list of what it is set to."""
+    told = []
+
+    def begin(soft, hard):
+        limits = [(soft, hard)]
+        monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+        monkeypatch.setattr(resource, "setrlimit", lambda _, new: (limits.append(new), told.append(new)))
+        return told
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"),
+    [
+        (1024, resource.RLIM_INFINITY, [(5 * 1536 + 512, resource.RLIM_INFINITY)]),
+        (1024, 4096, [(4096, 4096)]),
+        (20_000, 20_000, []),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, []),
+    ],
+)
+def test_many_ranks_need_many_files(limit, soft, hard, expected):
+    told = limit(soft, hard)
+    launch._allow_many_files(1536)
+    assert told == expected
+    text = launch._few_files(Ranks(3, 1536, host="n7"))
+    assert bool(text) == (hard == 4096)
+    if text:
+        assert "a process on n7 may open 4096 files, and one of 1536 ranks needs 4672" in text
+
+
+def limited(folder):
+    """A rank with few files to open; writes the limit afterwards."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    ranks = ranks_from_environment(os.environ)
+    start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
+    (folder / f"limit-{ranks.rank}").write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    stop_process_group(ranks)
+    leave(0)
+
+
+def test_every_rank_may_open_more_files(tmp_path):
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    variables = [launched.srun_variables(rank, 2) for rank in range(2)]
+    processes = [launched.start(limited, *both, tmp_path) for both in zip(variables, logs, strict=True)]
+    assert launched.finish(processes) == [0, 0], logs[0].read_text()
+    assert [(tmp_path / f"limit-{rank}").read_text() for rank in range(2)] == ["522", "522"]
+
+
+# --- groups beside the world
+
+
+def count_groups(folder):
+    """Runs that come and go in one process group, and then in another one."""
+    ranks = ranks_from_environment(os.environ)
+    told = []
+    for _ in range(2):
+        start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
+        numbers = [len(dist.distributed_c10d._world.pg_map)]
+        for run in range(3):
+            for asynchronous in (False, True):
+                Checkpoints(folder / "run", ranks, asynchronous=asynchronous).save(run, {}, {})
+            assert Agreement(ranks).agree_now(run, ranks.rank == 1, True).stop
+            numbers.append(len(dist.distributed_c10d._world.pg_map))
+        stop_process_group(ranks)
+        told.append(numbers)
+    (folder / f"groups-{ranks.rank}").write_text(str(told))
+    leave(0)
+
+
+def test_runs_share_their_groups(tmp_path):
+    processes = [
+        launched.start(count_groups, launched.srun_variables(rank, 2), tmp_path / "log", tmp_path) for rank in range(2)
+    ]
+    assert launched.finish(processes) == [0, 0], (tmp_path / "log").read_text()
+    # The world and control; with the first asynchronous checkpoints one for the background.
+    assert [(tmp_path / f"groups-{rank}").read_text() for rank in range(2)] == [str([[2, 3, 3, 3]] * 2)] * 2
+
+
+def test_a_rank_without_a_group_is_told():
+    assert control_group(Ranks()) is None
+    with pytest.raises(RuntimeError, match="rank 1 of 2 has no process group yet"):
+        control_group(Ranks(1, 2, 1))
 
 
 # --- MPI
@@ -294,11 +389,59 @@ def test_ranks_leave_together(tmp_path):
     assert launched.finish(processes) == [75, 75], (tmp_path / "log").read_text()
 
 
+def only_line(log):
+    """What a rank says of the end of another one; torch itself warns of a lost store in many more lines."""
+    assert "Traceback (most recent call last)" not in log
+    [line] = [line for line in log.splitlines() if line.startswith(("rank ", "error: "))]
+    return line
+
+
 @pytest.mark.parametrize(("fail", "failing"), [("killed", 1), ("killed", 0), ("killed alone", 0)])
 def test_a_rank_that_is_killed_ends_the_job(tmp_path, fail, failing):
     codes, logs = run_job(tmp_path, fail, failing)
     assert codes[failing] == -9 and codes[1 - failing] == 1
+    other = only_line(logs[1 - failing])
     if failing == 0:
-        assert "ended because rank 0 failed: it ended, and its store with it" in logs[1]
-    else:
-        assert "Connection" in logs[0]  # what this rank saw, for the other one could not say anything
+        assert "ended because rank 0 failed: it ended, and its store with it" in other
+    else:  # which could not say anything
+        assert other.startswith("error: rank 0 on ") and "rank 1 was killed, or its host is gone" in other
+
+
+def die_within_a_step(folder, doomed):
+    ranks = ranks_from_environment(os.environ)
+    with end_on_failure(ranks):
+        start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
+        try:
+            agreement = Agreement(ranks)
+            for step in range(5):
+                agreement.read()
+                if step == 3 and ranks.rank == doomed:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                try:
+                    agreement.post(step, False, True)
+                except RuntimeError as error:
+                    raise RuntimeError(f"the run failed: {error}") from error
+            agreement.read()
+        finally:
+            stop_process_group(ranks)
+    leave(0)
+
+
+@pytest.mark.parametrize("doomed", [2, 0])
+def test_a_rank_killed_within_a_step_ends_all_others_with_one_line_each(tmp_path, doomed):
+    """The second neighbor in the ring has no connection that breaks."""
+    size = 5
+    processes = [
+        launched.start(
+            die_within_a_step, launched.srun_variables(rank, size), tmp_path / f"log-{rank}", tmp_path, doomed
+        )
+        for rank in range(size)
+    ]
+    codes = launched.finish(processes)  # long before the timeout of 600 s
+    assert codes == [-9 if rank == doomed else 1 for rank in range(size)]
+    lines = [only_line((tmp_path / f"log-{rank}").read_text()) for rank in range(size) if rank != doomed]
+    assert all(f"rank {doomed} " in line for line in lines), lines
+    if doomed:
+        assert sum(line.startswith("error: rank ") and "rank 2 was lost at step 3" in line for line in lines) == 1, (
+            lines
+        )

@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import sys
 from pathlib import Path
 from experiments.lock import FolderLock, FolderInUse
 try:
-    with FolderLock(Path(sys.argv[1]), "the other run") as lock:
+    with FolderLock(Path(sys.argv[1]), "the other run", stale_seconds=float(sys.argv[2])) as lock:
         print("held", lock.note, flush=True)
         sys.stdin.read()
 except FolderInUse as error:
@@ -27,12 +28,15 @@ except FolderInUse as error:
 
 @pytest.fixture
 def start():
-    """start(folder, **environment): a process that holds the lock until its input ends, and its first line."""
+    """start(folder, stale_seconds, **environment): a process that holds the lock until its input ends, its first line.
+
+    It gives ten signs of life in its `stale_seconds`.
+    """
     processes = []
 
-    def begin(folder, **environment):
+    def begin(folder, stale_seconds=300, **environment):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(folder)],
+            [sys.executable, "-c", HOLD, str(folder), str(stale_seconds)],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
@@ -113,19 +117,64 @@ def test_a_number_that_another_process_got_is_no_sign_of_life(tmp_path, start):
         assert "its process is gone" in lock.note
 
 
-@pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"boot": "another"}, {"pid_space": "pid:[1]"}])
-def test_elsewhere_only_signs_of_life_count(tmp_path, start, change):
+ELSEWHERE = [{"host": "elsewhere"}, {"boot": "another"}, {"pid_space": "pid:[1]"}]
+
+
+@pytest.mark.parametrize("change", ELSEWHERE)
+def test_elsewhere_a_holder_that_gave_no_sign_of_life_for_long_is_dead(tmp_path, start, change, capsys):
     _, line = start(tmp_path)
     assert line == "held"
     rewrite(tmp_path, pid=2**22 + 1, **change)  # no process here has this number
-    with pytest.raises(FolderInUse):
-        lock_of(tmp_path, stale_seconds=50).acquire()
-    touch(tmp_path, 45)
-    with pytest.raises(FolderInUse):
-        lock_of(tmp_path, stale_seconds=50).acquire()
     touch(tmp_path, 60)
     with lock_of(tmp_path, stale_seconds=50) as lock:
         assert "no sign of life for 60 s" in lock.note
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("change", ELSEWHERE)
+def test_elsewhere_the_next_sign_of_life_is_waited_for(tmp_path, start, change, capsys):
+    """The holder gives one every 0.2 s, so it is known to live long before it would count as dead."""
+    _, line = start(tmp_path, stale_seconds=2)
+    assert line == "held"
+    rewrite(tmp_path, pid=2**22 + 1, **change)
+    with pytest.raises(FolderInUse, match="the other run"):
+        lock_of(tmp_path, stale_seconds=600).acquire()
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "its next sign of life is waited for, 6" in told and "the other run" in told
+    assert os.listdir(tmp_path) == [LOCK_NAME]
+
+
+def test_a_holder_elsewhere_that_died_a_moment_ago_is_waited_out(tmp_path, start, capsys):
+    """As when a node fails and a chained job begins at once."""
+    dead, line = start(tmp_path)
+    assert line == "held"
+    dead.kill()
+    dead.communicate()
+    rewrite(tmp_path, host="elsewhere")  # which touches it as well
+    with lock_of(tmp_path, stale_seconds=1) as lock:
+        assert "on elsewhere" in lock.note and "no sign of life for 1 s" in lock.note
+    assert capsys.readouterr().err.count("waited for") == 1
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_taken(tmp_path, capsys):
+    old = lock_of(tmp_path, stale_seconds=1000)  # no sign of life
+    old.acquire()
+    rewrite(tmp_path, host="elsewhere")
+    threading.Timer(0.3, old.release).start()
+    with lock_of(tmp_path, stale_seconds=1000) as lock:
+        assert lock.note == ""
+    assert capsys.readouterr().err.count("waited for") == 1
+
+
+def test_one_that_took_over_meanwhile_is_named(tmp_path):
+    old = lock_of(tmp_path, stale_seconds=1000)
+    old.acquire()
+    rewrite(tmp_path, host="elsewhere")
+    threading.Timer(0.3, lambda: rewrite(tmp_path, token="new", what="a third run")).start()
+    with pytest.raises(FolderInUse, match="a third run"):
+        lock_of(tmp_path, stale_seconds=1000).acquire()
+    old.release()
+    (tmp_path / LOCK_NAME).unlink()
 
 
 def test_here_a_living_process_holds_without_signs_of_life(tmp_path, start):
@@ -159,7 +208,7 @@ def test_the_holder_gives_signs_of_life(tmp_path):
     ],
 )
 def test_a_restart_of_the_same_job_takes_over(tmp_path, start, environment, is_taken):
-    _, line = start(tmp_path, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
+    _, line = start(tmp_path, 2, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
     assert line == "held"
     rewrite(tmp_path, host="elsewhere")
     if is_taken:
@@ -172,7 +221,7 @@ def test_a_restart_of_the_same_job_takes_over(tmp_path, start, environment, is_t
 
 def test_elements_of_an_lsf_array_are_different_jobs(tmp_path):
     first = {"LSB_JOBID": "5", "LSB_JOBINDEX": "1", "AADL_RESTART_COUNT": "0"}
-    with lock_of(tmp_path, first):
+    with lock_of(tmp_path, first, stale_seconds=2):
         rewrite(tmp_path, host="elsewhere")
         with pytest.raises(FolderInUse, match=r"job lsf 5\[1\]"):
             lock_of(tmp_path, {**first, "LSB_JOBINDEX": "2", "AADL_RESTART_COUNT": "1"}).acquire()
@@ -193,8 +242,11 @@ def test_the_lock_that_was_taken_over_is_not_removed_by_its_old_holder(tmp_path)
 
 def test_a_damaged_lock_is_taken_over_when_it_is_old(tmp_path):
     (tmp_path / LOCK_NAME).write_text("{")
+    timer = threading.Timer(0.3, lambda: touch(tmp_path, 0))
+    timer.start()
     with pytest.raises(FolderInUse, match="an unknown host"):
         lock_of(tmp_path).acquire()
+    timer.join()
     touch(tmp_path, 1000)
     with lock_of(tmp_path) as lock:
         assert "no sign of life" in lock.note
@@ -225,7 +277,7 @@ def test_of_many_processes_one_takes_over(tmp_path, start):
     dead.communicate()
     rivals = [
         subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path)],
+            [sys.executable, "-c", HOLD, str(tmp_path), "300"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

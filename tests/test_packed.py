@@ -118,6 +118,21 @@ def test_a_failed_writing_leaves_the_old_set(folder):
     assert len(list(folder.iterdir())) == 3 and not verify(folder)
 
 
+@pytest.mark.parametrize("per_shard", [5, 10])
+def test_a_set_whose_replacement_cannot_be_renamed_stays(folder, monkeypatch, per_shard):
+    def refuse(path, target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_packed(folder, "train", items(CONTENTS[::-1]), ["a", "b"], images_per_shard=per_shard)
+    images = PackedImages(folder, "train")
+    assert [images.read(index) for index in range(25)] == CONTENTS and len(list(folder.iterdir())) == 3
+    write_packed(folder, "train", items(CONTENTS[::-1]), ["a", "b"], images_per_shard=per_shard)
+    assert PackedImages(folder, "train").read(0) == CONTENTS[-1]
+
+
 @pytest.mark.parametrize(
     ("split", "rows", "per_shard", "message"),
     [
@@ -166,6 +181,17 @@ def test_a_pickle_carries_no_open_file_and_a_fork_opens_its_own(folder):
     os.close(mine[0])
     images.close()
     assert images.read(24) == CONTENTS[24]
+
+
+def test_a_set_is_read_from_a_copy_of_its_folder(folder, tmp_path):
+    images = PackedImages(folder, "train")
+    images.read(0)
+    shutil.copytree(folder, tmp_path / "copy")
+    moved = images.at(tmp_path / "copy")
+    shutil.rmtree(folder)
+    assert [moved.read(index) for index in range(25)] == CONTENTS and moved.name(24) == "a/24.JPEG"
+    with pytest.raises(FileNotFoundError):
+        images.read(24)
 
 
 # ---- damages ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Runs that are stopped, saved and taken up again: the continuation repeats the uninterrupted run bit for bit."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
+from image_runs import AADL, PUBLISHED, image_run, image_set
 from small_runs import identical
 from suite_cases import PINN, RAW, pinn_run, run_config
 
@@ -145,7 +144,7 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
     with pytest.raises(OSError, match="is incomplete"):
         read_run(path)
     other = replace(config, training=replace(config.training, epochs=7))
-    with pytest.raises(OtherRun, match=r"its settings or its data have changed: .*--force"):
+    with pytest.raises(OtherRun, match=r"its settings, its data or its batch over all ranks have changed; .*--force"):
         execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
     execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), anew=True)
     assert len(read_run(path).series["metrics/validation/loss"]) == 8
@@ -242,23 +241,42 @@ def wait_for(condition, seconds=60):
         time.sleep(0.1)
 
 
+def stopped_and_resumed(rank, world_size, folder, results):
+    """On each rank: what the ranks that stopped said, and the series of both runs."""
+    config = image_run(folder, {"acceleration": AADL}, training={"epochs": 3, "batch_size": 12})
+    ranks = Ranks(rank, world_size, rank)
+    execute_run(config, ranks, results / "whole", interruption=Interruption(environment={}))
+    interruption = Interruption(environment={})
+    after_step = RunSession.after_step
+
+    def told(session, run, loss):
+        if rank == 1 and run.num_steps == 5:
+            interruption._reason = "SIGUSR1"
+        after_step(session, run, loss)
+
+    RunSession.after_step = told
+    try:
+        execute_run(config, ranks, results / "again", interruption=interruption)
+        message = "it was not stopped"
+    except Interrupted as error:
+        message = str(error)
+    RunSession.after_step = after_step
+    execute_run(config, ranks, results / "again", interruption=Interruption(environment={}))
+    records = [read_run(run_path(results / name, config)) for name in ("whole", "again")]
+    return message, [record.series for record in records], records[1].attributes["restart_count"]
+
+
 @pytest.mark.slow
-def test_two_ranks_stop_at_the_same_step_and_go_on(folder, tmp_path):
-    raw = raw_config(folder, {"acceleration": AADL}, training={"epochs": 3, "batch_size": 8})
-    config = write(raw, tmp_path)
-
-    def line(results):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        return [*launcher, "-m", "experiments", "run", str(config), "--results", str(tmp_path / results)]
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(line("whole"), cwd=ROOT, check=True, env=environment, capture_output=True)
-    stopped = environment | {"AADL_END_TIME": "1"}  # the job's time is up before it begins
-    first = subprocess.run(line("again"), cwd=ROOT, env=stopped, capture_output=True, text=True)
-    assert first.returncode != 0 and "stopped by time limit after step 2" in first.stderr
-    subprocess.run(line("again"), cwd=ROOT, check=True, env=environment, capture_output=True)
-    whole, again = (read_run(tmp_path / name / "imagenet/test/one/seed-0.h5") for name in ("whole", "again"))
-    assert again.attributes["restart_count"] == 1 and again.attributes["world_size"] == 2
-    for name, values in whole.series.items():
+def test_ranks_stop_at_the_same_step_and_go_on(folder, tmp_path, spawn_ranks):
+    """Three of them, for sums over two are the same in any order."""
+    outcomes = spawn_ranks(stopped_and_resumed, 3, folder, tmp_path)
+    assert [message for message, _, _ in outcomes] == [
+        "stopped by a signal to another rank after step 6; the state is saved",
+        "stopped by SIGUSR1 after step 6; the state is saved",
+        "stopped by a signal to another rank after step 6; the state is saved",
+    ]
+    _, (whole, again), restarts = outcomes[0]
+    assert restarts == 1 and whole.keys() == again.keys()
+    for name, values in whole.items():
         if not name.startswith(TIMES):
-            assert np.array_equal(values, again.series[name], equal_nan=True), name
+            assert np.array_equal(values, again[name], equal_nan=True), name

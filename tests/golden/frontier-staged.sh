@@ -41,6 +41,7 @@ sbcast -pf /home/me/env.tar.gz "/mnt/bb/$USER/environment.tar.gz" || exit 1
 srun --nodes=64 --ntasks=64 --ntasks-per-node=1 bash jobs/stage.sh environment "/mnt/bb/$USER/environment.tar.gz" "/mnt/bb/$USER/environment" || exit 1
 srun --nodes=64 --ntasks=64 --ntasks-per-node=1 bash jobs/stage.sh data /scratch/data "/mnt/bb/$USER/data" || exit 1
 export AADL_DATA_DIR="/mnt/bb/$USER/data"
+export AADL_IMAGENET_DIR="/mnt/bb/$USER/data"
 
 # A signal to this shell alone (--signal=B:) goes on to the ranks: they stop at the same step, save, and exit.
 step=

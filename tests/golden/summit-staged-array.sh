@@ -36,6 +36,7 @@ max_restarts=20
 # To the disk of each node: thousands of ranks that read the same files are slow on a shared file system.
 jsrun -n 2 -r 1 -a 1 -c 1 bash jobs/stage.sh data /scratch/data "/mnt/bb/$USER/data" || exit 1
 export AADL_DATA_DIR="/mnt/bb/$USER/data"
+export AADL_IMAGENET_DIR="/mnt/bb/$USER/data"
 seeds=(0 1 2 3 4 5 6 7 8 9)
 seed=${seeds[LSB_JOBINDEX - 1]}
 # A signal to this shell goes on to the ranks: they stop at the same step, save, and exit. Launchers that pass on no
