@@ -18,6 +18,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -230,13 +231,20 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
+def start_server() -> None:
+    """Waits until processes start quickly, so that no time that is measured holds the start of the server."""
+    process = _context().Process(target=clean_environment)
+    process.start()
+    process.join()
+
+
 @cache
 def _context() -> Any:
-    """A server that has imported this module, from which processes are forked; it finds modules by PYTHONPATH alone."""
+    """A server that has imported all that processes forked from it need; it finds modules by PYTHONPATH alone."""
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), *sys.path]))
-    context.set_forkserver_preload([__name__ if __name__ != "__main__" else "benchmarks.fault_jobs"])
+    context.set_forkserver_preload(["benchmarks.fault_cases", "benchmarks.machine"])
     multiprocessing.forkserver.ensure_running()
     if before is None:
         del os.environ["PYTHONPATH"]
@@ -256,9 +264,18 @@ def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str, us
     os.dup2(handle, 2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if user is not None:
         os.setuid(user)
     run_command(arguments)
+
+
+def _end_with_parent() -> None:
+    """No job outlives the one who started it, whatever became of that."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 class Hung(Exception):

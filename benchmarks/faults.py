@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -17,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.fault_cases import FAULTS, Impossible, Outcome, Site
+from benchmarks.fault_cases import FAULTS
 from benchmarks.fault_jobs import ROOT, Hung
+from benchmarks.fault_site import Impossible, Outcome, Site
 from benchmarks.machine import facts
 
 FORMAT = "{:>4}  {:<60.60}  {:>8}  {:>4}  {:>7}  {}"
@@ -172,4 +174,5 @@ def main(arguments: Sequence[str] | None = None, docs: Path = ROOT / "docs") -> 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that disks are unmounted
     sys.exit(main())

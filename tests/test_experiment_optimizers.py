@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 import aadl
 from experiments.collocation_problem import build
 from experiments.launch import Ranks
-from experiments.optimizers import LARGEST_DAMPING, FrozenAdam, LevenbergMarquardt, MuonAdam, _Damped
+from experiments.optimizers import LARGEST_DAMPING, LARS, FrozenAdam, LevenbergMarquardt, MuonAdam, _Damped
 from experiments.train import train as train_loop
 
 LM = {"optimizer": {"name": "LevenbergMarquardt"}}
@@ -712,3 +712,46 @@ def test_the_slope_weight_needs_an_optimizer_that_linearizes(name, by_variant):
     assert pinn_run(LM | {"problem": {"slope_weight": True}}).problem.slope_weight
     with pytest.raises(ValueError, match=r"problem\.slope_weight must be true or false, got 1"):
         pinn_run(LM, slope_weight=1)
+
+
+# ---- LARS ------------------------------------------------------------------------------------------------------------
+
+
+def test_lars_takes_the_steps_of_its_formula():
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)).double()
+    weights = [p.detach().clone() for p in model.parameters()]
+    buffers = [torch.zeros_like(p) for p in weights]
+    optimizer = LARS(model.parameters(), lr=0.7, momentum=0.9, weight_decay=0.01, trust=0.02)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(5, 4, dtype=torch.float64)).square().mean().backward()
+        for weight, buffer, p in zip(weights, buffers, model.parameters(), strict=True):
+            ratio = 0.02 * weight.norm() / (p.grad.norm() + 0.01 * weight.norm()) if p.ndim > 1 else 1.0
+            buffer.mul_(0.9).add_(ratio * (p.grad + 0.01 * weight))
+            weight.sub_(0.7 * buffer)
+        optimizer.step()
+        for weight, p in zip(weights, model.parameters(), strict=True):
+            torch.testing.assert_close(p.detach(), weight, rtol=1e-12, atol=1e-14)
+
+
+def test_lars_leaves_zeros_and_missing_gradients_alone():
+    zero, frozen = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([zero, frozen], lr=0.5, momentum=0.0)
+    zero.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(zero.detach(), torch.full((2, 2), -0.5))  # without a norm the ratio is 1
+    assert torch.equal(frozen.detach(), torch.ones(2, 2)) and optimizer.step(lambda: 3.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 0.0}, "lr must be a number > 0, got 0.0"),
+        ({"lr": 1.0, "momentum": 1.0}, r"momentum must be a number in \[0, 1\), got 1.0"),
+        ({"lr": 1.0, "trust": math.nan}, "trust must be a number > 0, got nan"),
+    ],
+)
+def test_lars_refuses_what_is_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LARS([torch.nn.Parameter(torch.zeros(1))], **arguments)

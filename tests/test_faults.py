@@ -3,8 +3,9 @@
 import pytest
 
 from benchmarks import faults
-from benchmarks.fault_cases import FAULTS, TABLE, Impossible, Outcome, Site, changed
+from benchmarks.fault_cases import FAULTS
 from benchmarks.fault_jobs import Fault, Hung, differences
+from benchmarks.fault_site import TABLE, Impossible, Outcome, Site, changed
 from benchmarks.faults import Line, main, page, run_item
 
 IN_SECONDS = (2, 4, 6, 7, 25)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
+from image_runs import AADL, PUBLISHED, SET, image_run, image_set, raw_config
 from PIL import Image
 from small_runs import identical
 from torch import nn
 
 import aadl
+from data_loaders import fractals
 from data_loaders.imagenet import Decoding, TrainLoader, open_images
 from data_loaders.packed import write_packed
 from experiments import imagenet
@@ -29,6 +30,7 @@ from experiments.imagenet import build, data_folder, describe, open_sets
 from experiments.launch import Ranks
 from experiments.models.resnet import resnet18
 from experiments.problem import Problem
+from experiments.record import read_run
 from experiments.steps import AccumulatedClosure, HookSeconds, Stage
 
 TOP1 = "metrics/validation/top1"
@@ -516,3 +518,18 @@ def test_classes_that_do_not_match_are_named(tmp_path, capsys):
     (folder / "val" / "fractal_0003").rename(folder / "val" / "another")
     assert run(raw_config(folder), tmp_path) == 2
     assert "another" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_learn(tmp_path, capfd):
+    """The command starts torchrun itself; four classes of calm fractals, 25 % by chance."""
+    fractals.write_folder(tmp_path / "set", **SET | {"images_per_class": 40, "validation_per_class": 15}, variation=0.3)
+    raw = raw_config(tmp_path / "set", training={"epochs": 6, "batch_size": 16, "warmup_epochs": 1.0},
+                     problem={"smallest_crop": 0.5, "statistics_images": 64})  # fmt: skip
+    raw |= {"num_ranks": 2}
+    assert run(raw, tmp_path) == 0
+    record = read_run(tmp_path / "results/imagenet/test/one/seed-0.h5")
+    assert record.attributes["world_size"] == 2 and record.attributes["launcher"] == "torchrun"
+    top1 = record.series[TOP1]
+    assert top1[0] < 0.5 and top1[-1] > 0.6
+    assert "images/s" in capfd.readouterr().err

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from experiments.config import PublishedConfig
 from experiments.published import PublishedScheme, extrapolate
@@ -162,3 +163,55 @@ def test_trial_evaluations_are_counted():
     assert scheme.statistics["closure_evaluations"] == 2 * scheme.statistics["attempts"] == 4
     _, scheme, _ = iterate(matrix, offset, 10, PublishedConfig(history_depth=5, frequency=5))
     assert scheme.statistics["attempts"] == 2 and scheme.statistics["closure_evaluations"] == 0
+
+
+def trained_by_ranks(rank, world_size, safeguard):
+    """Weights and statistics of a rank after steps with rows of its own and averaged gradients."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    settings = PublishedConfig(wait_iterations=0, history_depth=4, frequency=2, safeguard=safeguard)
+    scheme = PublishedScheme(optimizer, settings)
+    wrapped = DistributedDataParallel(model)
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(rank))
+    target = (1 + rank) * inputs.sum(1, keepdim=True)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (wrapped(inputs) - target).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(30):
+        optimizer.step(closure)
+    return [p.detach().clone() for p in model.parameters()], scheme.statistics
+
+
+@pytest.mark.parametrize("safeguard", [False, True])
+def test_ranks_take_the_same_points(spawn_ranks, safeguard):
+    (first, counts), (second, others) = spawn_ranks(trained_by_ranks, 2, safeguard)
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+    assert all(counts[name] == others[name] for name in ("attempts", "accepted", "rejected"))
+    assert counts["attempts"] > 5 and counts["accepted"] > 0
+
+
+def test_a_scheme_goes_on_where_it_was_saved():
+    ends = []
+    for stop in (None, 7):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.05), torch.randn(8, 3)
+        scheme = PublishedScheme(
+            optimizer, PublishedConfig(wait_iterations=0, history_depth=4, frequency=3, average=True)
+        )
+        for step in range(20):
+            if step == stop:
+                saved = scheme.state_dict()
+                scheme.remove()
+                scheme = PublishedScheme(optimizer, scheme.settings)
+                scheme.load_state_dict(saved)
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        ends.append((model.weight.detach().clone(), scheme.statistics["accepted"]))
+    assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] > 0

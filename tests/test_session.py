@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
 from small_runs import identical
@@ -262,6 +263,7 @@ def stopped_and_resumed(rank, world_size, folder, results):
         message = str(error)
     RunSession.after_step = after_step
     execute_run(config, ranks, results / "again", interruption=Interruption(environment={}))
+    dist.barrier()  # rank 0 writes the records
     records = [read_run(run_path(results / name, config)) for name in ("whole", "again")]
     return message, [record.series for record in records], records[1].attributes["restart_count"]
 
