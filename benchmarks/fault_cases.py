@@ -220,6 +220,8 @@ def restarts_of_torchrun(site: Site) -> Outcome:
     ended = Ended([code], start, time.monotonic(), log.read_text(errors="replace"), Job([], log, diary).diary())
     crashes = ended.entries("fault")
     outcome.check(len(crashes) == count, f"{len(crashes)} of {count} crashes: {ended.tail()}")
+    num_forced = ended.log.count("forcefully exiting via 9")
+    outcome.check(num_forced == 0, f"{num_forced} times a rank did not end before torchrun killed it, after 30 s")
     ends = [*(crash["time"] for crash in crashes[1:]), ended.end]
     for crash, end in zip(crashes, ends, strict=True):
         attempt = [entry for entry in ended.diary if crash["time"] < entry["time"] <= end]
@@ -322,7 +324,7 @@ def failing_rank(site: Site) -> Outcome:
     outcome.went_on(first, again)
     outcome.compare(site.reference(ranks=2), (place, again))
     if not site.quick:
-        config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 1, "start_method": "fork"})
+        config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 1})
         place = site.place(config)
         first = place.run(Fault("raise_in_worker", place="worker", rank=1), ranks=2, pace=PACE)
         check_failure(outcome, first, "ZeroDivisionError: in a worker")
@@ -358,7 +360,7 @@ def other_world_size(site: Site) -> Outcome:
     outcome.check(orders[0] == orders[1], "the steps saw other rows, or in another order")
     outcome.compare(expected, (place, parts[-1]), "ranks", tolerance=1e-6)
     if not site.quick:
-        config = changed(IMAGES, problem={"data_path": site.images()})
+        config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 0})
         place = site.place(config)
         first = place.run(Fault("SIGUSR1", step=8), pace=PACE)
         place.configure(changed(config, problem={"num_workers": 2}))

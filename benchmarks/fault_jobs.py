@@ -162,7 +162,7 @@ class _Injector:
         def ending(run: Training, *, finished: bool) -> Any:
             if finished:
                 state = run.state()[0]
-                self.note("end", digest=digest({name: state[name] for name in STATE_OF_THE_END if name in state}))
+                self.note("end", digest=digest({name: state[name] for name in STATE_OF_THE_END}))
             return result(run, finished=finished)
 
         def restoring(session: RunSession, run: Training) -> bool:

@@ -252,11 +252,14 @@ class SaveConfig:
         keep: newest checkpoints of a run that are kept, besides the one with the best validation loss among those that
             were saved after a validation; those of a finished run are removed.
         asynchronous: whether a thread writes them while the training goes on.
+        agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
+            ranks many (`interruption.Agreement` has what one costs).
     """
 
     every_seconds: float = setting(number(0.0, closed_low=True), 300.0)
     keep: int = setting(integer(1, 1000), 2)
     asynchronous: bool = setting(BOOLEAN, False)
+    agree_every: int = setting(integer(1, 10_001), 1)
 
 
 @dataclass(frozen=True)

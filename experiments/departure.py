@@ -197,7 +197,7 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
         print(f"{me} failed:\n{text}", end="", file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()
-    if _joined is not None and first is None:
+    if _joined is not None:
         _let_others_hear(_joined)
     os._exit(code)
 
@@ -277,7 +277,7 @@ def _is_lost_connection(error: BaseException | None) -> bool:
 
 
 def _let_others_hear(met: Joined) -> None:
-    """Keeps the store of rank 0 for a moment, so that the others can read who failed."""
+    """Keeps the store of rank 0 for a moment, whoever failed, so that the others can read who it was."""
     end = Deadline(CLAIM_SECONDS if met.ranks.rank == 0 else 0.0)
     with contextlib.suppress(RuntimeError):
         while end.pause() and met.store.add("heard", 0) < met.ranks.world_size - 1:
@@ -307,6 +307,7 @@ def _failed(met: Joined) -> dict[str, Any] | None:
 def _end_because_of(first: Mapping[str, Any], met: Joined) -> NoReturn:
     print(_ended_by(f"rank {met.ranks.rank} on {host_of(met.ranks)}", first), file=sys.stderr, flush=True)
     sys.stdout.flush()
+    _let_others_hear(met)
     os._exit(1)
 
 

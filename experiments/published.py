@@ -18,6 +18,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from experiments.config import PublishedConfig
 
+CHUNK = 1 << 16
+"""Weights that are averaged at a time."""
+
 
 def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Tensor:
     """Anderson point of a window of iterates, each taken as the image of the one before.
@@ -106,7 +109,7 @@ class PublishedScheme:
             if self.since_store >= self.settings.store_each_nth:
                 self.since_store = 0
                 for window, group in zip(self.windows, optimizer.param_groups, strict=True):
-                    window.append(parameters_to_vector(group["params"]).detach().clone())
+                    window.append(parameters_to_vector(group["params"]).detach())
         self.since_acceleration += 1
         due = self.statistics["steps"] > self.settings.wait_iterations
         if due and self.since_acceleration >= self.settings.frequency and len(self.windows[0]) >= 3:
@@ -117,13 +120,17 @@ class PublishedScheme:
         largest_std = largest_mean = 0.0
         means = []
         for raw, group in zip(self.raw, optimizer.param_groups, strict=True):
-            raw.append(parameters_to_vector(group["params"]).detach().clone())
-            stacked = torch.stack(list(raw))
-            means.append(stacked.mean(dim=0))
-            if len(raw) > 1:
-                variance = (stacked - means[-1]).square_().sum(dim=0) / (len(raw) - 1)
-                largest_std = max(largest_std, math.sqrt(float(variance.max())))
-                largest_mean = max(largest_mean, float(means[-1].abs().max()))
+            raw.append(parameters_to_vector(group["params"]).detach())
+            mean = torch.empty_like(raw[-1])
+            size = max(1, len(mean)) if mean.is_cuda else CHUNK  # parts that stay in the cache of a CPU
+            for part in range(0, len(mean), size):
+                stacked = torch.stack([vector[part : part + size] for vector in raw])
+                own = torch.mean(stacked, dim=0, out=mean[part : part + size])
+                if len(raw) > 1:
+                    variance = stacked.sub_(own).square_().sum(dim=0) / (len(raw) - 1)
+                    largest_std = max(largest_std, math.sqrt(float(variance.max())))
+                    largest_mean = max(largest_mean, float(own.abs().max()))
+            means.append(mean)
         relative = largest_std / largest_mean if largest_mean > 0 else math.nan
         self.statistics["relative_standard_deviation"] = relative
         self.statistics["averaging"] = relative > self.settings.average_tolerance
@@ -133,7 +140,7 @@ class PublishedScheme:
 
     def _accelerate(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor] | None) -> None:
         self.statistics["attempts"] += 1
-        plain = [parameters_to_vector(group["params"]).detach().clone() for group in optimizer.param_groups]
+        plain = [parameters_to_vector(group["params"]).detach() for group in optimizer.param_groups]
         with torch.no_grad():
             candidates = [
                 extrapolate(torch.stack(list(window), dim=1), self.settings.relaxation, self.settings.reg_acc)

@@ -113,7 +113,7 @@ class RunSession:
         if ranks.rank == 0:
             self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
-        self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds)
+        self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1
         self._save_seconds = 0.0  # the longest
