@@ -297,9 +297,7 @@ def killed_record(site: Site) -> Outcome:
         outcome.detections.append(ended.end - killed_at)
         epochs = readable_epochs(place, outcome)
         saved = max((int(entry["step"]) for entry in ended.entries("saved")), default=0)
-        complete = (
-            max(0, saved - 1) // STEPS_PER_EPOCH
-        )  # an epoch is recorded once it was evaluated, after its last step
+        complete = max(0, saved - 1) // STEPS_PER_EPOCH  # evaluated after its last step
         outcome.check(epochs is not None and epochs >= complete, f"{epochs} epochs in the record after {saved} steps")
         if last is not None:
             outcome.went_on(last, ended)

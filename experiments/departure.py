@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -170,6 +171,9 @@ def end_on_failure(ranks: Ranks) -> Iterator[None]:
 
 
 def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a launcher's, which would interrupt this
+            signal.signal(number, signal.SIG_IGN)
     mistake, lost_connection = isinstance(error, (ValueError, OSError)), _is_lost_connection(error)
     code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
     me, what = f"rank {ranks.rank} on {host_of(ranks)}", f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -192,13 +196,15 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
         print(f"error: {me}: {' '.join(str(error).split())}", file=sys.stderr)
     elif lost_connection and _joined is not None and (gone := _absent(_joined)):
         print(f"error: {me}: rank {spans(gone)} was killed, or its host is gone ({what[:300]})", file=sys.stderr)
+    elif lost_connection and _joined is not None and (late := _absent(_joined, "waiting")):
+        print(f"error: {me}: rank {spans(late)} hangs, or is late for a collective ({what[:300]})", file=sys.stderr)
     else:
         text = "".join(traceback.format_exception(error))
         print(f"{me} failed:\n{text}", end="", file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()
     if _joined is not None:
-        _let_others_hear(_joined)
+        _let_others_hear(_joined, len(_absent(_joined)) if lost_connection and first is None else 0)
     os._exit(code)
 
 
@@ -211,6 +217,7 @@ def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str,
     end = Deadline(CLAIM_SECONDS)
     try:
         if lost_connection:
+            met.store.set(f"waiting {met.ranks.rank}", "")
             _call_roll(met)
         else:
             met.store.set("attention", "")
@@ -231,13 +238,13 @@ def _call_roll(met: Joined) -> None:
     met.store.multi_set(["roll", "attention"], ["", ""])  # type: ignore[attr-defined]
 
 
-def _absent(met: Joined) -> list[int]:
-    """The ranks that have not answered the roll call, [] where the store does not tell."""
+def _absent(met: Joined, what: str = "present") -> list[int]:
+    """The ranks that have not answered the roll call, or did not wait in vain, [] where the store does not tell."""
     try:
         everyone = range(met.ranks.world_size)
-        if met.store.check([f"present {rank}" for rank in everyone]):
+        if met.store.check([f"{what} {rank}" for rank in everyone]):
             return []
-        return [rank for rank in everyone if not met.store.check([f"present {rank}"])]
+        return [rank for rank in everyone if not met.store.check([f"{what} {rank}"])]
     except RuntimeError:
         return []
 
@@ -276,11 +283,11 @@ def _is_lost_connection(error: BaseException | None) -> bool:
     return False
 
 
-def _let_others_hear(met: Joined) -> None:
+def _let_others_hear(met: Joined, num_absent: int = 0) -> None:
     """Keeps the store of rank 0 for a moment, whoever failed, so that the others can read who it was."""
     end = Deadline(CLAIM_SECONDS if met.ranks.rank == 0 else 0.0)
     with contextlib.suppress(RuntimeError):
-        while end.pause() and met.store.add("heard", 0) < met.ranks.world_size - 1:
+        while end.pause() and met.store.add("heard", 0) < met.ranks.world_size - 1 - num_absent:
             pass
 
 
