@@ -12,7 +12,7 @@ help:
 	@echo 'make reproduce   run the experiments on this machine: HDF5 results, figures and a table, in results/'
 	@echo '                   ONLY=graduate_admissions   this experiment alone'
 	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
-	@echo 'make test        run the tests (FAST=1: without the slow ones)'
+	@echo 'make test        run the tests (FAST=1: without the slow ones; TESTS=tests/test_cli.py: these alone)'
 	@echo 'make lint        check style, formatting and types'
 	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'
 	@echo 'PYTHON=python3.12 picks the Python (3.10 or newer) that .venv is made with.'
@@ -21,7 +21,7 @@ reproduce: $(INSTALLED)
 	$(VENV_PYTHON) -m experiments reproduce $(if $(ONLY),--only '$(ONLY)')
 
 test: $(INSTALLED)
-	$(VENV_PYTHON) -m pytest $(if $(filter-out 0,$(FAST)),-m 'not slow')
+	$(VENV_PYTHON) -m pytest $(TESTS) $(if $(filter-out 0,$(FAST)),-m 'not slow')
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
