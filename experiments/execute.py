@@ -159,8 +159,8 @@ def execute_run(
     except (Interrupted, FolderInUse, OtherRun):
         raise
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")  # a worker's error has a whole traceback in its text
-        raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {first}") from error
+        reason = next(iter(str(error).splitlines()), "")  # a worker's error has a whole traceback in its text
+        raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {reason}") from error
     finally:
         if problem.close is not None:
             problem.close()
