@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -159,7 +160,7 @@ def execute_run(
     except (Interrupted, FolderInUse, OtherRun):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")  # a worker's error has a whole traceback in its text
+        reason = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())  # of a data loader
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {reason}") from error
     finally:
         if problem.close is not None:
@@ -291,8 +292,8 @@ def _probe(folder: Path) -> None:
         raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
 
 
-def _start_worker() -> None:
-    """One thread of torch, and one that ends the worker with its parent: a killed parent tells its workers nothing."""
+def _start_worker(told: Any) -> None:
+    """One thread of torch, and two that end the worker with its parent, and stop its run when the parent says so."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
@@ -301,7 +302,15 @@ def _start_worker() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    def stop_when_told() -> None:
+        told.wait()
+        while True:  # a run that has not begun by now catches it later
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(POLL_SECONDS)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
+    for watch in (end_with_parent, stop_when_told):
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _execute_in_turn(
@@ -342,35 +351,34 @@ def _execute_parallel(
     """Several runs at a time, in worker processes; a signal to this process reaches them all, and they save."""
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    told = multiprocessing.get_context("spawn").Event()
     with (
         Interruption() as interruption,
         ProcessPoolExecutor(
             min(num_jobs, len(pending)),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
+            initargs=(told,),
         ) as pool,
     ):
         futures = [pool.submit(execute_run, run, ranks, results, save=config.save, anew=anew) for run in pending]
         try:
-            for future in progress(_as_completed(futures, interruption), len(futures), "runs"):
+            for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):
                 future.result()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)  # wait=False would forget the cancelation on exit
             raise
 
 
-def _as_completed(futures: list[Future[Path]], interruption: Interruption) -> Iterator[Future[Path]]:
+def _as_completed(futures: list[Future[Path]], interruption: Interruption, told: Any) -> Iterator[Future[Path]]:
     """The futures as they are done; when told to stop, the workers are told, and what has not begun does not begin."""
-    waiting, told = set(futures), False
+    waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        if interruption.reason and not told:
-            told = True
+        if interruption.reason and not told.is_set():
             for future in waiting:
                 future.cancel()
-            for worker in multiprocessing.active_children():
-                if worker.pid is not None:
-                    os.kill(worker.pid, signal.SIGUSR1)
+            told.set()
         cancelled = {future for future in done if future.cancelled()}
         yield from done - cancelled
         if cancelled and not waiting:
