@@ -33,8 +33,11 @@ HOST_PIECE = 65_536
 COMBINE_PIECE = 131_072
 COMPILED_FROM = 1_000_000
 """Row length from which compiled kernels are used by default: below, the compilation costs more than it saves."""
-SUM_BLOCK = 4096
-"""Products of bfloat16 rows summed in float32; shorter rows are never compiled."""
+SUM_BLOCK = 2048
+"""Products of bfloat16 rows summed in float32. Of 4096, on a CPU with eight numbers a vector, the sum was wrong by
+1.05e-6 of the squared norm."""
+SHORTEST_ROW = 4096
+"""Shorter rows are never compiled."""
 MOST_RIGHT_SIDES = 3
 """Of one compiled pass: more of them run out of registers."""
 
@@ -337,7 +340,7 @@ def _combination(
 def wants_compiled(device: torch.device, numel: int, fused: bool | None) -> bool:
     """Whether the kernels of a row are to be compiled: as asked for, or where that was measured to win."""
     if fused is not None:
-        return fused and numel >= SUM_BLOCK
+        return fused and numel >= SHORTEST_ROW
     return device.type == "cpu" and numel >= COMPILED_FROM and _can_compile()
 
 

@@ -292,6 +292,16 @@ def _probe(folder: Path) -> None:
         raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
 
 
+_was_told: Any = None  # in a worker: the event by which its parent tells it to stop
+
+
+def _execute_in_worker(run: RunConfig, ranks: Ranks, results: Path, save: SaveConfig, anew: bool) -> Path:
+    """One run, unless it lay in the queue when the worker was told to stop."""
+    if _was_told.is_set():
+        raise Interrupted(f"stopped before run {run.name}, seed {run.seed}")
+    return execute_run(run, ranks, results, save=save, anew=anew)
+
+
 def _start_worker(told: Any) -> None:
     """One thread of torch, and two that end the worker with its parent, and stop its run when the parent says so."""
     torch.set_num_threads(1)
@@ -301,6 +311,9 @@ def _start_worker(told: Any) -> None:
     def end_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
+
+    global _was_told
+    _was_told = told
 
     def stop_when_told() -> None:
         told.wait()
@@ -361,7 +374,7 @@ def _execute_parallel(
             initargs=(told,),
         ) as pool,
     ):
-        futures = [pool.submit(execute_run, run, ranks, results, save=config.save, anew=anew) for run in pending]
+        futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
         try:
             for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):
                 future.result()

@@ -232,7 +232,7 @@ def test_workers_save_when_their_parent_is_told_to_stop(tmp_path):
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
     assert process.returncode == EXIT_RESUME and "stopped by" in told
-    assert len(list((tmp_path / "r").rglob("step-*"))) in (2, 3)  # a third run may lie in the queue of a worker
+    assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
 def wait_for(condition, seconds=60):
