@@ -52,7 +52,7 @@ from experiments.record import (
 from experiments.schedules import scaled_rate
 from experiments.session import Interrupted, OtherRun, RunSession, check_checkpoints
 from experiments.steps import HookSeconds, Stage
-from experiments.together import by_first
+from experiments.together import by_first, check_same
 from experiments.train import Result, train
 
 POLL_SECONDS = 0.5
@@ -116,6 +116,8 @@ def execute_run(
     path = run_path(results, config)
     torch.set_num_threads(getattr(config.training, "num_threads", 1))
     problem = build(config, ranks)
+    # Nodes may see other files, or an environment without AADL_DATA_DIR: the ranks would train on different data.
+    check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", timeout_seconds)
     variant = config.variant
 
     places = binding(ranks) if ranks.world_size > 1 else []

@@ -76,6 +76,26 @@ def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T
     return made  # type: ignore[return-value]
 
 
+def check_same(ranks: Ranks, value: str, what: str, seconds: float) -> None:
+    """Refuses a value that is not that of rank 0; called by all ranks.
+
+    Args:
+        ranks: this process.
+        value: of this rank.
+        what: it is, for messages: "the data".
+        seconds: that the first and the last rank may be apart.
+
+    Raises:
+        ValueError: a rank has another value; raised on all ranks, with its number, its host and both values.
+    """
+    if not _has_group(ranks):
+        return
+    first = [value]
+    dist.broadcast_object_list(first, src=0)
+    failure = None if value == first[0] else ValueError(f"{what} is {value} here and {first[0]} on rank 0")
+    meet(ranks, f"comparing {what}", seconds, failure)
+
+
 def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = None) -> None:
     """Waits for all ranks; a ValueError or OSError of any of them is raised on all of them.
 

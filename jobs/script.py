@@ -431,5 +431,7 @@ def _launcher_options(job: Job) -> list[str]:
         threads = f"-E OMP_NUM_THREADS={_variables(job)['OMP_NUM_THREADS']}"
         return [*shape, "-b packed:{cores_per_rank}", "-d packed", "-X 1", threads]
     names = ["AADL_END_TIME", "AADL_STOPPED_FILE", "AADL_RESTART_COUNT", *_variables(job)]
-    names += DATA_VARIABLES if job.data is not None else ()
-    return ["-np {ranks}", "--map-by ppr:{ranks_per_node}:node:pe={cores_per_rank}", *(f"-x {name}" for name in names)]
+    # Other nodes get what is named here and no more, and mpirun complains of names that are not set.
+    where = [f"${{{{{name}:+-x {name}}}}}" for name in DATA_VARIABLES]
+    shape = ["-np {ranks}", "--map-by ppr:{ranks_per_node}:node:pe={cores_per_rank}"]
+    return [*shape, *(f"-x {name}" for name in names), *where]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from data_loaders.graduate_admissions import surrogate
 from experiments.config import (
     Component,
     GraduateAdmissionsConfig,
@@ -97,3 +98,15 @@ def result(train_losses, seconds_per_epoch=1.0, diverged_epoch=None, **series):
     }
     more = {name.replace("__", "/"): np.asarray(values, dtype=float) for name, values in series.items()}
     return Result(fixed | more, diverged_epoch, 4 * (len(losses) - 1))
+
+
+TABLE_HEADER = (
+    "Serial No.,GRE Score,TOEFL Score,University Rating,SOP,LOR ,CGPA,Research,Chance of Admit "  # as published
+)
+
+
+def table_lines(rows, seed=0):
+    """The lines of a CSV file of graduate admissions, with the surrogate's values."""
+    data = surrogate(rows, seed)
+    values = np.column_stack([data.features, data.target])
+    return [TABLE_HEADER, *(",".join([str(i), *(f"{v:g}" for v in row)]) for i, row in enumerate(values, start=1))]

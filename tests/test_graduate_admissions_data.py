@@ -6,18 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from suite_cases import TABLE_HEADER, table_lines
 
 from data_loaders import graduate_admissions
 from data_loaders.graduate_admissions import COLUMNS, CORRELATIONS, FEATURE_NAMES, load, split, surrogate
 
-HEADER = "Serial No.,GRE Score,TOEFL Score,University Rating,SOP,LOR ,CGPA,Research,Chance of Admit "  # as published
 SHA256 = "9cdfa9880c42565bb7ed5b9872eb80db921940ec5d48ef72b8060a6a32f3f064"
-
-
-def lines_of(rows):
-    data = surrogate(rows)
-    values = np.column_stack([data.features, data.target])
-    return [HEADER, *(",".join([str(i), *(f"{v:g}" for v in row)]) for i, row in enumerate(values, start=1))]
 
 
 def write(path, lines):
@@ -28,9 +22,9 @@ def write(path, lines):
 
 def with_value(row, column, text):
     """The 400-row table with one value (row counted from 1, column as published) replaced."""
-    lines = lines_of(400)
+    lines = table_lines(400)
     values = lines[row].split(",")
-    values[HEADER.split(",").index(column)] = text
+    values[TABLE_HEADER.split(",").index(column)] = text
     lines[row] = ",".join(values)
     return lines
 
@@ -44,7 +38,7 @@ def empty_data_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [400, 500])
 def test_both_editions_are_read(tmp_path, rows):
-    path = write(tmp_path / "table.csv", lines_of(rows))
+    path = write(tmp_path / "table.csv", table_lines(rows))
     data, expected = load(path), surrogate(rows)
     np.testing.assert_array_equal(data.features, expected.features)
     np.testing.assert_array_equal(data.target, expected.target)
@@ -53,7 +47,7 @@ def test_both_editions_are_read(tmp_path, rows):
 
 
 def test_header_spaces_column_order_and_byte_order_mark_do_not_matter(tmp_path):
-    lines = [",".join(reversed(line.split(","))) for line in lines_of(400)]
+    lines = [",".join(reversed(line.split(","))) for line in table_lines(400)]
     lines[0] = "\ufeff" + ",".join(f"  {name.strip()} " for name in lines[0].split(","))
     data = load(write(tmp_path / "table.csv", lines))
     np.testing.assert_array_equal(data.features, surrogate(400).features)
@@ -61,7 +55,7 @@ def test_header_spaces_column_order_and_byte_order_mark_do_not_matter(tmp_path):
 
 @pytest.mark.parametrize("name", ["graduate_admissions.csv", "Admission_Predict.csv", "Admission_Predict_Ver1.1.csv"])
 def test_a_folder_is_searched_for_the_known_names(tmp_path, name):
-    path = write(tmp_path / name, lines_of(400))
+    path = write(tmp_path / name, table_lines(400))
     assert load(tmp_path).path == load(env={"AADL_DATA_DIR": str(tmp_path)}).path == str(path)
 
 
@@ -72,12 +66,12 @@ def test_precedence_is_path_then_environment_then_data_folder_then_surrogate(tmp
     env = {"AADL_DATA_DIR": str(variable.parent)}
 
     assert (load(env={}).source, load(env={}).path) == ("surrogate", None)
-    write(data, lines_of(400))
+    write(data, table_lines(400))
     assert load(env={}).path == str(data)
     assert load(env={"AADL_DATA_DIR": ""}).path == str(data)
-    write(variable, lines_of(400))
+    write(variable, table_lines(400))
     assert load(env=env).path == str(variable)
-    write(explicit, lines_of(400))
+    write(explicit, table_lines(400))
     assert load(explicit, env).path == load(explicit.parent, env).path == str(explicit)
     monkeypatch.setenv("AADL_DATA_DIR", env["AADL_DATA_DIR"])
     assert load().path == str(variable)
@@ -121,11 +115,11 @@ def test_a_bad_value_is_named_with_row_and_column(tmp_path, row, column, text, m
     [
         ([], "column 'GRE Score' is missing in the header ''"),
         (["<!DOCTYPE html>"], "column 'GRE Score' is missing in the header '<!DOCTYPE html>'"),
-        ([line.replace("CGPA", "GPA") for line in lines_of(400)], "column 'CGPA' is missing"),
-        ([line.replace("SOP", "LOR") for line in lines_of(400)], "column 'SOP' is missing"),
-        ([f"{line},{line}" for line in lines_of(400)], "column 'GRE Score' is twice in the header"),
-        (lines_of(400)[:-1], "has 399 rows where the published editions have 400 or 500"),
-        ([HEADER], "has 0 rows"),
+        ([line.replace("CGPA", "GPA") for line in table_lines(400)], "column 'CGPA' is missing"),
+        ([line.replace("SOP", "LOR") for line in table_lines(400)], "column 'SOP' is missing"),
+        ([f"{line},{line}" for line in table_lines(400)], "column 'GRE Score' is twice in the header"),
+        (table_lines(400)[:-1], "has 399 rows where the published editions have 400 or 500"),
+        ([TABLE_HEADER], "has 0 rows"),
     ],
     ids=["empty", "html", "renamed", "replaced", "doubled", "truncated", "header only"],
 )

@@ -39,6 +39,9 @@ def cases(rank, world_size):
         lambda: together.by_each(ranks, lambda: fail(ValueError("too small")) if rank == 2 else 0, "copying", 60)
     )
 
+    results["same"] = told(lambda: together.check_same(ranks, "csv (12ab)", "the data", 60))
+    results["other"] = told(lambda: together.check_same(ranks, f"{'csv' if rank < 2 else 'none'}", "the data", 60))
+
     def slow():
         time.sleep(3.0 if rank == 1 else 0.0)
 
@@ -67,6 +70,12 @@ def test_a_mistake_reaches_all_ranks_as_what_it_is(results):
     assert results[2]["of one"][0] == "ValueError" and "too small" in results[2]["of one"][1]
 
 
+def test_what_must_be_the_same_on_all_ranks_is_compared(results):
+    assert [each["same"] for each in results] == 3 * [None]
+    text = "the data is none here and csv on rank 0"
+    assert [each["other"] for each in results] == 3 * [("ValueError", f"rank 2 on node2: {text}")]
+
+
 def test_ranks_that_are_late_are_named_to_all_and_the_next_meeting_is_another(results):
     text = "copying took more than 0.5 s: rank 1 on node1 was not done when the others had waited for so long"
     assert [each["late"] for each in results] == 3 * [("TimeoutError", text)]
@@ -75,5 +84,6 @@ def test_ranks_that_are_late_are_named_to_all_and_the_next_meeting_is_another(re
 
 def test_a_process_without_a_group_is_on_its_own():
     assert together.by_first(Ranks(rank=1, world_size=2), lambda: 5, "making", 1) == 5
+    together.check_same(Ranks(rank=1, world_size=2), "csv", "the data", 1)
     with pytest.raises(ValueError, match=r"^wrong$"):
         together.by_each(Ranks(), lambda: fail(ValueError("wrong")), "making", 1)

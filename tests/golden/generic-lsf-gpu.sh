@@ -44,7 +44,7 @@ trap 'killed=yes; forward TERM' TERM
 
 echo "job $LSB_JOBID, start $((restarts + 1)), $(date -u +%FT%TZ)"
 # -wa and bkill signal the launcher too, which must not die of it.
-(trap '' USR1 USR2 && exec mpirun -np 8 --map-by ppr:4:node:pe=8 -x AADL_END_TIME -x AADL_STOPPED_FILE -x AADL_RESTART_COUNT -x OMP_NUM_THREADS \
+(trap '' USR1 USR2 && exec mpirun -np 8 --map-by ppr:4:node:pe=8 -x AADL_END_TIME -x AADL_STOPPED_FILE -x AADL_RESTART_COUNT -x OMP_NUM_THREADS ${AADL_DATA_DIR:+-x AADL_DATA_DIR} ${AADL_IMAGENET_DIR:+-x AADL_IMAGENET_DIR} \
     bash jobs/rank.sh /home/me/aadl/.venv/bin/python -m experiments run /home/me/aadl/config.yaml --results '/scratch/my results') &
 step=$!
 trapped=yes

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import stand_in
 import yaml
-from suite_cases import RAW
+from suite_cases import RAW, table_lines
 
 from experiments import __main__ as suite
 from experiments.record import read_run
@@ -33,8 +33,13 @@ class Lsf:
     def __init__(self, folder, mode):
         self.folder, self.results = folder / "lsf", folder / "my results"
         fake_lsf.install(self.folder, mode)
-        self.env = {name: os.environ[name] for name in ("HOME", "LANG", "AADL_DATA_DIR") if name in os.environ}
+        # Not the data that a process takes which was not told where they are.
+        data = folder / "data"
+        data.mkdir()
+        (data / "graduate_admissions.csv").write_text("\n".join(table_lines(500, seed=1)))
+        self.env = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
         self.env |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "FAKE_LSF": str(self.folder), "USER": "me"}
+        self.env["AADL_DATA_DIR"] = str(data)
         self.site = self._site(folder, "summit" if mode == "summit" else "generic-lsf")
 
     def _site(self, folder, name):
@@ -251,7 +256,8 @@ def test_the_wrong_way_to_hand_in_a_script_is_refused(lsf):
 
 
 @pytest.mark.slow
-def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path):
+def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path, monkeypatch):
+    monkeypatch.setenv("AADL_DATA_DIR", lsf.env["AADL_DATA_DIR"])
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(RAW | {"seeds": 0}))
     [job] = lsf.submit("--nodes", "2", "--ranks-per-node", "2", config=path)
