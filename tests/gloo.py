@@ -1,6 +1,10 @@
-"""Runs a function on several processes joined by gloo; a module of its own so that the processes can import it."""
+"""Runs a function on several processes joined by gloo; a module of its own so that the processes can import it.
+
+The processes are forked from a server that has imported torch once: an import takes each of them seconds otherwise.
+"""
 
 import gc
+import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
@@ -12,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "aadl", "experiments.execute"]
+
 
 def spawn_ranks(folder: Path, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Calls function(rank, world_size, *args) on each rank and returns what they return (pickled), by rank.
@@ -20,11 +26,23 @@ def spawn_ranks(folder: Path, function: Callable[..., Any], world_size: int, *ar
     defined at the top of its module, and `folder` be empty.
     """
     folder.mkdir()
-    torch.multiprocessing.spawn(_run_rank, (world_size, folder, function, args), nprocs=world_size)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    # The server's environment is that of the test that started it.
+    arguments = (world_size, folder, dict(os.environ), function, args)
+    torch.multiprocessing.start_processes(_run_rank, arguments, nprocs=world_size, start_method="forkserver")
     return [pickle.loads((folder / f"rank-{rank}.pickle").read_bytes()) for rank in range(world_size)]
 
 
-def _run_rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run_rank(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group(
