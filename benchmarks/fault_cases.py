@@ -308,7 +308,9 @@ def stopped_process(site: Site) -> Outcome:
     ended = job.wait()
     outcome.lost.append(0)
     outcome.compare(site.reference(ranks=2), (place, ended))
-    outcome.notes.append("the run goes on")
+    told = re.findall(r"rank 1 on \S+ stood still for ([\d.]+) s", ended.log)
+    outcome.check(any(float(seconds) >= 2.0 for seconds in told), f"the straggler is not told: {ended.tail()}")
+    outcome.notes.append("the run goes on, and tells who was late")
     return outcome
 
 

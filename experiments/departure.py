@@ -30,6 +30,7 @@ from experiments.rendezvous import Deadline, host_of, spans
 
 RESUME_CODE = 75  # all ranks stop together to be continued by a later job
 WATCH_SECONDS = 1.0
+STALL_SECONDS = 2.0  # a process that stood still for longer says so
 CLAIM_SECONDS = 3.0  # a rank that lost its connection waits so long for the rank that failed to say so
 FAREWELL_SECONDS = 30.0
 PATIENCE_SECONDS = 1800.0  # of the groups for control: a rank may write its part of a checkpoint for so long
@@ -47,6 +48,7 @@ class Joined:
         groups: process groups so far.
         done: ends the watch.
         watcher: the thread that watches.
+        has_heard: whether this rank has read which rank failed.
     """
 
     ranks: Ranks
@@ -55,6 +57,11 @@ class Joined:
     groups: int = 0
     done: threading.Event | None = None
     watcher: threading.Thread | None = None
+    has_heard: bool = False
+
+
+class Interrupted(Exception):
+    """The run stopped early, on all ranks together, and was saved; the message says where."""
 
 
 class RanksDisagree(RuntimeError):
@@ -119,8 +126,12 @@ def stop_process_group(ranks: Ranks) -> None:
     """Leaves the process group, if there is one, with the other ranks, or at once if an exception is under way."""
     if ranks.world_size == 1 or not dist.is_initialized():
         return
-    failing = sys.exc_info()[1] is not None
+    error = sys.exc_info()[1]
+    failing = error is not None
     if _joined is not None:
+        if error is not None and not isinstance(error, Interrupted) and not _is_lost_connection(error):
+            # Before the others see that the connections go, and take this rank for killed.
+            _claim(_joined, _failure_of(ranks, error), lost_connection=False)
         _stop_watching(_joined)
         if not failing:
             _wait_for_all(_joined, f"stop {_joined.groups}", FAREWELL_SECONDS)
@@ -176,13 +187,13 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
     mistake, lost_connection = isinstance(error, (ValueError, OSError)), _is_lost_connection(error)
     code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
-    me, what = f"rank {ranks.rank} on {host_of(ranks)}", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    me, what = f"rank {ranks.rank} on {host_of(ranks)}", _failure_of(ranks, error)["what"]
     first: dict[str, Any] | None = None
     if _joined is None:
         if mistake and ranks.rank > 0:  # most mistakes are everyone's: rank 0 tells them, and the launcher ends the job
             time.sleep(WATCH_SECONDS)
     else:
-        first = _claim(_joined, {"rank": ranks.rank, "host": host_of(ranks), "what": what}, lost_connection)
+        first = _claim(_joined, _failure_of(ranks, error), lost_connection)
     if not _last_words.acquire(blocking=False):
         time.sleep(FAREWELL_SECONDS)  # the watcher is speaking, and ends the process
     if first is not None:
@@ -208,6 +219,11 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
     os._exit(code)
 
 
+def _failure_of(ranks: Ranks, error: BaseException) -> dict[str, Any]:
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return {"rank": ranks.rank, "host": host_of(ranks), "what": what}
+
+
 def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str, Any] | None:
     """Says that this rank is the first to fail, unless another one was, which is returned.
 
@@ -229,8 +245,14 @@ def _claim(met: Joined, own: dict[str, Any], lost_connection: bool) -> dict[str,
     if first == own:
         return None
     with contextlib.suppress(RuntimeError):
-        met.store.add("heard", 1)
+        _note_heard(met)
     return first
+
+
+def _note_heard(met: Joined) -> None:
+    if not met.has_heard:
+        met.has_heard = True
+        met.store.add("heard", 1)
 
 
 def _call_roll(met: Joined) -> None:
@@ -307,7 +329,7 @@ def _failed(met: Joined) -> dict[str, Any] | None:
     first: dict[str, Any] = json.loads(met.store.get("failed"))
     if first["rank"] == met.ranks.rank:
         return None
-    met.store.add("heard", 1)
+    _note_heard(met)
     return first
 
 
@@ -319,14 +341,26 @@ def _end_because_of(first: Mapping[str, Any], met: Joined) -> NoReturn:
 
 
 def _watch(met: Joined, done: threading.Event) -> None:
-    """Ends this process when another rank says that it failed, or rank 0 is gone, also in the midst of a collective."""
+    """Ends this process when another rank says that it failed, or rank 0 is gone, also in the midst of a collective.
+
+    A process that was stopped, swapped out or left without a core keeps all others waiting, and none of them can tell
+    whom they wait for: it says so itself.
+    """
+    start = time.monotonic()
     while not done.wait(WATCH_SECONDS):
+        stalled = time.monotonic() - start - WATCH_SECONDS
+        if stalled > STALL_SECONDS:
+            text = (
+                f"rank {met.ranks.rank} on {host_of(met.ranks)} stood still for {stalled:.1f} s, and the others waited"
+            )
+            print(text, file=sys.stderr, flush=True)
         try:
             first = _failed(met)
         except RuntimeError:
             first = LOST_STORE
         if first is not None and not done.is_set() and _last_words.acquire(blocking=False):
             _end_because_of(first, met)
+        start = time.monotonic()
 
 
 def leave(code: int) -> NoReturn:

@@ -32,6 +32,7 @@ from experiments.config import (
     SaveConfig,
     expand_runs,
 )
+from experiments.departure import Interrupted
 from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
 from experiments.interruption import Interruption
 from experiments.launch import LaunchSettings, Ranks, binding, device_of, start_process_group, stop_process_group
@@ -50,7 +51,7 @@ from experiments.record import (
     write_weights,
 )
 from experiments.schedules import scaled_rate
-from experiments.session import Interrupted, OtherRun, RunSession, check_checkpoints
+from experiments.session import OtherRun, RunSession, check_checkpoints
 from experiments.steps import HookSeconds, Stage
 from experiments.together import by_first, check_same
 from experiments.train import Result, train

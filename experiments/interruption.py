@@ -135,6 +135,11 @@ def ignore_signals(worker_id: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+LARGEST = 1 << 46
+"""Above the numbers that a word can carry; each goes with the rank that says it, below RANKS, in an int64."""
+RANKS = 1 << 17
+
+
 class Word(NamedTuple):
     """What all ranks said of one step, the same on every rank.
 
@@ -161,7 +166,7 @@ class _Kept(NamedTuple):
 
     def merged(self, later: _Kept) -> _Kept:
         """Both in one; two ranks whose fingerprints differ in either have different ones here."""
-        fingerprint = (self.fingerprint * 1_000_003 + later.fingerprint) % (1 << 62)
+        fingerprint = (self.fingerprint * 1_000_003 + later.fingerprint) % LARGEST
         return _Kept(self.stop or later.stop, self.finite and later.finite, self.save or later.save, fingerprint)
 
 
@@ -181,6 +186,8 @@ class Agreement:
     The ranks then stop one step after the flag was set. The word is an all-reduce of int64 numbers on the CPU whose
     size never changes, so ranks that have lost each other find out here, by an error that is the same on all of them,
     and not by a hang or an abort in a collective of the training. Flags, not values, are reduced: a maximum loses NaN.
+    The extremes of step and fingerprint come with the ranks that sent them, for the ranks cannot ask each other later:
+    one that skipped a step is elsewhere than the others when it reads the same word.
 
     Cost. Gloo reduces around a ring: a word takes about 2 (W - 1) messages one after the other with W ranks, of some
     10 to 50 us each between nodes, so at 1,536 ranks 30 to 150 ms. It travels while the step computes, so it costs
@@ -204,7 +211,7 @@ class Agreement:
         self._ranks, self._timeout_seconds, self._every = ranks, timeout_seconds, every
         self._group = control_group(ranks) if ranks.world_size > 1 else None
         self._kept: _Kept | None = None  # of the steps since the last word
-        self._posted: tuple[int, int] | None = None  # step, fingerprint
+        self._posted: int | None = None  # step
         self._values = torch.empty(0)
         self._work: Any = None
 
@@ -212,14 +219,14 @@ class Agreement:
         """Starts to send the word of this rank, or keeps it for the next step that `every` divides.
 
         Args:
-            step: number of the step, in [0, 2^62).
+            step: number of the step, in [0, 2^46).
             stop: whether this rank must stop.
             finite: whether its values were finite.
-            fingerprint: a number that must be the same on all ranks, as of what was decided; taken modulo 2^62. Not
+            fingerprint: a number that must be the same on all ranks, as of what was decided; taken modulo 2^46. Not
                 Python's hash() of a text, which differs between processes.
             save: whether it is time to save.
         """
-        self._post(step, _Kept(stop, finite, save, fingerprint % (1 << 62)), now=step % self._every == 0)
+        self._post(step, _Kept(stop, finite, save, fingerprint % LARGEST), now=step % self._every == 0)
 
     def _post(self, step: int, word: _Kept, *, now: bool) -> None:
         if self._posted is not None:
@@ -230,9 +237,9 @@ class Agreement:
         if not now:
             return
         # The maximum of -x is the negative minimum of x.
-        fingerprint = word.fingerprint
-        numbers = [word.stop, not word.finite, word.save, step, -step, fingerprint, -fingerprint]
-        self._posted = step, fingerprint
+        own = [value * RANKS + self._ranks.rank for value in (step, word.fingerprint)]
+        numbers = [word.stop, not word.finite, word.save, *own, *(-number for number in own)]
+        self._posted = step
         self._values = torch.tensor([int(number) for number in numbers], dtype=torch.int64)
         if self._group is not None:
             options = dist.AllreduceOptions()
@@ -251,42 +258,30 @@ class Agreement:
         """
         if self._posted is None:
             return None
-        (step, fingerprint), self._posted = self._posted, None
+        step, self._posted = self._posted, None
         work, self._work = self._work, None
         try:
             if work is not None:
                 work.wait()
-            stop, not_finite, save, last, minus_first, largest, minus_smallest = self._values.tolist()
-            agreed = last == -minus_first and largest == -minus_smallest
-            text = "" if agreed else self._disagreement(step, fingerprint)
         except RuntimeError as error:
             raise self._lost(step, error) from error
-        if not agreed:
-            raise RanksDisagree(text)
+        stop, not_finite, save, *extremes = self._values.tolist()
+        (last, last_rank), (largest, largest_rank) = (divmod(number, RANKS) for number in extremes[:2])
+        (first, first_rank), (smallest, smallest_rank) = (divmod(-number, RANKS) for number in extremes[2:])
+        if first != last:
+            text = f"rank {first_rank} at step {first}, rank {last_rank} at step {last}"
+            raise RanksDisagree(f"the ranks are at different steps: {text}")
+        if smallest != largest:
+            pair = "{} and {}".format(*sorted((smallest_rank, largest_rank)))
+            raise RanksDisagree(f"the ranks have taken different decisions at step {step}: ranks {pair} differ")
         return Word(step, bool(stop), not not_finite, bool(save))
 
     def agree_now(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> Word:
         """Sends a word, and what was kept, at any step, and waits for it."""
-        self._post(step, _Kept(stop, finite, save, fingerprint % (1 << 62)), now=True)
+        self._post(step, _Kept(stop, finite, save, fingerprint % LARGEST), now=True)
         word = self.read()
         assert word is not None
         return word
-
-    def _disagreement(self, step: int, fingerprint: int) -> str:
-        """Every rank has seen that there is one, so all of them come here, and one more collective is safe."""
-        mine = torch.tensor([step, fingerprint], dtype=torch.int64)
-        gathered = [torch.empty_like(mine) for _ in range(self._ranks.world_size)]
-        dist.all_gather(gathered, mine, group=self._group)
-        words = [tuple(word.tolist()) for word in gathered]
-        steps = [word[0] for word in words]
-        if len(set(steps)) > 1:
-            usual = max(set(steps), key=lambda value: (steps.count(value), value))
-            strays = [f"rank {rank} at step {value}" for rank, value in enumerate(steps) if value != usual]
-            return f"the ranks are at different steps: {_few(strays)}, the others at step {usual}"
-        prints = [word[1] for word in words]
-        usual = max(set(prints), key=lambda value: (prints.count(value), -prints.index(value)))
-        strays = [f"rank {rank}" for rank, value in enumerate(prints) if value != usual]
-        return f"the ranks have taken different decisions at step {step}: {_few(strays)} differs from the others"
 
     def _lost(self, step: int, error: RuntimeError) -> RanksDisagree:
         """Finds out who is missing, by a roll call in the store, for the connections of the group are broken now.

@@ -83,7 +83,7 @@ class LaunchSettings:
         nccl: variables for NCCL and its watchdog.
         flight_recorder: last collectives that are kept for the dump after a timeout; 0 for none.
         share_devices: lets several ranks use one GPU.
-        debug: torch checks that all ranks call the same collective, which is slow.
+        debug: torch checks that all ranks call the same collective, which is slow; with NCCL only.
     """
 
     start_seconds: float = setting(number(0), 300.0)
@@ -243,6 +243,8 @@ def _device(ranks: Ranks, settings: LaunchSettings) -> tuple[str, torch.device, 
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         problem = problem or f"launch.backend is nccl, but {host_of(ranks)} has no GPU that this process sees"
+    if settings.debug and backend == "gloo":  # torch 2.13: a segmentation fault in the first pass of a model
+        problem = problem or "launch.debug needs launch.backend nccl: with gloo torch's checks of collectives crash"
     return backend, device, problem
 
 

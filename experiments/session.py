@@ -18,6 +18,7 @@ from torch import Tensor
 from experiments.checkpoint import Checkpoints
 from experiments.checkpoint_folder import names_of_checkpoints, read_manifest
 from experiments.config import RunConfig, SaveConfig
+from experiments.departure import Interrupted, RanksDisagree
 from experiments.image_config import ImageTrainingConfig
 from experiments.interruption import Agreement, Interruption
 from experiments.launch import Ranks
@@ -28,10 +29,6 @@ from experiments.train import Result, Training
 
 PUBLISH_SECONDS = 10.0
 """Between two publications of the record of an unfinished run, which is written anew each time."""
-
-
-class Interrupted(Exception):
-    """The run stopped early and was saved; the message says where."""
 
 
 class OtherRun(ValueError):
@@ -115,7 +112,8 @@ class RunSession:
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
         self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
         self._saved_at = self._published_at = time.monotonic()
-        self._last_step = -1
+        self._last_step = -1  # that was saved
+        self._seen_step = 0
         self._save_seconds = 0.0  # the longest
         self._best: float | None = None
         self.start = datetime.now(timezone.utc)
@@ -178,7 +176,7 @@ class RunSession:
         self.start = datetime.fromisoformat(loaded.shared["start"])
         self.num_restores = loaded.shared["num_restores"] + 1
         self._best = loaded.shared["best"]
-        self._last_step = loaded.step
+        self._last_step = self._seen_step = loaded.step
         if self._ranks.rank == 0:
             other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
             _say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
@@ -191,6 +189,11 @@ class RunSession:
             Interrupted: the run was saved and must end.
             RanksDisagree: the ranks are at different steps, or one is gone.
         """
+        if run.num_steps != self._seen_step + 1:
+            # The others are in the collectives of a step that this rank left out: no word would reach them.
+            text = f"rank {self._ranks.rank} went from step {self._seen_step} to step {run.num_steps}"
+            raise RanksDisagree(f"the ranks are at different steps: {text}")
+        self._seen_step = run.num_steps
         word = self._agreement.read()
         if word is not None and not word.finite:
             run.is_lost = True  # all ranks end the interval here, and record that the run diverged

@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from experiments.config import load_config
+from experiments.execute import check_single_process
+from experiments.ranks import Ranks
 from jobs.script import Job, Request, array_seeds, make_job, render
 from jobs.site import Site, read_site, site_names
 
@@ -24,15 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 after a mistake of the user, explained in one sentence on stderr; on a site without a batch system, the
         exit code of the job.
     """
-    parser = argparse.ArgumentParser(prog="python -m jobs.submit", description=__doc__)
-    add_job_options(parser)
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
-    parser.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="N jobs, each of which resumes the one before"
-    )
-    parser.add_argument("--array", metavar="seeds=0-9", help="a job array whose elements have one seed each")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given)
+    options = make_parser().parse_args(given)
     return guarded(lambda: _submit(options, ["python", "-m", "jobs.submit", *given]))
 
 
@@ -131,7 +126,9 @@ def checked_job(site: Site, request: Request) -> Job:
     array_seeds(request.array)
     array = [request.array] if request.array is not None else []
     config = load_config(request.config, [*request.overrides, *array])
-    return make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable)
+    job = make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable)
+    check_single_process(config, Ranks(world_size=job.ranks))
+    return job
 
 
 def script_path(job: Job) -> Path:

@@ -193,8 +193,8 @@ def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
     assert first["words"] == [None, *(Word(step, step == 3, step != 2) for step in range(4))]
     assert first["done"] == [0, 1, 2, 3]
     assert first["now"] == Word(99, True, True, True)
-    assert "different steps: rank 0 at step 7, rank 1 at step 8, the others at step 9" in first["steps"]
-    assert "different decisions at step 7" in first["fingerprints"]
+    assert first["steps"] == "the ranks are at different steps: rank 0 at step 7, rank 2 at step 9"
+    assert first["fingerprints"] == "the ranks have taken different decisions at step 7: ranks 0 and 1 differ"
     assert first["after"] == Word(8, False, True)
 
 

@@ -142,6 +142,12 @@ def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path,
     assert not (tmp_path / "results").exists()
 
 
+def test_what_runs_in_a_single_process_is_refused_before_it_waits_in_a_queue(tmp_path, capsys):
+    config = ROOT / "experiments" / "configs" / "burgers_2d" / "laptop.yaml"
+    assert submit.main([str(config), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]) == 2
+    assert "runs in a single process, not on 8 ranks" in capsys.readouterr().err
+
+
 def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
     results = tmp_path / "results"
     assert submit.main([str(CONFIG), "--site", "frontier", *COMMON, "--results", str(results), "--dry-run"]) == 0
