@@ -30,6 +30,9 @@ from experiments.train import Result, Training
 PUBLISH_SECONDS = 10.0
 """Between two publications of the record of an unfinished run, which is written anew each time."""
 
+BEST_SHARE = 0.05
+"""Of the time that goes into saving a run whenever it is better than before, at most."""
+
 
 class OtherRun(ValueError):
     """The checkpoints are of a run with other settings or data."""
@@ -216,22 +219,29 @@ class RunSession:
         margin = run.longest_evaluation + 3 * self._save_seconds
         self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
         self._agreement.read()
+        value = run.validation_loss  # the same on all ranks
+        is_best = value is not None and (self._best is None or value < self._best)
+        save = self._is_time(or_after=self._pause_before_best() if is_best else None)
         word = self._agreement.agree_now(
-            run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=self._is_time()
+            run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
         )
         if not run.goes_on:
             return
         if word.stop:
             self._stop(run)
         elif word.save:
-            value = run.validation_loss
-            is_best = value is not None and (self._best is None or value < self._best)
             self._best = value if is_best else self._best
             self._save(run, best=is_best)
 
-    def _is_time(self) -> bool:
-        """Whether to save, by the clock of rank 0."""
-        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > self._save_settings.every_seconds
+    def _is_time(self, or_after: float | None = None) -> bool:
+        """Whether to save, by the clock of rank 0: after the seconds of the settings, or after others if fewer."""
+        seconds = self._save_settings.every_seconds
+        seconds = seconds if or_after is None else min(seconds, or_after)
+        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > seconds
+
+    def _pause_before_best(self) -> float:
+        """Seconds before a better run is saved, for at first almost every evaluation is better than the last."""
+        return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
 
     def _stop(self, run: Training) -> None:
         self._save(run)

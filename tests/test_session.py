@@ -17,6 +17,7 @@ from small_runs import identical
 from suite_cases import PINN, RAW, pinn_run, run_config
 
 from experiments.__main__ import main
+from experiments.checkpoint import Checkpoints
 from experiments.config import SaveConfig
 from experiments.departure import Interrupted
 from experiments.execute import execute_run
@@ -172,6 +173,27 @@ def test_a_run_is_saved_by_the_clock_and_the_best_one_stays(tmp_path, monkeypatc
     assert len(steps) > 10 and not run_folder(run_path(tmp_path, config)).exists()
     execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
     assert steps[-1] == 12 and len([step for step in steps if step == 2]) == 1
+
+
+def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, monkeypatch):
+    config = run_config("sgd", epochs=4)
+    monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: 0.0)
+    losses = {1: 4.0, 2: 3.0, 3: 3.5, 4: 1.0}  # by epoch
+    monkeypatch.setattr(Training, "validation_loss", property(lambda run: losses[run.interval - 1]))
+    saved = []
+    save = Checkpoints.save
+
+    def note(checkpoints, step, *states, best, identity):
+        saved.append((step, best))
+        save(checkpoints, step, *states, best=best, identity=identity)
+
+    monkeypatch.setattr(Checkpoints, "save", note)
+    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    assert saved == [(4, True), (8, True)]  # after the last epoch there is nothing to go on with
+    saved.clear()
+    monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: 1000.0)
+    execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
+    assert saved == []
 
 
 def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):
