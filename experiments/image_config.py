@@ -29,6 +29,7 @@ class ImageConfig:
         num_classes, images_per_class, validation_per_class, data_size, data_seed: of the fractals, data_size in pixels.
         data_variation: of the fractals: how far those of a class are apart; 1 is the usual, more is harder.
         model: ResNet-18 or ResNet-50 v1.5.
+        width: channels of its first stage; 64 are those of ResNet-18 and 50, fewer make a network for small machines.
         stem: "imagenet" (7x7, stride 2, pooling) or "small" (3x3, no pooling), for images of 32 pixels or so.
         zero_init_residual: whether the last BatchNorm of every residual block starts with gamma = 0 (Goyal et al.).
         fc_std: standard deviation of the last layer's random weights; null: torch's.
@@ -56,6 +57,7 @@ class ImageConfig:
     data_seed: int = setting(integer(0, 2**31), 0)
     data_variation: float = setting(_up_to(2.0), 1.0)
     model: str = setting(choice("resnet18", "resnet50"), "resnet50")
+    width: int = setting(integer(1, 1025), 64)
     stem: str = setting(choice("imagenet", "small"), "imagenet")
     zero_init_residual: bool = setting(BOOLEAN, False)
     fc_std: float | None = setting(optional(number(0.0)), None)

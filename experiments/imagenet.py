@@ -306,7 +306,8 @@ def _model(config: RunConfig, num_classes: int, device: torch.device) -> nn.Modu
     problem, training = config.problem, config.training
     assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
     torch.manual_seed(config.seed)
-    options = {"zero_init_residual": problem.zero_init_residual, "fc_std": problem.fc_std, "stem": problem.stem}
+    names = ("zero_init_residual", "fc_std", "stem", "width")
+    options: dict[str, Any] = {name: getattr(problem, name) for name in names}
     model: nn.Module = MODELS[problem.model](num_classes, **options)
     if problem.initial_weights is not None:
         load_weights(model, Path(problem.initial_weights))

@@ -1,4 +1,4 @@
-"""Small runs of image classification for the tests: four classes of fractals, a ResNet18."""
+"""Small runs of image classification for the tests: four classes of fractals, a narrow ResNet18."""
 
 import copy
 
@@ -17,6 +17,7 @@ RAW = {
     "problem": {
         "data": "folder",
         "model": "resnet18",
+        "width": 8,
         "image_size": 24,
         "resize": 24,
         "statistics_images": 20,

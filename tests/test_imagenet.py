@@ -424,11 +424,11 @@ def test_images_of_the_environment(folder, monkeypatch):
 
 
 def test_weights_come_in_from_a_file(folder, tmp_path):
-    weights = resnet18(4).state_dict()
+    weights = resnet18(4, width=8).state_dict()
     torch.save(weights, tmp_path / "weights.pt")
     problem = build(image_run(folder, problem={"initial_weights": str(tmp_path / "weights.pt")}), Ranks())
     assert identical(dict(problem.model.state_dict()), dict(weights))
-    torch.save(resnet18(5).state_dict(), tmp_path / "other.pt")
+    torch.save(resnet18(5, width=8).state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt are not those of this network: .*fc\.weight"):
         build(image_run(folder, problem={"initial_weights": str(tmp_path / "other.pt")}), Ranks())
     (tmp_path / "text.pt").write_text("no weights")
@@ -525,7 +525,7 @@ def test_two_ranks_learn(tmp_path, capfd):
     """The command starts torchrun itself; four classes of calm fractals, 25 % by chance."""
     fractals.write_folder(tmp_path / "set", **SET | {"images_per_class": 40, "validation_per_class": 15}, variation=0.3)
     raw = raw_config(tmp_path / "set", training={"epochs": 6, "batch_size": 16, "warmup_epochs": 1.0},
-                     problem={"smallest_crop": 0.5, "statistics_images": 64})  # fmt: skip
+                     problem={"smallest_crop": 0.5, "statistics_images": 64, "width": 64})  # fmt: skip
     raw |= {"num_ranks": 2}
     assert run(raw, tmp_path) == 0
     record = read_run(tmp_path / "results/imagenet/test/one/seed-0.h5")

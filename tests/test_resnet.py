@@ -116,6 +116,17 @@ def test_the_small_stem_keeps_the_resolution():
         resnet18(7, stem="small").load_state_dict(resnet18(7).state_dict())
 
 
+def test_a_narrow_network_has_the_same_names_and_an_eighth_of_the_channels():
+    for name in ("resnet18", "resnet50"):
+        wide, narrow = MODELS[name](10).state_dict(), MODELS[name](10, width=8).state_dict()
+        assert list(wide) == list(narrow)
+        for key, value in wide.items():
+            ours = [8 * size for size in narrow[key].shape[:1]]
+            assert key.startswith("fc.bias") or key == "fc.weight" or ours == list(value.shape[:1]), key
+    with pytest.raises(ValueError, match="width must be an integer >= 1, got 0"):
+        resnet18(width=0)
+
+
 def test_channels_last_and_compiled_give_the_same_outputs():
     model, images = resnet18(10).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():

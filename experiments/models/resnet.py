@@ -98,11 +98,12 @@ class ResNet(nn.Module):
         fc_std: the last layer starts with weights from N(0, fc_std^2) and biases 0 (0.01 in Goyal et al.); None: with
             torch's default.
         stem: "imagenet": a 7x7 convolution of stride 2, then max-pooling of stride 2; "small", for images of 32 to 64
-            pixels: a 3x3 convolution of stride 1 without pooling. "conv1.weight" is then (64, 3, 3, 3), and neither
+            pixels: a 3x3 convolution of stride 1 without pooling. "conv1.weight" is then (width, 3, 3, 3), and neither
             loads the weights of the other.
+        width: channels of the first stage, >= 1, which double with each stage; torchvision's have 64.
 
     Raises:
-        ValueError: num_classes below 1, fc_std not above 0, or an unknown stem.
+        ValueError: num_classes or width below 1, fc_std not above 0, or an unknown stem.
     """
 
     def __init__(
@@ -114,22 +115,26 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
         fc_std: float | None = None,
         stem: str = "imagenet",
+        width: int = 64,
     ) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be an integer >= 1, got {num_classes}")
+        if width < 1:
+            raise ValueError(f"width must be an integer >= 1, got {width}")
         if fc_std is not None and not fc_std > 0:
             raise ValueError(f"fc_std must be a number > 0 or None, got {fc_std}")
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         self.stem = stem
-        self.conv1 = _convolution(3, 64, 7, 2) if stem == "imagenet" else _convolution(3, 64, 3)
-        self.bn1 = nn.BatchNorm2d(64)
-        outputs = [width * block.expansion for width in (64, 128, 256, 512)]
-        self.layer1 = _stage(block, 64, 64, depths[0], 1)
-        self.layer2 = _stage(block, outputs[0], 128, depths[1], 2)
-        self.layer3 = _stage(block, outputs[1], 256, depths[2], 2)
-        self.layer4 = _stage(block, outputs[2], 512, depths[3], 2)
+        self.conv1 = _convolution(3, width, 7, 2) if stem == "imagenet" else _convolution(3, width, 3)
+        self.bn1 = nn.BatchNorm2d(width)
+        widths = [width, 2 * width, 4 * width, 8 * width]
+        outputs = [each * block.expansion for each in widths]
+        self.layer1 = _stage(block, width, widths[0], depths[0], 1)
+        self.layer2 = _stage(block, outputs[0], widths[1], depths[1], 2)
+        self.layer3 = _stage(block, outputs[1], widths[2], depths[2], 2)
+        self.layer4 = _stage(block, outputs[2], widths[3], depths[3], 2)
         self.fc = nn.Linear(outputs[3], num_classes)
         self._initialize(zero_init_residual, fc_std)
 
