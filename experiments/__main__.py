@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments import doctor
 from experiments.compare import find_folders, read_comparison
-from experiments.config import ExperimentConfig, load_config, read_yaml
+from experiments.config import load_config, read_yaml
 from experiments.departure import Interrupted, end_on_failure, leave
 from experiments.execute import execute_experiment
 from experiments.figures import draw_figures
@@ -28,6 +28,7 @@ from experiments.pinn_compare import read_groups
 from experiments.pinn_figures import draw_pinn_figures
 from experiments.pinn_summary import summarize_pinn
 from experiments.record import Run, read_run
+from experiments.run_config import ExperimentConfig
 from experiments.summarize import summarize
 
 CONFIGS = Path(__file__).parent / "configs"

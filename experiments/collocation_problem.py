@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_loaders.collocation import adaptive_points, uniform_points
-from experiments.config import PinnConfig, RunConfig
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient, chunks
 from experiments.pinn import Equation, compose, load_equation
 from experiments.problem import Description, Field, Problem
+from experiments.run_config import PinnConfig, RunConfig
 
 ADAPTIVE_SHARE = 0.5
 """Of the interior points that `adaptive_pool` gives; the others stay spread over the domain."""

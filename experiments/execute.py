@@ -24,14 +24,7 @@ import torch.distributed as dist
 import aadl
 from experiments import collocation_problem, graduate_admissions, imagenet
 from experiments.checks import Component, accelerate, make_optimizer, needs_residuals
-from experiments.config import (
-    ExperimentConfig,
-    GraduateAdmissionsConfig,
-    PublishedConfig,
-    RunConfig,
-    SaveConfig,
-    expand_runs,
-)
+from experiments.config import expand_runs
 from experiments.departure import Interrupted
 from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
 from experiments.interruption import Interruption
@@ -50,6 +43,7 @@ from experiments.record import (
     write_run,
     write_weights,
 )
+from experiments.run_config import ExperimentConfig, GraduateAdmissionsConfig, PublishedConfig, RunConfig, SaveConfig
 from experiments.schedules import scaled_rate
 from experiments.session import OtherRun, RunSession, check_checkpoints
 from experiments.steps import HookSeconds, Stage

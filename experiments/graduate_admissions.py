@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
-from experiments.config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP
 from experiments.problem import Description, Problem
+from experiments.run_config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
 
 Batch = tuple[Tensor, Tensor]
 

@@ -22,11 +22,11 @@ from data_loaders.imagenet import Decoding, EvaluationLoader, Images, TrainLoade
 from data_loaders.packed import PackedImages, stage
 from experiments.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.classification import Counts, evaluate_exactly
-from experiments.config import RunConfig
 from experiments.image_config import ImageConfig, ImageTrainingConfig
 from experiments.launch import Ranks, device_of, safe_start_method
 from experiments.models.resnet import MODELS, parameter_groups
 from experiments.problem import Description, Problem
+from experiments.run_config import RunConfig
 from experiments.together import by_each, by_first
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,8 +13,9 @@ import numpy as np
 
 from experiments.burgers import EQUATIONS
 from experiments.compare import SECONDS, TRAIN, Records, Variant, commits_of, family_of, grouped, role_of, seeds_of
-from experiments.config import expand_runs, identity_of, load_config
+from experiments.config import expand_runs, load_config
 from experiments.record import Run, read_runs
+from experiments.run_config import identity_of
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from experiments.config import PublishedConfig
+from experiments.run_config import PublishedConfig
 
 CHUNK = 1 << 16
 """Weights that are averaged at a time."""

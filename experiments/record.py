@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 import aadl
-from experiments.config import RunConfig, identity_of
 from experiments.launch import Ranks, device_of
 from experiments.problem import Field, Problem
+from experiments.run_config import RunConfig, identity_of
 from experiments.train import Result
 
 SCHEMA_VERSION = 1

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from experiments.checkpoint import Checkpoints
 from experiments.checkpoint_folder import names_of_checkpoints, read_manifest
-from experiments.config import RunConfig, SaveConfig
 from experiments.departure import Interrupted, RanksDisagree
 from experiments.image_config import ImageTrainingConfig
 from experiments.interruption import Agreement, Interruption
 from experiments.launch import Ranks
 from experiments.lock import FolderInUse, FolderLock
+from experiments.run_config import RunConfig, SaveConfig
 from experiments.state import rng_state, set_rng_state
 from experiments.steps import FiniteLosses
 from experiments.train import Result, Training

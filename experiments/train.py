@@ -18,11 +18,11 @@ from torch.optim.swa_utils import AveragedModel
 import aadl
 from aadl.accelerator import find_accelerator
 from experiments.checks import make_scheduler
-from experiments.config import AnyTrainingConfig, PinnTrainingConfig
 from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of
 from experiments.problem import Field, Problem
 from experiments.progress import Bar
+from experiments.run_config import AnyTrainingConfig, PinnTrainingConfig
 from experiments.schedules import step_scheduler
 from experiments.steps import AccumulatedClosure, Clock, Closure, Stage, Updates, moving_average
 

@@ -6,17 +6,10 @@ import numpy as np
 import torch
 
 from data_loaders.graduate_admissions import surrogate
-from experiments.config import (
-    Component,
-    GraduateAdmissionsConfig,
-    PublishedConfig,
-    RunConfig,
-    TrainingConfig,
-    VariantConfig,
-    expand_runs,
-    parse_config,
-)
+from experiments.checks import Component
+from experiments.config import expand_runs, parse_config
 from experiments.problem import Problem
+from experiments.run_config import GraduateAdmissionsConfig, PublishedConfig, RunConfig, TrainingConfig, VariantConfig
 from experiments.train import Result
 
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.config import PublishedConfig
 from experiments.published import PublishedScheme, extrapolate
+from experiments.run_config import PublishedConfig
 
 
 def linear_map(size=4, largest=0.95, seed=0):

@@ -18,13 +18,13 @@ from suite_cases import PINN, RAW, pinn_run, run_config
 
 from experiments.__main__ import main
 from experiments.checkpoint import Checkpoints
-from experiments.config import SaveConfig
 from experiments.departure import Interrupted
 from experiments.execute import execute_run
 from experiments.interruption import EXIT_RESUME, Interruption
 from experiments.launch import Ranks
 from experiments.lock import FolderInUse
 from experiments.record import read_run, run_folder, run_path, state_of
+from experiments.run_config import SaveConfig
 from experiments.session import OtherRun, RunSession
 from experiments.train import Training
 

@@ -9,10 +9,10 @@ from suite_cases import run_config
 import aadl
 from experiments import graduate_admissions
 from experiments.checks import Component, make_optimizer
-from experiments.config import TrainingConfig
 from experiments.launch import Ranks
 from experiments.models.mlp import MLP
 from experiments.problem import Problem
+from experiments.run_config import TrainingConfig
 from experiments.steps import Stage, Updates, moving_average
 from experiments.train import train
 
