@@ -68,7 +68,7 @@ class PackedImages:
         if not paths:
             raise FileNotFoundError(f"{folder} holds no shard {split}-00000-of-*.h5")
         shards = [read_header(path) for path in paths]
-        check_same_set(shards)
+        check_same_set(shards, split)
         self.paths = tuple(paths)
         self.labels: NDArray[np.int64] = np.concatenate([shard.labels for shard in shards])
         self.class_names = shards[0].class_names
@@ -174,7 +174,7 @@ def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
             first = None if first is None else first + len(headers[-1].labels)
         if first is not None:
             try:
-                check_same_set(headers)
+                check_same_set(headers, split)
             except ValueError as error:
                 damages.append(str(error))
     return damages

@@ -4,8 +4,8 @@ A set is `<folder>/<split>-00000-of-000NN.h5` and so on. Each shard holds, as co
 its images one after the other (`data`), where each begins (`offsets`, one more than images), `labels`, a CRC-32 an
 image (`crc32`) and the names (`names`, `name_offsets`). Attributes: format, version, split, shard, num_shards,
 class_names, source, pack_digest (the same for all shards of a set, no other), left_out (names of unreadable images),
-table_crc32 and names_crc32 (checksums of the small datasets) and, last, complete. HDF5 is needed to open a set, not to
-read its images: that takes one pread, which is safe in any process.
+table_crc32 and names_crc32 (checksums of the small datasets), text_crc32 (of the attributes) and, last, complete. HDF5
+is needed to open a set, not to read its images: that takes one pread, which is safe in any process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -33,6 +33,8 @@ SHARD_VERSION = 1
 FORMAT = "packed images"
 IMAGES_PER_SHARD = 10_000  # about 1 GB of ImageNet
 SPLITS = ("train", "validation")
+CHECKED = ("split", "shard", "num_shards", "class_names", "source", "pack_digest", "left_out")
+"""Attributes with a checksum."""
 
 Item = tuple[str, int, bytes]
 """Name, label, encoded image."""
@@ -68,6 +70,7 @@ class Shard:
 
     Attributes:
         path: its file.
+        split: "train" or "validation".
         shard, num_shards: its number, and how many there are.
         class_names: of the whole set.
         source: what the set was made from.
@@ -81,6 +84,7 @@ class Shard:
     """
 
     path: Path
+    split: str
     shard: int
     num_shards: int
     class_names: tuple[str, ...]
@@ -142,9 +146,12 @@ def read_header(path: Path) -> Shard:
                 )
             if not attributes.get("complete"):
                 raise ValueError(f"{path} is incomplete: pack the images again")
+            if _crc32_of_text(attributes) != int(attributes["text_crc32"]):
+                raise ValueError(f"{path} is damaged: its attributes have the wrong checksum")
             data = file["data"]
             shard = Shard(
                 path,
+                str(attributes["split"]),
                 int(attributes["shard"]),
                 int(attributes["num_shards"]),
                 tuple(json.loads(attributes["class_names"])),
@@ -204,9 +211,15 @@ def _crc32_of(*arrays: NDArray[Any]) -> int:
     return checksum
 
 
-def check_same_set(shards: Sequence[Shard]) -> None:
+def _crc32_of_text(attributes: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps([str(attributes[name]) for name in CHECKED]).encode())
+
+
+def check_same_set(shards: Sequence[Shard], split: str) -> None:
     """Raises ValueError where a shard is not where it belongs, or belongs to another set."""
     for number, shard in enumerate(shards):
+        if shard.split != split:
+            raise ValueError(f"{shard.path} is a {shard.split} shard by its contents")
         if (shard.shard, shard.num_shards) != (number, len(shards)):
             raise ValueError(f"{shard.path} is shard {shard.shard} of {shard.num_shards} by its contents")
         if shard.pack_digest != shards[0].pack_digest or shard.class_names != shards[0].class_names:
@@ -376,6 +389,7 @@ def _set_text(file: h5py.File, name: str, text: str) -> None:
 def _complete(path: Path, shard: int, num_shards: int, pack_digest: str) -> None:
     with h5py.File(path, "r+", locking=False) as file:
         file.attrs["shard"], file.attrs["num_shards"], file.attrs["pack_digest"] = shard, num_shards, pack_digest
+        file.attrs["text_crc32"] = _crc32_of_text(file.attrs)
         file.attrs["complete"] = True
     os.chmod(path, 0o644)  # mkstemp makes the file private
     with path.open("rb+") as written:

@@ -10,6 +10,7 @@ from experiments.summarize import markdown_table, spread, text_table, write_text
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))
+NUM_IMAGES = "metrics/validation/num_images"
 RATE = "timing/images_per_second"
 PARTS = ("network", "acceleration", "input", "evaluation")
 HEADER = (
@@ -73,7 +74,7 @@ def summarize_images(comparison: Comparison) -> str:
         f"{about['classification']}, {about['num_classes']} classes, {about['num_train_images']} training and "
         f"{about['num_validation_images']} validation images, batches of {about['batch_images']}, "
         f"{run.config['training']['epochs']} epochs, {about['world_size']} ranks, {about['devices']}. Median over the "
-        "seeds [minimum .. maximum]. Every accuracy counts all validation images once; all but the stale one are with "
+        "seeds [minimum .. maximum]. Every accuracy counts {_counted(comparison)}; all but the stale one are with "
         "statistics of BatchNorm computed anew. Seconds include the evaluations; images/s do not."
     )
     source = f"Source: {comparison.source_line()}"
@@ -81,6 +82,17 @@ def summarize_images(comparison: Comparison) -> str:
     text += [legend, source]
     write_text(comparison.folder / "summary.md", "\n".join(markdown))
     return "\n".join(text)
+
+
+def _counted(comparison: Comparison) -> str:
+    """Which validation images an accuracy counts, in words."""
+    variants = [variant for family in comparison.families.values() for variant in family]
+    runs = [run for variant in variants for run in variant.runs.values() if not run.diverged]
+    shares = [(int(run.series[NUM_IMAGES][-1]), int(run.attributes["num_validation_images"])) for run in runs]
+    if all(counted == total for counted, total in shares):
+        return "all validation images once"
+    counted, total = min(shares)
+    return f"every validation image that can be read once ({counted} of {total})"
 
 
 def _row(variant: Variant, plain: Variant | None) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from data_loaders import fractals
-from data_loaders.imagenet import Decoding, EvaluationLoader, Images, TrainLoader, check_pair, open_images
+from data_loaders.imagenet import (
+    Decoding,
+    EvaluationLoader,
+    ImageError,
+    Images,
+    TrainLoader,
+    check_pair,
+    open_images,
+)
 from data_loaders.packed import PackedImages, stage
 from experiments.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.classification import Counts, evaluate_exactly
@@ -27,7 +36,7 @@ from experiments.launch import Ranks, device_of, safe_start_method
 from experiments.models.resnet import MODELS, parameter_groups
 from experiments.problem import Description, Problem
 from experiments.run_config import RunConfig
-from experiments.together import by_each, by_first
+from experiments.together import by_each, by_first, check_same
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the channels of ImageNet1k, in [0, 1]; those that torchvision's weights expect."""
@@ -38,6 +47,8 @@ DATA_SETTINGS = (
     "data_variation", "stage_folder", "stage_seconds",
 )  # fmt: skip
 """Of the problem: runs that have them in common share the opened sets."""
+SAMPLE = 32
+"""Images of a set that a node reads to see whether it has the same as the others."""
 Batch = tuple[Tensor, Tensor]
 Sets = tuple[Images, Images]
 
@@ -117,7 +128,11 @@ def open_sets(config: ImageConfig, ranks: Ranks) -> Sets:
 def _open_sets(config: ImageConfig, ranks: Ranks, _: str | None) -> Sets:
     sets = by_first(ranks, lambda: _first_sets(config), "opening the images", config.stage_seconds)
     folder = by_each(ranks, lambda: _folder_here(config, sets, ranks), "staging the images", config.stage_seconds)
-    return by_each(ranks, lambda: _sets_at(folder, sets), "looking for the images", config.stage_seconds)
+    here = by_each(ranks, lambda: _sets_at(folder, sets), "looking for the images", config.stage_seconds)
+    # Once a node: another copy of the same names would train in silence, an incomplete one on what replaces the rest.
+    sample = _sample_checksum(here) if ranks.local_rank == 0 else None
+    check_same(ranks, sample, f"the checksum of some images in {folder}", config.stage_seconds)
+    return here
 
 
 def _folder_here(config: ImageConfig, sets: Sets, ranks: Ranks) -> Path:
@@ -140,6 +155,19 @@ def _sets_at(folder: Path, sets: Sets) -> Sets:
         if not images.folder.is_dir():
             raise FileNotFoundError(f"{images.folder} does not exist here, though the images were found on rank 0")
     return train, validation
+
+
+def _sample_checksum(sets: Sets) -> str:
+    """CRC-32 of evenly spaced images; of one that cannot be read its index counts."""
+    checksum = 0
+    for images in sets:
+        for index in sorted({place * (len(images) - 1) // (SAMPLE - 1) for place in range(SAMPLE)}):
+            try:
+                data = images.read(index)
+            except (OSError, ImageError):
+                data = str(index).encode()
+            checksum = zlib.crc32(data, checksum)
+    return f"{checksum:08x}"
 
 
 # ---- the problem -----------------------------------------------------------------------------------------------------
@@ -224,9 +252,17 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
             renewed(network)
             return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
+    both: dict[str, TrainLoader | EvaluationLoader] = {"train": loader, "validation": validation}
+
+    def unreadable() -> dict[str, list[int]]:
+        return {name: _unreadable(each, ranks, device) for name, each in both.items()}
+
+    def restore(earlier: Mapping[str, list[int]]) -> None:
+        for name, each in both.items():
+            each.unreadable.update(dict.fromkeys(earlier[name], "as an earlier process found"))
+
     def finish(network: nn.Module) -> dict[str, Any]:
-        both: dict[str, TrainLoader | EvaluationLoader] = {"train": loader, "validation": validation}
-        return {f"num_unreadable_{name}_images": _num_unreadable(each, ranks, device) for name, each in both.items()}
+        return {f"num_unreadable_{name}_images": len(indices) for name, indices in unreadable().items()}
 
     def close() -> None:
         loader.close()
@@ -243,6 +279,8 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         data_source=description.source,
         data_digest=description.digest,
         finish=finish,
+        state=unreadable,
+        restore=restore,
         steps_per_epoch=loader.steps_per_epoch,
         batch_images=batch_size,
         parameters=lambda arguments: _parameters(model, training, arguments),
@@ -376,11 +414,12 @@ def _series(counts: Counts, prefix: str = "") -> dict[str, float]:
     }
 
 
-def _num_unreadable(loader: TrainLoader | EvaluationLoader, ranks: Ranks, device: torch.device) -> int:
-    """Images that a rank could not read; one that several ranks came upon counts once."""
+def _unreadable(loader: TrainLoader | EvaluationLoader, ranks: Ranks, device: torch.device) -> list[int]:
+    """Indices of the images that a rank could not read."""
     unreadable = torch.zeros(len(loader.images), dtype=torch.uint8)
     unreadable[list(loader.unreadable)] = 1
     unreadable = unreadable.to(device)
     if ranks.world_size > 1:
         dist.all_reduce(unreadable, dist.ReduceOp.MAX)
-    return int(unreadable.sum())
+    indices: list[int] = unreadable.nonzero().flatten().tolist()
+    return indices

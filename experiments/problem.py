@@ -61,8 +61,9 @@ class Problem:
         parameters: arguments of an optimizer -> what it is given; None for `model.parameters()`.
         export: model -> the weights of the end, for a file beside the record.
         close: ends what the problem has started.
-        state: what `points` needs to go on, as a nested dictionary of tensors and plain values; None for nothing.
-        restore: puts such a state back and returns the batch that was the present one.
+        state: what the problem needs to go on, as a nested dictionary of tensors and plain values; None for nothing.
+            All ranks call it.
+        restore: puts such a state back and returns the batch that was the present one, None without `points`.
         synchronize: makes the ranks' copies of what is not trained (statistics of BatchNorm) the same, before a save.
         attributes: further attributes of the record.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from aadl.deferred import Deferred
 from experiments.batchnorm import untouched_buffers
 from experiments.problem import Problem
 
@@ -283,17 +284,14 @@ class FiniteLosses:
     """Whether the losses so far were finite, told some steps late so that the host does not wait for a device."""
 
     def __init__(self) -> None:
-        self._pending: list[Tensor] = []
+        self._pending: list[Deferred] = []
         self._finite = True
 
     def __call__(self, loss: Tensor) -> bool:
         """Takes the present loss; answers for those of two steps ago and before."""
-        flag = loss.isfinite().all()
-        if flag.is_cuda:
-            flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
-        self._pending.append(flag)
+        self._pending.append(Deferred(loss.isfinite().all()))
         if len(self._pending) > 2:
-            self._finite = self._finite and bool(self._pending.pop(0))
+            self._finite = self._finite and bool(self._pending.pop(0).value())
         return self._finite
 
 

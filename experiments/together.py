@@ -76,12 +76,12 @@ def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T
     return made  # type: ignore[return-value]
 
 
-def check_same(ranks: Ranks, value: str, what: str, seconds: float) -> None:
+def check_same(ranks: Ranks, value: str | None, what: str, seconds: float) -> None:
     """Refuses a value that is not that of rank 0; called by all ranks.
 
     Args:
         ranks: this process.
-        value: of this rank.
+        value: of this rank; None, on another rank than 0, where it has none to compare.
         what: it is, for messages: "the data".
         seconds: that the first and the last rank may be apart.
 
@@ -90,9 +90,8 @@ def check_same(ranks: Ranks, value: str, what: str, seconds: float) -> None:
     """
     if not _has_group(ranks):
         return
-    first = [value]
-    dist.broadcast_object_list(first, src=0)
-    failure = None if value == first[0] else ValueError(f"{what} is {value} here and {first[0]} on rank 0")
+    first = by_first(ranks, lambda: value, f"comparing {what}", seconds)
+    failure = None if value in (None, first) else ValueError(f"{what} is {value} here and {first} on rank 0")
     meet(ranks, f"comparing {what}", seconds, failure)
 
 

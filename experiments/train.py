@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -228,7 +230,10 @@ class Training:
                     self.scheduler.step()
             self.bar.update(self._places[-1] - before)
         elif isinstance(self.training, ImageTrainingConfig):
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # GradScaler often skips the first step, and the schedule goes on all the same.
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                self.scheduler.step()
             self.bar.update(1)
             if self.bar.is_due:
                 self.bar.show({"metrics/train/loss": float(self._losses[-1])})
@@ -291,7 +296,7 @@ class Training:
         if not is_sampled and not isinstance(self.training, ImageTrainingConfig):
             self.bar.update(1)
         self.bar.show(values)
-        if not (finite and math.isfinite(values.get("metrics/train/loss", 0.0))):
+        if self.is_lost or not (finite and math.isfinite(values.get("metrics/train/loss", 0.0))):
             self.diverged_at = self.interval
             if is_sampled:
                 self.diverged_at = places[-1] if finite else places[int(bad.int().argmax())]
@@ -440,8 +445,8 @@ def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingCon
             model = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
-                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
+                **_without_buffers(),
             )
         if training.compile:
             model = torch.compile(model)  # type: ignore[assignment]
@@ -450,6 +455,12 @@ def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingCon
     if ranks.world_size > 1 and problem.backward is None:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     return Closure(problem, model, stages)
+
+
+def _without_buffers() -> dict[str, Any]:
+    """What keeps DistributedDataParallel from sending buffers; torch 2.13 has another name for it."""
+    is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
 
 
 def _needs_warm_up(closure: Closure) -> bool:

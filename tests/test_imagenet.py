@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -102,6 +104,49 @@ def test_a_trial_sees_the_loss_at_the_candidate_and_no_gradient():
     before = float(closure.step())
     assert seen[0] == pytest.approx(seen[1], rel=1e-5)  # a bias on all classes changes nothing
     assert seen[0] != before and seen[2] != seen[0] and closure.num_losses == 4
+
+
+def test_trials_leave_no_trace_in_batchnorm():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    _, batch = small_problem()
+    found = []
+    for with_trials in (False, True):
+        problem = replace(small_problem()[0], model=copy.deepcopy(model))
+        optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+        closure = closure_of(problem, optimizer, parts=2)
+        closure.batch, losses = batch, []
+        if with_trials:
+            optimizer.register_step_post_hook(lambda *_, closure=closure, losses=losses: losses.append(closure()))
+        for _ in range(3):
+            closure.step()
+        assert len(losses) == 3 * with_trials and problem.model.training
+        found.append(problem.model.state_dict())
+    assert identical(dict(found[0]), dict(found[1]))
+    assert int(found[0]["1.num_batches_tracked"]) == 6  # three steps of two parts
+
+
+def accumulated_on_ranks(rank, world_size, model, batch):
+    """Three steps in two parts, each rank with every other row."""
+    model = copy.deepcopy(model)  # what comes from the parent is shared with it, and with the other rank
+    problem = replace(small_problem()[0], model=model)
+    closure = closure_of(problem, torch.optim.SGD(model.parameters(), lr=0.5), parts=2)
+    closure.model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    closure.batch = tuple(tensor[rank::world_size] for tensor in batch)
+    for _ in range(3):
+        closure.step()
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def test_ranks_accumulate_the_gradient_of_the_whole_batch(tmp_path):
+    problem, batch = small_problem()
+    found = gloo.spawn_ranks(tmp_path / "ranks", accumulated_on_ranks, 2, problem.model, batch)
+    closure = closure_of(problem, torch.optim.SGD(problem.model.parameters(), lr=0.5), parts=1)
+    closure.batch = batch
+    for _ in range(3):
+        closure.step()
+    assert identical(found[0], found[1])
+    torch.testing.assert_close(found[0], dict(problem.model.state_dict()))
 
 
 def test_a_step_that_overflows_is_skipped_and_no_hook_sees_it():
@@ -360,6 +405,14 @@ def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
             open_sets(ImageConfig(data="folder", data_path=path and str(path)), ranks)
         except (ValueError, OSError) as error:
             found[name] = str(error)
+    os.environ["AADL_IMAGENET_DIR"] = str(tmp_path / f"odd-{rank}")
+    try:
+        open_sets(ImageConfig(data="folder"), ranks)
+    except ValueError as error:
+        found["other copy"] = str(error)
+    del os.environ["AADL_IMAGENET_DIR"]
+    problem = build(image_run(folder), ranks)
+    found["validation"] = problem.evaluate(problem.model)
     fractal = ImageConfig(data_path=str(tmp_path / "fractals"), num_classes=2, images_per_class=2, data_size=8,
                           validation_per_class=1, data_seed=5)  # fmt: skip
     made, ensure = [], imagenet.fractals.ensure
@@ -378,19 +431,26 @@ def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
 
 def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
     packed = pack(folder, tmp_path / "packed")
-    for name in ("node-0", "node-1", "broken"):
+    for name in ("node-0", "node-1", "broken", "odd-0", "odd-1"):
         shutil.copytree(folder, tmp_path / name)
+    first, second, *_ = sorted((tmp_path / "odd-1/train").rglob("*.JPEG"))
+    shutil.copy(second, first)
     for path in [*(tmp_path / "broken/val").rglob("*.JPEG"), *sorted((tmp_path / "broken/train").rglob("*.JPEG"))[:5]]:
         path.write_bytes(b"")
     places = (folder, packed, tmp_path / "broken", tmp_path)
     found = gloo.spawn_ranks(tmp_path / "ranks", outcomes_on_ranks, 2, *places)
     images, validation = open_images(folder, "train"), open_images(folder, "validation")
+    problem = build(image_run(folder), Ranks())
+    alone = problem.evaluate(problem.model)
     for rank, each in enumerate(found):
         content = images.read(40), validation.read(3), images.name(40), images.digest
         assert each["copy"] == (tmp_path / f"node-{rank}" / "train", *content)
         assert each["opened"] == (2 if rank == 0 else 0)
         assert each["staged"] == (1 - rank, tmp_path / "local", images.read(40), 4 * (1 - rank))
         assert each["missing"] == f"ImageNet: {tmp_path / 'missing'} does not exist"
+        assert re.search(r"some images in \S+odd-\d is \w{8} here and \w{8} on rank 0", each["other copy"])
+        for name, value in alone.items():
+            assert name.startswith("timing/") or each["validation"][name] == pytest.approx(value, rel=1e-5), name
         assert each["fractals"] == (4, 1 - rank)
         assert each["unreadable"]["num_unreadable_train_images"] == 5
         assert each["none"] == "none of the 20 validation images can be read"
@@ -474,6 +534,34 @@ def test_a_run_is_recorded_drawn_and_summarized(folder, tmp_path, capsys):
     assert main(["summarize", "--results", str(tmp_path / "results")]) == 0
     table = capsys.readouterr().out
     assert "top-1 (%)" in table and "20 validation images" in table and "batches of 16" in table
+
+
+@pytest.mark.parametrize("setting", [{"precision": "float16"}, {"compile": True}, {"accumulate": 2}])
+def test_a_run_learns_with_each_switch(folder, tmp_path, monkeypatch, setting):
+    backend = functools.partial(torch.compile, backend="eager")  # code is another package's business
+    monkeypatch.setattr(torch, "compile", backend)
+    raw = raw_config(folder, {"acceleration": AADL, "ema_decay": 0.5}, training={"epochs": 6} | setting)
+    assert run(raw, tmp_path) == 0
+    record = read_run(tmp_path / "results/imagenet/test/one/seed-0.h5")
+    losses = record.series["metrics/train/minibatch_loss"]
+    assert losses[-1] < losses[1] and record.series["acceleration/attempts"][-1] > 0
+    assert ("metrics/skipped_steps" in record.series) == ("precision" in setting)
+
+
+def test_images_that_an_earlier_process_could_not_read_are_counted(tmp_path):
+    folder = image_set(tmp_path / "set")
+    broken = sorted((folder / "train").rglob("*.JPEG"))[3]
+    content = broken.read_bytes()
+    broken.write_bytes(b"")
+    problem = build(image_run(folder), Ranks())
+    for _ in problem.epoch_batches(1, 0):
+        pass
+    state = problem.state()
+    broken.write_bytes(content)
+    again = build(image_run(folder), Ranks())
+    assert again.finish(again.model)["num_unreadable_train_images"] == 0
+    assert again.restore(state) is None
+    assert again.finish(again.model)["num_unreadable_train_images"] == 1
 
 
 def test_a_validation_may_be_left_out_but_for_the_last(folder, tmp_path):

@@ -264,7 +264,9 @@ def count_groups(folder):
         numbers = [len(dist.distributed_c10d._world.pg_map)]
         for run in range(3):
             for asynchronous in (False, True):
-                Checkpoints(folder / "run", ranks, asynchronous=asynchronous).save(run, {}, {})
+                checkpoints = Checkpoints(folder / "run", ranks, asynchronous=asynchronous)
+                checkpoints.save(run, {}, {})
+                checkpoints.close()
             assert Agreement(ranks).agree_now(run, ranks.rank == 1, True).stop
             numbers.append(len(dist.distributed_c10d._world.pg_map))
         stop_process_group(ranks)

@@ -76,7 +76,7 @@ def test_a_shard_is_plain_hdf5(folder):
         start, stop = file["offsets"][3:5]
         assert file["data"][start:stop].tobytes() == CONTENTS[13]
         assert file["data"].chunks is None
-        assert list(file.attrs)[-1] == "complete" or file.attrs["complete"]
+        assert bool(file.attrs["complete"])
         assert file.attrs["version"] == 1
 
 
@@ -257,6 +257,24 @@ def test_another_version_is_refused(folder):
     with pytest.raises(ValueError, match=r"00001-of-00003.h5 has shard version 2 where this code reads 1: pack"):
         PackedImages(folder, "train")
     assert "version 2" in verify(folder)[0]
+
+
+def test_a_flipped_letter_of_a_class_name_is_found(folder):
+    path = shard(folder)
+    data = path.read_bytes()
+    place = data.index(b'["a", "b"]') + 2
+    path.write_bytes(data[:place] + b"c" + data[place + 1 :])
+    with pytest.raises(ValueError, match=r"00001-of-00003.h5 is damaged: its attributes have the wrong checksum"):
+        PackedImages(folder, "train")
+    assert "wrong checksum" in verify(folder)[0]
+
+
+def test_a_shard_of_the_other_split_is_refused(folder, tmp_path):
+    write_packed(tmp_path / "other", "validation", items(CONTENTS), ["a", "b"], images_per_shard=10)
+    for path in sorted((tmp_path / "other").glob("*.h5")):
+        shutil.copy(path, folder / path.name.replace("validation", "train"))
+    with pytest.raises(ValueError, match=r"train-00000-of-00003.h5 is a validation shard by its contents"):
+        open_images(folder, "train")
 
 
 def test_an_incomplete_shard_is_refused(folder):

@@ -1,5 +1,6 @@
 """Runs that are stopped, saved and taken up again: the continuation repeats the uninterrupted run bit for bit."""
 
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
@@ -26,6 +28,7 @@ from experiments.lock import FolderInUse
 from experiments.record import read_run, run_folder, run_path, state_of
 from experiments.run_config import SaveConfig
 from experiments.session import OtherRun, RunSession
+from experiments.steps import Closure, FiniteLosses
 from experiments.train import Training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +197,21 @@ def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, mo
     monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: 1000.0)
     execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
     assert saved == []
+
+
+def test_a_run_whose_loss_is_lost_ends_within_its_epoch(tmp_path, monkeypatch):
+    config = run_config("sgd", epochs=4, batch_size=10)  # 32 steps an epoch
+    step = Closure.step
+    monkeypatch.setattr(Closure, "step", lambda closure: step(closure) * (math.nan if closure.num_losses == 5 else 1.0))
+    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    record = read_run(run_path(tmp_path, config))
+    assert record.diverged and record.attributes["num_steps"] in range(6, 10)
+
+
+def test_losses_are_judged_two_steps_late():
+    finite = FiniteLosses()
+    told = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
+    assert told == [True, True, True, False, False]
 
 
 def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):

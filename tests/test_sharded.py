@@ -107,7 +107,10 @@ def clamp(step, model, optimizer):
 
 def train_sharded(rank, size):
     results = {
-        (layout, name): train(rank, size, wrap, name) for layout, wrap in LAYOUTS[size].items() for name in VARIANTS
+        (layout, name): train(rank, size, wrap, name)
+        for layout, wrap in LAYOUTS[size].items()
+        for name in VARIANTS
+        if size == 2 or name in ON_FOUR[layout]
     }
     results["plain"] = run(rank, size, wrap=sharded, loss=part_of_batch, steps=STEPS)
     if size == 4:
