@@ -276,7 +276,8 @@ Written by `python -m benchmarks.fractals --docs`: {about["processor"]}, one thr
 {about["python"]}, commit {about["commit"]}, {about["date"][:10]}.
 
 `python -m data_loaders.fractals DST --classes 10 --images 100 --validation 20 --size 64` makes a labeled set of images
-for machines without ImageNet, as folders of JPEG files or (`--packed`) as shards. A class is one random iterated
+for machines without ImageNet, as folders of JPEG files or (`--packed`) as shards; `--variation 0.5` makes the images of
+a class more alike, which a network learns sooner. A class is one random iterated
 function system of {NUM_MAPS[0]} to {NUM_MAPS[1]} contracting maps, after FractalDB (H. Kataoka et al., ACCV 2020); an
 image depends on seed, class and instance alone.
 

@@ -74,7 +74,7 @@ def summarize_images(comparison: Comparison) -> str:
         f"{about['classification']}, {about['num_classes']} classes, {about['num_train_images']} training and "
         f"{about['num_validation_images']} validation images, batches of {about['batch_images']}, "
         f"{run.config['training']['epochs']} epochs, {about['world_size']} ranks, {about['devices']}. Median over the "
-        "seeds [minimum .. maximum]. Every accuracy counts {_counted(comparison)}; all but the stale one are with "
+        f"seeds [minimum .. maximum]. Every accuracy counts {_counted(comparison)}; all but the stale one are with "
         "statistics of BatchNorm computed anew. Seconds include the evaluations; images/s do not."
     )
     source = f"Source: {comparison.source_line()}"
