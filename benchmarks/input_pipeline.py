@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,7 @@ from data_loaders.sampling import epoch_order, sample_seed, uniform
 
 WIDTH, HEIGHT, QUALITY, CONTRAST = 500, 375, 92, 27.0
 SIZE, RESIZE, BATCH = 224, 256, 32
+PROCESSES = 8
 TARGET = 0.95  # of the floor, from packed shards
 FORMS = {"folder": "one file an image", "packed": "packed", "resized": f"packed, short side {RESIZE}"}
 DECODERS = ("torchvision", "dali")
@@ -68,6 +71,11 @@ def make_forms(folder: Path, num_images: int) -> dict[str, FolderImages | Packed
     for form, rows in (("packed", contents), ("resized", [encode(data, Packing(resize=RESIZE)) for data in contents])):
         items = ((f"n00000001/{number}.JPEG", 0, data) for number, data in enumerate(rows))
         write_packed(folder / form, "train", items, ["n00000001"], images_per_shard=max(1, num_images // 4))
+    return open_forms(folder)
+
+
+def open_forms(folder: Path) -> dict[str, FolderImages | PackedImages]:
+    """What `make_forms` made in a folder."""
     forms: dict[str, FolderImages | PackedImages] = {"folder": FolderImages(folder / "files", "train")}
     return {**forms, **{form: PackedImages(folder / form, "train") for form in ("packed", "resized")}}
 
@@ -181,6 +189,27 @@ def measure(cases: dict[str, Case], rounds: int, num_images: int) -> dict[str, T
                 times[name].cpu.append(cpu / size)
                 times[name].wall.append(wall / size)
     return times
+
+
+def measure_in(folder: Path, rounds: int, num_images: int) -> dict[str, Times]:
+    """The same in a process of its own."""
+    return measure(cases_of(open_forms(folder)), rounds, num_images)
+
+
+def measure_in_processes(folder: Path, rounds: int, num_images: int) -> dict[str, Times]:
+    """All rounds, divided among processes that follow each other: where memory lies differs from process to process,
+    and by that shares of the floor differ by several percent."""
+    number = min(PROCESSES, rounds)
+    context = multiprocessing.get_context("spawn")
+    merged: dict[str, Times] = {}
+    for part in range(number):
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            share = rounds // number + (part < rounds % number)
+            for name, times in pool.submit(measure_in, folder, share, num_images).result().items():
+                whole = merged.setdefault(name, Times([], []))
+                whole.cpu.extend(times.cpu)
+                whole.wall.extend(times.wall)
+    return merged
 
 
 def forget(paths: Sequence[Path]) -> None:
@@ -329,8 +358,9 @@ Written by `python -m benchmarks.input_pipeline --docs`: {machine}. Load of the 
 {report.num_images} JPEG files of {WIDTH} x {HEIGHT} pixels with a 1/f spectrum, quality {QUALITY}, in the layout of
 ImageNet; training crops of {SIZE} pixels (8 % to 100 % of the area, aspect 3/4 to 4/3), mirrored in half of the cases,
 bilinear with antialiasing, uint8 batches of {BATCH} in channels-last memory. Median [quartiles] of {report.rounds}
-rounds; a round measures everything on the same batch, beginning with another case each time, and shares are those of
-the same round. One process, so images a second of processor time are those of one core. The floor is what no loader
+rounds, divided among {min(PROCESSES, report.rounds)} processes, for shares depend on where a process has its memory; a
+round measures everything on the same batch, beginning with another case each time, and shares are those of the same
+round. One process at a time, so images a second of processor time are those of one core. The floor is what no loader
 that decodes with Pillow avoids: decoding, cropping, resizing and mirroring bytes that are in memory, and getting at the
 pixels, without reading, checksums, random numbers, batches and labels.
 
@@ -358,7 +388,7 @@ def run(num_images: int, rounds: int, folder: Path | None, workers: Sequence[int
         forms = make_forms(Path(temporary), num_images)
         sizes = {form: [len(images.read(index)) for index in range(num_images)] for form, images in forms.items()}
         kilobytes = {form: float(np.mean(each)) / 1e3 for form, each in sizes.items()}
-        times = measure(cases_of(forms), rounds, num_images)
+        times = measure_in_processes(Path(temporary), rounds, num_images)
         load = os.getloadavg()[1]
         cold = {form: cold_seconds(forms[form], min(rounds, 15)) for form in ("folder", "packed", "resized")}
         parallel = {number: with_workers(forms["packed"], number, 3) for number in workers}
@@ -372,12 +402,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few images and rounds, no workers: seconds")
     parser.add_argument("--images", type=int, help="default: 256")
-    parser.add_argument("--rounds", type=int, help="default: 120, a batch each")
+    parser.add_argument("--rounds", type=int, help="default: 160, a batch each")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the data are made (default: the system's)")
     parser.add_argument("--docs", action="store_true", help="write docs/input_pipeline.md")
     options = parser.parse_args(arguments)
     options.images = options.images or (8 if options.quick else 256)
-    options.rounds = options.rounds or (2 if options.quick else 120)
+    options.rounds = options.rounds or (2 if options.quick else 160)
     if options.images < 1 or (options.images > BATCH and options.images % BATCH):
         parser.error(f"--images must be at most {BATCH} or a multiple of it, whole batches, got {options.images}")
     if options.rounds < 1:
