@@ -91,15 +91,17 @@ class Times:
     wall: list[float]
 
 
-def floor(contents: Sequence[bytes], numbers: Sequence[list[float]]) -> None:
-    """What no loader that decodes with Pillow can do without."""
+def floor(contents: Sequence[bytes], numbers: Sequence[list[float]]) -> list[bytes]:
+    """What no loader that decodes with Pillow can do without; the pixels of a batch must be there together."""
+    squares = []
     for data, each in zip(contents, numbers, strict=True):
         image = Image.open(io.BytesIO(data))
         image.load()
         crop = random_crop(*image.size, each)
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
         square = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
-        (square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else square).tobytes()
+        squares.append((square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else square).tobytes())
+    return squares
 
 
 def read_images(images: Images, indices: Sequence[int]) -> None:
@@ -362,7 +364,7 @@ rounds, divided among {min(PROCESSES, report.rounds)} processes, for shares depe
 round measures everything on the same batch, beginning with another case each time, and shares are those of the same
 round. One process at a time, so images a second of processor time are those of one core. The floor is what no loader
 that decodes with Pillow avoids: decoding, cropping, resizing and mirroring bytes that are in memory, and getting at the
-pixels, without reading, checksums, random numbers, batches and labels.
+pixels of all images of a batch, without reading, checksums, random numbers, joining to a batch, and labels.
 
 **Loading**
 
