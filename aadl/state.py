@@ -2,7 +2,8 @@
 
 Parameters keep their shapes: the rows of a parameter are tensors of shape (depth, *shape), DTensors sharded as the
 parameter is, so that torch.distributed.checkpoint can load them at another world size. A sharded history of replicas
-has no shapes to keep; its rows are DTensors of shape (depth, elements), cut along their elements.
+has no shapes to keep; its rows are DTensors of shape (depth, elements), cut along their elements. Whole tensors in
+place of DTensors load as well: every rank takes its part.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
                 f"the saved history belongs to parameters of other shapes: {name} has shape "
                 f"{tuple(saved[name].shape)}, not {tuple(target.shape)}"
             )
-        if is_sharded(saved[name]) != is_sharded(target) or local(saved[name]).shape != local(target).shape:
+        is_for_others = is_sharded(saved[name]) and not is_sharded(target)
+        if is_for_others or _part_here(saved[name], target).shape != local(target).shape:
             raise ValueError(
                 f"the saved {name} is sharded in another way than this accelerator's: load it with "
                 f"torch.distributed.checkpoint"
@@ -64,9 +66,24 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Copy saved tensors into the views of a history; those that are in place already are left alone."""
     for name, target in wanted.items():
-        source, there = local(saved[name]), local(target)
+        source, there = _part_here(saved[name], target), local(target)
         if source.data_ptr() != there.data_ptr() or source.device != there.device:
             there.copy_(source)
+
+
+def _part_here(saved: Tensor, target: Tensor) -> Tensor:
+    """The part of a saved tensor that lies on this rank: a view, cut as the target is where the saved one is whole.
+
+    Strided shards are not cut, and have another shape than the part.
+    """
+    if is_sharded(saved) or not is_sharded(target):
+        return local(saved)
+    part, mesh = saved, target.device_mesh  # type: ignore[attr-defined]
+    for dimension, placement in enumerate(target.placements):  # type: ignore[attr-defined]
+        if hasattr(placement, "dim") and not hasattr(placement, "split_factor"):
+            pieces, place = part.chunk(mesh.size(dimension), placement.dim), mesh.get_local_rank(dimension)
+            part = pieces[place] if place < len(pieces) else part.narrow(placement.dim, 0, 0)
+    return part
 
 
 def books_of(history: History) -> dict[str, Any]:

@@ -135,9 +135,11 @@ def _run(options: argparse.Namespace) -> None:
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs in this process and its like; a rank that fails ends the others."""
     interrupted: Interrupted | None = None
-    with end_on_failure(ranks):
+    # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
+    with end_on_failure(ranks), Interruption() as interruption:
+        how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
-            execute_experiment(config, ranks, options.results, num_jobs=_jobs(options), force=options.force)
+            execute_experiment(config, ranks, options.results, **how)
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:

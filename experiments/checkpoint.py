@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,11 @@ class _Read(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run in one folder, `<folder>/step-<step>/`."""
+    """The checkpoints of a run in one folder, `<folder>/step-<step>/`.
+
+    Attributes:
+        write_seconds: the longest that the thread of an asynchronous one took.
+    """
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2, asynchronous: bool = False) -> None:
         """Made by all ranks together; it uses `control_group`, and where asynchronous `background_group`.
@@ -150,6 +155,7 @@ class Checkpoints:
         self._group = background_group(ranks) if asynchronous else control_group(ranks)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.write_seconds = 0.0
         self._unusable: set[str] = set()  # names of checkpoints that were passed over
 
     def save(self, step: int, shared: State, own: State, *, best: bool = False, identity: str = "") -> None:
@@ -173,10 +179,12 @@ class Checkpoints:
             return
 
         def run() -> None:
+            start = time.monotonic()
             try:
                 self._write(job)
             except BaseException as error:
                 self._error = error
+            self.write_seconds = max(self.write_seconds, time.monotonic() - start)
 
         # A daemon, for a process that fails must not wait for it; the others do so in `wait`.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)

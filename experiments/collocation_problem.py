@@ -128,6 +128,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         reset_on_new_data=problem.history_on_resample == "reset",
         state=collocation.state_dict,
         restore=collocation.load_state_dict,
+        best_by=next((f"metrics/validation/relative_l2_{name}" for name in tests), "metrics/train/loss"),
         attributes={
             "equation": equation.label,
             "degenerate": equation.degenerate,

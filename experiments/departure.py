@@ -33,7 +33,7 @@ WATCH_SECONDS = 1.0
 STALL_SECONDS = 2.0  # a process that stood still for longer says so
 CLAIM_SECONDS = 3.0  # a rank that lost its connection waits so long for the rank that failed to say so
 FAREWELL_SECONDS = 30.0
-PATIENCE_SECONDS = 1800.0  # of the groups for control: a rank may write its part of a checkpoint for so long
+PATIENCE_SECONDS = 1800.0  # of the groups for control, where the ranks have met otherwise
 LOST_STORE: dict[str, Any] = {"rank": 0, "host": "", "what": "it ended, and its store with it"}
 
 
@@ -45,6 +45,8 @@ class Joined:
         ranks: this process.
         base: the store, with the keys of earlier attempts in it.
         store: the part of it that belongs to this attempt.
+        patience_seconds: that the ranks wait for each other in the groups for control, as while one of them writes
+            its part of a checkpoint.
         groups: process groups so far.
         done: ends the watch.
         watcher: the thread that watches.
@@ -54,6 +56,7 @@ class Joined:
     ranks: Ranks
     base: Store
     store: Store
+    patience_seconds: float = PATIENCE_SECONDS
     groups: int = 0
     done: threading.Event | None = None
     watcher: threading.Thread | None = None
@@ -78,10 +81,10 @@ def joined() -> Joined | None:
     return _joined
 
 
-def join(ranks: Ranks, base: Store, store: Store) -> Joined:
+def join(ranks: Ranks, base: Store, store: Store, patience_seconds: float = PATIENCE_SECONDS) -> Joined:
     """Remembers the ranks that this process has met; they stay the same until it leaves."""
     global _joined
-    _joined = Joined(ranks, base, store)
+    _joined = Joined(ranks, base, store, patience_seconds)
     return _joined
 
 
@@ -110,8 +113,9 @@ def _side_group(purpose: str, ranks: Ranks) -> dist.ProcessGroup | None:
     try:
         dist.get_backend(_side_groups[purpose])
     except (KeyError, ValueError):  # ValueError: it went with an earlier process group
-        seconds = timedelta(seconds=PATIENCE_SECONDS)
-        _side_groups[purpose] = dist.new_group(backend="gloo", timeout=seconds, group_desc=f"aadl {purpose}")
+        seconds = _joined.patience_seconds if _joined is not None else PATIENCE_SECONDS
+        timeout = timedelta(seconds=seconds)
+        _side_groups[purpose] = dist.new_group(backend="gloo", timeout=timeout, group_desc=f"aadl {purpose}")
     return _side_groups[purpose]
 
 

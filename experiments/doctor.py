@@ -48,6 +48,7 @@ TOKEN_SECONDS = 10.0
 LITTLE_SPACE_BYTES = 2**30
 SKEW_SECONDS = 1.0
 SIZES_BYTES = (2**12, 2**20, 2**24)
+SECTIONS = ("ranks", "environment")  # of the file of a site, which are compared
 ROWS = 16  # of a list by rank, before it is cut
 
 ReadSite = Callable[[Path], Mapping[str, Any]]
@@ -66,7 +67,9 @@ class Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
-    parser.add_argument("--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml")
+    parser.add_argument(
+        "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
+    )
     text = "fail below this bandwidth of all_reduce (no limit)"
     parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
     text = "until all ranks have met (60)"
@@ -109,11 +112,24 @@ def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
 def _site(name: str | None, read_site: ReadSite | None) -> Mapping[str, Any]:
     if name is None:
         return {}
-    names = sorted(path.stem for path in SITES.glob("*.yaml"))
-    if name not in names:
-        raise ValueError(f"--site must be one of {', '.join(names)}, got {name!r}")
     assert read_site is not None  # of the command line
-    return read_site(SITES / f"{name}.yaml")
+    names = sorted(path.stem for path in SITES.glob("*.yaml"))
+    of_user = name.endswith((".yaml", ".yml"))
+    if not of_user and name not in names:
+        raise ValueError(f"--site must be one of {', '.join(names)}, or a file that ends in .yaml, got {name!r}")
+    path = Path(name) if of_user else SITES / f"{name}.yaml"
+    try:
+        site = read_site(path)
+    except OSError as error:
+        raise OSError(f"--site {path} cannot be read: {error.strerror or error}") from None
+    for key in SECTIONS:
+        if not isinstance(site.get(key) or {}, Mapping):
+            raise ValueError(f"{path}: {key} must be a mapping of settings, got {site[key]!r}")
+    if "scheduler" not in site or "launcher" not in site:
+        raise ValueError(
+            f"{path} must be the file of a site, with scheduler and launcher, as those of {SITES.name}/ are"
+        )
+    return site
 
 
 def _alone(results: Path) -> list[Finding]:
@@ -458,7 +474,7 @@ def _compare_site(site: Mapping[str, Any], ranks: Ranks, facts: Sequence[Mapping
     if ranks.scheduler == "none" and site.get("scheduler", "none") != "none":
         findings.append(Finding("job", "none: what the site wants of one was not compared"))
         return findings
-    launcher, per_node = site.get("launcher"), site.get("ranks", {})
+    launcher, per_node = site.get("launcher"), site.get("ranks") or {}
     own = {"mpich": "mpirun", "openmpi": "mpirun"}.get(ranks.launcher, ranks.launcher)
     if launcher is not None and own != launcher and ranks.world_size > 1:
         findings.append(Finding("launcher of the site", f"{launcher}, not {ranks.launcher}", f"start with {launcher}"))

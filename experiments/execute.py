@@ -151,6 +151,7 @@ def execute_run(
                 show_progress=show_progress and ranks.rank == 0,
             )
             if ranks.rank == 0:
+                session.check_lock()
                 if result.weights is not None:
                     write_weights(path.with_suffix(".weights.pt"), result.weights)
                 write(result, complete=True)
@@ -198,7 +199,13 @@ def _stage(
 
 
 def execute_experiment(
-    config: ExperimentConfig, ranks: Ranks, results: Path, *, num_jobs: int, force: bool = False
+    config: ExperimentConfig,
+    ranks: Ranks,
+    results: Path,
+    *,
+    num_jobs: int,
+    force: bool = False,
+    interruption: Interruption | None = None,
 ) -> int:
     """Makes every run of an experiment that is not finished yet.
 
@@ -211,6 +218,7 @@ def execute_experiment(
         results: folder of all results.
         num_jobs: worker processes, >= 1.
         force: makes finished runs again.
+        interruption: whether to stop; None for signals and the time limit of the environment, from now on.
 
     Returns:
         The number of runs made.
@@ -221,19 +229,24 @@ def execute_experiment(
         Interrupted: a run was told to stop, and saved.
         RuntimeError: a run failed.
     """
-    check_single_process(config, ranks)
+    if interruption is None:
+        with Interruption() as own:
+            return execute_experiment(config, ranks, results, num_jobs=num_jobs, force=force, interruption=own)
+    left_out = single_process_variants(config) if ranks.world_size > 1 else []
     anew = force and ranks.restart_count == 0
     if force and not anew:
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
         seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
-        runs, pending = by_first(ranks, lambda: _plan(config, ranks, results, anew), "reading the data", seconds)
+        runs, pending = by_first(
+            ranks, lambda: _plan(config, ranks, results, anew, left_out), "reading the data", seconds
+        )
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
-            _execute_in_turn(pending, ranks, results, config, anew)
+            _execute_in_turn(pending, ranks, results, config, anew, interruption)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            _execute_parallel(pending, ranks, results, config, anew, max(1, num_jobs // threads))
+            _execute_parallel(pending, ranks, results, config, anew, max(1, num_jobs // threads), interruption)
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0:
@@ -241,10 +254,14 @@ def execute_experiment(
     return len(pending)
 
 
-def _plan(config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool) -> tuple[list[RunConfig], list[RunConfig]]:
-    """All runs, and those to make; says what is known of them."""
+def _plan(
+    config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool, left_out: list[str]
+) -> tuple[list[RunConfig], list[RunConfig]]:
+    """All runs but those of some variants, and those to make; says what is known of them."""
     described = describe(config.problem)
-    runs = expand_runs(config, num_rows=described.num_rows)
+    runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
+    if left_out:
+        _say(f"left out on {ranks.world_size} ranks, for they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
     descriptions = {key: describe(problem) for key, problem in problems.items()}
     _probe(results / config.experiment / config.scale)
@@ -261,22 +278,20 @@ def _shares_a_device(pending: list[RunConfig]) -> bool:
     return torch.cuda.is_available() or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
 
 
-def check_single_process(config: ExperimentConfig, ranks: Ranks) -> None:
-    """Refuses, on several ranks, what runs in a single process.
+def single_process_variants(config: ExperimentConfig) -> list[str]:
+    """The variants whose optimizer needs all residuals, and so a single process.
 
     Raises:
-        ValueError: a variant with an optimizer that needs all residuals.
+        ValueError: there are no others.
     """
-    if ranks.world_size == 1:
-        return
+    names = []
     for name, variant in config.variants.items():
         stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
-        single = [f"the optimizer {stage.name}" for stage in stages if needs_residuals(stage.name)]
-        if single:
-            raise ValueError(
-                f"variants.{name}: {single[0]} runs in a single process, not on {ranks.world_size} ranks: name the "
-                "other variants with --set variants=..."
-            )
+        if any(needs_residuals(stage.name) for stage in stages):
+            names.append(name)
+    if len(names) == len(config.variants):
+        raise ValueError(f"{', '.join(names)}: the optimizer runs in a single process, not on several ranks")
+    return names
 
 
 def _probe(folder: Path) -> None:
@@ -324,27 +339,31 @@ def _start_worker(told: Any) -> None:
 
 
 def _execute_in_turn(
-    pending: list[RunConfig], ranks: Ranks, results: Path, config: ExperimentConfig, anew: bool
+    pending: list[RunConfig],
+    ranks: Ranks,
+    results: Path,
+    config: ExperimentConfig,
+    anew: bool,
+    interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
     tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
-    with Interruption() as interruption:
-        for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
-            if _is_told_to_stop(interruption, ranks):
-                reason = interruption.reason or "a signal to another rank"
-                raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
-            if tell_each and ranks.rank == 0 and len(pending) > 1:
-                _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
-            execute_run(
-                run,
-                ranks,
-                results,
-                save=config.save,
-                interruption=interruption,
-                anew=anew,
-                timeout_seconds=config.launch.collective_seconds,
-                show_progress=tell_each,
-            )
+    for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
+        if _is_told_to_stop(interruption, ranks):
+            reason = interruption.reason or "a signal to another rank"
+            raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
+        if tell_each and ranks.rank == 0 and len(pending) > 1:
+            _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
+        execute_run(
+            run,
+            ranks,
+            results,
+            save=config.save,
+            interruption=interruption,
+            anew=anew,
+            timeout_seconds=config.launch.collective_seconds,
+            show_progress=tell_each,
+        )
 
 
 def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
@@ -356,21 +375,21 @@ def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
 
 
 def _execute_parallel(
-    pending: list[RunConfig], ranks: Ranks, results: Path, config: ExperimentConfig, anew: bool, num_jobs: int
+    pending: list[RunConfig],
+    ranks: Ranks,
+    results: Path,
+    config: ExperimentConfig,
+    anew: bool,
+    num_jobs: int,
+    interruption: Interruption,
 ) -> None:
     """Several runs at a time, in worker processes; a signal to this process reaches them all, and they save."""
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    told = multiprocessing.get_context("spawn").Event()
-    with (
-        Interruption() as interruption,
-        ProcessPoolExecutor(
-            min(num_jobs, len(pending)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(told,),
-        ) as pool,
-    ):
+    context = multiprocessing.get_context("spawn")
+    told = context.Event()
+    workers = min(num_jobs, len(pending))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
         futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
         try:
             for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):

@@ -75,6 +75,7 @@ class LaunchSettings:
     Attributes:
         start_seconds: until all ranks have met.
         collective_seconds: that a collective may take.
+        checkpoint_seconds: that the ranks wait for one that reads or writes its part of a checkpoint.
         backend: of the process group; auto means nccl on GPUs and gloo on CPUs.
         rendezvous: mpi broadcasts the address of rank 0 through MPI, file writes it to the folder of results; auto
             means mpi where mpiexec spawned the ranks and mpi4py can be imported, else file.
@@ -88,6 +89,7 @@ class LaunchSettings:
 
     start_seconds: float = setting(number(0), 300.0)
     collective_seconds: float = setting(number(0), 600.0)
+    checkpoint_seconds: float = setting(number(0), 1800.0)
     backend: str = setting(choice("auto", "nccl", "gloo"), "auto")
     rendezvous: str = setting(choice("auto", "mpi", "file"), "auto")
     interface: str | None = setting(optional(TEXT), "auto")
@@ -229,7 +231,7 @@ def _meet(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: Deadli
             announced.unlink(missing_ok=True)
     base.set_timeout(timedelta(seconds=settings.collective_seconds))
     _export_interface(ranks, settings, base, several_hosts)
-    return join(ranks, base, PrefixStore(f"attempt {name}", base))
+    return join(ranks, base, PrefixStore(f"attempt {name}", base), settings.checkpoint_seconds)
 
 
 def _device(ranks: Ranks, settings: LaunchSettings) -> tuple[str, torch.device, str]:

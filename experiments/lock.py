@@ -91,6 +91,16 @@ class FolderLock:
         self._heart = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._heart.start()
 
+    def check(self) -> None:
+        """To be called before anything is written: a process that slept for long may have lost its lock.
+
+        Raises:
+            FolderInUse: another job has taken the folder over.
+        """
+        holder = _read(self.path)
+        if holder.get("token") not in (self._token, None):  # None: the server does not answer now
+            raise FolderInUse(f"{self.folder} was taken over by {_name(holder)}; nothing more is written here")
+
     def release(self) -> None:
         """Gives the lock back; another process, as a forked one, cannot, and a lock that was taken over stays."""
         if self._pid != os.getpid():

@@ -65,6 +65,7 @@ class Problem:
             All ranks call it.
         restore: puts such a state back and returns the batch that was the present one, None without `points`.
         synchronize: makes the ranks' copies of what is not trained (statistics of BatchNorm) the same, before a save.
+        best_by: series by which the best checkpoint is chosen, the smaller the better.
         attributes: further attributes of the record.
     """
 
@@ -90,4 +91,5 @@ class Problem:
     state: Callable[[], dict[str, Any]] | None = None
     restore: Callable[[Mapping[str, Any]], Any] | None = None
     synchronize: Callable[[], None] | None = None
+    best_by: str = "metrics/validation/loss"
     attributes: Mapping[str, Any] = field(default_factory=dict)

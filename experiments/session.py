@@ -118,7 +118,7 @@ class RunSession:
         self._last_step = -1  # that was saved
         self._seen_step = 0
         self._save_seconds = 0.0  # the longest
-        self._best: float | None = None
+        self._best: float | None = None  # of all evaluations so far
         self.start = datetime.now(timezone.utc)
         self.num_restores = 0
 
@@ -213,14 +213,14 @@ class RunSession:
     def after_interval(self, run: Training) -> None:
         """Publishes the record now and then, and saves where it is time to; the best evaluation is kept."""
         if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
-            self._publish(run.result(finished=False))
-            self._published_at = time.monotonic()
+            self._publish_unfinished(run)
         # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
-        margin = run.longest_evaluation + 3 * self._save_seconds
+        margin = run.longest_evaluation + 3 * max(self._save_seconds, self._checkpoints.write_seconds)
         self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
         self._agreement.read()
-        value = run.validation_loss  # the same on all ranks
+        value = run.best_by  # the same on all ranks
         is_best = value is not None and (self._best is None or value < self._best)
+        self._best = value if is_best else self._best
         save = self._is_time(or_after=self._pause_before_best() if is_best else None)
         word = self._agreement.agree_now(
             run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
@@ -228,9 +228,8 @@ class RunSession:
         if not run.goes_on:
             return
         if word.stop:
-            self._stop(run)
+            self._stop(run, best=is_best)
         elif word.save:
-            self._best = value if is_best else self._best
             self._save(run, best=is_best)
 
     def _is_time(self, or_after: float | None = None) -> bool:
@@ -243,8 +242,8 @@ class RunSession:
         """Seconds before a better run is saved, for at first almost every evaluation is better than the last."""
         return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
 
-    def _stop(self, run: Training) -> None:
-        self._save(run)
+    def _stop(self, run: Training, *, best: bool = False) -> None:
+        self._save(run, best=best)
         self._checkpoints.close()
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
@@ -254,6 +253,7 @@ class RunSession:
         start = self._saved_at = time.monotonic()
         if run.num_steps == self._last_step and not best:
             return
+        self.check_lock()
         with run.clock.stopped():
             shared, own = run.state()
             self._checkpoints.save(
@@ -267,8 +267,20 @@ class RunSession:
         self._saved_at = time.monotonic()  # the time it takes is no time of training
         self._save_seconds = max(self._save_seconds, self._saved_at - start)
         if self._ranks.rank == 0:
+            self._publish_unfinished(run)
+
+    def check_lock(self) -> None:
+        """Raises FolderInUse, on rank 0, where another job has taken the run over meanwhile."""
+        if isinstance(self._lock, FolderLock):
+            self._lock.check()
+
+    def _publish_unfinished(self, run: Training) -> None:
+        """Writes the record so far, on rank 0; a disk that is full for a while does not end the run."""
+        try:
             self._publish(run.result(finished=False))
-            self._published_at = time.monotonic()
+        except OSError as error:
+            _say(f"warning: the record of the unfinished run cannot be written now: {error}")
+        self._published_at = time.monotonic()
 
 
 def _say(text: str) -> None:

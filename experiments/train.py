@@ -334,10 +334,11 @@ class Training:
         return values
 
     @property
-    def validation_loss(self) -> float | None:
-        """Of the last evaluation; None where there is none."""
-        entries = self.series.get("metrics/validation/loss")
-        return entries[-1] if entries and math.isfinite(entries[-1]) else None
+    def best_by(self) -> float | None:
+        """Value of the last evaluation by which runs are compared; None where the last interval had none."""
+        entries = self.series.get(self.problem.best_by, [])
+        is_new = len(entries) == len(self.series["timing/training_seconds"])
+        return entries[-1] if is_new and math.isfinite(entries[-1]) else None
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What all ranks have in common, and what belongs to this one; all ranks must call."""

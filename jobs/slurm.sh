@@ -27,6 +27,16 @@ trap 'forward USR1' USR1
 trap 'forward USR2' USR2
 trap 'forward TERM' TERM
 
+# A controller that is busy or restarts answers a little later.
+patiently() {
+    local pause
+    for pause in 1 2 4 8; do
+        "$@@" && return
+        sleep "$pause"
+    done
+    "$@@"
+}
+
 echo "job $SLURM_JOB_ID, start $((restarts + 1)), nodes $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
 @{launch} &
 step=$!
@@ -40,10 +50,11 @@ done
 if [ -e "$AADL_STOPPED_FILE" ]; then
     rm -f "$AADL_STOPPED_FILE"
     code=75
-    # Not RUNNING: canceled, or out of time; requeueing would undo an scancel.
-    if [ "$restarts" -lt "$max_restarts" ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+    # Not RUNNING: canceled, or out of time; requeueing would undo an scancel. Without an answer the job goes on.
+    state=$(patiently squeue --noheader --jobs="$job" --format=%T) || state=RUNNING
+    if [ "$restarts" -lt "$max_restarts" ] && [ "$state" = RUNNING ]; then
         echo "stopped early, state saved: requeued (start $((restarts + 1)) of at most $((max_restarts + 1)))"
-        scontrol requeue "$job" && exit "$code"
+        patiently scontrol requeue "$job" && exit "$code"
         echo "error: scontrol requeue was refused" >&2
     fi
     echo "stopped early, state saved: the next job of the chain, or sbatch with this script, goes on" >&2

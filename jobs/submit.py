@@ -13,8 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from experiments.config import load_config
-from experiments.execute import check_single_process
-from experiments.ranks import Ranks
+from experiments.execute import single_process_variants
 from jobs.script import Job, Request, array_seeds, make_job, render
 from jobs.site import Site, read_site, site_names
 
@@ -127,7 +126,8 @@ def checked_job(site: Site, request: Request) -> Job:
     array = [request.array] if request.array is not None else []
     config = load_config(request.config, [*request.overrides, *array])
     job = make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable)
-    check_single_process(config, Ranks(world_size=job.ranks))
+    if job.ranks > 1:
+        single_process_variants(config)
     return job
 
 

@@ -1,7 +1,8 @@
-"""torch.distributed.checkpoint: a run on two ranks goes on, on 2, 4 and 1, as if nothing had happened."""
+"""Checkpoints of two ranks: a run goes on, on 2, 4 and 1, as if nothing had happened."""
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gloo
@@ -21,9 +22,16 @@ from parallel_runs import (
     sharded,
 )
 from small_runs import EAGER, identical
+from suite_cases import run_config
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import aadl
+from experiments.departure import Interrupted
+from experiments.execute import execute_run
+from experiments.interruption import Interruption
+from experiments.launch import Ranks
+from experiments.session import RunSession
+from experiments.train import Training
 
 SETTINGS = CALM | EAGER | {"store_each_nth": 2, "frequency": 4, "average": False, "safeguard": "residual"}
 KINDS = {  # wrapper, optimizer, settings
@@ -70,14 +78,21 @@ def save_all(rank, size, folder):
     return results
 
 
-def resume(kind, step, rank, size, folder, accelerator=True):
+def resume(kind, step, rank, size, folder, way="in place"):
     model, optimizer = build(kind, rank, size)
     weights, state = get_state_dict(model, optimizer)
     whole = {"model": weights, "optimizer": state}
     dcp.load(whole, checkpoint_id=folder / f"{kind}-{step}")
     set_state_dict(model, optimizer, model_state_dict=whole["model"], optim_state_dict=whole["optimizer"])
-    if accelerator:
-        dcp.load({"aadl": aadl.accelerator_of(optimizer)}, checkpoint_id=folder / f"{kind}-{step}")
+    accelerator = aadl.accelerator_of(optimizer)
+    if way == "in place":
+        dcp.load({"aadl": accelerator}, checkpoint_id=folder / f"{kind}-{step}")
+    elif way == "cut":
+        fresh = accelerator.state_dict()
+        rows = {name: torch.empty(row.shape, dtype=row.dtype) for name, row in fresh["rows"].items()}
+        state = {"aadl": fresh | {"rows": rows}}
+        dcp.load(state, checkpoint_id=folder / f"{kind}-{step}")
+        accelerator.load_state_dict(state["aadl"])
     return go_on(rank, size, model, optimizer, step + 1, STEPS, part_of_batch)
 
 
@@ -85,8 +100,9 @@ def resume_all(rank, size, folder):
     kinds = [kind for kind in KINDS if size > 1 or "shared" not in kind]
     steps = SAVED_AT[1:] if size == 2 else (2, 32, 33)
     results = {(kind, step): resume(kind, step, rank, size, folder) for kind in kinds for step in steps}
+    results |= {(kind, "cut"): resume(kind, 33, rank, size, folder, "cut") for kind in kinds}
     if size == 2:
-        results |= {(kind, "forgotten"): resume(kind, 33, rank, size, folder, accelerator=False) for kind in kinds}
+        results |= {(kind, "forgotten"): resume(kind, 33, rank, size, folder, "forgotten") for kind in kinds}
     return results
 
 
@@ -168,3 +184,63 @@ def test_plain_checkpoints_of_replicas(spawn_ranks, tmp_path):
     assert identical(resumed["statistics"], whole["statistics"])
     assert whole["statistics"]["accepted"] > 0
     assert distance(forgotten, whole) > 1e-3
+
+
+def whole_tensors_of_other_sizes(rank, size):
+    """What is said of whole tensors that are no part of anything here, and whether the state stayed as it was."""
+    _, optimizer = build("shared history", rank, size)
+    accelerator = aadl.accelerator_of(optimizer)
+    state = accelerator.state_dict()
+    whole = {name: torch.ones(row.shape, dtype=row.dtype) for name, row in state["rows"].items()}
+    name, row = next(iter(state["rows"].items()))
+    said = []
+    for wrong in (row.to_local().clone(), torch.ones(*row.shape[:-1], row.shape[-1] + 1)):
+        with pytest.raises(ValueError, match=f"other shapes: {name} has shape") as error:
+            accelerator.load_state_dict(state | {"rows": whole | {name: wrong}})
+        said.append(str(error.value).partition("has shape ")[2])
+    return said, any(bool(row.to_local().any()) for row in accelerator.state_dict()["rows"].values())
+
+
+def test_whole_tensors_of_other_sizes_are_refused(spawn_ranks):
+    outcomes = spawn_ranks(whole_tensors_of_other_sizes, 2)
+    assert outcomes[0] == (["(4, 42), not (4, 83)", "(4, 84), not (4, 83)"], False)
+    assert outcomes[1] == (["(4, 41), not (4, 83)", "(4, 84), not (4, 83)"], False)
+
+
+# ---- of the suite ----------------------------------------------------------------------------------------------------
+
+SHARED_HISTORY = {
+    "shard_history": True,
+    "store_each_nth": 1,
+    "frequency": 2,
+    "wait_iterations": 1,
+    "history_depth": 3,
+    "safeguard": "residual",
+    "average": False,
+}
+
+
+def suite_run(rank, size, results, stop=None):
+    """The final weights, optimizer and series of a run; with `stop`, it is told to stop after that step."""
+    config = run_config("sgd_aadl", epochs=6)
+    config = replace(config, variant=replace(config.variant, acceleration=SHARED_HISTORY))
+    interruption, kept = Interruption(environment={}), {}
+    after_step, result = RunSession.after_step, Training.result
+
+    def told(session, run, loss):
+        if run.num_steps == stop:
+            interruption._reason = "a test"
+        after_step(session, run, loss)
+
+    def keep(run, *, finished):
+        kept["run"] = [run.problem.model.state_dict(), aadl.accelerator_of(run.stages[0].optimizer).statistics]
+        return result(run, finished=finished)
+
+    RunSession.after_step, Training.result = told, keep
+    try:
+        execute_run(config, Ranks(rank, size, rank), results, interruption=interruption)
+    except Interrupted as error:
+        kept["run"] = str(error)
+    finally:
+        RunSession.after_step, Training.result = after_step, result
+    return copy.deepcopy(kept["run"])

@@ -9,6 +9,7 @@ import launched
 import pytest
 import yaml
 
+from experiments import __main__ as suite
 from experiments import doctor, launch
 from experiments.departure import leave
 from experiments.doctor import Finding
@@ -78,7 +79,7 @@ def test_launchers_in_disorder_are_a_finding(single, monkeypatch, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--site", "other"], "--site must be one of mine, got 'other'"),
+        (["--site", "other"], "--site must be one of mine, or a file that ends in .yaml, got 'other'"),
         (["--start-seconds", "0"], "--start-seconds must be positive, got 0.0"),
     ],
 )
@@ -95,6 +96,35 @@ def test_a_folder_that_cannot_be_written_is_named(single, tmp_path):
 
 def read_site(path):
     return yaml.safe_load(path.read_text())
+
+
+def test_a_site_of_ones_own_is_a_file(single, sites, monkeypatch, tmp_path, capsys):
+    (tmp_path / "my-cluster.yaml").write_text(yaml.safe_dump(SITE | {"ranks": {"per_node": 7}}))
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    arguments = ["--results", tmp_path / "results", "--site", tmp_path / "my-cluster.yaml"]
+    assert doctor.main(options(*arguments), read_site) == 0
+    assert "the site file has 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "--site FILE cannot be read: No such file or directory"),
+        ("a: [", "FILE is not valid YAML: while parsing"),
+        ("- a", "FILE must hold a mapping of settings, got ['a']"),
+        ("experiment: graduate_admissions", "FILE must be the file of a site, with scheduler and launcher"),
+        ("{scheduler: slurm, launcher: srun, ranks: 4}", "FILE: ranks must be a mapping of settings, got 4"),
+    ],
+)
+def test_a_file_that_is_no_site_is_one_sentence(single, tmp_path, capsys, text, message):
+    """By the command line, with the reader of YAML files that it uses."""
+    path, results = tmp_path / "my-cluster.yaml", tmp_path / "results"
+    if text is not None:
+        path.write_text(text)
+    assert suite.main(["doctor", "--site", str(path), "--results", str(results)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {message.replace('FILE', str(path))}") and told.count("\n") == 1
+    assert not results.exists()
 
 
 def test_a_site_is_compared(single, sites, monkeypatch, tmp_path, capsys):

@@ -144,8 +144,10 @@ def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path,
 
 def test_what_runs_in_a_single_process_is_refused_before_it_waits_in_a_queue(tmp_path, capsys):
     config = ROOT / "experiments" / "configs" / "burgers_2d" / "laptop.yaml"
-    assert submit.main([str(config), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]) == 2
-    assert "runs in a single process, not on 8 ranks" in capsys.readouterr().err
+    arguments = [str(config), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    variant = next(name for name in load_config(config).variants if name.startswith("lm"))
+    assert submit.main([*arguments, "--set", f"variants={variant}"]) == 2
+    assert f"{variant}: the optimizer runs in a single process, not on several ranks" in capsys.readouterr().err
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
@@ -351,7 +353,30 @@ def test_staging_leaves_no_half_copies(tmp_path):
     for _ in range(2):  # the second time it is there already
         subprocess.run([*stage, "data", tmp_path / "data", local / "data"], check=True)
         assert (local / "data" / "a file").read_text() == "1"
-        assert [path.name for path in local.iterdir()] == ["data"]
+        assert sorted(path.name for path in local.iterdir()) == ["data", "data.staged"]
+
+
+@pytest.mark.parametrize("end", ["exit 1", "kill -KILL $PPID"])
+def test_an_environment_that_was_not_unpacked_to_the_end_is_made_anew(tmp_path, end):
+    """conda-unpack fails, or all is killed while it runs; the next start must not take that for an environment."""
+    local = tmp_path / "local" / "environment"
+    stage = ["bash", str(ROOT / "jobs" / "stage.sh"), "environment", str(tmp_path / "packed.tar.gz"), str(local)]
+    (tmp_path / "bin").mkdir()
+    unpack = tmp_path / "bin" / "conda-unpack"
+    # As the real one, it must run in the final place, and once: it replaces the placeholder by that path.
+    unpack.write_text(
+        '#!/bin/sh\nplace=$(cd "$(dirname "$0")/.." && pwd)\n'
+        f'echo "$place" >>{tmp_path}/calls\necho half >"$place/half"\n[ -e {tmp_path}/go ] || {{ {end}; sleep 1; }}\n'
+        'rm "$place/half"\necho "$place" >"$place/prefix"\n'
+    )
+    unpack.chmod(0o755)
+    subprocess.run(["tar", "-czf", tmp_path / "packed.tar.gz", "-C", tmp_path, "bin"], check=True)
+    assert subprocess.run(stage, check=False).returncode != 0
+    (tmp_path / "go").touch()
+    for _ in range(2):  # the second time it is whole
+        subprocess.run(stage, check=True, timeout=30)
+        assert (local / "prefix").read_text() == f"{local}\n" and not (local / "half").exists()
+    assert (tmp_path / "calls").read_text().split() == [str(local)] * 2
 
 
 # --- scaling

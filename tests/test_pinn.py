@@ -400,16 +400,21 @@ def test_linearizations_are_iterations_and_residuals_are_trials():
     assert trials > 0 and result.series["metrics/evaluations"][-1] >= 80 + trials
 
 
-def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path):
+def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys):
     raw = copy.deepcopy(RAW)
     raw["variants"] = {"second": {"optimizer": {"name": "LevenbergMarquardt"}}}
     message = r"variants\.second\.optimizer\.name must be one of .*, got 'LevenbergMarquardt'"
     with pytest.raises(ValueError, match=message):
         parse_config(raw)
     raw = copy.deepcopy(PINN) | {"variants": raw["variants"]}
-    message = r"variants\.second: the optimizer LevenbergMarquardt runs in a single process, not "
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"second: the optimizer runs in a single process, not on several ranks"):
         execute.execute_experiment(parse_config(raw), Ranks(world_size=2), tmp_path, num_jobs=1)
+    raw["variants"]["adam"] = PINN["variants"]["adam"]
+    config = parse_config(raw)
+    left_out = execute.single_process_variants(config)
+    runs, _ = execute._plan(config, Ranks(world_size=2), tmp_path, False, left_out)
+    assert left_out == ["second"] and {run.name for run in runs} == {"adam"}
+    assert "left out on 2 ranks, for they run in a single process: second" in capsys.readouterr().err
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------

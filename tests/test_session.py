@@ -1,5 +1,6 @@
 """Runs that are stopped, saved and taken up again: the continuation repeats the uninterrupted run bit for bit."""
 
+import json
 import math
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from image_runs import AADL, PUBLISHED, image_run, image_set
 from small_runs import identical
 from suite_cases import PINN, RAW, pinn_run, run_config
 
+from experiments import execute
 from experiments.__main__ import main
 from experiments.checkpoint import Checkpoints
 from experiments.departure import Interrupted
@@ -179,10 +181,12 @@ def test_a_run_is_saved_by_the_clock_and_the_best_one_stays(tmp_path, monkeypatc
 
 
 def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, monkeypatch):
-    config = run_config("sgd", epochs=4)
-    monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: 0.0)
-    losses = {1: 4.0, 2: 3.0, 3: 3.5, 4: 1.0}  # by epoch
-    monkeypatch.setattr(Training, "validation_loss", property(lambda run: losses[run.interval - 1]))
+    config = run_config("sgd", epochs=6)
+    losses = {1: 4.0, 2: 3.0, 3: 3.5, 4: 1.0, 5: 2.0, 6: 0.5}  # by epoch
+    pauses = {2: 0.0, 3: 0.0, 4: 1000.0, 5: 0.0, 6: 0.0}  # 1000: it was saved a moment ago
+    epoch = []
+    monkeypatch.setattr(Training, "best_by", property(lambda run: epoch.append(run.interval - 1) or losses[epoch[-1]]))
+    monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: pauses.get(epoch[-1], 0.0))
     saved = []
     save = Checkpoints.save
 
@@ -192,11 +196,50 @@ def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, mo
 
     monkeypatch.setattr(Checkpoints, "save", note)
     execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    assert saved == [(4, True), (8, True)]  # after the last epoch there is nothing to go on with
-    saved.clear()
-    monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: 1000.0)
-    execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
-    assert saved == []
+    # Not the fifth, which is worse than the fourth; after the last there is nothing to go on with.
+    assert saved == [(4, True), (8, True)]
+
+
+def test_only_an_evaluation_of_this_interval_makes_a_run_better(folder, tmp_path, monkeypatch):
+    found = []
+    after = RunSession.after_interval
+    monkeypatch.setattr(RunSession, "after_interval", lambda own, run: found.append(run.best_by) or after(own, run))
+    config = image_run(folder, training={"epochs": 4, "evaluate_every": 2})
+    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    assert [value is None for value in found] == [True, False, True, False]
+    found.clear()
+    execute_run(pinn_run(), Ranks(), tmp_path, interruption=Interruption(environment={}))
+    errors = read_run(run_path(tmp_path, pinn_run())).series["metrics/validation/relative_l2_grid"]
+    assert found == errors[1:].tolist()
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
+    config = run_config("sgd", epochs=2)
+    place = run_folder(run_path(tmp_path, config))
+    with RunSession(place, config, Ranks(), "", SaveConfig(), Interruption(environment={}), print) as session:
+        session.check_lock()
+        lock = next(place.glob("*lock*"))
+        holder = json.loads(lock.read_text())
+        lock.write_text(json.dumps(holder | {"token": "another", "host": "n2"}))
+        with pytest.raises(FolderInUse, match=r"was taken over by process \d+ on n2"):
+            session.check_lock()
+        lock.write_text(json.dumps(holder))
+
+
+def test_a_record_that_cannot_be_written_on_the_way_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    config = run_config("sgd", epochs=3)
+    write = execute.write_run
+
+    def failing(*arguments, complete, **more):
+        if not complete:
+            raise OSError(28, "No space left on device")
+        write(*arguments, complete=complete, **more)
+
+    monkeypatch.setattr(execute, "write_run", failing)
+    often = SaveConfig(every_seconds=0.0)
+    execute_run(config, Ranks(), tmp_path, save=often, interruption=Interruption(environment={}))
+    assert len(read_run(run_path(tmp_path, config)).series["metrics/validation/loss"]) == 4
+    assert "cannot be written now: [Errno 28]" in capsys.readouterr().err
 
 
 def test_a_run_whose_loss_is_lost_ends_within_its_epoch(tmp_path, monkeypatch):
