@@ -1,5 +1,6 @@
 """Experiments under a real Slurm, by the path of a user: `python -m jobs.submit`, then sbatch, srun and the records."""
 
+import math
 import os
 import re
 import signal
@@ -86,7 +87,8 @@ def ranks_of(cluster, job):
 def same_numbers(first, second):
     """Every series of the training, bit for bit; clocks are no part of it."""
     names = [name for name in first.series if not name.startswith("timing/")]
-    assert names and first.series.keys() == second.series.keys()
+    assert first.series.keys() == second.series.keys() and {"metrics/train/loss", "metrics/validation/loss"} <= {*names}
+    assert first.attributes["num_steps"] == second.attributes["num_steps"]
     return all(np.array_equal(first.series[name], second.series[name], equal_nan=True) for name in names)
 
 
@@ -185,11 +187,17 @@ def test_a_requeued_job_avoids_a_drained_node_and_resumes(cluster, long_config, 
     finally:
         cluster.run("scontrol", "update", f"NodeName={drained}", "State=RESUME")
     assert cluster.job(job)["Restarts"] == "1"
-    assert record(tmp_path, ACCELERATED).attributes["world_size"] == 4
+    resumed = record(tmp_path, ACCELERATED).attributes
+    assert resumed["complete"] and resumed["world_size"] == 4
+    assert resumed["restart_count"] == 1  # taken up where it was saved, not begun anew
 
 
 def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config, tmp_path):
-    """USR1 as before a time limit, checkpoint, exit 75, requeue by the script, resume: the same record bit for bit."""
+    """USR1 as before a time limit, checkpoint, exit 75, requeue by the script, resume: the same record bit for bit.
+
+    This experiment leaves no weights behind. Its losses on all rows after every epoch stand for them, the last one for
+    the weights of the end.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     [reference] = cluster.submit(long_config, whole, "--nodes", "2")
     [job] = cluster.submit(long_config, parts, "--nodes", "2")
@@ -202,6 +210,32 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config
     assert same_numbers(record(parts, ACCELERATED), record(whole, ACCELERATED))
     assert record(parts, ACCELERATED).attributes["restart_count"] == 1
     assert record(whole, ACCELERATED).attributes["restart_count"] == 0
+
+
+def test_the_signal_before_a_real_time_limit(cluster, long_config, tmp_path):
+    """Slurm itself sends USR2 (--signal=B:USR2@75) 75 to 105 seconds before the limit of two minutes.
+
+    That is before the ranks would stop by themselves, 60 seconds before the end. The work is made to last longer than
+    the 45 seconds until then, so the test takes about two minutes.
+    """
+    run_plainly(long_config, tmp_path / "plain")
+    settings = yaml.safe_load(long_config.read_text())
+    seconds = record(tmp_path / "plain", ACCELERATED).series["timing/training_seconds"][-1]
+    settings["training"]["epochs"] = math.ceil(settings["training"]["epochs"] * 55 / seconds)
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(settings))
+    site = yaml.safe_load(cluster.site.read_text()) | {"warning": {"signal": "USR2", "seconds": 75}, "max_restarts": 20}
+    (tmp_path / "warned.yaml").write_text(yaml.safe_dump(site))
+    options = ["--site", str(tmp_path / "warned.yaml"), "--time", "0:02:00", "--ranks-per-node", "1"]
+    [job] = cluster.submit(tmp_path / "longer.yaml", tmp_path / "results", "--nodes", "1", *options)
+    wait_until(lambda: "requeued" in log_of(tmp_path / "results", job), 120, "no requeue")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # for the rest, or it took several signals more
+    succeed(cluster, tmp_path / "results", job)
+    log = log_of(tmp_path / "results", job)
+    stops = re.findall(r"stopped by (.*) after step (\d+); the state is saved", log)
+    assert stops[0][0] == "SIGUSR2" and int(stops[0][1]) > 0, log
+    run = record(tmp_path / "results", ACCELERATED).attributes
+    assert run["complete"] and run["num_steps"] > int(stops[0][1])
+    assert run["restart_count"] == len(stops) == int(cluster.job(job)["Restarts"])
 
 
 def test_the_scheduler_itself_takes_what_was_rendered(cluster, config, tmp_path):

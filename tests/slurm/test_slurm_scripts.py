@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 import stand_in
-from cluster import wait_until
+from cluster import find, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -50,6 +50,26 @@ def test_a_signal_during_the_start_is_no_death(cluster, submit, tmp_path, monkey
     wait_for_ranks(tmp_path, job, 4)
     (tmp_path / "go").touch()
     assert cluster.wait_for_end(job) == "COMPLETED"
+
+
+@pytest.mark.parametrize("failures", [2, 1000])
+def test_a_controller_that_does_not_answer_costs_no_requeue(cluster, submit, tmp_path, monkeypatch, failures):
+    """squeue fails twice, or always; the state of the job is not known then, and it goes on."""
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(
+        f"#!/bin/bash\necho asked >>{tmp_path}/asked\n"
+        f'[ $(wc -l <{tmp_path}/asked) -gt {failures} ] && exec {find("squeue")} "$@"\n'
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setitem(cluster.env, "PATH", f"{tmp_path / 'bin'}:{cluster.env['PATH']}")
+    [job] = submit("--nodes", "1")
+    wait_for_ranks(tmp_path, job, 2)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    assert cluster.wait_for_end(job) == "COMPLETED", log_of(tmp_path, job)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert len((tmp_path / "asked").read_text().split()) == min(failures + 1, 5)
 
 
 def test_restarts_are_capped(cluster, submit, tmp_path):
