@@ -64,7 +64,10 @@ if [ -e "$AADL_STOPPED_FILE" ]; then
     code=75
     if [ -z "$killed" ] && [ "$restarts" -lt "$max_restarts" ]; then
         echo "stopped early, state saved: requeued (start $((restarts + 1)) of at most $((max_restarts + 1)))"
-        brequeue "$job" && exit "$code"
+        for pause in 1 2 4 8 0; do # a daemon that is busy or restarts answers a little later
+            brequeue "$job" && exit "$code"
+            sleep "$pause"
+        done
         echo "error: brequeue was refused" >&2
     fi
     echo "stopped early, state saved: the next job of the chain, or bsub with this script, goes on" >&2
