@@ -384,6 +384,8 @@ def _execute_parallel(
     interruption: Interruption,
 ) -> None:
     """Several runs at a time, in worker processes; a signal to this process reaches them all, and they save."""
+    if interruption.reason:
+        raise Interrupted(f"stopped by {interruption.reason} before the first run")
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")

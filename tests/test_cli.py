@@ -10,6 +10,7 @@ import pytest
 import yaml
 from suite_cases import RAW
 
+from experiments import __main__ as suite
 from experiments import execute
 from experiments.__main__ import main
 from experiments.config import parse_config
@@ -105,11 +106,12 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
     assert len(told) == 1 and told[0].startswith("error: the results folder ") and "cannot be written" in told[0]
 
 
-def test_sigterm_ends_a_command_as_an_interrupt_does(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(execute, "describe", lambda *args: signal.raise_signal(signal.SIGTERM))
+def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler of ours, nothing happens
     try:
-        assert run(config, tmp_path / "results") == 143
+        with monkeypatch.context() as patch:
+            patch.setattr(suite, "_figures", lambda options: signal.raise_signal(signal.SIGTERM))
+            assert main(["figures"]) == 143
         assert "interrupted" in capsys.readouterr().err
     finally:
         ours = signal.signal(signal.SIGTERM, previous)
@@ -119,6 +121,20 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(config, tmp_path, monkeypat
     thread.start()
     thread.join()
     assert codes == [2]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_signal_while_the_data_is_read_stops_before_the_first_run(config, tmp_path, monkeypatch, capsys, jobs):
+    describe = execute.describe
+
+    def described(problem):
+        signal.raise_signal(signal.SIGUSR1)
+        return describe(problem)
+
+    monkeypatch.setattr(execute, "describe", described)
+    assert main(["run", str(config), "--results", str(tmp_path / "results"), "--jobs", jobs]) == 75
+    assert "stopped by SIGUSR1" in capsys.readouterr().err
+    assert not list((tmp_path / "results").rglob("*.h5"))
 
 
 def children(pid):
