@@ -264,6 +264,9 @@ def parse_config(
             check_image_settings(problem, training)
             if training.reference_batch is not None and "lr" not in variant.optimizer.arguments:
                 raise ValueError(f"variants.{name}.optimizer.lr must be given, for training.reference_batch scales it")
+            if training.precision == "float16" and variant.optimizer.arguments.get("fused"):
+                # It skips an overflow within the step, unseen: an acceleration would take it for a step of length zero.
+                raise ValueError(f"variants.{name}.optimizer.fused must be false with precision float16, got true")
         if variant.then is not None and variant.then.after >= training.iterations:
             raise ValueError(
                 f"variants.{name}.then.after must be below the {training.iterations} iterations of the run, "

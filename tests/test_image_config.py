@@ -106,6 +106,13 @@ def test_a_rate_that_is_scaled_must_be_given():
         parse_config(raw_config("folder", {"optimizer": {"name": "SGD"}}, training={"reference_batch": 8}))
 
 
+def test_a_fused_optimizer_hides_the_steps_that_a_scaler_skips():
+    fused = {"optimizer": SGD | {"fused": True}}
+    parse_config(raw_config("folder", fused, training={"precision": "bfloat16"}))
+    with pytest.raises(ValueError, match=r"optimizer\.fused must be false with precision float16, got true"):
+        parse_config(raw_config("folder", fused, training={"precision": "float16"}))
+
+
 def schedule(**settings):
     return ImageTrainingConfig(**({"epochs": 10, "batch_size": 8} | settings))
 
