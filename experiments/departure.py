@@ -347,16 +347,14 @@ def _end_because_of(first: Mapping[str, Any], met: Joined) -> NoReturn:
 def _watch(met: Joined, done: threading.Event) -> None:
     """Ends this process when another rank says that it failed, or rank 0 is gone, also in the midst of a collective.
 
-    A process that was stopped, swapped out or left without a core keeps all others waiting, and none of them can tell
-    whom they wait for: it says so itself.
+    A process that was stopped, swapped out, left without a core, or long within one call of a library keeps all others
+    waiting, and none of them can tell whom they wait for: it says so itself.
     """
     start = time.monotonic()
     while not done.wait(WATCH_SECONDS):
         stalled = time.monotonic() - start - WATCH_SECONDS
         if stalled > STALL_SECONDS:
-            text = (
-                f"rank {met.ranks.rank} on {host_of(met.ranks)} stood still for {stalled:.1f} s, and the others waited"
-            )
+            text = f"rank {met.ranks.rank} on {host_of(met.ranks)} stood still for {stalled:.1f} s: the others may have waited for it"
             print(text, file=sys.stderr, flush=True)
         try:
             first = _failed(met)

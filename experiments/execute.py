@@ -111,8 +111,6 @@ def execute_run(
     path = run_path(results, config)
     torch.set_num_threads(getattr(config.training, "num_threads", 1))
     problem = build(config, ranks)
-    # Nodes may see other files, or an environment without AADL_DATA_DIR: the ranks would train on different data.
-    check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", timeout_seconds)
     variant = config.variant
 
     places = binding(ranks) if ranks.world_size > 1 else []
@@ -123,6 +121,7 @@ def execute_run(
         write_run(path, config, problem, result, ranks, session.start, now, **more)  # type: ignore[arg-type]
 
     try:
+        _check_data(problem, ranks, timeout_seconds)
         session = RunSession(
             run_folder(path),
             config,
@@ -155,7 +154,7 @@ def execute_run(
                 if result.weights is not None:
                     write_weights(path.with_suffix(".weights.pt"), result.weights)
                 write(result, complete=True)
-    except (Interrupted, FolderInUse, OtherRun):
+    except (Interrupted, FolderInUse, OtherRun, OtherData):
         raise
     except Exception as error:
         reason = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())  # of a data loader
@@ -164,6 +163,18 @@ def execute_run(
         if problem.close is not None:
             problem.close()
     return path
+
+
+class OtherData(ValueError):
+    """The ranks see different data."""
+
+
+def _check_data(problem: Problem, ranks: Ranks, seconds: float) -> None:
+    """Nodes may see other files, or an environment without AADL_DATA_DIR: the ranks would train on different data."""
+    try:
+        check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", seconds)
+    except ValueError as error:
+        raise OtherData(str(error)) from None
 
 
 def _stage(

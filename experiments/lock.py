@@ -97,8 +97,10 @@ class FolderLock:
         Raises:
             FolderInUse: another job has taken the folder over.
         """
+        if not self.path.exists():
+            raise FolderInUse(f"{self.folder} was taken over by another job, which has ended; nothing more is written")
         holder = _read(self.path)
-        if holder.get("token") not in (self._token, None):  # None: the server does not answer now
+        if holder.get("token") not in (self._token, None):  # None: it cannot be read now
             raise FolderInUse(f"{self.folder} was taken over by {_name(holder)}; nothing more is written here")
 
     def release(self) -> None:

@@ -221,9 +221,9 @@ class SaveConfig:
 
     Attributes:
         every_seconds: between two checkpoints of a run.
-        keep: newest checkpoints of a run that are kept, besides the one with the best validation loss, which is saved
-            whenever an evaluation is better than those before, but not so often that it takes more than a twentieth of
-            the time, nor within 10 s; those of a finished run are removed.
+        keep: newest checkpoints of a run that are kept, besides the best one. After an evaluation that is better than
+            that of the best checkpoint the run is saved at once, but not within 10 s of the last checkpoint, nor so
+            often that it takes more than a twentieth of the time. Those of a finished run are removed.
         asynchronous: whether a thread writes them while the training goes on.
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
             ranks many (`interruption.Agreement` has what one costs).

@@ -118,7 +118,7 @@ class RunSession:
         self._last_step = -1  # that was saved
         self._seen_step = 0
         self._save_seconds = 0.0  # the longest
-        self._best: float | None = None  # of all evaluations so far
+        self._best: float | None = None  # value of the best checkpoint
         self.start = datetime.now(timezone.utc)
         self.num_restores = 0
 
@@ -220,13 +220,14 @@ class RunSession:
         self._agreement.read()
         value = run.best_by  # the same on all ranks
         is_best = value is not None and (self._best is None or value < self._best)
-        self._best = value if is_best else self._best
         save = self._is_time(or_after=self._pause_before_best() if is_best else None)
         word = self._agreement.agree_now(
             run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
         )
         if not run.goes_on:
             return
+        if (word.stop or word.save) and is_best:
+            self._best = value
         if word.stop:
             self._stop(run, best=is_best)
         elif word.save:
@@ -276,6 +277,7 @@ class RunSession:
 
     def _publish_unfinished(self, run: Training) -> None:
         """Writes the record so far, on rank 0; a disk that is full for a while does not end the run."""
+        self.check_lock()
         try:
             self._publish(run.result(finished=False))
         except OSError as error:

@@ -196,8 +196,9 @@ def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, mo
 
     monkeypatch.setattr(Checkpoints, "save", note)
     execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    # Not the fifth, which is worse than the fourth; after the last there is nothing to go on with.
-    assert saved == [(4, True), (8, True)]
+    # The third is worse than the second; the fifth is the best that can be kept, for the fourth was not saved. After the
+    # last there is nothing to go on with.
+    assert saved == [(4, True), (8, True), (20, True)]
 
 
 def test_only_an_evaluation_of_this_interval_makes_a_run_better(folder, tmp_path, monkeypatch):
@@ -222,6 +223,9 @@ def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
         holder = json.loads(lock.read_text())
         lock.write_text(json.dumps(holder | {"token": "another", "host": "n2"}))
         with pytest.raises(FolderInUse, match=r"was taken over by process \d+ on n2"):
+            session.check_lock()
+        lock.unlink()
+        with pytest.raises(FolderInUse, match="taken over by another job, which has ended"):
             session.check_lock()
         lock.write_text(json.dumps(holder))
 

@@ -60,7 +60,7 @@ if [ -e "$AADL_STOPPED_FILE" ]; then
     if [ -z "$killed" ] && [ "$restarts" -lt "$max_restarts" ]; then
         echo "stopped early, state saved: requeued (start $((restarts + 1)) of at most $((max_restarts + 1)))"
         for pause in 1 2 4 8 0; do # a daemon that is busy or restarts answers a little later
-            brequeue "$job" && exit "$code"
+            [ -z "$killed" ] && brequeue "$job" && exit "$code"
             sleep "$pause"
         done
         echo "error: brequeue was refused" >&2
