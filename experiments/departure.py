@@ -354,7 +354,8 @@ def _watch(met: Joined, done: threading.Event) -> None:
     while not done.wait(WATCH_SECONDS):
         stalled = time.monotonic() - start - WATCH_SECONDS
         if stalled > STALL_SECONDS:
-            text = f"rank {met.ranks.rank} on {host_of(met.ranks)} stood still for {stalled:.1f} s: the others may have waited for it"
+            who = f"rank {met.ranks.rank} on {host_of(met.ranks)}"
+            text = f"{who} stood still for {stalled:.1f} s: the others may have waited for it"
             print(text, file=sys.stderr, flush=True)
         try:
             first = _failed(met)
