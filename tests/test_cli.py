@@ -15,6 +15,7 @@ from experiments import execute
 from experiments.__main__ import main
 from experiments.config import parse_config
 from experiments.launch import Ranks
+from experiments.lock import LOCK_NAME
 from experiments.record import read_run
 
 ROOT = Path(__file__).parent.parent
@@ -179,9 +180,9 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
 
         try:
             assert wait_until(started, 60)
-            time.sleep(4)  # the workers import torch and begin to train
+            assert wait_until(lambda: len(list((tmp_path / "results").rglob(LOCK_NAME))) == 2, 120)  # they train
             parent.send_signal(number)
-            assert parent.wait(10) == (75 if number == signal.SIGTERM else -number)
+            assert parent.wait(60) == (75 if number == signal.SIGTERM else -number)
             assert wait_until(lambda: not any(map(is_running, workers)), 10)
         finally:
             parent.kill()
