@@ -151,8 +151,11 @@ def execute_run(
             )
             if ranks.rank == 0:
                 session.check_lock()
+                weights_path = path.with_suffix(".weights.pt")
                 if result.weights is not None:
-                    write_weights(path.with_suffix(".weights.pt"), result.weights)
+                    write_weights(weights_path, result.weights)
+                else:
+                    weights_path.unlink(missing_ok=True)  # of an earlier run
                 write(result, complete=True)
     except (Interrupted, FolderInUse, OtherRun, OtherData):
         raise

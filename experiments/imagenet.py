@@ -34,7 +34,7 @@ from experiments.classification import Counts, evaluate_exactly
 from experiments.image_config import ImageConfig, ImageTrainingConfig
 from experiments.launch import Ranks, device_of, safe_start_method
 from experiments.models.resnet import MODELS, parameter_groups
-from experiments.problem import Description, Problem
+from experiments.problem import Description, Problem, weights_of
 from experiments.run_config import RunConfig
 from experiments.together import by_each, by_first, check_same
 
@@ -250,7 +250,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         with untouched_buffers(network):
             broadcast_buffers(network, ranks.world_size)
             renewed(network)
-            return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+            return weights_of(network)
 
     both: dict[str, TrainLoader | EvaluationLoader] = {"train": loader, "validation": validation}
 
@@ -284,7 +284,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         steps_per_epoch=loader.steps_per_epoch,
         batch_images=batch_size,
         parameters=lambda arguments: _parameters(model, training, arguments),
-        export=export if training.save_weights else None,
+        export=export,
         synchronize=lambda: broadcast_buffers(model, ranks.world_size),
         close=close,
         attributes={

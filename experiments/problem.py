@@ -35,6 +35,11 @@ class Description(NamedTuple):
     note: str = ""
 
 
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of its state_dict on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+
 @dataclass(frozen=True)
 class Problem:
     """What the loop needs to know of an experiment.
@@ -59,7 +64,7 @@ class Problem:
         batch_images: images in a step, over all ranks.
         to_device: a batch as `epoch_batches` gives it -> the batch on the device; None where it is there.
         parameters: arguments of an optimizer -> what it is given; None for `model.parameters()`.
-        export: model -> the weights of the end, for a file beside the record.
+        export: model -> the weights of the end, for a file beside the record; None for `weights_of`.
         close: ends what the problem has started.
         state: what the problem needs to go on, as a nested dictionary of tensors and plain values; None for nothing.
             All ranks call it.

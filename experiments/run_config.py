@@ -97,12 +97,21 @@ class PinnConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Training by epochs. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
+    """Training by epochs.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: rows in a step, over all ranks.
+        scheduler: steps once an epoch.
+        measure_updates: whether the relative standard deviation of consecutive updates is recorded.
+        save_weights: whether the weights of the end are written beside the record.
+    """
 
     epochs: int = setting(integer(1), 100)
     batch_size: int = setting(integer(1), 40)
     scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
     measure_updates: bool = setting(BOOLEAN, False)
+    save_weights: bool = setting(BOOLEAN, False)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class PinnTrainingConfig:
         max_seconds: of training; the run ends with the step that reaches them. null: no limit.
         num_threads: of torch.
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
+        save_weights: whether the weights of the end are written beside the record.
     """
 
     iterations: int = setting(integer(1), 2000)
@@ -124,6 +134,7 @@ class PinnTrainingConfig:
     max_seconds: float | None = setting(optional(number(0.0)), None)
     num_threads: int = setting(integer(1), 1)
     measure_updates: bool = setting(BOOLEAN, False)
+    save_weights: bool = setting(BOOLEAN, False)
 
 
 ProblemConfig = GraduateAdmissionsConfig | PinnConfig | ImageConfig

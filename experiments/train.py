@@ -22,7 +22,7 @@ from aadl.accelerator import find_accelerator
 from experiments.checks import make_scheduler
 from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of
-from experiments.problem import Field, Problem
+from experiments.problem import Field, Problem, weights_of
 from experiments.progress import Bar
 from experiments.run_config import AnyTrainingConfig, PinnTrainingConfig
 from experiments.schedules import step_scheduler
@@ -419,7 +419,7 @@ class Training:
                 more = {
                     "attributes": problem.finish(self.evaluated) if problem.finish is not None else {},
                     "fields": problem.fields(self.evaluated) if problem.fields is not None else {},
-                    "weights": problem.export(self.evaluated) if problem.export is not None else None,
+                    "weights": (problem.export or weights_of)(self.evaluated) if training.save_weights else None,
                 }
         if not isinstance(training, PinnTrainingConfig):
             length = _num_intervals(training) + 1 if finished else self.interval

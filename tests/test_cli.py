@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from suite_cases import RAW
+from suite_cases import PINN, RAW
 
 from experiments import __main__ as suite
 from experiments import execute
 from experiments.__main__ import main
-from experiments.config import parse_config
+from experiments.config import expand_runs, parse_config
 from experiments.launch import Ranks
 from experiments.lock import LOCK_NAME
 from experiments.record import read_run
@@ -105,6 +106,31 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
     assert run(config, results.replace("FILE", str(config))) == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith("error: the results folder ") and "cannot be written" in told[0]
+
+
+@pytest.mark.parametrize("raw", [RAW, PINN], ids=["graduate_admissions", "burgers_2d"])
+def test_the_weights_of_the_end_are_those_of_the_record(tmp_path, monkeypatch, raw):
+    """Of the averaged weights, where these are evaluated; a run anew that saves none leaves none."""
+    monkeypatch.delenv("AADL_DATA_DIR", raising=False)
+    ((name, variant), *_) = raw["variants"].items()
+    raw = raw | {"seeds": 0, "variants": {name: variant | {"ema_decay": 0.9}}}
+    raw["training"] = raw["training"] | {"save_weights": True}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert run(path, tmp_path / "results") == 0
+    [record], [weights] = ([*(tmp_path / "results").rglob(f"seed-0.{kind}")] for kind in ("h5", "weights.pt"))
+    [config] = expand_runs(parse_config(raw))
+    problem = execute.build(config, Ranks())
+    if problem.points is not None:
+        problem.points(problem.model, 0)
+    with torch.no_grad():
+        before = problem.evaluate(problem.model)
+        problem.model.load_state_dict(torch.load(weights, weights_only=True))
+        after = problem.evaluate(problem.model)
+    recorded = read_run(record).series
+    assert after == {name: recorded[name][-1] for name in after} and after != before
+    assert run(path, tmp_path / "results", "--set", "training.save_weights=false") == 0
+    assert record.exists() and not weights.exists()
 
 
 def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):

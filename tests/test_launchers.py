@@ -10,17 +10,10 @@ import sys
 from pathlib import Path
 
 import launched
-import numpy as np
 import pytest
-import yaml
-from image_runs import image_set, raw_config
-from suite_cases import PINN, RAW
-
-from experiments import __main__ as suite
-from experiments.record import read_run
+from every_experiment import EXPERIMENTS, check_against_one_process, run_plainly, write_config
 
 ROOT = Path(__file__).parent.parent
-TOP1 = "metrics/validation/top1"
 JOB = [sys.executable, str(Path(launched.__file__))]
 MPI = Path(os.environ.get("AADL_TEST_MPI", Path(sys.prefix) / "mpi"))
 OPTIONS = {"openmpi": ["--oversubscribe", "--allow-run-as-root"], "mpich": []}
@@ -80,36 +73,20 @@ def test_mpiexec_broadcasts_the_address(mpiexec, tmp_path):
     assert sorted(out.splitlines()) == [f"rank {rank} of 2 by {name} summed" for rank in range(2)]
 
 
-def raw_of(experiment, tmp_path):
-    """A small configuration of each kind of experiment."""
-    if experiment == "imagenet":
-        return raw_config(image_set(tmp_path / "images"))
-    if experiment == "burgers_2d":
-        return PINN | {"seeds": 0, "problem": PINN["problem"] | {"dtype": "float64"}}
-    return RAW | {"seeds": 0}
-
-
 @pytest.mark.slow
 @pytest.mark.mpi
-@pytest.mark.parametrize("experiment", ["graduate_admissions", "burgers_2d", "imagenet"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_mpiexec_runs_every_experiment(mpiexec, tmp_path, monkeypatch, experiment):
     monkeypatch.delenv("AADL_DATA_DIR", raising=False)  # which `run` leaves out too
     name, command, variables = mpiexec
     if name == "mpich" and experiment != "burgers_2d":
         pytest.skip("runs under Open MPI, to save time")
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(raw_of(experiment, tmp_path)))
-    rest = ["-m", "experiments", "run", str(path), "--results"]
-    code, _, err = run([*command[: -len(JOB)], sys.executable, *rest, str(tmp_path / "two")], **variables)
+    config = write_config(experiment, tmp_path)
+    rest = ["-m", "experiments", "run", str(config), "--results", str(tmp_path / "two")]
+    code, _, err = run([*command[: -len(JOB)], sys.executable, *rest], **variables)
     assert code == 0, err
-    assert suite.main([*rest[2:], str(tmp_path / "one"), "--jobs", "1"]) == 0
-    for place in [record.relative_to(tmp_path / "one") for record in (tmp_path / "one").rglob("*.h5")]:
-        two, one = (read_run(tmp_path / folder / place) for folder in ("two", "one"))
-        assert (two.attributes["world_size"], two.attributes["launcher"]) == (2, name)
-        losses = [result.series["metrics/train/loss" if experiment != "imagenet" else TOP1] for result in (two, one)]
-        assert np.isfinite(losses).all() and len(losses[0]) == len(losses[1])
-        if experiment != "imagenet":  # where BatchNorm normalizes over the images of a rank
-            np.testing.assert_allclose(*losses, rtol=1e-4)
+    run_plainly(config, tmp_path / "one")
+    check_against_one_process(tmp_path / "two", tmp_path / "one", launcher=name, world_size=2)
 
 
 @pytest.mark.slow

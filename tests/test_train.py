@@ -89,7 +89,7 @@ def test_scheduler_steps_once_an_epoch():
     assert result.series[TRAIN][1] < 1 and result.series[TRAIN][1] == result.series[TRAIN][3]
 
 
-def testmoving_average_is_evaluated_and_never_written_back():
+def test_moving_average_is_evaluated_and_never_written_back():
     problem, plain_problem = quadratic(), quadratic()
     averaged = run(problem, ema_decay=0.99)
     plain = run(plain_problem)

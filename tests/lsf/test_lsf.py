@@ -12,14 +12,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import fake_lsf
-import numpy as np
 import pytest
 import stand_in
 import yaml
-from suite_cases import RAW, table_lines
+from every_experiment import EXPERIMENTS, check_against_one_process, run_plainly, write_config
+from suite_cases import table_lines
 
-from experiments import __main__ as suite
-from experiments.record import read_run
 from jobs import site as sites
 from jobs import submit
 
@@ -255,18 +253,22 @@ def test_the_wrong_way_to_hand_in_a_script_is_refused(lsf):
     assert told in lsf.type(*command, code=255)
 
 
+def check_experiment(lsf, tmp_path, monkeypatch, experiment):
+    monkeypatch.setenv("AADL_DATA_DIR", lsf.env["AADL_DATA_DIR"])
+    config = write_config(experiment, tmp_path)
+    [job] = lsf.submit("--nodes", "2", "--ranks-per-node", "2", config=config)
+    run_plainly(config, tmp_path / "plain")
+    assert lsf.wait_for_end(job, 240) == 0, lsf.log(job)
+    launcher = "jsrun" if lsf.site.stem == "summit" else "openmpi"
+    check_against_one_process(lsf.results, tmp_path / "plain", launcher=launcher, world_size=4)
+
+
 @pytest.mark.slow
 def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path, monkeypatch):
-    monkeypatch.setenv("AADL_DATA_DIR", lsf.env["AADL_DATA_DIR"])
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump(RAW | {"seeds": 0}))
-    [job] = lsf.submit("--nodes", "2", "--ranks-per-node", "2", config=path)
-    assert suite.main(["run", str(path), "--results", str(tmp_path / "plain"), "--jobs", "1"]) == 0
-    assert lsf.wait_for_end(job, 240) == 0, lsf.log(job)
-    for variant in ("sgd", "sgd_aadl"):
-        place = Path("graduate_admissions", "test", variant, "seed-0.h5")
-        ours, plain = read_run(lsf.results / place), read_run(tmp_path / "plain" / place)
-        assert (ours.attributes["world_size"], plain.attributes["world_size"]) == (4, 1)
-        assert ours.attributes["launcher"] == ("jsrun" if lsf.site.stem == "summit" else "openmpi")
-        for name in ("metrics/train/loss", "metrics/validation/loss"):
-            np.testing.assert_allclose(ours.series[name], plain.series[name], rtol=1e-4)
+    check_experiment(lsf, tmp_path, monkeypatch, "graduate_admissions")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS[1:])
+def test_jsrun_runs_the_other_experiments(summit, tmp_path, monkeypatch, experiment):
+    check_experiment(summit, tmp_path, monkeypatch, experiment)

@@ -11,8 +11,10 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 import yaml
 from cluster import wait_until
+from every_experiment import EXPERIMENTS, TOLERANCE, check_against_one_process, run_plainly, write_config
 from suite_cases import RAW
 
 from experiments import __main__ as suite
@@ -20,17 +22,13 @@ from experiments.record import read_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-# Sums over ranks are taken in another order than over a whole batch, and training carries the rounding on.
-TOLERANCE = 1e-4
 PLAIN, ACCELERATED = "sgd", "sgd_aadl"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Graduate admissions, small: two variants, one seed, a few epochs."""
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    path.write_text(yaml.safe_dump(RAW | {"seeds": 0}))
-    return path
+    return write_config("graduate_admissions", tmp_path_factory.mktemp("config"))
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +36,9 @@ def long_config(tmp_path_factory):
     """The same, with enough steps to be interrupted."""
     path = tmp_path_factory.mktemp("config") / "long.yaml"
     variants = {name: RAW["variants"][name] for name in (ACCELERATED,)}
-    path.write_text(
-        yaml.safe_dump(RAW | {"seeds": 0, "training": {"epochs": 300, "batch_size": 80}, "variants": variants})
-    )
+    training = {"epochs": 300, "batch_size": 80, "save_weights": True}
+    path.write_text(yaml.safe_dump(RAW | {"seeds": 0, "training": training, "variants": variants}))
     return path
-
-
-def run_plainly(config, results, *more):
-    """The same command in one process, without a scheduler."""
-    assert suite.main(["run", str(config), "--results", str(results), "--jobs", "1", *more]) == 0
 
 
 def record(results, variant=PLAIN, seed=0):
@@ -108,13 +100,7 @@ def test_two_nodes_give_the_numbers_and_the_figure_of_a_plain_run(cluster, confi
     assert told.strip().isdigit()
     run_plainly(config, tmp_path / "plain")
     succeed(cluster, tmp_path / "slurm", told.strip())
-    for variant in (PLAIN, ACCELERATED):
-        ours, plain = record(tmp_path / "slurm", variant), record(tmp_path / "plain", variant)
-        assert (ours.attributes["world_size"], plain.attributes["world_size"]) == (4, 1)
-        assert ours.attributes["launcher"] == "srun" and ours.attributes["num_steps"] == plain.attributes["num_steps"]
-        for name in ("metrics/train/loss", "metrics/validation/loss"):
-            np.testing.assert_allclose(ours.series[name], plain.series[name], rtol=TOLERANCE)
-            assert ours.series[name][0] != ours.series[name][-1]
+    check_against_one_process(tmp_path / "slurm", tmp_path / "plain", launcher="srun", world_size=4)
     for folder in ("slurm", "plain"):
         assert suite.main(["figures", "--results", str(tmp_path / folder)]) == 0
     figures = [
@@ -125,6 +111,15 @@ def test_two_nodes_give_the_numbers_and_the_figure_of_a_plain_run(cluster, confi
     # All but the line below the figure, which names the number of ranks.
     above = int(0.94 * len(pictures[0]))
     assert np.abs(pictures[0][:above] - pictures[1][:above]).mean() < 1e-3
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS[1:])
+def test_srun_runs_the_other_experiments(cluster, tmp_path, experiment):
+    config = write_config(experiment, tmp_path)
+    [job] = cluster.submit(config, tmp_path / "slurm", "--nodes", "2")
+    run_plainly(config, tmp_path / "plain")
+    succeed(cluster, tmp_path / "slurm", job)
+    check_against_one_process(tmp_path / "slurm", tmp_path / "plain", launcher="srun", world_size=4)
 
 
 def test_an_array_makes_one_seed_each(cluster, config, tmp_path):
@@ -193,10 +188,8 @@ def test_a_requeued_job_avoids_a_drained_node_and_resumes(cluster, long_config, 
 
 
 def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config, tmp_path):
-    """USR1 as before a time limit, checkpoint, exit 75, requeue by the script, resume: the same record bit for bit.
-
-    This experiment leaves no weights behind. Its losses on all rows after every epoch stand for them, the last one for
-    the weights of the end.
+    """USR1 as before a time limit, checkpoint, exit 75, requeue by the script, resume: the same record and the same
+    weights bit for bit.
     """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     [reference] = cluster.submit(long_config, whole, "--nodes", "2")
@@ -208,6 +201,10 @@ def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config
     log = log_of(parts, job)
     assert cluster.job(job)["Restarts"] == "1" and "requeued (start 1 of at most 3)" in log
     assert same_numbers(record(parts, ACCELERATED), record(whole, ACCELERATED))
+    ours, expected = (
+        torch.load(next(results.rglob("seed-0.weights.pt")), weights_only=True) for results in (parts, whole)
+    )
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
     assert record(parts, ACCELERATED).attributes["restart_count"] == 1
     assert record(whole, ACCELERATED).attributes["restart_count"] == 0
 
