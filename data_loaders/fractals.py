@@ -14,7 +14,6 @@ import math
 import multiprocessing
 import os
 import secrets
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_loaders.fractal_images import SIZES, USUAL, VERSION, check_integer, draw
+from data_loaders.workers import follow_parent, signals_held_back
 
 __all__ = ["Settings", "class_names", "draw", "ensure", "write_folder", "write_shards"]
 
@@ -357,22 +357,22 @@ def _in_order(
         return
     # Spawned: a fork would copy the threads of torch and MPI halfway.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=follow_parent)
     pending: deque[Future[Result]] = deque()
+
+    def submit(count: int) -> None:
+        for task in islice(tasks, count):
+            with signals_held_back():  # now and then a worker is started
+                pending.append(pool.submit(function, *task))
+
     try:
-        pending.extend(pool.submit(function, *task) for task in islice(tasks, 4 * num_workers))
+        submit(4 * num_workers)
         while pending:
             result = pending.popleft().result()
-            pending.extend(pool.submit(function, *task) for task in islice(tasks, 1))
+            submit(1)
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches all processes of a terminal, a scheduler's signals all of a job; the first one ends the others."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _num_cores() -> int:

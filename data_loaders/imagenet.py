@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +31,7 @@ from data_loaders.sampling import (
     uniform,
 )
 from data_loaders.shards import find_shards
+from data_loaders.workers import follow_parent, signals_held_back
 
 __all__ = [
     "Decoding",
@@ -47,8 +47,6 @@ __all__ = [
 
 MAX_REPLACED = 1000  # unreadable images in a row, after which the storage is to blame and not an image
 START_METHODS = ("fork", "spawn", "forkserver")
-# Sent to all processes of a job by the scheduler or the terminal: the loop decides what they mean, its workers go on.
-IGNORED_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGURG", "SIGXCPU")
 
 log = logging.getLogger("data_loaders")
 Self = TypeVar("Self", bound="_Loader")
@@ -194,8 +192,7 @@ class _Reader:
 
 
 def _start_worker(_: int) -> None:
-    for name in IGNORED_SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    follow_parent()
 
 
 def _as_it_is(answer: _Answer) -> _Answer:
@@ -282,7 +279,8 @@ class _Loader:
             answers: Iterator[_Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
         else:
             self._keys.now = keys
-            answers = iter(self._workers)
+            with signals_held_back():  # the first time, they start
+                answers = iter(self._workers)
         for place, answer in enumerate(answers, start=1):
             self._note(answer)
             yield answer

@@ -37,6 +37,7 @@ from data_loaders.shards import (
     shard_path,
     write_shard,
 )
+from data_loaders.workers import follow_parent, signals_held_back
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ class _Worker:
 
 
 def _start_worker(images: Images, header: Header, packing: Packing, num_done: Any, stop: Any) -> None:
-    for name in ("SIGINT", "SIGTERM"):  # the first process decides, and tells by the event
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    follow_parent()  # which tells by the event
     _Worker.images, _Worker.header, _Worker.packing = images, header, packing
     _Worker.num_done, _Worker.stop = num_done, stop
 
@@ -234,7 +234,8 @@ def _run(
     arguments = (images, header, packing, num_done, stop)
     with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
         before = bar.n
-        waiting: set[Future[None]] = {pool.submit(_pack_shard, task) for task in tasks}
+        with signals_held_back():
+            waiting: set[Future[None]] = {pool.submit(_pack_shard, task) for task in tasks}
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import aadl
+from data_loaders.workers import follow_parent, signals_held_back
 from experiments import collocation_problem, graduate_admissions, imagenet
 from experiments.checks import Component, accelerate, make_optimizer, needs_residuals
 from experiments.config import expand_runs
@@ -329,15 +329,11 @@ def _execute_in_worker(run: RunConfig, ranks: Ranks, results: Path, save: SaveCo
 
 
 def _start_worker(told: Any) -> None:
-    """One thread of torch, and two that end the worker with its parent, and stop its run when the parent says so."""
+    """One thread of torch, and a watch that stops the run when the parent says so, by SIGUSR1."""
+    follow_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
     global _was_told
     _was_told = told
 
@@ -347,9 +343,7 @@ def _start_worker(told: Any) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(POLL_SECONDS)
 
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
-    for watch in (end_with_parent, stop_when_told):
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=stop_when_told, daemon=True).start()
 
 
 def _execute_in_turn(
@@ -406,7 +400,8 @@ def _execute_parallel(
     told = context.Event()
     workers = min(num_jobs, len(pending))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
-        futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
+        with signals_held_back():
+            futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
         try:
             for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):
                 future.result()

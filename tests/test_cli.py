@@ -3,12 +3,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import children, is_running, wait_until
 from suite_cases import PINN, RAW
 
 from experiments import __main__ as suite
@@ -162,33 +162,6 @@ def test_a_signal_while_the_data_is_read_stops_before_the_first_run(config, tmp_
     assert main(["run", str(config), "--results", str(tmp_path / "results"), "--jobs", jobs]) == 75
     assert "stopped by SIGUSR1" in capsys.readouterr().err
     assert not list((tmp_path / "results").rglob("*.h5"))
-
-
-def children(pid):
-    """Processes with this parent that still run, by command line."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == pid and state != "Z":
-                found[int(folder.name)] = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-    return found
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.mark.slow

@@ -3,10 +3,6 @@
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -682,38 +678,3 @@ def test_more_ranks_than_images_leave_some_without():
         for rank in range(5)
     ]
     assert sorted(sizes) == [0, 0, 1, 1, 1]
-
-
-# ---- signals ---------------------------------------------------------------------------------------------------------
-
-SIGNALED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from image_sets import ListedImages, encoded
-from data_loaders.imagenet import Decoding, TrainLoader
-
-if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda *_: print("caught"))
-    images = ListedImages([encoded(seed=seed) for seed in range(24)])
-    with TrainLoader(images, Decoding(16, 20), batch_size=4, seed=0, num_workers=2, start_method="fork") as loader:
-        for step, batch in enumerate(loader.batches(0)):
-            if step < 3:
-                os.killpg(0, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[step])
-    print("steps", step + 1)
-"""
-
-
-def test_workers_survive_the_signals_of_a_scheduler(tmp_path):
-    script = tmp_path / "signaled.py"
-    script.write_text(SIGNALED.format(tests=str(Path(__file__).parent)))
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        start_new_session=True,
-        timeout=120,
-    )
-    assert (run.returncode, run.stdout.split()) == (0, ["caught"] * 3 + ["steps", "6"]), run.stderr
-    assert run.returncode != -signal.SIGTERM

@@ -1,0 +1,121 @@
+"""Workers and signals: those of a scheduler do not end them, the end of their parent does."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import is_running, wait_until
+
+TESTS = Path(__file__).parent
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+LOADER = """
+import multiprocessing, os, signal, subprocess, sys, time
+sys.path.insert(0, {tests!r})
+from image_sets import ListedImages, encoded
+from data_loaders import imagenet
+
+def loader():
+    images = ListedImages([encoded(seed=seed) for seed in range(24)])
+    decoding = imagenet.Decoding(16, 20)
+    return imagenet.TrainLoader(images, decoding, batch_size=4, seed=0, num_workers=2, start_method={start_method!r})
+"""
+
+# They come from another process, as a scheduler's do, and find the second worker unprepared.
+SIGNALED = """
+SEND = "import os, signal, sys; n = int(sys.argv[1]); signal.signal(n, signal.SIG_IGN); os.killpg(0, n)"
+follow_parent = imagenet.follow_parent
+
+def slowly():
+    if multiprocessing.current_process().name.endswith("2"):
+        time.sleep(3)
+    follow_parent()
+
+imagenet.follow_parent = slowly
+
+if __name__ == "__main__":
+    for number in {signals}:
+        signal.signal(number, lambda *_: print("caught"))
+    with loader() as batches:
+        for step, batch in enumerate(batches.batches(0)):
+            for number in {signals} if not step else ():
+                subprocess.run([sys.executable, "-c", SEND, str(number)])
+    print("steps", step + 1)
+"""
+
+# The frames of an exception that nobody catches keep the loader and its workers until the interpreter ends.
+FAILING = """
+if __name__ == "__main__":
+    with loader() as batches:
+        for step, batch in enumerate(batches.batches(0)):
+            os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
+"""
+
+POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from data_loaders.workers import follow_parent, signals_held_back
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(2, multiprocessing.get_context({start_method!r}), follow_parent)
+    with signals_held_back():
+        waiting = [pool.submit(time.sleep, 0.5) for _ in range(2)]
+    for each in waiting:
+        each.result()
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+def start(folder, text, **values):
+    """A Python script as the leader of a process group."""
+    script = folder / "script.py"
+    script.write_text(text.format(tests=str(TESTS), signals=[int(number) for number in SIGNALS], **values))
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, str(script)], env=env, **pipes, text=True, start_new_session=True)
+
+
+def end(process):
+    """(exit code, stdout, stderr) of a script that ends by itself."""
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
+def test_workers_survive_the_signals_of_a_scheduler(tmp_path, start_method):
+    code, out, err = end(start(tmp_path, LOADER + SIGNALED, start_method=start_method))
+    assert (code, out.split()) == (0, ["caught"] * 3 + ["steps", "6"]), err
+
+
+def test_a_program_that_loses_a_worker_fails_and_ends(tmp_path):
+    code, _, err = end(start(tmp_path, LOADER + FAILING, start_method="fork"))
+    assert code == 1 and err.splitlines()[-1].startswith("RuntimeError: DataLoader worker")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_method):
+    with start(tmp_path, POOL, start_method=start_method) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        try:
+            assert len(workers) == 2
+            for number in SIGNALS:
+                for pid in workers:
+                    os.kill(pid, number)
+            assert not wait_until(lambda: not all(map(is_running, workers)), 1)
+            parent.kill()
+            assert wait_until(lambda: not any(map(is_running, workers)), 10)
+        finally:
+            parent.kill()
+            for pid in filter(is_running, workers):
+                os.kill(pid, signal.SIGKILL)
