@@ -41,7 +41,6 @@ from experiments.record import (
     run_path,
     state_of,
     write_run,
-    write_weights,
 )
 from experiments.run_config import ExperimentConfig, GraduateAdmissionsConfig, PublishedConfig, RunConfig, SaveConfig
 from experiments.schedules import scaled_rate
@@ -89,7 +88,7 @@ def execute_run(
         config: the run.
         ranks: this process; rank 0 writes the record.
         results: folder of all results.
-        save: how it is saved on the way; None for the defaults.
+        save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
         anew: whether its checkpoints are removed first.
         timeout_seconds: for so long the ranks wait for each other.
@@ -108,6 +107,7 @@ def execute_run(
         with Interruption() as own:
             options = {"save": save, "anew": anew, "timeout_seconds": timeout_seconds, "show_progress": show_progress}
             return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
+    save = save or SaveConfig()
     path = run_path(results, config)
     torch.set_num_threads(getattr(config.training, "num_threads", 1))
     problem = build(config, ranks)
@@ -127,7 +127,7 @@ def execute_run(
             config,
             ranks,
             problem.data_digest,
-            save or SaveConfig(),
+            save,
             interruption,
             write,
             anew=anew,
@@ -148,14 +148,10 @@ def execute_run(
                 then=then,
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
+                save_weights=save.weights,
             )
             if ranks.rank == 0:
                 session.check_lock()
-                weights_path = path.with_suffix(".weights.pt")
-                if result.weights is not None:
-                    write_weights(weights_path, result.weights)
-                else:
-                    weights_path.unlink(missing_ok=True)  # of an earlier run
                 write(result, complete=True)
     except (Interrupted, FolderInUse, OtherRun, OtherData):
         raise
@@ -279,7 +275,7 @@ def _plan(
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
     descriptions = {key: describe(problem) for key, problem in problems.items()}
     _probe(results / config.experiment / config.scale)
-    pending = _pending(runs, results, descriptions, ranks, anew)
+    pending = _pending(runs, results, descriptions, ranks, force=anew, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
@@ -426,13 +422,21 @@ def _as_completed(futures: list[Future[Path]], interruption: Interruption, told:
 
 
 def _pending(
-    runs: list[RunConfig], results: Path, descriptions: Mapping[str, Description], ranks: Ranks, force: bool
+    runs: list[RunConfig],
+    results: Path,
+    descriptions: Mapping[str, Description],
+    ranks: Ranks,
+    *,
+    force: bool,
+    weights: bool,
 ) -> list[RunConfig]:
     """The runs to make; says what is reused and what is made again, and why."""
     if force:
         return runs
     states = {
-        id(run): state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, ranks.world_size)
+        id(run): state_of(
+            run_path(results, run), run, descriptions[repr(run.problem)].digest, ranks.world_size, weights=weights
+        )
         for run in runs
     }
     counts = Counter(states.values())
@@ -452,6 +456,8 @@ def _pending(
     for run in runs:
         if states[id(run)] == "finished":
             note_place(run_path(results, run), run)
+    if counts["without weights"]:
+        _say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
     if counts["finished"]:
         commit, dirty = git_state()
         same = sum(

@@ -33,7 +33,8 @@ class ImageConfig:
         stem: "imagenet" (7x7, stride 2, pooling) or "small" (3x3, no pooling), for images of 32 pixels or so.
         zero_init_residual: whether the last BatchNorm of every residual block starts with gamma = 0 (Goyal et al.).
         fc_std: standard deviation of the last layer's random weights; null: torch's.
-        initial_weights: a state_dict saved by torch.save, torchvision's for instance; null for random ones.
+        initial_weights: a state_dict saved by torch.save, torchvision's for instance, or a record (.h5) with weights;
+            null for random ones.
         image_size: pixels of a crop, for training and validation.
         resize: short side at validation before the center is cropped.
         smallest_crop: least area of a random training crop, as a share of the image's; more for small images.
@@ -98,7 +99,6 @@ class ImageTrainingConfig:
             or "step": times `gamma` at each of the `milestones`, in epochs from the start.
         exempt_norm_and_bias: whether weight decay leaves BatchNorm and biases alone.
         evaluate_every: epochs between two validations; the last epoch always has one.
-        save_weights: whether the weights of the end are written beside the record, with computed statistics.
         num_threads: of torch, per rank.
         deterministic: whether torch uses deterministic algorithms alone. On a GPU, a run that was stopped and taken up
             again has the bits of one that was not only with this; without it cuDNN takes the fastest algorithms.
@@ -126,7 +126,6 @@ class ImageTrainingConfig:
     gamma: float = setting(number(0.0, 1.0), 0.1)
     exempt_norm_and_bias: bool = setting(BOOLEAN, False)
     evaluate_every: int = setting(integer(1), 1)
-    save_weights: bool = setting(BOOLEAN, False)
     num_threads: int = setting(integer(1), 1)
     deterministic: bool = setting(BOOLEAN, False)
     measure_updates: bool = setting(BOOLEAN, False)

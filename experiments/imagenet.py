@@ -35,6 +35,7 @@ from experiments.image_config import ImageConfig, ImageTrainingConfig
 from experiments.launch import Ranks, device_of, safe_start_method
 from experiments.models.resnet import MODELS, parameter_groups
 from experiments.problem import Description, Problem, weights_of
+from experiments.record import read_weights
 from experiments.run_config import RunConfig
 from experiments.together import by_each, by_first, check_same
 
@@ -356,23 +357,32 @@ def _model(config: RunConfig, num_classes: int, device: torch.device) -> nn.Modu
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a state_dict, torchvision's for instance.
+    """Loads a state_dict saved by torch.save, torchvision's for instance, or that of a record.
 
     Raises:
         ValueError: the file holds no weights of this network.
         OSError: it cannot be read.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise OSError(f"the weights {path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise ValueError(f"{path} holds no weights saved by torch.save: {str(error).splitlines()[0]}") from None
+    state = _read_state(path)
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"the weights {path} are not those of this network: {text[:300]}") from None
+
+
+def _read_state(path: Path) -> Any:
+    try:
+        if path.suffix != ".h5":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_weights(path)
+    except OSError as error:
+        raise OSError(f"the weights {path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
+        raise ValueError(f"{path} holds no weights saved by torch.save: {str(error).splitlines()[0]}") from None
+    if not weights:
+        raise ValueError(f"{path} is a record without weights: `--set save.weights=true` makes one with them")
+    return weights
 
 
 def _parameters(model: nn.Module, training: ImageTrainingConfig, arguments: Mapping[str, Any]) -> Any:

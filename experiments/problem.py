@@ -64,7 +64,7 @@ class Problem:
         batch_images: images in a step, over all ranks.
         to_device: a batch as `epoch_batches` gives it -> the batch on the device; None where it is there.
         parameters: arguments of an optimizer -> what it is given; None for `model.parameters()`.
-        export: model -> the weights of the end, for a file beside the record; None for `weights_of`.
+        export: model -> its weights for the record, called by all ranks; None for `weights_of`.
         close: ends what the problem has started.
         state: what the problem needs to go on, as a nested dictionary of tensors and plain values; None for nothing.
             All ranks call it.

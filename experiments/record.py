@@ -187,6 +187,7 @@ def write_run(
             for name, values in result.series.items():
                 _write_series(file, name, values, result.iterations)
             _write_fields(file, result.fields)
+            _write_weights(file, result.weights)
             if places:  # a dataset, for attributes have no room for a thousand ranks
                 file.create_dataset("launch/binding", data=json.dumps([*places]))
             file.attrs.update(_attributes(config, problem, result, ranks, start, end, places))
@@ -195,15 +196,6 @@ def write_run(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, fill)
-
-
-def write_weights(path: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Writes a state_dict at once and whole; torch.load(path, weights_only=True) reads it.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    _replace(path, lambda temporary: torch.save(dict(weights), temporary))
 
 
 def note_place(path: Path, config: RunConfig) -> None:
@@ -289,6 +281,13 @@ def _write_fields(file: h5py.File, fields: Mapping[str, Field]) -> None:
         for axis, dimension in enumerate(entry.dimensions):
             if dimension != name:
                 file["fields"][name].dims[axis].attach_scale(file["fields"][dimension])
+
+
+def _write_weights(file: h5py.File, weights: Mapping[str, torch.Tensor]) -> None:
+    if weights:
+        group = file.create_group("weights", track_order=True)  # that of the state_dict
+        for name, value in weights.items():
+            group.create_dataset(name, data=value.numpy())
 
 
 def _attributes(
@@ -382,7 +381,7 @@ def read_run(path: Path) -> Run:
         series: dict[str, np.ndarray] = {}
 
         def visit(name: str, item: Any) -> None:
-            if not isinstance(item, h5py.Dataset) or name.startswith(("fields/", "launch/")):
+            if not isinstance(item, h5py.Dataset) or name.startswith(("fields/", "launch/", "weights/")):
                 return
             if name.rpartition("/")[2] in SCALES:
                 places.append(np.asarray(item))
@@ -402,6 +401,22 @@ def read_fields(path: Path) -> dict[str, np.ndarray]:
     """
     with h5py.File(path, "r") as file:
         return {name: np.asarray(item) for name, item in file.get("fields", {}).items()}
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run, a state_dict; {} where it has none (`save.weights`).
+
+    Raises:
+        OSError: the file is missing or is no HDF5 file.
+    """
+    with h5py.File(path, "r") as file:
+        return {name: torch.from_numpy(np.asarray(item)) for name, item in file.get("weights", {}).items()}
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a record holds the weights of its run."""
+    with h5py.File(path, "r") as file:
+        return "weights" in file
 
 
 def _plain(value: Any) -> Any:
@@ -429,12 +444,12 @@ def read_runs(folder: Path) -> list[Run]:
     return sorted(runs, key=lambda run: (run.attributes["variant"], run.attributes["seed"]))
 
 
-def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
-    """Whether the run must be done: "finished", "unfinished", "missing", "changed" or "unreadable".
+def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, *, weights: bool = False) -> str:
+    """Whether the run must be done: "finished", "unfinished", "missing", "changed", "unreadable" or "without weights".
 
     "unfinished" means that the run has checkpoints from which it goes on. "changed" means other settings, other data or
     another number of ranks: each changes the numbers. A label does not, nor does an override that says what holds for
-    all variants.
+    all variants. "without weights" is a finished run whose record should have them, by `weights`, and has none.
     """
     if any(run_folder(path).glob("step-*")):
         return "unfinished"
@@ -446,4 +461,6 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int) -
     except (OSError, KeyError, ValueError):
         return "unreadable"
     identity = (recorded, run.attributes.get("data_digest"), run.attributes.get("world_size"))
-    return "finished" if identity == (config.identity(), data_digest, world_size) else "changed"
+    if identity != (config.identity(), data_digest, world_size):
+        return "changed"
+    return "without weights" if weights and not has_weights(path) else "finished"

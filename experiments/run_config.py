@@ -97,21 +97,12 @@ class PinnConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Training by epochs.
-
-    Attributes:
-        epochs: passes over the training set.
-        batch_size: rows in a step, over all ranks.
-        scheduler: steps once an epoch.
-        measure_updates: whether the relative standard deviation of consecutive updates is recorded.
-        save_weights: whether the weights of the end are written beside the record.
-    """
+    """Training by epochs. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
 
     epochs: int = setting(integer(1), 100)
     batch_size: int = setting(integer(1), 40)
     scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
     measure_updates: bool = setting(BOOLEAN, False)
-    save_weights: bool = setting(BOOLEAN, False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,6 @@ class PinnTrainingConfig:
         max_seconds: of training; the run ends with the step that reaches them. null: no limit.
         num_threads: of torch.
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
-        save_weights: whether the weights of the end are written beside the record.
     """
 
     iterations: int = setting(integer(1), 2000)
@@ -134,7 +124,6 @@ class PinnTrainingConfig:
     max_seconds: float | None = setting(optional(number(0.0)), None)
     num_threads: int = setting(integer(1), 1)
     measure_updates: bool = setting(BOOLEAN, False)
-    save_weights: bool = setting(BOOLEAN, False)
 
 
 ProblemConfig = GraduateAdmissionsConfig | PinnConfig | ImageConfig
@@ -228,7 +217,7 @@ class BatchSizeStudy:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """How runs are saved on the way. No part of a run's identity.
+    """What is saved of runs, and when. No part of a run's identity.
 
     Attributes:
         every_seconds: between two checkpoints of a run.
@@ -238,12 +227,15 @@ class SaveConfig:
         asynchronous: whether a thread writes them while the training goes on.
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
             ranks many (`interruption.Agreement` has what one costs).
+        weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
+            `ema_decay`; images: with the statistics computed anew), see `record.read_weights`.
     """
 
     every_seconds: float = setting(number(0.0, closed_low=True), 300.0)
     keep: int = setting(integer(1, 1000), 2)
     asynchronous: bool = setting(BOOLEAN, False)
     agree_every: int = setting(integer(1, 10_001), 1)
+    weights: bool = setting(BOOLEAN, False)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Result:
         stop_reason: "iterations", "time" or "diverged"; "" for epochs.
         attributes: further attributes of the record.
         fields: by name, see `Problem.fields`.
-        weights: of the end, where they are wanted.
+        weights: that were evaluated last, where they are wanted; on the CPU.
     """
 
     series: dict[str, np.ndarray]
@@ -57,7 +57,7 @@ class Result:
     stop_reason: str = ""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Field] = field(default_factory=dict)
-    weights: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Session(Protocol):
@@ -83,6 +83,7 @@ def train(
     then: Stage | None = None,
     session: Session | None = None,
     show_progress: bool = False,
+    save_weights: bool = False,
 ) -> Result:
     """Trains interval by interval, evaluates after each of them, off the clock.
 
@@ -99,6 +100,7 @@ def train(
         then: the second stage, without the scheduler.
         session: takes up a saved run, saves this one on the way, and may stop it.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
+        save_weights: whether the result has the weights.
 
     Returns:
         The series. A loss that is not finite ends the run, which is then recorded as diverged.
@@ -112,7 +114,7 @@ def train(
         if session is not None:
             session.after_interval(run)
     run.bar.close()
-    return run.result(finished=True)
+    return run.result(finished=True, weights=save_weights)
 
 
 class Training:
@@ -410,8 +412,8 @@ class Training:
         """Of all processes that had this run."""
         return self._earlier_seconds + sum(stage.seconds() for stage in self.stages if stage.seconds is not None)
 
-    def result(self, *, finished: bool) -> Result:
-        """The series so far; of a finished run also what is worth one evaluation at the end."""
+    def result(self, *, finished: bool, weights: bool = False) -> Result:
+        """The series so far; of a finished run also what is worth one evaluation at the end, and the weights."""
         problem, training = self.problem, self.training
         more: dict[str, Any] = {}
         if finished:
@@ -419,7 +421,7 @@ class Training:
                 more = {
                     "attributes": problem.finish(self.evaluated) if problem.finish is not None else {},
                     "fields": problem.fields(self.evaluated) if problem.fields is not None else {},
-                    "weights": (problem.export or weights_of)(self.evaluated) if training.save_weights else None,
+                    "weights": (problem.export or weights_of)(self.evaluated) if weights else {},
                 }
         if not isinstance(training, PinnTrainingConfig):
             length = _num_intervals(training) + 1 if finished else self.interval

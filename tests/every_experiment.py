@@ -3,12 +3,13 @@
 import re
 
 import numpy as np
+import torch
 import yaml
 from image_runs import image_set, raw_config
 from suite_cases import PINN, RAW
 
 from experiments import __main__ as suite
-from experiments.record import read_run
+from experiments.record import read_run, read_weights
 
 EXPERIMENTS = ("graduate_admissions", "burgers_2d", "imagenet")
 
@@ -17,14 +18,14 @@ TOLERANCE = 1e-4
 
 
 def write_config(experiment, folder):
-    """Writes a configuration with one seed; returns its path."""
+    """Writes a configuration with one seed, whose records hold the weights; returns its path."""
     raw = {
         "graduate_admissions": lambda: RAW,
         "burgers_2d": lambda: PINN | {"problem": PINN["problem"] | {"dtype": "float64"}},
         "imagenet": lambda: raw_config(image_set(folder / "images")),
     }[experiment]()
     path = folder / f"{experiment}.yaml"
-    path.write_text(yaml.safe_dump(raw | {"seeds": 0}))
+    path.write_text(yaml.safe_dump(raw | {"seeds": 0, "save": {"weights": True}}))
     return path
 
 
@@ -34,9 +35,9 @@ def run_plainly(config, results, *more):
 
 
 def check_against_one_process(results, plain, *, launcher, world_size):
-    """The records of `results`, of these ranks, have the numbers of those of `plain`, of one process.
+    """The records of `results`, of these ranks, have the numbers and the weights of those of `plain`, of one process.
 
-    Not so with BatchNorm, which normalizes over the images of a rank: there only the series have the same lengths.
+    Images are another matter, for BatchNorm normalizes over those of a rank: what is counted must be the same.
     """
     places = sorted(path.relative_to(plain) for path in plain.rglob("*.h5"))
     assert places and places == sorted(path.relative_to(results) for path in results.rglob("*.h5"))
@@ -47,7 +48,14 @@ def check_against_one_process(results, plain, *, launcher, world_size):
         assert ours.series.keys() == one.series.keys()
         losses = [name for name in ours.series if re.fullmatch(r"metrics/(train|validation)/loss", name)]
         assert losses and all(ours.series[name][0] != ours.series[name][-1] for name in losses)
+        assert all(np.isfinite(ours.series[name]).all() for name in losses)
+        ours_all, one_all = ({**read_weights(folder / place)} for folder in (results, plain))
+        assert ours_all.keys() == one_all.keys() and all(value.isfinite().all() for value in ours_all.values())
+        if one.is_classification:
+            counted = "metrics/validation/num_images"
+            assert np.array_equal(ours.series[counted], one.series[counted])
+            continue
         for name in (name for name in ours.series if name.startswith("metrics/")):
-            assert np.array_equal(np.isfinite(ours.series[name]), np.isfinite(one.series[name])), name
-            if "num_validation_images" not in one.attributes:
-                np.testing.assert_allclose(ours.series[name], one.series[name], rtol=TOLERANCE, err_msg=name)
+            np.testing.assert_allclose(ours.series[name], one.series[name], rtol=TOLERANCE, err_msg=name)
+        for name, value in one_all.items():
+            torch.testing.assert_close(ours_all[name], value, rtol=TOLERANCE, atol=TOLERANCE)

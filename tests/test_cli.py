@@ -3,13 +3,15 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from every_experiment import EXPERIMENTS, write_config
 from processes import children, is_running, wait_until
-from suite_cases import PINN, RAW
+from suite_cases import RAW
 
 from experiments import __main__ as suite
 from experiments import execute
@@ -17,7 +19,7 @@ from experiments.__main__ import main
 from experiments.config import expand_runs, parse_config
 from experiments.launch import Ranks
 from experiments.lock import LOCK_NAME
-from experiments.record import read_run
+from experiments.record import read_run, read_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,29 +110,36 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
     assert len(told) == 1 and told[0].startswith("error: the results folder ") and "cannot be written" in told[0]
 
 
-@pytest.mark.parametrize("raw", [RAW, PINN], ids=["graduate_admissions", "burgers_2d"])
-def test_the_weights_of_the_end_are_those_of_the_record(tmp_path, monkeypatch, raw):
-    """Of the averaged weights, where these are evaluated; a run anew that saves none leaves none."""
-    monkeypatch.delenv("AADL_DATA_DIR", raising=False)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, capsys, experiment):
+    """The averaged ones; of images with the statistics computed anew."""
+    path = write_config(experiment, tmp_path)
+    raw = yaml.safe_load(path.read_text())
     ((name, variant), *_) = raw["variants"].items()
-    raw = raw | {"seeds": 0, "variants": {name: variant | {"ema_decay": 0.9}}}
-    raw["training"] = raw["training"] | {"save_weights": True}
-    path = tmp_path / "config.yaml"
+    raw |= {"variants": {name: variant | {"ema_decay": 0.9}}}
     path.write_text(yaml.safe_dump(raw))
-    assert run(path, tmp_path / "results") == 0
-    [record], [weights] = ([*(tmp_path / "results").rglob(f"seed-0.{kind}")] for kind in ("h5", "weights.pt"))
-    [config] = expand_runs(parse_config(raw))
-    problem = execute.build(config, Ranks())
-    if problem.points is not None:
-        problem.points(problem.model, 0)
+    results = tmp_path / "results"
+    for settings, told in (("false", "1 of 1 runs to do"), ("true", "1 records have no weights"), ("false", "0 of 1")):
+        assert run(path, results, "--set", f"save.weights={settings}") == 0
+        assert told in capsys.readouterr().err
+    [record] = results.rglob("seed-0.h5")
+    [expanded] = expand_runs(parse_config(raw, path.parent))
+    problem = execute.build(expanded, Ranks())
     with torch.no_grad():
+        if problem.points is not None:
+            problem.points(problem.model, 0)
         before = problem.evaluate(problem.model)
-        problem.model.load_state_dict(torch.load(weights, weights_only=True))
+        problem.model.load_state_dict(read_weights(record))
         after = problem.evaluate(problem.model)
+    metrics = [name for name in after if name.startswith("metrics/") and "stale" not in name]
     recorded = read_run(record).series
-    assert after == {name: recorded[name][-1] for name in after} and after != before
-    assert run(path, tmp_path / "results", "--set", "training.save_weights=false") == 0
-    assert record.exists() and not weights.exists()
+    assert [after[name] for name in metrics] == [recorded[name][-1] for name in metrics]
+    assert before["metrics/train/loss" if experiment != "imagenet" else "metrics/validation/loss"] not in after.values()
+    if experiment == "imagenet":  # where the statistics computed anew are those of the network
+        assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
+        begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
+        begun_weights = execute.build(begun, Ranks()).model.state_dict()
+        assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
 
 
 def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
@@ -179,7 +188,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
 
         try:
             assert wait_until(started, 60)
-            assert wait_until(lambda: len(list((tmp_path / "results").rglob(LOCK_NAME))) == 2, 120)  # they train
+            assert wait_until(lambda: len(list((tmp_path / "results").rglob(LOCK_NAME))) == 2, 120)  # runs have begun
             parent.send_signal(number)
             assert parent.wait(60) == (75 if number == signal.SIGTERM else -number)
             assert wait_until(lambda: not any(map(is_running, workers)), 10)

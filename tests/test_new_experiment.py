@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "ONLY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    equation, check = blocks("python")
+    equation, check, _ = blocks("python")
     (settings,) = blocks("yaml")
     (tmp_path / "heat").mkdir()
     for name, text in (("heat.py", equation), ("check.py", check), ("heat.yaml", settings)):
@@ -84,6 +84,11 @@ def test_the_commands_of_the_page_learn_and_draw(folder, capsys):
     names = yaml.safe_load((folder / "heat.yaml").read_text("utf-8"))["variants"]
     assert set(errors) == {*(("laptop", name) for name in names), ("hard", "adam")}
     assert errors["laptop", "adam"] < 0.05 and errors["laptop", "lbfgs"] < 0.02 and errors["hard", "adam"] < 0.01
+    values = {}
+    exec(blocks("python")[2], values)
+    points = torch.rand(50, 2)
+    solution = load_equation("heat.py", {"kappa": 0.1}, folder).exact(points)
+    assert (values["network"](points) - solution).norm() < 0.1 * solution.norm()
     assert main(figures) == 0
     assert main(summarize) == 0
     told = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Jobs under a fake LSF (fake_lsf.py): scripts with a stand-in, and one experiment end to end; jsrun and mpirun."""
+"""Jobs under a fake LSF (fake_lsf.py): scripts with a stand-in, and small experiments end to end; jsrun and mpirun."""
 
 import contextlib
 import io
