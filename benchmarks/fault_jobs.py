@@ -159,11 +159,11 @@ class _Injector:
             self.note("step", **({"rows": _checksums(batch), "epoch": run.interval} if self._rows else {}))
             time.sleep(self._pace)
 
-        def ending(run: Training, *, finished: bool) -> Any:
+        def ending(run: Training, *, finished: bool, weights: bool = False) -> Any:
             if finished:
                 state = run.state()[0]
                 self.note("end", digest=digest({name: state[name] for name in STATE_OF_THE_END}))
-            return result(run, finished=finished)
+            return result(run, finished=finished, weights=weights)
 
         def restoring(session: RunSession, run: Training) -> bool:
             restored = restore(session, run)

@@ -788,7 +788,8 @@ def agree_while_saving(rank, world_size, folder):
         checkpoint_files.kill_point = lambda name: goes_on.wait()
     checkpoints.save(1, state_at(1), own_at(1, rank), identity="run")
     words = [agreement.agree_now(step, step == 3 and rank == 1, True) for step in range(5)]
-    assert names_of(folder) == []
+    if rank == 0:  # the other one may look when this one has gone on
+        assert names_of(folder) == []
     goes_on.set()
     checkpoints.close()
     return words, outcome(checkpoints, rank), names_of(folder)

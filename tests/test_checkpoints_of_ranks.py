@@ -237,11 +237,11 @@ def suite_run(ranks, results, stop=None):
             interruption._reason = "a test"
         after_step(session, run, loss)
 
-    def keep(run, *, finished):
-        if finished:
+    def keep(run, **kinds):
+        if kinds["finished"]:
             weights = torch.cat([p.detach().reshape(-1) for p in run.problem.model.parameters()])
             kept.extend([weights, statistics(run.stages[0].optimizer)])
-        return result(run, finished=finished)
+        return result(run, **kinds)
 
     with mock.patch.object(RunSession, "after_step", told), mock.patch.object(Training, "result", keep):
         stopped = pytest.raises(Interrupted, match=f"after step {stop and stop + 1};") if stop else nullcontext()

@@ -44,7 +44,7 @@ def test_torchrun_restarts_in_the_store_of_the_first_attempt(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("repetition", range(4))
+@pytest.mark.parametrize("repetition", range(2))
 def test_torchrun_restarts_each_time(tmp_path, repetition):
     check_restart(tmp_path)
 

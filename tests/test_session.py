@@ -50,10 +50,10 @@ def ends(config, results, stops, monkeypatch):
     kept = {}
     result = Training.result
 
-    def keep(run, *, finished):
-        if finished:
+    def keep(run, **kinds):
+        if kinds["finished"]:
             kept["state"] = run.state()[0]
-        return result(run, finished=finished)
+        return result(run, **kinds)
 
     monkeypatch.setattr(Training, "result", keep)
     for stop, last in stops.items():

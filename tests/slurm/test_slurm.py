@@ -36,7 +36,7 @@ def long_config(tmp_path_factory):
     """The same, with enough steps to be interrupted."""
     path = tmp_path_factory.mktemp("config") / "long.yaml"
     variants = {name: RAW["variants"][name] for name in (ACCELERATED,)}
-    changes = {"training": {"epochs": 300, "batch_size": 80}, "variants": variants, "save": {"weights": True}}
+    changes = {"training": {"epochs": 200, "batch_size": 80}, "variants": variants, "save": {"weights": True}}
     path.write_text(yaml.safe_dump(RAW | {"seeds": 0} | changes))
     return path
 
