@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -279,7 +280,7 @@ class _Loader:
             answers: Iterator[_Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
         else:
             self._keys.now = keys
-            with signals_held_back():  # the first time, they start
+            with signals_held_back() if self._pass == 1 else nullcontext():  # the first time, they start
                 answers = iter(self._workers)
         for place, answer in enumerate(answers, start=1):
             self._note(answer)

@@ -234,9 +234,9 @@ def _run(
     arguments = (images, header, packing, num_done, stop)
     with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
         before = bar.n
-        with signals_held_back():
-            waiting: set[Future[None]] = {pool.submit(_pack_shard, task) for task in tasks}
         try:
+            with signals_held_back():
+                waiting: set[Future[None]] = {pool.submit(_pack_shard, task) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
                 if before + num_done.value > bar.n:

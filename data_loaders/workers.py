@@ -25,13 +25,17 @@ SIGNALS = {
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Here they arrive when the block ends; processes that are started in it are born with them blocked.
+    """Processes that are started in this block are born with these signals blocked, for `follow_parent`; this thread
+    hears them when it ends.
 
-    A worker would die of one that arrives before its first line of Python.
+    A worker would die of one that arrives before its first line of Python. A forkserver that starts here stays deaf,
+    and so are all processes that it makes: a program that ends others of its own by SIGTERM makes them by "spawn", or
+    before.
     """
-    multiprocessing.resource_tracker.ensure_running()  # which unblocks SIGTERM and SIGINT if it starts later
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        multiprocessing.resource_tracker.ensure_running()  # which, where it starts, unblocks SIGTERM and SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -41,13 +45,16 @@ def follow_parent() -> None:
     """For the first line of a worker: it ends when its parent has ended, and hears no signal, for its parent does.
 
     But for a SIGTERM of the parent itself, by `Process.terminate`: one that failed calls it on its way out, and then
-    waits until the worker has ended.
+    waits until the worker has ended. Systems without sigwaitinfo (macOS) cannot tell whose it is: any SIGTERM counts.
     """
+    can_tell = hasattr(signal, "sigwaitinfo")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
-    for watch in (_wait_for_end, _wait_for_terminate):
+    for watch in (_wait_for_end, *([_wait_for_terminate] if can_tell else [])):
         threading.Thread(target=watch, args=(parent,), daemon=True).start()
+    if not can_tell:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _wait_for_end(parent: Any) -> None:
@@ -58,4 +65,4 @@ def _wait_for_end(parent: Any) -> None:
 def _wait_for_terminate(parent: Any) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
-    os._exit(1)
+    os._exit(0)  # torch raises in the parent for a DataLoader's worker that ends with another code

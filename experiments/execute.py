@@ -35,6 +35,7 @@ from experiments.progress import progress
 from experiments.published import PublishedScheme
 from experiments.record import (
     git_state,
+    is_finished,
     note_place,
     read_run,
     run_folder,
@@ -116,6 +117,8 @@ def execute_run(
     places = binding(ranks) if ranks.world_size > 1 else []
 
     def write(result: Result, complete: bool = False) -> None:
+        if not complete and is_finished(path, config, problem.data_digest, ranks.world_size):
+            return  # made again, by --force or for its weights: the old record is worth more than a part of the new one
         now, restarts = datetime.now(timezone.utc), session.num_restores
         more = {"complete": complete, "restart_count": restarts, "places": places}
         write_run(path, config, problem, result, ranks, session.start, now, **more)  # type: ignore[arg-type]
@@ -396,12 +399,14 @@ def _execute_parallel(
     told = context.Event()
     workers = min(num_jobs, len(pending))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
-        with signals_held_back():
-            futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
         try:
+            with signals_held_back():
+                futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
             for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):
                 future.result()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):  # the workers do not hear Ctrl-C
+                told.set()
             pool.shutdown(wait=True, cancel_futures=True)  # wait=False would forget the cancelation on exit
             raise
 

@@ -379,7 +379,8 @@ def _read_state(path: Path) -> Any:
     except OSError as error:
         raise OSError(f"the weights {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise ValueError(f"{path} holds no weights saved by torch.save: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} holds no weights, saved by torch.save or in a record: {reason}") from None
     if not weights:
         raise ValueError(f"{path} is a record without weights: `--set save.weights=true` makes one with them")
     return weights

@@ -25,7 +25,6 @@ __all__ = [
     "Interruption",
     "RanksDisagree",
     "Word",
-    "ignore_signals",
 ]
 
 EXIT_RESUME = 75  # of a process that stopped early, has saved its state, and wants to be started again
@@ -41,8 +40,7 @@ class Interruption:
     """While entered, signals and the time limit do nothing but give a reason to stop.
 
     A second signal changes nothing. In a thread other than the main one Python allows no signal handlers, and the time
-    limit alone counts. The handlers are inherited by processes that are forked, as the workers of a DataLoader, and
-    schedulers signal these, too: they must call `ignore_signals` or its like first.
+    limit alone counts. Schedulers signal every process of a step, workers too: see `data_loaders.workers`.
 
     Attributes:
         margin_seconds: so long before the end of the job the run must stop; may be changed at any time, as when a
@@ -123,16 +121,6 @@ def _end_time(environment: Mapping[str, str]) -> float | None:
             raise ValueError(f"environment variable {name} must be a time in seconds since the epoch, got {text!r}")
         return value
     return None
-
-
-def ignore_signals(worker_id: int = 0) -> None:
-    """Lets a process ignore what `Interruption` handles; a `worker_init_fn` of DataLoader.
-
-    A scheduler signals every process of a step, and a worker that ends takes the run with it before it has saved.
-    (`data_loaders` does the same by itself, for it does not import this package.)
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 LARGEST = 1 << 46

@@ -453,6 +453,16 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, *
     """
     if any(run_folder(path).glob("step-*")):
         return "unfinished"
+    state = _state_of_record(path, config, data_digest, world_size)
+    return "without weights" if state == "finished" and weights and not has_weights(path) else state
+
+
+def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int) -> bool:
+    """Whether there is a complete record of this very run, whatever checkpoints there are."""
+    return _state_of_record(path, config, data_digest, world_size) == "finished"
+
+
+def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
     if not path.exists():
         return "missing"
     try:
@@ -461,6 +471,4 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, *
     except (OSError, KeyError, ValueError):
         return "unreadable"
     identity = (recorded, run.attributes.get("data_digest"), run.attributes.get("world_size"))
-    if identity != (config.identity(), data_digest, world_size):
-        return "changed"
-    return "without weights" if weights and not has_weights(path) else "finished"
+    return "finished" if identity == (config.identity(), data_digest, world_size) else "changed"

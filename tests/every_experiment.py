@@ -49,7 +49,7 @@ def check_against_one_process(results, plain, *, launcher, world_size):
         losses = [name for name in ours.series if re.fullmatch(r"metrics/(train|validation)/loss", name)]
         assert losses and all(ours.series[name][0] != ours.series[name][-1] for name in losses)
         assert all(np.isfinite(ours.series[name]).all() for name in losses)
-        ours_all, one_all = ({**read_weights(folder / place)} for folder in (results, plain))
+        ours_all, one_all = (read_weights(folder / place) for folder in (results, plain))
         assert ours_all.keys() == one_all.keys() and all(value.isfinite().all() for value in ours_all.values())
         if one.is_classification:
             counted = "metrics/validation/num_images"

@@ -6,9 +6,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
 
-from experiments.interruption import EXIT_RESUME, SIGNALS, Agreement, Interruption, RanksDisagree, Word, ignore_signals
+from experiments.interruption import EXIT_RESUME, SIGNALS, Agreement, Interruption, RanksDisagree, Word
 from experiments.launch import Ranks
 
 
@@ -117,30 +116,6 @@ def test_outside_the_main_thread_only_the_time_limit_counts():
     thread.start()
     thread.join()
     assert seen == [*before, "time limit"]
-
-
-class Numbers(Dataset):
-    """Hands out the process that made each item."""
-
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, place):
-        return torch.tensor([place, os.getpid()])
-
-
-def test_workers_outlive_the_signals():
-    with quiet() as interruption:
-        loader = DataLoader(Numbers(), num_workers=1, worker_init_fn=ignore_signals, prefetch_factor=1)
-        batches = iter(loader)
-        _, worker = next(batches)[0].tolist()
-        assert worker != os.getpid()
-        for number in SIGNALS:
-            os.kill(worker, number)
-        rest = [batch[0].tolist() for batch in batches]
-        assert [place for place, _ in rest] == list(range(1, 40))
-        assert {pid for _, pid in rest} == {worker}
-        assert interruption.reason == ""  # the signals reached the worker alone
 
 
 def test_a_single_rank_needs_no_process_group():

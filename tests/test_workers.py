@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from every_experiment import write_config
 from processes import is_running, wait_until
+
+from experiments.lock import LOCK_NAME
 
 TESTS = Path(__file__).parent
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -94,6 +97,7 @@ def end(process):
 def test_workers_survive_the_signals_of_a_scheduler(tmp_path, start_method):
     code, out, err = end(start(tmp_path, LOADER + SIGNALED, start_method=start_method))
     assert (code, out.split()) == (0, ["caught"] * 3 + ["steps", "6"]), err
+    assert "resource_tracker" not in err
 
 
 def test_a_program_that_loses_a_worker_fails_and_ends(tmp_path):
@@ -119,3 +123,41 @@ def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_met
             parent.kill()
             for pid in filter(is_running, workers):
                 os.kill(pid, signal.SIGKILL)
+
+
+# Ctrl-C of a terminal goes to the whole group; the workers do not hear it, their parent tells them.
+JOBS = """
+import sys
+from experiments.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main(["run", {config!r}, "--results", {results!r}, "--jobs", "2", "--set", "training.epochs=1000000"]))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_runs_of_jobs(tmp_path):
+    results = tmp_path / "results"
+    config = write_config("graduate_admissions", tmp_path)
+    process = start(tmp_path, JOBS, config=str(config), results=str(results))
+    assert wait_until(lambda: len(list(results.rglob(LOCK_NAME))) == 2, 120)  # runs have begun
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = end(process)
+    assert code == 130 and "interrupted" in err
+    assert len({place.parent for place in results.rglob("step-*")}) == 2  # both were saved
+
+
+# As a program ends on an error of its own: torch must not see workers fail.
+ERROR = """
+if __name__ == "__main__":
+    with loader() as batches:
+        waiting = iter(batches.batches(0))
+        next(waiting)
+        raise ValueError("its own")
+"""
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_program_that_fails_ends_with_its_own_error(tmp_path, start_method):
+    code, _, err = end(start(tmp_path, LOADER + ERROR, start_method=start_method))
+    assert code == 1 and err.splitlines()[-1] == "ValueError: its own"
