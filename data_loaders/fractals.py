@@ -357,7 +357,8 @@ def _in_order(
         return
     # Spawned: a fork would copy the threads of torch and MPI halfway.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=follow_parent)
+    with signals_held_back():
+        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=follow_parent)
     pending: deque[Future[Result]] = deque()
 
     def submit(count: int) -> None:

@@ -248,6 +248,7 @@ class _Loader:
         self.unreadable: dict[int, str] = {}
         self.num_unreadable = self.num_fallbacks = 0
         self._pass = 0
+        self._started = False  # the workers
         self._reader = _Reader(images, decoding, seed, augment)
         self._keys = _Keys()
         self._workers: DataLoader[_Answer] | None = None
@@ -280,8 +281,9 @@ class _Loader:
             answers: Iterator[_Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
         else:
             self._keys.now = keys
-            with signals_held_back() if self._pass == 1 else nullcontext():  # the first time, they start
+            with nullcontext() if self._started else signals_held_back():
                 answers = iter(self._workers)
+            self._started = True
         for place, answer in enumerate(answers, start=1):
             self._note(answer)
             yield answer

@@ -230,7 +230,8 @@ def _run(
     """Fills shards in processes; after an error or an interruption the others end at their next image."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once, for all workers
-    num_done, stop = context.Value("q", 0), context.Event()
+    with signals_held_back():  # their helper process is not to die of them either
+        num_done, stop = context.Value("q", 0), context.Event()
     arguments = (images, header, packing, num_done, stop)
     with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
         before = bar.n

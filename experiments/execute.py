@@ -396,7 +396,8 @@ def _execute_parallel(
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    told = context.Event()
+    with signals_held_back():  # its helper process is not to die of them either
+        told = context.Event()
     workers = min(num_jobs, len(pending))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
         try:

@@ -407,9 +407,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights of a run, a state_dict; {} where it has none (`save.weights`).
 
     Raises:
-        OSError: the file is missing or is no HDF5 file.
+        OSError: the file is missing, is no HDF5 file, or is incomplete.
     """
     with h5py.File(path, "r") as file:
+        if not file.attrs.get("complete"):
+            raise IncompleteRecord(f"{path} is incomplete")
         return {name: torch.from_numpy(np.asarray(item)) for name, item in file.get("weights", {}).items()}
 
 

@@ -494,11 +494,15 @@ def test_weights_come_in_from_a_file(folder, tmp_path):
     (tmp_path / "text.pt").write_text("no weights")
     with pytest.raises(ValueError, match=r"text\.pt holds no weights, saved by torch\.save or in a record: "):
         build(image_run(folder, problem={"initial_weights": str(tmp_path / "text.pt")}), Ranks())
-    with (
-        h5py.File(tmp_path / "record.h5", "w"),
-        pytest.raises(ValueError, match=r"record\.h5 is a record without weights"),
+    record = str(tmp_path / "record.h5")
+    for complete, error in (
+        (False, r"the weights .*record\.h5 .*is incomplete"),
+        (True, r"is a record without weights"),
     ):
-        build(image_run(folder, problem={"initial_weights": str(tmp_path / "record.h5")}), Ranks())
+        with h5py.File(record, "w") as file:
+            file.attrs["complete"] = complete
+        with pytest.raises((OSError, ValueError), match=error):
+            build(image_run(folder, problem={"initial_weights": record}), Ranks())
     with pytest.raises(OSError, match=r"the weights .*none\.pt cannot be read: No such file"):
         build(image_run(folder, problem={"initial_weights": str(tmp_path / "none.pt")}), Ranks())
 
