@@ -28,9 +28,9 @@ def signals_held_back() -> Iterator[None]:
     """Processes that are started in this block are born with these signals blocked, for `follow_parent`; this thread
     hears them when it ends.
 
-    A worker would die of one that arrives before its first line of Python. The processes of a forkserver are born as it
-    is. One that starts here stays deaf: a program that ends others of its own by SIGTERM makes them by "spawn". One that
-    has started before hears them, and so do its processes until `follow_parent`.
+    A worker would die of one that arrives before its first line of Python. The processes of a forkserver are born as
+    it is. One that starts here stays deaf: a program that ends others of its own by SIGTERM makes them by "spawn". One
+    that has started before hears them, and so do its processes until `follow_parent`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -45,8 +45,8 @@ def follow_parent() -> None:
     """For the first line of a worker: it ends when its parent has ended, and hears no signal, for its parent does.
 
     But for a SIGTERM of the parent itself, by `Process.terminate`: one that failed calls it on its way out, and then
-    waits until the worker has ended. (Lost is one that comes while another's is pending, as the worker starts; of those,
-    one is kept.) Systems without sigwaitinfo (macOS) cannot tell whose it is: any SIGTERM counts.
+    waits until the worker has ended. (One that comes while the worker starts and another's is pending is lost: the
+    system keeps one.) Systems without sigwaitinfo (macOS) cannot tell whose it is: any SIGTERM counts.
     """
     can_tell = hasattr(signal, "sigwaitinfo")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
