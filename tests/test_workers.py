@@ -102,7 +102,7 @@ def test_workers_survive_the_signals_of_a_scheduler(tmp_path, start_method):
 
 def test_a_program_that_loses_a_worker_fails_and_ends(tmp_path):
     code, _, err = end(start(tmp_path, LOADER + FAILING, start_method="fork"))
-    assert code == 1 and err.splitlines()[-1].startswith("RuntimeError: DataLoader worker")
+    assert code == 1 and "\nRuntimeError: DataLoader worker" in err  # torch's handler of SIGCHLD may raise it again, later
 
 
 @pytest.mark.slow
