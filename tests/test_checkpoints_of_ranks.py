@@ -45,6 +45,8 @@ KINDS = {  # wrapper, optimizer, settings
 }
 STEPS = 62
 SAVED_AT = (1, 2, 31, 32, 33, 38)
+RESUMED_AT = {2: (2, 31, 32, 33, 38), 1: (2, 33), 4: (33,)}
+"""By number of ranks; there are two cores."""
 
 
 def build(kind, rank, size):
@@ -102,8 +104,7 @@ def resume(kind, step, rank, size, folder, way="in place"):
 
 def resume_all(rank, size, folder):
     kinds = [kind for kind in KINDS if size > 1 or "shared" not in kind]
-    steps = SAVED_AT[1:] if size == 2 else (2, 32, 33)
-    results = {(kind, step): resume(kind, step, rank, size, folder) for kind in kinds for step in steps}
+    results = {(kind, step): resume(kind, step, rank, size, folder) for kind in kinds for step in RESUMED_AT[size]}
     results |= {(kind, "cut"): resume(kind, 38, rank, size, folder, "cut") for kind in kinds if kind != "adam"}
     if size == 2:
         results |= {(kind, "forgotten"): resume(kind, 33, rank, size, folder, "forgotten") for kind in kinds}

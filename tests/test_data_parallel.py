@@ -53,8 +53,9 @@ SHARED = {  # settings, closure, optimizer, network, context
     "five elements": (RESIDUAL | {"history_depth": 2}, False, momentum, five_elements, nullcontext),
     "five elements, refused": (LOSS | {"history_depth": 2}, True, momentum, five_elements, refusing),
 }
-ON_FOUR = {"residual", "refused", "loss", "reverts", "five elements"}
-"""Of SHARED; there are two cores."""
+ON_FOUR = {"residual", "loss", "auto"}
+SHARED_ON_FOUR = {"residual", "refused", "loss", "reverts", "five elements"}
+"""Of VARIANTS and of SHARED; there are two cores."""
 ELEMENTS = {"nine elements": 9, "five elements": 5, "five elements, refused": 5}
 
 
@@ -63,7 +64,7 @@ def train_replicas(rank, size):
     results = {
         name: run(rank, size, settings, wrap=replica, make=make, loss=at_odds, closure=closure, steps=STEPS)
         for name, (settings, closure, make) in VARIANTS.items()
-        if size == 2 or "wait" not in name
+        if size == 2 or name in ON_FOUR
     }
     results["each alone"] = run(
         rank, size, LOSS | {"process_group": own}, wrap=replica, loss=at_odds, closure=True, steps=STEPS
@@ -87,7 +88,7 @@ def share_history(rank, size):
             context=context,
         )
         for name, (settings, closure, make, build, context) in SHARED.items()
-        if size == 2 or name in ON_FOUR
+        if size == 2 or name in SHARED_ON_FOUR
         for shared in (False, True)
     }
 

@@ -105,8 +105,7 @@ def test_identity_changes_no_bit(name, arguments, closure, settings):
 
 
 @every_run
-@pytest.mark.parametrize("store_each_nth", [1, 2])
-@pytest.mark.parametrize("safeguard", ["loss", "residual"])
+@pytest.mark.parametrize(("store_each_nth", "safeguard"), [(1, "loss"), (2, "residual")])
 def test_acceleration_trains(name, arguments, closure, store_each_nth, safeguard):
     if safeguard == "loss" and not closure:
         safeguard = True  # which then is "residual"

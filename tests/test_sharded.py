@@ -44,7 +44,7 @@ VARIANTS = {  # settings, closure, optimizer, context
     "reverts": (RESIDUAL, False, momentum, reverting),
     "bfloat16": (RESIDUAL | {"history_dtype": torch.bfloat16}, False, momentum, nullcontext),
 }
-ON_FOUR = {"one dimension": {"residual", "refused", "unsafe", "loss"}, "replicas": {"residual", "loss"}}
+ON_FOUR = {"one dimension": {"residual", "refused", "unsafe", "loss"}, "replicas": {"residual"}}
 """Of VARIANTS; there are two cores."""
 STEPS = 50
 
