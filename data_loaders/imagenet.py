@@ -336,7 +336,8 @@ class TrainLoader(_Loader):
         rank: of this process.
         world_size: number of ranks.
         num_workers: processes that decode; 0 for this one.
-        start_method: of the workers: "fork", "spawn" or "forkserver".
+        start_method: of the workers: "fork", "spawn" or "forkserver". A forkserver that starts here leaves SIGTERM
+            blocked in all processes of the program that come from it later: those it terminates must be of "spawn".
         augment: False takes the central crop of evaluation.
         pin_memory: batches in page-locked memory, for asynchronous copies to a GPU, whoever decodes.
 

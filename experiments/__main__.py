@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print("interrupted: the finished runs are kept, the same command makes the others", file=sys.stderr)
+        print("interrupted: finished runs are kept; the same command goes on with the others", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
     return int(code or 0)
 

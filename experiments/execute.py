@@ -51,7 +51,10 @@ from experiments.together import by_first, check_same
 from experiments.train import Result, train
 
 POLL_SECONDS = 0.5
-"""Between two looks of the process that waits for workers, whether it was told to stop."""
+"""Between two looks of a process, at its workers or at what its parent says, whether it was told to stop."""
+
+SAVE_SECONDS = 30
+"""For a run to stop and save when its pool of workers breaks, because another worker was killed."""
 
 
 def describe(config: Any) -> Description:
@@ -317,32 +320,48 @@ def _probe(folder: Path) -> None:
         raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
 
 
-_was_told: Any = None  # in a worker: the event by which its parent tells it to stop
+class _Worker:
+    """State of a worker process: `told` is shared, and true when the parent tells its workers to stop."""
+
+    told: Any = None
+    has_run = False
 
 
 def _execute_in_worker(run: RunConfig, ranks: Ranks, results: Path, save: SaveConfig, anew: bool) -> Path:
     """One run, unless it lay in the queue when the worker was told to stop."""
-    if _was_told.is_set():
+    if _Worker.told.value:
         raise Interrupted(f"stopped before run {run.name}, seed {run.seed}")
-    return execute_run(run, ranks, results, save=save, anew=anew)
+    _Worker.has_run = True
+    try:
+        return execute_run(run, ranks, results, save=save, anew=anew)
+    finally:
+        _Worker.has_run = False
 
 
 def _start_worker(told: Any) -> None:
-    """One thread of torch, and a watch that stops the run when the parent says so, by SIGUSR1."""
-    follow_parent()
+    """One thread of torch, and a watch that stops the run when the parent says so."""
+    follow_parent(farewell=_save_run)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     torch.set_num_threads(1)
-    global _was_told
-    _was_told = told
+    _Worker.told = told
+    threading.Thread(target=_stop_when_told, daemon=True).start()
 
-    def stop_when_told() -> None:
-        told.wait()
-        while True:  # a run that has not begun by now catches it later
+
+def _stop_when_told() -> None:
+    """Stops the run by SIGUSR1, again and again: one that has not begun catches it later."""
+    while True:
+        time.sleep(POLL_SECONDS)
+        if _Worker.told.value:
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(POLL_SECONDS)
 
-    threading.Thread(target=stop_when_told, daemon=True).start()
+
+def _save_run() -> None:
+    """Before this worker ends since another one was killed."""
+    end = time.monotonic() + SAVE_SECONDS
+    while _Worker.has_run and time.monotonic() < end:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(POLL_SECONDS)
 
 
 def _execute_in_turn(
@@ -396,20 +415,31 @@ def _execute_parallel(
     # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    with signals_held_back():  # its helper process is not to die of them either
-        told = context.Event()
+    told = context.RawValue("b", 0)  # no Event: it hangs where a process that waited for it was killed
     workers = min(num_jobs, len(pending))
+    futures: list[Future[Path]] = []
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
         try:
             with signals_held_back():
-                futures = [pool.submit(_execute_in_worker, run, ranks, results, config.save, anew) for run in pending]
+                for run in pending:
+                    futures.append(pool.submit(_execute_in_worker, run, ranks, results, config.save, anew))
             for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):
                 future.result()
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):  # the workers do not hear Ctrl-C
-                told.set()
-            pool.shutdown(wait=True, cancel_futures=True)  # wait=False would forget the cancelation on exit
+            told.value |= isinstance(error, KeyboardInterrupt)  # the workers do not hear Ctrl-C
+            _let_end(futures, interruption, told)
             raise
+
+
+def _let_end(futures: list[Future[Path]], interruption: Interruption, told: Any) -> None:
+    """Cancels what has not begun and waits for what has, which is told of signals and Ctrl-C as before."""
+    waiting = {future for future in futures if not future.cancel()}
+    while waiting:
+        try:
+            told.value |= bool(interruption.reason)
+            _, waiting = wait(waiting, timeout=POLL_SECONDS)
+        except KeyboardInterrupt:
+            told.value = 1
 
 
 def _as_completed(futures: list[Future[Path]], interruption: Interruption, told: Any) -> Iterator[Future[Path]]:
@@ -417,10 +447,10 @@ def _as_completed(futures: list[Future[Path]], interruption: Interruption, told:
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        if interruption.reason and not told.is_set():
+        if interruption.reason and not told.value:
             for future in waiting:
                 future.cancel()
-            told.set()
+            told.value = 1
         cancelled = {future for future in done if future.cancelled()}
         yield from done - cancelled
         if cancelled and not waiting:

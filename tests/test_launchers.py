@@ -32,21 +32,11 @@ def torchrun(*options):
 # --- torchrun
 
 
-def check_restart(tmp_path):
+def test_torchrun_restarts_in_the_store_of_the_first_attempt(tmp_path):
     code, out, err = run([*torchrun("--max-restarts=1"), str(tmp_path), "first attempt"])
     assert code == 0, err
     assert sorted(out.split("\n")) == ["", "rank 0 of 2 by torchrun summed", "rank 1 of 2 by torchrun summed"]
     assert err.count("KeyError: 'the first attempt fails'") == 1  # so there was one
-
-
-def test_torchrun_restarts_in_the_store_of_the_first_attempt(tmp_path):
-    check_restart(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("repetition", range(2))
-def test_torchrun_restarts_each_time(tmp_path, repetition):
-    check_restart(tmp_path)
 
 
 # --- mpiexec

@@ -46,7 +46,7 @@ VARIANTS = {  # settings, closure, optimizer, context
 }
 ON_FOUR = {"one dimension": {"residual", "refused", "unsafe", "loss"}, "replicas": {"residual"}}
 """Of VARIANTS; there are two cores."""
-STEPS = 50
+STEPS = 32
 
 
 def replicated_and_sharded(model, rank, size):

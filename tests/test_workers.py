@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from every_experiment import write_config
-from processes import is_running, wait_until
+from processes import children, is_running, wait_until
 
 from experiments.lock import LOCK_NAME
 
@@ -102,7 +103,7 @@ def test_workers_survive_the_signals_of_a_scheduler(tmp_path, start_method):
 
 def test_a_program_that_loses_a_worker_fails_and_ends(tmp_path):
     code, _, err = end(start(tmp_path, LOADER + FAILING, start_method="fork"))
-    assert code == 1 and "\nRuntimeError: DataLoader worker" in err  # torch's handler of SIGCHLD may raise it again, later
+    assert code == 1 and "\nRuntimeError: DataLoader worker" in err  # torch may raise it a second time, later
 
 
 @pytest.mark.slow
@@ -125,26 +126,76 @@ def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_met
                 os.kill(pid, signal.SIGKILL)
 
 
-# Ctrl-C of a terminal goes to the whole group; the workers do not hear it, their parent tells them.
+# Signals go to the whole group, as those of a terminal; the workers do not hear them, their parent tells them.
 JOBS = """
-import sys
+import pathlib, sys
+from experiments import execute
 from experiments.__main__ import main
+
+stage = execute._stage
+
+def stage_or_fail(problem, config, *arguments, **options):
+    if config.name == {failing!r}:
+        pathlib.Path({results!r}, "failed").touch()
+        raise ZeroDivisionError("its own")
+    return stage(problem, config, *arguments, **options)
+
+execute._stage = stage_or_fail
 
 if __name__ == "__main__":
     sys.exit(main(["run", {config!r}, "--results", {results!r}, "--jobs", "2", "--set", "training.epochs=1000000"]))
 """
 
 
+def start_jobs(folder, num_running, failing=""):
+    """(process of the command with two runs at a time, folder of its results) when so many runs have begun."""
+    results = folder / "results"
+    config = write_config("graduate_admissions", folder)
+    process = start(folder, JOBS, config=str(config), results=str(results), failing=failing)
+
+    def have_begun():
+        return len(list(results.rglob(LOCK_NAME))) == num_running and (results / "failed").exists() == bool(failing)
+
+    if not wait_until(have_begun, 120):
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(process.communicate()[1])
+    return process, results
+
+
+def saved(results):
+    """The variants whose runs were saved."""
+    return {place.relative_to(results).parts[2] for place in results.rglob("step-*")}
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_runs_of_jobs(tmp_path):
-    results = tmp_path / "results"
-    config = write_config("graduate_admissions", tmp_path)
-    process = start(tmp_path, JOBS, config=str(config), results=str(results))
-    assert wait_until(lambda: len(list(results.rglob(LOCK_NAME))) == 2, 120)  # runs have begun
+    process, results = start_jobs(tmp_path, 2)
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = end(process)
     assert code == 130 and "interrupted" in err
-    assert len({place.parent for place in results.rglob("step-*")}) == 2  # both were saved
+    assert saved(results) == {"sgd", "sgd_aadl"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_runs_of_jobs_after_one_has_failed(tmp_path, number):
+    process, results = start_jobs(tmp_path, 1, failing="sgd")
+    time.sleep(2)  # until its parent knows
+    os.killpg(process.pid, number)
+    code, _, err = end(process)
+    assert code == 1 and err.splitlines()[-1] == "error: run sgd, seed 0 failed: ZeroDivisionError: its own"
+    assert saved(results) == {"sgd_aadl"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_where_a_worker_of_jobs_is_killed_the_other_saves(tmp_path):
+    process, results = start_jobs(tmp_path, 2)
+    worker, *_ = (pid for pid, command in children(process.pid).items() if "spawn_main" in command)
+    os.kill(worker, signal.SIGKILL)
+    code, _, err = end(process)
+    assert code == 1 and "terminated abruptly" in err.splitlines()[-1]
+    assert len(saved(results)) == 1
 
 
 # As a program ends on an error of its own: torch must not see workers fail.
