@@ -211,4 +211,5 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_a_program_that_fails_ends_with_its_own_error(tmp_path, start_method):
     code, _, err = end(start(tmp_path, LOADER + ERROR, start_method=start_method))
-    assert code == 1 and err.splitlines()[-1] == "ValueError: its own"
+    assert code == 1 and "\nValueError: its own\n" in err
+    assert "DataLoader worker" not in err  # though a worker that was just starting may complain of its lost parent
