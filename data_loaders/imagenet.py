@@ -196,6 +196,14 @@ def _start_worker(_: int) -> None:
     follow_parent()
 
 
+def _from_workers(answers: Iterator[_Answer]) -> Iterator[_Answer]:
+    """Says what has happened where a worker that died is noticed by a broken connection first."""
+    try:
+        yield from answers
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("a worker that reads images ended unexpectedly: was it killed for memory?") from error
+
+
 def _as_it_is(answer: _Answer) -> _Answer:
     return answer
 
@@ -282,7 +290,7 @@ class _Loader:
         else:
             self._keys.now = keys
             with nullcontext() if self._started else signals_held_back():
-                answers = iter(self._workers)
+                answers = _from_workers(iter(self._workers))
             self._started = True
         for place, answer in enumerate(answers, start=1):
             self._note(answer)

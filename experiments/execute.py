@@ -427,12 +427,18 @@ def _execute_parallel(
                 future.result()
         except BaseException as error:
             told.value |= isinstance(error, KeyboardInterrupt)  # the workers do not hear Ctrl-C
-            _let_end(futures, interruption, told)
+            reason = _let_end(futures, interruption, told)
+            if isinstance(error, Interrupted) and reason:  # what one run of several says is half of it
+                raise Interrupted(f"stopped by {reason}; the runs that had begun are finished or saved") from None
             raise
 
 
-def _let_end(futures: list[Future[Path]], interruption: Interruption, told: Any) -> None:
-    """Cancels what has not begun and waits for what has, which is told of signals and Ctrl-C as before."""
+def _let_end(futures: list[Future[Path]], interruption: Interruption, told: Any) -> str:
+    """Cancels what has not begun and waits for what has, which is told of signals and Ctrl-C as before.
+
+    Returns:
+        The reason to stop, if there was one.
+    """
     waiting = {future for future in futures if not future.cancel()}
     while waiting:
         try:
@@ -440,6 +446,7 @@ def _let_end(futures: list[Future[Path]], interruption: Interruption, told: Any)
             _, waiting = wait(waiting, timeout=POLL_SECONDS)
         except KeyboardInterrupt:
             told.value = 1
+    return interruption.reason
 
 
 def _as_completed(futures: list[Future[Path]], interruption: Interruption, told: Any) -> Iterator[Future[Path]]:
@@ -454,7 +461,7 @@ def _as_completed(futures: list[Future[Path]], interruption: Interruption, told:
         cancelled = {future for future in done if future.cancelled()}
         yield from done - cancelled
         if cancelled and not waiting:
-            raise Interrupted(f"stopped by {interruption.reason}; the runs that had begun are finished or saved")
+            raise Interrupted("all that is left was canceled")
 
 
 def _pending(

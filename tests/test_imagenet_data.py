@@ -510,6 +510,20 @@ def test_an_abandoned_pass_does_not_show_in_the_next_and_two_at_a_time_are_refus
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("lost", [EOFError, ConnectionResetError])
+def test_a_worker_that_is_lost_amid_an_answer_is_told(monkeypatch, lost):
+    def receive(*_):
+        raise lost
+
+    with TrainLoader(listed(), SMALL, batch_size=4, seed=5, num_workers=1, start_method="fork") as loader:
+        batches = loader.batches(0)
+        next(batches)
+        monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", receive)
+        with pytest.raises(RuntimeError, match="a worker that reads images ended unexpectedly"):
+            list(batches)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_statistics_in_the_body_of_the_last_step_are_allowed():
     with TrainLoader(listed(), SMALL, batch_size=8, seed=5, num_workers=1, start_method="fork") as loader:
         for step, _ in enumerate(loader.batches(0)):

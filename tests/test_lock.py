@@ -4,7 +4,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -156,21 +155,33 @@ def test_a_holder_elsewhere_that_died_a_moment_ago_is_waited_out(tmp_path, start
     assert capsys.readouterr().err.count("waited for") == 1
 
 
-def test_a_lock_that_is_given_back_meanwhile_is_taken(tmp_path, capsys):
+def at_first_sleep(monkeypatch, action):
+    """Lets something happen as soon as the lock waits."""
+    actions, sleep = [action], time.sleep
+
+    def act_and_sleep(seconds):
+        if actions:
+            actions.pop()()
+        sleep(seconds)
+
+    monkeypatch.setattr("experiments.lock.time.sleep", act_and_sleep)
+
+
+def test_a_lock_that_is_given_back_meanwhile_is_taken(tmp_path, capsys, monkeypatch):
     old = lock_of(tmp_path, stale_seconds=1000)  # no sign of life
     old.acquire()
     rewrite(tmp_path, host="elsewhere")
-    threading.Timer(0.3, old.release).start()
+    at_first_sleep(monkeypatch, old.release)
     with lock_of(tmp_path, stale_seconds=1000) as lock:
         assert lock.note == ""
     assert capsys.readouterr().err.count("waited for") == 1
 
 
-def test_one_that_took_over_meanwhile_is_named(tmp_path):
+def test_one_that_took_over_meanwhile_is_named(tmp_path, monkeypatch):
     old = lock_of(tmp_path, stale_seconds=1000)
     old.acquire()
     rewrite(tmp_path, host="elsewhere")
-    threading.Timer(0.3, lambda: rewrite(tmp_path, token="new", what="a third run")).start()
+    at_first_sleep(monkeypatch, lambda: rewrite(tmp_path, token="new", what="a third run"))
     with pytest.raises(FolderInUse, match="a third run"):
         lock_of(tmp_path, stale_seconds=1000).acquire()
     old.release()
@@ -240,13 +251,11 @@ def test_the_lock_that_was_taken_over_is_not_removed_by_its_old_holder(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_damaged_lock_is_taken_over_when_it_is_old(tmp_path):
+def test_a_damaged_lock_is_taken_over_when_it_is_old(tmp_path, monkeypatch):
     (tmp_path / LOCK_NAME).write_text("{")
-    timer = threading.Timer(0.3, lambda: touch(tmp_path, 0))
-    timer.start()
+    at_first_sleep(monkeypatch, lambda: touch(tmp_path, 0))
     with pytest.raises(FolderInUse, match="an unknown host"):
         lock_of(tmp_path).acquire()
-    timer.join()
     touch(tmp_path, 1000)
     with lock_of(tmp_path) as lock:
         assert "no sign of life" in lock.note

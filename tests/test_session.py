@@ -323,7 +323,8 @@ def test_workers_save_when_their_parent_is_told_to_stop(tmp_path):
         wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
-    assert process.returncode == EXIT_RESUME and "stopped by" in told
+    assert process.returncode == EXIT_RESUME
+    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in told
     assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
