@@ -256,5 +256,6 @@ def _kit_names(root: Path, folder: Path, truth: Path) -> dict[int, str]:
             return {int(words[1]): words[0] for words in lines}
         synsets = importlib.import_module("scipy.io").loadmat(path, squeeze_me=True, struct_as_record=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
+    # NotImplementedError is what scipy says to files of MATLAB 7.3
     except (ImportError, KeyError, ValueError, IndexError, TypeError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read as the development kit's list of classes ({error})") from None

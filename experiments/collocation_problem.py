@@ -480,6 +480,6 @@ def _fields(network: nn.Module, equation: Equation, config: PinnConfig, collocat
         "collocation_x": Field(("point",), collocation[:, 0].numpy(), "1", "space coordinate of the interior points"),
         "collocation_t": Field(("point",), collocation[:, 1].numpy(), "1", "time coordinate of the interior points"),
     }
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError):  # a solution that is not known
         fields["exact"] = on_grid(equation.exact(whole), "exact solution")
     return fields

@@ -429,7 +429,7 @@ def _execute_parallel(
             told.value |= isinstance(error, KeyboardInterrupt)  # the workers do not hear Ctrl-C
             reason = _let_end(futures, interruption, told)
             if isinstance(error, Interrupted) and reason:  # what one run of several says is half of it
-                raise Interrupted(f"stopped by {reason}; the runs that had begun are finished or saved") from None
+                raise _stopped(reason) from None
             raise
 
 
@@ -461,7 +461,11 @@ def _as_completed(futures: list[Future[Path]], interruption: Interruption, told:
         cancelled = {future for future in done if future.cancelled()}
         yield from done - cancelled
         if cancelled and not waiting:
-            raise Interrupted("all that is left was canceled")
+            raise _stopped(interruption.reason)
+
+
+def _stopped(reason: str) -> Interrupted:
+    return Interrupted(f"stopped by {reason}; the runs that had begun are finished or saved")
 
 
 def _pending(

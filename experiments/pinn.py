@@ -59,11 +59,11 @@ class Equation:
         return None
 
     def exact(self, points: Tensor) -> Tensor:
-        """The solution."""
+        """The solution; not to be defined where it is not known."""
         raise NotImplementedError
 
     def test_points(self) -> dict[str, Tensor]:
-        """Sets of points where errors are measured, float64, by name; the first is the main one."""
+        """Sets of points where errors are measured, float64, by name; the first is the main one. Goes with `exact`."""
         raise NotImplementedError
 
     def reference(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -205,7 +205,7 @@ def test_heavy_ball_takes_at_most_a_fraction_of_its_steps(plain_heavy_ball):
 
 
 @pytest.mark.parametrize("store_each_nth", [1, 2, 5, 10, 20])
-@pytest.mark.parametrize("multiple", [1, 2, 5, 10])
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4, 5, 10])
 def test_heavy_ball_is_never_slower_than_plain(store_each_nth, multiple, plain_heavy_ball):
     schedule = {"store_each_nth": store_each_nth, "frequency": store_each_nth * multiple}
     assert median_steps(1e3, HEAVY_BALL | schedule, momentum=0.9, limit=2000) <= plain_heavy_ball

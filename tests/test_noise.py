@@ -42,7 +42,7 @@ def floor(values):
 
 
 @pytest.mark.parametrize("base", [PLAIN, MOMENTUM], ids=["plain", "momentum"])
-@pytest.mark.parametrize("noise", [0.003, 0.03])
+@pytest.mark.parametrize("noise", [0.001, 0.003, 0.01, 0.03])
 def test_the_defaults_end_at_the_floor_of_the_base_optimizer(noise, base):
     assert max(ratios(noise, base, floor)) <= 1.1
 

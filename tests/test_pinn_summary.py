@@ -88,8 +88,7 @@ def test_every_group_of_the_shipped_configurations_has_its_baseline(tmp_path, pa
     text = summarize_pinn(found)
     assert "(not run)" not in text and "baseline was not run" not in text
     assert f"Source: experiments/configs/{path.parent.name}/{path.name} · " in text
-    if path.stem == "laptop":
-        assert len({f.name for f in draw_pinn_figures(found)}) == 2 * len(found)  # convergence and predictors
+    assert len({f.name for f in draw_pinn_figures(found)}) == 2 * len(found)  # convergence and predictors
 
 
 def test_a_file_that_was_overridden_is_not_named_as_the_source(tmp_path):
