@@ -1,19 +1,14 @@
-"""From configurations to records: one run, and the list of all runs over worker processes."""
+"""From configurations to records: one run, and the list of all runs."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 import aadl
-from data_loaders.workers import follow_parent, signals_held_back
 from experiments import collocation_problem, graduate_admissions, imagenet
 from experiments.checks import Component, accelerate, make_optimizer, needs_residuals
 from experiments.config import expand_runs
@@ -30,6 +24,7 @@ from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig,
 from experiments.interruption import Interruption
 from experiments.launch import LaunchSettings, Ranks, binding, device_of, start_process_group, stop_process_group
 from experiments.lock import FolderInUse
+from experiments.pool import execute_at_a_time
 from experiments.problem import Description, Problem
 from experiments.progress import progress
 from experiments.published import PublishedScheme
@@ -49,12 +44,6 @@ from experiments.session import OtherRun, RunSession, check_checkpoints
 from experiments.steps import HookSeconds, Stage
 from experiments.together import by_first, check_same
 from experiments.train import Result, train
-
-POLL_SECONDS = 0.5
-"""Between two looks of a process, at its workers or at what its parent says, whether it was told to stop."""
-
-SAVE_SECONDS = 30
-"""For a run to stop and save when its pool of workers breaks, because another worker was killed."""
 
 
 def describe(config: Any) -> Description:
@@ -262,7 +251,8 @@ def execute_experiment(
             _execute_in_turn(pending, ranks, results, config, anew, interruption)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            _execute_parallel(pending, ranks, results, config, anew, max(1, num_jobs // threads), interruption)
+            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, anew=anew)
+            execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0:
@@ -320,50 +310,6 @@ def _probe(folder: Path) -> None:
         raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
 
 
-class _Worker:
-    """State of a worker process: `told` is shared, and true when the parent tells its workers to stop."""
-
-    told: Any = None
-    has_run = False
-
-
-def _execute_in_worker(run: RunConfig, ranks: Ranks, results: Path, save: SaveConfig, anew: bool) -> Path:
-    """One run, unless it lay in the queue when the worker was told to stop."""
-    if _Worker.told.value:
-        raise Interrupted(f"stopped before run {run.name}, seed {run.seed}")
-    _Worker.has_run = True
-    try:
-        return execute_run(run, ranks, results, save=save, anew=anew)
-    finally:
-        _Worker.has_run = False
-
-
-def _start_worker(told: Any) -> None:
-    """One thread of torch, and a watch that stops the run when the parent says so."""
-    follow_parent(farewell=_save_run)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-    torch.set_num_threads(1)
-    _Worker.told = told
-    threading.Thread(target=_stop_when_told, daemon=True).start()
-
-
-def _stop_when_told() -> None:
-    """Stops the run by SIGUSR1, again and again: one that has not begun catches it later."""
-    while True:
-        time.sleep(POLL_SECONDS)
-        if _Worker.told.value:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def _save_run() -> None:
-    """Before this worker ends since another one was killed."""
-    end = time.monotonic() + SAVE_SECONDS
-    while _Worker.has_run and time.monotonic() < end:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(POLL_SECONDS)
-
-
 def _execute_in_turn(
     pending: list[RunConfig],
     ranks: Ranks,
@@ -398,74 +344,6 @@ def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
     if ranks.world_size > 1:
         dist.all_reduce(told, dist.ReduceOp.MAX)
     return bool(told)
-
-
-def _execute_parallel(
-    pending: list[RunConfig],
-    ranks: Ranks,
-    results: Path,
-    config: ExperimentConfig,
-    anew: bool,
-    num_jobs: int,
-    interruption: Interruption,
-) -> None:
-    """Several runs at a time, in worker processes; a signal to this process reaches them all, and they save."""
-    if interruption.reason:
-        raise Interrupted(f"stopped by {interruption.reason} before the first run")
-    # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
-    told = context.RawValue("b", 0)  # no Event: it hangs where a process that waited for it was killed
-    workers = min(num_jobs, len(pending))
-    futures: list[Future[Path]] = []
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(told,)) as pool:
-        try:
-            with signals_held_back():
-                for run in pending:
-                    futures.append(pool.submit(_execute_in_worker, run, ranks, results, config.save, anew))
-            for future in progress(_as_completed(futures, interruption, told), len(futures), "runs"):
-                future.result()
-        except BaseException as error:
-            told.value |= isinstance(error, KeyboardInterrupt)  # the workers do not hear Ctrl-C
-            reason = _let_end(futures, interruption, told)
-            if isinstance(error, Interrupted) and reason:  # what one run of several says is half of it
-                raise _stopped(reason) from None
-            raise
-
-
-def _let_end(futures: list[Future[Path]], interruption: Interruption, told: Any) -> str:
-    """Cancels what has not begun and waits for what has, which is told of signals and Ctrl-C as before.
-
-    Returns:
-        The reason to stop, if there was one.
-    """
-    waiting = {future for future in futures if not future.cancel()}
-    while waiting:
-        try:
-            told.value |= bool(interruption.reason)
-            _, waiting = wait(waiting, timeout=POLL_SECONDS)
-        except KeyboardInterrupt:
-            told.value = 1
-    return interruption.reason
-
-
-def _as_completed(futures: list[Future[Path]], interruption: Interruption, told: Any) -> Iterator[Future[Path]]:
-    """The futures as they are done; when told to stop, the workers are told, and what has not begun does not begin."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        if interruption.reason and not told.value:
-            for future in waiting:
-                future.cancel()
-            told.value = 1
-        cancelled = {future for future in done if future.cancelled()}
-        yield from done - cancelled
-        if cancelled and not waiting:
-            raise _stopped(interruption.reason)
-
-
-def _stopped(reason: str) -> Interrupted:
-    return Interrupted(f"stopped by {reason}; the runs that had begun are finished or saved")
 
 
 def _pending(

@@ -1,16 +1,16 @@
 """Workers and signals: those of a scheduler do not end them, the end of their parent does."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from every_experiment import write_config
-from processes import children, is_running, wait_until
+from processes import is_running, wait_until
 
 from experiments.lock import LOCK_NAME
 
@@ -131,33 +131,51 @@ def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_met
 
 # Signals go to the whole group, as those of a terminal; the workers do not hear them, their parent tells them.
 JOBS = """
-import pathlib, sys
-from experiments import execute
+import pathlib, sys, time
+from experiments import execute, pool
 from experiments.__main__ import main
+from experiments.lock import LOCK_NAME
 
 stage = execute._stage
 
 def stage_or_fail(problem, config, *arguments, **options):
-    if config.name == {failing!r}:
-        pathlib.Path({results!r}, "failed").touch()
+    if f"{{config.name}} {{config.seed}}" == {failing!r}:
+        while len(list(pathlib.Path({results!r}).rglob(LOCK_NAME))) < 2:  # another run has begun
+            time.sleep(0.05)
         raise ZeroDivisionError("its own")
     return stage(problem, config, *arguments, **options)
 
-execute._stage = stage_or_fail
+def print_and_note(text, **options):  # the parent has heard of the failure
+    print(text, **options)
+    pathlib.Path({results!r}, "failed").touch()
+
+execute._stage, pool.print = stage_or_fail, print_and_note
 
 if __name__ == "__main__":
-    sys.exit(main(["run", {config!r}, "--results", {results!r}, "--jobs", "2", "--set", "training.epochs=1000000"]))
+    settings = ["--set", "training.epochs=1000000", "--set", "seeds={seeds}"]
+    sys.exit(main(["run", {config!r}, "--results", {results!r}, "--jobs", "2", *settings]))
 """
 
 
-def start_jobs(folder, num_running, failing=""):
-    """(process of the command with two runs at a time, folder of its results) when so many runs have begun."""
+FAILURE = "run sgd, seed 0 failed: ZeroDivisionError: its own"
+
+
+def run_of(results, path):
+    """The run that a file belongs to, as "sgd 0"."""
+    variant, seed = path.relative_to(results).parts[2:4]
+    return f"{variant} {re.findall('[0-9]+', seed)[0]}"
+
+
+def start_jobs(folder, seeds, running, failing=""):
+    """(process of the command with two runs at a time, folder of its results) when these runs have begun."""
     results = folder / "results"
     config = write_config("graduate_admissions", folder)
-    process = start(folder, JOBS, config=str(config), results=str(results), failing=failing)
+    process = start(folder, JOBS, config=str(config), results=str(results), seeds=seeds, failing=failing)
 
     def have_begun():
-        return len(list(results.rglob(LOCK_NAME))) == num_running and (results / "failed").exists() == bool(failing)
+        if bool(failing) != (results / "failed").exists():
+            return False
+        return {run_of(results, lock) for lock in results.rglob(LOCK_NAME)} == running
 
     if not wait_until(have_begun, 120):
         os.killpg(process.pid, signal.SIGKILL)
@@ -166,39 +184,55 @@ def start_jobs(folder, num_running, failing=""):
 
 
 def saved(results):
-    """The variants whose runs were saved."""
-    return {place.relative_to(results).parts[2] for place in results.rglob("step-*")}
+    """The runs that were saved."""
+    return {run_of(results, place) for place in results.rglob("step-*")}
+
+
+def kill_worker(results, run):
+    """Kills the process that makes a run."""
+    (lock,) = (path for path in results.rglob(LOCK_NAME) if run_of(results, path) == run)
+    os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_runs_of_jobs(tmp_path):
-    process, results = start_jobs(tmp_path, 2)
-    os.killpg(process.pid, signal.SIGINT)
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
+    process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
+    os.killpg(process.pid, number)
     code, _, err = end(process)
-    assert code == 130 and "interrupted" in err
-    assert saved(results) == {"sgd", "sgd_aadl"}
+    told = "interrupted: " if number == signal.SIGINT else "stopped by SIGUSR1; the runs that had begun are"
+    assert code == expected and err.splitlines()[-1].startswith(told), err
+    assert saved(results) == {"sgd 0", "sgd_aadl 0"}
+    assert "resource_tracker" not in err  # nor is the helper process of the pool ended
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_runs_of_jobs_after_one_has_failed(tmp_path, number):
-    process, results = start_jobs(tmp_path, 1, failing="sgd")
-    time.sleep(2)  # until its parent knows
+    process, results = start_jobs(tmp_path, "0", {"sgd_aadl 0"}, failing="sgd 0")
     os.killpg(process.pid, number)
     code, _, err = end(process)
-    assert code == 1 and err.splitlines()[-1] == "error: run sgd, seed 0 failed: ZeroDivisionError: its own"
-    assert saved(results) == {"sgd_aadl"}
+    assert code == 1 and err.splitlines()[-1] == f"error: {FAILURE}"
+    assert f"\n{FAILURE}; what has begun is finished first\n" in err
+    assert saved(results) == {"sgd_aadl 0"}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_where_a_worker_of_jobs_is_killed_the_other_saves(tmp_path):
-    process, results = start_jobs(tmp_path, 2)
-    worker, *_ = (pid for pid, command in children(process.pid).items() if "spawn_main" in command)
-    os.kill(worker, signal.SIGKILL)
+    process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
+    kill_worker(results, "sgd 0")
     code, _, err = end(process)
-    assert code == 1 and "terminated abruptly" in err.splitlines()[-1]
-    assert len(saved(results)) == 1
+    assert code == 1 and "error: a worker process was killed" in err.splitlines()[-1]
+    assert saved(results) == {"sgd_aadl 0"}  # and none that lay in the queue has begun
+
+
+@pytest.mark.slow
+def test_jobs_end_where_a_worker_is_killed_after_a_run_has_failed(tmp_path):
+    process, results = start_jobs(tmp_path, "0-3", {"sgd_aadl 0"}, failing="sgd 0")
+    kill_worker(results, "sgd_aadl 0")
+    code, _, err = end(process)
+    assert code == 1 and err.splitlines()[-1] == f"error: {FAILURE}"
+    assert saved(results) == set()
 
 
 # As a program ends on an error of its own: torch must not see workers fail.
