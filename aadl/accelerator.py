@@ -327,7 +327,7 @@ class AndersonAccelerator:
         if not history.starts_at(tensors):
             self._decisions.statistics["moved"] += history.has_pair
             history.begin(tensors)
-            self._decisions.pending = None  # the macro-step that starts here says nothing about the candidate
+            self._decisions.pending = self._decisions.watched = None  # what starts here says nothing about candidates
             self._decisions.disturbed = True
 
     @torch.no_grad()
@@ -347,7 +347,8 @@ class AndersonAccelerator:
         decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
         due = self._is_due(history)
 
-        measure = due or pending is not None or not column.consecutive
+        looks_back = due and decisions.watched is not None
+        measure = "kept" if looks_back else "jump" if due or pending is not None or not column.consecutive else ""
 
         def push() -> None:
             history.push(tensors, column, ratio, pending is not None, measure)

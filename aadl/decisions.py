@@ -71,6 +71,10 @@ class Decisions:
     refusals: Pause = field(default_factory=lambda: Pause(safeguard.LONGEST_REFUSAL))
     pending: Pending | None = None
     """What the last accepted candidate promised; judged when the macro-step that it began is over."""
+    reach: float = safeguard.FIRST_REACH
+    """Longest step of a candidate, in units of the way that the pairs behind it have made."""
+    watched: Pending | None = None
+    """What a candidate promised that was judged well, and is looked at once more before the next one."""
     disturbed: bool = False
     """Whether the running macro-step starts elsewhere than the last one ended."""
     fused: bool = True
@@ -92,7 +96,9 @@ class Decisions:
             "pause": vars(self.pause),
             "refusals": vars(self.refusals),
             "pending": None if self.pending is None else vars(self.pending),
+            "watched": None if self.watched is None else vars(self.watched),
             "disturbed": self.disturbed,
+            "reach": self.reach,
         }
 
     @staticmethod
@@ -100,11 +106,12 @@ class Decisions:
         """From `books`; raises KeyError or TypeError where they are damaged."""
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
-        decisions.disturbed = bool(books["disturbed"])
+        decisions.disturbed, decisions.reach = bool(books["disturbed"]), float(books["reach"])
         if settings.average == "auto":
             decisions.averaging = bool(books["averaging"])
         decisions.pause, decisions.refusals = Pause(**books["pause"]), Pause(**books["refusals"])
         decisions.pending = None if books["pending"] is None else Pending(**books["pending"])
+        decisions.watched = None if books["watched"] is None else Pending(**books["watched"])
         return decisions
 
     def settle(self) -> None:
@@ -116,7 +123,7 @@ class Decisions:
     def reset(self, cause: str, history: History | None) -> None:
         """Forget the pairs, for a reason that is counted."""
         count(self.statistics["resets"], cause)
-        self.pending = None
+        self.pending = self.watched = None
         if history is not None:
             history.clear(wipe=cause == "non_finite")
 
@@ -140,13 +147,17 @@ class Decisions:
             self._keeps_promise(step, pending, float(square), float(along))
         else:
             stays = (square <= safeguard.revert_bound(pending)) & (along >= safeguard.overshoot_bound(pending))
-            step.history.take(~stays, step.tensors)
+            step.history.put_back(~stays, step.tensors)
             self._defer(
                 torch.cat([square.view(1), along.view(1), numbers[:, 2]]),
-                lambda values: self._note_promise(
-                    step, pending, values[0], values[1], dict(zip(KINDS, values[2:], strict=True))
-                ),
+                lambda values: self._judged(step, pending, *values),
             )
+
+    def _judged(self, step: Step, pending: Pending, square: float, along: float, *jump: float) -> None:
+        """What the device has decided, as the host learns it."""
+        self._note_jump(step.history, dict(zip(KINDS, jump, strict=True)))
+        step.history.start_from(kept=safeguard.must_revert(square, along, pending))
+        self._note_promise(step, pending, square, along)
 
     def _keeps_promise(self, step: Step, pending: Pending, square: float, along: float) -> bool:
         """False where the plain iterate was put back."""
@@ -159,25 +170,33 @@ class Decisions:
         if history.columns:
             history.columns[-1].jump = jump
 
-    def _note_promise(
-        self, step: Step, pending: Pending, square: float, along: float, jump: dict[str, float] | None = None
-    ) -> None:
+    def _note_promise(self, step: Step, pending: Pending, square: float, along: float) -> None:
         """Count, and pause acceleration where the promise was not kept."""
-        if jump is not None:
-            self._note_jump(step.history, jump)
         self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
         reverts = safeguard.must_revert(square, along, pending)
         if ratio > safeguard.SUSPEND_ABOVE or reverts:
-            self.pause.extend(self.statistics["macro_steps"])
-            self.statistics["suspensions"] += 1
+            self._suspend()
         else:
             self.pause.shorten()
+            self.reach = min(safeguard.LONGEST_REACH, 2 * self.reach)
         if reverts:
-            self.statistics["reverted"] += 1
-            self.disturbed = True
-            forget_curvature(step.optimizer)
+            self._take_back(step)
+        else:
+            self.watched = pending
         if not math.isfinite(square):
             self.reset("non_finite", step.history)
+
+    def _suspend(self) -> None:
+        """Pause acceleration, and have it make shorter steps."""
+        self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
+        self.pause.extend(self.statistics["macro_steps"])
+        self.statistics["suspensions"] += 1
+
+    def _take_back(self, step: Step) -> None:
+        """Note that the plain iterate was put back."""
+        self.statistics["reverted"] += 1
+        self.disturbed = True
+        forget_curvature(step.optimizer)
 
     # ---- the next candidate ----------------------------------------------------------------------------------------
 
@@ -192,8 +211,9 @@ class Decisions:
         weights = mixing.balancing_weights(parts)
         gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
         square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
-        along = parts["parameters"].along
-        self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
+        along, watched, self.watched = parts["parameters"].along, self.watched, None
+        if watched is None:
+            self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
         self.fused = True
         if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
@@ -206,6 +226,11 @@ class Decisions:
         ready = pending is None or self._keeps_promise(
             step, pending, square if finite else math.inf, along
         )
+        if ready and watched is not None and finite and along < safeguard.overshoot_bound(watched):
+            step.history.take(True, step.tensors)
+            self._suspend()
+            self._take_back(step)
+            ready = False
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
         candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None
@@ -235,7 +260,7 @@ class Decisions:
         stored = settings.history_dtype or torch.float32
         factors = [step.rate / column.learning_rate for column in history.columns]
         solution, predicted, refused = propose(
-            gram, factors, _jumps(history, weights), ages, self.averaging, settings, stored
+            gram, factors, _jumps(history, weights), self.reach, ages, self.averaging, settings, stored
         )
         statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
         if refused:
@@ -245,6 +270,7 @@ class Decisions:
         beta = settings.relaxation
         scaled = host_tensor(factors) * solution.gamma
         checked = settings.safeguard and settings.acceleration_type != "identity"
+        self.watched = None  # the candidate takes the place of the iterate that could be put back
         advance = history.combine(
             solution.gamma,
             (scaled - solution.gamma) - (1 - beta) * scaled,

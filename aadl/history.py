@@ -171,8 +171,7 @@ class History:
 
     def continue_from_mapped(self) -> None:
         """The next macro-step starts at the newest mapped iterate (no copy)."""
-        for block in self.blocks:
-            block.start = block.mapped
+        self.start_from(kept=False)
 
     def fetch(self, tensors: Sequence[Tensors]) -> None:
         """Queue the copy of the tensors to a history on the host, which the next `push` waits for."""
@@ -186,14 +185,15 @@ class History:
         column: Column,
         learning_rate_ratio: float = 1.0,
         keep_last: bool = False,
-        measure: bool = True,
+        measure: str = "jump",
     ) -> None:
         """Store the pair (start, values of `tensors`); the next macro-step starts at these values.
 
         With learning_rate_ratio rho != 1 the previous residual is first brought to the present learning rate,
         f <- rho f and g <- x + rho f, so that the difference belongs to one map. With `keep_last` the mapped iterate
-        of the pair before goes where the start was, from where `take` can bring it back. With `measure` the blocks
-        keep the numbers of `Block.measured`, which `gram` and `measurements` need.
+        of the pair before goes where the start was, from where `take` can bring it back. Unless `measure` is "", the
+        blocks keep the numbers of `Block.measured`, which `gram` and `measurements` need: s leads to the start from
+        the last mapped iterate ("jump") or, where an earlier push has kept one that is still there, from that ("kept").
         """
         slot = self.next if self.has_pair else None
         alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
@@ -348,15 +348,26 @@ class History:
         """
         if isinstance(flag, bool):
             if flag:
-                self._write("own_start", tensors)
-            for block in self.blocks:
-                block.start = block.own_start if flag else block.mapped
+                self._write([block.own_start for block in self.blocks], tensors)
+            self.start_from(kept=flag)
             return
+        for block, row in zip(self.blocks, self._chosen(flag), strict=True):
+            block.own_start.copy_(row)
+        self._write([block.own_start for block in self.blocks], tensors)
+        self.start_from(kept=True)
+
+    def put_back(self, flag: Tensor, tensors: Sequence[Tensors]) -> None:
+        """As `take` with a flag on a device, but what a push kept stays there; `start_from` follows when it is known."""
+        self._write(list(self._chosen(flag)), tensors)
+
+    def start_from(self, kept: bool) -> None:
+        """Have the next macro-step start at what lies in `own_start`, or at the newest mapped iterate (no copy)."""
         for block in self.blocks:
-            chosen = flag.to(block.mapped.device, non_blocking=True)
-            torch.where(chosen, block.own_start, block.mapped, out=block.own_start)
-            block.start = block.own_start
-        self._write("own_start", tensors)
+            block.start = block.own_start if kept else block.mapped
+
+    def _chosen(self, flag: Tensor) -> Iterator[Tensor]:
+        for block in self.blocks:
+            yield torch.where(flag.to(block.mapped.device, non_blocking=True), block.own_start, block.mapped)
 
     def average(self, own: bool, ranks: Ranks, tensors: Sequence[Tensors]) -> None:
         """Average over ranks whose weights differ: the newest mapped iterates into the tensors, and the candidates.
@@ -373,15 +384,19 @@ class History:
 
     def write_mapped(self, tensors: Sequence[Tensors]) -> None:
         """Copy the newest mapped iterate into the tensors: bit for bit what the base optimizer had left."""
-        self._write("mapped", tensors)
+        self._write([block.mapped for block in self.blocks], tensors)
 
-    def _write(self, name: str, tensors: Sequence[Tensors]) -> None:
-        for block, values in zip(self.blocks, tensors, strict=True):
-            views = block.views[name]
-            if block.is_window:
-                row = self.ranks.gathered(getattr(block, name), block.row.window_length)
-                views = block.row.views(row[: block.row.whole])
-            block.row.write(views, values, non_blocking=block.offloaded)
+    def _write(self, rows: Sequence[Tensor], tensors: Sequence[Tensors]) -> None:
+        for block, row, values in zip(self.blocks, rows, tensors, strict=True):
+            block.row.write(self._views(block, row), values, non_blocking=block.offloaded)
+
+    def _views(self, block: Block, row: Tensor) -> list[Tensor]:
+        """The parts of a row that belong to the tensors; those of the block's own rows are made once."""
+        if block.is_window:
+            return block.row.views(self.ranks.gathered(row, block.row.window_length)[: block.row.whole])
+        if row is block.own_start or row is block.mapped:
+            return block.views["own_start" if row is block.own_start else "mapped"]
+        return block.row.views(row)
 
 
 def make_block(
@@ -438,7 +453,7 @@ def make_block(
 
 
 def _push_block(
-    block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool, measure: bool, alone: bool
+    block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool, measure: str, alone: bool
 ) -> None:
     from_mapped = block.start is block.mapped
     delta_mapped = None if slot is None else block.delta_mapped[slot]
@@ -452,8 +467,10 @@ def _push_block(
         if delta_mapped is not None:
             rows = None if delta_residual is None else delta_residual[part], delta_mapped[part]
         kept = start if keep_last and not from_mapped else block.own_start[part] if keep_last else None
-        numbers = kernels.measured(value, start, mapped) if measure and not alone else None
-        made = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused, measure and alone)
+        origin = {"": None, "jump": mapped, "kept": block.own_start[part]}[measure]
+        numbers = None if origin is None or alone else kernels.measured(value, start, origin)
+        origin = origin if alone else None
+        made = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused, origin)
         numbers = made if numbers is None else numbers
         total = numbers if total is None or numbers is None else total + numbers
     if total is not None:

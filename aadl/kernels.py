@@ -51,7 +51,7 @@ def store(
     ratio: float = 1.0,
     kept: Tensor | None = None,
     fused: bool = False,
-    measure: bool = False,
+    origin: Tensor | None = None,
 ) -> Tensor | None:
     """Make (start, value) the newest pair and write its differences from the last one, for one piece.
 
@@ -66,18 +66,20 @@ def store(
         ratio: of the learning rates of the new and the last pair.
         kept: where the last mapped iterate goes, or None; may be `start`.
         fused: whether to use the compiled kernel where it works.
-        measure: whether to return the numbers below, which are made of pieces that are in cache anyway.
+        origin: where the jump came from that is measured; None to measure nothing.
 
     Returns:
-        ||f_new||^2, ||g_new||^2, ||s||^2 and <f_new, s> with the jump s = start - g (the last mapped iterate), in
-        float64 on the device, shape (4,); None without `measure`.
+        ||f_new||^2, ||g_new||^2, ||s||^2 and <f_new, s> with the jump s = start - origin, in float64 on the device,
+        shape (4,), made while the piece is in cache; None without `origin`.
     """
     if fused and ratio == 1 and residual is not None and rows is not None and (kept is None or kept is start):
         own_start = None if start is mapped else start
-        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, kept is not None, measure)
+        known = None if origin is mapped else origin
+        options = kept is not None, origin is not None
+        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, known, *options)
         if result is not None:
-            return result if measure else None
-    numbers = measured(value, start, mapped) if measure else None
+            return None if origin is None else result
+    numbers = None if origin is None else measured(value, start, origin)
     if residual is not None and rows is not None:
         delta_residual, delta_mapped = rows
         assert delta_residual is not None
@@ -101,12 +103,12 @@ def store(
     return numbers
 
 
-def measured(value: Tensor, start: Tensor, mapped: Tensor) -> Tensor:
-    """The numbers that `store` returns with `measure`."""
+def measured(value: Tensor, start: Tensor, origin: Tensor) -> Tensor:
+    """The numbers that `store` returns with `origin`."""
     if value.device.type == "cpu":
-        jumped, totals = start is not mapped, [0.0] * 4
+        jumped, totals = start is not origin, [0.0] * 4
         for begin in range(0, value.numel(), HOST_PIECE):
-            a, b, c = (row[begin : begin + HOST_PIECE] for row in (value, start, mapped))
+            a, b, c = (row[begin : begin + HOST_PIECE] for row in (value, start, origin))
             numbers = _measured_piece(a, b, c, jumped)
             if value.dtype != torch.float64 and not all(x == 0 or 1e-20 < abs(x) < 1e30 for x in numbers):
                 numbers = _measured_piece(a.double(), b.double(), c.double(), jumped)
@@ -115,18 +117,18 @@ def measured(value: Tensor, start: Tensor, mapped: Tensor) -> Tensor:
     total = torch.zeros(4, dtype=torch.float64, device=value.device)
     for begin in range(0, value.numel(), WIDE_PIECE_ACCELERATOR):
         part = slice(begin, begin + WIDE_PIECE_ACCELERATOR)
-        wide, origin, last = value[part].double(), start[part].double(), mapped[part].double()
-        update, jump = wide - origin, origin - last
+        wide, first, last = value[part].double(), start[part].double(), origin[part].double()
+        update, jump = wide - first, first - last
         pairs = ((update, update), (wide, wide), (jump, jump), (update, jump))
         total += torch.stack([torch.dot(a, b) for a, b in pairs])
     return total
 
 
-def _measured_piece(value: Tensor, start: Tensor, mapped: Tensor, jumped: bool) -> list[float]:
+def _measured_piece(value: Tensor, start: Tensor, origin: Tensor, jumped: bool) -> list[float]:
     update = value - start
     numbers = [float(torch.dot(update, update)), float(torch.dot(value, value)), 0.0, 0.0]
     if jumped:
-        jump = start - mapped
+        jump = start - origin
         numbers[2:] = float(torch.dot(jump, jump)), float(torch.dot(update, jump))
     return numbers
 
@@ -138,19 +140,21 @@ def _store(
     mapped: Tensor,
     delta_residual: Tensor,
     delta_mapped: Tensor,
+    origin: Tensor | None,
     keep: bool,
     measure: bool,
 ) -> Tensor:
-    """One loop over memory; `own_start` is None for a start at the mapped iterate."""
-    new = value - (mapped if own_start is None else own_start)
+    """One loop over memory; `own_start` is None for a start at the mapped iterate, `origin` for a jump from there."""
+    start = mapped if own_start is None else own_start
+    new = value - start
     numbers = new.new_zeros(4, dtype=torch.float64)
     if measure:
         wide, update = value.double(), new.double()
         squares = [update.square().sum(), wide.square().sum()]
-        if own_start is None:
+        if own_start is None and origin is None:
             numbers = torch.stack([*squares, *numbers[:2].unbind()])
         else:
-            jump = (own_start - mapped).double()
+            jump = (start - (mapped if origin is None else origin)).double()
             numbers = torch.stack([*squares, jump.square().sum(), (update * jump).sum()])
     delta_residual.copy_(new - residual)
     delta_mapped.copy_(value - mapped)

@@ -13,8 +13,6 @@ from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.settings import Settings
 
 MAXIMAL_COEFFICIENT_NORM = 1e8
-LONGEST_STEP = 1.0
-"""Of a candidate, in units of the way that the pairs behind it have made."""
 MAXIMAL_AGE = 3
 """In units of history_depth macro-steps."""
 MAXIMAL_GROWTH = 1e4
@@ -34,6 +32,7 @@ def propose(
     gram: Gram,
     factors: list[float],
     jumps: list[float],
+    reach: float,
     ages: list[int],
     averaging: bool,
     settings: Settings,
@@ -45,6 +44,7 @@ def propose(
         gram: inner products at the present learning rate, columns oldest first.
         factors: of the learning rate now over that of each column.
         jumps: length of the way from the end of the first update of each column to the start of the second one.
+        reach: longest step, in units of the way that the pairs behind it have made.
         ages: macro-steps since each column was stored.
         averaging: whether the moving average is on.
         settings: acceleration_type, average_window, regularization; without safeguard all columns are used.
@@ -66,14 +66,14 @@ def propose(
     else:
         solution = mixing.mixing_coefficients(part, settings.regularization, cutoff, noise)
     refused = ""
-    if solution.numerical_rank == 0:
-        refused = "rank"
+    if solution.numerical_rank == 0 or not gram.square > settings.store_each_nth**2 * gram.rounding:
+        refused = "rank"  # nothing is left to extrapolate, or the update itself is rounding
     elif settings.safeguard and not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
         refused = "coefficients"
     left_out = host_tensor([0.0] * start)
     gamma = torch.cat([left_out, solution.gamma])
     if settings.safeguard and settings.acceleration_type != "identity":
-        gamma = gamma * step_fraction(gram, gamma, jumps, start)
+        gamma = gamma * step_fraction(gram, gamma, jumps, start, reach)
     solution = solution._replace(gamma=gamma, mean=torch.cat([left_out, solution.mean]))
     return Proposal(solution, mixing.predicted_square(gram, gamma), refused)
 
@@ -83,8 +83,8 @@ def rounding_bounds(gram: Gram, factors: list[float], steps: int) -> Tensor:
     return host_tensor([steps**2 * gram.rounding * factor**2 for factor in factors])
 
 
-def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], start: int) -> float:
-    """How much of a candidate is taken: its step is at most LONGEST_STEP times the way that the used pairs have made.
+def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], start: int, reach: float) -> float:
+    """How much of a candidate is taken: its step is at most `reach` times the way that the used pairs have made.
 
     The step is sum_j gamma_j Dg_j with Dg_j = f_{j+1} + s_j, where s_j is the jump inside column j, so that its length
     is at most ||sum_j gamma_j f_{j+1}|| + sum_j |gamma_j| ||s_j||.
@@ -97,4 +97,4 @@ def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], start: int) -> 
     plain += float(combined @ gram.matrix @ combined)
     length = math.sqrt(max(plain, 0.0)) + float(gamma.abs() @ host_tensor(jumps))
     way = sum(map(math.sqrt, squares[start:])) + sum(jumps[start:])
-    return min(1.0, LONGEST_STEP * way / length) if length > 0 else 1.0
+    return min(1.0, reach * way / length) if length > 0 else 1.0

@@ -6,6 +6,8 @@ rounding noise, or the kink of a single row. For every loss, optimizer, dtype an
     end    mean loss on all data over the last 50 steps, accelerated over plain (median, maximum)
     way    largest ratio of the accelerated loss to the largest loss of the plain run from that step on
 
+Losses below FLOOR times the first one count as that.
+
     python -m benchmarks.linear_losses --seeds 20
 """
 
@@ -22,6 +24,8 @@ from torch import Tensor
 import aadl
 
 FEATURES, ROWS, BATCH, LAST = 8, 40, 10, 50
+FLOOR = 1e-6
+"""Smaller losses, in units of the first one, count as this: nothing is left to learn there."""
 
 
 def _huber(delta: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -151,6 +155,8 @@ def train(case: Case, seed: int, steps: int, settings: dict[str, Any] | None) ->
 
 def ratios(plain: list[float], accelerated: list[float]) -> tuple[float, float]:
     """(end, way) as in the description of the table."""
+    floor = FLOOR * plain[0]
+    plain, accelerated = ([max(value, floor) for value in losses] for losses in (plain, accelerated))
     end = statistics.mean(accelerated[-LAST:]) / statistics.mean(plain[-LAST:])
     ahead, largest = [], 0.0
     for value in reversed(plain):
