@@ -43,9 +43,6 @@ VERSION = 2
 """Of the layout of `AndersonAccelerator.state_dict()`."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
-LEARNING_RATE_BAND = 1.25
-"""Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
-
 _accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[AndersonAccelerator]] = weakref.WeakKeyDictionary()
 
 
@@ -279,6 +276,7 @@ class AndersonAccelerator:
         if self.settings.idle:
             return
         self._progress["in_macro_step"] += 1
+        self._note_rates(optimizer)
         if self._progress["in_macro_step"] == self.settings.store_each_nth:
             self._progress["in_macro_step"] = 0
             self._decisions.statistics["macro_steps"] += 1
@@ -381,30 +379,47 @@ class AndersonAccelerator:
         return history.has_pair and not self._decisions.is_suspended()
 
     def _follow_learning_rate(self, optimizer: Optimizer, layout: Layout) -> None:
-        """Note the learning rate; start the history anew where residuals of then and now do not compare.
+        """Note the mean learning rate of the macro-step, in units of the first one.
 
-        They do while all groups' rates change by one factor and stay within LEARNING_RATE_BAND over the window.
+        Columns of other rates are brought to the present one (aadl.proposal); where the rates of the groups change by
+        different factors, or from zero, no factor does that and the history starts from the present pair.
         """
-        progress, history = self._progress, layout.history
+        progress = self._progress
         moved = set(map(id, layout.parameters))
         groups = [
-            group
-            for group in optimizer.param_groups
+            (group, mean)
+            for group, mean in zip(optimizer.param_groups, self._mean_rates(optimizer), strict=True)
             if self._partitioned or any(id(p) in moved for p in group["params"])
         ]
-        rates = self._rates.of(groups)
+        rates = [mean for group, mean in groups if "lr" in group]
         last, progress["rates"] = progress["rates"], rates
         if last is None or rates == last:
             return
         ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
-        rate = progress["learning_rate"] * ratios[0]
-        oldest = history.columns[0].learning_rate if history.columns else progress["learning_rate"]
-        uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
-        if uniform and 1 / LEARNING_RATE_BAND <= rate / oldest <= LEARNING_RATE_BAND:
-            progress["learning_rate"] = rate
+        if all(0 < ratio < math.inf and math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios):
+            progress["learning_rate"] *= ratios[0] if ratios else 1.0
         else:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
             self._decisions.reset("learning_rate", self._history)
+
+    def _note_rates(self, optimizer: Optimizer) -> None:
+        """Add the learning rates of an optimizer step to those of its macro-step; on a device the last ones count."""
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        numbers = [rate if isinstance(rate, float) else None for rate in rates]
+        sums = self._progress["rate_sums"]
+        if self._progress["in_macro_step"] == 1 or len(sums) != len(numbers):
+            self._progress["rate_sums"] = numbers
+        else:
+            pairs = zip(sums, numbers, strict=True)
+            self._progress["rate_sums"] = [None if None in pair else sum(pair) for pair in pairs]
+
+    def _mean_rates(self, optimizer: Optimizer) -> list[float]:
+        """Learning rates of the groups, mean over the macro-step that ends here."""
+        rates = self._rates.of(optimizer.param_groups)
+        sums, steps = self._progress["rate_sums"], self.settings.store_each_nth
+        if len(sums) != len(rates):
+            return rates
+        return [rate if total is None else total / steps for rate, total in zip(rates, sums, strict=True)]
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -462,7 +477,7 @@ class AndersonAccelerator:
     def _start_anew(self) -> None:
         """State of an accelerator that has seen no step."""
         self._decisions = Decisions(self.settings)
-        self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None}
+        self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None, "rate_sums": []}
         self._layout = self._left = self._postponed = None
         self._samples, self._averaged = [], False
 

@@ -178,7 +178,10 @@ class Decisions:
             self._suspend()
         else:
             self.pause.shorten()
-            self.reach = min(safeguard.LONGEST_REACH, 2 * self.reach)
+        if reverts or along < 0:
+            self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
+        elif ratio <= safeguard.SUSPEND_ABOVE:
+            self.reach = min(safeguard.LONGEST_REACH, safeguard.GROWTH * self.reach)
         if reverts:
             self._take_back(step)
         else:
@@ -187,8 +190,7 @@ class Decisions:
             self.reset("non_finite", step.history)
 
     def _suspend(self) -> None:
-        """Pause acceleration, and have it make shorter steps."""
-        self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
+        """Pause acceleration."""
         self.pause.extend(self.statistics["macro_steps"])
         self.statistics["suspensions"] += 1
 
@@ -230,6 +232,7 @@ class Decisions:
             step.history.take(True, step.tensors)
             self._suspend()
             self._take_back(step)
+            self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
             ready = False
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()

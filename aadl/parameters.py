@@ -80,10 +80,12 @@ class Rates:
         self._known: dict[int, tuple[Tensor, int, float]] = {}
 
     def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
-        """The rates of those groups that have one."""
-        return [self._number(i, group["lr"]) for i, group in enumerate(groups) if "lr" in group]
+        """The rate of every group, 0 where it has none."""
+        return [self._number(i, group.get("lr")) for i, group in enumerate(groups)]
 
     def _number(self, place: int, rate: Any) -> float:
+        if rate is None:
+            return 0.0
         if not isinstance(rate, Tensor) or rate.device.type == "cpu":
             return float(rate)
         tensor, version, number = self._known.get(place, (None, -1, 0.0))

@@ -13,6 +13,8 @@ from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.settings import Settings
 
 MAXIMAL_COEFFICIENT_NORM = 1e8
+LEARNING_RATE_BAND = 4.0
+"""Factor within which a column may be brought to the present learning rate."""
 MAXIMAL_AGE = 3
 """In units of history_depth macro-steps."""
 MAXIMAL_GROWTH = 1e4
@@ -52,6 +54,8 @@ def propose(
     """
     used = len(ages)
     if settings.safeguard:
+        comparable = [1 / LEARNING_RATE_BAND <= factor <= LEARNING_RATE_BAND for factor in factors]
+        ages = [age if near else MAXIMAL_AGE * settings.history_depth + 1 for age, near in zip(ages, comparable)]
         used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
     part = mixing.newest(gram, used)
     cutoff = settings.eigenvalue_cutoff(stored)

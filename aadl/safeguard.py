@@ -23,7 +23,7 @@ REVERT_ABOVE = 2.0
 """Growth of the residual norm over an accelerated step from which the step is taken back."""
 OVERSHOOT = 0.5
 """Of the slope along an accelerated step that may be left behind it with the other sign."""
-FIRST_REACH, SHORTEST_REACH, LONGEST_REACH = 0.125, 1 / 64, 1.0
+FIRST_REACH, SHORTEST_REACH, LONGEST_REACH, GROWTH = 0.5, 1 / 64, 1.0, 2.0
 """Of a candidate: its longest step in units of the way that the pairs behind it have made. Kept promises double it."""
 LONGEST_PAUSE = 64
 """Macro-steps; pauses after a broken promise double up to this."""
