@@ -10,7 +10,7 @@ from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, s
 from torch import nn
 
 import aadl
-from aadl import safeguard
+from aadl import trial_loss
 
 BACKWARD = torch.Tensor.backward
 LOSS = EAGER | {"safeguard": "loss", "average": False, "frequency": 1}
@@ -301,11 +301,11 @@ def test_backward_of_other_threads_goes_on():
     leaf = torch.ones(1, requires_grad=True)
 
     def trial():
-        with safeguard._values_only([]):
+        with trial_loss._running(trial_loss._Trial([])):
             inside.set()
             done.wait(10)
 
-    with safeguard._values_only([leaf]):
+    with trial_loss._running(trial_loss._Trial([leaf])):
         thread = threading.Thread(target=trial)
         thread.start()
         inside.wait(10)
