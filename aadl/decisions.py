@@ -308,6 +308,7 @@ class Decisions:
                     self._counted(closure),
                     all_parameters(step.optimizer),
                     lambda: step.history.take(True, step.tensors),
+                    together=step.ranks.size > 1,
                 )
             except trial_loss.NoLossError as error:
                 failure, weight = error, math.inf  # which tells the others

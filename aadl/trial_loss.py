@@ -6,7 +6,7 @@ interface reaches is afterwards as before:
 - *Gradients.* Every attribute `.grad` that a trial reads or writes, of whatever tensor, is the trial's own. Backward
   passes that accumulate into leaves, which all enter the engine at one call, are passed over. Derivatives that are
   values (torch.autograd.grad, torch.func) are computed as ever.
-- *Modules.* Buffers and train/eval flags of the modules that are called; DistributedDataParallel prepares no reduction.
+- *Modules.* Buffers and train/eval flags of the modules that are called.
 - *Random numbers* of torch on all devices, which are the same in both evaluations.
 - *Autocast.* Its cache of weights is emptied around each evaluation, since the weights change in between.
 
@@ -21,7 +21,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -40,16 +40,21 @@ class NoLossError(ValueError):
 
 
 def trial_losses(
-    closure: Callable[[], Any], parameters: Sequence[Tensor], place_candidate: Callable[[], None]
+    closure: Callable[[], Any],
+    parameters: Sequence[Tensor],
+    place_candidate: Callable[[], None],
+    together: bool = False,
 ) -> tuple[float, float]:
     """Loss at the parameters as they are and at the candidate, both on the same random numbers.
 
-    The candidate is left in place, also where the closure fails: then the other ranks may have to talk to this one.
+    The candidate is left in place.
 
     Args:
         closure: as for `optimizer.step`.
         parameters: those of the optimizer; their gradients are zeros after a backward pass that was passed over.
         place_candidate: writes the candidate into the parameters.
+        together: whether other ranks make the same two evaluations. They may have to talk to this one in both, so that
+            a closure that fails is called a second time too.
 
     Raises:
         NoLossError: the closure returned no loss. What the closure raises is passed on.
@@ -59,6 +64,10 @@ def trial_losses(
             plain = _value(closure())
         except Exception:
             place_candidate()
+            if together:
+                trial.rewind()
+                with suppress(Exception):
+                    closure()
             raise
         trial.rewind()
         place_candidate()
@@ -109,8 +118,6 @@ class _Trial:
         self._flags: dict[int, tuple[Module, bool]] = {}
         self._buffers: list[tuple[Module, str, Tensor]] = []
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        self._replicas: dict[int, tuple[Any, bool]] = {}
-        self._unsynchronized: list[Any] = []
         self._random = _random_states()
         self._caches_weights = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()  # it holds the weights from before the step
@@ -157,15 +164,7 @@ class _Trial:
         """Remember the values of a tensor that a module may write to."""
         tensor = _unwrapped(tensor)
         if id(tensor) not in self._values:
-            self._values[id(tensor)] = tensor, _unwrapped(tensor.detach().clone())
-
-    def enter_forward(self, module: Any) -> None:
-        """A module is called. No reduction is prepared, which would wait for gradients that no backward pass makes."""
-        self.note(module)
-        if vars(module).get("require_backward_grad_sync") is True:  # DistributedDataParallel
-            self._replicas.setdefault(id(module), (module, module.require_forward_param_sync))
-            self._unsynchronized.append(module)
-            module.require_backward_grad_sync = False
+            self._values[id(tensor)] = tensor, tensor.detach().clone()
 
     # ends
 
@@ -186,14 +185,10 @@ class _Trial:
             reshard = getattr(module, "reshard", None)
             if callable(reshard):  # FSDP2: no backward pass drops the gathered weights
                 reshard()
-        for replica, synchronizes in self._replicas.values():
-            replica.require_forward_param_sync = synchronizes
         torch.clear_autocast_cache()
 
     def end(self) -> None:
         self.rewind()
-        for replica in self._unsynchronized:
-            replica.require_backward_grad_sync = True
         torch.set_autocast_cache_enabled(self._caches_weights)
 
 
@@ -234,10 +229,10 @@ def _running(trial: _Trial) -> Iterator[_Trial]:
         outer = _trials.get(thread)
         _trials[thread] = trial
     handle = register_module_forward_pre_hook(
-        lambda module, arguments: trial.enter_forward(module) if _trial() is trial else None
+        lambda module, arguments: trial.note(module) if _trial() is trial else None
     )
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), torch.compiler.set_stance("eager_on_recompile"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
             yield trial
     finally:

@@ -347,17 +347,6 @@ def test_a_closure_without_value_is_named():
     assert torch.Tensor.backward is BACKWARD
 
 
-def test_a_closure_without_value_is_a_rejection_where_the_loss_is_not_insisted_on():
-    model = network()
-    optimizer = adam(model, **LOSS | {"safeguard": True})
-    closure = closure_of(model, optimizer)
-    for _ in range(10):
-        optimizer.step(lambda: closure() and None)
-    statistics = aadl.accelerator_of(optimizer).statistics
-    assert statistics["rejected"]["closure"] > 2 and statistics["accepted"] == 0
-    assert torch.Tensor.backward is BACKWARD
-
-
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_accepts_nothing_and_raises_nothing(loss):
     model = network()
