@@ -358,7 +358,7 @@ class AndersonAccelerator:
             push()
         abandoned = progress.pop("abandoned", False)
         if due or pending is not None:
-            judged = closure if self.settings.safeguard in (True, "loss") and not self._partitioned else None
+            judged = None if self._partitioned else decisions.trial_closure(closure)
             step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate)
             if due:
                 decisions.accelerate(step, pending)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import mixing, safeguard, smoothing
+from aadl import mixing, safeguard, smoothing, trial_loss
 from aadl.deferred import Deferred
 from aadl.history import KINDS, History, Tensors
 from aadl.mixing import Gram, host_tensor
-from aadl.parameters import all_parameters, forget_curvature, maximizes
+from aadl.parameters import all_parameters, belongs_to_a_loop, forget_curvature, maximizes
 from aadl.proposal import propose
 from aadl.ranks import Ranks
 from aadl.safeguard import Pause, Pending
@@ -77,6 +79,8 @@ class Decisions:
     """What a candidate promised that was judged well, and is looked at once more before the next one."""
     disturbed: bool = False
     """Whether the running macro-step starts elsewhere than the last one ended."""
+    failed_trials: int = 0
+    """Trials in a row that gave no loss; from MOST_FAILURES on there are no more."""
     fused: bool = True
     """Whether all ranks have compiled kernels (or none needs them)."""
     words: list[tuple[Deferred, Callable[[list[float]], None]]] = field(default_factory=list)
@@ -99,6 +103,7 @@ class Decisions:
             "watched": None if self.watched is None else vars(self.watched),
             "disturbed": self.disturbed,
             "reach": self.reach,
+            "failed_trials": self.failed_trials,
         }
 
     @staticmethod
@@ -107,6 +112,7 @@ class Decisions:
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
         decisions.disturbed, decisions.reach = bool(books["disturbed"]), float(books["reach"])
+        decisions.failed_trials = int(books["failed_trials"])
         if settings.average == "auto":
             decisions.averaging = bool(books["averaging"])
         decisions.pause, decisions.refusals = Pause(**books["pause"]), Pause(**books["refusals"])
@@ -225,9 +231,7 @@ class Decisions:
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
-        ready = pending is None or self._keeps_promise(
-            step, pending, square if finite else math.inf, along
-        )
+        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf, along)
         if ready and watched is not None and finite and along < safeguard.overshoot_bound(watched):
             step.history.take(True, step.tensors)
             self._suspend()
@@ -341,20 +345,34 @@ class Decisions:
         self.pending = None if candidate is None else candidate.promise
         forget_curvature(step.optimizer)
 
+    # ---- the loss ----------------------------------------------------------------------------------------------------
+
+    def trial_closure(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """The closure by whose loss candidates are judged, or None where the residual judges."""
+        asked, failing = self.settings.safeguard, self.failed_trials >= safeguard.MOST_FAILURES
+        if asked == "loss":
+            return closure
+        return None if asked is not True or failing or belongs_to_a_loop(closure) else closure
+
     def _improves(self, step: Step, closure: Callable[[], Any]) -> tuple[bool, str]:
         """Put the candidate in place; take it out again where the training loss does not improve, and say why."""
-        self.statistics["closure_evaluations"] += 2
-        losses, weight, failure = (math.nan, math.nan), step.loss_weight, None
+        losses, weight = (math.nan, math.nan), step.loss_weight
         better, cause = False, "loss"
+        failure: Exception | None = None
         try:
             try:
-                losses = safeguard.trial_losses(
-                    closure, all_parameters(step.optimizer), lambda: step.history.take(True, step.tensors)
+                losses = trial_loss.trial_losses(
+                    self._counted(closure),
+                    all_parameters(step.optimizer),
+                    lambda: step.history.take(True, step.tensors),
+                    together=step.ranks.size > 1,
                 )
-            except Exception as error:  # the closure cannot be evaluated for its value alone
-                failure, weight = error, math.nan  # which tells the others
-            plain, candidate, weight = safeguard.mean_over_ranks(*losses, weight, step.ranks)
-            cause = "closure" if math.isnan(weight) else "loss"
+            except trial_loss.NoLossError as error:
+                failure, weight = error, math.inf  # which tells the others
+            except Exception as error:  # the closure cannot be evaluated for its value alone, or not now
+                failure, weight = error, math.nan
+            plain, candidate, weight = trial_loss.mean_over_ranks(*losses, weight, step.ranks)
+            cause = "loss" if math.isfinite(weight) else "closure"
             better = candidate > plain if maximizes(step.optimizer) else candidate < plain
             if failure is not None and self.settings.safeguard == "loss":
                 raise failure
@@ -365,7 +383,39 @@ class Decisions:
             if not better:
                 step.history.write_mapped(step.tensors)
                 step.history.continue_from_mapped()
+        self._note_failure(weight, failure)
         return better, cause
+
+    def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, its calls counted."""
+
+        def evaluate() -> Any:
+            self.statistics["closure_evaluations"] += 1
+            return closure()
+
+        return evaluate
+
+    def _note_failure(self, weight: float, failure: Exception | None) -> None:
+        """Give trials up where the closure returns no loss, or failed again and again; the same on all ranks.
+
+        Args:
+            weight: of the losses; inf where a closure returned none, nan where one raised an error.
+            failure: what happened on this rank, if it was here.
+        """
+        if math.isfinite(weight):
+            self.failed_trials = 0
+            return
+        self.failed_trials = safeguard.MOST_FAILURES if math.isinf(weight) else self.failed_trials + 1
+        if self.failed_trials < safeguard.MOST_FAILURES or self.settings.safeguard == "loss":
+            return
+        reason = "it failed on another rank" if failure is None else f"{type(failure).__name__}: {failure}"
+        with suppress(Warning):  # where warnings are errors, a notice must not end a step halfway
+            warnings.warn(
+                f"aadl judges candidates by the residual from now on, since the closure given to step cannot be "
+                f"evaluated for its loss ({reason}); return the loss from the closure, as one number that takes no "
+                f"gradients to compute, or pass safeguard='residual'",
+                stacklevel=2,
+            )
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.optim import Optimizer
 from aadl.ranks import shards_of
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+LOOPS = ("lightning", "pytorch_lightning", "lightning_fabric")
+"""Top packages of frameworks whose loops make closures of their own."""
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """First-moment buffers of torch.optim; second moments are never extrapolated, they must stay positive."""
 
@@ -71,6 +75,27 @@ def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
     """The closure among the arguments of a step hook, of which the first is the optimizer."""
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return closure if callable(closure) else None
+
+
+def belongs_to_a_loop(closure: Any) -> bool:
+    """Whether a closure is made by a framework whose loop trains, counts and logs in it, not by the user.
+
+    Lightning hands every closure on inside one of its own. The package of the module of its code tells whose a callable
+    is, also behind functools.partial, bound methods and decorators (`__wrapped__`).
+    """
+    for _ in range(16):  # more layers are a circle
+        for code in (closure, type(closure).__call__):
+            if str(getattr(code, "__module__", None)).partition(".")[0] in LOOPS:
+                return True
+        if isinstance(closure, functools.partial):
+            closure = closure.func
+        elif isinstance(closure, types.MethodType):
+            closure = closure.__func__
+        elif hasattr(closure, "__wrapped__"):
+            closure = closure.__wrapped__
+        else:
+            break
+    return False
 
 
 class Rates:

@@ -54,9 +54,10 @@ def propose(
     """
     used = len(ages)
     if settings.safeguard:
-        comparable = [1 / LEARNING_RATE_BAND <= factor <= LEARNING_RATE_BAND for factor in factors]
-        ages = [age if near else MAXIMAL_AGE * settings.history_depth + 1 for age, near in zip(ages, comparable)]
-        used = mixing.usable_suffix(gram, ages, MAXIMAL_AGE * settings.history_depth, MAXIMAL_GROWTH)
+        oldest = MAXIMAL_AGE * settings.history_depth
+        near = [1 / LEARNING_RATE_BAND <= factor <= LEARNING_RATE_BAND for factor in factors]
+        ages = [age if flag else oldest + 1 for age, flag in zip(ages, near, strict=True)]
+        used = mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH)
     part = mixing.newest(gram, used)
     cutoff = settings.eigenvalue_cutoff(stored)
     window = settings.average_window or smoothing.DEFAULT_WINDOW

@@ -180,7 +180,7 @@ def reverting():
 
 def refusing():
     """The loss safeguard takes no candidate, so that the pairs are those of the plain run, bit for bit."""
-    return mock.patch.object(decisions.safeguard, "mean_over_ranks", lambda *_: (1.0, 2.0, 1.0))
+    return mock.patch.object(decisions.trial_loss, "mean_over_ranks", lambda *_: (1.0, 2.0, 1.0))
 
 
 def run(
