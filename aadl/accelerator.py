@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from aadl import kernels
 from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
+from aadl.hooks import StepHooks
 from aadl.layout import Layout
 from aadl.mixing import host_tensor
 from aadl.parameters import (
@@ -37,7 +39,7 @@ from aadl.parameters import (
 )
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
-from aadl.watch import Look, look_at
+from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
 
 VERSION = 2
 """Of the layout of `AndersonAccelerator.state_dict()`."""
@@ -45,6 +47,8 @@ STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
 LEARNING_RATE_BAND = 1.25
 """Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
+ABANDONED = 10
+"""Macro-steps abandoned one after the other before a warning says so."""
 
 _accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[AndersonAccelerator]] = weakref.WeakKeyDictionary()
 
@@ -63,6 +67,9 @@ class AndersonAccelerator:
     _left: Look | None
     """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
     _samples: list[Tensor]
+    """Some of their elements at the end of the last macro-step."""
+    _sample: Sample | None
+    """Some elements of one of them after the last step, while an accepted candidate waits for its judgment."""
     _averaged: bool
     """Whether somebody averaged the weights since the last hook (local SGD)."""
     _postponed: Callable[[], None] | None
@@ -83,10 +90,7 @@ class AndersonAccelerator:
             name = "shard_history" if settings.shard_history else "local_sgd"
             raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles: list[Any] = [StepHooks(optimizer, self._before_step, self._after_step)]
         if not partitioned:  # a consolidated state of partitions would carry the whole history over the network
             self._handles += [
                 optimizer.register_state_dict_post_hook(self._add_state),
@@ -145,7 +149,8 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         self._decisions.reset("user", self._history)
-        self._progress["in_macro_step"], self._left = 0, None
+        self._progress |= {"in_macro_step": 0, "written": False, "doubtful": False}
+        self._left = self._sample = None
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -224,8 +229,8 @@ class AndersonAccelerator:
             starts_at_mapped = books["history"]["starts_at_mapped"]
             saved_state.restore_books(self._layout.history, books["fields"], starts_at_mapped)
         self._decisions = Decisions.restored(self.settings, books)
-        self._progress, self._averaged = books["progress"], bool(books["averaged"])
-        self._left = None
+        self._progress, self._averaged = _progress() | books["progress"], bool(books["averaged"])
+        self._left = self._sample = None
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
@@ -247,33 +252,32 @@ class AndersonAccelerator:
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.settings.idle:
             return
         dry = is_dry_step(optimizer)
         if self.settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
-        if dry:
-            return
-        self._finish_push()
-        if self.settings.local_sgd and self._left is not None and not self._untouched(optimizer):
-            self._averaged = True
-        if self._averaged:  # all ranks go on counting as before: they must come to the votes together
-            self._averaged = False
-            self._decisions.reset("averaged", self._history)
-            self._progress["abandoned"] = self._progress["in_macro_step"] > 0
-        if self._progress["in_macro_step"] == 0:
+        if not dry:
+            self._finish_push()
+        if self.settings.local_sgd:
+            if dry:
+                return
+            self._notice_averaging(optimizer)
+        else:
+            self._notice_writes(optimizer)
+        if not dry and self._progress["in_macro_step"] == 0:
             self._open_macro_step(optimizer)
 
-    @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_dry_step(optimizer):
+            self._leave()
             return
         self._decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             self._decisions.statistics["skipped_steps"] += 1
+            self._leave()
             return
         self._decisions.statistics["steps"] += 1
         if self.settings.idle:
@@ -283,8 +287,10 @@ class AndersonAccelerator:
             self._progress["in_macro_step"] = 0
             self._decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
-        elif self.settings.local_sgd and self._layout is not None:
+        elif self._layout is not None and (self.settings.local_sgd or self._left is None):
             self._note_places(optimizer, self._layout)
+        else:
+            self._leave()
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -306,10 +312,16 @@ class AndersonAccelerator:
 
     # ---- macro-steps -----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _open_macro_step(self, optimizer: Optimizer) -> None:
-        """Note where the macro-step starts, if not where the last one ended."""
-        layout, untouched, changed = self._layout, self._untouched(optimizer), False
+    def _open_macro_step(self, optimizer: Optimizer, elsewhere: bool = False) -> None:
+        """Note where the macro-step starts, if not where the last one ended.
+
+        Args:
+            elsewhere: whether that is known, and the running macro-step abandoned.
+        """
+        layout, changed = self._layout, False
+        untouched = not elsewhere and self._untouched(optimizer)
         if layout is not None and layout.asks:
             other = not layout.is_of(trainable_parameters(optimizer))
             word = self._ranks.total(host_tensor([float(not untouched), float(other)]))
@@ -324,21 +336,42 @@ class AndersonAccelerator:
             self._lay_out(parameters, makes_momentum(optimizer))
         assert self._layout is not None
         history, tensors = self._layout.history, self._layout.tensors(optimizer, self._look(optimizer))
-        if not history.starts_at(tensors):
-            self._decisions.statistics["moved"] += history.has_pair
+        if elsewhere or not history.starts_at(tensors):
+            self._decisions.statistics["moved"] += elsewhere or history.has_pair
             history.begin(tensors)
             self._decisions.pending = None  # the macro-step that starts here says nothing about the candidate
             self._decisions.disturbed = True
 
+    def _abandon_macro_step(self, optimizer: Optimizer) -> None:
+        """Start another macro-step here: what somebody wrote within the running one belongs to no map."""
+        self._progress |= {"in_macro_step": 0, "abandoned_in_a_row": self._progress["abandoned_in_a_row"] + 1}
+        self._left = self._sample = None
+        self._open_macro_step(optimizer, elsewhere=True)
+        if self._progress["abandoned_in_a_row"] == ABANDONED:
+            warnings.warn(
+                f"the last {ABANDONED} macro-steps of the accelerated {type(optimizer).__name__} were abandoned, because "
+                f"its parameters are written to between steps, neither after every step nor at equal distances: nothing "
+                f"is accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1",
+                stacklevel=2,
+            )
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         layout = self._layout
         if layout is None or not (layout.parameters or layout.history.partial):
             return
+        look, self._sample = self._look(optimizer), None
+        if self._left is not None and self.settings.store_each_nth > 1 and not self.settings.local_sgd:
+            exchanged = not look.keeps(self._left)  # tensors or their memory; the counters tell nothing of that
+            if exchanged and self._is_change("exchanged", optimizer):
+                self._note_places(optimizer, layout)
+                return
+        self._progress["abandoned_in_a_row"] = 0
         history = layout.history
         if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
             layout.add_momentum()  # made by the first step, from zero, of an optimizer we do not know
-        tensors = layout.tensors(optimizer, self._look(optimizer))
+        tensors = layout.tensors(optimizer, look)
         self._follow_learning_rate(optimizer, layout)
         decisions, progress = self._decisions, self._progress
         pending, rate = decisions.pending, progress["learning_rate"]
@@ -358,12 +391,16 @@ class AndersonAccelerator:
         abandoned = progress.pop("abandoned", False)
         if due or pending is not None:
             judged = closure if self.settings.safeguard in (True, "loss") and not self._partitioned else None
-            step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate)
+            written = progress["written"]
+            doubtful = written or progress["doubtful"]
+            step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate, written, doubtful)
             if due:
+                progress["written"] = False
                 decisions.accelerate(step, pending)
             else:
                 assert pending is not None
                 decisions.judge(step, pending)
+        progress["doubtful"] = False
         if abandoned:  # its start was not where it seems
             history.clear()
         self._note_places(optimizer, layout)
@@ -402,6 +439,61 @@ class AndersonAccelerator:
         else:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
             self._decisions.reset("learning_rate", self._history)
+
+    # ---- changes from outside --------------------------------------------------------------------------------------
+
+    def _notice_writes(self, optimizer: Optimizer) -> None:
+        """See whether somebody wrote to the tensors since the last step left them."""
+        left = self._left
+        if left is None or self.settings.store_each_nth == 1:
+            return
+        kind = kind_of_write(left.versions, versions_of(left.tensors))
+        if kind and self._is_change(kind, optimizer):
+            return
+        if self._sample is not None and self._sample.differs():
+            self._progress["doubtful"] = True
+
+    def _is_change(self, kind: str, optimizer: Optimizer) -> bool:
+        """Whether the running macro-step was abandoned, because writes of this kind belong to no map.
+
+        Ranks see different writes (one of them may have evaluated other weights and put its own back), but must count
+        alike: they go on, and agree upon what happened where they speak with each other.
+        """
+        counts, progress = self._decisions.statistics, self._progress
+        gap = counts["steps"] + counts["skipped_steps"]
+        if is_regular(progress["writes"], kind, gap, self.settings.store_each_nth):
+            return False
+        if progress["in_macro_step"] == 0 and kind != "exchanged":  # the start is compared, see `_open_macro_step`
+            return False
+        if self._ranks.size > 1:
+            progress["written"] = True
+            return False
+        self._abandon_macro_step(optimizer)
+        return True
+
+    def _notice_averaging(self, optimizer: Optimizer) -> None:
+        """With local SGD every change is an averaging over ranks: the maps of before and after differ."""
+        if self._left is not None and not self._untouched(optimizer):
+            self._averaged = True
+        if self._averaged:  # all ranks go on counting as before: they must come to the votes together
+            self._averaged = False
+            self._decisions.reset("averaged", self._history)
+            self._progress["abandoned"] = self._progress["in_macro_step"] > 0
+
+    def _leave(self) -> None:
+        """Within a macro-step, remember the version counters, and some elements while a candidate may be taken back."""
+        left, layout = self._left, self._layout
+        if left is None or layout is None or self._progress["in_macro_step"] == 0:
+            return
+        left.versions = versions_of(left.tensors)
+        if self._decisions.pending is None:
+            return
+        if self._sample is not None:
+            self._sample.keep()
+        elif layout.asks or not layout.history.partial:  # ranks might disagree about DTensors
+            largest = max(layout.parameters, key=torch.Tensor.numel, default=None)
+            if largest is not None and largest.device.type == "cpu":  # the host would wait for another device
+                self._sample = Sample(largest)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -450,8 +542,7 @@ class AndersonAccelerator:
         if not look.untouched_since(self._left):
             return False
         sample = self._layout.sample(self._layout.tensors(optimizer, look))
-        return all(torch.equal(a, b) or torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # which nan is too
-                   for a, b in zip(self._samples, sample, strict=True))  # fmt: skip
+        return all(map(same_bits, self._samples, sample))
 
     def _look(self, optimizer: Optimizer) -> Look:
         return look_at(optimizer, self.settings.state_coupling != "params")
@@ -459,8 +550,8 @@ class AndersonAccelerator:
     def _start_anew(self) -> None:
         """State of an accelerator that has seen no step."""
         self._decisions = Decisions(self.settings)
-        self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None}
-        self._layout = self._left = self._postponed = None
+        self._progress = _progress()
+        self._layout = self._left = self._sample = self._postponed = None
         self._samples, self._averaged = [], False
 
 
@@ -482,6 +573,24 @@ def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     reference = _accelerators.get(inner_optimizer(optimizer)[0])
     return None if reference is None else reference()
+
+
+def _progress() -> dict[str, Any]:
+    """Where an accelerator stands that has seen no step.
+
+    in_macro_step (steps of the running macro-step), learning_rate and rates (see `_follow_learning_rate`), writes (see
+    `aadl.watch.is_regular`), abandoned_in_a_row (macro-steps), written (since the last acceleration, on this rank), and
+    doubtful (the running macro-step).
+    """
+    return {
+        "in_macro_step": 0,
+        "learning_rate": 1.0,
+        "rates": None,
+        "writes": {},
+        "abandoned_in_a_row": 0,
+        "written": False,
+        "doubtful": False,
+    }
 
 
 def _outline(state: Any) -> str:

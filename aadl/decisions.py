@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import mixing, safeguard, smoothing
-from aadl.deferred import Deferred
+from aadl.deferred import Deferred, handed
 from aadl.history import KINDS, History, Tensors
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import all_parameters, forget_curvature, maximizes
@@ -47,6 +47,10 @@ class Step(NamedTuple):
     loss_weight: float
     rate: float
     """Factor of the learning rate."""
+    written: bool = False
+    """Whether this rank saw that somebody wrote to the tensors within a macro-step since the last acceleration."""
+    doubtful: bool = False
+    """Whether this macro-step's residual may be such a write, so that nothing is put back because of it."""
 
 
 class Candidate(NamedTuple):
@@ -120,6 +124,12 @@ class Decisions:
         if history is not None:
             history.clear(wipe=cause == "non_finite")
 
+    def forget_last(self, history: History, count: int) -> None:
+        """Forget the newest columns and the pair: somebody wrote within their macro-steps."""
+        self.statistics["moved"] += 1
+        self.pending, self.disturbed = None, True
+        history.forget_last(count)
+
     def is_suspended(self) -> bool:
         """Whether acceleration pauses now; counted."""
         suspended = self.statistics["macro_steps"] < max(self.pause.until, self.refusals.until)
@@ -137,17 +147,31 @@ class Decisions:
         if on_host(square):
             self._keeps_promise(step, pending, float(square))
         else:
-            step.history.take(~(square <= safeguard.revert_bound(pending)), step.tensors)
-            self._defer(square, lambda value: self._note_promise(step, pending, value))
+            breaks, doubts = ~(square <= safeguard.revert_bound(pending)), self._doubts(step, square.device)
+            step.history.take(breaks if doubts is None else breaks & (doubts == 0), step.tensors)
+            found: list[float] = []
+            if doubts is not None:
+                self._defer(doubts, found.append)
+            self._defer(square, lambda value: self._note_promise(step, pending, value, any(found)))
 
     def _keeps_promise(self, step: Step, pending: Pending, square: float) -> bool:
-        """False where the plain iterate was put back."""
-        reverts = safeguard.must_revert(square, pending)
-        step.history.take(reverts, step.tensors)
-        self._note_promise(step, pending, square)
-        return not reverts
+        """False where the plain iterate was put back, or might have been."""
+        breaks = safeguard.must_revert(square, pending)
+        doubts = self._doubts(step, torch.device("cpu")) if breaks else None
+        doubtful = doubts is not None and bool(doubts)
+        step.history.take(breaks and not doubtful, step.tensors)
+        self._note_promise(step, pending, square, doubtful)
+        return not breaks
 
-    def _note_promise(self, step: Step, pending: Pending, square: float) -> None:
+    def _doubts(self, step: Step, device: torch.device) -> Tensor | None:
+        """On how many ranks the residual may be what somebody wrote within the macro-step; None if that cannot be."""
+        alone = step.ranks.size == 1 or self.settings.local_sgd
+        if self.settings.store_each_nth == 1 or (alone and not step.doubtful):
+            return None
+        doubts = handed(host_tensor(float(step.doubtful)), device)
+        return doubts if alone else step.ranks.total(doubts)
+
+    def _note_promise(self, step: Step, pending: Pending, square: float, doubtful: bool = False) -> None:
         """Count, and pause acceleration where the promise was not kept."""
         self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
         if ratio > safeguard.SUSPEND_ABOVE:
@@ -155,7 +179,9 @@ class Decisions:
             self.statistics["suspensions"] += 1
         else:
             self.pause.shorten()
-        if safeguard.must_revert(square, pending):
+        if doubtful and safeguard.must_revert(square, pending):
+            self.forget_last(step.history, 1)
+        elif safeguard.must_revert(square, pending):
             self.statistics["reverted"] += 1
             self.disturbed = True
             forget_curvature(step.optimizer)
@@ -169,20 +195,26 @@ class Decisions:
 
         With local SGD every rank has a Gram matrix of its own, and all come to the vote.
         """
+        fresh = len(step.history.stale)
         parts, local_sgd, columns = step.history.gram(), self.settings.local_sgd, step.history.columns
         if local_sgd and step.closure is not None:  # averages are promised nothing
             pending = None
         weights = mixing.balancing_weights(parts)
         gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
         square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
-        self.fused = True
+        self.fused, written = True, float(step.written)
         if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
-            word = mixing.packed(gram, [square, weights.get("momentum", 1.0), float(step.history.fused)])
+            word = mixing.packed(gram, [square, weights.get("momentum", 1.0), float(step.history.fused), written])
             word = step.ranks.total(word) / step.ranks.size
-            gram, (square, weight, fused) = mixing.unpacked(word, len(columns))
+            gram, (square, weight, fused, written) = mixing.unpacked(word, len(columns))
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
+        elif step.history.sums and self.settings.store_each_nth > 1:
+            written = float(step.ranks.total(host_tensor(written)))
+        if written > 0:
+            self.forget_last(step.history, fresh)
+            return
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
         ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf)
         if ready and (local_sgd or pending is not None):
