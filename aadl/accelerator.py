@@ -91,13 +91,16 @@ class AndersonAccelerator:
             raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
         self._handles: list[Any] = [StepHooks(optimizer, self._before_step, self._after_step)]
-        if not partitioned:  # a consolidated state of partitions would carry the whole history over the network
+        if partitioned:  # a consolidated state of partitions would carry the whole history over the network
+            self._handles.append(optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
+        else:
             self._handles += [
                 optimizer.register_state_dict_post_hook(self._add_state),
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
                 optimizer.register_load_state_dict_post_hook(self._restore_state),
             ]
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._loads_by_name = self._lacks_history = False
         _accelerators[optimizer] = weakref.ref(self)
 
     # ---- public ----------------------------------------------------------------------------------------------------
@@ -141,6 +144,8 @@ class AndersonAccelerator:
         compiled = self._history is not None and any(block.fused for block in self._history.blocks)
         return compiled and not kernels.compilation_error()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def reset(self) -> None:
         """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay.
 
@@ -163,6 +168,8 @@ class AndersonAccelerator:
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # whose tensors no step could write to
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, plain values as JSON.
 
@@ -184,30 +191,38 @@ class AndersonAccelerator:
         return {"version": VERSION, "books": json.dumps(books), "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as the saved accelerator would have.
+        """Continue as the saved accelerator would have; at another history_depth, with the newest columns that fit.
 
         Raises:
-            ValueError: the state was saved for another map (store_each_nth, state_coupling, history_depth,
-                history_dtype, parameter shapes) or is no accelerator state. Nothing was changed then.
+            ValueError: the state was saved for another map (store_each_nth, state_coupling, history_dtype, parameter
+                shapes) or is no accelerator state. Nothing was changed then.
         """
         self._take_over(state, self._checked(state))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _checked(self, state: Any) -> dict[str, Any]:
         """The books of a saved state, parsed, and the layout it fits; raises ValueError if there is none."""
         if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
-            raise ValueError(f"state must be the state_dict() of an accelerator of this version, got {_outline(state)}")
+            raise ValueError(
+                f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
+                f"got {_outline(state)}"
+            )
         try:
             books = json.loads(state["books"])
             Decisions.restored(self.settings, books), books["progress"], books["averaged"]
             wanted, found = self.settings.map_description(), books["map"]
             for name, value in wanted.items():
-                if found.get(name) != value:
+                if found.get(name) != value and name != "history_depth":
                     raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
-            if books["history"] is not None:
+            if books["history"] is not None and self.settings.history_depth > 0:
+                depth, saved_depth = self.settings.history_depth, found["history_depth"]
                 books["fields"] = saved_state.parsed_books(books["history"])
+                if depth != saved_depth:
+                    books["slots"] = saved_state.slots_kept(books["fields"], saved_depth, depth)
                 momentum = any(name.startswith("momentum") for name in state["rows"])
                 books["layout"] = self._fitting_layout(momentum)
-                saved_state.check_rows(state["rows"], books["layout"].rows())
+                saved_state.check_rows(state["rows"], books["layout"].rows(), saved_depth)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
         return books
@@ -219,18 +234,21 @@ class AndersonAccelerator:
             return layout
         return self._new_layout(parameters, momentum)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
         """Continue from a saved state and its checked books."""
         self._postponed, self._layout = None, books.get("layout")
         if self._layout is not None:
             for block in self._layout.history.blocks:
                 block.forget_fetch()
-            saved_state.load_rows(state["rows"], self._layout.rows())
+            saved_state.load_rows(state["rows"], self._layout.rows(), books.get("slots"))
             starts_at_mapped = books["history"]["starts_at_mapped"]
             saved_state.restore_books(self._layout.history, books["fields"], starts_at_mapped)
         self._decisions = Decisions.restored(self.settings, books)
         self._progress, self._averaged = _progress() | books["progress"], bool(books["averaged"])
         self._left = self._sample = None
+        self._lacks_history = False
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
@@ -260,6 +278,7 @@ class AndersonAccelerator:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
         if not dry:
             self._finish_push()
+            self._say_that_history_is_missing()
         if self.settings.local_sgd:
             if dry:
                 return
@@ -288,7 +307,7 @@ class AndersonAccelerator:
             self._decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
         elif self._layout is not None and (self.settings.local_sgd or self._left is None):
-            self._note_places(optimizer, self._layout)
+            self._note_places(optimizer, self._layout, self.settings.local_sgd)
         else:
             self._leave()
 
@@ -296,19 +315,44 @@ class AndersonAccelerator:
         del optimizer
         state[STATE_KEY] = self.state_dict()
 
+    def _say_that_state_is_partial(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        del optimizer, state
+        if self._progress["in_macro_step"] or self._decisions.statistics["macro_steps"]:
+            _warn_once(
+                "the state of a ZeroRedundancyOptimizer carries no history of aadl: save "
+                "aadl.accelerator_of(optimizer).state_dict() of every rank beside it, and load it on the same rank"
+            )
+
+    def _say_that_history_is_missing(self) -> None:
+        if self._lacks_history:
+            self._lacks_history = False
+            _warn_once(
+                "the state that torch.distributed.checkpoint loaded carries no history of aadl: where the run was "
+                "accelerated before, save aadl.accelerator_of(optimizer).state_dict() beside it, and load it after it"
+            )
+
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         del optimizer
         saved = state.get(STATE_KEY)
         self._loaded = None if saved is None else (saved, self._checked(saved))
+        names = [name for group in state.get("param_groups", ()) for name in group.get("params", ())]
+        self._loads_by_name = any(isinstance(name, str) for name in names)
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
+        """After a load: continue from the saved state; without one, see whose state this was.
+
+        torch.distributed.checkpoint.state_dict names the parameters and drops what it does not know. Its loads are
+        changes from outside: the pairs of this process stay true. Any other state is that of a plain optimizer.
+        """
         del optimizer
         loaded, self._loaded = self._loaded, None
-        if loaded is None:  # a checkpoint of the plain optimizer
-            self._start_anew()
-        else:
+        if loaded is not None:
             self._take_over(*loaded)
+        elif self._loads_by_name:
+            self._lacks_history = self._decisions.statistics["steps"] == 0
+        else:
+            self._start_anew()
 
     # ---- macro-steps -----------------------------------------------------------------------------------------------
 
@@ -329,6 +373,7 @@ class AndersonAccelerator:
         if untouched and not changed:
             return
         self._decisions.settle()
+        self._left = None
         parameters = trainable_parameters(optimizer)
         if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
@@ -345,14 +390,14 @@ class AndersonAccelerator:
     def _abandon_macro_step(self, optimizer: Optimizer) -> None:
         """Start another macro-step here: what somebody wrote within the running one belongs to no map."""
         self._progress |= {"in_macro_step": 0, "abandoned_in_a_row": self._progress["abandoned_in_a_row"] + 1}
-        self._left = self._sample = None
+        self._sample = None
         self._open_macro_step(optimizer, elsewhere=True)
-        if self._progress["abandoned_in_a_row"] == ABANDONED:
-            warnings.warn(
-                f"the last {ABANDONED} macro-steps of the accelerated {type(optimizer).__name__} were abandoned, because "
-                f"its parameters are written to between steps, neither after every step nor at equal distances: nothing "
-                f"is accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1",
-                stacklevel=2,
+        if self._progress["abandoned_in_a_row"] == ABANDONED and not self._progress["warned"]:
+            self._progress["warned"] = True
+            _warn_once(
+                f"the last {ABANDONED} macro-steps of this {type(optimizer).__name__} were abandoned, because its "
+                f"parameters are written to between steps, neither after every step nor at equal distances: nothing is "
+                f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
             )
 
     @torch.inference_mode(False)
@@ -528,11 +573,11 @@ class AndersonAccelerator:
             return False
         return any(momentum_of(optimizer.state.get(p), p) is not None for p in parameters)
 
-    def _note_places(self, optimizer: Optimizer, layout: Layout) -> None:
-        """Remember the tensors as this hook leaves them."""
+    def _note_places(self, optimizer: Optimizer, layout: Layout, sampled: bool = True) -> None:
+        """Remember the tensors as this hook leaves them, and some elements of them."""
         look = self._look(optimizer)
         self._left = look if layout.covers(look) else None
-        self._samples = [] if self._left is None else layout.sample(layout.tensors(optimizer, look))
+        self._samples = layout.sample(layout.tensors(optimizer, look)) if sampled and self._left is not None else []
 
     def _untouched(self, optimizer: Optimizer) -> bool:
         """Whether nobody seems to have written to the tensors since the last hook left them."""
@@ -579,8 +624,8 @@ def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
     in_macro_step (steps of the running macro-step), learning_rate and rates (see `_follow_learning_rate`), writes (see
-    `aadl.watch.is_regular`), abandoned_in_a_row (macro-steps), written (since the last acceleration, on this rank), and
-    doubtful (the running macro-step).
+    `aadl.watch.is_regular`), abandoned_in_a_row (macro-steps), warned (of that), written (since the last acceleration,
+    on this rank), and doubtful (the running macro-step).
     """
     return {
         "in_macro_step": 0,
@@ -588,9 +633,15 @@ def _progress() -> dict[str, Any]:
         "rates": None,
         "writes": {},
         "abandoned_in_a_row": 0,
+        "warned": False,
         "written": False,
         "doubtful": False,
     }
+
+
+def _warn_once(text: str) -> None:
+    """A warning that is shown once a process, unless filters say otherwise."""
+    warnings.warn(text, stacklevel=3)
 
 
 def _outline(state: Any) -> str:

@@ -211,9 +211,9 @@ class History:
         slots = self.order()[len(columns) :]
         self._start_apart()
         for block in self.blocks:
-            for ring in (block.delta_mapped, block.delta_residual):
-                for slot in slots if block.fused and ring is not None else ():  # compiled kernels read unused rows too
-                    ring[slot].zero_()
+            for name, tensor in block.tensors.items():
+                for slot in slots if block.fused and name.startswith("delta") else ():
+                    tensor[slot].zero_()  # compiled kernels read unused rows too
         self.stale = [slot for slot in self.stale if slot not in slots]
         self.columns, self.next, self.has_pair = columns, slots[0] if slots else self.next, False
 

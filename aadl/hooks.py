@@ -53,17 +53,22 @@ class StepHooks:
         if not self._running or (self._entered_again and _is_inside_a_step(optimizer)):
             return
         self._running = False
-        _move(self._pre, last=True)  # behind those that were registered since; nobody goes through them now
+        if not _stands(self._pre, last=True) and not _is_inside_a_step(optimizer):  # else torch goes through them
+            _move(self._pre, last=True)
         self._after(optimizer, args, kwargs)
 
 
-def _move(handle: Any, last: bool) -> None:
-    """Put a hook behind or in front of all others; where torch keeps them in another way, it stays where it is."""
+def _stands(handle: Any, last: bool) -> bool:
+    """Whether a hook is the last or the first of all; also where torch keeps hooks in a way that allows no order."""
     hooks = handle.hooks_dict_ref()
-    if not hasattr(hooks, "move_to_end") or handle.id not in hooks:
-        return
-    if next(reversed(hooks) if last else iter(hooks)) != handle.id:
-        hooks.move_to_end(handle.id, last=last)
+    movable = hasattr(hooks, "move_to_end") and handle.id in hooks
+    return not movable or next(reversed(hooks) if last else iter(hooks)) == handle.id
+
+
+def _move(handle: Any, last: bool) -> None:
+    """Put a hook behind or in front of all others."""
+    if not _stands(handle, last):
+        handle.hooks_dict_ref().move_to_end(handle.id, last=last)
 
 
 def _is_inside_a_step(optimizer: Optimizer) -> bool:
