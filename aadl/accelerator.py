@@ -100,7 +100,7 @@ class AndersonAccelerator:
                 optimizer.register_load_state_dict_post_hook(self._restore_state),
             ]
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
-        self._loads_by_name = self._lacks_history = False
+        self._loads_by_name = self._lacks_history = self._is_dry = False
         _accelerators[optimizer] = weakref.ref(self)
 
     # ---- public ----------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         self._decisions.reset("user", self._history)
-        self._progress |= {"in_macro_step": 0, "written": False, "doubtful": False}
+        self._progress |= {"in_macro_step": 0, "written": False, "doubtful": False, "unseen": ""}
         self._left = self._sample = None
 
     def remove(self) -> None:
@@ -183,7 +183,7 @@ class AndersonAccelerator:
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
-            "progress": self._progress,
+            "progress": self._progress | {"unseen": self._writes_since_left(), "doubtful": self._is_doubtful()},
             "history": None if layout is None else saved_state.books_of(layout.history),
             "averaged": self.settings.local_sgd and self._left is not None and not self._untouched(self.optimizer),
         }
@@ -271,25 +271,28 @@ class AndersonAccelerator:
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.settings.idle:
+        self._is_dry = dry = is_dry_step(optimizer)
+        settings = self.settings
+        if settings.idle:
             return
-        dry = is_dry_step(optimizer)
-        if self.settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
+        if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
-        if not dry:
-            self._finish_push()
-            self._say_that_history_is_missing()
-        if self.settings.local_sgd:
-            if dry:
-                return
-            self._notice_averaging(optimizer)
-        else:
+        if not settings.local_sgd:
             self._notice_writes(optimizer)
-        if not dry and self._progress["in_macro_step"] == 0:
+        if dry:
+            return
+        starts = self._progress["in_macro_step"] == 0
+        if starts:
+            self._finish_push()
+        if settings.local_sgd:
+            self._notice_averaging(optimizer)
+        if self._lacks_history:
+            self._say_that_history_is_missing()
+        if starts:
             self._open_macro_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_dry_step(optimizer):
+        if self._is_dry:
             self._leave()
             return
         self._decisions.settle()
@@ -306,10 +309,10 @@ class AndersonAccelerator:
             self._progress["in_macro_step"] = 0
             self._decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
-        elif self._layout is not None and (self.settings.local_sgd or self._left is None):
-            self._note_places(optimizer, self._layout, self.settings.local_sgd)
-        else:
+        elif self._left is not None and not self.settings.local_sgd:
             self._leave()
+        elif self._layout is not None:
+            self._note_places(optimizer, self._layout, self.settings.local_sgd)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
@@ -324,12 +327,11 @@ class AndersonAccelerator:
             )
 
     def _say_that_history_is_missing(self) -> None:
-        if self._lacks_history:
-            self._lacks_history = False
-            _warn_once(
-                "the state that torch.distributed.checkpoint loaded carries no history of aadl: where the run was "
-                "accelerated before, save aadl.accelerator_of(optimizer).state_dict() beside it, and load it after it"
-            )
+        self._lacks_history = False
+        _warn_once(
+            "the state that torch.distributed.checkpoint loaded carries no history of aadl: where the run was "
+            "accelerated before, save aadl.accelerator_of(optimizer).state_dict() beside it, and load it after it"
+        )
 
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         del optimizer
@@ -407,9 +409,11 @@ class AndersonAccelerator:
         if layout is None or not (layout.parameters or layout.history.partial):
             return
         look, self._sample = self._look(optimizer), None
-        if self._left is not None and self.settings.store_each_nth > 1 and not self.settings.local_sgd:
-            exchanged = not look.keeps(self._left)  # tensors or their memory; the counters tell nothing of that
-            if exchanged and self._is_change("exchanged", optimizer):
+        if self.settings.store_each_nth > 1 and not self.settings.local_sgd:
+            writes, left = self._progress["writes"], self._left
+            if left is None and "exchanged" in writes:  # after a resume: who did so regularly will have done it again
+                is_regular(writes, "exchanged", self._gap, self.settings.store_each_nth)
+            elif left is not None and not look.keeps(left) and self._is_change("exchanged", optimizer):
                 self._note_places(optimizer, layout)
                 return
         self._progress["abandoned_in_a_row"] = 0
@@ -490,13 +494,28 @@ class AndersonAccelerator:
     def _notice_writes(self, optimizer: Optimizer) -> None:
         """See whether somebody wrote to the tensors since the last step left them."""
         left = self._left
-        if left is None or self.settings.store_each_nth == 1:
+        if left is not None and self._sample is None and versions_of(left.tensors) == left.versions:
             return
-        kind = kind_of_write(left.versions, versions_of(left.tensors))
-        if kind and self._is_change(kind, optimizer):
+        if self.settings.store_each_nth == 1:
             return
-        if self._sample is not None and self._sample.differs():
-            self._progress["doubtful"] = True
+        self._progress["doubtful"] = self._is_doubtful()
+        kind, self._progress["unseen"] = self._writes_since_left(), ""
+        if kind:
+            self._is_change(kind, optimizer)
+
+    @property
+    def _gap(self) -> int:
+        """Number of the gap between two steps."""
+        return self._decisions.statistics["steps"] + self._decisions.statistics["skipped_steps"]
+
+    def _writes_since_left(self) -> str:
+        """What was written since the last step, see `kind_of_write`; after a resume, what had been at the save."""
+        left = self._left
+        return self._progress["unseen"] if left is None else kind_of_write(left.versions, versions_of(left.tensors))
+
+    def _is_doubtful(self) -> bool:
+        """Whether the weights may have been filled through `.data` within the macro-step."""
+        return self._progress["doubtful"] or (self._sample is not None and self._sample.differs())
 
     def _is_change(self, kind: str, optimizer: Optimizer) -> bool:
         """Whether the running macro-step was abandoned, because writes of this kind belong to no map.
@@ -504,9 +523,8 @@ class AndersonAccelerator:
         Ranks see different writes (one of them may have evaluated other weights and put its own back), but must count
         alike: they go on, and agree upon what happened where they speak with each other.
         """
-        counts, progress = self._decisions.statistics, self._progress
-        gap = counts["steps"] + counts["skipped_steps"]
-        if is_regular(progress["writes"], kind, gap, self.settings.store_each_nth):
+        progress = self._progress
+        if is_regular(progress["writes"], kind, self._gap, self.settings.store_each_nth):
             return False
         if progress["in_macro_step"] == 0 and kind != "exchanged":  # the start is compared, see `_open_macro_step`
             return False
@@ -623,15 +641,16 @@ def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
 def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
-    in_macro_step (steps of the running macro-step), learning_rate and rates (see `_follow_learning_rate`), writes (see
-    `aadl.watch.is_regular`), abandoned_in_a_row (macro-steps), warned (of that), written (since the last acceleration,
-    on this rank), and doubtful (the running macro-step).
+    in_macro_step (steps of the running macro-step); learning_rate and rates (see `_follow_learning_rate`); writes (see
+    `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps) and warned
+    (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running one).
     """
     return {
         "in_macro_step": 0,
         "learning_rate": 1.0,
         "rates": None,
         "writes": {},
+        "unseen": "",
         "abandoned_in_a_row": 0,
         "warned": False,
         "written": False,

@@ -33,7 +33,11 @@ class StepHooks:
         self._running = self._entered_again = False
         self._pre = optimizer.register_step_pre_hook(self._enter)
         self._post = optimizer.register_step_post_hook(self._leave)
-        _move(self._post, last=False)
+        self._pre_hooks: Any = self._pre.hooks_dict_ref()
+        self._number = 0
+        post_hooks: Any = self._post.hooks_dict_ref()
+        if hasattr(post_hooks, "move_to_end"):  # else torch keeps hooks in a way that allows no order
+            post_hooks.move_to_end(self._post.id, last=False)
 
     def remove(self) -> None:
         """Detach."""
@@ -42,33 +46,31 @@ class StepHooks:
 
     @torch.compiler.disable
     def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._running and _is_inside_a_step(optimizer):  # else the last step ended with an exception
+        if self._running and _is_inside_a_step(optimizer):
             self._entered_again = True
             return
-        self._running, self._entered_again = True, False
+        self._running = True  # as it is already where the last step ended with an exception
         self._before(optimizer, args, kwargs)
 
     @torch.compiler.disable
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._running or (self._entered_again and _is_inside_a_step(optimizer)):
+        if self._entered_again:
+            if _is_inside_a_step(optimizer):
+                return
+            self._entered_again = False
+        if not self._running:
             return
         self._running = False
-        if not _stands(self._pre, last=True) and not _is_inside_a_step(optimizer):  # else torch goes through them
-            _move(self._pre, last=True)
+        if len(self._pre_hooks) != self._number:
+            self._move_behind(optimizer)
         self._after(optimizer, args, kwargs)
 
-
-def _stands(handle: Any, last: bool) -> bool:
-    """Whether a hook is the last or the first of all; also where torch keeps hooks in a way that allows no order."""
-    hooks = handle.hooks_dict_ref()
-    movable = hasattr(hooks, "move_to_end") and handle.id in hooks
-    return not movable or next(reversed(hooks) if last else iter(hooks)) == handle.id
-
-
-def _move(handle: Any, last: bool) -> None:
-    """Put a hook behind or in front of all others."""
-    if not _stands(handle, last):
-        handle.hooks_dict_ref().move_to_end(handle.id, last=last)
+    def _move_behind(self, optimizer: Optimizer) -> None:
+        """Be the last of the pre-hooks again after others came or went; not while torch goes through them."""
+        movable = hasattr(self._pre_hooks, "move_to_end") and self._pre.id in self._pre_hooks
+        if movable and not _is_inside_a_step(optimizer):
+            self._pre_hooks.move_to_end(self._pre.id)
+            self._number = len(self._pre_hooks)
 
 
 def _is_inside_a_step(optimizer: Optimizer) -> bool:
