@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import mixing, safeguard, smoothing, trial_loss
-from aadl.deferred import Deferred
+from aadl.deferred import Deferred, handed
 from aadl.history import KINDS, History, Tensors
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import all_parameters, belongs_to_a_loop, forget_curvature, maximizes
@@ -49,6 +49,10 @@ class Step(NamedTuple):
     loss_weight: float
     rate: float
     """Factor of the learning rate."""
+    written: bool = False
+    """Whether this rank saw that somebody wrote to the tensors within a macro-step since the last acceleration."""
+    doubtful: bool = False
+    """Whether this macro-step's residual may be such a write, so that nothing is put back because of it."""
 
 
 class Candidate(NamedTuple):
@@ -133,6 +137,12 @@ class Decisions:
         if history is not None:
             history.clear(wipe=cause == "non_finite")
 
+    def forget_last(self, history: History, count: int) -> None:
+        """Forget the newest columns and the pair: somebody wrote within their macro-steps."""
+        self.statistics["moved"] += 1
+        self.pending, self.disturbed = None, True
+        history.forget_last(count)
+
     def is_suspended(self) -> bool:
         """Whether acceleration pauses now; counted."""
         suspended = self.statistics["macro_steps"] < max(self.pause.until, self.refusals.until)
@@ -152,31 +162,46 @@ class Decisions:
             self._note_jump(step.history, dict(zip(KINDS, numbers[:, 2].tolist(), strict=True)))
             self._keeps_promise(step, pending, float(square), float(along))
         else:
-            stays = (square <= safeguard.revert_bound(pending)) & (along >= safeguard.overshoot_bound(pending))
-            step.history.put_back(~stays, step.tensors)
+            breaks = ~((square <= safeguard.revert_bound(pending)) & (along >= safeguard.overshoot_bound(pending)))
+            doubts = self._doubts(step, square.device)
+            step.history.put_back(breaks if doubts is None else breaks & (doubts == 0), step.tensors)
+            doubts = square.new_zeros(()) if doubts is None else doubts
             self._defer(
-                torch.cat([square.view(1), along.view(1), numbers[:, 2]]),
+                torch.cat([torch.stack([square, along, doubts]), numbers[:, 2]]),
                 lambda values: self._judged(step, pending, *values),
             )
 
-    def _judged(self, step: Step, pending: Pending, square: float, along: float, *jump: float) -> None:
-        """What the device has decided, as the host learns it."""
+    def _judged(self, step: Step, pending: Pending, square: float, along: float, doubts: float, *jump: float) -> None:
+        """Note what the device has decided."""
         self._note_jump(step.history, dict(zip(KINDS, jump, strict=True)))
-        step.history.start_from(kept=safeguard.must_revert(square, along, pending))
-        self._note_promise(step, pending, square, along)
+        step.history.start_from(kept=safeguard.must_revert(square, along, pending) and not doubts)
+        self._note_promise(step, pending, square, along, bool(doubts))
 
     def _keeps_promise(self, step: Step, pending: Pending, square: float, along: float) -> bool:
-        """False where the plain iterate was put back."""
-        reverts = safeguard.must_revert(square, along, pending)
-        step.history.take(reverts, step.tensors)
-        self._note_promise(step, pending, square, along)
-        return not reverts
+        """False where the plain iterate was put back, or might have been."""
+        breaks = safeguard.must_revert(square, along, pending)
+        doubtful = breaks and self._is_doubtful(step)
+        step.history.take(breaks and not doubtful, step.tensors)
+        self._note_promise(step, pending, square, along, doubtful)
+        return not breaks
 
     def _note_jump(self, history: History, jump: dict[str, float]) -> None:
         if history.columns:
             history.columns[-1].jump = jump
 
-    def _note_promise(self, step: Step, pending: Pending, square: float, along: float) -> None:
+    def _is_doubtful(self, step: Step) -> bool:
+        doubts = self._doubts(step, torch.device("cpu"))
+        return doubts is not None and bool(doubts)
+
+    def _doubts(self, step: Step, device: torch.device) -> Tensor | None:
+        """On how many ranks the residual may be what somebody wrote within the macro-step; None if that cannot be."""
+        alone = step.ranks.size == 1 or self.settings.local_sgd
+        if self.settings.store_each_nth == 1 or (alone and not step.doubtful):
+            return None
+        doubts = handed(host_tensor(float(step.doubtful)), device)
+        return doubts if alone else step.ranks.total(doubts)
+
+    def _note_promise(self, step: Step, pending: Pending, square: float, along: float, doubtful: bool = False) -> None:
         """Count, and pause acceleration where the promise was not kept."""
         self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
         reverts = safeguard.must_revert(square, along, pending)
@@ -188,12 +213,25 @@ class Decisions:
             self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
         elif ratio <= safeguard.SUSPEND_ABOVE:
             self.reach = min(safeguard.LONGEST_REACH, safeguard.GROWTH * self.reach)
-        if reverts:
+        if reverts and doubtful:
+            self.forget_last(step.history, 1)
+        elif reverts:
             self._take_back(step)
         else:
             self.watched = pending
         if not math.isfinite(square):
             self.reset("non_finite", step.history)
+
+    def _look_back(self, step: Step) -> bool:
+        """Put back the plain iterate before the last candidate, which updates since then undo: False."""
+        self._suspend()
+        self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
+        if self._is_doubtful(step):
+            self.forget_last(step.history, 1)
+        else:
+            step.history.take(True, step.tensors)
+            self._take_back(step)
+        return False
 
     def _suspend(self) -> None:
         """Pause acceleration."""
@@ -213,6 +251,7 @@ class Decisions:
 
         With local SGD every rank has a Gram matrix of its own, and all come to the vote.
         """
+        fresh = len(step.history.stale)
         parts, local_sgd, columns = step.history.gram(), self.settings.local_sgd, step.history.columns
         if local_sgd and step.closure is not None:  # averages are promised nothing
             pending = None
@@ -222,22 +261,23 @@ class Decisions:
         along, watched, self.watched = parts["parameters"].along, self.watched, None
         if watched is None:
             self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
-        self.fused = True
+        self.fused, written = True, float(step.written)
         if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
-            word = mixing.packed(gram, [square, along, weights.get("momentum", 1.0), float(step.history.fused)])
-            word = step.ranks.total(word) / step.ranks.size
-            gram, (square, along, weight, fused) = mixing.unpacked(word, len(columns))
+            others = [square, along, weights.get("momentum", 1.0), float(step.history.fused), written]
+            word = step.ranks.total(mixing.packed(gram, others)) / step.ranks.size
+            gram, (square, along, weight, fused, written) = mixing.unpacked(word, len(columns))
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
+        elif step.history.sums and self.settings.store_each_nth > 1:
+            written = float(step.ranks.total(host_tensor(written)))
+        if written > 0:
+            self.forget_last(step.history, fresh)
+            return
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
         ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf, along)
         if ready and watched is not None and finite and along < safeguard.overshoot_bound(watched):
-            step.history.take(True, step.tensors)
-            self._suspend()
-            self._take_back(step)
-            self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
-            ready = False
+            ready = self._look_back(step)
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
         candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None

@@ -209,14 +209,31 @@ class History:
 
     def clear(self, wipe: bool = False) -> None:
         """Forget all pairs; with `wipe` the rows too (they hold inf or nan). The running macro-step goes on."""
+        self._start_apart()
         for block in self.blocks:
-            if block.start is not block.own_start:
-                block.own_start.copy_(block.start)
-                block.start = block.own_start
             for name, tensor in block.tensors.items():
                 if (wipe or block.fused) and name.startswith("delta"):  # compiled kernels read unused rows too
                     tensor.zero_()
         self.columns, self.stale, self.next, self.has_pair = [], [], 0, False
+
+    def forget_last(self, count: int) -> None:
+        """Forget the newest `count` columns and the pair; those before stay. The running macro-step goes on."""
+        columns = self.columns[: max(0, len(self.columns) - count)]
+        slots = self.order()[len(columns) :]
+        self._start_apart()
+        for block in self.blocks:
+            for name, tensor in block.tensors.items():
+                for slot in slots if block.fused and name.startswith("delta") else ():
+                    tensor[slot].zero_()  # compiled kernels read unused rows too
+        self.stale = [slot for slot in self.stale if slot not in slots]
+        self.columns, self.next, self.has_pair = columns, slots[0] if slots else self.next, False
+
+    def _start_apart(self) -> None:
+        """Keep the start of the running macro-step apart from the pair."""
+        for block in self.blocks:
+            if block.start is not block.own_start:
+                block.own_start.copy_(block.start)
+                block.start = block.own_start
 
     @property
     def fused(self) -> bool:
@@ -357,7 +374,7 @@ class History:
         self.start_from(kept=True)
 
     def put_back(self, flag: Tensor, tensors: Sequence[Tensors]) -> None:
-        """As `take` with a flag on a device, but what a push kept stays there; `start_from` follows when it is known."""
+        """As `take` with a flag on a device, but what a push kept stays where it is; `start_from` has to follow."""
         self._write(list(self._chosen(flag)), tensors)
 
     def start_from(self, kept: bool) -> None:

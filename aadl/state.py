@@ -40,8 +40,12 @@ def rows_of(history: History, groups: Sequence[Sequence[tuple[int, Tensor]]], fl
     return rows
 
 
-def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError unless every wanted tensor is there in its shape and layout."""
+def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], depth: int | None = None) -> None:
+    """Raise ValueError unless every wanted tensor is there in its shape and layout.
+
+    Args:
+        depth: of the saved rings; None for that of the wanted ones.
+    """
     if saved.keys() != wanted.keys():
         odd = sorted(saved.keys() ^ wanted.keys())[0]
         raise ValueError(
@@ -49,13 +53,15 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
             f"and this accelerator {len(wanted)}, {odd!r} only one of them"
         )
     for name, target in wanted.items():
-        if tuple(saved[name].shape) != tuple(target.shape):
+        lead = () if depth is None or not _is_ring(name) else (depth,)
+        shape = (*lead, *target.shape[len(lead) :])
+        if tuple(saved[name].shape) != shape:
             raise ValueError(
                 f"the saved history belongs to parameters of other shapes: {name} has shape "
-                f"{tuple(saved[name].shape)}, not {tuple(target.shape)}"
+                f"{tuple(saved[name].shape)}, not {shape}"
             )
         is_for_others = is_sharded(saved[name]) and not is_sharded(target)
-        if is_for_others or _part_here(saved[name], target).shape != local(target).shape:
+        if is_for_others or _part_here(saved[name], target).shape[len(lead) :] != local(target).shape[len(lead) :]:
             raise ValueError(
                 f"the saved {name} is sharded in another way than this accelerator's: load it with "
                 f"torch.distributed.checkpoint"
@@ -63,12 +69,23 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Copy saved tensors into the views of a history; those that are in place already are left alone."""
+def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], slots: list[int] | None = None) -> None:
+    """Copy saved tensors into the views of a history; those that are in place already are left alone.
+
+    Args:
+        slots: which rows of a ring to take, from `slots_kept`; None for all, in their places.
+    """
     for name, target in wanted.items():
         source, there = _part_here(saved[name], target), local(target)
-        if source.data_ptr() != there.data_ptr() or source.device != there.device:
+        if slots is not None and _is_ring(name):
+            for slot, kept in enumerate(slots):
+                there[slot].copy_(source[kept])
+        elif source.data_ptr() != there.data_ptr() or source.device != there.device:
             there.copy_(source)
+
+
+def _is_ring(name: str) -> bool:
+    return name.endswith((".delta_mapped", ".delta_residual"))
 
 
 def _part_here(saved: Tensor, target: Tensor) -> Tensor:
@@ -108,6 +125,17 @@ def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
         "stale": [int(slot) for slot in books["stale"]],
         "grams": grams,
     }
+
+
+def slots_kept(fields: dict[str, Any], saved_depth: int, depth: int) -> list[int]:
+    """The saved slots of the newest columns that fit into `depth` >= 1 rows, oldest first; `fields` change to match.
+
+    These rows lie from the first one on then, and all their products are computed once more.
+    """
+    kept = fields["columns"][-depth:]
+    slots = [(fields["next"] - len(kept) + i) % saved_depth for i in range(len(kept))]
+    fields |= {"columns": kept, "next": len(kept) % depth, "stale": list(range(len(kept))), "grams": {}}
+    return slots
 
 
 def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:

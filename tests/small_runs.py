@@ -82,14 +82,19 @@ def _bytes(tensor):
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def register_first(optimizer, hook):
+    """A step post-hook that sees what the base optimizer made, before the accelerator sees it."""
+    name = optimizer.register_step_post_hook(hook).id
+    optimizer.register_step_pre_hook(lambda *_: optimizer._optimizer_step_post_hooks.move_to_end(name, last=False))
+
+
 class Pairs:
     """Records, from outside, the pairs (x, g) of an optimizer without macro-steps; make it before `accelerate`."""
 
     def __init__(self, optimizer):
-        self.optimizer, self.pairs = optimizer, []
+        self.optimizer, self.pairs, self.starts = optimizer, [], []
         optimizer.register_step_pre_hook(lambda *_: self.starts.append(self._values()))
-        optimizer.register_step_post_hook(lambda *_: self.pairs.append((self.starts[-1], self._values())))
-        self.starts = []
+        register_first(optimizer, lambda *_: self.pairs.append((self.starts[-1], self._values())))
 
     def _values(self):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -12,6 +12,7 @@ from small_runs import (
     Pairs,
     identical,
     network,
+    register_first,
     snapshot,
     squared_error,
     stored_columns,
@@ -45,7 +46,7 @@ def test_a_revert_puts_back_the_plain_iterate_and_its_momentum(make, coupling):
     settings = EAGER | {"safeguard": "residual", "average": False, "state_coupling": coupling}
     optimizer = make(model)
     plain_iterates = []
-    optimizer.register_step_post_hook(lambda *_: plain_iterates.append(snapshot(model, optimizer)))
+    register_first(optimizer, lambda *_: plain_iterates.append(snapshot(model, optimizer)))
     aadl.accelerate(optimizer, **settings)
     accelerator, reverts, model.scale = aadl.accelerator_of(optimizer), 0, 1.0
     for _ in range(60):
