@@ -39,7 +39,7 @@ def accelerate(
     shard_history: bool = False,
     process_group: Any = None,
     history_device: str | None = None,
-    fused: bool | None = None,
+    fused: bool = False,
     local_sgd: bool = False,
 ) -> Optimizer:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
@@ -78,8 +78,8 @@ def accelerate(
             of torch.distributed, if any. Ranks that train models of their own need groups of their own.
         history_device: None (where the parameters are) or "cpu": rows in pinned memory of the host, which the host
             combines itself (docs/performance.md has the price).
-        fused: whether the passes over memory run in kernels that torch.compile makes; None where that was measured to
-            win and works: rows of 1e6 elements or more on a CPU with a C++ compiler.
+        fused: whether the passes over memory run in kernels that torch.compile makes, which takes a C++ compiler on a
+            CPU and half a minute at the first accelerations; docs/performance.md says how many events earn that.
         local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
             of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
             "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).

@@ -116,8 +116,3 @@ def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bo
         setattr(history, name, value)
     for block in history.blocks:
         block.start = block.mapped if starts_at_mapped else block.own_start
-
-
-def nbytes(blocks: Sequence[Block]) -> int:
-    """Bytes of all rows and vectors."""
-    return sum(tensor.nbytes for block in blocks for tensor in block.tensors.values())
