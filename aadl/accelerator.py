@@ -137,7 +137,9 @@ class AndersonAccelerator:
             return self._layout.nbytes
         if not self._handles or self.settings.idle:
             return 0
-        return self._new_layout(trainable_parameters(self.optimizer), makes_momentum(self.optimizer), planned=True).nbytes
+        return self._new_layout(
+            trainable_parameters(self.optimizer), makes_momentum(self.optimizer), planned=True
+        ).nbytes
 
     @property
     def uses_compiled_kernels(self) -> bool:

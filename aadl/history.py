@@ -389,7 +389,7 @@ def make_block(
     device: torch.device | None = None,
     planned: bool = False,
 ) -> Block:
-    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements, one numel more on the host of a GPU.
+    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements, numel more if not on its device.
 
     Args:
         kind: "parameters" or "momentum".
@@ -406,7 +406,7 @@ def make_block(
     place = templates[0].device if device is None else device
     numel = sum(template.numel() for template in templates) // part[1]
     compiled = fused and numel >= kernels.SHORTEST_ROW
-    row = FlatRow(templates, part, cut=not compiled)
+    row = FlatRow(templates, part, cut=not compiled and not planned)
     offloaded = place.type != row.device.type
     pinned = place.type == "cpu" and row.device.type == "cuda" and not planned
     there = torch.device("meta") if planned else place

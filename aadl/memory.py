@@ -66,7 +66,7 @@ def refusal(need: Need, settings: Settings, device: torch.device | None = None) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed because there is no room: the host's allocators have no type of error of their own."""
+    """Whether an allocation failed because there is no room; the host's allocators have no error type of their own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl.history import Block, Column, History
+from aadl.history import Column, History
 from aadl.ranks import is_sharded, like, local, sharded_row
 
 
