@@ -87,8 +87,10 @@ def accelerate(
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.
 
-    Memory: (2 history_depth + 3) vectors for the parameters, as much for their momentum with "full", and about half
-    with "combine"; of sharded parameters the local shards only.
+    Memory: 2 history_depth + 3 vectors for the parameters, as many for their momentum with "full", history_depth + 2
+    with "combine": 46 parameter vectors with momentum at the defaults, of sharded parameters the local shards only.
+    `aadl.accelerator_of(optimizer).history_bytes` says the bytes before the first step. The lean setting is
+    history_depth=5, history_dtype=torch.bfloat16, state_coupling="params": 8 vectors.
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
@@ -103,6 +105,9 @@ def accelerate(
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,
             parameters in half precision, a layout of ranks that does not go with an argument.
+
+    The first `optimizer.step()` raises torch.OutOfMemoryError, before it changes anything and on all ranks, if there is
+    no room for the history.
 
     Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
     tells what is done differently here, and why.
