@@ -68,8 +68,8 @@ def accelerate(
             without a trace). True: "loss" where `step` gets a closure, else "residual". False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
-        state_coupling: what is extrapolated. "params": parameters (not for
-            optimizers with momentum); "combine": also momentum buffers, with the same
+        state_coupling: what is extrapolated. "params": parameters (of
+            optimizers with momentum only where store_each_nth > 1); "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
         history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.
         shard_history: keep 1 / P of every vector on each of P ranks that hold whole replicas (DistributedDataParallel);

@@ -2,14 +2,18 @@
 
 A period is what the defaults make of 20 optimizer steps: two stores and one acceleration. Every case runs in processes
 of their own, one after the other: uncompiled, compiled with an empty cache of torch, compiled with that cache filled.
+Seconds are those of processors, of the compilers too: a training that uses all cores loses them, and they do not depend
+on who else uses the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -48,14 +52,27 @@ def earned_after(plain: Costs, compiled: Costs) -> float:
 
 def run(case: Case, cache: str) -> Costs:
     """The costs of one run; `cache` is the folder of torch's compiler."""
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # compilers as our children
     problem = Problem(case.parameters, "cpu")
-    problem.restart()
     optimizer = problem.optimizer(case.coupling)
-    problem.timed(optimizer.step)
     accelerate(optimizer, case)
-    count = case.depth + 2 + STEADY
-    return costs([problem.timed(optimizer.step) + problem.timed(optimizer.step) for _ in range(count)])
+
+    def period() -> float:
+        seconds = 0.0
+        for _ in range(2):
+            problem.gradient()
+            seconds -= processor_seconds()
+            optimizer.step()
+            seconds += processor_seconds()
+        return seconds
+
+    return costs([period() for _ in range(case.depth + 2 + STEADY)])
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def row_of(case: Case, threads: int) -> list[str]:
