@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import kernels
+from aadl import kernels, memory
 from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
@@ -133,8 +133,18 @@ class AndersonAccelerator:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`."""
-        return 0 if self._history is None else saved_state.nbytes(self._history.blocks)
+        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`.
+
+        Before the first step those that it will take, without momentum that an optimizer outside of torch.optim may
+        yet make.
+        """
+        if self._layout is not None:
+            return self._layout.nbytes
+        if not self._handles or self.settings.idle:
+            return 0
+        return self._new_layout(
+            trainable_parameters(self.optimizer), makes_momentum(self.optimizer), planned=True
+        ).nbytes
 
     @property
     def uses_compiled_kernels(self) -> bool:
@@ -375,11 +385,15 @@ class AndersonAccelerator:
             return
         self._decisions.settle()
         self._left = None
-        parameters = trainable_parameters(optimizer)
+        parameters, refusal = trainable_parameters(optimizer), None
         if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
-            self._lay_out(parameters, makes_momentum(optimizer))
+            try:
+                self._lay_out(parameters, makes_momentum(optimizer))
+            except torch.OutOfMemoryError as error:
+                refusal = error
+        self._agree(refusal)
         assert self._layout is not None
         history, tensors = self._layout.history, self._layout.tensors(optimizer, self._look(optimizer))
         if elsewhere or not history.starts_at(tensors):
@@ -594,9 +608,9 @@ class AndersonAccelerator:
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
-    def _new_layout(self, parameters: list[Tensor], momentum: bool) -> Layout:
+    def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks
-        return Layout(parameters, self.settings, ranks, self._partitioned, momentum)
+        return Layout(parameters, self.settings, ranks, self._partitioned, momentum, planned)
 
     def _lay_out(self, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
@@ -604,6 +618,17 @@ class AndersonAccelerator:
         self._layout = self._new_layout(parameters, momentum)
         self._decisions.pending = self._left = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
+
+    def _agree(self, refusal: torch.OutOfMemoryError | None) -> None:
+        """Raise on every rank where one has no room for its new rows; the optimizer was not stepped then."""
+        if self._layout is None or not self._layout.agreed:
+            try:
+                memory.agree(self._ranks, refusal)
+            except torch.OutOfMemoryError:
+                self._layout = None
+                raise
+            assert self._layout is not None
+            self._layout.agreed = True
 
     def _has_momentum(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         if self.settings.state_coupling == "params":

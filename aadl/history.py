@@ -24,6 +24,7 @@ from torch import Tensor
 from aadl import kernels
 from aadl.deferred import handed
 from aadl.flat import FlatRow
+from aadl.memory import zeros
 from aadl.mixing import Gram, filled_products, host_tensor, needed_products
 from aadl.ranks import Ranks
 
@@ -54,6 +55,7 @@ class Block:
     offloaded: bool = False
     """Whether the rows live on the host and the tensors do not."""
     _stage: Tensor | None = None
+    """Where the tensors of a device arrive on the host."""
     _arrival: torch.cuda.Event | None = None
     _fetched: bool = False
 
@@ -75,6 +77,12 @@ class Block:
             "start": self.own_start,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        stage = self.mapped.nbytes if self.offloaded else 0
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + stage
 
     @property
     def is_window(self) -> bool:
@@ -100,8 +108,7 @@ class Block:
 
     def fetch(self, values: Tensors) -> None:
         """Queue the copy of the tensors to the host; `read` waits for it."""
-        if self._stage is None:
-            self._stage = torch.empty_like(self.mapped, pin_memory=self.mapped.is_pinned())
+        assert self._stage is not None
         for part, value in self.row.read(values):
             self._stage[part].copy_(value, non_blocking=True)
         if self.row.device.type == "cuda":
@@ -425,10 +432,11 @@ def make_block(
     *,
     part: tuple[int, int] = (0, 1),
     weight: float = 1.0,
-    fused: bool | None = False,
+    fused: bool = False,
     device: torch.device | None = None,
+    planned: bool = False,
 ) -> Block:
-    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements.
+    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements, numel more if not on its device.
 
     Args:
         kind: "parameters" or "momentum".
@@ -438,20 +446,23 @@ def make_block(
         dtype: of the ring rows; None for that of the tensors. The three vectors keep the tensors' dtype.
         part: (index, count) of the window of the flat row to keep.
         weight: see `Block`.
-        fused: compiled kernels; None where they were measured to win.
+        fused: whether kernels that torch.compile makes are used where the row is long enough for them.
         device: of the rows; None for that of the tensors.
+        planned: whether to allocate nothing and leave the rows without values, for the sake of `Block.nbytes`.
     """
     place = templates[0].device if device is None else device
     numel = sum(template.numel() for template in templates) // part[1]
-    compiled = kernels.wants_compiled(place, numel, fused)
-    row = FlatRow(templates, part, cut=not compiled)
-    pinned = place.type == "cpu" and row.device.type == "cuda"
+    compiled = fused and numel >= kernels.SHORTEST_ROW
+    row = FlatRow(templates, part, cut=not compiled and not planned)
+    offloaded = place.type != row.device.type
+    pinned = place.type == "cpu" and row.device.type == "cuda" and not planned
+    there = torch.device("meta") if planned else place
 
     def vector() -> Tensor:
-        return torch.zeros(row.numel, dtype=row.dtype, device=place, pin_memory=pinned)
+        return zeros((row.numel,), row.dtype, there, pinned)
 
     def ring() -> Tensor:
-        return torch.zeros(depth, row.numel, dtype=dtype or row.dtype, device=place, pin_memory=pinned)
+        return zeros((depth, row.numel), dtype or row.dtype, there, pinned)
 
     own_start = vector()
     return Block(
@@ -465,7 +476,8 @@ def make_block(
         residual=vector() if residuals else None,
         own_start=own_start,
         start=own_start,
-        offloaded=place.type != row.device.type,
+        offloaded=offloaded,
+        _stage=vector() if offloaded else None,
     )
 
 

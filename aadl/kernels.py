@@ -9,16 +9,12 @@ as good as an orthogonal factorization (docs/method.md).
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from os import environ
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +27,6 @@ WIDE_PIECE = 16_384
 WIDE_PIECE_ACCELERATOR = 1 << 20
 HOST_PIECE = 65_536
 COMBINE_PIECE = 131_072
-COMPILED_FROM = 1_000_000
-"""Row length from which compiled kernels are used by default: below, the compilation costs more than it saves."""
 SUM_BLOCK = 2048
 """Products of bfloat16 rows summed in float32. Of 4096, on a CPU with eight numbers a vector, the sum was wrong by
 1.05e-6 of the squared norm."""
@@ -372,20 +366,6 @@ def _combination(
 
 
 # ---- compilation ---------------------------------------------------------------------------------------------------
-
-
-def wants_compiled(device: torch.device, numel: int, fused: bool | None) -> bool:
-    """Whether the kernels of a row are to be compiled: as asked for, or where that was measured to win."""
-    if fused is not None:
-        return fused and numel >= SHORTEST_ROW
-    return device.type == "cpu" and numel >= COMPILED_FROM and _can_compile()
-
-
-@cache
-def _can_compile() -> bool:
-    """Whether torch.compile finds what it needs to build for a CPU: a C++ compiler and the headers of Python."""
-    compiler = shutil.which(environ.get("CXX", "g++")) or shutil.which("clang++")
-    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 _broken: list[str] = []

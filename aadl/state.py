@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl.history import Block, Column, History
+from aadl.history import Column, History
 from aadl.ranks import is_sharded, like, local, sharded_row
 
 
@@ -144,8 +144,3 @@ def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bo
         setattr(history, name, value)
     for block in history.blocks:
         block.start = block.mapped if starts_at_mapped else block.own_start
-
-
-def nbytes(blocks: Sequence[Block]) -> int:
-    """Bytes of all rows and vectors."""
-    return sum(tensor.nbytes for block in blocks for tensor in block.tensors.values())
