@@ -108,8 +108,8 @@ def is_dry_step(optimizer: Optimizer) -> bool:
 def forget_curvature(optimizer: Optimizer) -> None:
     """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point.
 
-    Its count of iterations goes on, since callers stop by it. A last step of length zero gives no pair of curvature, and
-    the next direction is scaled as that of a first iteration is, by the sum of the gradient's magnitudes.
+    Its count of iterations goes on, since callers stop by it. A last step of length zero gives no pair of curvature,
+    and the next direction is scaled as that of a first iteration is, by the sum of the gradient's magnitudes.
     """
     for state in optimizer.state.values():
         gradient = state.get("prev_flat_grad") if isinstance(state, dict) else None

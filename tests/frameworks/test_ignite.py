@@ -25,7 +25,8 @@ class Script:
             self.optimizer = aadl.accelerate(self.optimizer)
         self.losses, self.rates, self.means = [], [], []
         self.trainer = engine.create_supervised_trainer(self.model, self.optimizer, functional.mse_loss, **options)
-        self.schedule = handlers.PiecewiseLinear(self.optimizer, "lr", [(0, LEARNING_RATE), (STEPS, 0.9 * LEARNING_RATE)])
+        milestones = [(0, LEARNING_RATE), (STEPS, 0.9 * LEARNING_RATE)]
+        self.schedule = handlers.PiecewiseLinear(self.optimizer, "lr", milestones)
         self.trainer.add_event_handler(engine.Events.ITERATION_STARTED, self.schedule)
         metrics.RunningAverage(output_transform=float).attach(self.trainer, "mean loss")
 
