@@ -133,10 +133,16 @@ def is_dry_step(optimizer: Optimizer) -> bool:
 
 
 def forget_curvature(optimizer: Optimizer) -> None:
-    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point."""
+    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point.
+
+    Its count of iterations goes on, since callers stop by it. A last step of length zero gives no pair of curvature,
+    and the next direction is scaled as that of a first iteration is, by the sum of the gradient's magnitudes.
+    """
     for state in optimizer.state.values():
-        if "prev_flat_grad" in state and "n_iter" in state:
-            state["n_iter"] = 0
+        gradient = state.get("prev_flat_grad") if isinstance(state, dict) else None
+        if isinstance(gradient, Tensor) and "old_dirs" in state:
+            state |= {"d": torch.zeros_like(gradient), "t": 0.0, "old_dirs": [], "old_stps": [], "ro": []}
+            state["H_diag"] = 1 / gradient.abs().sum().clamp(min=1)
 
 
 def inner_optimizer(optimizer: Any) -> tuple[Optimizer, str]:

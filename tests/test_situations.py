@@ -346,18 +346,23 @@ def test_a_run_that_turned_into_nans_recovers_with_restored_weights(steps):
 
 
 def test_lbfgs_starts_anew_from_an_accepted_candidate():
-    """Its next direction is the gradient there: curvature pairs would span two points without a step between them."""
+    """Its next direction is the gradient there: curvature pairs would span two points without a step between them.
+
+    It is as long as that of a first iteration with the magnitude of the gradient before; iterations are counted on.
+    """
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=1)
     aadl.accelerate(optimizer, **ALWAYS)
-    along_gradient, after_accepted = [], []
-    for _ in range(30):
+    along_gradient, after_accepted, last = [], [], None
+    for number in range(30):
         accepted = statistics(optimizer)["accepted"]
         before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
         optimizer.step(closure_of(model, optimizer))
         moved = torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - before
         gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-        length = 0.3 * min(1.0, 1.0 / float(gradient.abs().sum()))
+        length = 0.3 * min(1.0, 1.0 / float((gradient if last is None else last).abs().sum()))
+        last = gradient
+        assert optimizer.state_dict()["state"][0]["n_iter"] == number + 1
         along_gradient.append(torch.allclose(moved, -length * gradient, atol=1e-7))
         after_accepted.append(statistics(optimizer)["accepted"] > accepted)
     for number in range(1, 30):  # an accepted step itself moves elsewhere
