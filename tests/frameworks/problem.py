@@ -16,7 +16,7 @@ BATCH_SIZE = 4
 STEPS_PER_EPOCH = NUM_SAMPLES // BATCH_SIZE
 FIRST_ATTEMPT = 20
 """Optimizer steps whose losses and weights before them are those without acceleration, at the defaults."""
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.08
 
 
 def framework(name):
