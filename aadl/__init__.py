@@ -66,8 +66,7 @@ def accelerate(
             pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
             residual doubles. "loss": these, and the loss of the closure given to `step` must fall (two evaluations
             without a trace). True: "loss" where `step` gets a closure of the user that returns the loss, else
-            "residual" (closures of Lightning, whose metrics would count trials, and closures that give no loss).
-            False: all.
+            "residual" (also for closures of Lightning, whose metrics would count trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
         state_coupling: what is extrapolated. "params": parameters (of

@@ -87,8 +87,8 @@ def vote(rank):
 def losses(plain, candidate):
     trial = decisions.trial_loss.trial_losses
 
-    def give(*args):
-        trial(*args)
+    def give(*args, **more):
+        trial(*args, **more)
         return plain, candidate
 
     with mock.patch.object(decisions.trial_loss, "trial_losses", give):
