@@ -37,6 +37,7 @@ from aadl.parameters import (
     momentum_of,
     trainable_parameters,
 )
+from aadl.proposal import LEARNING_RATE_BAND
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
@@ -482,8 +483,8 @@ class AndersonAccelerator:
     def _follow_learning_rate(self, optimizer: Optimizer, layout: Layout) -> None:
         """Note the mean learning rate of the macro-step, in units of the first one.
 
-        Columns of other rates are brought to the present one (aadl.proposal); where the rates of the groups change by
-        different factors, or from zero, no factor does that and the history starts from the present pair.
+        Columns of other rates are brought to the present one (aadl.proposal). The history starts with the present pair
+        where no factor does that: rates of groups change by different factors, or by more than LEARNING_RATE_BAND.
         """
         progress = self._progress
         moved = set(map(id, layout.parameters))
@@ -497,7 +498,8 @@ class AndersonAccelerator:
         if last is None or rates == last:
             return
         ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
-        if all(0 < ratio < math.inf and math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios):
+        uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
+        if uniform and all(1 / LEARNING_RATE_BAND <= ratio <= LEARNING_RATE_BAND for ratio in ratios):
             progress["learning_rate"] *= ratios[0] if ratios else 1.0
         else:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}

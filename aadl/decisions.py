@@ -209,10 +209,7 @@ class Decisions:
             self._suspend()
         else:
             self.pause.shorten()
-        if reverts or along < 0:
-            self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
-        elif ratio <= safeguard.SUSPEND_ABOVE:
-            self.reach = min(safeguard.LONGEST_REACH, safeguard.GROWTH * self.reach)
+        self._change_reach(ratio, reverts or along < 0)
         if reverts and doubtful:
             self.forget_last(step.history, 1)
         elif reverts:
@@ -222,10 +219,18 @@ class Decisions:
         if not math.isfinite(square):
             self.reset("non_finite", step.history)
 
+    def _change_reach(self, ratio: float, overshot: bool) -> None:
+        """Have the next candidates make longer steps after a kept promise, shorter ones after a broken one."""
+        if overshot:
+            factor = 0.25
+        else:
+            factor = 2.0 if ratio <= safeguard.SUSPEND_ABOVE else 0.5
+        self.reach = min(safeguard.LONGEST_REACH, max(safeguard.SHORTEST_REACH, factor * self.reach))
+
     def _look_back(self, step: Step) -> bool:
         """Put back the plain iterate before the last candidate, which updates since then undo: False."""
         self._suspend()
-        self.reach = max(safeguard.SHORTEST_REACH, self.reach / 4)
+        self._change_reach(math.inf, overshot=True)
         if self._is_doubtful(step):
             self.forget_last(step.history, 1)
         else:
@@ -329,8 +334,6 @@ class Decisions:
         if settings.safeguard:
             noise = smoothing.noise_square(gram, consecutive) if self.averaging else 0.0
             promise = Pending(predicted, gram.square, noise, weights)
-            if advance is not None and on_host(advance):
-                promise.advance = float(advance)
         return Candidate(promise, advance)
 
     def _decide(self, step: Step, candidate: Candidate) -> None:
@@ -339,7 +342,10 @@ class Decisions:
         if advance is not None and not on_host(advance) and step.closure is None and not at_once:
             step.history.take(advance >= 0, step.tensors)
             self._defer(advance, lambda values: self._conclude_direction(step, values[0], candidate))
-        elif advance is not None and not float(advance) >= 0:
+            return
+        if advance is not None and candidate.promise is not None:
+            candidate.promise.advance = float(advance)
+        if advance is not None and not float(advance) >= 0:
             step.history.continue_from_mapped()
             self._conclude(step, False, "backward", candidate)
         elif step.closure is not None:

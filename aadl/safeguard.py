@@ -11,7 +11,7 @@ REVERT_ABOVE = 2.0
 """Growth of the residual norm over an accelerated step from which the step is taken back."""
 OVERSHOOT = 0.5
 """Of the slope along an accelerated step that may be left behind it with the other sign."""
-FIRST_REACH, SHORTEST_REACH, LONGEST_REACH, GROWTH = 0.5, 1 / 64, 1.0, 2.0
+FIRST_REACH, SHORTEST_REACH, LONGEST_REACH = 0.5, 1 / 64, 1.0
 """Of a candidate: its longest step in units of the way that the pairs behind it have made. Kept promises double it."""
 LONGEST_PAUSE = 64
 """Macro-steps; pauses after a broken promise double up to this."""
@@ -29,8 +29,8 @@ class Pending:
     before: float
     noise: float
     weights: dict[str, float]
-    advance: float = 0.0
-    """How far the candidate goes along the last update, <x+ - g_k, f_k>."""
+    advance: float = math.inf
+    """How far the candidate goes along the last update, <x+ - g_k, f_k>; inf where nobody asks."""
 
 
 @dataclass

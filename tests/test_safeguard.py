@@ -194,9 +194,11 @@ def test_trust_ratio_and_revert_rule():
     pending = safeguard.Pending(predicted=1.0, before=4.0, noise=0.0, weights={})
     assert safeguard.trust_ratio(4.0, pending) == 2.0
     assert safeguard.trust_ratio(math.nan, pending) == math.inf
-    assert not safeguard.must_revert(16.0, pending)
-    assert safeguard.must_revert(16.1, pending)
-    assert safeguard.must_revert(math.nan, pending)
+    pending.advance = 2.0
+    assert not safeguard.must_revert(16.0, -1.0, pending)
+    assert safeguard.must_revert(16.1, -1.0, pending)
+    assert safeguard.must_revert(16.0, -1.1, pending)
+    assert safeguard.must_revert(math.nan, 0.0, pending) and safeguard.must_revert(0.0, math.nan, pending)
     calm = safeguard.Pending(predicted=0.0, before=0.0, noise=0.0, weights={})
     assert safeguard.trust_ratio(0.0, calm) == 0.0
     assert safeguard.trust_ratio(1.0, calm) == math.inf

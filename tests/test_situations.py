@@ -68,9 +68,9 @@ def test_training_on_after_exact_convergence(safeguard, average, momentum):
     descend([x], optimizer, 100, gradient)  # longer than the longest pause that the rounding before may have caused
     assert x.tolist() == [0, 0, 0]
     attempts, refused = counts["attempts"] - attempts, counts["rejected"].get("rank", 0) - refused
-    # Updates of zero say nothing of noise, so averaging stays as it was; a mean of equal iterates is no trouble.
+    # updates of zero say nothing of noise, so averaging stays as it was, and leave nothing to extrapolate
     assert attempts > 10 and counts["averaging"] == averaging
-    assert refused == (0 if averaging else attempts)
+    assert refused == attempts
     assert_counts_add_up(optimizer)
     descend([x], optimizer, 30, lambda x: gradient(x - 2))  # and off again
     assert torch.isfinite(x).all()
@@ -132,8 +132,8 @@ def test_fewer_parameters_than_columns(size):
 
 def test_frozen_parameters_and_those_without_gradient_keep_their_bits():
     frozen = nn.Parameter(torch.randn(4), requires_grad=False)
-    idle = nn.Parameter(torch.randn(4))
-    x, gradient = scaled([0.1, 1.0, 0.5])
+    idle = nn.Parameter(torch.randn(4, dtype=torch.float64))
+    x, gradient = scaled([0.1, 1.0, 0.5], torch.float64)
     kept = frozen.clone(), idle.detach().clone()
     optimizer = torch.optim.Adam([{"params": [frozen, x]}, {"params": [idle], "weight_decay": 0.1}], lr=0.05)
     aadl.accelerate(optimizer, **ALWAYS)

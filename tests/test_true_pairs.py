@@ -222,14 +222,30 @@ def textbook(pairs, relaxation):
     return g - dg @ gamma - (1 - relaxation) * (f - df @ gamma)
 
 
-def test_a_large_change_of_the_learning_rate_starts_the_history_anew():
+@pytest.mark.parametrize("factor", [1 / 5, 5])
+def test_a_large_change_of_the_learning_rate_starts_another_history(factor):
     evaluate = Map()
     x, optimizer = evaluate.accelerated()
     evaluate.run(x, optimizer, 6)
-    optimizer.param_groups[0]["lr"] = 0.03
+    optimizer.param_groups[0]["lr"] *= factor
     evaluate.run(x, optimizer, 3)
     assert aadl.accelerator_of(optimizer).statistics["resets"] == {"learning_rate": 1}
-    assert_true_pairs(evaluate, optimizer, 3, lr=0.03)
+    assert_true_pairs(evaluate, optimizer, 3, lr=optimizer.param_groups[0]["lr"])
+
+
+def test_columns_of_other_learning_rates_leave_the_mixing_problem_and_not_the_history():
+    evaluate = Map()
+    x, optimizer = evaluate.accelerated()
+    accelerator = aadl.accelerator_of(optimizer)
+    for _ in range(4):
+        evaluate.run(x, optimizer, 2)
+        optimizer.param_groups[0]["lr"] /= 3
+    assert accelerator.statistics["resets"] == {}
+    evaluate.run(x, optimizer, 2)
+    assert len(accelerator._history.columns) == 4  # of two rates, which differ by three
+    optimizer.param_groups[0]["lr"] /= 3
+    evaluate.run(x, optimizer, 2)
+    assert accelerator.statistics["attempts"] > 4 and accelerator.statistics["resets"] == {}
 
 
 @pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
