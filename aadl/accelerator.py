@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import kernels, memory
+from aadl import advice, kernels, memory
 from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
@@ -467,9 +467,17 @@ class AndersonAccelerator:
                 assert pending is not None
                 decisions.judge(step, pending)
         progress["doubtful"] = False
+        if self._events() == advice.EVENTS and not decisions.statistics["accepted"]:
+            advice.warn_of_idleness(decisions.statistics)
         if abandoned:  # its start was not where it seems
             history.clear()
         self._note_places(optimizer, layout)
+
+    def _events(self) -> float:
+        """How often acceleration was due so far, if it is due now; else a fraction."""
+        settings, statistics = self.settings, self._decisions.statistics
+        waited = -(-settings.wait_iterations // settings.store_each_nth)
+        return (statistics["macro_steps"] - waited) / settings.period
 
     def _is_due(self, history: History) -> bool:
         """Acceleration falls on every period-th macro-step, counted from the start, whatever was rejected between."""

@@ -25,12 +25,12 @@ from aadl.mixing import Gram, host_tensor
 from aadl.parameters import all_parameters, belongs_to_a_loop, forget_curvature, maximizes
 from aadl.proposal import propose
 from aadl.ranks import Ranks
-from aadl.safeguard import Pause, Pending
+from aadl.safeguard import LossRecord, Pause, Pending
 from aadl.settings import Settings
 
 COUNTERS = (
     "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
-    "closure_evaluations", "moved",
+    "closure_evaluations", "moved", "stops",
 )  # fmt: skip
 LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
 MIXING_VALUES = ("numerical_rank", "condition_number", "coefficient_norm")
@@ -83,6 +83,8 @@ class Decisions:
     """What a candidate promised that was judged well, and is looked at once more before the next one."""
     disturbed: bool = False
     """Whether the running macro-step starts elsewhere than the last one ended."""
+    record: LossRecord = field(default_factory=LossRecord)
+    """Of the training losses that trials have seen."""
     failed_trials: int = 0
     """Trials in a row that gave no loss; from MOST_FAILURES on there are no more."""
     fused: bool = True
@@ -107,6 +109,7 @@ class Decisions:
             "watched": None if self.watched is None else vars(self.watched),
             "disturbed": self.disturbed,
             "reach": self.reach,
+            "record": vars(self.record),
             "failed_trials": self.failed_trials,
         }
 
@@ -116,7 +119,7 @@ class Decisions:
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
         decisions.disturbed, decisions.reach = bool(books["disturbed"]), float(books["reach"])
-        decisions.failed_trials = int(books["failed_trials"])
+        decisions.failed_trials, decisions.record = int(books["failed_trials"]), LossRecord(**books["record"])
         if settings.average == "auto":
             decisions.averaging = bool(books["averaging"])
         decisions.pause, decisions.refusals = Pause(**books["pause"]), Pause(**books["refusals"])
@@ -219,12 +222,18 @@ class Decisions:
         if not math.isfinite(square):
             self.reset("non_finite", step.history)
 
+    def _stop(self) -> None:
+        """Leave the training alone until it is twice as long: harm can come again a logarithmic number of times."""
+        self.statistics["stops"] += 1
+        self.pause.until = 2 * self.statistics["macro_steps"]
+        self.reach, self.record = safeguard.FIRST_REACH, LossRecord()
+
     def _change_reach(self, ratio: float, overshot: bool) -> None:
         """Have the next candidates make longer steps after a kept promise, shorter ones after a broken one."""
-        if overshot:
-            factor = 0.25
-        else:
-            factor = 2.0 if ratio <= safeguard.SUSPEND_ABOVE else 0.5
+        if overshot and self.reach == safeguard.SHORTEST_REACH:
+            self._stop()
+            return
+        factor = 0.25 if overshot else 2.0 if ratio <= safeguard.SUSPEND_ABOVE else 0.5
         self.reach = min(safeguard.LONGEST_REACH, max(safeguard.SHORTEST_REACH, factor * self.reach))
 
     def _look_back(self, step: Step) -> bool:
@@ -430,6 +439,8 @@ class Decisions:
                 step.history.write_mapped(step.tensors)
                 step.history.continue_from_mapped()
         self._note_failure(weight, failure)
+        if self.record.note(-plain if maximizes(step.optimizer) else plain):
+            self._stop()
         return better, cause
 
     def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SUSPEND_ABOVE = 1.2
 """Trust ratio from which the linear model is not believed and acceleration pauses."""
@@ -13,6 +13,8 @@ OVERSHOOT = 0.5
 """Of the slope along an accelerated step that may be left behind it with the other sign."""
 FIRST_REACH, SHORTEST_REACH, LONGEST_REACH = 0.5, 1 / 64, 1.0
 """Of a candidate: its longest step in units of the way that the pairs behind it have made. Kept promises double it."""
+LOSSES = 5
+"""Whose mean tells the way of the training from the noise of batches."""
 LONGEST_PAUSE = 64
 """Macro-steps; pauses after a broken promise double up to this."""
 LONGEST_REFUSAL = 4
@@ -44,11 +46,29 @@ class Pause:
     def extend(self, macro_step: int, unit: int = 1) -> None:
         """Double the pause, counted in `unit` macro-steps from the present one on."""
         self.length = min(self.longest, max(1, 2 * self.length))
-        self.until = macro_step + self.length * unit
+        self.until = max(self.until, macro_step + self.length * unit)
 
     def shorten(self) -> None:
         """A kept promise halves the next pause."""
         self.length //= 2
+
+
+@dataclass
+class LossRecord:
+    """Training losses at plain iterates, as trials have seen them: whether the training has gone back on the whole."""
+
+    recent: list[float] = field(default_factory=list)
+    lowest: float = math.inf
+    """Of the means over LOSSES losses."""
+
+    def note(self, loss: float) -> bool:
+        """Whether the mean of the last LOSSES losses has risen from its lowest value by as much as that value is."""
+        self.recent = [*self.recent, loss][-LOSSES:]
+        mean = sum(self.recent) / len(self.recent)
+        if len(self.recent) < LOSSES or not math.isfinite(mean):
+            return False
+        self.lowest = min(self.lowest, mean)
+        return mean > self.lowest + abs(self.lowest)
 
 
 def trust_ratio(square: float, pending: Pending) -> float:
