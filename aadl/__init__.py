@@ -39,7 +39,7 @@ def accelerate(
     shard_history: bool = False,
     process_group: Any = None,
     history_device: str | None = None,
-    fused: bool | None = None,
+    fused: bool = False,
     local_sgd: bool = False,
 ) -> Optimizer:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
@@ -65,11 +65,12 @@ def accelerate(
         safeguard: which candidates are taken. "residual": those that do not point back against the update; acceleration
             pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
             residual doubles. "loss": these, and the loss of the closure given to `step` must fall (two evaluations
-            without a trace). True: "loss" where `step` gets a closure, else "residual". False: all of them.
+            without a trace). True: "loss" where `step` gets a closure of the user that returns the loss, else
+            "residual" (also for closures of Lightning, whose metrics would count trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
-        state_coupling: what is extrapolated. "params": parameters (not for
-            optimizers with momentum); "combine": also momentum buffers, with the same
+        state_coupling: what is extrapolated. "params": parameters (of
+            optimizers with momentum only where store_each_nth > 1); "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
         history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.
         shard_history: keep 1 / P of every vector on each of P ranks that hold whole replicas (DistributedDataParallel);
@@ -78,8 +79,8 @@ def accelerate(
             of torch.distributed, if any. Ranks that train models of their own need groups of their own.
         history_device: None (where the parameters are) or "cpu": rows in pinned memory of the host, which the host
             combines itself (docs/performance.md has the price).
-        fused: whether the passes over memory run in kernels that torch.compile makes; None where that was measured to
-            win and works: rows of 1e6 elements or more on a CPU with a C++ compiler.
+        fused: whether the passes over memory run in kernels that torch.compile makes, which takes a C++ compiler on a
+            CPU and half a minute at the first accelerations; docs/performance.md says how many events earn that.
         local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
             of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
             "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).
@@ -87,8 +88,10 @@ def accelerate(
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.
 
-    Memory: (2 history_depth + 3) vectors for the parameters, as much for their momentum with "full", and about half
-    with "combine"; of sharded parameters the local shards only.
+    Memory: 2 history_depth + 3 vectors for the parameters, as many for their momentum with "full", history_depth + 2
+    with "combine": 46 parameter vectors with momentum at the defaults, of sharded parameters the local shards only.
+    `aadl.accelerator_of(optimizer).history_bytes` says the bytes before the first step. The lean setting is
+    history_depth=5, history_dtype=torch.bfloat16, state_coupling="params": 8 vectors.
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
@@ -103,6 +106,9 @@ def accelerate(
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,
             parameters in half precision, a layout of ranks that does not go with an argument.
+
+    The first `optimizer.step()` raises torch.OutOfMemoryError, before it changes anything and on all ranks, if there is
+    no room for the history.
 
     Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
     tells what is done differently here, and why.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import kernels
+from aadl import kernels, memory
 from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
+from aadl.hooks import StepHooks
 from aadl.layout import Layout
 from aadl.mixing import host_tensor
 from aadl.parameters import (
@@ -37,14 +39,14 @@ from aadl.parameters import (
 )
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
-from aadl.watch import Look, look_at
+from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
 
-VERSION = 2
+VERSION = 3
 """Of the layout of `AndersonAccelerator.state_dict()`."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
-LEARNING_RATE_BAND = 1.25
-"""Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
+ABANDONED = 10
+"""Macro-steps abandoned one after the other before a warning says so."""
 
 _accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[AndersonAccelerator]] = weakref.WeakKeyDictionary()
 
@@ -63,6 +65,9 @@ class AndersonAccelerator:
     _left: Look | None
     """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
     _samples: list[Tensor]
+    """Some of their elements at the end of the last macro-step."""
+    _sample: Sample | None
+    """Some elements of one of them after the last step, while an accepted candidate waits for its judgment."""
     _averaged: bool
     """Whether somebody averaged the weights since the last hook (local SGD)."""
     _postponed: Callable[[], None] | None
@@ -83,17 +88,17 @@ class AndersonAccelerator:
             name = "shard_history" if settings.shard_history else "local_sgd"
             raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        if not partitioned:  # a consolidated state of partitions would carry the whole history over the network
+        self._handles: list[Any] = [StepHooks(optimizer, self._before_step, self._after_step)]
+        if partitioned:  # a consolidated state of partitions would carry the whole history over the network
+            self._handles.append(optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
+        else:
             self._handles += [
                 optimizer.register_state_dict_post_hook(self._add_state),
                 optimizer.register_load_state_dict_pre_hook(self._take_state),
                 optimizer.register_load_state_dict_post_hook(self._restore_state),
             ]
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._loads_by_name = self._lacks_history = self._is_dry = False
         _accelerators[optimizer] = weakref.ref(self)
 
     # ---- public ----------------------------------------------------------------------------------------------------
@@ -128,8 +133,18 @@ class AndersonAccelerator:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`."""
-        return 0 if self._history is None else saved_state.nbytes(self._history.blocks)
+        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`.
+
+        Before the first step those that it will take, without momentum that an optimizer outside of torch.optim may
+        yet make.
+        """
+        if self._layout is not None:
+            return self._layout.nbytes
+        if not self._handles or self.settings.idle:
+            return 0
+        return self._new_layout(
+            trainable_parameters(self.optimizer), makes_momentum(self.optimizer), planned=True
+        ).nbytes
 
     @property
     def uses_compiled_kernels(self) -> bool:
@@ -137,6 +152,8 @@ class AndersonAccelerator:
         compiled = self._history is not None and any(block.fused for block in self._history.blocks)
         return compiled and not kernels.compilation_error()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def reset(self) -> None:
         """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay.
 
@@ -145,7 +162,8 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         self._decisions.reset("user", self._history)
-        self._progress["in_macro_step"], self._left = 0, None
+        self._progress |= {"in_macro_step": 0, "written": False, "doubtful": False, "unseen": ""}
+        self._left = self._sample = None
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -158,6 +176,8 @@ class AndersonAccelerator:
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # whose tensors no step could write to
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, plain values as JSON.
 
@@ -171,7 +191,7 @@ class AndersonAccelerator:
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
-            "progress": self._progress,
+            "progress": self._progress | {"unseen": self._writes_since_left(), "doubtful": self._is_doubtful()},
             "history": None if layout is None else saved_state.books_of(layout.history),
             "averaged": self.settings.local_sgd and self._left is not None and not self._untouched(self.optimizer),
         }
@@ -179,30 +199,38 @@ class AndersonAccelerator:
         return {"version": VERSION, "books": json.dumps(books), "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as the saved accelerator would have.
+        """Continue as the saved accelerator would have; at another history_depth, with the newest columns that fit.
 
         Raises:
-            ValueError: the state was saved for another map (store_each_nth, state_coupling, history_depth,
-                history_dtype, parameter shapes) or is no accelerator state. Nothing was changed then.
+            ValueError: the state was saved for another map (store_each_nth, state_coupling, history_dtype, parameter
+                shapes) or is no accelerator state. Nothing was changed then.
         """
         self._take_over(state, self._checked(state))
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _checked(self, state: Any) -> dict[str, Any]:
         """The books of a saved state, parsed, and the layout it fits; raises ValueError if there is none."""
         if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
-            raise ValueError(f"state must be the state_dict() of an accelerator of this version, got {_outline(state)}")
+            raise ValueError(
+                f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
+                f"got {_outline(state)}"
+            )
         try:
             books = json.loads(state["books"])
             Decisions.restored(self.settings, books), books["progress"], books["averaged"]
             wanted, found = self.settings.map_description(), books["map"]
             for name, value in wanted.items():
-                if found.get(name) != value:
+                if found.get(name) != value and name != "history_depth":
                     raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
-            if books["history"] is not None:
+            if books["history"] is not None and self.settings.history_depth > 0:
+                depth, saved_depth = self.settings.history_depth, found["history_depth"]
                 books["fields"] = saved_state.parsed_books(books["history"])
+                if depth != saved_depth:
+                    books["slots"] = saved_state.slots_kept(books["fields"], saved_depth, depth)
                 momentum = any(name.startswith("momentum") for name in state["rows"])
                 books["layout"] = self._fitting_layout(momentum)
-                saved_state.check_rows(state["rows"], books["layout"].rows())
+                saved_state.check_rows(state["rows"], books["layout"].rows(), saved_depth)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
         return books
@@ -214,18 +242,21 @@ class AndersonAccelerator:
             return layout
         return self._new_layout(parameters, momentum)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
         """Continue from a saved state and its checked books."""
         self._postponed, self._layout = None, books.get("layout")
         if self._layout is not None:
             for block in self._layout.history.blocks:
                 block.forget_fetch()
-            saved_state.load_rows(state["rows"], self._layout.rows())
+            saved_state.load_rows(state["rows"], self._layout.rows(), books.get("slots"))
             starts_at_mapped = books["history"]["starts_at_mapped"]
             saved_state.restore_books(self._layout.history, books["fields"], starts_at_mapped)
         self._decisions = Decisions.restored(self.settings, books)
-        self._progress, self._averaged = books["progress"], bool(books["averaged"])
-        self._left = None
+        self._progress, self._averaged = _progress() | books["progress"], bool(books["averaged"])
+        self._left = self._sample = None
+        self._lacks_history = False
 
     def __repr__(self) -> str:
         optimizer = self._optimizer()
@@ -247,69 +278,105 @@ class AndersonAccelerator:
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.settings.idle:
+        self._is_dry = dry = is_dry_step(optimizer)
+        settings = self.settings
+        if settings.idle:
             return
-        dry = is_dry_step(optimizer)
-        if self.settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
+        if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
+        if not settings.local_sgd:
+            self._notice_writes(optimizer)
         if dry:
             return
-        self._finish_push()
-        if self.settings.local_sgd and self._left is not None and not self._untouched(optimizer):
-            self._averaged = True
-        if self._averaged:  # all ranks go on counting as before: they must come to the votes together
-            self._averaged = False
-            self._decisions.reset("averaged", self._history)
-            self._progress["abandoned"] = self._progress["in_macro_step"] > 0
-        if self._progress["in_macro_step"] == 0:
+        starts = self._progress["in_macro_step"] == 0
+        if starts:
+            self._finish_push()
+        if settings.local_sgd:
+            self._notice_averaging(optimizer)
+        if self._lacks_history:
+            self._say_that_history_is_missing()
+        if starts:
             self._open_macro_step(optimizer)
 
-    @torch.compiler.disable
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if is_dry_step(optimizer):
+        if self._is_dry:
+            self._leave()
             return
         self._decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             self._decisions.statistics["skipped_steps"] += 1
+            self._leave()
             return
         self._decisions.statistics["steps"] += 1
         if self.settings.idle:
             return
         self._progress["in_macro_step"] += 1
+        self._note_rates(optimizer)
         if self._progress["in_macro_step"] == self.settings.store_each_nth:
             self._progress["in_macro_step"] = 0
             self._decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
-        elif self.settings.local_sgd and self._layout is not None:
-            self._note_places(optimizer, self._layout)
+        elif self._left is not None and not self.settings.local_sgd:
+            self._leave()
+        elif self._layout is not None:
+            self._note_places(optimizer, self._layout, self.settings.local_sgd)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         del optimizer
         state[STATE_KEY] = self.state_dict()
 
+    def _say_that_state_is_partial(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        del optimizer, state
+        if self._progress["in_macro_step"] or self._decisions.statistics["macro_steps"]:
+            _warn_once(
+                "the state of a ZeroRedundancyOptimizer carries no history of aadl: save "
+                "aadl.accelerator_of(optimizer).state_dict() of every rank beside it, and load it on the same rank"
+            )
+
+    def _say_that_history_is_missing(self) -> None:
+        self._lacks_history = False
+        _warn_once(
+            "the state that torch.distributed.checkpoint loaded carries no history of aadl: where the run was "
+            "accelerated before, save aadl.accelerator_of(optimizer).state_dict() beside it, and load it after it"
+        )
+
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         del optimizer
         saved = state.get(STATE_KEY)
         self._loaded = None if saved is None else (saved, self._checked(saved))
+        names = [name for group in state.get("param_groups", ()) for name in group.get("params", ())]
+        self._loads_by_name = any(isinstance(name, str) for name in names)
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
+        """After a load: continue from the saved state; without one, see whose state this was.
+
+        torch.distributed.checkpoint.state_dict names the parameters and drops what it does not know. Its loads are
+        changes from outside: the pairs of this process stay true. Any other state is that of a plain optimizer.
+        """
         del optimizer
         loaded, self._loaded = self._loaded, None
-        if loaded is None:  # a checkpoint of the plain optimizer
-            self._start_anew()
-        else:
+        if loaded is not None:
             self._take_over(*loaded)
+        elif self._loads_by_name:
+            self._lacks_history = self._decisions.statistics["steps"] == 0
+        else:
+            self._start_anew()
 
     # ---- macro-steps -----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _open_macro_step(self, optimizer: Optimizer) -> None:
-        """Note where the macro-step starts, if not where the last one ended."""
-        layout, untouched, changed = self._layout, self._untouched(optimizer), False
+    def _open_macro_step(self, optimizer: Optimizer, elsewhere: bool = False) -> None:
+        """Note where the macro-step starts, if not where the last one ended.
+
+        Args:
+            elsewhere: whether that is known, and the running macro-step abandoned.
+        """
+        layout, changed = self._layout, False
+        untouched = not elsewhere and self._untouched(optimizer)
         if layout is not None and layout.asks:
             other = not layout.is_of(trainable_parameters(optimizer))
             word = self._ranks.total(host_tensor([float(not untouched), float(other)]))
@@ -317,28 +384,56 @@ class AndersonAccelerator:
         if untouched and not changed:
             return
         self._decisions.settle()
-        parameters = trainable_parameters(optimizer)
+        self._left = None
+        parameters, refusal = trainable_parameters(optimizer), None
         if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
-            self._lay_out(parameters, makes_momentum(optimizer))
+            try:
+                self._lay_out(parameters, makes_momentum(optimizer))
+            except torch.OutOfMemoryError as error:
+                refusal = error
+        self._agree(refusal)
         assert self._layout is not None
         history, tensors = self._layout.history, self._layout.tensors(optimizer, self._look(optimizer))
-        if not history.starts_at(tensors):
-            self._decisions.statistics["moved"] += history.has_pair
+        if elsewhere or not history.starts_at(tensors):
+            self._decisions.statistics["moved"] += elsewhere or history.has_pair
             history.begin(tensors)
-            self._decisions.pending = None  # the macro-step that starts here says nothing about the candidate
+            self._decisions.pending = self._decisions.watched = None  # what starts here says nothing about candidates
             self._decisions.disturbed = True
 
+    def _abandon_macro_step(self, optimizer: Optimizer) -> None:
+        """Start another macro-step here: what somebody wrote within the running one belongs to no map."""
+        self._progress |= {"in_macro_step": 0, "abandoned_in_a_row": self._progress["abandoned_in_a_row"] + 1}
+        self._sample = None
+        self._open_macro_step(optimizer, elsewhere=True)
+        if self._progress["abandoned_in_a_row"] == ABANDONED and not self._progress["warned"]:
+            self._progress["warned"] = True
+            _warn_once(
+                f"the last {ABANDONED} macro-steps of this {type(optimizer).__name__} were abandoned, because its "
+                f"parameters are written to between steps, neither after every step nor at equal distances: nothing is "
+                f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
+            )
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _close_macro_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         layout = self._layout
         if layout is None or not (layout.parameters or layout.history.partial):
             return
+        look, self._sample = self._look(optimizer), None
+        if self.settings.store_each_nth > 1 and not self.settings.local_sgd:
+            writes, left = self._progress["writes"], self._left
+            if left is None and "exchanged" in writes:  # after a resume: who did so regularly will have done it again
+                is_regular(writes, "exchanged", self._gap, self.settings.store_each_nth)
+            elif left is not None and not look.keeps(left) and self._is_change("exchanged", optimizer):
+                self._note_places(optimizer, layout)
+                return
+        self._progress["abandoned_in_a_row"] = 0
         history = layout.history
         if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
             layout.add_momentum()  # made by the first step, from zero, of an optimizer we do not know
-        tensors = layout.tensors(optimizer, self._look(optimizer))
+        tensors = layout.tensors(optimizer, look)
         self._follow_learning_rate(optimizer, layout)
         decisions, progress = self._decisions, self._progress
         pending, rate = decisions.pending, progress["learning_rate"]
@@ -347,8 +442,11 @@ class AndersonAccelerator:
         decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
         due = self._is_due(history)
 
+        looks_back = due and decisions.watched is not None
+        measure = "kept" if looks_back else "jump" if due or pending is not None or not column.consecutive else ""
+
         def push() -> None:
-            history.push(tensors, column, ratio, keep_last=pending is not None)
+            history.push(tensors, column, ratio, pending is not None, measure)
 
         if not due and pending is None and any(block.offloaded for block in history.blocks):
             history.fetch(tensors)
@@ -357,13 +455,17 @@ class AndersonAccelerator:
             push()
         abandoned = progress.pop("abandoned", False)
         if due or pending is not None:
-            judged = closure if self.settings.safeguard in (True, "loss") and not self._partitioned else None
-            step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate)
+            judged = None if self._partitioned else decisions.trial_closure(closure)
+            written = progress["written"]
+            doubtful = written or progress["doubtful"]
+            step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate, written, doubtful)
             if due:
+                progress["written"] = False
                 decisions.accelerate(step, pending)
             else:
                 assert pending is not None
                 decisions.judge(step, pending)
+        progress["doubtful"] = False
         if abandoned:  # its start was not where it seems
             history.clear()
         self._note_places(optimizer, layout)
@@ -378,30 +480,116 @@ class AndersonAccelerator:
         return history.has_pair and not self._decisions.is_suspended()
 
     def _follow_learning_rate(self, optimizer: Optimizer, layout: Layout) -> None:
-        """Note the learning rate; start the history anew where residuals of then and now do not compare.
+        """Note the mean learning rate of the macro-step, in units of the first one.
 
-        They do while all groups' rates change by one factor and stay within LEARNING_RATE_BAND over the window.
+        Columns of other rates are brought to the present one (aadl.proposal); where the rates of the groups change by
+        different factors, or from zero, no factor does that and the history starts from the present pair.
         """
-        progress, history = self._progress, layout.history
+        progress = self._progress
         moved = set(map(id, layout.parameters))
         groups = [
-            group
-            for group in optimizer.param_groups
+            (group, mean)
+            for group, mean in zip(optimizer.param_groups, self._mean_rates(optimizer), strict=True)
             if self._partitioned or any(id(p) in moved for p in group["params"])
         ]
-        rates = self._rates.of(groups)
+        rates = [mean for group, mean in groups if "lr" in group]
         last, progress["rates"] = progress["rates"], rates
         if last is None or rates == last:
             return
         ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
-        rate = progress["learning_rate"] * ratios[0]
-        oldest = history.columns[0].learning_rate if history.columns else progress["learning_rate"]
-        uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
-        if uniform and 1 / LEARNING_RATE_BAND <= rate / oldest <= LEARNING_RATE_BAND:
-            progress["learning_rate"] = rate
+        if all(0 < ratio < math.inf and math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios):
+            progress["learning_rate"] *= ratios[0] if ratios else 1.0
         else:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
             self._decisions.reset("learning_rate", self._history)
+
+    def _note_rates(self, optimizer: Optimizer) -> None:
+        """Add the learning rates of an optimizer step to those of its macro-step; on a device the last ones count."""
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        numbers = [rate if isinstance(rate, float) else None for rate in rates]
+        sums = self._progress["rate_sums"]
+        if self._progress["in_macro_step"] == 1 or len(sums) != len(numbers):
+            self._progress["rate_sums"] = numbers
+        else:
+            pairs = zip(sums, numbers, strict=True)
+            self._progress["rate_sums"] = [None if None in pair else sum(pair) for pair in pairs]
+
+    def _mean_rates(self, optimizer: Optimizer) -> list[float]:
+        """Learning rates of the groups, mean over the macro-step that ends here."""
+        rates = self._rates.of(optimizer.param_groups)
+        sums, steps = self._progress["rate_sums"], self.settings.store_each_nth
+        if len(sums) != len(rates):
+            return rates
+        return [rate if total is None else total / steps for rate, total in zip(rates, sums, strict=True)]
+
+    # ---- changes from outside --------------------------------------------------------------------------------------
+
+    def _notice_writes(self, optimizer: Optimizer) -> None:
+        """See whether somebody wrote to the tensors since the last step left them."""
+        left = self._left
+        if left is not None and self._sample is None and versions_of(left.tensors) == left.versions:
+            return
+        if self.settings.store_each_nth == 1:
+            return
+        self._progress["doubtful"] = self._is_doubtful()
+        kind, self._progress["unseen"] = self._writes_since_left(), ""
+        if kind:
+            self._is_change(kind, optimizer)
+
+    @property
+    def _gap(self) -> int:
+        """Number of the gap between two steps."""
+        return self._decisions.statistics["steps"] + self._decisions.statistics["skipped_steps"]
+
+    def _writes_since_left(self) -> str:
+        """What was written since the last step, see `kind_of_write`; after a resume, what had been at the save."""
+        left = self._left
+        return self._progress["unseen"] if left is None else kind_of_write(left.versions, versions_of(left.tensors))
+
+    def _is_doubtful(self) -> bool:
+        """Whether the weights may have been filled through `.data` within the macro-step."""
+        return self._progress["doubtful"] or (self._sample is not None and self._sample.differs())
+
+    def _is_change(self, kind: str, optimizer: Optimizer) -> bool:
+        """Whether the running macro-step was abandoned, because writes of this kind belong to no map.
+
+        Ranks see different writes (one of them may have evaluated other weights and put its own back), but must count
+        alike: they go on, and agree upon what happened where they speak with each other.
+        """
+        progress = self._progress
+        if is_regular(progress["writes"], kind, self._gap, self.settings.store_each_nth):
+            return False
+        if progress["in_macro_step"] == 0 and kind != "exchanged":  # the start is compared, see `_open_macro_step`
+            return False
+        if self._ranks.size > 1:
+            progress["written"] = True
+            return False
+        self._abandon_macro_step(optimizer)
+        return True
+
+    def _notice_averaging(self, optimizer: Optimizer) -> None:
+        """With local SGD every change is an averaging over ranks: the maps of before and after differ."""
+        if self._left is not None and not self._untouched(optimizer):
+            self._averaged = True
+        if self._averaged:  # all ranks go on counting as before: they must come to the votes together
+            self._averaged = False
+            self._decisions.reset("averaged", self._history)
+            self._progress["abandoned"] = self._progress["in_macro_step"] > 0
+
+    def _leave(self) -> None:
+        """Within a macro-step, remember the version counters, and some elements while a candidate may be taken back."""
+        left, layout = self._left, self._layout
+        if left is None or layout is None or self._progress["in_macro_step"] == 0:
+            return
+        left.versions = versions_of(left.tensors)
+        if self._decisions.pending is None and self._decisions.watched is None:
+            return
+        if self._sample is not None:
+            self._sample.keep()
+        elif layout.asks or not layout.history.partial:  # ranks might disagree about DTensors
+            largest = max(layout.parameters, key=torch.Tensor.numel, default=None)
+            if largest is not None and largest.device.type == "cpu":  # the host would wait for another device
+                self._sample = Sample(largest)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -420,9 +608,9 @@ class AndersonAccelerator:
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
-    def _new_layout(self, parameters: list[Tensor], momentum: bool) -> Layout:
+    def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks
-        return Layout(parameters, self.settings, ranks, self._partitioned, momentum)
+        return Layout(parameters, self.settings, ranks, self._partitioned, momentum, planned)
 
     def _lay_out(self, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
@@ -431,16 +619,27 @@ class AndersonAccelerator:
         self._decisions.pending = self._left = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
 
+    def _agree(self, refusal: torch.OutOfMemoryError | None) -> None:
+        """Raise on every rank where one has no room for its new rows; the optimizer was not stepped then."""
+        if self._layout is None or not self._layout.agreed:
+            try:
+                memory.agree(self._ranks, refusal)
+            except torch.OutOfMemoryError:
+                self._layout = None
+                raise
+            assert self._layout is not None
+            self._layout.agreed = True
+
     def _has_momentum(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         if self.settings.state_coupling == "params":
             return False
         return any(momentum_of(optimizer.state.get(p), p) is not None for p in parameters)
 
-    def _note_places(self, optimizer: Optimizer, layout: Layout) -> None:
-        """Remember the tensors as this hook leaves them."""
+    def _note_places(self, optimizer: Optimizer, layout: Layout, sampled: bool = True) -> None:
+        """Remember the tensors as this hook leaves them, and some elements of them."""
         look = self._look(optimizer)
         self._left = look if layout.covers(look) else None
-        self._samples = [] if self._left is None else layout.sample(layout.tensors(optimizer, look))
+        self._samples = layout.sample(layout.tensors(optimizer, look)) if sampled and self._left is not None else []
 
     def _untouched(self, optimizer: Optimizer) -> bool:
         """Whether nobody seems to have written to the tensors since the last hook left them."""
@@ -450,8 +649,7 @@ class AndersonAccelerator:
         if not look.untouched_since(self._left):
             return False
         sample = self._layout.sample(self._layout.tensors(optimizer, look))
-        return all(torch.equal(a, b) or torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # which nan is too
-                   for a, b in zip(self._samples, sample, strict=True))  # fmt: skip
+        return all(map(same_bits, self._samples, sample))
 
     def _look(self, optimizer: Optimizer) -> Look:
         return look_at(optimizer, self.settings.state_coupling != "params")
@@ -459,8 +657,8 @@ class AndersonAccelerator:
     def _start_anew(self) -> None:
         """State of an accelerator that has seen no step."""
         self._decisions = Decisions(self.settings)
-        self._progress = {"in_macro_step": 0, "learning_rate": 1.0, "rates": None}
-        self._layout = self._left = self._postponed = None
+        self._progress = _progress()
+        self._layout = self._left = self._sample = self._postponed = None
         self._samples, self._averaged = [], False
 
 
@@ -482,6 +680,33 @@ def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     reference = _accelerators.get(inner_optimizer(optimizer)[0])
     return None if reference is None else reference()
+
+
+def _progress() -> dict[str, Any]:
+    """Where an accelerator stands that has seen no step.
+
+    in_macro_step (steps of the running macro-step); learning_rate, rates and rate_sums (see
+    `_follow_learning_rate`); writes (see
+    `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps) and warned
+    (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running one).
+    """
+    return {
+        "in_macro_step": 0,
+        "learning_rate": 1.0,
+        "rates": None,
+        "rate_sums": [],
+        "writes": {},
+        "unseen": "",
+        "abandoned_in_a_row": 0,
+        "warned": False,
+        "written": False,
+        "doubtful": False,
+    }
+
+
+def _warn_once(text: str) -> None:
+    """A warning that is shown once a process, unless filters say otherwise."""
+    warnings.warn(text, stacklevel=3)
 
 
 def _outline(state: Any) -> str:

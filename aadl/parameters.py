@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.optim import Optimizer
 from aadl.ranks import shards_of
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+LOOPS = ("lightning", "pytorch_lightning", "lightning_fabric")
+"""Top packages of frameworks whose loops make closures of their own."""
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """First-moment buffers of torch.optim; second moments are never extrapolated, they must stay positive."""
 
@@ -73,6 +77,27 @@ def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
     return closure if callable(closure) else None
 
 
+def belongs_to_a_loop(closure: Any) -> bool:
+    """Whether a closure is made by a framework whose loop trains, counts and logs in it, not by the user.
+
+    Lightning hands every closure on inside one of its own. The package of the module of its code tells whose a callable
+    is, also behind functools.partial, bound methods and decorators (`__wrapped__`).
+    """
+    for _ in range(16):  # more layers are a circle
+        for code in (closure, type(closure).__call__):
+            if str(getattr(code, "__module__", None)).partition(".")[0] in LOOPS:
+                return True
+        if isinstance(closure, functools.partial):
+            closure = closure.func
+        elif isinstance(closure, types.MethodType):
+            closure = closure.__func__
+        elif hasattr(closure, "__wrapped__"):
+            closure = closure.__wrapped__
+        else:
+            break
+    return False
+
+
 class Rates:
     """Learning rates as numbers; a rate on a device is fetched again only after somebody wrote to it."""
 
@@ -80,10 +105,12 @@ class Rates:
         self._known: dict[int, tuple[Tensor, int, float]] = {}
 
     def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
-        """The rates of those groups that have one."""
-        return [self._number(i, group["lr"]) for i, group in enumerate(groups) if "lr" in group]
+        """The rate of every group, 0 where it has none."""
+        return [self._number(i, group.get("lr")) for i, group in enumerate(groups)]
 
     def _number(self, place: int, rate: Any) -> float:
+        if rate is None:
+            return 0.0
         if not isinstance(rate, Tensor) or rate.device.type == "cpu":
             return float(rate)
         tensor, version, number = self._known.get(place, (None, -1, 0.0))

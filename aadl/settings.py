@@ -41,7 +41,7 @@ class Settings:
     history_dtype: torch.dtype | None
     shard_history: bool = False
     history_device: str | None = None
-    fused: bool | None = None
+    fused: bool = False
     local_sgd: bool = False
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Settings:
         _one_of("history_dtype", self.history_dtype, HISTORY_DTYPES)
         _one_of("shard_history", self.shard_history, (True, False))
         _one_of("history_device", self.history_device, (None, "cpu"))
-        _one_of("fused", self.fused, (None, True, False))
+        _one_of("fused", self.fused, (True, False))
         _one_of("local_sgd", self.local_sgd, (True, False))
         if self.shard_history and self.local_sgd:
             raise ValueError("shard_history must be False with local_sgd: the weights of the ranks differ, got True")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl.history import Block, Column, History
+from aadl.history import Column, History
 from aadl.ranks import is_sharded, like, local, sharded_row
 
 
@@ -40,8 +40,12 @@ def rows_of(history: History, groups: Sequence[Sequence[tuple[int, Tensor]]], fl
     return rows
 
 
-def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raise ValueError unless every wanted tensor is there in its shape and layout."""
+def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], depth: int | None = None) -> None:
+    """Raise ValueError unless every wanted tensor is there in its shape and layout.
+
+    Args:
+        depth: of the saved rings; None for that of the wanted ones.
+    """
     if saved.keys() != wanted.keys():
         odd = sorted(saved.keys() ^ wanted.keys())[0]
         raise ValueError(
@@ -49,13 +53,15 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
             f"and this accelerator {len(wanted)}, {odd!r} only one of them"
         )
     for name, target in wanted.items():
-        if tuple(saved[name].shape) != tuple(target.shape):
+        lead = () if depth is None or not _is_ring(name) else (depth,)
+        shape = (*lead, *target.shape[len(lead) :])
+        if tuple(saved[name].shape) != shape:
             raise ValueError(
                 f"the saved history belongs to parameters of other shapes: {name} has shape "
-                f"{tuple(saved[name].shape)}, not {tuple(target.shape)}"
+                f"{tuple(saved[name].shape)}, not {shape}"
             )
         is_for_others = is_sharded(saved[name]) and not is_sharded(target)
-        if is_for_others or _part_here(saved[name], target).shape != local(target).shape:
+        if is_for_others or _part_here(saved[name], target).shape[len(lead) :] != local(target).shape[len(lead) :]:
             raise ValueError(
                 f"the saved {name} is sharded in another way than this accelerator's: load it with "
                 f"torch.distributed.checkpoint"
@@ -63,12 +69,23 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Copy saved tensors into the views of a history; those that are in place already are left alone."""
+def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], slots: list[int] | None = None) -> None:
+    """Copy saved tensors into the views of a history; those that are in place already are left alone.
+
+    Args:
+        slots: which rows of a ring to take, from `slots_kept`; None for all, in their places.
+    """
     for name, target in wanted.items():
         source, there = _part_here(saved[name], target), local(target)
-        if source.data_ptr() != there.data_ptr() or source.device != there.device:
+        if slots is not None and _is_ring(name):
+            for slot, kept in enumerate(slots):
+                there[slot].copy_(source[kept])
+        elif source.data_ptr() != there.data_ptr() or source.device != there.device:
             there.copy_(source)
+
+
+def _is_ring(name: str) -> bool:
+    return name.endswith((".delta_mapped", ".delta_residual"))
 
 
 def _part_here(saved: Tensor, target: Tensor) -> Tensor:
@@ -89,7 +106,7 @@ def _part_here(saved: Tensor, target: Tensor) -> Tensor:
 def books_of(history: History) -> dict[str, Any]:
     """What a history knows besides its vectors, as plain values; slots keep their places."""
     return {
-        "columns": [[c.macro_step, c.consecutive, c.learning_rate] for c in history.columns],
+        "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump] for c in history.columns],
         "has_pair": history.has_pair,
         "next": history.next,
         "stale": list(history.stale),
@@ -102,12 +119,23 @@ def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
     """The fields of a history from its saved books; raises KeyError, TypeError or ValueError where they are damaged."""
     grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in books["grams"].items()}
     return {
-        "columns": [Column(int(m), bool(c), float(r)) for m, c, r in books["columns"]],
+        "columns": [Column(int(m), bool(c), float(r), dict(jump)) for m, c, r, jump in books["columns"]],
         "has_pair": bool(books["has_pair"]),
         "next": int(books["next"]),
         "stale": [int(slot) for slot in books["stale"]],
         "grams": grams,
     }
+
+
+def slots_kept(fields: dict[str, Any], saved_depth: int, depth: int) -> list[int]:
+    """The saved slots of the newest columns that fit into `depth` >= 1 rows, oldest first; `fields` change to match.
+
+    These rows lie from the first one on then, and all their products are computed once more.
+    """
+    kept = fields["columns"][-depth:]
+    slots = [(fields["next"] - len(kept) + i) % saved_depth for i in range(len(kept))]
+    fields |= {"columns": kept, "next": len(kept) % depth, "stale": list(range(len(kept))), "grams": {}}
+    return slots
 
 
 def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:
@@ -116,8 +144,3 @@ def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bo
         setattr(history, name, value)
     for block in history.blocks:
         block.start = block.mapped if starts_at_mapped else block.own_start
-
-
-def nbytes(blocks: Sequence[Block]) -> int:
-    """Bytes of all rows and vectors."""
-    return sum(tensor.nbytes for block in blocks for tensor in block.tensors.values())

@@ -1,19 +1,26 @@
-"""Noticing that somebody else wrote to the tensors of an optimizer, without reading them."""
+"""Noticing that somebody else wrote to the tensors of an optimizer: almost without reading them."""
 
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from aadl.flat import SAMPLE
 from aadl.parameters import MOMENTUM_KEYS
 from aadl.ranks import is_sharded, local
 
+Writes = dict[str, list[int]]
+"""By kind of write: the gap between two steps that had it last, and its distance from the one before (0: none)."""
 
-class Look(NamedTuple):
+_version_of = operator.attrgetter("_version")
+
+
+@dataclass
+class Look:
     """Parameters and momentum buffers of an optimizer at one time."""
 
     tensors: list[Tensor]
@@ -36,6 +43,12 @@ class Look(NamedTuple):
         """Whether nobody wrote in between. In-place changes through `.data` leave no mark."""
         return self.versions == other.versions and self.same_places(other)
 
+    def keeps(self, other: Look) -> bool:
+        """Whether all tensors of an earlier look are still there, in the same memory; new ones do not matter."""
+        here = dict(zip(map(id, self.tensors[-len(self.places) :]), self.places, strict=True))
+        known = zip(other.tensors[-len(other.places) :], other.places, strict=True)
+        return all(here.get(id(tensor)) == place for tensor, place in known)
+
 
 def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
     """Identities, addresses and version counters; no element is read."""
@@ -57,6 +70,55 @@ def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
 def versions_of(tensors: list[Tensor]) -> list[int]:
     """Version counters, which count in-place changes."""
     try:
-        return [tensor._version for tensor in tensors]
+        return list(map(_version_of, tensors))
     except RuntimeError:  # inference tensors have none
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def kind_of_write(before: list[int], after: list[int]) -> str:
+    """What was written between two readings of the counters: how often, and to how many tensors; "" for nothing."""
+    if before == after:
+        return ""
+    changes = list(map(operator.sub, after, before))
+    return f"{sum(changes)} in {sum(map(bool, changes))}"
+
+
+def is_regular(writes: Writes, kind: str, gap: int, longest: int) -> bool:
+    """Whether writes of this kind come at equal distances, so that they belong to the map; notes this one.
+
+    A projection after every step and the synchronization of an outer optimizer after every few do; loading does not.
+
+    Args:
+        writes: those of late, by kind; those before the last `longest` gaps are forgotten.
+        kind: from `kind_of_write`.
+        gap: number of the gap between two steps.
+        longest: distance in gaps, >= 1.
+    """
+    for known in [known for known, (last, _) in writes.items() if gap - last > longest]:
+        del writes[known]
+    last, distance = writes.get(kind, (gap, 0))
+    writes[kind] = [gap, gap - last]
+    return gap - last == distance > 0
+
+
+class Sample:
+    """The leading elements of one tensor on a CPU, by which one notices that a model is filled through `.data`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        here = local(tensor).detach()
+        here = torch.view_as_real(here) if here.is_complex() else here
+        self._head = here.as_strided((min(SAMPLE, here.numel()),), (1,))
+        self._kept = self._head.clone()
+
+    def keep(self) -> None:
+        """Remember the elements as they are."""
+        self._kept.copy_(self._head)
+
+    def differs(self) -> bool:
+        """Whether the elements are no longer those that were remembered."""
+        return not same_bits(self._head, self._kept)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape and type hold the same elements; nan equals the same nan."""
+    return torch.equal(left, right) or torch.equal(left.view(torch.uint8), right.view(torch.uint8))

@@ -196,16 +196,15 @@ class HookSeconds:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = parameters[0].device if parameters and parameters[0].is_cuda else None
         self._sum = 0.0
-        self._open: Any = None
         self._spans: list[tuple[Any, Any]] = []
-        self._optimizer = optimizer
-        optimizer.register_step_pre_hook(lambda *_: self._start())
-        optimizer.register_step_post_hook(lambda *_: self._start())
+        self._hooks: list[dict[int, Any]] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+        self._others = [set(hooks) for hooks in self._hooks]
 
     def enclose(self) -> HookSeconds:
         """Ends the part that is measured."""
-        self._optimizer.register_step_pre_hook(lambda *_: self._stop())
-        self._optimizer.register_step_post_hook(lambda *_: self._stop())
+        for hooks, others in zip(self._hooks, self._others, strict=True):
+            for key in hooks.keys() - others:
+                hooks[key] = self._timed(hooks[key])
         return self
 
     def __call__(self) -> float:
@@ -223,14 +222,19 @@ class HookSeconds:
         event.record()
         return event
 
-    def _start(self) -> None:
-        self._open = self._now()
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The same hook, in the same place, its seconds counted."""
 
-    def _stop(self) -> None:
-        if self._device is None:
-            self._sum += time.perf_counter() - self._open
-        else:
-            self._spans.append((self._open, self._now()))
+        def call(*arguments: Any) -> Any:
+            start = self._now()
+            result = hook(*arguments)
+            if self._device is None:
+                self._sum += time.perf_counter() - start
+            else:
+                self._spans.append((start, self._now()))
+            return result
+
+        return call
 
 
 class Clock:

@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import shutil
+import sysconfig
+from os import environ
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +18,14 @@ EAGER = {"wait_iterations": 2, "history_depth": 4, "store_each_nth": 1, "frequen
 """Settings that attempt an acceleration at every second step."""
 ALWAYS = EAGER | {"safeguard": False, "average": False}
 RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
+
+
+def missing_for_compilation():
+    """What torch.compile needs to build for a CPU and does not find here; "" where nothing is missing."""
+    name, header = environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
+    if not shutil.which(name) and not shutil.which("clang++"):
+        return f"no C++ compiler: neither {name} (CXX) nor clang++ is on the PATH"
+    return "" if header.is_file() else f"the headers of Python are not installed: {header} is missing"
 
 
 def sgd(model, lr=0.05, **more):
@@ -82,14 +94,19 @@ def _bytes(tensor):
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def register_first(optimizer, hook):
+    """A step post-hook that sees what the base optimizer made, before the accelerator sees it."""
+    name = optimizer.register_step_post_hook(hook).id
+    optimizer.register_step_pre_hook(lambda *_: optimizer._optimizer_step_post_hooks.move_to_end(name, last=False))
+
+
 class Pairs:
     """Records, from outside, the pairs (x, g) of an optimizer without macro-steps; make it before `accelerate`."""
 
     def __init__(self, optimizer):
-        self.optimizer, self.pairs = optimizer, []
+        self.optimizer, self.pairs, self.starts = optimizer, [], []
         optimizer.register_step_pre_hook(lambda *_: self.starts.append(self._values()))
-        optimizer.register_step_post_hook(lambda *_: self.pairs.append((self.starts[-1], self._values())))
-        self.starts = []
+        register_first(optimizer, lambda *_: self.pairs.append((self.starts[-1], self._values())))
 
     def _values(self):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -34,7 +34,7 @@ def run(code, folder, ranks=1):
         (folder / "example.py").write_text(code, "utf-8")
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *torchrun, "example.py"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
 DOCUMENTS = {

@@ -122,7 +122,7 @@ def uninterrupted(tmp_path_factory):
     root = Path(__file__).resolve().parent
     path = os.pathsep.join([str(root), str(root.parent)])
     command = [sys.executable, "-W", "error", "-c", f"import test_resume; test_resume.continue_all({str(folder)!r})"]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=120)
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=600)
     return folder, ends, situations
 
 

@@ -34,7 +34,7 @@ BAD = {
     "history_dtype": [torch.float16, torch.int32, torch.complex64, "float32", np.float32, 32],
     "shard_history": [1, None, "no", np.True_],
     "history_device": ["cuda", "CPU", torch.device("cpu"), True, 0, ""],
-    "fused": ["auto", 1, 0, np.True_],
+    "fused": [None, "auto", 1, 0, np.True_],
     "local_sgd": [1, None, "no", np.False_],
     "process_group": [1, "gloo", object()],
 } | {
@@ -52,7 +52,7 @@ RANGES = {
     "history_dtype": "None, torch.float32, torch.float64, torch.bfloat16",
     "shard_history": "one of True, False",
     "history_device": "one of None, 'cpu'",
-    "fused": "one of None, True, False",
+    "fused": "one of True, False",
     "local_sgd": "one of True, False",
     "process_group": "None or a torch.distributed.ProcessGroup",
 } | {name: f"an integer >= {least}" for name, least in COUNTS.items()}
@@ -67,7 +67,7 @@ GOOD = {
     "history_dtype": [None, torch.float32, torch.float64, torch.bfloat16],
     "shard_history": [False, True],
     "history_device": [None, "cpu"],
-    "fused": [None, True, False],
+    "fused": [True, False],
     "local_sgd": [False, True],
     "process_group": [None],
 } | {name: [least, least + 7, np.int64(least), np.uint8(least)] for name, least in COUNTS.items()}
@@ -125,7 +125,7 @@ def test_where_the_history_lies_and_how_it_is_computed_is_said_by_name_only():
     optimizer = sgd()
     settings = aadl.accelerator_of(optimizer).settings
     names = ("shard_history", "history_device", "fused", "local_sgd")
-    assert [getattr(settings, name) for name in names] == [False, None, None, False]
+    assert [getattr(settings, name) for name in names] == [False, None, False, False]
     parameters = inspect.signature(aadl.accelerate).parameters
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names)
 

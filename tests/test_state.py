@@ -11,7 +11,7 @@ from small_runs import EAGER, identical
 
 import aadl
 from aadl.history import Column, History, make_block
-from aadl.state import books_of, check_rows, load_rows, nbytes, parsed_books, restore_books, rows_of
+from aadl.state import books_of, check_rows, load_rows, parsed_books, restore_books, rows_of
 
 ONE = [[(0, torch.zeros(50))]]
 """Groups of a history of one vector."""
@@ -115,7 +115,7 @@ def test_rows_are_named_after_positions_and_shaped_like_the_parameters():
     names |= {"delta_residual": (4,), "residual": ()}
     expected |= {f"parameters.{i}.{name}": lead + shape for i, shape in shapes.items() for name, lead in names.items()}
     assert {name: tuple(row.shape) for name, row in rows.items()} == expected
-    assert sum(row.nbytes for row in rows.values()) == nbytes(blocks)
+    assert sum(row.nbytes for row in rows.values()) == sum(block.nbytes for block in blocks)
     rows["parameters.3.mapped"].fill_(3.0)
     assert blocks[1].mapped.sum() == 36 and not blocks[0].mapped.any()  # views
 
