@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from aadl import kernels
 from aadl import state as saved_state
@@ -29,7 +31,6 @@ from aadl.mixing import host_tensor
 from aadl.parameters import (
     Rates,
     closure_of,
-    inner_optimizer,
     is_dry_step,
     makes_momentum,
     momentum_of,
@@ -38,6 +39,7 @@ from aadl.parameters import (
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, look_at
+from aadl.wrappers import Target, chain_of
 
 VERSION = 2
 """Of the layout of `AndersonAccelerator.state_dict()`."""
@@ -67,12 +69,12 @@ class AndersonAccelerator:
     """Whether somebody averaged the weights since the last hook (local SGD)."""
     _postponed: Callable[[], None] | None
 
-    def __init__(
-        self, optimizer: Optimizer, settings: Settings, process_group: Any = None, partitioned: bool = False
-    ) -> None:
+    def __init__(self, target: Target, settings: Settings, process_group: Any = None) -> None:
+        optimizer, partitioned = target.optimizer, target.kind == "partitioned"
         self.settings = settings
         self.process_group = process_group
         self._loss_weight = 1.0
+        self._given_up = False
         self._rates = Rates()
         self._partitioned = partitioned
         self._optimizer = weakref.ref(optimizer)
@@ -83,18 +85,31 @@ class AndersonAccelerator:
             name = "shard_history" if settings.shard_history else "local_sgd"
             raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        if not partitioned:  # a consolidated state of partitions would carry the whole history over the network
-            self._handles += [
-                optimizer.register_state_dict_post_hook(self._add_state),
-                optimizer.register_load_state_dict_pre_hook(self._take_state),
-                optimizer.register_load_state_dict_post_hook(self._restore_state),
-            ]
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._attach(target)
+        except BaseException:  # nothing stays attached
+            self._detach()
+            raise
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         _accelerators[optimizer] = weakref.ref(self)
+
+    def _attach(self, target: Target) -> None:
+        self._handles += [
+            target.optimizer.register_step_pre_hook(self._before_step),
+            target.optimizer.register_step_post_hook(self._after_step),
+        ]
+        for carrier in target.carriers:
+            self._handles += [
+                carrier.register_state_dict_post_hook(self._add_state),
+                carrier.register_load_state_dict_pre_hook(self._take_state),
+                carrier.register_load_state_dict_post_hook(self._restore_state),
+            ]
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # ---- public ----------------------------------------------------------------------------------------------------
 
@@ -150,9 +165,7 @@ class AndersonAccelerator:
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._decisions.settle()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._detach()
         self._layout = self._postponed = None
         _accelerators.pop(self.optimizer, None)
 
@@ -167,7 +180,9 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         if self._layout is None and self._handles and not self.settings.idle:
-            self._lay_out(trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
+            parameters = self._parameters(self.optimizer)
+            if parameters is not None:
+                self._lay_out(parameters, makes_momentum(self.optimizer))
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
@@ -249,7 +264,7 @@ class AndersonAccelerator:
 
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.settings.idle:
+        if self.settings.idle or self._given_up:
             return
         dry = is_dry_step(optimizer)
         if self.settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
@@ -276,7 +291,7 @@ class AndersonAccelerator:
             self._decisions.statistics["skipped_steps"] += 1
             return
         self._decisions.statistics["steps"] += 1
-        if self.settings.idle:
+        if self.settings.idle or self._given_up:
             return
         self._progress["in_macro_step"] += 1
         if self._progress["in_macro_step"] == self.settings.store_each_nth:
@@ -317,7 +332,9 @@ class AndersonAccelerator:
         if untouched and not changed:
             return
         self._decisions.settle()
-        parameters = trainable_parameters(optimizer)
+        parameters = self._parameters(optimizer)
+        if parameters is None:
+            return
         if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
@@ -420,6 +437,21 @@ class AndersonAccelerator:
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
+    def _parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """What is extrapolated; None where parameters came after `accelerate` that cannot be.
+
+        Training then goes on without acceleration. Several ranks stop, since they would wait for each other.
+        """
+        try:
+            return None if self._given_up else trainable_parameters(optimizer)
+        except ValueError as error:
+            if self._ranks.size > 1:
+                raise
+            self._given_up, self._layout = True, None
+            self._decisions.pending = self._left = None
+            warnings.warn(f"training goes on without acceleration: {error}", UserWarning, stacklevel=2)
+            return None
+
     def _new_layout(self, parameters: list[Tensor], momentum: bool) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks
         return Layout(parameters, self.settings, ranks, self._partitioned, momentum)
@@ -464,8 +496,8 @@ class AndersonAccelerator:
         self._samples, self._averaged = [], False
 
 
-def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
-    """The accelerator attached to an optimizer.
+def accelerator_of(optimizer: Any) -> AndersonAccelerator:
+    """The accelerator attached to an optimizer, or to one that it wraps.
 
     Raises:
         ValueError: the optimizer is not accelerated, or is no torch.optim.Optimizer.
@@ -476,12 +508,13 @@ def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
     return found
 
 
-def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
-    """The accelerator attached to an optimizer (or to the one that it wraps), or None."""
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    reference = _accelerators.get(inner_optimizer(optimizer)[0])
-    return None if reference is None else reference()
+def find_accelerator(optimizer: Any) -> AndersonAccelerator | None:
+    """The accelerator attached to an optimizer, or to one that it wraps; None if there is none."""
+    for link in chain_of(optimizer):
+        reference = _accelerators.get(link) if isinstance(link, Optimizer) else None
+        if reference is not None:
+            return reference()
+    return None
 
 
 def _outline(state: Any) -> str:
