@@ -364,8 +364,10 @@ class AndersonAccelerator:
         decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
         due = self._is_due(history)
 
+        measure = due or pending is not None or not column.consecutive
+
         def push() -> None:
-            history.push(tensors, column, ratio, keep_last=pending is not None)
+            history.push(tensors, column, ratio, pending is not None, measure)
 
         if not due and pending is None and any(block.offloaded for block in history.blocks):
             history.fetch(tensors)

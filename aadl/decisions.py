@@ -75,7 +75,7 @@ class Decisions:
     """Whether the running macro-step starts elsewhere than the last one ended."""
     fused: bool = True
     """Whether all ranks have compiled kernels (or none needs them)."""
-    words: list[tuple[Deferred, Callable[[float], None]]] = field(default_factory=list)
+    words: list[tuple[Deferred, Callable[[list[float]], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.averaging = self.settings.average == "always"
@@ -111,7 +111,7 @@ class Decisions:
         """Take note of what was decided on the device."""
         while self.words:
             word, act = self.words.pop(0)
-            act(word.value())
+            act(word.values())
 
     def reset(self, cause: str, history: History | None) -> None:
         """Forget the pairs, for a reason that is counted."""
@@ -130,32 +130,49 @@ class Decisions:
 
     def judge(self, step: Step, pending: Pending) -> None:
         """Judge the last accepted candidate by the residual of the macro-step it began; put the plain iterate back."""
-        squares = step.history.residual_squares()
-        square = squares.new_zeros(())
-        for kind, part in zip(KINDS, squares, strict=True):
-            square = square + pending.weights.get(kind, 0.0) * part
-        if on_host(square):
-            self._keeps_promise(step, pending, float(square))
+        numbers = step.history.measurements()
+        weights = numbers.new_zeros(len(KINDS)) if not on_host(numbers) else host_tensor([0.0] * len(KINDS))
+        for place, kind in enumerate(KINDS):
+            weights[place] = pending.weights.get(kind, 0.0)
+        square, along = weights @ numbers[:, 0], numbers[0, 3]
+        if on_host(numbers):
+            self._note_jump(step.history, dict(zip(KINDS, numbers[:, 2].tolist(), strict=True)))
+            self._keeps_promise(step, pending, float(square), float(along))
         else:
-            step.history.take(~(square <= safeguard.revert_bound(pending)), step.tensors)
-            self._defer(square, lambda value: self._note_promise(step, pending, value))
+            stays = (square <= safeguard.revert_bound(pending)) & (along >= safeguard.overshoot_bound(pending))
+            step.history.take(~stays, step.tensors)
+            self._defer(
+                torch.cat([square.view(1), along.view(1), numbers[:, 2]]),
+                lambda values: self._note_promise(
+                    step, pending, values[0], values[1], dict(zip(KINDS, values[2:], strict=True))
+                ),
+            )
 
-    def _keeps_promise(self, step: Step, pending: Pending, square: float) -> bool:
+    def _keeps_promise(self, step: Step, pending: Pending, square: float, along: float) -> bool:
         """False where the plain iterate was put back."""
-        reverts = safeguard.must_revert(square, pending)
+        reverts = safeguard.must_revert(square, along, pending)
         step.history.take(reverts, step.tensors)
-        self._note_promise(step, pending, square)
+        self._note_promise(step, pending, square, along)
         return not reverts
 
-    def _note_promise(self, step: Step, pending: Pending, square: float) -> None:
+    def _note_jump(self, history: History, jump: dict[str, float]) -> None:
+        if history.columns:
+            history.columns[-1].jump = jump
+
+    def _note_promise(
+        self, step: Step, pending: Pending, square: float, along: float, jump: dict[str, float] | None = None
+    ) -> None:
         """Count, and pause acceleration where the promise was not kept."""
+        if jump is not None:
+            self._note_jump(step.history, jump)
         self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
-        if ratio > safeguard.SUSPEND_ABOVE:
+        reverts = safeguard.must_revert(square, along, pending)
+        if ratio > safeguard.SUSPEND_ABOVE or reverts:
             self.pause.extend(self.statistics["macro_steps"])
             self.statistics["suspensions"] += 1
         else:
             self.pause.shorten()
-        if safeguard.must_revert(square, pending):
+        if reverts:
             self.statistics["reverted"] += 1
             self.disturbed = True
             forget_curvature(step.optimizer)
@@ -175,16 +192,20 @@ class Decisions:
         weights = mixing.balancing_weights(parts)
         gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
         square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
+        along = parts["parameters"].along
+        self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
         self.fused = True
         if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
-            word = mixing.packed(gram, [square, weights.get("momentum", 1.0), float(step.history.fused)])
+            word = mixing.packed(gram, [square, along, weights.get("momentum", 1.0), float(step.history.fused)])
             word = step.ranks.total(word) / step.ranks.size
-            gram, (square, weight, fused) = mixing.unpacked(word, len(columns))
+            gram, (square, along, weight, fused) = mixing.unpacked(word, len(columns))
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
-        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf)
+        ready = pending is None or self._keeps_promise(
+            step, pending, square if finite else math.inf, along
+        )
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
         candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None
@@ -212,15 +233,17 @@ class Decisions:
             return None
         ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
         stored = settings.history_dtype or torch.float32
-        solution, predicted, refused = propose(gram, ages, self.averaging, settings, stored)
+        factors = [step.rate / column.learning_rate for column in history.columns]
+        solution, predicted, refused = propose(
+            gram, factors, _jumps(history, weights), ages, self.averaging, settings, stored
+        )
         statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
         if refused:
             self._reject(refused)
             return None
         statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
         beta = settings.relaxation
-        scales = host_tensor([step.rate / column.learning_rate for column in history.columns])
-        scaled = scales * solution.gamma
+        scaled = host_tensor(factors) * solution.gamma
         checked = settings.safeguard and settings.acceleration_type != "identity"
         advance = history.combine(
             solution.gamma,
@@ -233,6 +256,8 @@ class Decisions:
         if settings.safeguard:
             noise = smoothing.noise_square(gram, consecutive) if self.averaging else 0.0
             promise = Pending(predicted, gram.square, noise, weights)
+            if advance is not None and on_host(advance):
+                promise.advance = float(advance)
         return Candidate(promise, advance)
 
     def _decide(self, step: Step, candidate: Candidate) -> None:
@@ -240,7 +265,7 @@ class Decisions:
         advance, at_once = candidate.advance, isinstance(step.optimizer, torch.optim.LBFGS)  # it must know at once
         if advance is not None and not on_host(advance) and step.closure is None and not at_once:
             step.history.take(advance >= 0, step.tensors)
-            self._defer(advance, lambda value: self._conclude(step, value >= 0, "backward", candidate))
+            self._defer(advance, lambda values: self._conclude_direction(step, values[0], candidate))
         elif advance is not None and not float(advance) >= 0:
             step.history.continue_from_mapped()
             self._conclude(step, False, "backward", candidate)
@@ -249,6 +274,11 @@ class Decisions:
         else:
             step.history.take(True, step.tensors)
             self._conclude(step, True, "", candidate)
+
+    def _conclude_direction(self, step: Step, advance: float, candidate: Candidate) -> None:
+        if candidate.promise is not None:
+            candidate.promise.advance = advance
+        self._conclude(step, advance >= 0, "backward", candidate)
 
     def _vote(self, step: Step, candidate: Candidate | None) -> None:
         """Decide with ranks whose weights differ.
@@ -310,12 +340,20 @@ class Decisions:
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
-    def _defer(self, number: Tensor, act: Callable[[float], None]) -> None:
-        """Have `act` called with a number of the device when the host needs to know it."""
-        self.words.append((Deferred(number), act))
+    def _defer(self, numbers: Tensor, act: Callable[[list[float]], None]) -> None:
+        """Have `act` called with numbers of the device when the host needs to know them."""
+        self.words.append((Deferred(numbers), act))
 
     def _reject(self, cause: str) -> None:
         count(self.statistics["rejected"], cause)
+
+
+def _jumps(history: History, weights: dict[str, float]) -> list[float]:
+    """Length of the jump inside every column, in the norm of the mixing problem."""
+    return [
+        math.sqrt(sum(weights.get(kind, 0.0) * square for kind, square in column.jump.items()))
+        for column in history.columns
+    ]
 
 
 def on_host(number: Tensor) -> bool:

@@ -48,8 +48,9 @@ class Block:
     own_start: Tensor
     start: Tensor
     """Where the running macro-step began: `own_start`, or `mapped` itself after a plain macro-step."""
-    square: Tensor | None = None
-    """||f||^2 of the newest pair, where storing it made that too."""
+    measured: Tensor | None = None
+    """||f||^2, (eps ||g||)^2, ||s||^2 and <f, s> of the newest pair, where its push was asked for them. The jump s
+    leads from the last mapped iterate to the start of the pair; eps is that of the tensors."""
     offloaded: bool = False
     """Whether the rows live on the host and the tensors do not."""
     _stage: Tensor | None = None
@@ -118,6 +119,8 @@ class Column:
     """Its second update starts where the first one ended."""
     learning_rate: float
     """Factor of the learning rate its residuals belong to."""
+    jump: dict[str, float] = field(default_factory=dict)
+    """By kind, the squared distance between the first update's end and the second one's start, where they differ."""
 
 
 @dataclass
@@ -178,17 +181,25 @@ class History:
                 block.fetch(values)
 
     def push(
-        self, tensors: Sequence[Tensors], column: Column, learning_rate_ratio: float = 1.0, keep_last: bool = False
+        self,
+        tensors: Sequence[Tensors],
+        column: Column,
+        learning_rate_ratio: float = 1.0,
+        keep_last: bool = False,
+        measure: bool = True,
     ) -> None:
         """Store the pair (start, values of `tensors`); the next macro-step starts at these values.
 
         With learning_rate_ratio rho != 1 the previous residual is first brought to the present learning rate,
         f <- rho f and g <- x + rho f, so that the difference belongs to one map. With `keep_last` the mapped iterate
-        of the pair before goes where the start was, from where `take` can bring it back.
+        of the pair before goes where the start was, from where `take` can bring it back. With `measure` the blocks
+        keep the numbers of `Block.measured`, which `gram` and `measurements` need.
         """
         slot = self.next if self.has_pair else None
+        alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
         for block, values in zip(self.blocks, tensors, strict=True):
-            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
+            ratio = learning_rate_ratio if block.kind == "parameters" else 1.0
+            _push_block(block, values, slot, ratio, keep_last, measure, alone)
         if slot is not None:
             self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
@@ -235,46 +246,50 @@ class History:
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
-        for kind, products in self._fresh_products(count).items():
+        for kind, (products, numbers) in self._fresh_products(count).items():
             known = self.grams.setdefault(kind, [[0.0] * self.depth for _ in range(self.depth)])
             *fresh, last = products.tolist()  # Python is faster than tensor calls at this size
             for slot, row in zip(self.stale, fresh, strict=True):
                 for other in order:
                     known[slot][other] = known[other][slot] = row[other]
             matrix = host_tensor([[known[i][j] for j in order] for i in order]).view(count, count)
-            result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1])
+            result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1], *numbers.tolist())
         self.stale = []
         return result
 
-    def _fresh_products(self, count: int) -> dict[str, Tensor]:
-        """Per kind, products of the stale columns and of f with all columns and f, on the host, summed over ranks."""
+    def _fresh_products(self, count: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per kind, on the host, summed over ranks: products of the stale columns and of f with all columns and f, and
+        what the push has measured besides ||f||^2."""
         kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
         if self.partial:  # ranks without a tensor take part in the sum too
             kinds = list(KINDS)
         shape, device = (len(self.stale) + 1, count + 1), self._device()
         sums = torch.zeros(len(kinds), *shape, dtype=torch.float64, device=device)
+        numbers = torch.zeros(len(kinds), 3, dtype=torch.float64, device=device)
         for block in self.blocks:
             if block.residual is None or block.delta_residual is None:
                 continue
             products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
             weight = block.weight if self.partial else 1 / self.ranks.size if self.sums else 1.0
             sums[kinds.index(block.kind)].add_(products.to(device), alpha=weight)
-        if self.sums:
-            needed = needed_products(tuple(self.stale), count)
-            word = self.ranks.total(sums.flatten(1).index_select(1, handed(needed, device))).cpu()
-            sums = torch.stack([filled_products(part, needed, shape, self.stale) for part in word])
-        return dict(zip(kinds, sums.cpu(), strict=True))
+            if block.measured is not None:
+                numbers[kinds.index(block.kind)].add_(block.measured[1:].to(device), alpha=weight)
+        if not self.sums:
+            word = torch.cat([sums.flatten(1), numbers], 1).cpu()
+            return {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, word, strict=True)}
+        needed = needed_products(tuple(self.stale), count)
+        word = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
+        word = self.ranks.total(word).cpu()
+        parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in word]
+        return dict(zip(kinds, parts, strict=True))
 
-    def residual_squares(self) -> Tensor:
-        """||f||^2 of the newest pair by kind, shape (2,), float64, on the device, summed over the ranks."""
-        squares = torch.zeros(len(KINDS), dtype=torch.float64, device=self._device())
+    def measurements(self) -> Tensor:
+        """`Block.measured` of the newest pair by kind, shape (kinds, 4), on the device, summed over the ranks."""
+        sums = torch.zeros(len(KINDS), 4, dtype=torch.float64, device=self._device())
         for block in self.blocks:
-            if block.residual is not None:
-                alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
-                square = block.square if alone and block.square is not None else kernels.square(block.residual)
-                share = square * block.weight
-                squares[KINDS.index(block.kind)] += share.to(squares.device)
-        return self.total(squares)
+            if block.residual is not None and block.measured is not None:
+                sums[KINDS.index(block.kind)] += (block.measured * block.weight).to(sums.device)
+        return self.total(sums)
 
     def total(self, word: Tensor) -> Tensor:
         """Sum over the ranks where each holds a part; `word` where each holds everything."""
@@ -422,11 +437,13 @@ def make_block(
     )
 
 
-def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool) -> None:
+def _push_block(
+    block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool, measure: bool, alone: bool
+) -> None:
     from_mapped = block.start is block.mapped
     delta_mapped = None if slot is None else block.delta_mapped[slot]
     delta_residual = None if slot is None or block.delta_residual is None else block.delta_residual[slot]
-    total, complete = None, True
+    total: Tensor | None = None
     for part, value in block.read(values):
         mapped = block.mapped[part]
         start = mapped if from_mapped else block.start[part]
@@ -435,10 +452,13 @@ def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float, k
         if delta_mapped is not None:
             rows = None if delta_residual is None else delta_residual[part], delta_mapped[part]
         kept = start if keep_last and not from_mapped else block.own_start[part] if keep_last else None
-        square = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused)
-        total = None if square is None else square if total is None else total + square
-        complete = complete and square is not None
-    block.square = total if complete else None
+        numbers = kernels.measured(value, start, mapped) if measure and not alone else None
+        made = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused, measure and alone)
+        numbers = made if numbers is None else numbers
+        total = numbers if total is None or numbers is None else total + numbers
+    if total is not None:
+        total[1] *= torch.finfo(block.row.dtype).eps ** 2
+    block.measured = total
 
 
 def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:

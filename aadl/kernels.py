@@ -51,6 +51,7 @@ def store(
     ratio: float = 1.0,
     kept: Tensor | None = None,
     fused: bool = False,
+    measure: bool = False,
 ) -> Tensor | None:
     """Make (start, value) the newest pair and write its differences from the last one, for one piece.
 
@@ -65,15 +66,18 @@ def store(
         ratio: of the learning rates of the new and the last pair.
         kept: where the last mapped iterate goes, or None; may be `start`.
         fused: whether to use the compiled kernel where it works.
+        measure: whether to return the numbers below, which are made of pieces that are in cache anyway.
 
     Returns:
-        ||f_new||^2 in float64, if the kernel happened to make it.
+        ||f_new||^2, ||g_new||^2, ||s||^2 and <f_new, s> with the jump s = start - g (the last mapped iterate), in
+        float64 on the device, shape (4,); None without `measure`.
     """
     if fused and ratio == 1 and residual is not None and rows is not None and (kept is None or kept is start):
         own_start = None if start is mapped else start
-        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, kept is not None)
+        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, kept is not None, measure)
         if result is not None:
-            return result if kept is not None else None
+            return result if measure else None
+    numbers = measured(value, start, mapped) if measure else None
     if residual is not None and rows is not None:
         delta_residual, delta_mapped = rows
         assert delta_residual is not None
@@ -94,7 +98,37 @@ def store(
     if rows is not None and not is_difference:
         torch.sub(value, mapped, out=rows[1])
     mapped.copy_(value)
-    return None
+    return numbers
+
+
+def measured(value: Tensor, start: Tensor, mapped: Tensor) -> Tensor:
+    """The numbers that `store` returns with `measure`."""
+    if value.device.type == "cpu":
+        jumped, totals = start is not mapped, [0.0] * 4
+        for begin in range(0, value.numel(), HOST_PIECE):
+            a, b, c = (row[begin : begin + HOST_PIECE] for row in (value, start, mapped))
+            numbers = _measured_piece(a, b, c, jumped)
+            if value.dtype != torch.float64 and not all(x == 0 or 1e-20 < abs(x) < 1e30 for x in numbers):
+                numbers = _measured_piece(a.double(), b.double(), c.double(), jumped)
+            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        return torch.tensor(totals, dtype=torch.float64, device="cpu")
+    total = torch.zeros(4, dtype=torch.float64, device=value.device)
+    for begin in range(0, value.numel(), WIDE_PIECE_ACCELERATOR):
+        part = slice(begin, begin + WIDE_PIECE_ACCELERATOR)
+        wide, origin, last = value[part].double(), start[part].double(), mapped[part].double()
+        update, jump = wide - origin, origin - last
+        pairs = ((update, update), (wide, wide), (jump, jump), (update, jump))
+        total += torch.stack([torch.dot(a, b) for a, b in pairs])
+    return total
+
+
+def _measured_piece(value: Tensor, start: Tensor, mapped: Tensor, jumped: bool) -> list[float]:
+    update = value - start
+    numbers = [float(torch.dot(update, update)), float(torch.dot(value, value)), 0.0, 0.0]
+    if jumped:
+        jump = start - mapped
+        numbers[2:] = float(torch.dot(jump, jump)), float(torch.dot(update, jump))
+    return numbers
 
 
 def _store(
@@ -105,27 +139,26 @@ def _store(
     delta_residual: Tensor,
     delta_mapped: Tensor,
     keep: bool,
+    measure: bool,
 ) -> Tensor:
     """One loop over memory; `own_start` is None for a start at the mapped iterate."""
     new = value - (mapped if own_start is None else own_start)
+    numbers = new.new_zeros(4, dtype=torch.float64)
+    if measure:
+        wide, update = value.double(), new.double()
+        squares = [update.square().sum(), wide.square().sum()]
+        if own_start is None:
+            numbers = torch.stack([*squares, *numbers[:2].unbind()])
+        else:
+            jump = (own_start - mapped).double()
+            numbers = torch.stack([*squares, jump.square().sum(), (update * jump).sum()])
     delta_residual.copy_(new - residual)
     delta_mapped.copy_(value - mapped)
     if keep and own_start is not None:
         own_start.copy_(mapped)
     residual.copy_(new)
     mapped.copy_(value)
-    return new.double().square().sum() if keep else new.new_zeros((), dtype=torch.float64)
-
-
-def square(row: Tensor) -> Tensor:
-    """||row||^2 as a float64 scalar; summed in the precision of the row where that neither under- nor overflows."""
-    if row.device.type != "cpu":
-        return torch.linalg.vector_norm(row, dtype=torch.float64).square()
-    pieces = row.split(HOST_PIECE) if row.numel() else ()
-    total = sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
-    if row.dtype != torch.float64 and not 1e-20 < total < 1e30:
-        total = sum((float(torch.dot(piece.double(), piece.double())) for piece in pieces), 0.0)
-    return torch.tensor(total, dtype=torch.float64, device="cpu")
+    return numbers
 
 
 # ---- inner products ------------------------------------------------------------------------------------------------

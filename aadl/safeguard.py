@@ -21,6 +21,8 @@ SUSPEND_ABOVE = 1.2
 """Trust ratio from which the linear model is not believed and acceleration pauses."""
 REVERT_ABOVE = 2.0
 """Growth of the residual norm over an accelerated step from which the step is taken back."""
+OVERSHOOT = 0.5
+"""Of the slope along an accelerated step that may be left behind it with the other sign."""
 LONGEST_PAUSE = 64
 """Macro-steps; pauses after a broken promise double up to this."""
 LONGEST_REFUSAL = 4
@@ -35,6 +37,8 @@ class Pending:
     before: float
     noise: float
     weights: dict[str, float]
+    advance: float = 0.0
+    """How far the candidate goes along the last update, <x+ - g_k, f_k>."""
 
 
 @dataclass
@@ -68,9 +72,14 @@ def revert_bound(pending: Pending) -> float:
     return REVERT_ABOVE**2 * (pending.before + pending.noise)
 
 
-def must_revert(square: float, pending: Pending) -> bool:
-    """Whether the residual grew so much (or is not finite) that the plain iterate is put back."""
-    return not square <= revert_bound(pending)
+def overshoot_bound(pending: Pending) -> float:
+    """The least <f_{k+1}, x+ - g_k> that is put up with: an update of this much back takes the step for too long."""
+    return -OVERSHOOT * pending.advance
+
+
+def must_revert(square: float, along: float, pending: Pending) -> bool:
+    """Whether the residual grew so much (or is not finite), or points back so much, that the plain iterate returns."""
+    return not (square <= revert_bound(pending) and along >= overshoot_bound(pending))
 
 
 def trial_losses(

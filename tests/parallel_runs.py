@@ -168,7 +168,7 @@ class Alternating:
     def __init__(self):
         self.judged, self.last = 0, None
 
-    def __call__(self, square, pending):
+    def __call__(self, square, along, pending):
         if pending is not self.last:
             self.judged, self.last = self.judged + 1, pending
         return self.judged % 3 == 1

@@ -119,7 +119,7 @@ def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monk
     statistics = aadl.accelerator_of(optimizer).statistics
     evaluate.run(x, optimizer, 4 * store_each_nth)
     statistics["accepted"] = statistics["reverted"] = 0
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
     for number in range(5, 11):
         evaluate.run(x, optimizer, store_each_nth)
         assert_true_pairs(evaluate, optimizer, min(number, 5))  # those of the candidates that were reverted stay
@@ -131,7 +131,7 @@ def test_a_reverted_candidate_leaves_the_plain_iterate(monkeypatch):
     evaluate = Map(momentum=0.5)
     x, optimizer = evaluate.accelerated(safeguard="residual", frequency=8)
     plain, base = sgd(evaluate.problem, lr=0.3, momentum=0.5)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
     evaluate.run(x, optimizer, 8)
     evaluate.run(plain, base, 8)
     assert not torch.equal(x, plain)  # accelerated
@@ -197,7 +197,7 @@ def test_mixing_after_a_change_of_the_learning_rate_is_mixing_at_the_new_rate():
 def test_the_pair_of_a_reverted_candidate_stays(due, monkeypatch):
     evaluate = Map(momentum=0.5)
     x, optimizer = evaluate.accelerated(safeguard="residual", frequency=1 if due else 4)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
     accelerator = aadl.accelerator_of(optimizer)
     while not accelerator.statistics["accepted"]:
         evaluate.run(x, optimizer, 1)
