@@ -95,16 +95,12 @@ class AndersonAccelerator:
         _accelerators[optimizer] = weakref.ref(self)
 
     def _attach(self, target: Target) -> None:
-        self._handles += [
-            target.optimizer.register_step_pre_hook(self._before_step),
-            target.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles.append(target.optimizer.register_step_pre_hook(self._before_step))
+        self._handles.append(target.optimizer.register_step_post_hook(self._after_step))
         for carrier in target.carriers:
-            self._handles += [
-                carrier.register_state_dict_post_hook(self._add_state),
-                carrier.register_load_state_dict_pre_hook(self._take_state),
-                carrier.register_load_state_dict_post_hook(self._restore_state),
-            ]
+            self._handles.append(carrier.register_state_dict_post_hook(self._add_state))
+            self._handles.append(carrier.register_load_state_dict_pre_hook(self._take_state))
+            self._handles.append(carrier.register_load_state_dict_post_hook(self._restore_state))
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 
 from aadl.parameters import all_parameters
 
+INSIDE = ("Lookahead",)
+"""Classes of wrappers that change the weights after the step inside: that step is the map, theirs is not."""
 REFUSED = {
-    "Lookahead": "pulls the weights back to slow weights of its own, which no extrapolation reaches",
-    "ScheduleFreeWrapper": "steps another sequence than the weights it trains at, and averages them",
+    "ScheduleFree": "averages the weights over all its steps, so that its map has no fixed point before the average has "
+    "settled",
+    "TRAC": "rescales the whole way from the first weights at every step, which leaves no map of the weights alone",
 }
-"""Classes of wrappers that change the weights after the step of the optimizer inside (docs/optimizers.md)."""
+"""Parts of names of optimizers that ended worse with acceleration than without it (docs/optimizers.md)."""
 SHARDING = (
     "apex.contrib.optimizers.distributed", "colossalai.booster", "colossalai.zero", "deepspeed.runtime",
     "fairscale.optim.oss", "megatron",
@@ -52,7 +55,7 @@ def chain_of(optimizer: Any) -> list[Any]:
     chain = [optimizer]
     while len(inner := _held(chain[-1])) == 1 and not any(inner[0] is link for link in chain):
         chain += inner
-    if not isinstance(optimizer, Optimizer) and (len(chain) == 1 or not _trains(optimizer)):
+    if not isinstance(chain[-1], Optimizer) or not _trains(optimizer):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return chain
 
@@ -71,26 +74,28 @@ def target_of(optimizer: Any) -> Target:
             return Target(chain[place + 1], kind, [], link.process_group)
         if kind == "averaged":
             return Target(chain[place + 1], kind, [chain[place + 1]])
-        if place + 1 < len(chain) and (not _runs_hooks(link) or _steps_in_two(link)) and _same(link, chain[place + 1]):
+        inside = not _runs_hooks(link) or _is_inside(link)
+        if inside and place + 1 < len(chain) and _same(link, chain[place + 1]):
             continue
         if not _runs_hooks(link):
             raise ValueError(
                 f"{type(link).__name__} cannot be accelerated: its steps run no hooks, because it does not call "
                 f"torch.optim.Optimizer.__init__, and it holds no optimizer that steps the same parameters"
             )
-        return Target(link, "", [link for link in chain if _carries_state(link)])
+        return Target(link, "", [carrier for carrier in chain if _carries_state(carrier)])
     raise AssertionError("a chain ends with an optimizer that holds none")
 
 
-def _held(wrapper: Any) -> list[Optimizer]:
+def _held(wrapper: Any) -> list[Any]:
     """The optimizers among the attributes of an object (no property is asked, since some wrappers forward them all)."""
-    held = {id(value): value for value in getattr(wrapper, "__dict__", {}).values() if isinstance(value, Optimizer)}
+    held = {id(value): value for value in getattr(wrapper, "__dict__", {}).values() if _trains(value)}
     return list(held.values())
 
 
-def _trains(wrapper: Any) -> bool:
-    """Whether this is used as an optimizer is (a scheduler, say, holds one too)."""
-    return all(callable(getattr(wrapper, name, None)) for name in ("step", "zero_grad"))
+def _trains(thing: Any) -> bool:
+    """Whether this is used as optimizers are (a scheduler, say, has no gradients to zero)."""
+    kind = type(thing)
+    return isinstance(thing, Optimizer) or all(callable(getattr(kind, name, None)) for name in ("step", "zero_grad"))
 
 
 def _runs_hooks(optimizer: Any) -> bool:
@@ -100,28 +105,32 @@ def _runs_hooks(optimizer: Any) -> bool:
     return bool(hooked) and "_optimizer_step_pre_hooks" in own and "_optimizer_step_post_hooks" in own
 
 
-def _steps_in_two(wrapper: Any) -> bool:
-    """Whether users may call two half steps in place of `step` (sharpness-aware minimization)."""
-    return callable(getattr(type(wrapper), "second_step", None))
+def _is_inside(wrapper: Any) -> bool:
+    """Whether the step inside is accelerated although the wrapper runs hooks.
+
+    Users of sharpness-aware minimization may call two half steps in place of `step`; the second calls the one inside.
+    """
+    names = {kind.__name__ for kind in type(wrapper).__mro__}
+    return not names.isdisjoint(INSIDE) or callable(getattr(type(wrapper), "second_step", None))
 
 
 def _carries_state(optimizer: Any) -> bool:
     return all(name in optimizer.__dict__ for name in STATE_HOOKS)
 
 
-def _same(wrapper: Any, inner: Optimizer) -> bool:
+def _same(wrapper: Any, inner: Any) -> bool:
     """Whether both are made of the same parameters (a wrapper may have none of its own)."""
-    groups = getattr(wrapper, "param_groups", None)
-    return groups is None or set(map(id, all_parameters(wrapper))) == set(map(id, all_parameters(inner)))
+    if getattr(wrapper, "param_groups", None) is None:
+        return True
+    return set(map(id, all_parameters(wrapper))) == set(map(id, all_parameters(inner)))
 
 
 def _check(link: Any) -> None:
     """Refuse by name."""
-    kinds = type(link).__mro__
-    for kind in kinds:
-        if kind.__name__ in REFUSED:
-            raise ValueError(f"{kind.__name__} cannot be accelerated: it {REFUSED[kind.__name__]}; accelerate the "
-                             f"optimizer without it")  # fmt: skip
+    for kind in type(link).__mro__:
+        for name, reason in REFUSED.items():
+            if name in kind.__name__:
+                raise ValueError(f"{kind.__name__} cannot be accelerated: it {reason}")
         if kind.__module__.startswith(SHARDING):
             raise ValueError(
                 f"{kind.__name__} cannot be accelerated: {kind.__module__} cuts parameters into shards of its own; use "
