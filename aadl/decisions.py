@@ -203,7 +203,9 @@ class Decisions:
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
-        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf, along)
+        ready = pending is None or self._keeps_promise(
+            step, pending, square if finite else math.inf, along
+        )
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
         candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None

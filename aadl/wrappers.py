@@ -15,8 +15,7 @@ from aadl.parameters import all_parameters
 INSIDE = ("Lookahead",)
 """Classes of wrappers that change the weights after the step inside: that step is the map, theirs is not."""
 REFUSED = {
-    "ScheduleFree": "averages the weights over all its steps, so that its map has no fixed point before the average has "
-    "settled",
+    "ScheduleFree": "averages the weights over all its steps, so that every step is another map",
     "TRAC": "rescales the whole way from the first weights at every step, which leaves no map of the weights alone",
 }
 """Parts of names of optimizers that ended worse with acceleration than without it (docs/optimizers.md)."""

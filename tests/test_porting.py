@@ -1,4 +1,4 @@
-"""Scripts of the published package run with `import aadl as AADL`, or are told in one sentence what to write instead."""
+"""Scripts of the published package run with `import aadl as AADL`; one sentence says what has no effect."""
 
 import inspect
 import math
@@ -55,7 +55,7 @@ def test_a_script_of_many_ranks_with_safeguard_and_closure_runs():
     model = network()
     optimizer = sgd(model, momentum=0.5)
     with pytest.warns(
-        UserWarning, match=r"without effect in aadl: vote_threshold=0\.9 \(with local_sgd more than half"
+        UserWarning, match=r"without effect in aadl: vote_threshold=0\.9 \(with local_sgd more"
     ):
         AADL.distributed_accelerate(
             optimizer,

@@ -202,7 +202,7 @@ def test_the_state_of_a_wrapper_carries_the_history(wrapper):
 
 
 def test_two_halves_of_a_step_count_as_one():
-    model, inner, outer = wrapped(Sharpness, **EAGER)
+    model, _, outer = wrapped(Sharpness, **EAGER)
     for _ in range(STEPS):
         for half in (outer.first_step, outer.second_step):
             outer.zero_grad()
