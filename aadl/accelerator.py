@@ -31,7 +31,6 @@ from aadl.mixing import host_tensor
 from aadl.parameters import (
     Rates,
     closure_of,
-    inner_optimizer,
     is_dry_step,
     makes_momentum,
     momentum_of,
@@ -41,6 +40,7 @@ from aadl.proposal import LEARNING_RATE_BAND
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
+from aadl.wrappers import Target, chain_of
 
 VERSION = 3
 """Of the layout of `AndersonAccelerator.state_dict()`."""
@@ -73,12 +73,12 @@ class AndersonAccelerator:
     """Whether somebody averaged the weights since the last hook (local SGD)."""
     _postponed: Callable[[], None] | None
 
-    def __init__(
-        self, optimizer: Optimizer, settings: Settings, process_group: Any = None, partitioned: bool = False
-    ) -> None:
+    def __init__(self, target: Target, settings: Settings, process_group: Any = None) -> None:
+        optimizer, partitioned = target.optimizer, target.kind == "partitioned"
         self.settings = settings
         self.process_group = process_group
         self._loss_weight = 1.0
+        self._given_up = False
         self._rates = Rates()
         self._partitioned = partitioned
         self._optimizer = weakref.ref(optimizer)
@@ -89,18 +89,29 @@ class AndersonAccelerator:
             name = "shard_history" if settings.shard_history else "local_sgd"
             raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
-        self._handles: list[Any] = [StepHooks(optimizer, self._before_step, self._after_step)]
-        if partitioned:  # a consolidated state of partitions would carry the whole history over the network
-            self._handles.append(optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
-        else:
-            self._handles += [
-                optimizer.register_state_dict_post_hook(self._add_state),
-                optimizer.register_load_state_dict_pre_hook(self._take_state),
-                optimizer.register_load_state_dict_post_hook(self._restore_state),
-            ]
+        self._handles: list[Any] = []
+        try:
+            self._attach(target)
+        except BaseException:  # nothing stays attached
+            self._detach()
+            raise
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._loads_by_name = self._lacks_history = self._is_dry = False
         _accelerators[optimizer] = weakref.ref(self)
+
+    def _attach(self, target: Target) -> None:
+        self._handles.append(StepHooks(target.optimizer, self._before_step, self._after_step))
+        if self._partitioned:  # a consolidated state of partitions would carry the whole history over the network
+            self._handles.append(target.optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
+        for carrier in target.carriers:
+            self._handles.append(carrier.register_state_dict_post_hook(self._add_state))
+            self._handles.append(carrier.register_load_state_dict_pre_hook(self._take_state))
+            self._handles.append(carrier.register_load_state_dict_post_hook(self._restore_state))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # ---- public ----------------------------------------------------------------------------------------------------
 
@@ -169,9 +180,7 @@ class AndersonAccelerator:
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._decisions.settle()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._detach()
         self._layout = self._postponed = None
         _accelerators.pop(self.optimizer, None)
 
@@ -188,7 +197,9 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         if self._layout is None and self._handles and not self.settings.idle:
-            self._lay_out(trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
+            parameters = self._parameters(self.optimizer)
+            if parameters is not None:
+                self._lay_out(parameters, makes_momentum(self.optimizer))
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
@@ -282,7 +293,7 @@ class AndersonAccelerator:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._is_dry = dry = is_dry_step(optimizer)
         settings = self.settings
-        if settings.idle:
+        if settings.idle or self._given_up:
             return
         if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
@@ -311,7 +322,7 @@ class AndersonAccelerator:
             self._leave()
             return
         self._decisions.statistics["steps"] += 1
-        if self.settings.idle:
+        if self.settings.idle or self._given_up:
             return
         self._progress["in_macro_step"] += 1
         self._note_rates(optimizer)
@@ -385,8 +396,9 @@ class AndersonAccelerator:
         if untouched and not changed:
             return
         self._decisions.settle()
-        self._left = None
-        parameters, refusal = trainable_parameters(optimizer), None
+        self._left, parameters, refusal = None, self._parameters(optimizer), None
+        if parameters is None:
+            return
         if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
@@ -618,6 +630,21 @@ class AndersonAccelerator:
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
+    def _parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """What is extrapolated; None where parameters came after `accelerate` that cannot be.
+
+        Training then goes on without acceleration. Several ranks stop, since they would wait for each other.
+        """
+        try:
+            return None if self._given_up else trainable_parameters(optimizer)
+        except ValueError as error:
+            if self._ranks.size > 1:
+                raise
+            self._given_up, self._layout = True, None
+            self._decisions.pending = self._decisions.watched = self._left = None
+            warnings.warn(f"training goes on without acceleration: {error}", UserWarning, stacklevel=2)
+            return None
+
     def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks
         return Layout(parameters, self.settings, ranks, self._partitioned, momentum, planned)
@@ -672,8 +699,8 @@ class AndersonAccelerator:
         self._samples, self._averaged = [], False
 
 
-def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
-    """The accelerator attached to an optimizer.
+def accelerator_of(optimizer: Any) -> AndersonAccelerator:
+    """The accelerator attached to an optimizer, or to one that it wraps.
 
     Raises:
         ValueError: the optimizer is not accelerated, or is no torch.optim.Optimizer.
@@ -684,12 +711,13 @@ def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
     return found
 
 
-def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
-    """The accelerator attached to an optimizer (or to the one that it wraps), or None."""
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    reference = _accelerators.get(inner_optimizer(optimizer)[0])
-    return None if reference is None else reference()
+def find_accelerator(optimizer: Any) -> AndersonAccelerator | None:
+    """The accelerator attached to an optimizer, or to one that it wraps; None if there is none."""
+    for link in chain_of(optimizer):
+        reference = _accelerators.get(link) if isinstance(link, Optimizer) else None
+        if reference is not None:
+            return reference()
+    return None
 
 
 def _progress() -> dict[str, Any]:
