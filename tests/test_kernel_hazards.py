@@ -234,8 +234,8 @@ def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, m
         return function
 
     monkeypatch.setattr(kernels, "_compiled", compiled)
-    x, optimizer, step = quadratic(LONG, fused=True, history_depth=3)
-    y, other, plain_step = quadratic(LONG, fused=False, history_depth=3)
+    x, optimizer, step = quadratic(LONG, fused=True, history_depth=3, dtype=torch.float64)
+    y, other, plain_step = quadratic(LONG, fused=False, history_depth=3, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(12):
