@@ -20,8 +20,8 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from torch.autograd import Variable
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import stateless
+from torch.optim import Optimizer
 
+from aadl.parameters import all_parameters
 from aadl.ranks import Ranks
 from aadl.watch import versions_of
 
@@ -113,7 +115,7 @@ class _Trial:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._own = {id(p) for p in parameters}
-        self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._gradients: dict[int, tuple[Tensor, Any]] = {}
         self._passed_over = False
         self._flags: dict[int, tuple[Module, bool]] = {}
         self._buffers: list[tuple[Module, str, Tensor]] = []
@@ -124,23 +126,36 @@ class _Trial:
 
     # gradients
 
-    def gradient(self, tensor: Tensor, read: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    def gradient(self, tensor: Tensor) -> Tensor | None:
         """A copy of the gradient; after a backward pass zeros for parameters of the optimizer, which closures may clip.
 
         No zeros for other tensors: a closure that needs the gradient of an input for its value has to fail.
         """
-        if id(tensor) not in self._gradients:
-            gradient: Tensor | None = None
-            if not self._passed_over:
-                gradient = read(tensor)
-                gradient = None if gradient is None else gradient.detach().clone()
-            elif id(tensor) in self._own and tensor.requires_grad:
-                gradient = torch.zeros_like(tensor)
-            self._gradients[id(tensor)] = tensor, gradient
-        return self._gradients[id(tensor)][1]
-
-    def set_gradient(self, tensor: Tensor, gradient: Tensor | None) -> None:
+        if id(tensor) not in self._gradients and not self._passed_over:
+            real = _GRADIENT.__get__(tensor)
+            gradient = None if real is None else real.detach().clone()
+        else:
+            gradient = self._known(tensor)
+        if gradient is _ZEROS:
+            gradient = torch.zeros_like(tensor)
         self._gradients[id(tensor)] = tensor, gradient
+        return gradient
+
+    def _known(self, tensor: Tensor) -> Any:
+        """What the trial says of a gradient that it has touched, or that a backward pass has made unknown."""
+        if id(tensor) in self._gradients:
+            return self._gradients[id(tensor)][1]
+        return _ZEROS if id(tensor) in self._own and tensor.requires_grad else None
+
+    def set_gradient(self, tensor: Tensor, gradient: Any) -> None:
+        self._gradients[id(tensor)] = tensor, gradient
+
+    def clear(self, tensors: Iterable[Tensor], to_none: bool) -> None:
+        """As `zero_grad`, without copies of gradients that nobody reads."""
+        for tensor in tensors:
+            untouched = id(tensor) not in self._gradients and not self._passed_over
+            gradient = _GRADIENT.__get__(tensor) if untouched else self._known(tensor)
+            self._gradients[id(tensor)] = tensor, None if to_none or gradient is None else _ZEROS
 
     def pass_over(self) -> None:
         """A backward pass is due: from here on gradients are unknown, but for the parameters of the optimizer."""
@@ -211,6 +226,10 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 # ---- where torch asks the running trial ----------------------------------------------------------------------------
 
+_GRADIENT: Any = inspect.getattr_static(Tensor, "grad")
+"""The attribute as torch defines it."""
+_ZEROS = object()
+"""Stands for zeros until somebody reads them."""
 _lock = threading.Lock()
 _trials: dict[int, _Trial] = {}
 """The running trials, by thread; other threads see torch as it is."""
@@ -232,7 +251,7 @@ def _running(trial: _Trial) -> Iterator[_Trial]:
         lambda module, arguments: trial.note(module) if _trial() is trial else None
     )
     try:
-        with torch.enable_grad(), torch.compiler.set_stance("eager_on_recompile"), warnings.catch_warnings():
+        with torch.enable_grad(), _nothing_compiled(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
             yield trial
     finally:
@@ -247,6 +266,13 @@ def _running(trial: _Trial) -> Iterator[_Trial]:
         trial.end()
 
 
+def _nothing_compiled() -> Any:
+    """No trial compiles anything: code that would be compiled, or once more, runs as it is written."""
+    if torch._dynamo.utils.counters.get("frames"):  # what makes every call a bit slower
+        return torch.compiler.set_stance("eager_on_recompile")
+    return nullcontext()
+
+
 def _trial() -> _Trial | None:
     return _trials.get(threading.get_ident())
 
@@ -257,9 +283,13 @@ def _replace() -> None:
         (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
         (Module, "train", _noting(Module.train)),
         (stateless, "_functional_call", _noting(stateless._functional_call)),
+        (Tensor, "grad", _OWN_GRADIENT),
+        (Tensor, "_grad", _OWN_GRADIENT),
+        # the usual ways, for speed alone
+        (Tensor, "backward", _passing_over(Tensor.backward)),
+        (Module, "zero_grad", _clearing(Module.zero_grad, Module.parameters)),
+        (Optimizer, "zero_grad", _clearing(Optimizer.zero_grad, all_parameters)),
     ]
-    for name in ("grad", "_grad"):
-        replacements.append((Tensor, name, _gradient_property(inspect.getattr_static(Tensor, name))))
     for owner, name, replacement in replacements:
         _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, replacement)
@@ -292,21 +322,39 @@ class _Engine:
         return ()
 
 
-def _gradient_property(original: Any) -> property:
-    """`Tensor.grad` that belongs to the trial, where one runs."""
+def _get(tensor: Tensor) -> Tensor | None:
+    trial = _trial()
+    return _GRADIENT.__get__(tensor) if trial is None else trial.gradient(tensor)
 
-    def get(tensor: Tensor) -> Tensor | None:
+
+def _set(tensor: Tensor, gradient: Tensor | None) -> None:
+    trial = _trial()
+    if trial is None:
+        _GRADIENT.__set__(tensor, gradient)
+    else:
+        trial.set_gradient(tensor, gradient)
+
+
+_OWN_GRADIENT = property(_get, _set, lambda tensor: _set(tensor, None))
+"""`Tensor.grad` that belongs to the trial, where one runs."""
+
+
+def _passing_over(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         trial = _trial()
-        return original.__get__(tensor) if trial is None else trial.gradient(tensor, original.__get__)
+        return original(tensor, *args, **kwargs) if trial is None else trial.pass_over()
 
-    def put(tensor: Tensor, gradient: Tensor | None) -> None:
+    return call
+
+
+def _clearing(original: Callable[..., Any], tensors: Callable[[Any], Iterable[Tensor]]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(owner: Any, set_to_none: bool = True) -> Any:
         trial = _trial()
-        if trial is None:
-            original.__set__(tensor, gradient)
-        else:
-            trial.set_gradient(tensor, gradient)
+        return original(owner, set_to_none) if trial is None else trial.clear(tensors(owner), set_to_none)
 
-    return property(get, put, lambda tensor: put(tensor, None))
+    return call
 
 
 def _noting(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -269,7 +269,11 @@ def test_the_gradient_that_a_closure_finds_is_a_copy_and_zero_after_a_backward_p
         (weight.sum() * other.sum()).backward()
         assert torch.equal(weight.grad, torch.full_like(weight, 3.0))
         assert other.grad is None and model[2].weight.grad is None  # unknown
-        weight.grad = None
+        model.zero_grad(set_to_none=False)
+        assert torch.equal(weight.grad, torch.zeros_like(weight)) and model[2].weight.grad is None
+        weight.grad.add_(1)
+        torch.optim.SGD([weight, other]).zero_grad()
+        assert weight.grad is None and other.grad is None
         weight.sum().backward()
         assert torch.equal(weight.grad, torch.zeros_like(weight))
     assert torch.equal(weight.grad, torch.full_like(weight, 2.0)) and torch.equal(other.grad, torch.ones(2))
