@@ -48,16 +48,22 @@ def rows() -> tuple[Tensor, Tensor]:
 
 
 def train(
-    table: tuple[Tensor, Tensor], schedule: Schedule, steps: int, batch: int, rate: float, seed: int, accelerated: bool
+    table: tuple[Tensor, Tensor],
+    schedule: Schedule,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    settings: dict[str, int] | None,
 ) -> list[float]:
-    """Training loss after every step (every tenth of long runs with small batches)."""
+    """Training loss on all rows after every step, accelerated where there are settings."""
     torch.manual_seed(seed)
     sizes = (7, 64, 64, 64, 1)
     layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True)
-    if accelerated:
-        aadl.accelerate(optimizer)
+    if settings is not None:
+        aadl.accelerate(optimizer, **settings)  # type: ignore[arg-type]
     scheduler = schedule(optimizer, steps, rate)
     losses, order = [], torch.arange(len(table[0]))
     for step in range(steps):
@@ -99,11 +105,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[320, 40])
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
+    parser.add_argument("--store-each-nth", type=int, default=10)
+    parser.add_argument("--frequency", type=int, default=20)
     arguments = parser.parse_args()
+    settings = {"store_each_nth": arguments.store_each_nth, "frequency": arguments.frequency}
     torch.set_num_threads(1)
     table = rows()
     print(f"SGD, Nesterov 0.9, learning rate {arguments.rate:g}, seeds {arguments.first} to "
-          f"{arguments.first + arguments.seeds - 1}\n\n| schedule | steps | batch | reached | loss |\n|"
+          f"{arguments.first + arguments.seeds - 1}, {settings}\n\n| schedule | steps | batch | reached | loss |\n|"
           + " --- |" * 5)  # fmt: skip
     for batch in arguments.batches:
         for steps in arguments.steps:
@@ -111,7 +120,7 @@ def main() -> None:
                 fractions, ratios = [], []
                 for seed in range(arguments.first, arguments.first + arguments.seeds):
                     run = SCHEDULES[name], steps, batch, arguments.rate, seed
-                    plain, fast = train(table, *run, False), train(table, *run, True)
+                    plain, fast = train(table, *run, None), train(table, *run, settings)
                     fractions.append(reached(fast, plain[-1]))
                     ratios.append(fast[-1] / plain[-1])
                 print(f"| {name} | {steps} | {batch} | {summary(fractions)} | {summary(ratios)} |", flush=True)
