@@ -74,8 +74,8 @@ def accelerate(
             True, and False with "identity".
         safeguard: which candidates are taken. "residual": those that do not point back against the update; acceleration
             pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
-            residual doubles. "loss": these, and the loss of the closure given to `step` must fall (two evaluations
-            without a trace). True: "loss" where `step` gets a closure of the user that returns the loss, else
+            residual doubles or later updates point back along the step. "loss": these, and the loss of the closure
+            given to `step` must fall (two evaluations without a trace). True: "loss" where `step` gets a closure of the user that returns the loss, else
             "residual" (also for closures of Lightning, whose metrics would count trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
@@ -107,8 +107,9 @@ def accelerate(
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
         fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
         coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell into a
-        pause), closure_evaluations, moved (macro-steps that began elsewhere than the last one ended), resets (by
-        cause: user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
+        pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began elsewhere than
+        the last one ended), resets (by cause: user, learning_rate, parameters_changed, averaged, non_finite); of the
+        last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
         ||f_{k+1}|| / ||r||.
