@@ -75,8 +75,9 @@ def accelerate(
         safeguard: which candidates are taken. "residual": those that do not point back against the update; acceleration
             pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
             residual doubles or later updates point back along the step. "loss": these, and the loss of the closure
-            given to `step` must fall (two evaluations without a trace). True: "loss" where `step` gets a closure of the user that returns the loss, else
-            "residual" (also for closures of Lightning, whose metrics would count trials). False: all of them.
+            given to `step` must fall (two evaluations without a trace). True: "loss" where `step` gets a closure of
+            the user that returns the loss, else "residual" (also for closures of Lightning, whose metrics would count
+            trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
         state_coupling: what is extrapolated. "params": parameters (of
