@@ -39,7 +39,7 @@ from aadl.parameters import (
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, look_at
-from aadl.wrappers import Target, chain_of
+from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
 VERSION = 2
 """Of the layout of `AndersonAccelerator.state_dict()`."""
@@ -298,7 +298,7 @@ class AndersonAccelerator:
             self._note_places(optimizer, self._layout)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        del optimizer
+        warn_of_loads_without_hooks(optimizer)
         state[STATE_KEY] = self.state_dict()
 
     def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
