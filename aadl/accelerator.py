@@ -40,7 +40,7 @@ from aadl.proposal import LEARNING_RATE_BAND
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
-from aadl.wrappers import Target, chain_of
+from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
 VERSION = 3
 """Of the layout of `AndersonAccelerator.state_dict()`."""
@@ -336,7 +336,7 @@ class AndersonAccelerator:
             self._note_places(optimizer, self._layout, self.settings.local_sgd)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        del optimizer
+        warn_of_loads_without_hooks(optimizer)
         state[STATE_KEY] = self.state_dict()
 
     def _say_that_state_is_partial(self, optimizer: Optimizer, state: dict[str, Any]) -> None:

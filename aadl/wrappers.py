@@ -5,7 +5,9 @@ No package is imported: wrappers are known by what they hold and by the names of
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -85,10 +87,27 @@ def target_of(optimizer: Any) -> Target:
     raise AssertionError("a chain ends with an optimizer that holds none")
 
 
+def warn_of_loads_without_hooks(optimizer: Any) -> None:
+    """Say at a save that a load will leave the history behind: some classes load without the function of torch."""
+    load = inspect.unwrap(type(optimizer).load_state_dict)
+    if load is inspect.unwrap(Optimizer.load_state_dict) or "super" in load.__code__.co_names:
+        return
+    name = type(optimizer).__name__
+    warnings.warn(
+        f"{name}.load_state_dict passes over the history of aadl: after it, call "
+        f"aadl.accelerator_of(optimizer).load_state_dict(state['aadl']) with the state that was saved",
+        stacklevel=4,
+    )
+
+
 def _held(wrapper: Any) -> list[Any]:
-    """The optimizers among the attributes of an object (no property is asked, since some wrappers forward them all)."""
-    held = {id(value): value for value in getattr(wrapper, "__dict__", {}).values() if _trains(value)}
-    return list(held.values())
+    """The optimizers among the attributes of an object, unless they step other parameters.
+
+    No property is asked, since some wrappers forward them all.
+    """
+    values = {id(value): value for value in getattr(wrapper, "__dict__", {}).values() if _trains(value)}
+    own = _parameters(wrapper)
+    return [value for value in values.values() if not own or not (inner := _parameters(value)) or own & inner]
 
 
 def _trains(thing: Any) -> bool:
@@ -119,9 +138,13 @@ def _carries_state(optimizer: Any) -> bool:
 
 def _same(wrapper: Any, inner: Any) -> bool:
     """Whether both are made of the same parameters (a wrapper may have none of its own)."""
-    if getattr(wrapper, "param_groups", None) is None:
-        return True
-    return set(map(id, all_parameters(wrapper))) == set(map(id, all_parameters(inner)))
+    own = _parameters(wrapper)
+    return not own or own == _parameters(inner)
+
+
+def _parameters(optimizer: Any) -> set[int]:
+    groups = getattr(optimizer, "param_groups", None)
+    return set() if groups is None else set(map(id, all_parameters(optimizer)))
 
 
 def _check(link: Any) -> None:

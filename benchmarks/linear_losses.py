@@ -188,8 +188,8 @@ def main() -> None:
             ways.append(way)
             accepted += counts["accepted"]
             reverted += counts["reverted"]
-        print(f"| {name} | {statistics.median(ends):.3f} | {max(ends):.3f} | {max(ways):.3f} | {accepted} | {reverted} |",
-              flush=True)  # fmt: skip
+        numbers = [statistics.median(ends), max(ends), max(ways)]
+        print(f"| {name} | " + "".join(f"{number:.3f} | " for number in numbers) + f"{accepted} | {reverted} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def train(
     """Training loss on all rows after every step, accelerated where there are settings."""
     torch.manual_seed(seed)
     sizes = (7, 64, 64, 64, 1)
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True)
     if settings is not None:

@@ -1,6 +1,8 @@
 """Optimizers that keep other things than torch.optim does: no step dies of it, and what cannot be right is refused."""
 
+import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -125,6 +127,43 @@ def test_momentum_follows_the_parameters_where_it_has_their_type(name):
     optimizer = aadl.accelerate(Foreign(model.parameters(), **OPTIMIZERS[name]), **EAGER)
     train(model, optimizer, 6)
     assert aadl.accelerator_of(optimizer)._layout.has_momentum == (name == "itself")
+
+
+class LoadsAlone(torch.optim.SGD):
+    """Loads without the function of torch, as the optimizers of bitsandbytes do, and so without any hook."""
+
+    def load_state_dict(self, state_dict):
+        for p, state in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
+            self.state[p] = {key: value.clone() for key, value in state.items()}
+
+
+class LoadsAsEver(torch.optim.SGD):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("kind", [LoadsAlone, LoadsAsEver])
+def test_a_load_that_passes_over_the_history_is_told_of_at_the_save(kind):
+    model = network()
+    optimizer = aadl.accelerate(kind(model.parameters(), lr=0.05, momentum=0.5), **EAGER)
+    train(model, optimizer, 11)
+    alone = kind is LoadsAlone
+    told = pytest.warns(
+        UserWarning, match=r"LoadsAlone\.load_state_dict passes over.*load_state_dict\(state\['aadl'\]\)"
+    )
+    with told if alone else nullcontext():
+        saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    other_model = network()
+    other = aadl.accelerate(kind(other_model.parameters(), lr=0.05, momentum=0.5), **EAGER)
+    other_model.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    if alone:
+        assert statistics(other)["steps"] == 0
+        aadl.accelerator_of(other).load_state_dict(saved["optimizer"]["aadl"])
+    for run in ((model, optimizer), (other_model, other)):
+        train(*run, 10)
+    assert identical(model.state_dict(), other_model.state_dict())
+    assert statistics(other)["steps"] == 21
 
 
 class Doubled(nn.Parameter):

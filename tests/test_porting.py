@@ -54,9 +54,7 @@ def test_a_script_of_many_ranks_with_safeguard_and_closure_runs():
     """By name, with arguments that mean nothing here; the closure is guarded as that package wants it."""
     model = network()
     optimizer = sgd(model, momentum=0.5)
-    with pytest.warns(
-        UserWarning, match=r"without effect in aadl: vote_threshold=0\.9 \(with local_sgd more"
-    ):
+    with pytest.warns(UserWarning, match=r"without effect in aadl: vote_threshold=0\.9 \(with local_sgd more"):
         AADL.distributed_accelerate(
             optimizer,
             acceleration_type="anderson_normal_equation",

@@ -201,6 +201,17 @@ def test_the_state_of_a_wrapper_carries_the_history(wrapper):
     assert identical(copy.deepcopy(statistics(outer)), copy.deepcopy(statistics(resumed)))
 
 
+def test_an_optimizer_of_other_parameters_is_not_taken_for_the_one_inside():
+    models = network(), network()
+    first, second = map(sgd, models)
+    first.partner = aadl.accelerate(second, **EAGER)
+    aadl.accelerate(first, **EAGER)
+    for model, optimizer in zip(models, (first, second), strict=True):
+        train(model, optimizer, STEPS)
+        assert statistics(optimizer)["steps"] == STEPS
+    assert aadl.accelerator_of(first) is not aadl.accelerator_of(second)
+
+
 def test_two_halves_of_a_step_count_as_one():
     model, _, outer = wrapped(Sharpness, **EAGER)
     for _ in range(STEPS):
