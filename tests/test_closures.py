@@ -9,7 +9,6 @@ from torch import nn
 
 import aadl
 
-
 TRIED = EAGER | {"acceleration_type": "identity", "average": "always"}
 """Means of iterates are tried by the loss, all of them: nobody asks first which way they point."""
 

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from image_runs import AADL, PUBLISHED, SET, image_run, image_set, raw_config
+from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
 from PIL import Image
 from small_runs import identical
 from torch import nn
 
 import aadl
-from data_loaders import fractals
 from data_loaders.imagenet import Decoding, TrainLoader, open_images
 from data_loaders.packed import write_packed
 from experiments import imagenet

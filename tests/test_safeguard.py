@@ -8,9 +8,7 @@ import torch
 from quadratics import quadratic
 from small_runs import (
     EAGER,
-    INPUTS,
     RESIDUAL,
-    TARGETS,
     Pairs,
     identical,
     network,
