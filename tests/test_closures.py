@@ -356,7 +356,6 @@ def test_candidates_are_accepted_under_autocast(around):
 
 # ---- what closures write to on purpose -------------------------------------------------------------------------------
 
-
 TRIED = EAGER | {"acceleration_type": "identity", "average": "always"}
 """Means of iterates are tried by the loss, all of them: nobody asks first which way they point."""
 
