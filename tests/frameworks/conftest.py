@@ -5,4 +5,4 @@ import pytest
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.filterwarnings("ignore"), append=False)
+        item.add_marker(pytest.mark.filterwarnings("ignore", "error:::aadl"), append=False)
