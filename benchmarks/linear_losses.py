@@ -189,7 +189,10 @@ def main() -> None:
             accepted += counts["accepted"]
             reverted += counts["reverted"]
         numbers = [statistics.median(ends), max(ends), max(ways)]
-        print(f"| {name} | " + "".join(f"{number:.3f} | " for number in numbers) + f"{accepted} | {reverted} |", flush=True)
+        print(
+            f"| {name} | " + "".join(f"{number:.3f} | " for number in numbers) + f"{accepted} | {reverted} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
