@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
+FRAMEWORKS := .venv/frameworks
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lint clean
+.PHONY: help reproduce test test-frameworks lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +14,7 @@ help:
 	@echo '                   ONLY=graduate_admissions   this experiment alone'
 	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
 	@echo 'make test        run the tests (FAST=1: without the slow ones; TESTS=tests/test_cli.py: these alone)'
+	@echo 'make test-frameworks   test aadl in Lightning, Fabric, Accelerate, HF Trainer, Ignite and DeepXDE (installs them)'
 	@echo 'make lint        check style, formatting and types'
 	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'
 	@echo 'PYTHON=python3.12 picks the Python (3.10 or newer) that .venv is made with.'
@@ -22,6 +24,9 @@ reproduce: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV_PYTHON) -m pytest $(TESTS) $(if $(filter-out 0,$(FAST)),-m 'not slow')
+
+test-frameworks: $(FRAMEWORKS)/.installed
+	DDE_BACKEND=pytorch $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
@@ -41,6 +46,16 @@ $(INSTALLED): requirements.txt
 	@echo 'Installing the packages of requirements.txt into .venv (once; torch is large)'
 	$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv --clear .venv
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+# An environment of its own: Lightning fails beside mpi4py where there is no MPI library. torch comes first, on its own,
+# so that the frameworks take the build that is there.
+$(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt | $(INSTALLED)
+	@rm -f $@
+	@echo 'Installing the packages of tests/frameworks/requirements.txt into $(FRAMEWORKS) (once)'
+	$(VENV_PYTHON) -m venv --clear $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet "$$(grep '^torch==' $<)"
+	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
 clean:

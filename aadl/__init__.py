@@ -7,21 +7,28 @@ Lupo Pasini, Yin, Reshniak, Stoyanov, "Stable Anderson Acceleration for Deep Lea
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.optim import Optimizer
 
 from aadl.accelerator import AndersonAccelerator, accelerator_of, find_accelerator
-from aadl.parameters import inner_optimizer
-from aadl.settings import Settings
+from aadl.parameters import all_parameters
+from aadl.porting import translated
+from aadl.settings import Settings, history_device_for
+from aadl.wrappers import target_of
 
 __version__ = "0.1.0"
-__all__ = ["AndersonAccelerator", "accelerate", "accelerator_of", "remove_acceleration", "reset_history"]
+__all__ = [
+    "AndersonAccelerator", "accelerate", "accelerator_of", "distributed_accelerate", "remove_acceleration",
+    "reset_acceleration_history", "reset_history",
+]  # fmt: skip
+
+Wrapped = TypeVar("Wrapped")
+"""A torch.optim.Optimizer, or an object that holds one."""
 
 
 def accelerate(
-    optimizer: Optimizer,
+    optimizer: Wrapped,
     acceleration_type: str = "anderson",
     relaxation: float = 1.0,
     wait_iterations: int = 1,
@@ -30,7 +37,7 @@ def accelerate(
     frequency: int = 20,
     reg_acc: float = 1e-8,
     average: bool | str | None = None,
-    *,
+    *published: Any,
     safeguard: bool | str = True,
     average_tolerance: float = 0.7,
     average_window: int | None = None,
@@ -38,10 +45,11 @@ def accelerate(
     history_dtype: torch.dtype | None = None,
     shard_history: bool = False,
     process_group: Any = None,
-    history_device: str | None = None,
-    fused: bool | None = None,
+    history_device: str | torch.device | None = None,
+    fused: bool = False,
     local_sgd: bool = False,
-) -> Optimizer:
+    **published_by_name: Any,
+) -> Wrapped:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
 
     Over macro-steps of `store_each_nth` optimizer steps, x_k -> g_k = G(x_k) with residual f_k = g_k - x_k, the
@@ -50,9 +58,11 @@ def accelerate(
         x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),   gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
 
     Args:
-        optimizer: any torch.optim.Optimizer over float32, float64 or complex parameters.
+        optimizer: any torch.optim.Optimizer over float32, float64 or complex parameters, or a wrapper around one
+            (docs/optimizers.md says which).
         acceleration_type: "anderson"; "anderson_normal_equation" (the same solver, a name of the published package);
-            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given).
+            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given). In
+            capitals or not.
         relaxation: in (0, 1]; 1 is undamped.
         wait_iterations: >= 0 optimizer steps before the first acceleration.
         history_depth: >= 0 columns kept; 0 leaves the base optimizer alone.
@@ -64,22 +74,24 @@ def accelerate(
             True, and False with "identity".
         safeguard: which candidates are taken. "residual": those that do not point back against the update; acceleration
             pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
-            residual doubles. "loss": these, and the loss of the closure given to `step` must fall (two evaluations
-            without a trace). True: "loss" where `step` gets a closure, else "residual". False: all of them.
+            residual doubles or later updates point back along the step. "loss": these, and the loss of the closure
+            given to `step` must fall (two evaluations without a trace). True: "loss" where `step` gets a closure of
+            the user that returns the loss, else "residual" (also for closures of Lightning, whose metrics would count
+            trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None for 3.
-        state_coupling: what is extrapolated. "params": parameters (not for
-            optimizers with momentum); "combine": also momentum buffers, with the same
+        state_coupling: what is extrapolated. "params": parameters (of
+            optimizers with momentum only where store_each_nth > 1); "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
         history_dtype: of the stored differences: None (as the parameters), torch.float32, float64 or bfloat16.
         shard_history: keep 1 / P of every vector on each of P ranks that hold whole replicas (DistributedDataParallel);
             an accepted candidate is gathered. Not for parameters that are sharded themselves.
         process_group: ranks that decide together, by one sum of inner products per acceleration; None for all ranks
             of torch.distributed, if any. Ranks that train models of their own need groups of their own.
-        history_device: None (where the parameters are) or "cpu": rows in pinned memory of the host, which the host
-            combines itself (docs/performance.md has the price).
-        fused: whether the passes over memory run in kernels that torch.compile makes; None where that was measured to
-            win and works: rows of 1e6 elements or more on a CPU with a C++ compiler.
+        history_device: None or the device of the parameters (rows lie there), or "cpu": rows in pinned memory of the
+            host, which the host combines itself (docs/performance.md has the price).
+        fused: whether the passes over memory run in kernels that torch.compile makes, which takes a C++ compiler on a
+            CPU and half a minute at the first accelerations; docs/performance.md says how many events earn that.
         local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
             of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
             "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).
@@ -87,22 +99,30 @@ def accelerate(
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.
 
-    Memory: (2 history_depth + 3) vectors for the parameters, as much for their momentum with "full", and about half
-    with "combine"; of sharded parameters the local shards only.
+    Memory: 2 history_depth + 3 vectors for the parameters, as many for their momentum with "full", history_depth + 2
+    with "combine": 46 parameter vectors with momentum at the defaults, of sharded parameters the local shards only.
+    `aadl.accelerator_of(optimizer).history_bytes` says the bytes before the first step. The lean setting is
+    history_depth=5, history_dtype=torch.bfloat16, state_coupling="params": 8 vectors.
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
         fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
         coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell into a
-        pause), closure_evaluations, moved (macro-steps that began elsewhere than the last one ended), resets (by
-        cause: user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
+        pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began elsewhere than
+        the last one ended), resets (by cause: user, learning_rate, parameters_changed, averaged, non_finite); of the
+        last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
         ||f_{k+1}|| / ||r||.
 
     Raises:
-        ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train,
-            parameters in half precision, a layout of ranks that does not go with an argument.
+        ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train, a
+            wrapper that changes the weights after the step inside it, parameters in half precision, shards of
+            FullyShardedDataParallel, a layout of ranks that does not go with an argument. Nothing is attached then.
+        TypeError: an argument that neither this nor the published package has.
+
+    The first `optimizer.step()` raises torch.OutOfMemoryError, before it changes anything and on all ranks, if there is
+    no room for the history.
 
     Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
     tells what is done differently here, and why.
@@ -110,29 +130,57 @@ def accelerate(
     if find_accelerator(optimizer) is not None:
         raise ValueError("this optimizer is accelerated already: call aadl.remove_acceleration(optimizer) first")
     _check_group(process_group)
-    if average is None:
-        average = acceleration_type != "identity"
-    inner, wrapped = inner_optimizer(optimizer)
+    target = target_of(optimizer)
+    arguments: dict[str, Any] = {
+        "safeguard": safeguard,
+        "average_tolerance": average_tolerance,
+        "average_window": average_window,
+        "state_coupling": state_coupling,
+        "history_dtype": history_dtype,
+        "shard_history": shard_history,
+        "history_device": history_device,
+        "fused": fused,
+        "local_sgd": True if target.kind == "averaged" else local_sgd,
+    }
+    if published or published_by_name:
+        arguments = translated(published, published_by_name, arguments)
+    arguments["history_device"] = history_device_for(arguments["history_device"], all_parameters(target.optimizer))
     settings = Settings(
         acceleration_type, relaxation, wait_iterations, history_depth, store_each_nth, frequency, reg_acc, average,
-        safeguard, average_tolerance, average_window, state_coupling, history_dtype, shard_history, history_device,
-        fused, True if wrapped == "averaged" else local_sgd,
+        **arguments,
     )  # fmt: skip
-    if wrapped == "partitioned":
+    if target.kind == "partitioned":
         _check_partitioned(settings)
-        process_group = process_group or optimizer.process_group  # type: ignore[attr-defined]
-    AndersonAccelerator(inner, settings, process_group, wrapped == "partitioned")
+        process_group = process_group or target.process_group
+    AndersonAccelerator(target, settings, process_group)
     return optimizer
 
 
-def reset_history(optimizer: Optimizer) -> None:
-    """Forget the history of an accelerated optimizer, e.g. after its data or its parameters were exchanged."""
+def distributed_accelerate(optimizer: Wrapped, *arguments: Any, **named: Any) -> Wrapped:
+    """`accelerate`, by a name of the published package: ranks are found through torch.distributed by both."""
+    return accelerate(optimizer, *arguments, **named)
+
+
+def reset_history(optimizer: Wrapped) -> Wrapped:
+    """Forget the history of an accelerated optimizer, e.g. after its data were exchanged; returns the optimizer."""
     accelerator_of(optimizer).reset()
+    return optimizer
 
 
-def remove_acceleration(optimizer: Optimizer) -> None:
-    """Detach the accelerator; the optimizer is afterwards as if it had never been accelerated."""
-    accelerator_of(optimizer).remove()
+reset_acceleration_history = reset_history
+"""Its name in the published package."""
+
+
+def remove_acceleration(optimizer: Wrapped) -> Wrapped:
+    """Detach the accelerator, if there is one; returns the optimizer, which is as if it had never been accelerated.
+
+    Raises:
+        ValueError: this is no optimizer.
+    """
+    accelerator = find_accelerator(optimizer)
+    if accelerator is not None:
+        accelerator.remove()
+    return optimizer
 
 
 def _check_group(process_group: Any) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import kernels
+from aadl import advice, kernels, memory
 from aadl import state as saved_state
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
@@ -31,22 +31,21 @@ from aadl.mixing import host_tensor
 from aadl.parameters import (
     Rates,
     closure_of,
-    inner_optimizer,
     is_dry_step,
     makes_momentum,
     momentum_of,
     trainable_parameters,
 )
+from aadl.proposal import LEARNING_RATE_BAND
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
+from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
-VERSION = 2
+VERSION = 3
 """Of the layout of `AndersonAccelerator.state_dict()`."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
-LEARNING_RATE_BAND = 1.25
-"""Residuals are rescaled to the present learning rate within this factor; beyond it the history starts anew."""
 ABANDONED = 10
 """Macro-steps abandoned one after the other before a warning says so."""
 
@@ -74,12 +73,12 @@ class AndersonAccelerator:
     """Whether somebody averaged the weights since the last hook (local SGD)."""
     _postponed: Callable[[], None] | None
 
-    def __init__(
-        self, optimizer: Optimizer, settings: Settings, process_group: Any = None, partitioned: bool = False
-    ) -> None:
+    def __init__(self, target: Target, settings: Settings, process_group: Any = None) -> None:
+        optimizer, partitioned = target.optimizer, target.kind == "partitioned"
         self.settings = settings
         self.process_group = process_group
         self._loss_weight = 1.0
+        self._given_up = False
         self._rates = Rates()
         self._partitioned = partitioned
         self._optimizer = weakref.ref(optimizer)
@@ -90,18 +89,29 @@ class AndersonAccelerator:
             name = "shard_history" if settings.shard_history else "local_sgd"
             raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
         self._start_anew()
-        self._handles: list[Any] = [StepHooks(optimizer, self._before_step, self._after_step)]
-        if partitioned:  # a consolidated state of partitions would carry the whole history over the network
-            self._handles.append(optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
-        else:
-            self._handles += [
-                optimizer.register_state_dict_post_hook(self._add_state),
-                optimizer.register_load_state_dict_pre_hook(self._take_state),
-                optimizer.register_load_state_dict_post_hook(self._restore_state),
-            ]
+        self._handles: list[Any] = []
+        try:
+            self._attach(target)
+        except BaseException:  # nothing stays attached
+            self._detach()
+            raise
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._loads_by_name = self._lacks_history = self._is_dry = False
         _accelerators[optimizer] = weakref.ref(self)
+
+    def _attach(self, target: Target) -> None:
+        self._handles.append(StepHooks(target.optimizer, self._before_step, self._after_step))
+        if self._partitioned:  # a consolidated state of partitions would carry the whole history over the network
+            self._handles.append(target.optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
+        for carrier in target.carriers:
+            self._handles.append(carrier.register_state_dict_post_hook(self._add_state))
+            self._handles.append(carrier.register_load_state_dict_pre_hook(self._take_state))
+            self._handles.append(carrier.register_load_state_dict_post_hook(self._restore_state))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     # ---- public ----------------------------------------------------------------------------------------------------
 
@@ -135,8 +145,18 @@ class AndersonAccelerator:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`."""
-        return 0 if self._history is None else saved_state.nbytes(self._history.blocks)
+        """Bytes that the history takes on this rank, with the vectors of `aadl.history.Block`.
+
+        Before the first step those that it will take, without momentum that an optimizer outside of torch.optim may
+        yet make.
+        """
+        if self._layout is not None:
+            return self._layout.nbytes
+        if not self._handles or self.settings.idle:
+            return 0
+        return self._new_layout(
+            trainable_parameters(self.optimizer), makes_momentum(self.optimizer), planned=True
+        ).nbytes
 
     @property
     def uses_compiled_kernels(self) -> bool:
@@ -160,9 +180,7 @@ class AndersonAccelerator:
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._decisions.settle()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._detach()
         self._layout = self._postponed = None
         _accelerators.pop(self.optimizer, None)
 
@@ -180,7 +198,9 @@ class AndersonAccelerator:
         self._finish_push()
         fake = _tensors_are_fake()
         if self._layout is None and self._handles and not self.settings.idle and not fake:
-            self._lay_out(trainable_parameters(self.optimizer), makes_momentum(self.optimizer))
+            parameters = self._parameters(self.optimizer)
+            if parameters is not None:
+                self._lay_out(parameters, makes_momentum(self.optimizer))
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
@@ -275,7 +295,7 @@ class AndersonAccelerator:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._is_dry = dry = is_dry_step(optimizer)
         settings = self.settings
-        if settings.idle:
+        if settings.idle or self._given_up:
             return
         if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
@@ -304,9 +324,10 @@ class AndersonAccelerator:
             self._leave()
             return
         self._decisions.statistics["steps"] += 1
-        if self.settings.idle:
+        if self.settings.idle or self._given_up:
             return
         self._progress["in_macro_step"] += 1
+        self._note_rates(optimizer)
         if self._progress["in_macro_step"] == self.settings.store_each_nth:
             self._progress["in_macro_step"] = 0
             self._decisions.statistics["macro_steps"] += 1
@@ -317,7 +338,7 @@ class AndersonAccelerator:
             self._note_places(optimizer, self._layout, self.settings.local_sgd)
 
     def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        del optimizer
+        warn_of_loads_without_hooks(optimizer)
         state[STATE_KEY] = self.state_dict()
 
     def _say_that_state_is_partial(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -377,18 +398,23 @@ class AndersonAccelerator:
         if untouched and not changed:
             return
         self._decisions.settle()
-        self._left = None
-        parameters = trainable_parameters(optimizer)
+        self._left, parameters, refusal = None, self._parameters(optimizer), None
+        if parameters is None:
+            return
         if layout is None or changed or not layout.is_of(parameters):
             if layout is not None:
                 count(self._decisions.statistics["resets"], "parameters_changed")
-            self._lay_out(parameters, makes_momentum(optimizer))
+            try:
+                self._lay_out(parameters, makes_momentum(optimizer))
+            except torch.OutOfMemoryError as error:
+                refusal = error
+        self._agree(refusal)
         assert self._layout is not None
         history, tensors = self._layout.history, self._layout.tensors(optimizer, self._look(optimizer))
         if elsewhere or not history.starts_at(tensors):
             self._decisions.statistics["moved"] += elsewhere or history.has_pair
             history.begin(tensors)
-            self._decisions.pending = None  # the macro-step that starts here says nothing about the candidate
+            self._decisions.pending = self._decisions.watched = None  # what starts here says nothing about candidates
             self._decisions.disturbed = True
 
     def _abandon_macro_step(self, optimizer: Optimizer) -> None:
@@ -431,8 +457,11 @@ class AndersonAccelerator:
         decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
         due = self._is_due(history)
 
+        looks_back = due and decisions.watched is not None
+        measure = "kept" if looks_back else "jump" if due or pending is not None or not column.consecutive else ""
+
         def push() -> None:
-            history.push(tensors, column, ratio, keep_last=pending is not None)
+            history.push(tensors, column, ratio, pending is not None, measure)
 
         if not due and pending is None and any(block.offloaded for block in history.blocks):
             history.fetch(tensors)
@@ -441,7 +470,7 @@ class AndersonAccelerator:
             push()
         abandoned = progress.pop("abandoned", False)
         if due or pending is not None:
-            judged = closure if self.settings.safeguard in (True, "loss") and not self._partitioned else None
+            judged = None if self._partitioned else decisions.trial_closure(closure)
             written = progress["written"]
             doubtful = written or progress["doubtful"]
             own = judged, self._ranks, self.loss_weight, rate, written, doubtful, progress["accelerated_at"]
@@ -453,9 +482,17 @@ class AndersonAccelerator:
                 assert pending is not None
                 decisions.judge(step, pending)
         progress["doubtful"] = False
+        if self._events() == advice.EVENTS and not decisions.statistics["accepted"]:
+            advice.warn_of_idleness(decisions.statistics)
         if abandoned:  # its start was not where it seems
             history.clear()
         self._note_places(optimizer, layout)
+
+    def _events(self) -> float:
+        """How often acceleration was due so far, if it is due now; else a fraction."""
+        settings, statistics = self.settings, self._decisions.statistics
+        waited = -(-settings.wait_iterations // settings.store_each_nth)
+        return (statistics["macro_steps"] - waited) / settings.period
 
     def _is_due(self, history: History) -> bool:
         """Acceleration falls on every period-th macro-step, counted from the start, whatever was rejected between."""
@@ -467,30 +504,48 @@ class AndersonAccelerator:
         return history.has_pair and not self._decisions.is_suspended()
 
     def _follow_learning_rate(self, optimizer: Optimizer, layout: Layout) -> None:
-        """Note the learning rate; start the history anew where residuals of then and now do not compare.
+        """Note the mean learning rate of the macro-step, in units of the first one.
 
-        They do while all groups' rates change by one factor and stay within LEARNING_RATE_BAND over the window.
+        Columns of other rates are brought to the present one (aadl.proposal). The history starts with the present pair
+        where no factor does that: rates of groups change by different factors, or by more than LEARNING_RATE_BAND.
         """
-        progress, history = self._progress, layout.history
+        progress = self._progress
         moved = set(map(id, layout.parameters))
         groups = [
-            group
-            for group in optimizer.param_groups
+            (group, mean)
+            for group, mean in zip(optimizer.param_groups, self._mean_rates(optimizer), strict=True)
             if self._partitioned or any(id(p) in moved for p in group["params"])
         ]
-        rates = self._rates.of(groups)
+        rates = [mean for group, mean in groups if "lr" in group]
         last, progress["rates"] = progress["rates"], rates
         if last is None or rates == last:
             return
         ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
-        rate = progress["learning_rate"] * ratios[0]
-        oldest = history.columns[0].learning_rate if history.columns else progress["learning_rate"]
         uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
-        if uniform and 1 / LEARNING_RATE_BAND <= rate / oldest <= LEARNING_RATE_BAND:
-            progress["learning_rate"] = rate
+        if uniform and all(1 / LEARNING_RATE_BAND <= ratio <= LEARNING_RATE_BAND for ratio in ratios):
+            progress["learning_rate"] *= ratios[0] if ratios else 1.0
         else:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
             self._decisions.reset("learning_rate", self._history)
+
+    def _note_rates(self, optimizer: Optimizer) -> None:
+        """Add the learning rates of an optimizer step to those of its macro-step; on a device the last ones count."""
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        numbers = [rate if isinstance(rate, float) else None for rate in rates]
+        sums = self._progress["rate_sums"]
+        if self._progress["in_macro_step"] == 1 or len(sums) != len(numbers):
+            self._progress["rate_sums"] = numbers
+        else:
+            pairs = zip(sums, numbers, strict=True)
+            self._progress["rate_sums"] = [None if None in pair else sum(pair) for pair in pairs]
+
+    def _mean_rates(self, optimizer: Optimizer) -> list[float]:
+        """Learning rates of the groups, mean over the macro-step that ends here."""
+        rates = self._rates.of(optimizer.param_groups)
+        sums, steps = self._progress["rate_sums"], self.settings.store_each_nth
+        if len(sums) != len(rates):
+            return rates
+        return [rate if total is None else total / steps for rate, total in zip(rates, sums, strict=True)]
 
     # ---- changes from outside --------------------------------------------------------------------------------------
 
@@ -552,7 +607,7 @@ class AndersonAccelerator:
         if left is None or layout is None or self._progress["in_macro_step"] == 0:
             return
         left.versions = versions_of(left.tensors)
-        if self._decisions.pending is None:
+        if self._decisions.pending is None and self._decisions.watched is None:
             return
         if self._sample is not None:
             self._sample.keep()
@@ -578,21 +633,47 @@ class AndersonAccelerator:
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
-    def _new_layout(self, parameters: list[Tensor], momentum: bool) -> Layout:
+    def _parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """What is extrapolated; None where parameters came after `accelerate` that cannot be.
+
+        Training then goes on without acceleration. Several ranks stop, since they would wait for each other.
+        """
+        try:
+            return None if self._given_up else trainable_parameters(optimizer)
+        except ValueError as error:
+            if self._ranks.size > 1:
+                raise
+            self._given_up, self._layout = True, None
+            self._decisions.pending = self._decisions.watched = self._left = None
+            warnings.warn(f"training goes on without acceleration: {error}", UserWarning, stacklevel=2)
+            return None
+
+    def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks
-        return Layout(parameters, self.settings, ranks, self._partitioned, momentum)
+        return Layout(parameters, self.settings, ranks, self._partitioned, momentum, planned)
 
     def _lay_out(self, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
         if _tensors_are_fake():
             raise ValueError(
-                f"this {type(self.optimizer).__name__} cannot be accelerated within FakeTensorMode, whose tensors have no "
-                f"values: call aadl.remove_acceleration(optimizer) before such a step"
+                f"this {type(self.optimizer).__name__} cannot be accelerated within FakeTensorMode, whose tensors have "
+                f"no values: call aadl.remove_acceleration(optimizer) before such a step"
             )
         self._layout = None  # frees the old rows first
         self._layout = self._new_layout(parameters, momentum)
         self._decisions.pending = self._left = None
         self._progress |= {"learning_rate": 1.0, "rates": None}
+
+    def _agree(self, refusal: torch.OutOfMemoryError | None) -> None:
+        """Raise on every rank where one has no room for its new rows; the optimizer was not stepped then."""
+        if self._layout is None or not self._layout.agreed:
+            try:
+                memory.agree(self._ranks, refusal)
+            except torch.OutOfMemoryError:
+                self._layout = None
+                raise
+            assert self._layout is not None
+            self._layout.agreed = True
 
     def _has_momentum(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         if self.settings.state_coupling == "params":
@@ -626,8 +707,8 @@ class AndersonAccelerator:
         self._samples, self._averaged = [], False
 
 
-def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
-    """The accelerator attached to an optimizer.
+def accelerator_of(optimizer: Any) -> AndersonAccelerator:
+    """The accelerator attached to an optimizer, or to one that it wraps.
 
     Raises:
         ValueError: the optimizer is not accelerated, or is no torch.optim.Optimizer.
@@ -638,26 +719,28 @@ def accelerator_of(optimizer: Optimizer) -> AndersonAccelerator:
     return found
 
 
-def find_accelerator(optimizer: Optimizer) -> AndersonAccelerator | None:
-    """The accelerator attached to an optimizer (or to the one that it wraps), or None."""
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    reference = _accelerators.get(inner_optimizer(optimizer)[0])
-    return None if reference is None else reference()
+def find_accelerator(optimizer: Any) -> AndersonAccelerator | None:
+    """The accelerator attached to an optimizer, or to one that it wraps; None if there is none."""
+    for link in chain_of(optimizer):
+        reference = _accelerators.get(link) if isinstance(link, Optimizer) else None
+        if reference is not None:
+            return reference()
+    return None
 
 
 def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
-    in_macro_step (steps of the running macro-step); learning_rate and rates (see `_follow_learning_rate`); writes (see
-    `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps) and warned
-    (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running one); accelerated_at (the
-    macro-step).
+    in_macro_step (steps of the running macro-step); learning_rate, rates and rate_sums (see `_follow_learning_rate`);
+    writes (see `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps)
+    and warned (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running
+    one); accelerated_at (the macro-step of the last acceleration, accepted or not).
     """
     return {
         "in_macro_step": 0,
         "learning_rate": 1.0,
         "rates": None,
+        "rate_sums": [],
         "writes": {},
         "unseen": "",
         "abandoned_in_a_row": 0,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,19 +18,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import mixing, safeguard, smoothing
+from aadl import mixing, safeguard, smoothing, trial_loss
 from aadl.deferred import Deferred, handed
 from aadl.history import KINDS, History, Tensors
 from aadl.mixing import Gram, host_tensor
-from aadl.parameters import all_parameters, forget_curvature, maximizes
+from aadl.parameters import all_parameters, belongs_to_a_loop, forget_curvature, maximizes
 from aadl.proposal import propose
 from aadl.ranks import Ranks
-from aadl.safeguard import Pause, Pending
+from aadl.safeguard import LossRecord, Pause, Pending
 from aadl.settings import Settings
 
 COUNTERS = (
     "steps", "skipped_steps", "macro_steps", "attempts", "accepted", "reverted", "suspensions", "suspended",
-    "closure_evaluations", "moved",
+    "closure_evaluations", "moved", "stops",
 )  # fmt: skip
 LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
 MIXING_VALUES = ("numerical_rank", "condition_number", "coefficient_norm")
@@ -77,11 +79,19 @@ class Decisions:
     refusals: Pause = field(default_factory=lambda: Pause(safeguard.LONGEST_REFUSAL))
     pending: Pending | None = None
     """What the last accepted candidate promised; judged when the macro-step that it began is over."""
+    reach: float = safeguard.FIRST_REACH
+    """Longest step of a candidate, in units of the way that the pairs behind it have made."""
+    watched: Pending | None = None
+    """What a candidate promised that was judged well, and is looked at once more before the next one."""
     disturbed: bool = False
     """Whether the running macro-step starts elsewhere than the last one ended."""
+    record: LossRecord = field(default_factory=LossRecord)
+    """Of the training losses that trials have seen."""
+    failed_trials: int = 0
+    """Trials in a row that gave no loss; from MOST_FAILURES on there are no more."""
     fused: bool = True
     """Whether all ranks have compiled kernels (or none needs them)."""
-    words: list[tuple[Deferred, Callable[[float], None]]] = field(default_factory=list)
+    words: list[tuple[Deferred, Callable[[list[float]], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.averaging = self.settings.average == "always"
@@ -98,7 +108,11 @@ class Decisions:
             "pause": vars(self.pause),
             "refusals": vars(self.refusals),
             "pending": None if self.pending is None else vars(self.pending),
+            "watched": None if self.watched is None else vars(self.watched),
             "disturbed": self.disturbed,
+            "reach": self.reach,
+            "record": vars(self.record),
+            "failed_trials": self.failed_trials,
         }
 
     @staticmethod
@@ -106,23 +120,25 @@ class Decisions:
         """From `books`; raises KeyError or TypeError where they are damaged."""
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
-        decisions.disturbed = bool(books["disturbed"])
+        decisions.disturbed, decisions.reach = bool(books["disturbed"]), float(books["reach"])
+        decisions.failed_trials, decisions.record = int(books["failed_trials"]), LossRecord(**books["record"])
         if settings.average == "auto":
             decisions.averaging = bool(books["averaging"])
         decisions.pause, decisions.refusals = Pause(**books["pause"]), Pause(**books["refusals"])
         decisions.pending = None if books["pending"] is None else Pending(**books["pending"])
+        decisions.watched = None if books["watched"] is None else Pending(**books["watched"])
         return decisions
 
     def settle(self) -> None:
         """Take note of what was decided on the device."""
         while self.words:
             word, act = self.words.pop(0)
-            act(word.value())
+            act(word.values())
 
     def reset(self, cause: str, history: History | None) -> None:
         """Forget the pairs, for a reason that is counted."""
         count(self.statistics["resets"], cause)
-        self.pending = None
+        self.pending = self.watched = None
         if history is not None:
             history.clear(wipe=cause == "non_finite")
 
@@ -142,28 +158,45 @@ class Decisions:
 
     def judge(self, step: Step, pending: Pending) -> None:
         """Judge the last accepted candidate by the residual of the macro-step it began; put the plain iterate back."""
-        squares = step.history.residual_squares()
-        square = squares.new_zeros(())
-        for kind, part in zip(KINDS, squares, strict=True):
-            square = square + pending.weights.get(kind, 0.0) * part
-        if on_host(square):
-            self._keeps_promise(step, pending, float(square))
+        numbers = step.history.measurements()
+        weights = numbers.new_zeros(len(KINDS)) if not on_host(numbers) else host_tensor([0.0] * len(KINDS))
+        for place, kind in enumerate(KINDS):
+            weights[place] = pending.weights.get(kind, 0.0)
+        square, along = weights @ numbers[:, 0], numbers[0, 3]
+        if on_host(numbers):
+            self._note_jump(step.history, dict(zip(KINDS, numbers[:, 2].tolist(), strict=True)))
+            self._keeps_promise(step, pending, float(square), float(along))
         else:
-            breaks, doubts = ~(square <= safeguard.revert_bound(pending)), self._doubts(step, square.device)
-            step.history.take(breaks if doubts is None else breaks & (doubts == 0), step.tensors)
-            found: list[float] = []
-            if doubts is not None:
-                self._defer(doubts, found.append)
-            self._defer(square, lambda value: self._note_promise(step, pending, value, any(found)))
+            breaks = ~((square <= safeguard.revert_bound(pending)) & (along >= safeguard.overshoot_bound(pending)))
+            doubts = self._doubts(step, square.device)
+            step.history.put_back(breaks if doubts is None else breaks & (doubts == 0), step.tensors)
+            doubts = square.new_zeros(()) if doubts is None else doubts
+            self._defer(
+                torch.cat([torch.stack([square, along, doubts]), numbers[:, 2]]),
+                lambda values: self._judged(step, pending, *values),
+            )
 
-    def _keeps_promise(self, step: Step, pending: Pending, square: float) -> bool:
+    def _judged(self, step: Step, pending: Pending, square: float, along: float, doubts: float, *jump: float) -> None:
+        """Note what the device has decided."""
+        self._note_jump(step.history, dict(zip(KINDS, jump, strict=True)))
+        step.history.start_from(kept=safeguard.must_revert(square, along, pending) and not doubts)
+        self._note_promise(step, pending, square, along, bool(doubts))
+
+    def _keeps_promise(self, step: Step, pending: Pending, square: float, along: float) -> bool:
         """False where the plain iterate was put back, or might have been."""
-        breaks = safeguard.must_revert(square, pending)
-        doubts = self._doubts(step, torch.device("cpu")) if breaks else None
-        doubtful = doubts is not None and bool(doubts)
+        breaks = safeguard.must_revert(square, along, pending)
+        doubtful = breaks and self._is_doubtful(step)
         step.history.take(breaks and not doubtful, step.tensors)
-        self._note_promise(step, pending, square, doubtful)
+        self._note_promise(step, pending, square, along, doubtful)
         return not breaks
+
+    def _note_jump(self, history: History, jump: dict[str, float]) -> None:
+        if history.columns:
+            history.columns[-1].jump = jump
+
+    def _is_doubtful(self, step: Step) -> bool:
+        doubts = self._doubts(step, torch.device("cpu"))
+        return doubts is not None and bool(doubts)
 
     def _doubts(self, step: Step, device: torch.device) -> Tensor | None:
         """On how many ranks the residual may be what somebody wrote within the macro-step; None if that cannot be."""
@@ -173,22 +206,59 @@ class Decisions:
         doubts = handed(host_tensor(float(step.doubtful)), device)
         return doubts if alone else step.ranks.total(doubts)
 
-    def _note_promise(self, step: Step, pending: Pending, square: float, doubtful: bool = False) -> None:
+    def _note_promise(self, step: Step, pending: Pending, square: float, along: float, doubtful: bool = False) -> None:
         """Count, and pause acceleration where the promise was not kept."""
         self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
-        if ratio > safeguard.SUSPEND_ABOVE:
-            self.pause.extend(self.statistics["macro_steps"])
-            self.statistics["suspensions"] += 1
+        reverts = safeguard.must_revert(square, along, pending)
+        if ratio > safeguard.SUSPEND_ABOVE or reverts:
+            self._suspend()
         else:
             self.pause.shorten()
-        if doubtful and safeguard.must_revert(square, pending):
+        self._change_reach(ratio, reverts or along < 0)
+        if reverts and doubtful:
             self.forget_last(step.history, 1)
-        elif safeguard.must_revert(square, pending):
-            self.statistics["reverted"] += 1
-            self.disturbed = True
-            forget_curvature(step.optimizer)
+        elif reverts:
+            self._take_back(step)
+        else:
+            self.watched = pending
         if not math.isfinite(square):
             self.reset("non_finite", step.history)
+
+    def _stop(self) -> None:
+        """Leave the training alone until it is twice as long: harm can come again a logarithmic number of times."""
+        self.statistics["stops"] += 1
+        self.pause.until = 2 * self.statistics["macro_steps"]
+        self.reach, self.record = safeguard.FIRST_REACH, LossRecord()
+
+    def _change_reach(self, ratio: float, overshot: bool) -> None:
+        """Have the next candidates make longer steps after a kept promise, shorter ones after a broken one."""
+        if overshot and self.reach == safeguard.SHORTEST_REACH:
+            self._stop()
+            return
+        factor = 0.25 if overshot else 2.0 if ratio <= safeguard.SUSPEND_ABOVE else 0.5
+        self.reach = min(safeguard.LONGEST_REACH, max(safeguard.SHORTEST_REACH, factor * self.reach))
+
+    def _look_back(self, step: Step) -> bool:
+        """Put back the plain iterate before the last candidate, which updates since then undo: False."""
+        self._suspend()
+        self._change_reach(math.inf, overshot=True)
+        if self._is_doubtful(step):
+            self.forget_last(step.history, 1)
+        else:
+            step.history.take(True, step.tensors)
+            self._take_back(step)
+        return False
+
+    def _suspend(self) -> None:
+        """Pause acceleration."""
+        self.pause.extend(self.statistics["macro_steps"])
+        self.statistics["suspensions"] += 1
+
+    def _take_back(self, step: Step) -> None:
+        """Note that the plain iterate was put back."""
+        self.statistics["reverted"] += 1
+        self.disturbed = True
+        forget_curvature(step.optimizer)
 
     # ---- the next candidate ----------------------------------------------------------------------------------------
 
@@ -203,12 +273,15 @@ class Decisions:
         weights = mixing.balancing_weights(parts)
         gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
         square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
+        along, watched, self.watched = parts["parameters"].along, self.watched, None
+        if watched is None:
+            self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
         self.fused, written = True, float(step.written)
         if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
-            word = mixing.packed(gram, [square, weights.get("momentum", 1.0), float(step.history.fused), written])
-            word = step.ranks.total(word) / step.ranks.size
-            gram, (square, weight, fused, written) = mixing.unpacked(word, len(columns))
+            others = [square, along, weights.get("momentum", 1.0), float(step.history.fused), written]
+            word = step.ranks.total(mixing.packed(gram, others)) / step.ranks.size
+            gram, (square, along, weight, fused, written) = mixing.unpacked(word, len(columns))
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
         elif step.history.sums and self.settings.store_each_nth > 1:
@@ -217,7 +290,9 @@ class Decisions:
             self.forget_last(step.history, sum(column.macro_step > step.since for column in columns))
             return
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
-        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf)
+        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf, along)
+        if ready and watched is not None and finite and along < safeguard.overshoot_bound(watched):
+            ready = self._look_back(step)
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
         candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None
@@ -245,16 +320,19 @@ class Decisions:
             return None
         ages = [statistics["macro_steps"] - column.macro_step for column in history.columns]
         stored = settings.history_dtype or torch.float32
-        solution, predicted, refused = propose(gram, ages, self.averaging, settings, stored)
+        factors = [step.rate / column.learning_rate for column in history.columns]
+        solution, predicted, refused = propose(
+            gram, factors, _jumps(history, weights), self.reach, ages, self.averaging, settings, stored
+        )
         statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
         if refused:
             self._reject(refused)
             return None
         statistics["gain"] = math.sqrt(predicted / gram.square) if gram.square > 0 else math.nan
         beta = settings.relaxation
-        scales = host_tensor([step.rate / column.learning_rate for column in history.columns])
-        scaled = scales * solution.gamma
+        scaled = host_tensor(factors) * solution.gamma
         checked = settings.safeguard and settings.acceleration_type != "identity"
+        self.watched = None  # the candidate takes the place of the iterate that could be put back
         advance = history.combine(
             solution.gamma,
             (scaled - solution.gamma) - (1 - beta) * scaled,
@@ -273,8 +351,11 @@ class Decisions:
         advance, at_once = candidate.advance, isinstance(step.optimizer, torch.optim.LBFGS)  # it must know at once
         if advance is not None and not on_host(advance) and step.closure is None and not at_once:
             step.history.take(advance >= 0, step.tensors)
-            self._defer(advance, lambda value: self._conclude(step, value >= 0, "backward", candidate))
-        elif advance is not None and not float(advance) >= 0:
+            self._defer(advance, lambda values: self._conclude_direction(step, values[0], candidate))
+            return
+        if advance is not None and candidate.promise is not None:
+            candidate.promise.advance = float(advance)
+        if advance is not None and not float(advance) >= 0:
             step.history.continue_from_mapped()
             self._conclude(step, False, "backward", candidate)
         elif step.closure is not None:
@@ -282,6 +363,11 @@ class Decisions:
         else:
             step.history.take(True, step.tensors)
             self._conclude(step, True, "", candidate)
+
+    def _conclude_direction(self, step: Step, advance: float, candidate: Candidate) -> None:
+        if candidate.promise is not None:
+            candidate.promise.advance = advance
+        self._conclude(step, advance >= 0, "backward", candidate)
 
     def _vote(self, step: Step, candidate: Candidate | None) -> None:
         """Decide with ranks whose weights differ.
@@ -315,20 +401,34 @@ class Decisions:
         self.pending = None if candidate is None else candidate.promise
         forget_curvature(step.optimizer)
 
+    # ---- the loss ----------------------------------------------------------------------------------------------------
+
+    def trial_closure(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """The closure by whose loss candidates are judged, or None where the residual judges."""
+        asked, failing = self.settings.safeguard, self.failed_trials >= safeguard.MOST_FAILURES
+        if asked == "loss":
+            return closure
+        return None if asked is not True or failing or belongs_to_a_loop(closure) else closure
+
     def _improves(self, step: Step, closure: Callable[[], Any]) -> tuple[bool, str]:
         """Put the candidate in place; take it out again where the training loss does not improve, and say why."""
-        self.statistics["closure_evaluations"] += 2
-        losses, weight, failure = (math.nan, math.nan), step.loss_weight, None
+        losses, weight = (math.nan, math.nan), step.loss_weight
         better, cause = False, "loss"
+        failure: Exception | None = None
         try:
             try:
-                losses = safeguard.trial_losses(
-                    closure, all_parameters(step.optimizer), lambda: step.history.take(True, step.tensors)
+                losses = trial_loss.trial_losses(
+                    self._counted(closure),
+                    all_parameters(step.optimizer),
+                    lambda: step.history.take(True, step.tensors),
+                    together=step.ranks.size > 1,
                 )
-            except Exception as error:  # the closure cannot be evaluated for its value alone
-                failure, weight = error, math.nan  # which tells the others
-            plain, candidate, weight = safeguard.mean_over_ranks(*losses, weight, step.ranks)
-            cause = "closure" if math.isnan(weight) else "loss"
+            except trial_loss.NoLossError as error:
+                failure, weight = error, math.inf  # which tells the others
+            except Exception as error:  # the closure cannot be evaluated for its value alone, or not now
+                failure, weight = error, math.nan
+            plain, candidate, weight = trial_loss.mean_over_ranks(*losses, weight, step.ranks)
+            cause = "loss" if math.isfinite(weight) else "closure"
             better = candidate > plain if maximizes(step.optimizer) else candidate < plain
             if failure is not None and self.settings.safeguard == "loss":
                 raise failure
@@ -339,16 +439,58 @@ class Decisions:
             if not better:
                 step.history.write_mapped(step.tensors)
                 step.history.continue_from_mapped()
+        self._note_failure(weight, failure)
+        if self.record.note(-plain if maximizes(step.optimizer) else plain):
+            self._stop()
         return better, cause
+
+    def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, its calls counted."""
+
+        def evaluate() -> Any:
+            self.statistics["closure_evaluations"] += 1
+            return closure()
+
+        return evaluate
+
+    def _note_failure(self, weight: float, failure: Exception | None) -> None:
+        """Give trials up where the closure returns no loss, or failed again and again; the same on all ranks.
+
+        Args:
+            weight: of the losses; inf where a closure returned none, nan where one raised an error.
+            failure: what happened on this rank, if it was here.
+        """
+        if math.isfinite(weight):
+            self.failed_trials = 0
+            return
+        self.failed_trials = safeguard.MOST_FAILURES if math.isinf(weight) else self.failed_trials + 1
+        if self.failed_trials < safeguard.MOST_FAILURES or self.settings.safeguard == "loss":
+            return
+        reason = "it failed on another rank" if failure is None else f"{type(failure).__name__}: {failure}"
+        with suppress(Warning):  # where warnings are errors, a notice must not end a step halfway
+            warnings.warn(
+                f"aadl judges candidates by the residual from now on, since the closure given to step cannot be "
+                f"evaluated for its loss ({reason}); return the loss from the closure, as one number that takes no "
+                f"gradients to compute, or pass safeguard='residual'",
+                stacklevel=2,
+            )
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
-    def _defer(self, number: Tensor, act: Callable[[float], None]) -> None:
-        """Have `act` called with a number of the device when the host needs to know it."""
-        self.words.append((Deferred(number), act))
+    def _defer(self, numbers: Tensor, act: Callable[[list[float]], None]) -> None:
+        """Have `act` called with numbers of the device when the host needs to know them."""
+        self.words.append((Deferred(numbers), act))
 
     def _reject(self, cause: str) -> None:
         count(self.statistics["rejected"], cause)
+
+
+def _jumps(history: History, weights: dict[str, float]) -> list[float]:
+    """Length of the jump inside every column, in the norm of the mixing problem."""
+    return [
+        math.sqrt(sum(weights.get(kind, 0.0) * square for kind, square in column.jump.items()))
+        for column in history.columns
+    ]
 
 
 def on_host(number: Tensor) -> bool:

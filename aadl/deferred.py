@@ -7,28 +7,34 @@ from torch import Tensor
 
 
 class Deferred:
-    """A scalar copied to the host without waiting for the device; `value` waits for the copy.
+    """A few numbers copied to the host without waiting for the device; `values` waits for the copy.
 
-    On a CPU it is there at once. On CUDA the copy is queued behind the work that makes the number; who asks after the
-    next optimizer step finds it done, while the device is busy with that step.
+    On a CPU they are there at once. On CUDA the copy is queued behind the work that makes the numbers. Who asks after
+    the next optimizer step finds it done, while the device is busy with that step.
 
     Args:
-        number: a tensor of one element.
+        numbers: a tensor of a few elements.
     """
 
-    def __init__(self, number: Tensor) -> None:
+    def __init__(self, numbers: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._number = number.detach()
-        if number.device.type == "cuda":
-            host = torch.empty(number.shape, dtype=number.dtype, pin_memory=True, device="cpu")
-            self._number = host.copy_(number.detach(), non_blocking=True)
+        self._numbers = numbers.detach()
+        if numbers.device.type == "cuda":
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True, device="cpu")
+            self._numbers = host.copy_(numbers.detach(), non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(number.device))
+            self._event.record(torch.cuda.current_stream(numbers.device))
 
-    def value(self) -> float:
+    def values(self) -> list[float]:
+        """The numbers, in one flat list."""
         if self._event is not None:
             self._event.synchronize()
-        return float(self._number)
+        return self._numbers.view(-1).tolist()
+
+    def value(self) -> float:
+        """The number, where it is a single one."""
+        (number,) = self.values()
+        return float(number)
 
 
 def handed(numbers: Tensor, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from aadl import kernels
 from aadl.deferred import handed
 from aadl.flat import FlatRow
+from aadl.memory import zeros
 from aadl.mixing import Gram, filled_products, host_tensor, needed_products
 from aadl.ranks import Ranks
 
@@ -50,11 +51,13 @@ class Block:
     own_start: Tensor
     start: Tensor
     """Where the running macro-step began: `own_start`, or `mapped` itself after a plain macro-step."""
-    square: Tensor | None = None
-    """||f||^2 of the newest pair, where storing it made that too."""
+    measured: Tensor | None = None
+    """||f||^2, (eps ||g||)^2, ||s||^2 and <f, s> of the newest pair, where its push was asked for them. The jump s
+    leads from the last mapped iterate to the start of the pair; eps is that of the tensors."""
     offloaded: bool = False
     """Whether the rows live on the host and the tensors do not."""
     _stage: Tensor | None = None
+    """Where the tensors of a device arrive on the host."""
     _arrival: torch.cuda.Event | None = None
     _fetched: bool = False
 
@@ -76,6 +79,12 @@ class Block:
             "start": self.own_start,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        stage = self.mapped.nbytes if self.offloaded else 0
+        return sum(tensor.nbytes for tensor in self.tensors.values()) + stage
 
     @property
     def is_window(self) -> bool:
@@ -101,8 +110,7 @@ class Block:
 
     def fetch(self, values: Tensors) -> None:
         """Queue the copy of the tensors to the host; `read` waits for it."""
-        if self._stage is None:
-            self._stage = torch.empty_like(self.mapped, pin_memory=self.mapped.is_pinned())
+        assert self._stage is not None
         for part, value in self.row.read(values):
             self._stage[part].copy_(value, non_blocking=True)
         if self.row.device.type == "cuda":
@@ -120,6 +128,8 @@ class Column:
     """Its second update starts where the first one ended."""
     learning_rate: float
     """Factor of the learning rate its residuals belong to."""
+    jump: dict[str, float] = field(default_factory=dict)
+    """By kind, the squared distance between the first update's end and the second one's start, where they differ."""
 
 
 @dataclass
@@ -170,8 +180,7 @@ class History:
 
     def continue_from_mapped(self) -> None:
         """The next macro-step starts at the newest mapped iterate (no copy)."""
-        for block in self.blocks:
-            block.start = block.mapped
+        self.start_from(kept=False)
 
     def fetch(self, tensors: Sequence[Tensors]) -> None:
         """Queue the copy of the tensors to a history on the host, which the next `push` waits for."""
@@ -180,17 +189,26 @@ class History:
                 block.fetch(values)
 
     def push(
-        self, tensors: Sequence[Tensors], column: Column, learning_rate_ratio: float = 1.0, keep_last: bool = False
+        self,
+        tensors: Sequence[Tensors],
+        column: Column,
+        learning_rate_ratio: float = 1.0,
+        keep_last: bool = False,
+        measure: str = "jump",
     ) -> None:
         """Store the pair (start, values of `tensors`); the next macro-step starts at these values.
 
         With learning_rate_ratio rho != 1 the previous residual is first brought to the present learning rate,
         f <- rho f and g <- x + rho f, so that the difference belongs to one map. With `keep_last` the mapped iterate
-        of the pair before goes where the start was, from where `take` can bring it back.
+        of the pair before goes where the start was, from where `take` can bring it back. Unless `measure` is "", the
+        blocks keep the numbers of `Block.measured`, which `gram` and `measurements` need: s leads to the start from
+        the last mapped iterate ("jump") or, where an earlier push has kept one that is still there, from that ("kept").
         """
         slot = self.next if self.has_pair else None
+        alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
         for block, values in zip(self.blocks, tensors, strict=True):
-            _push_block(block, values, slot, learning_rate_ratio if block.kind == "parameters" else 1.0, keep_last)
+            ratio = learning_rate_ratio if block.kind == "parameters" else 1.0
+            _push_block(block, values, slot, ratio, keep_last, measure, alone)
         if slot is not None:
             self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
@@ -258,46 +276,50 @@ class History:
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
-        for kind, products in self._fresh_products(count).items():
+        for kind, (products, numbers) in self._fresh_products(count).items():
             known = self.grams.setdefault(kind, [[0.0] * self.depth for _ in range(self.depth)])
             *fresh, last = products.tolist()  # Python is faster than tensor calls at this size
             for slot, row in zip(self.stale, fresh, strict=True):
                 for other in order:
                     known[slot][other] = known[other][slot] = row[other]
             matrix = host_tensor([[known[i][j] for j in order] for i in order]).view(count, count)
-            result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1])
+            result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1], *numbers.tolist())
         self.stale = []
         return result
 
-    def _fresh_products(self, count: int) -> dict[str, Tensor]:
-        """Per kind, products of the stale columns and of f with all columns and f, on the host, summed over ranks."""
+    def _fresh_products(self, count: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per kind, on the host, summed over ranks: products of the stale columns and of f with all columns and f, and
+        what the push has measured besides ||f||^2."""
         kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
         if self.partial:  # ranks without a tensor take part in the sum too
             kinds = list(KINDS)
         shape, device = (len(self.stale) + 1, count + 1), self._device()
         sums = torch.zeros(len(kinds), *shape, dtype=torch.float64, device=device)
+        numbers = torch.zeros(len(kinds), 3, dtype=torch.float64, device=device)
         for block in self.blocks:
             if block.residual is None or block.delta_residual is None:
                 continue
             products = kernels.inner_products(block.delta_residual, block.residual, count, self.stale, block.fused)
             weight = block.weight if self.partial else 1 / self.ranks.size if self.sums else 1.0
             sums[kinds.index(block.kind)].add_(products.to(device), alpha=weight)
-        if self.sums:
-            needed = needed_products(tuple(self.stale), count)
-            word = self.ranks.total(sums.flatten(1).index_select(1, handed(needed, device))).cpu()
-            sums = torch.stack([filled_products(part, needed, shape, self.stale) for part in word])
-        return dict(zip(kinds, sums.cpu(), strict=True))
+            if block.measured is not None:
+                numbers[kinds.index(block.kind)].add_(block.measured[1:].to(device), alpha=weight)
+        if not self.sums:
+            word = torch.cat([sums.flatten(1), numbers], 1).cpu()
+            return {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, word, strict=True)}
+        needed = needed_products(tuple(self.stale), count)
+        word = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
+        word = self.ranks.total(word).cpu()
+        parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in word]
+        return dict(zip(kinds, parts, strict=True))
 
-    def residual_squares(self) -> Tensor:
-        """||f||^2 of the newest pair by kind, shape (2,), float64, on the device, summed over the ranks."""
-        squares = torch.zeros(len(KINDS), dtype=torch.float64, device=self._device())
+    def measurements(self) -> Tensor:
+        """`Block.measured` of the newest pair by kind, shape (kinds, 4), on the device, summed over the ranks."""
+        sums = torch.zeros(len(KINDS), 4, dtype=torch.float64, device=self._device())
         for block in self.blocks:
-            if block.residual is not None:
-                alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
-                square = block.square if alone and block.square is not None else kernels.square(block.residual)
-                share = square * block.weight
-                squares[KINDS.index(block.kind)] += share.to(squares.device)
-        return self.total(squares)
+            if block.residual is not None and block.measured is not None:
+                sums[KINDS.index(block.kind)] += (block.measured * block.weight).to(sums.device)
+        return self.total(sums)
 
     def total(self, word: Tensor) -> Tensor:
         """Sum over the ranks where each holds a part; `word` where each holds everything."""
@@ -356,15 +378,26 @@ class History:
         """
         if isinstance(flag, bool):
             if flag:
-                self._write("own_start", tensors)
-            for block in self.blocks:
-                block.start = block.own_start if flag else block.mapped
+                self._write([block.own_start for block in self.blocks], tensors)
+            self.start_from(kept=flag)
             return
+        for block, row in zip(self.blocks, self._chosen(flag), strict=True):
+            block.own_start.copy_(row)
+        self._write([block.own_start for block in self.blocks], tensors)
+        self.start_from(kept=True)
+
+    def put_back(self, flag: Tensor, tensors: Sequence[Tensors]) -> None:
+        """As `take` with a flag on a device, but what a push kept stays where it is; `start_from` has to follow."""
+        self._write(list(self._chosen(flag)), tensors)
+
+    def start_from(self, kept: bool) -> None:
+        """Have the next macro-step start at what lies in `own_start`, or at the newest mapped iterate (no copy)."""
         for block in self.blocks:
-            chosen = flag.to(block.mapped.device, non_blocking=True)
-            torch.where(chosen, block.own_start, block.mapped, out=block.own_start)
-            block.start = block.own_start
-        self._write("own_start", tensors)
+            block.start = block.own_start if kept else block.mapped
+
+    def _chosen(self, flag: Tensor) -> Iterator[Tensor]:
+        for block in self.blocks:
+            yield torch.where(flag.to(block.mapped.device, non_blocking=True), block.own_start, block.mapped)
 
     def average(self, own: bool, ranks: Ranks, tensors: Sequence[Tensors]) -> None:
         """Average over ranks whose weights differ: the newest mapped iterates into the tensors, and the candidates.
@@ -381,15 +414,19 @@ class History:
 
     def write_mapped(self, tensors: Sequence[Tensors]) -> None:
         """Copy the newest mapped iterate into the tensors: bit for bit what the base optimizer had left."""
-        self._write("mapped", tensors)
+        self._write([block.mapped for block in self.blocks], tensors)
 
-    def _write(self, name: str, tensors: Sequence[Tensors]) -> None:
-        for block, values in zip(self.blocks, tensors, strict=True):
-            views = block.views[name]
-            if block.is_window:
-                row = self.ranks.gathered(getattr(block, name), block.row.window_length)
-                views = block.row.views(row[: block.row.whole])
-            block.row.write(views, values, non_blocking=block.offloaded)
+    def _write(self, rows: Sequence[Tensor], tensors: Sequence[Tensors]) -> None:
+        for block, row, values in zip(self.blocks, rows, tensors, strict=True):
+            block.row.write(self._views(block, row), values, non_blocking=block.offloaded)
+
+    def _views(self, block: Block, row: Tensor) -> list[Tensor]:
+        """The parts of a row that belong to the tensors; those of the block's own rows are made once."""
+        if block.is_window:
+            return block.row.views(self.ranks.gathered(row, block.row.window_length)[: block.row.whole])
+        if row is block.own_start or row is block.mapped:
+            return block.views["own_start" if row is block.own_start else "mapped"]
+        return block.row.views(row)
 
 
 def make_block(
@@ -401,10 +438,11 @@ def make_block(
     *,
     part: tuple[int, int] = (0, 1),
     weight: float = 1.0,
-    fused: bool | None = False,
+    fused: bool = False,
     device: torch.device | None = None,
+    planned: bool = False,
 ) -> Block:
-    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements.
+    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements, numel more if not on its device.
 
     Args:
         kind: "parameters" or "momentum".
@@ -414,20 +452,23 @@ def make_block(
         dtype: of the ring rows; None for that of the tensors. The three vectors keep the tensors' dtype.
         part: (index, count) of the window of the flat row to keep.
         weight: see `Block`.
-        fused: compiled kernels; None where they were measured to win.
+        fused: whether kernels that torch.compile makes are used where the row is long enough for them.
         device: of the rows; None for that of the tensors.
+        planned: whether to allocate nothing and leave the rows without values, for the sake of `Block.nbytes`.
     """
     place = templates[0].device if device is None else device
     numel = sum(template.numel() for template in templates) // part[1]
-    compiled = kernels.wants_compiled(place, numel, fused)
-    row = FlatRow(templates, part, cut=not compiled)
-    pinned = place.type == "cpu" and row.device.type == "cuda"
+    compiled = fused and numel >= kernels.SHORTEST_ROW
+    row = FlatRow(templates, part, cut=not compiled and not planned)
+    offloaded = place.type != row.device.type
+    pinned = place.type == "cpu" and row.device.type == "cuda" and not planned
+    there = torch.device("meta") if planned else place
 
     def vector() -> Tensor:
-        return torch.zeros(row.numel, dtype=row.dtype, device=place, pin_memory=pinned)
+        return zeros((row.numel,), row.dtype, there, pinned)
 
     def ring() -> Tensor:
-        return torch.zeros(depth, row.numel, dtype=dtype or row.dtype, device=place, pin_memory=pinned)
+        return zeros((depth, row.numel), dtype or row.dtype, there, pinned)
 
     own_start = vector()
     return Block(
@@ -441,15 +482,18 @@ def make_block(
         residual=vector() if residuals else None,
         own_start=own_start,
         start=own_start,
-        offloaded=place.type != row.device.type,
+        offloaded=offloaded,
+        _stage=vector() if offloaded else None,
     )
 
 
-def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool) -> None:
+def _push_block(
+    block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool, measure: str, alone: bool
+) -> None:
     from_mapped = block.start is block.mapped
     delta_mapped = None if slot is None else block.delta_mapped[slot]
     delta_residual = None if slot is None or block.delta_residual is None else block.delta_residual[slot]
-    total, complete = None, True
+    total: Tensor | None = None
     for part, value in block.read(values):
         mapped = block.mapped[part]
         start = mapped if from_mapped else block.start[part]
@@ -458,10 +502,15 @@ def _push_block(block: Block, values: Tensors, slot: int | None, ratio: float, k
         if delta_mapped is not None:
             rows = None if delta_residual is None else delta_residual[part], delta_mapped[part]
         kept = start if keep_last and not from_mapped else block.own_start[part] if keep_last else None
-        square = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused)
-        total = None if square is None else square if total is None else total + square
-        complete = complete and square is not None
-    block.square = total if complete else None
+        origin = {"": None, "jump": mapped, "kept": block.own_start[part]}[measure]
+        numbers = None if origin is None or alone else kernels.measured(value, start, origin)
+        origin = origin if alone else None
+        made = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused, origin)
+        numbers = made if numbers is None else numbers
+        total = numbers if total is None or numbers is None else total + numbers
+    if total is not None:
+        total[1] *= torch.finfo(block.row.dtype).eps ** 2
+    block.measured = total
 
 
 def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:

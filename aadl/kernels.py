@@ -9,16 +9,12 @@ as good as an orthogonal factorization (docs/method.md).
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from os import environ
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +27,6 @@ WIDE_PIECE = 16_384
 WIDE_PIECE_ACCELERATOR = 1 << 20
 HOST_PIECE = 65_536
 COMBINE_PIECE = 131_072
-COMPILED_FROM = 1_000_000
-"""Row length from which compiled kernels are used by default: below, the compilation costs more than it saves."""
 SUM_BLOCK = 2048
 """Products of bfloat16 rows summed in float32. Of 4096, on a CPU with eight numbers a vector, the sum was wrong by
 1.05e-6 of the squared norm."""
@@ -51,6 +45,7 @@ def store(
     ratio: float = 1.0,
     kept: Tensor | None = None,
     fused: bool = False,
+    origin: Tensor | None = None,
 ) -> Tensor | None:
     """Make (start, value) the newest pair and write its differences from the last one, for one piece.
 
@@ -65,15 +60,20 @@ def store(
         ratio: of the learning rates of the new and the last pair.
         kept: where the last mapped iterate goes, or None; may be `start`.
         fused: whether to use the compiled kernel where it works.
+        origin: where the jump came from that is measured; None to measure nothing.
 
     Returns:
-        ||f_new||^2 in float64, if the kernel happened to make it.
+        ||f_new||^2, ||g_new||^2, ||s||^2 and <f_new, s> with the jump s = start - origin, in float64 on the device,
+        shape (4,), made while the piece is in cache; None without `origin`.
     """
     if fused and ratio == 1 and residual is not None and rows is not None and (kept is None or kept is start):
         own_start = None if start is mapped else start
-        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, kept is not None)
+        known = None if origin is mapped else origin
+        options = kept is not None, origin is not None
+        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, known, *options)
         if result is not None:
-            return result if kept is not None else None
+            return None if origin is None else result
+    numbers = None if origin is None else measured(value, start, origin)
     if residual is not None and rows is not None:
         delta_residual, delta_mapped = rows
         assert delta_residual is not None
@@ -94,7 +94,37 @@ def store(
     if rows is not None and not is_difference:
         torch.sub(value, mapped, out=rows[1])
     mapped.copy_(value)
-    return None
+    return numbers
+
+
+def measured(value: Tensor, start: Tensor, origin: Tensor) -> Tensor:
+    """The numbers that `store` returns with `origin`."""
+    if value.device.type == "cpu":
+        jumped, totals = start is not origin, [0.0] * 4
+        for begin in range(0, value.numel(), HOST_PIECE):
+            a, b, c = (row[begin : begin + HOST_PIECE] for row in (value, start, origin))
+            numbers = _measured_piece(a, b, c, jumped)
+            if value.dtype != torch.float64 and not all(x == 0 or 1e-20 < abs(x) < 1e30 for x in numbers):
+                numbers = _measured_piece(a.double(), b.double(), c.double(), jumped)
+            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
+        return torch.tensor(totals, dtype=torch.float64, device="cpu")
+    total = torch.zeros(4, dtype=torch.float64, device=value.device)
+    for begin in range(0, value.numel(), WIDE_PIECE_ACCELERATOR):
+        part = slice(begin, begin + WIDE_PIECE_ACCELERATOR)
+        wide, first, last = value[part].double(), start[part].double(), origin[part].double()
+        update, jump = wide - first, first - last
+        pairs = ((update, update), (wide, wide), (jump, jump), (update, jump))
+        total += torch.stack([torch.dot(a, b) for a, b in pairs])
+    return total
+
+
+def _measured_piece(value: Tensor, start: Tensor, origin: Tensor, jumped: bool) -> list[float]:
+    update = value - start
+    numbers = [float(torch.dot(update, update)), float(torch.dot(value, value)), 0.0, 0.0]
+    if jumped:
+        jump = start - origin
+        numbers[2:] = float(torch.dot(jump, jump)), float(torch.dot(update, jump))
+    return numbers
 
 
 def _store(
@@ -104,28 +134,29 @@ def _store(
     mapped: Tensor,
     delta_residual: Tensor,
     delta_mapped: Tensor,
+    origin: Tensor | None,
     keep: bool,
+    measure: bool,
 ) -> Tensor:
-    """One loop over memory; `own_start` is None for a start at the mapped iterate."""
-    new = value - (mapped if own_start is None else own_start)
+    """One loop over memory; `own_start` is None for a start at the mapped iterate, `origin` for a jump from there."""
+    start = mapped if own_start is None else own_start
+    new = value - start
+    numbers = new.new_zeros(4, dtype=torch.float64)
+    if measure:
+        wide, update = value.double(), new.double()
+        squares = [update.square().sum(), wide.square().sum()]
+        if own_start is None and origin is None:
+            numbers = torch.stack([*squares, *numbers[:2].unbind()])
+        else:
+            jump = (start - (mapped if origin is None else origin)).double()
+            numbers = torch.stack([*squares, jump.square().sum(), (update * jump).sum()])
     delta_residual.copy_(new - residual)
     delta_mapped.copy_(value - mapped)
     if keep and own_start is not None:
         own_start.copy_(mapped)
     residual.copy_(new)
     mapped.copy_(value)
-    return new.double().square().sum() if keep else new.new_zeros((), dtype=torch.float64)
-
-
-def square(row: Tensor) -> Tensor:
-    """||row||^2 as a float64 scalar; summed in the precision of the row where that neither under- nor overflows."""
-    if row.device.type != "cpu":
-        return torch.linalg.vector_norm(row, dtype=torch.float64).square()
-    pieces = row.split(HOST_PIECE) if row.numel() else ()
-    total = sum((float(torch.dot(piece, piece)) for piece in pieces), 0.0)
-    if row.dtype != torch.float64 and not 1e-20 < total < 1e30:
-        total = sum((float(torch.dot(piece.double(), piece.double())) for piece in pieces), 0.0)
-    return torch.tensor(total, dtype=torch.float64, device="cpu")
+    return numbers
 
 
 # ---- inner products ------------------------------------------------------------------------------------------------
@@ -335,20 +366,6 @@ def _combination(
 
 
 # ---- compilation ---------------------------------------------------------------------------------------------------
-
-
-def wants_compiled(device: torch.device, numel: int, fused: bool | None) -> bool:
-    """Whether the kernels of a row are to be compiled: as asked for, or where that was measured to win."""
-    if fused is not None:
-        return fused and numel >= SHORTEST_ROW
-    return device.type == "cpu" and numel >= COMPILED_FROM and _can_compile()
-
-
-@cache
-def _can_compile() -> bool:
-    """Whether torch.compile finds what it needs to build for a CPU: a C++ compiler and the headers of Python."""
-    compiler = shutil.which(environ.get("CXX", "g++")) or shutil.which("clang++")
-    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 _broken: list[str] = []

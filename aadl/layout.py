@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import state
+from aadl import memory, state
 from aadl.history import Block, History, Tensors, make_block
 from aadl.parameters import grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
@@ -25,13 +25,27 @@ class Layout:
         ranks: those whose sums make the inner products.
         partitioned: whether every rank holds other parameters.
         momentum: whether there are momentum buffers by now.
+        planned: whether to allocate nothing, for the sake of `nbytes`.
+
+    Raises:
+        ValueError: `process_group` does not hold every shard of the parameters.
+        torch.OutOfMemoryError: there is no room for the rows; none of them is kept then.
     """
 
+    agreed = False
+    """Whether all ranks are known to have room for their rows."""
+
     def __init__(
-        self, parameters: list[Tensor], settings: Settings, ranks: Ranks, partitioned: bool, momentum: bool
+        self,
+        parameters: list[Tensor],
+        settings: Settings,
+        ranks: Ranks,
+        partitioned: bool,
+        momentum: bool,
+        planned: bool = False,
     ) -> None:
         self.parameters, self.identity, self.groups = parameters, identity_of(parameters), grouped(parameters)
-        self._settings, self._partitioned = settings, partitioned
+        self._settings, self._partitioned, self._planned = settings, partitioned, planned
         self._seen: tuple[Look, list[Tensors]] | None = None
         most = max(map(shards_of, parameters), default=1)
         if not partitioned and ranks.size % most:
@@ -40,9 +54,8 @@ class Layout:
             )
         cut = partitioned or settings.shard_history or any(shards_of(p) > 1 for p in parameters)
         self.history = History(settings.history_depth, [], ranks, partial=cut and ranks.size > 1)
-        self.history.blocks += self._blocks("parameters")
-        if momentum:
-            self.add_momentum()
+        with_momentum = momentum and settings.state_coupling != "params"
+        self.history.blocks += self._allocated("parameters", *(["momentum"] if with_momentum else []))
 
     @property
     def has_momentum(self) -> bool:
@@ -51,8 +64,13 @@ class Layout:
     def add_momentum(self) -> None:
         """Have rows for momentum buffers, from zero."""
         if self._settings.state_coupling != "params":
-            self.history.blocks += self._blocks("momentum")
+            self.history.blocks += self._allocated("momentum")
             self._seen = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows on this rank."""
+        return sum(block.nbytes for block in self.history.blocks)
 
     def is_of(self, parameters: list[Tensor]) -> bool:
         """Whether these are the parameters, in their shapes."""
@@ -102,7 +120,26 @@ class Layout:
         """The vectors of the history by name, see aadl.state."""
         return state.rows_of(self.history, self.groups, self._settings.shard_history)
 
-    def _blocks(self, kind: str) -> list[Block]:
+    def _allocated(self, *kinds: str) -> list[Block]:
+        """Blocks of these kinds, all or none of them."""
+        settings = self._settings
+        planned = [block for kind in kinds for block in self._blocks(kind, planned=True)]
+        if self._planned:
+            return planned
+        need = memory.Need({}, {})
+        for block in planned:
+            place = block.row.device if settings.history_device is None else torch.device(settings.history_device)
+            need.nbytes[place] = need.nbytes.get(place, 0) + block.nbytes
+            need.elements[block.kind] = need.elements.get(block.kind, 0) + block.row.numel
+        memory.check_room(need, settings)
+        try:
+            return [block for kind in kinds for block in self._blocks(kind)]
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        raise memory.refusal(need, settings)  # here, where no frame holds the rows that there was room for
+
+    def _blocks(self, kind: str, planned: bool = False) -> list[Block]:
         settings, ranks = self._settings, self.history.ranks
         part = (ranks.index, ranks.size) if settings.shard_history else (0, 1)
         alone = self._partitioned or settings.shard_history  # every element counts once in a sum over the ranks
@@ -118,6 +155,7 @@ class Layout:
                 weight=1.0 if once else shards_of(group[0][1]) / ranks.size,
                 fused=settings.fused,
                 device=None if settings.history_device is None else torch.device(settings.history_device),
+                planned=planned,
             )
             for group in self.groups
         ]

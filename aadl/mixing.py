@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DAMPING = 1.0
+
 
 class Gram(NamedTuple):
     """Inner products of the stored residual differences and the newest residual."""
@@ -28,6 +30,12 @@ class Gram(NamedTuple):
     """DF' f_k, shape (columns,)."""
     square: float
     """||f_k||^2."""
+    rounding: float = 0.0
+    """(eps ||g_k||)^2: what one rounding of the parameters can add to a residual."""
+    jump: float = 0.0
+    """||s||^2, with s = x_k - g_{k-1} the way from the last mapped iterate to the start of the newest pair."""
+    along: float = 0.0
+    """<f_k, s>."""
 
 
 class Mixing(NamedTuple):
@@ -59,21 +67,24 @@ def joined(parts: dict[str, Gram], weights: dict[str, float], scales: list[float
     for kind, part in parts.items():
         if scaled and kind == "parameters":
             factor = host_tensor(scales)
-            part = Gram(factor.outer(factor) * part.matrix, factor * part.projection, part.square)
+            part = part._replace(matrix=factor.outer(factor) * part.matrix, projection=factor * part.projection)
         weight = weights[kind]
         total = Gram(
             total.matrix + weight * part.matrix,
             total.projection + weight * part.projection,
             total.square + weight * part.square,
+            total.rounding + weight * part.rounding,
+            total.jump + weight * part.jump,
+            total.along + weight * part.along,
         )
     return total
 
 
 def packed(gram: Gram, others: list[float]) -> Tensor:
-    """A Gram record and other numbers as one vector of columns (columns + 3) / 2 + 1 + len(others) elements."""
+    """A Gram record and other numbers as one vector of columns (columns + 3) / 2 + 4 + len(others) elements."""
     columns = gram.projection.numel()
     upper = torch.ones(columns, columns, dtype=torch.bool, device="cpu").triu()
-    return torch.cat([gram.matrix[upper], gram.projection, host_tensor([gram.square, *others])])
+    return torch.cat([gram.matrix[upper], gram.projection, host_tensor([*gram[2:], *others])])
 
 
 def unpacked(word: Tensor, columns: int) -> tuple[Gram, list[float]]:
@@ -84,8 +95,8 @@ def unpacked(word: Tensor, columns: int) -> tuple[Gram, list[float]]:
         [columns * (columns + 1) // 2, columns, word.numel() - columns * (columns + 3) // 2]
     )
     matrix[upper] = products
-    square, *others = numbers.tolist()
-    return Gram(matrix + matrix.triu(1).T, projection, square), others
+    values = numbers.tolist()
+    return Gram(matrix + matrix.triu(1).T, projection, *values[:4]), values[4:]
 
 
 @cache
@@ -108,7 +119,9 @@ def filled_products(part: Tensor, needed: Tensor, shape: tuple[int, int], stale:
     return products
 
 
-def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: float) -> Mixing:
+def mixing_coefficients(
+    gram: Gram, regularization: float, eigenvalue_cutoff: float, noise: Tensor | None = None
+) -> Mixing:
     """Minimize ||f_k - DF gamma||^2 + regularization * ||D gamma||^2 from inner products alone.
 
     With D = diag(||Df_j||), the equilibrated Gram matrix D^-1 G D^-1 = V diag(w) V' is truncated at
@@ -124,16 +137,21 @@ def mixing_coefficients(gram: Gram, regularization: float, eigenvalue_cutoff: fl
         gram: inner products of the columns.
         regularization: Tikhonov factor relative to unit columns, >= 0.
         eigenvalue_cutoff: eigenvalues below this fraction of the largest are dropped, >= 0.
+        noise: square of the length that rounding can give each column, shape (columns,); None for zeros. Shorter
+            columns are left out, and the others are damped by noise_i / ||Df_i||^2 more than `regularization`.
 
     Source: Walker and Ni, SIAM J. Numer. Anal. 49 (2011), eq. (2.2), in normal equations.
     """
     nothing = torch.zeros_like(gram.projection)
-    inverse = gram.matrix.diagonal().rsqrt().nan_to_num_(nan=0.0, posinf=0.0)
+    squares = gram.matrix.diagonal()
+    noise = nothing if noise is None else noise
+    inverse = squares.rsqrt().where(squares > noise, 0.0)
     unit = gram.matrix * inverse.outer(inverse)
     right = gram.projection * inverse
     if not (gram.square > 0 and math.isfinite(gram.square + float(unit.sum() + right.sum()))):
         return Mixing(nothing, nothing, 0, math.nan, 0.0)
-    eigenvalues, vectors = torch.linalg.eigh(unit)
+    damped = unit + (DAMPING * noise * inverse.square()).diag()
+    eigenvalues, vectors = torch.linalg.eigh(damped)
     values = eigenvalues.tolist()
     kept = [value for value in values if value > eigenvalue_cutoff * values[-1] and value > 0]
     if not kept:
@@ -191,4 +209,4 @@ def host_tensor(values: float | list[float] | list[list[float]]) -> Tensor:
 def newest(gram: Gram, count: int) -> Gram:
     """The Gram record of the newest `count` columns."""
     start = gram.projection.numel() - count
-    return Gram(gram.matrix[start:, start:], gram.projection[start:], gram.square)
+    return gram._replace(matrix=gram.matrix[start:, start:], projection=gram.projection[start:])

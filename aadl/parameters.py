@@ -2,53 +2,106 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+import functools
+import numbers
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl.ranks import shards_of
+from aadl.ranks import PLAIN, is_sharded, shards_of
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+LOOPS = ("lightning", "pytorch_lightning", "lightning_fabric")
+"""Top packages of frameworks whose loops make closures of their own."""
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """First-moment buffers of torch.optim; second moments are never extrapolated, they must stay positive."""
 
 
+NO_STATE: Mapping[str, Any] = {}
+
+
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    """The tensors of the groups, in their order; what else lies there (names, None) is passed over."""
+    return [p for group in optimizer.param_groups for p in group.get("params", ()) if isinstance(p, Tensor)]
 
 
 def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Parameters that require a gradient, in the order of the groups; refuses what cannot be extrapolated."""
+    """Parameters that require a gradient, in the order of the groups.
+
+    Raises:
+        ValueError: one that cannot be extrapolated.
+    """
     parameters = [p for p in all_parameters(optimizer) if p.requires_grad]
     for p in parameters:
-        if p.dtype not in DTYPES:
-            raise ValueError(
-                f"parameter of shape {tuple(p.shape)} has dtype {p.dtype}: its rounding is coarser than the updates "
-                f"that are extrapolated; keep float32 (master) parameters and use autocast"
-            )
-        if p.layout != torch.strided or p.device.type == "meta":
-            raise ValueError(f"parameter of shape {tuple(p.shape)} is {p.layout} on {p.device}: only dense ones work")
+        reason = "" if type(p) in PLAIN and p.dtype in DTYPES and p.layout == torch.strided else _refusal(p)
+        if reason or p.device.type == "meta" or getattr(p, "_fsdp_flattened", False):
+            raise ValueError(reason or _refusal(p))
         shards_of(p)
     return parameters
 
 
+def _refusal(p: Tensor) -> str:
+    """Why a parameter cannot be extrapolated; "" if it can."""
+    if torch.nn.parameter.is_lazy(p):
+        return f"a parameter is an {type(p).__name__} without a shape: run the model once, then make the optimizer"
+    name = f"parameter of shape {tuple(p.shape)}"
+    if getattr(p, "_fsdp_flattened", False):  # marks flat parameters and the views of them (use_orig_params)
+        return (
+            f"{name} belongs to torch.distributed.fsdp.FullyShardedDataParallel, whose shards cannot be told from "
+            f"whole parameters: use torch.distributed.fsdp.fully_shard"
+        )
+    if p.dtype not in DTYPES:
+        return (
+            f"{name} has dtype {p.dtype}: its rounding is coarser than the updates that are extrapolated; keep float32 "
+            f"(master) parameters and use autocast"
+        )
+    if p.layout != torch.strided or p.device.type == "meta":
+        return f"{name} is {p.layout} on {p.device}: only dense ones work"
+    if not is_sharded(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return (
+            f"{name} is a {type(p).__name__}, which keeps its numbers elsewhere (as a quantized one does): only plain "
+            f"tensors and DTensors can be extrapolated"
+        )
+    return ""
+
+
+def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:
+    """What the optimizer keeps for a parameter; empty where it keeps nothing, or no dictionary."""
+    state = optimizer.state.get(p)
+    return state if isinstance(state, Mapping) else NO_STATE
+
+
 def momentum_of(state: Any, p: Tensor) -> Tensor | None:
+    """The first moment among the state of a parameter, if it can be extrapolated with it.
+
+    None for one in another shape, type or place (factored, quantized, bfloat16, on the host): such a one is left alone.
+    """
     for key in MOMENTUM_KEYS:
-        buffer = state.get(key) if state else None
-        if isinstance(buffer, Tensor) and buffer.shape == p.shape and buffer.dtype == p.dtype:
+        buffer = state.get(key) if isinstance(state, Mapping) else None
+        if (
+            isinstance(buffer, Tensor)
+            and (type(buffer) in PLAIN or is_sharded(p))
+            and is_sharded(buffer) == is_sharded(p)
+            and buffer.shape == p.shape
+            and buffer.dtype == p.dtype
+            and buffer.device == p.device
+            and buffer.layout == torch.strided
+        ):
             return buffer
     return None
 
 
 def makes_momentum(optimizer: Optimizer) -> bool:
     """Whether the optimizer has momentum buffers, or its groups say that its first step will make some."""
-    if any(momentum_of(optimizer.state.get(p), p) is not None for p in all_parameters(optimizer)):
+    parameters = all_parameters(optimizer)
+    states = [state_of(optimizer, p) for p in parameters]
+    if any(momentum_of(state, p) is not None for state, p in zip(states, parameters, strict=True)):
         return True
-    if any(optimizer.state.values()):
+    if any(states):
         return False
     known = type(optimizer).__module__.startswith("torch.optim")
     return known and any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
@@ -73,6 +126,27 @@ def closure_of(args: Any, kwargs: Any) -> Callable[[], Any] | None:
     return closure if callable(closure) else None
 
 
+def belongs_to_a_loop(closure: Any) -> bool:
+    """Whether a closure is made by a framework whose loop trains, counts and logs in it, not by the user.
+
+    Lightning hands every closure on inside one of its own. The package of the module of its code tells whose a callable
+    is, also behind functools.partial, bound methods and decorators (`__wrapped__`).
+    """
+    for _ in range(16):  # more layers are a circle
+        for code in (closure, type(closure).__call__):
+            if str(getattr(code, "__module__", None)).partition(".")[0] in LOOPS:
+                return True
+        if isinstance(closure, functools.partial):
+            closure = closure.func
+        elif isinstance(closure, types.MethodType):
+            closure = closure.__func__
+        elif hasattr(closure, "__wrapped__"):
+            closure = closure.__wrapped__
+        else:
+            break
+    return False
+
+
 class Rates:
     """Learning rates as numbers; a rate on a device is fetched again only after somebody wrote to it."""
 
@@ -80,17 +154,25 @@ class Rates:
         self._known: dict[int, tuple[Tensor, int, float]] = {}
 
     def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
-        """The rates of those groups that have one."""
-        return [self._number(i, group["lr"]) for i, group in enumerate(groups) if "lr" in group]
+        """One rate for every group: 1 where the optimizer has none to read (no "lr", or None: it finds its own)."""
+        rates = [group.get("lr") for group in groups]
+        return [self._number(i, rate) if is_rate(rate) else 1.0 for i, rate in enumerate(rates)]
 
     def _number(self, place: int, rate: Any) -> float:
-        if not isinstance(rate, Tensor) or rate.device.type == "cpu":
+        if not isinstance(rate, Tensor):
             return float(rate)
+        if rate.device.type == "cpu":
+            return float(rate.detach())
         tensor, version, number = self._known.get(place, (None, -1, 0.0))
         if tensor is not rate or version != rate._version:
-            number = float(rate)
+            number = float(rate.detach())
             self._known[place] = rate, rate._version, number
         return number
+
+
+def is_rate(rate: Any) -> bool:
+    """Whether this is one number."""
+    return type(rate) is float or isinstance(rate, numbers.Real) or (isinstance(rate, Tensor) and rate.numel() == 1)
 
 
 def maximizes(optimizer: Optimizer) -> bool:
@@ -100,34 +182,19 @@ def maximizes(optimizer: Optimizer) -> bool:
 def is_dry_step(optimizer: Optimizer) -> bool:
     """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    if any(rate is None or (isinstance(rate, Tensor) and rate.is_cuda) for rate in rates):
+    if any(not is_rate(rate) or (isinstance(rate, Tensor) and rate.is_cuda) for rate in rates):
         return False
     return bool(rates) and all(rate == 0 for rate in rates)
 
 
 def forget_curvature(optimizer: Optimizer) -> None:
-    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point."""
-    for state in optimizer.state.values():
-        if "prev_flat_grad" in state and "n_iter" in state:
-            state["n_iter"] = 0
+    """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point.
 
-
-def inner_optimizer(optimizer: Any) -> tuple[Optimizer, str]:
-    """The optimizer whose steps are accelerated, and how the given one wraps it.
-
-    "" for an optimizer itself, "partitioned" inside a ZeroRedundancyOptimizer (every rank steps its part of the
-    parameters), "averaged" inside a PostLocalSGDOptimizer (every rank steps its own copy of all).
-
-    Raises:
-        ValueError: a wrapper that never calls its inner step.
+    Its count of iterations goes on, since callers stop by it. A last step of length zero gives no pair of curvature,
+    and the next direction is scaled as that of a first iteration is, by the sum of the gradient's magnitudes.
     """
-    package: Any = sys.modules.get("torch.distributed.optim")
-    if package is None:  # nobody can have made one
-        return optimizer, ""
-    if isinstance(optimizer, getattr(package, "ZeroRedundancyOptimizer", ())):
-        if getattr(optimizer, "_overlap_with_ddp", False):
-            raise ValueError("ZeroRedundancyOptimizer with overlap_with_ddp=True calls no step() to accelerate")
-        return optimizer.__dict__["optim"], "partitioned"
-    if isinstance(optimizer, getattr(package, "PostLocalSGDOptimizer", ())):
-        return optimizer.__dict__["optim"], "averaged"
-    return optimizer, ""
+    for state in optimizer.state.values():
+        gradient = state.get("prev_flat_grad") if isinstance(state, dict) else None
+        if isinstance(gradient, Tensor) and "old_dirs" in state:
+            state |= {"d": torch.zeros_like(gradient), "t": 0.0, "old_dirs": [], "old_stps": [], "ro": []}
+            state["H_diag"] = 1 / gradient.abs().sum().clamp(min=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ class Settings:
     store_each_nth: int
     frequency: int
     regularization: float
-    average: bool | str
+    average: bool | str | None
     safeguard: bool | str
     average_tolerance: float
     average_window: int | None
@@ -41,23 +41,27 @@ class Settings:
     history_dtype: torch.dtype | None
     shard_history: bool = False
     history_device: str | None = None
-    fused: bool | None = None
+    fused: bool = False
     local_sgd: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("acceleration_type", self.acceleration_type, TYPES)
-        _one_of("average", self.average, AVERAGES)
+        kind = self.acceleration_type
+        kind = kind.lower() if isinstance(kind, str) and kind.lower() in TYPES else kind
+        _one_of("acceleration_type", kind, TYPES)
+        average = kind != "identity" if self.average is None else self.average
+        _one_of("average", average, AVERAGES)
         _one_of("safeguard", self.safeguard, SAFEGUARDS)
         _one_of("state_coupling", self.state_coupling, COUPLINGS)
         _one_of("history_dtype", self.history_dtype, HISTORY_DTYPES)
         _one_of("shard_history", self.shard_history, (True, False))
         _one_of("history_device", self.history_device, (None, "cpu"))
-        _one_of("fused", self.fused, (None, True, False))
+        _one_of("fused", self.fused, (True, False))
         _one_of("local_sgd", self.local_sgd, (True, False))
         if self.shard_history and self.local_sgd:
             raise ValueError("shard_history must be False with local_sgd: the weights of the ranks differ, got True")
         window = self.average_window
         plain = {  # numbers of Python, which state dicts may hold, whatever kind came in
+            "acceleration_type": kind,
             "relaxation": _number("relaxation", self.relaxation, "in (0, 1]", lambda v: 0 < v <= 1),
             "wait_iterations": _integer("wait_iterations", self.wait_iterations, 0),
             "history_depth": _integer("history_depth", self.history_depth, 0),
@@ -66,7 +70,7 @@ class Settings:
             "regularization": _number("reg_acc", self.regularization, ">= 0 and finite", lambda v: 0 <= v < math.inf),
             "average_tolerance": _number("average_tolerance", self.average_tolerance, "> 0", lambda v: v > 0),
             "average_window": None if window is None else _integer("average_window", window, 2),
-            "average": "auto" if self.average is True else self.average,
+            "average": "auto" if average is True else average,
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
@@ -104,6 +108,23 @@ class Settings:
             f"reg_acc={self.regularization:g}, average={self.average}, safeguard={self.safeguard}, "
             f"state_coupling={self.state_coupling}"
         )
+
+
+def history_device_for(given: Any, parameters: Sequence[torch.Tensor]) -> Any:
+    """None or "cpu" for a device: None where the parameters lie there.
+
+    Raises:
+        ValueError: another device.
+    """
+    kinds = sorted({p.device.type for p in parameters})
+    kind = given.partition(":")[0] if isinstance(given, str) else getattr(given, "type", given)
+    if kind is None or kind == "cpu":
+        return kind
+    if isinstance(given, (str, torch.device)) and kinds == [kind]:
+        return None
+    raise ValueError(
+        f"history_device must be None, 'cpu' or the device of the parameters ({', '.join(kinds)}), got {given!r}"
+    )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

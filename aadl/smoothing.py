@@ -68,7 +68,9 @@ def switch(active: bool, deviation: float, tolerance: float) -> bool:
     return deviation > tolerance
 
 
-def smoothed_coefficients(gram: Gram, window: int, regularization: float, eigenvalue_cutoff: float) -> Mixing:
+def smoothed_coefficients(
+    gram: Gram, window: int, regularization: float, eigenvalue_cutoff: float, noise: Tensor | None = None
+) -> Mixing:
     """Mixing coefficients gamma = T_last + S c of the pairs smoothed by a mean over `window` pairs (see above).
 
     With as many pairs as the window, or fewer, the result is the plain mean of the mapped iterates.
@@ -85,7 +87,9 @@ def smoothed_coefficients(gram: Gram, window: int, regularization: float, eigenv
     )
     if smooth.projection.numel() == 0:
         return Mixing(last, last, columns, math.nan, 0.0)
-    mixing = mixing_coefficients(smooth, regularization, eigenvalue_cutoff)
+    # a smoothed difference is that of two updates, divided by the window
+    noise = None if noise is None else noise.unfold(0, window, 1).amax(-1) / window**2
+    mixing = mixing_coefficients(smooth, regularization, eigenvalue_cutoff, noise)
     gamma = last + change @ mixing.gamma
     return mixing._replace(gamma=gamma, mean=last, numerical_rank=max(mixing.numerical_rank, 1))
 

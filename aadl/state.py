@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aadl.history import Block, Column, History
+from aadl.history import Column, History
 from aadl.ranks import is_sharded, like, local, sharded_row
 
 
@@ -106,7 +106,7 @@ def _part_here(saved: Tensor, target: Tensor) -> Tensor:
 def books_of(history: History) -> dict[str, Any]:
     """What a history knows besides its vectors, as plain values; slots keep their places."""
     return {
-        "columns": [[c.macro_step, c.consecutive, c.learning_rate] for c in history.columns],
+        "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump] for c in history.columns],
         "has_pair": history.has_pair,
         "next": history.next,
         "stale": list(history.stale),
@@ -119,7 +119,7 @@ def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
     """The fields of a history from its saved books; raises KeyError, TypeError or ValueError where they are damaged."""
     grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in books["grams"].items()}
     return {
-        "columns": [Column(int(m), bool(c), float(r)) for m, c, r in books["columns"]],
+        "columns": [Column(int(m), bool(c), float(r), dict(jump)) for m, c, r, jump in books["columns"]],
         "has_pair": bool(books["has_pair"]),
         "next": int(books["next"]),
         "stale": [int(slot) for slot in books["stale"]],
@@ -144,8 +144,3 @@ def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bo
         setattr(history, name, value)
     for block in history.blocks:
         block.start = block.mapped if starts_at_mapped else block.own_start
-
-
-def nbytes(blocks: Sequence[Block]) -> int:
-    """Bytes of all rows and vectors."""
-    return sum(tensor.nbytes for block in blocks for tensor in block.tensors.values())

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl.flat import SAMPLE
-from aadl.parameters import MOMENTUM_KEYS
-from aadl.ranks import is_sharded, local
+from aadl.parameters import MOMENTUM_KEYS, all_parameters, state_of
+from aadl.ranks import PLAIN, is_sharded, local
 
 Writes = dict[str, list[int]]
 """By kind of write: the gap between two steps that had it last, and its distance from the one before (0: none)."""
@@ -52,14 +52,13 @@ class Look:
 
 def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
     """Identities, addresses and version counters; no element is read."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = all_parameters(optimizer)
     tensors = parameters[:]
     if with_momentum:
-        states = optimizer.state
         for p in parameters:
-            state = states.get(p)
-            if state:
-                tensors += [state[key] for key in MOMENTUM_KEYS if isinstance(state.get(key), Tensor)]
+            state = state_of(optimizer, p)
+            buffers = [state[key] for key in MOMENTUM_KEYS if isinstance(state.get(key), Tensor)] if state else ()
+            tensors += [buffer for buffer in buffers if type(buffer) in PLAIN or is_sharded(buffer)]
     shards = any(map(is_sharded, parameters))
     tensors += [local(tensor) for tensor in tensors] if shards else []
     here = tensors[len(tensors) // 2 :] if shards else tensors

@@ -47,7 +47,7 @@ class Case:
     average: bool = False
     coupling: str = "params"
     safeguard: bool = True
-    fused: bool | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True)

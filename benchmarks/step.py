@@ -6,7 +6,8 @@ what an implementation cannot avoid to move at this machine's bandwidth, and aga
 
 Up to 1e6 parameters all combinations of depth, history, frequency, average and coupling are measured. Above, where a
 case takes ten seconds and more: all depths, histories and frequencies without average and coupling, and then at the
-larger depth, accelerating every 2 steps, average, coupling and safeguard one at a time.
+larger depth, accelerating every 2 steps, average, coupling and safeguard one at a time. From 1e6 parameters on also
+with compiled kernels (`fused=True`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SIZES = (1_000, 100_000, 1_000_000, RESNET50)
 # ---- what is measured ----------------------------------------------------------------------------------------------
 
 
-def all_cases(sizes: Sequence[int], depths: Sequence[int], cuda: bool, quick: bool = False) -> list[Case]:
+def all_cases(sizes: Sequence[int], depths: Sequence[int], quick: bool = False) -> list[Case]:
     """The cases, see the docstring of the module."""
     cases: list[Case] = []
     for size in sizes:
@@ -64,7 +65,7 @@ def all_cases(sizes: Sequence[int], depths: Sequence[int], cuda: bool, quick: bo
         if size <= SMALL:
             cases += [Case(size, depth, frequency=10, store_every=10) for depth in depths]
         if size >= WEIGHED:
-            cases += [replace(case, fused=fused) for case in chosen for fused in ((True, False) if cuda else (False,))]
+            cases += [replace(case, fused=True) for case in [*base, *(replace(c, coupling="full") for c in chosen)]]
     return list(dict.fromkeys(cases))
 
 
@@ -122,7 +123,7 @@ def measure_all(options: argparse.Namespace) -> Report:
     """Run everything the options ask for."""
     torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")
-    cases = all_cases(options.sizes, options.depths, cuda, options.quick)
+    cases = all_cases(options.sizes, options.depths, options.quick)
     meter = BandwidthMeter(options.device, 1 << 26 if options.quick and not cuda else None)
     measured = list(run_cases(cases, meter, options.repeats))
     results, before = [result for result, _ in measured], [sample for _, sample in measured]

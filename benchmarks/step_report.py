@@ -244,7 +244,7 @@ CASE_HEADER = ["parameters", "depth", "history", "accelerates every", "average",
 def _case_cells(case: Case) -> list[str]:
     other = [f"stores every {case.store_every}"] if case.store_every > 1 else []
     other += ["no safeguard"] if not case.safeguard else []
-    other += [f"fused {case.fused}"] if case.fused is not None else []
+    other += ["compiled"] if case.fused else []
     average = "always" if case.average else "off"
     return [
         f"{case.parameters:,}", str(case.depth), case.history, str(case.frequency), average, case.coupling,

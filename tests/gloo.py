@@ -22,7 +22,7 @@ PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", 
 def spawn_ranks(folder: Path, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Calls function(rank, world_size, *args) on each rank and returns what they return (pickled), by rank.
 
-    An exception on a rank is raised here; a collective that waits for more than a minute is one. `function` must be
+    An exception on a rank is raised here; a collective that waits for more than five minutes is one. `function` must be
     defined at the top of its module, and `folder` be empty.
     """
     folder.mkdir()
@@ -50,7 +50,7 @@ def _run_rank(
         init_method=(folder / "rendezvous").as_uri(),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(minutes=1),
+        timeout=timedelta(minutes=5),
     )
     result = function(rank, world_size, *args)
     (folder / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))

@@ -10,6 +10,12 @@ def make_history(depth=3, size=50, dtype=torch.float64, ring=None, kinds=("param
     return History(depth, blocks)
 
 
+def copied_to_the_host(block):
+    """The block, as if the tensors were on a device and its rows on the host."""
+    block.offloaded, block._stage = True, torch.empty_like(block.mapped)
+    return block
+
+
 def push_pair(history, starts, mapped, macro_step=0, ratio=1.0, **more):
     """Store one pair per block."""
     history.begin([[x] for x in starts])

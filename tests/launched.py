@@ -72,7 +72,7 @@ def _start_server():
         os.environ["PYTHONPATH"] = before
 
 
-def finish(processes, seconds=60):
+def finish(processes, seconds=300):
     """The exit codes; a process that does not end in time is killed, which its code tells."""
     end = time.monotonic() + seconds
     for process in processes:

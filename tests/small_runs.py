@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import shutil
+import sysconfig
+from os import environ
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +18,14 @@ EAGER = {"wait_iterations": 2, "history_depth": 4, "store_each_nth": 1, "frequen
 """Settings that attempt an acceleration at every second step."""
 ALWAYS = EAGER | {"safeguard": False, "average": False}
 RESIDUAL = EAGER | {"safeguard": "residual", "average": False}
+
+
+def missing_for_compilation():
+    """What torch.compile needs to build for a CPU and does not find here; "" where nothing is missing."""
+    name, header = environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
+    if not shutil.which(name) and not shutil.which("clang++"):
+        return f"no C++ compiler: neither {name} (CXX) nor clang++ is on the PATH"
+    return "" if header.is_file() else f"the headers of Python are not installed: {header} is missing"
 
 
 def sgd(model, lr=0.05, **more):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import aadl
-from benchmarks import accelerated_step, machine, resnet50, step, step_report
+from benchmarks import accelerated_step, break_even, machine, resnet50, step, step_report
 from benchmarks.accelerated_step import Case, Memory, Result, kind_of
 from benchmarks.machine import Bandwidth, Spread
 from benchmarks.shapes import resnet50_shapes
@@ -138,15 +138,27 @@ def test_tensors_are_weighed_by_storage():
 
 
 def test_large_cases_are_a_documented_part_of_all():
-    large = step.all_cases([accelerated_step.RESNET50], (5, 10), cuda=False)
-    plain = [c for c in large if not c.average and c.coupling == "params" and c.safeguard and c.fused is None]
+    large = step.all_cases([accelerated_step.RESNET50], (5, 10))
+    plain = [c for c in large if not c.average and c.coupling == "params" and c.safeguard and not c.fused]
     assert len(plain) == 2 * 2 * 3
-    assert all(c.depth == 10 and c.frequency == 2 for c in large if c not in plain)
+    compiled = [replace(c, fused=False) for c in large if c.fused and c.coupling == "params"]
+    assert compiled == plain
+    rest = [c for c in large if replace(c, fused=False) not in plain]
+    assert all(c.depth == 10 and c.frequency == 2 for c in rest)
     assert {(c.average, c.coupling, c.safeguard) for c in large} == {
         (False, "params", True), (True, "params", True), (False, "full", True), (False, "params", False),
     }  # fmt: skip
-    grid = [c for c in step.all_cases([1000], (5, 10), cuda=False) if c.store_every == 1]
+    grid = [c for c in step.all_cases([1000], (5, 10)) if c.store_every == 1]
     assert len(grid) == 2 * 2 * 3 * 2 * 2
+
+
+def test_compilation_is_earned_by_what_it_saves():
+    plain = break_even.costs([3.0, 2.0, 2.0, *[1.0] * break_even.STEADY])
+    compiled = break_even.costs([40.0, 10.0, *[0.5] * break_even.STEADY, 0.5])
+    assert plain == break_even.Costs(1.0, 4.0) and compiled == break_even.Costs(0.5, 49.0)
+    assert break_even.earned_after(plain, compiled) == 90.0  # 45 seconds more at the start, half a second less each
+    assert break_even.earned_after(compiled, plain) == math.inf
+    assert break_even.earned_after(plain, replace(compiled, start=3.0)) == 0.0
 
 
 def test_the_command_leaves_tables_numbers_and_a_figure(tmp_path, monkeypatch, capsys):

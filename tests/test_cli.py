@@ -258,7 +258,7 @@ def test_torchrun(config, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments",
                "run", str(config), "--results", str(tmp_path / "results"), "--set", "seeds=0"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=120, check=False)  # fmt: skip
+                          timeout=600, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     paths = sorted((tmp_path / "results").rglob("*.h5"))
     assert [path.parent.name for path in paths] == ["sgd", "sgd_aadl"]

@@ -142,6 +142,7 @@ def test_one_word_of_a_kilobyte_for_each_acceleration_and_none_else(world, name)
         pytest.skip("runs on two ranks: four ranks take a choice of the variants, to save time")
     for outcome in (outcome[name] for outcome in outcomes):
         judged = 0
+        assert outcome["own"][0].pop(0) == ("all_reduce", 8)  # whether all ranks have room for their histories
         for calls, events in zip(outcome["own"], outcome["events"], strict=True):
             assert len(calls) <= 2 * events
             if events:

@@ -16,6 +16,7 @@ def test_on_a_cpu_the_number_is_there_at_once(number):
     assert type(deferred.value()) is float
     assert deferred.value() == deferred.value() == number.item()
     assert Deferred(number.detach() + 1).value() != deferred.value()
+    assert Deferred(torch.tensor([0.5, 2.0])).values() == [0.5, 2.0]
 
 
 def test_verdicts_are_noted_in_their_order_once_and_before_anybody_reads_the_statistics():
@@ -23,10 +24,10 @@ def test_verdicts_are_noted_in_their_order_once_and_before_anybody_reads_the_sta
     accelerator = aadl.accelerator_of(optimizer)
     decisions, noted = accelerator._decisions, []
     for number in (1.0, 2.0):
-        decisions._defer(torch.tensor(number), lambda value, number=number: noted.append((number, value)))
+        decisions._defer(torch.tensor(number), lambda values, number=number: noted.append((number, values)))
     assert noted == []
     assert accelerator.statistics["steps"] == 0
-    assert noted == [(1.0, 1.0), (2.0, 2.0)]
+    assert noted == [(1.0, [1.0]), (2.0, [2.0])]
     decisions.settle()
     assert len(noted) == 2 and decisions.words == []
 
@@ -37,4 +38,4 @@ def test_whoever_needs_the_verdicts_waits_for_them(use):
     accelerator, noted = aadl.accelerator_of(optimizer), []
     accelerator._decisions._defer(torch.tensor(3.0), noted.append)
     {"step": optimizer.step}.get(use, getattr(accelerator, use, None))()
-    assert noted == [3.0]
+    assert noted == [[3.0]]

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from histories import copied_to_the_host
 from small_runs import identical, network, train
 
 import aadl
@@ -118,13 +119,7 @@ def test_a_history_that_is_copied_to_the_host_changes_nothing(schedule, momentum
     weights, statistics = train_network(settings, momentum=momentum, lr=0.1)
     original = Layout._blocks
 
-    def offloaded(self, kind):
-        blocks = original(self, kind)
-        for block in blocks:
-            block.offloaded = True
-        return blocks
-
-    monkeypatch.setattr(Layout, "_blocks", offloaded)
+    monkeypatch.setattr(Layout, "_blocks", lambda *args, **more: list(map(copied_to_the_host, original(*args, **more))))
     there, later = train_network(settings, momentum=momentum, lr=0.1)
     assert same(weights, there) and identical(statistics, later)
     assert statistics["accepted"] > 0
@@ -132,9 +127,7 @@ def test_a_history_that_is_copied_to_the_host_changes_nothing(schedule, momentum
 
 def test_a_store_is_postponed_until_the_copy_had_time(monkeypatch):
     original = Layout._blocks
-    monkeypatch.setattr(
-        Layout, "_blocks", lambda self, kind: [setattr(b, "offloaded", True) or b for b in original(self, kind)]
-    )
+    monkeypatch.setattr(Layout, "_blocks", lambda *args, **more: list(map(copied_to_the_host, original(*args, **more))))
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     aadl.accelerate(optimizer, store_each_nth=1, frequency=100, history_depth=4)

@@ -309,7 +309,7 @@ def test_two_processes_may_make_a_set_at_once(tmp_path):
     command += ["--classes", "3", "--images", "60", "--validation", "10", "--size", "32"]
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
-        error = process.communicate(timeout=120)[1]
+        error = process.communicate(timeout=600)[1]
         assert process.returncode == 0, error
     alone = {"num_classes": 3, "images_per_class": 60, "validation_per_class": 10, "size": 32, "num_workers": 0}
     assert files_of(tmp_path / "set") == files_of(ensure(tmp_path / "alone", **alone))

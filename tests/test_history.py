@@ -117,12 +117,38 @@ def test_a_momentum_block_without_residuals_enters_no_product():
         history.begin([[torch.zeros(4)], [torch.zeros(4)]])
         history.push([[torch.randn(4)], [torch.randn(4)]], Column(number, True, 1.0))
     assert history.gram().keys() == {"parameters"}
-    squares = history.residual_squares()
+    squares = history.measurements()[:, 0]
     assert squares.tolist() == [pytest.approx(float(blocks[0].residual.double().square().sum())), 0.0]
     assert squares[0] > 0 and blocks[1].residual is None
 
 
-def test_residual_squares_are_those_of_the_newest_pair():
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_push_measures_the_newest_pair_and_the_jump_to_its_start(dtype, fused):
+    """||f||^2, (eps ||g||)^2, ||s||^2 and <f, s>, with s from the last mapped iterate or from the one kept before."""
+    numel, eps = 5000, torch.finfo(dtype).eps
+    history = History(3, [make_block("parameters", [torch.zeros(numel, dtype=dtype)], 3, True, None, fused=fused)])
+
+    def push(x, g, **how):
+        if x is not None:
+            history.begin([[x]])
+        history.push([[g]], Column(0, True, 1.0), **how)
+        return history.measurements()[0].tolist()
+
+    torch.manual_seed(0)
+    x, g, y, h, k = torch.randn(5, numel, dtype=dtype)
+    push(x, g)
+    f, s = (h - y).double(), (y - g).double()
+    expected = [f @ f, eps**2 * (h.double() @ h.double()), s @ s, f @ s]
+    assert push(y, h, keep_last=True) == pytest.approx(list(map(float, expected)), rel=1e-5)
+    f, s = (k - h).double(), (h - g).double()
+    expected = [f @ f, eps**2 * (k.double() @ k.double()), s @ s, f @ s]
+    assert push(None, k, measure="kept") == pytest.approx(list(map(float, expected)), rel=1e-5)
+    assert push(None, h, measure="jump")[2:] == [0.0, 0.0]
+    assert push(None, h, measure="") == [0.0] * 4
+
+
+def test_measurements_are_sums_by_kind():
     history = make_history(kinds=("momentum", "parameters", "parameters"))
     assert KINDS == ("parameters", "momentum")
     newest = []
@@ -130,10 +156,13 @@ def test_residual_squares_are_those_of_the_newest_pair():
         newest = random_pairs(3, seed=number)
         push_pair(history, [x for x, _ in newest], [g for _, g in newest])
     momentum, *parameters = [float((g - x).square().sum()) for x, g in newest]
-    squares = history.residual_squares()
-    assert squares.shape == (2,) and squares.dtype == torch.float64
-    assert squares.tolist() == pytest.approx([sum(parameters), momentum])
-    assert squares.tolist() != pytest.approx([momentum, sum(parameters)])
+    measurements = history.measurements()
+    assert measurements.shape == (2, 4) and measurements.dtype == torch.float64
+    assert measurements[:, 0].tolist() == pytest.approx([sum(parameters), momentum])
+    parts = history.gram()
+    for row, kind in zip(measurements.tolist(), KINDS, strict=True):
+        assert row == pytest.approx([parts[kind].square, parts[kind].rounding, parts[kind].jump, parts[kind].along])
+        assert row[2] > 0
 
 
 # ---- where the next macro-step starts --------------------------------------------------------------------------------

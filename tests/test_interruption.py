@@ -1,11 +1,11 @@
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import wait_until
 
 from experiments.interruption import EXIT_RESUME, SIGNALS, Agreement, Interruption, RanksDisagree, Word
 from experiments.launch import Ranks
@@ -231,21 +231,23 @@ def test_ranks_that_agree_seldom_stop_together_and_miss_nothing(spawn_ranks):
     assert first["after"] == Word(33, False, True)
 
 
-def hanging_ranks(rank, world_size):
+def hanging_ranks(rank, world_size, over):
+    """Rank 1 hangs until the other one has given up."""
+    Agreement(Ranks(rank, world_size), timeout_seconds=60).agree_now(1, False, True)
     agreement = Agreement(Ranks(rank, world_size), timeout_seconds=2)
-    agreement.agree_now(1, False, True)
     if rank == 1:
-        time.sleep(6)  # the timeout and the roll call of the other take 4 s
+        assert wait_until(over.exists, 60)
     try:
         agreement.agree_now(2, False, True)
     except RanksDisagree as error:
+        over.touch()
         return str(error)
     return ""
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named(spawn_ranks):
-    first, second = spawn_ranks(hanging_ranks, 2)
+def test_a_rank_that_hangs_is_named(spawn_ranks, tmp_path):
+    first, second = spawn_ranks(hanging_ranks, 2, tmp_path / "over")
     assert first.startswith("rank 1 gave no word within 2 s at step 2")
     assert "at step 2" in second
 

@@ -10,7 +10,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_runs import ALWAYS, identical, statistics
+from histories import copied_to_the_host
+from small_runs import ALWAYS, identical, missing_for_compilation, statistics
 from torch.utils.flop_counter import FlopCounterMode
 
 import aadl
@@ -127,7 +128,7 @@ def test_a_work_area_belongs_to_a_thread(shared, monkeypatch):
     assert (areas[1].data_ptr() == areas[2].data_ptr()) == shared
 
 
-@pytest.mark.skipif(not kernels._can_compile(), reason="no C++ compiler or no headers of Python")
+@pytest.mark.skipif(bool(missing_for_compilation()), reason=missing_for_compilation())
 @pytest.mark.usefixtures("unbroken")
 @pytest.mark.parametrize("fused", [False, True])
 def test_rows_of_a_blow_up_are_not_read_after_a_reset(fused):
@@ -191,9 +192,8 @@ def test_what_was_asked_about_averages_stands_above_a_checkpoint(average):
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_a_state_loaded_while_a_store_waits_continues_as_the_saved_run(offloaded, monkeypatch):
     blocks = Layout._blocks
-    monkeypatch.setattr(
-        Layout, "_blocks", lambda *args: [setattr(b, "offloaded", offloaded) or b for b in blocks(*args)]
-    )
+    put = copied_to_the_host if offloaded else lambda block: block
+    monkeypatch.setattr(Layout, "_blocks", lambda *args, **more: list(map(put, blocks(*args, **more))))
     x, optimizer, step = quadratic(6, dtype=torch.float64, store_each_nth=3, frequency=12)
     step(10)
     state, there = copy.deepcopy(optimizer.state_dict()), x.detach().clone()
@@ -234,8 +234,8 @@ def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, m
         return function
 
     monkeypatch.setattr(kernels, "_compiled", compiled)
-    x, optimizer, step = quadratic(LONG, fused=True, history_depth=3)
-    y, other, plain_step = quadratic(LONG, fused=False, history_depth=3)
+    x, optimizer, step = quadratic(LONG, fused=True, history_depth=3, dtype=torch.float64)
+    y, other, plain_step = quadratic(LONG, fused=False, history_depth=3, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(12):

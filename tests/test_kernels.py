@@ -1,14 +1,10 @@
 """The arithmetic of the passes over memory against plain formulas, and compiled kernels against uncompiled ones."""
 
-import shutil
-import sysconfig
 import warnings
-from os import environ
-from pathlib import Path
 
 import pytest
 import torch
-from small_runs import ALWAYS, identical
+from small_runs import ALWAYS, identical, missing_for_compilation
 
 import aadl
 from aadl import kernels
@@ -161,13 +157,8 @@ def test_coefficients_that_are_zero_cost_nothing_and_change_nothing(coefficients
 
 @pytest.fixture(scope="module")
 def compiler():
-    name = environ.get("CXX", "g++")
-    if not shutil.which(name) and not shutil.which("clang++"):
-        pytest.skip(f"no C++ compiler: neither {name} (CXX) nor clang++ is on the PATH")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
-        pytest.skip(f"the headers of Python are not installed: {header} is missing")
-    assert kernels._can_compile()
+    if missing_for_compilation():
+        pytest.skip(missing_for_compilation())
 
 
 @pytest.fixture
@@ -283,12 +274,17 @@ def test_an_accelerated_run_with_compiled_kernels():
     assert not accelerator.uses_compiled_kernels
 
 
-def test_kernels_are_compiled_where_that_was_asked_for_or_pays(monkeypatch):
-    cpu, other = torch.device("cpu"), torch.device("meta")
-    for possible in (True, False):
-        monkeypatch.setattr(kernels, "_can_compile", lambda possible=possible: possible)
-        long = kernels.COMPILED_FROM
-        assert [kernels.wants_compiled(cpu, n, None) for n in (0, long - 1, long)] == [False, False, possible]
-        assert not kernels.wants_compiled(other, long, None)
-        assert [kernels.wants_compiled(cpu, n, True) for n in (4095, 4096, long)] == [False, True, True]
-        assert not kernels.wants_compiled(cpu, long, False)
+@pytest.mark.parametrize("numel", [4095, 4096, 2_000_000])
+@pytest.mark.parametrize("arguments", [{}, {"fused": False}, {"fused": True}], ids=str)
+def test_kernels_are_compiled_only_where_that_was_asked_for(numel, arguments, monkeypatch, unbroken):
+    """Nobody waits for a compiler who did not ask for one, and short rows would never earn it."""
+    calls = []
+    monkeypatch.setattr(kernels, "_compiled", lambda function, variant: calls.append(function) or function)
+    x = torch.nn.Parameter(torch.ones(numel))
+    optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.5), **ALWAYS | {"history_depth": 2} | arguments)
+    for _ in range(4):
+        x.grad = torch.linspace(0.1, 1, numel) * x.detach()
+        optimizer.step()
+    accelerator, asked = aadl.accelerator_of(optimizer), arguments.get("fused", False) and numel >= 4096
+    assert accelerator.statistics["accepted"] > 0
+    assert accelerator.uses_compiled_kernels == bool(calls) == asked

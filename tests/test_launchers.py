@@ -21,7 +21,7 @@ OPTIONS = {"openmpi": ["--oversubscribe", "--allow-run-as-root"], "mpich": []}
 
 def run(command, **variables):
     env = launched.clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -85,13 +85,13 @@ def vote(rank):
 
 @contextmanager
 def losses(plain, candidate):
-    trial = decisions.safeguard.trial_losses
+    trial = decisions.trial_loss.trial_losses
 
-    def give(*args):
-        trial(*args)
+    def give(*args, **more):
+        trial(*args, **more)
         return plain, candidate
 
-    with mock.patch.object(decisions.safeguard, "trial_losses", give):
+    with mock.patch.object(decisions.trial_loss, "trial_losses", give):
         yield
 
 

@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 def run_check(folder):
     command = [sys.executable, "-W", "error", str(folder / "check.py")]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_the_solution_solves_the_equation_and_a_wrong_sign_is_found(folder):

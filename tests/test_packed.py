@@ -163,7 +163,7 @@ def test_two_processes_read_a_set_that_is_open_here(folder, method):
     workers = [context.Process(target=read_all, args=(images, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    answers = [queue.get(timeout=60) for _ in workers]
+    answers = [queue.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join(60)
     assert answers == [[*CONTENTS, b"a/24.JPEG"]] * 2
@@ -549,7 +549,7 @@ def test_one_process_copies_and_the_others_wait(folder, tmp_path):
     workers = [context.Process(target=stage_slowly, args=(folder, tmp_path / "copy", queue)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    answers = [queue.get(timeout=60) for _ in range(6)]
+    answers = [queue.get(timeout=600) for _ in range(6)]
     for worker in workers:
         worker.join(60)
     assert [answer for answer in answers if isinstance(answer, list)] == [[], [], []]
@@ -612,7 +612,7 @@ def test_workers_pack_what_one_process_packs(tmp_path, monkeypatch):
     root, target = write_folders(tmp_path / "images"), tmp_path / "set"
     (root / "train/n02/n02_4.JPEG").write_bytes(UNREADABLE["truncated"])
     process = command("pack", root, target, "--workers", 2, "--images-per-shard", 8)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "train: 29 images of 3 classes in 4 shards" in output and "left out image 14" in errors
     assert "30/30" in errors and "9/9" in errors  # the bars
@@ -620,7 +620,7 @@ def test_workers_pack_what_one_process_packs(tmp_path, monkeypatch):
     alone = pack(open_images(root, "train"), tmp_path / "alone", "train", Packing(images_per_shard=8))
     assert alone.digest == PackedImages(target, "train").digest
     strict = command("pack", root, tmp_path / "strict", "--workers", 2, "--on-corrupt", "stop")
-    _, errors = strict.communicate(timeout=120)
+    _, errors = strict.communicate(timeout=600)
     assert strict.returncode == 2 and "error: image 14 (n02/n02_4.JPEG) cannot be read: image file is" in errors
 
 
@@ -634,13 +634,13 @@ def test_an_interrupted_packing_says_so_and_goes_on(tmp_path):
     while not list(target.glob("train-*.h5")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGINT)  # as the terminal does: to all processes
-    _, errors = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=600)
     assert first.returncode == 130, errors
     assert "interrupted: finished shards stay" in errors and "Traceback" not in errors
     finished = inodes(target)
     assert 0 < len(finished) < 100 and not list(target.glob(".*.tmp"))
     second = command(*arguments)
-    assert second.wait(timeout=120) == 0, second.communicate()
+    assert second.wait(timeout=600) == 0, second.communicate()
     second.communicate()
     assert finished.items() <= inodes(target).items() and not verify(target)
     assert len(PackedImages(target, "train")) == 300

@@ -42,11 +42,11 @@ def partitioned(parameters, lr=0.05, momentum=0.9):
     return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.SGD, lr=lr, momentum=momentum)
 
 
-def halve_rate(step, model, optimizer):
-    """The residuals of one half do not compare with the others: the history starts anew."""
+def lower_rate(step, model, optimizer):
+    """Residuals at a fifth of the rate do not compare with the others: the history starts again."""
     if step == 20:
         for group in optimizer.param_groups:
-            group["lr"] /= 2
+            group["lr"] /= 5
 
 
 VARIANTS = {  # settings, further arguments of run
@@ -56,7 +56,7 @@ VARIANTS = {  # settings, further arguments of run
     "coefficients only": (RESIDUAL | {"state_coupling": "combine"}, {}),
     "reverts": (RESIDUAL, {"context": reverting}),
     "three tensors": (RESIDUAL, {"build": three_tensors}),
-    "three tensors, another rate": (RESIDUAL, {"build": three_tensors, "after": halve_rate}),
+    "three tensors, another rate": (RESIDUAL, {"build": three_tensors, "after": lower_rate}),
 }
 
 
@@ -121,8 +121,8 @@ def test_partitions_decide_and_move_like_one_optimizer(spawn_ranks, size):
         assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours), name
         assert counts_of(ours[0]) == counts_of(expected), name
         assert ours[0]["statistics"]["accepted"] > 0, name
-        assert gamma_distance(ours[0], expected) < 1e-6, name
-        assert distance(ours[0], expected) < 1e-9, name
+        assert gamma_distance(ours[0], expected) < 1e-8, name
+        assert distance(ours[0], expected) < 1e-10, name
         assert sum(one["bytes"] for one in ours) == expected["bytes"], name
         assert min(one["bytes"] for one in ours) < expected["bytes"] / size, name
     assert sum(outcomes[0]["residual"]["statistics"]["rejected"].values()) > 0

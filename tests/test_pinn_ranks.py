@@ -115,7 +115,7 @@ def test_torchrun(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for launcher, name in ((launch, "two"), ([sys.executable], "one")):
         command = [*launcher, "-m", "experiments", "run", str(path), "--results", str(tmp_path / name), "--jobs", "1"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
     paths = sorted((tmp_path / "two").rglob("*.h5"))
     assert [path.parent.name for path in paths] == ["adam", "adam_aadl"]

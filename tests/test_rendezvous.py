@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import socket
 import threading
@@ -8,6 +9,7 @@ from datetime import timedelta
 import launched
 import pytest
 import torch.distributed as dist
+from processes import wait_until
 
 from experiments import rendezvous
 from experiments.ranks import Ranks
@@ -109,19 +111,23 @@ def test_a_missing_rank_is_named_with_its_host(tmp_path):
             launched.srun_variables(rank, 4, layout=[2, 2], nodes="node[07-08]"),
             tmp_path / f"log-{rank}",
             tmp_path / "results",
+            2,
         )
         for rank in (0, 2)
     ]
     assert launched.finish(processes) == [1, 1]
     told = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 2)]
     missing = "ranks 1 (expected on node07), 3 (expected on node08) of 4 never came to rank 0"
-    assert missing in told[0] and "within 2 s" in told[0]
+    assert missing in told[0] and "within 4 s" in told[0]
     assert missing in told[1] and "rank 2" in told[1]  # rank 0 tells the others before it leaves
     assert all("Traceback" not in text and len(text.strip().splitlines()) == 1 for text in told)
 
 
-def job_with_deadline(folder):
-    launched.job(folder, start_seconds=2.0)
+def job_with_deadline(folder, together=1):
+    """The deadline begins when so many processes have started."""
+    (folder.parent / f"started-{os.getpid()}").touch()
+    assert wait_until(lambda: len(list(folder.parent.glob("started-*"))) == together, 60)
+    launched.job(folder, start_seconds=4.0)
 
 
 def test_a_rank_0_that_does_not_come_is_named(tmp_path):
@@ -132,13 +138,14 @@ def test_a_rank_0_that_does_not_come_is_named(tmp_path):
 
 
 def call_all(store, worlds, judge=lambda facts: "", seconds=20.0, only=None):
-    """The roll call of len(worlds) ranks in threads: what each returns or raises."""
-    outcomes = {}
+    """The roll call of len(worlds) ranks in threads that begin together: what each returns or raises."""
+    outcomes, together = {}, threading.Barrier(len(worlds) if only is None else len(only), timeout=60)
 
     def call(rank):
         ranks = Ranks(rank, worlds[rank], rank, host=f"host{rank}")
+        client = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
+        together.wait()
         try:
-            client = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
             outcomes[rank] = roll_call(client, ranks, {**FACTS, "host": f"host{rank}"}, judge, Deadline(seconds))
         except RuntimeError as error:
             outcomes[rank] = str(error)
@@ -165,8 +172,8 @@ def test_attempts_in_one_store_agree_on_different_names(store):
 
 def test_a_rank_of_an_earlier_attempt_is_not_there(store):
     call_all(store, [3] * 3)
-    outcomes = call_all(store, [3] * 3, seconds=1.0, only=[0, 2])
-    assert "rank 1 of 3 never came to rank 0 on host0 within 1 s" in outcomes[0]
+    outcomes = call_all(store, [3] * 3, seconds=2.0, only=[0, 2])
+    assert "rank 1 of 3 never came to rank 0 on host0 within 2 s" in outcomes[0]
     assert "rank 1 of 3 never came" in outcomes[2]
 
 

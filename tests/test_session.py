@@ -322,13 +322,13 @@ def test_workers_save_when_their_parent_is_told_to_stop(tmp_path):
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=600)
     assert process.returncode == EXIT_RESUME
     assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in told
     assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

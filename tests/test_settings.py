@@ -24,7 +24,7 @@ POSITIONAL = [
 NAN, INF = math.nan, math.inf
 COUNTS = {"wait_iterations": 0, "history_depth": 0, "store_each_nth": 1, "frequency": 1, "average_window": 2}
 BAD = {
-    "acceleration_type": ["Anderson", "", None, 1],
+    "acceleration_type": ["Andersson", "", None, 1],
     "relaxation": [0, -0.5, 1.0001, NAN, INF, -INF, True, "1", None, torch.tensor(1.0), np.float32(NAN), 1j],
     "reg_acc": [-1e-9, NAN, INF, True, "0", None],
     "average": ["never", 1, 0, "True", NAN, np.True_, []],
@@ -33,8 +33,8 @@ BAD = {
     "state_coupling": ["none", None, True, 2],
     "history_dtype": [torch.float16, torch.int32, torch.complex64, "float32", np.float32, 32],
     "shard_history": [1, None, "no", np.True_],
-    "history_device": ["cuda", "CPU", torch.device("cpu"), True, 0, ""],
-    "fused": ["auto", 1, 0, np.True_],
+    "history_device": ["cuda", "CPU", torch.device("cuda", 0), True, 0, ""],
+    "fused": [None, "auto", 1, 0, np.True_],
     "local_sgd": [1, None, "no", np.False_],
     "process_group": [1, "gloo", object()],
 } | {
@@ -51,13 +51,13 @@ RANGES = {
     "state_coupling": "'params', 'combine', 'full'",
     "history_dtype": "None, torch.float32, torch.float64, torch.bfloat16",
     "shard_history": "one of True, False",
-    "history_device": "one of None, 'cpu'",
-    "fused": "one of None, True, False",
+    "history_device": "None, 'cpu' or the device of the parameters (cpu)",
+    "fused": "one of True, False",
     "local_sgd": "one of True, False",
     "process_group": "None or a torch.distributed.ProcessGroup",
 } | {name: f"an integer >= {least}" for name, least in COUNTS.items()}
 GOOD = {
-    "acceleration_type": ["anderson", "anderson_normal_equation", "identity"],
+    "acceleration_type": ["anderson", "anderson_normal_equation", "identity", "Anderson", "IDENTITY"],
     "relaxation": [1, 1e-6, 0.5, np.float32(0.5), np.float64(1)],
     "reg_acc": [0, 0.0, 1e3, np.float32(1e-8)],
     "average": [False, True, "auto", "always", None],
@@ -66,8 +66,8 @@ GOOD = {
     "state_coupling": ["params", "combine", "full"],
     "history_dtype": [None, torch.float32, torch.float64, torch.bfloat16],
     "shard_history": [False, True],
-    "history_device": [None, "cpu"],
-    "fused": [None, True, False],
+    "history_device": [None, "cpu", torch.device("cpu")],
+    "fused": [True, False],
     "local_sgd": [False, True],
     "process_group": [None],
 } | {name: [least, least + 7, np.int64(least), np.uint8(least)] for name, least in COUNTS.items()}
@@ -95,7 +95,7 @@ def test_the_nine_positional_arguments_stand_in_the_published_order():
 
 
 def test_every_argument_has_good_and_bad_values_here():
-    names = set(inspect.signature(aadl.accelerate).parameters) - {"optimizer"}
+    names = set(inspect.signature(aadl.accelerate).parameters) - {"optimizer", "published", "published_by_name"}
     assert names == BAD.keys() == RANGES.keys() == GOOD.keys()
 
 
@@ -125,7 +125,7 @@ def test_where_the_history_lies_and_how_it_is_computed_is_said_by_name_only():
     optimizer = sgd()
     settings = aadl.accelerator_of(optimizer).settings
     names = ("shard_history", "history_device", "fused", "local_sgd")
-    assert [getattr(settings, name) for name in names] == [False, None, None, False]
+    assert [getattr(settings, name) for name in names] == [False, None, False, False]
     parameters = inspect.signature(aadl.accelerate).parameters
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names)
 
@@ -175,12 +175,13 @@ def test_an_optimizer_is_accelerated_once():
     accelerator = aadl.accelerator_of(optimizer)
     with pytest.raises(ValueError, match="accelerated already"):
         aadl.accelerate(optimizer)
-    aadl.remove_acceleration(optimizer)
+    assert aadl.remove_acceleration(optimizer) is optimizer
     assert repr(accelerator) == "AndersonAccelerator(removed)"
-    for function in (aadl.accelerator_of, aadl.remove_acceleration, aadl.reset_history):
+    for function in (aadl.accelerator_of, aadl.reset_history):
         with pytest.raises(ValueError, match="SGD is not accelerated"):
             function(optimizer)
-    aadl.accelerate(optimizer)
+    assert aadl.remove_acceleration(optimizer) is optimizer  # silent where there is nothing to remove
+    assert aadl.reset_history(aadl.accelerate(optimizer)) is optimizer
 
 
 def test_an_optimizer_without_trainable_parameters_is_refused():
@@ -203,7 +204,13 @@ def test_parameters_that_cannot_be_extrapolated_are_refused(parameter, message):
     with pytest.raises(ValueError, match=rf"parameter of shape \(2,\).*{message}"):
         aadl.accelerate(torch.optim.SGD([parameter], lr=0.1))
     model = network()
-    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.1), **EAGER)
+    train(model, optimizer, 6)
     optimizer.add_param_group({"params": [parameter]})
-    with pytest.raises(ValueError, match=rf"parameter of shape \(2,\).*{message}"):
-        optimizer.step()
+    with pytest.warns(UserWarning, match=rf"goes on without acceleration: parameter of shape \(2,\).*{message}"):
+        losses = train(model, optimizer, 1)
+    losses += train(model, optimizer, 6)  # warned once
+    assert losses[-1] < losses[0]
+    statistics = aadl.accelerator_of(optimizer).statistics
+    assert (statistics["steps"], statistics["macro_steps"]) == (13, 6)
+    optimizer.state_dict()

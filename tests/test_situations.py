@@ -63,10 +63,14 @@ def test_training_on_after_exact_convergence(safeguard, average, momentum):
             if entry.get("momentum_buffer") is not None:
                 entry["momentum_buffer"].zero_()
     aadl.reset_history(optimizer)
-    descend([x], optimizer, 60, gradient)
+    counts = statistics(optimizer)
+    attempts, refused, averaging = counts["attempts"], counts["rejected"].get("rank", 0), counts["averaging"]
+    descend([x], optimizer, 100, gradient)  # longer than the longest pause that the rounding before may have caused
     assert x.tolist() == [0, 0, 0]
-    rejected = statistics(optimizer)["rejected"].get("rank", 0)
-    assert rejected > 0 or average == "always"  # a mean of equal iterates is no trouble
+    attempts, refused = counts["attempts"] - attempts, counts["rejected"].get("rank", 0) - refused
+    # updates of zero say nothing of noise, so averaging stays as it was, and leave nothing to extrapolate
+    assert attempts > 10 and counts["averaging"] == averaging
+    assert refused == attempts
     assert_counts_add_up(optimizer)
     descend([x], optimizer, 30, lambda x: gradient(x - 2))  # and off again
     assert torch.isfinite(x).all()
@@ -128,13 +132,13 @@ def test_fewer_parameters_than_columns(size):
 
 def test_frozen_parameters_and_those_without_gradient_keep_their_bits():
     frozen = nn.Parameter(torch.randn(4), requires_grad=False)
-    idle = nn.Parameter(torch.randn(4))
-    x, gradient = scaled([0.1, 1.0, 0.5])
+    idle = nn.Parameter(torch.randn(4, dtype=torch.float64))
+    x, gradient = scaled([0.1, 1.0, 0.5], torch.float64)
     kept = frozen.clone(), idle.detach().clone()
     optimizer = torch.optim.Adam([{"params": [frozen, x]}, {"params": [idle], "weight_decay": 0.1}], lr=0.05)
     aadl.accelerate(optimizer, **ALWAYS)
     descend([x], optimizer, 40, gradient)
-    assert statistics(optimizer)["accepted"] > 10
+    assert statistics(optimizer)["accepted"] > 0
     assert identical((frozen.detach(), idle.detach()), (kept[0].detach(), kept[1]))
     assert aadl.accelerator_of(optimizer)._history.blocks[0].row.numel == 7
     descend([x, idle], optimizer, 5, lambda x: x)
@@ -342,18 +346,23 @@ def test_a_run_that_turned_into_nans_recovers_with_restored_weights(steps):
 
 
 def test_lbfgs_starts_anew_from_an_accepted_candidate():
-    """Its next direction is the gradient there: curvature pairs would span two points without a step between them."""
+    """Its next direction is the gradient there: curvature pairs would span two points without a step between them.
+
+    It is as long as that of a first iteration with the magnitude of the gradient before; iterations are counted on.
+    """
     model = network()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.3, max_iter=1)
     aadl.accelerate(optimizer, **ALWAYS)
-    along_gradient, after_accepted = [], []
-    for _ in range(30):
+    along_gradient, after_accepted, last = [], [], None
+    for number in range(30):
         accepted = statistics(optimizer)["accepted"]
         before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
         optimizer.step(closure_of(model, optimizer))
         moved = torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - before
         gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-        length = 0.3 * min(1.0, 1.0 / float(gradient.abs().sum()))
+        length = 0.3 * min(1.0, 1.0 / float((gradient if last is None else last).abs().sum()))
+        last = gradient
+        assert optimizer.state_dict()["state"][0]["n_iter"] == number + 1
         along_gradient.append(torch.allclose(moved, -length * gradient, atol=1e-7))
         after_accepted.append(statistics(optimizer)["accepted"] > accepted)
     for number in range(1, 30):  # an accepted step itself moves elsewhere

@@ -1,9 +1,8 @@
 """What one rank does for all: the others wait, get the result or the mistake, and are named where they are late."""
 
-import time
-
 import gloo
 import pytest
+from processes import wait_until
 
 from experiments import together
 from experiments.launch import Ranks
@@ -20,9 +19,9 @@ def fail(error):
     raise error
 
 
-def cases(rank, world_size):
+def cases(rank, world_size, folder):
     """What a rank gets and is told in each case."""
-    together.GRACE_SECONDS = 5.0
+    together.GRACE_SECONDS = 20.0
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}", hosts=("node0", "node1", "node2"))
     made = []
 
@@ -43,16 +42,21 @@ def cases(rank, world_size):
     results["other"] = told(lambda: together.check_same(ranks, f"{'csv' if rank < 2 else 'none'}", "the data", 60))
 
     def slow():
-        time.sleep(3.0 if rank == 1 else 0.0)
+        """Rank 0 comes when rank 2 has come, and rank 1 when rank 0 has waited for it in vain."""
+        (folder / f"came-{rank}").touch()
+        assert rank != 0 or wait_until((folder / "came-2").exists, 60)
+        assert rank != 1 or wait_until((folder / "over").exists, 60)
 
-    results["late"] = told(lambda: together.by_each(ranks, slow, "copying", 0.5))
+    results["late"] = told(lambda: together.by_each(ranks, slow, "copying", 2.0))
+    (folder / "over").touch()
     results["after"] = together.by_first(ranks, lambda: "goes on", "making", 60)
     return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return gloo.spawn_ranks(tmp_path_factory.mktemp("together") / "ranks", cases, 3)
+    folder = tmp_path_factory.mktemp("together")
+    return gloo.spawn_ranks(folder / "ranks", cases, 3, folder)
 
 
 def test_the_first_rank_makes_it_for_all(results):
@@ -77,7 +81,7 @@ def test_what_must_be_the_same_on_all_ranks_is_compared(results):
 
 
 def test_ranks_that_are_late_are_named_to_all_and_the_next_meeting_is_another(results):
-    text = "copying took more than 0.5 s: rank 1 on node1 was not done when the others had waited for so long"
+    text = "copying took more than 2 s: rank 1 on node1 was not done when the others had waited for so long"
     assert [each["late"] for each in results] == 3 * [("TimeoutError", text)]
     assert [each["after"] for each in results] == 3 * ["goes on"]
 

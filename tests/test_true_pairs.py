@@ -119,7 +119,7 @@ def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monk
     statistics = aadl.accelerator_of(optimizer).statistics
     evaluate.run(x, optimizer, 4 * store_each_nth)
     statistics["accepted"] = statistics["reverted"] = 0
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
     for number in range(5, 11):
         evaluate.run(x, optimizer, store_each_nth)
         assert_true_pairs(evaluate, optimizer, min(number, 5))  # those of the candidates that were reverted stay
@@ -131,7 +131,7 @@ def test_a_reverted_candidate_leaves_the_plain_iterate(monkeypatch):
     evaluate = Map(momentum=0.5)
     x, optimizer = evaluate.accelerated(safeguard="residual", frequency=8)
     plain, base = sgd(evaluate.problem, lr=0.3, momentum=0.5)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
     evaluate.run(x, optimizer, 8)
     evaluate.run(plain, base, 8)
     assert not torch.equal(x, plain)  # accelerated
@@ -197,7 +197,7 @@ def test_mixing_after_a_change_of_the_learning_rate_is_mixing_at_the_new_rate():
 def test_the_pair_of_a_reverted_candidate_stays(due, monkeypatch):
     evaluate = Map(momentum=0.5)
     x, optimizer = evaluate.accelerated(safeguard="residual", frequency=1 if due else 4)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: True)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
     accelerator = aadl.accelerator_of(optimizer)
     while not accelerator.statistics["accepted"]:
         evaluate.run(x, optimizer, 1)
@@ -222,14 +222,30 @@ def textbook(pairs, relaxation):
     return g - dg @ gamma - (1 - relaxation) * (f - df @ gamma)
 
 
-def test_a_large_change_of_the_learning_rate_starts_the_history_anew():
+@pytest.mark.parametrize("factor", [1 / 5, 5])
+def test_a_large_change_of_the_learning_rate_starts_another_history(factor):
     evaluate = Map()
     x, optimizer = evaluate.accelerated()
     evaluate.run(x, optimizer, 6)
-    optimizer.param_groups[0]["lr"] = 0.03
+    optimizer.param_groups[0]["lr"] *= factor
     evaluate.run(x, optimizer, 3)
     assert aadl.accelerator_of(optimizer).statistics["resets"] == {"learning_rate": 1}
-    assert_true_pairs(evaluate, optimizer, 3, lr=0.03)
+    assert_true_pairs(evaluate, optimizer, 3, lr=optimizer.param_groups[0]["lr"])
+
+
+def test_columns_of_other_learning_rates_leave_the_mixing_problem_and_not_the_history():
+    evaluate = Map()
+    x, optimizer = evaluate.accelerated()
+    accelerator = aadl.accelerator_of(optimizer)
+    for _ in range(4):
+        evaluate.run(x, optimizer, 2)
+        optimizer.param_groups[0]["lr"] /= 3
+    assert accelerator.statistics["resets"] == {}
+    evaluate.run(x, optimizer, 2)
+    assert len(accelerator._history.columns) == 4  # of two rates, which differ by three
+    optimizer.param_groups[0]["lr"] /= 3
+    evaluate.run(x, optimizer, 2)
+    assert accelerator.statistics["attempts"] > 4 and accelerator.statistics["resets"] == {}
 
 
 @pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)

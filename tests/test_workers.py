@@ -87,7 +87,7 @@ def start(folder, text, **values):
 def end(process):
     """(exit code, stdout, stderr) of a script that ends by itself."""
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -122,7 +122,7 @@ def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_met
                     os.kill(pid, number)
             assert not wait_until(lambda: not all(map(is_running, workers)), 1)
             parent.kill()
-            assert wait_until(lambda: not any(map(is_running, workers)), 10)
+            assert wait_until(lambda: not any(map(is_running, workers)), 60)
         finally:
             parent.kill()
             for pid in filter(is_running, workers):
@@ -177,7 +177,7 @@ def start_jobs(folder, seeds, running, failing=""):
             return False
         return {run_of(results, lock) for lock in results.rglob(LOCK_NAME)} == running
 
-    if not wait_until(have_begun, 120):
+    if not wait_until(have_begun, 600):
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(process.communicate()[1])
     return process, results

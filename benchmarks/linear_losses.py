@@ -1,0 +1,196 @@
+"""Accelerated against plain training where the updates of an optimizer are piecewise constant or nearly so.
+
+Linear models under losses with constant slopes are where extrapolation is least justified: differences of updates are
+rounding noise, or the kink of a single row. For every loss, optimizer, dtype and batch the table has, over the seeds,
+
+    end    mean loss on all data over the last 50 steps, accelerated over plain (median, maximum)
+    way    largest ratio of the accelerated loss to the largest loss of the plain run from that step on
+
+Losses below FLOOR times the first one count as that.
+
+    python -m benchmarks.linear_losses --seeds 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import aadl
+
+FEATURES, ROWS, BATCH, LAST = 8, 40, 10, 50
+FLOOR = 1e-6
+"""Smaller losses, in units of the first one, count as this: nothing is left to learn there."""
+
+
+def _huber(delta: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def loss(error: Tensor) -> tuple[Tensor, Tensor]:
+        slope = error.clamp(-delta, delta)
+        return slope * (error - slope / 2), slope
+
+    return loss
+
+
+def _smooth_l1(error: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = _huber(0.25)(error)
+    return value / 0.25, slope / 0.25
+
+
+def _pinball(quantile: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def loss(error: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.where(error > 0, 1 - quantile, -quantile).to(error.dtype)
+        return slope * error, slope
+
+    return loss
+
+
+LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "l1": lambda error: (error.abs(), error.sign()),
+    "huber 0.1": _huber(0.1),
+    "huber 1": _huber(1.0),
+    "huber 10": _huber(10.0),
+    "smooth l1": _smooth_l1,
+    "pinball 0.9": _pinball(0.9),
+    "hinge": lambda margin: ((1 - margin).clamp(min=0), -(margin < 1).to(margin.dtype)),
+}
+"""Value and slope for each row, of prediction - target (of prediction x label for the hinge)."""
+
+
+class SignSGD(torch.optim.Optimizer):
+    """x <- x - lr sign(gradient)."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad.sign())
+
+
+class Lion(torch.optim.Optimizer):
+    """x <- x - lr sign(0.9 m + 0.1 gradient), m <- 0.99 m + 0.01 gradient (Chen et al., arXiv 2302.06675)."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(group["lr"] * torch.lerp(p.grad, momentum, 0.9).sign())
+                momentum.lerp_(p.grad, 0.01)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
+    "signsgd": lambda p: SignSGD(p, lr=3e-3),
+    "lion": lambda p: Lion(p, lr=3e-3),
+}
+
+
+class Case(NamedTuple):
+    """What is trained."""
+
+    loss: str
+    optimizer: str
+    dtype: torch.dtype
+    batch: int
+
+
+def cases() -> Iterator[Case]:
+    for loss in LOSSES:
+        for optimizer in OPTIMIZERS:
+            for dtype in (torch.float32, torch.float64):
+                for batch in (ROWS, BATCH):
+                    yield Case(loss, optimizer, dtype, batch)
+
+
+def train(case: Case, seed: int, steps: int, settings: dict[str, Any] | None) -> tuple[list[float], dict[str, Any]]:
+    """Loss on all data after every step, and the statistics of the acceleration."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(ROWS, FEATURES, generator=generator).to(case.dtype)
+    target = 2 * inputs.sum(1) + 10
+    if case.loss == "hinge":  # a tenth of the labels is wrong, so that no plane separates them
+        target = inputs.sum(1).sign() * torch.where(torch.arange(ROWS) % 10 == 0, -1, 1)
+    weight = (torch.rand(FEATURES, generator=generator) - 0.5).to(case.dtype).requires_grad_()
+    bias = torch.zeros(1, dtype=case.dtype, requires_grad=True)
+    optimizer = OPTIMIZERS[case.optimizer]([weight, bias])
+    if settings is not None:
+        aadl.accelerate(optimizer, **settings)
+    loss = LOSSES[case.loss]
+    hinge = case.loss == "hinge"
+
+    @torch.no_grad()
+    def evaluate(rows: Tensor | slice, gradient: bool) -> Tensor:
+        x, y = inputs[rows], target[rows]
+        prediction = x @ weight + bias
+        value, slope = loss(prediction * y if hinge else prediction - y)
+        if gradient:
+            slope = slope * y if hinge else slope
+            weight.grad, bias.grad = x.T @ slope / len(y), slope.mean().view(1)
+        return value.mean()
+
+    losses, everything = [], slice(None)
+    for step in range(steps):
+        if step % (ROWS // case.batch) == 0:
+            order = torch.randperm(ROWS, generator=generator).view(-1, case.batch)
+        rows = everything if case.batch == ROWS else order[step % (ROWS // case.batch)]
+        if settings is not None and settings.get("safeguard") == "loss":
+            optimizer.step(partial(evaluate, rows, True))  # type: ignore[arg-type]
+        else:
+            evaluate(rows, True)
+            optimizer.step()
+        losses.append(float(evaluate(everything, False)))
+    return losses, {} if settings is None else aadl.accelerator_of(optimizer).statistics
+
+
+def ratios(plain: list[float], accelerated: list[float]) -> tuple[float, float]:
+    """(end, way) as in the description of the table."""
+    floor = FLOOR * plain[0]
+    plain, accelerated = ([max(value, floor) for value in losses] for losses in (plain, accelerated))
+    end = statistics.mean(accelerated[-LAST:]) / statistics.mean(plain[-LAST:])
+    ahead, largest = [], 0.0
+    for value in reversed(plain):
+        largest = max(largest, value)
+        ahead.append(largest)
+    return end, max(a / b for a, b in zip(accelerated, reversed(ahead), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--only", default="", help="cases whose row starts with this text")
+    parser.add_argument("--safeguard", choices=("residual", "loss"), default="residual")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| loss | optimizer | dtype | batch | end | largest | way | accepted | reverted |\n|" + " --- |" * 9)
+    for case in cases():
+        name = f"{case.loss} | {case.optimizer} | {str(case.dtype)[6:]} | {case.batch}"
+        if not name.startswith(arguments.only):
+            continue
+        ends, ways, accepted, reverted = [], [], 0, 0
+        for seed in range(arguments.seeds):
+            plain, _ = train(case, seed, arguments.steps, None)
+            accelerated, counts = train(case, seed, arguments.steps, {"safeguard": arguments.safeguard})
+            end, way = ratios(plain, accelerated)
+            ends.append(end)
+            ways.append(way)
+            accepted += counts["accepted"]
+            reverted += counts["reverted"]
+        numbers = [statistics.median(ends), max(ends), max(ways)]
+        print(f"| {name} | " + "".join(f"{number:.3f} | " for number in numbers) + f"{accepted} | {reverted} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Acceleration is never much worse than the plain training: rounding, kinks, overshoots, and harm in the long run."""
+
+import itertools
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import EAGER, Pairs, closure_of, identical, network, sgd, snapshot, statistics, train
+from torch import nn
+
+import aadl
+from aadl import advice, safeguard
+from aadl.mixing import Gram, host_tensor, mixing_coefficients
+from aadl.proposal import step_fraction
+from benchmarks import linear_losses
+
+# ---- columns that are rounding ---------------------------------------------------------------------------------------
+
+
+def l1_regression(accelerated, dtype, loss=nn.functional.l1_loss, steps=300):
+    """Situation of a user: constant updates, whose differences are rounding. Returns loss and counters."""
+    torch.manual_seed(0)
+    inputs = torch.randn(40, 8, dtype=dtype)
+    target = 2 * inputs.sum(1, keepdim=True) + 10
+    torch.manual_seed(1)
+    model = nn.Linear(8, 1, dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    if accelerated:
+        aadl.accelerate(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(inputs), target).backward()
+        optimizer.step()
+    return float(loss(model(inputs), target).detach()), optimizer
+
+
+@pytest.mark.parametrize("loss", [nn.functional.l1_loss, nn.functional.smooth_l1_loss, nn.functional.huber_loss])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_updates_never_blow_a_training_up(dtype, loss):
+    plain, _ = l1_regression(False, dtype, loss)
+    accelerated, optimizer = l1_regression(True, dtype, loss)
+    assert accelerated <= 1.02 * plain
+    assert statistics(optimizer)["attempts"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 10])
+def test_differences_of_constant_updates_are_shorter_than_the_bound_on_rounding(dtype, steps):
+    """||Df|| <= n eps ||g|| for steps by a constant of any size, across powers of two; a true change is longer."""
+    eps = torch.finfo(dtype).eps
+    torch.manual_seed(0)
+    for scale in (1e-3, 1e-5):
+        x, step = torch.randn(1000, dtype=dtype), scale * torch.randn(1000, dtype=dtype)
+        residual = None
+        for _ in range(50):
+            start = x.clone()
+            for _ in range(steps):
+                x = x - step
+            before, residual = residual, x - start
+            if before is not None:
+                assert (residual - before).norm() <= steps * eps * x.norm()
+        assert residual.norm() > steps * eps * x.norm()  # as a difference from no update at all
+
+
+def test_columns_below_the_bound_are_left_out_and_those_near_it_are_damped():
+    gram = Gram(host_tensor([[1.0, 0.0], [0.0, 1e-8]]), host_tensor([0.5, 5e-5]), 1.0)
+    plain = mixing_coefficients(gram, 0.0, 0.0)
+    assert plain.gamma.tolist() == pytest.approx([0.5, 5e3]) and plain.numerical_rank == 2
+    bounded = mixing_coefficients(gram, 0.0, 0.0, host_tensor([0.0, 1.1e-8]))
+    assert bounded.gamma.tolist() == pytest.approx([0.5, 0.0]) and bounded.numerical_rank == 1
+    damped = mixing_coefficients(gram, 0.0, 0.0, host_tensor([0.0, 0.25e-8]))
+    assert damped.gamma.tolist() == pytest.approx([0.5, 4e3])
+
+
+@pytest.mark.parametrize("case", [
+    linear_losses.Case(loss, optimizer, dtype, batch)
+    for (loss, dtype), (optimizer, batch) in itertools.product(
+        [("l1", torch.float64), ("huber 0.1", torch.float32), ("pinball 0.9", torch.float64), ("hinge", torch.float32)],
+        [("sgd", linear_losses.ROWS), ("nesterov", linear_losses.BATCH), ("signsgd", linear_losses.ROWS)],
+    )
+], ids=lambda case: f"{case.loss}-{case.optimizer}-{case.batch}")  # fmt: skip
+def test_linear_models_under_losses_of_constant_slope(case):
+    """A part of the table of `python -m benchmarks.linear_losses`."""
+    for seed in (0, 1):
+        plain, _ = linear_losses.train(case, seed, 500, None)
+        accelerated, _ = linear_losses.train(case, seed, 500, {"safeguard": "residual"})
+        end, way = linear_losses.ratios(plain, accelerated)
+        assert end <= 1.1 and way <= 2
+
+
+# ---- the step of a candidate -----------------------------------------------------------------------------------------
+
+
+def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
+    model = network()
+    optimizer = sgd(model, lr=0.02)
+    pairs = Pairs(optimizer)
+    settings = EAGER | {"history_depth": 4, "safeguard": "residual", "average": False}
+    aadl.accelerate(optimizer, **settings)
+    accelerator = aadl.accelerator_of(optimizer)
+    longest = 0.0
+    for _ in range(80):
+        accepted, reach = statistics(optimizer)["accepted"], accelerator._decisions.reach
+        train(model, optimizer, 1)
+        if statistics(optimizer)["accepted"] == accepted:
+            continue
+        x = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        window = pairs.pairs[-5:]
+        way = sum(float((g - x).norm()) for x, g in window)
+        way += sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
+        step = float((x - pairs.pairs[-1][1]).norm())
+        assert step <= 1.001 * reach * way
+        longest = max(longest, step / way)
+    assert longest > 0.1
+
+
+def test_step_fraction_is_exact_for_consecutive_pairs_and_a_bound_with_jumps():
+    torch.manual_seed(0)
+    f = torch.randn(5, 30, dtype=torch.float64)
+    differences = f[1:] - f[:-1]
+    gram = Gram(differences @ differences.T, differences @ f[-1], float(f[-1] @ f[-1]))
+    gamma = host_tensor([0.5, -2.0, 1.0, 3.0])
+    step, way = float((gamma @ f[1:]).norm()), float(f.norm(dim=1).sum())
+    assert step_fraction(gram, gamma, [0.0] * 4, 0, 0.25) == pytest.approx(0.25 * way / step)
+    assert step_fraction(gram, 0.01 * gamma, [0.0] * 4, 0, 0.25) == 1.0
+    jumps = [0.0, 3.0, 0.0, 0.0]
+    expected = 0.25 * (way + 3.0) / (step + 2.0 * 3.0)
+    assert step_fraction(gram, gamma, jumps, 0, 0.25) == pytest.approx(expected)
+
+
+class Slope:
+    """Steps of one parameter along a slope that turns round where the parameter passes `turn`."""
+
+    def __init__(self, turn, **settings):
+        self.x, self.turn = nn.Parameter(torch.zeros(2, dtype=torch.float64)), turn
+        self.optimizer = torch.optim.SGD([self.x], lr=0.1)
+        aadl.accelerate(self.optimizer, **EAGER | {"safeguard": "residual", "average": False} | settings)
+        self.decisions = aadl.accelerator_of(self.optimizer)._decisions
+
+    def step(self):
+        """The second coordinate makes columns that are no rounding: it shrinks slowly and says nothing of the first."""
+        first = -1.0 if self.x[0] < self.turn else 1.0
+        self.x.grad = torch.tensor(
+            [first, 1e-3 * math.exp(-self.decisions.statistics["steps"] / 50)], dtype=torch.float64
+        )
+        self.optimizer.step()
+
+
+def test_a_step_across_a_kink_is_taken_back_and_the_next_ones_are_shorter():
+    slope = Slope(turn=3.0)
+    reverted = 0
+    for _ in range(200):
+        reach = slope.decisions.reach
+        slope.step()
+        if slope.decisions.statistics["reverted"] > reverted:
+            reverted = slope.decisions.statistics["reverted"]
+            assert slope.decisions.reach < reach
+    assert reverted > 0
+    assert abs(float(slope.x.detach()[0]) - 3.0) <= 0.5
+
+
+# ---- harm in the long run --------------------------------------------------------------------------------------------
+
+
+def test_a_record_of_losses_tells_a_rise_from_noise():
+    record = safeguard.LossRecord()
+    assert not any(record.note(loss) for loss in (4, 3, 2, 1, 1, 1, 1, 1, 2.5, 0.5, 1.4, 0.9))
+    assert [record.note(loss) for loss in (2, 2.2, 2.4, 2.6, 2.8)].index(True) > 1
+    negative = safeguard.LossRecord()
+    assert not any(negative.note(loss) for loss in (-1.0, -2.0, -3.0, -4.0, -5.0, -5.0, -5.0))
+    assert any(negative.note(1.0) for _ in range(8))
+    assert not any(safeguard.LossRecord().note(math.nan) for _ in range(9))
+
+
+def rising(model, optimizer, rises):
+    """A closure whose loss, as trials see it, goes down and from the step `rises` on up; candidates win every trial."""
+    calls = itertools.count()
+
+    def closure():
+        value = closure_of(model, optimizer)().double()
+        steps, number = statistics(optimizer)["steps"], next(calls)
+        base = 2 ** (-steps / 40) if steps < rises else 2 ** ((steps - rises) / 10 - rises / 40)
+        return 0.0 * value + base - 1e-9 * number
+
+    return closure
+
+
+@pytest.mark.parametrize("rises", [100, 10_000])
+def test_a_training_that_goes_back_is_left_alone_until_it_is_twice_as_long(rises):
+    model = network()
+    optimizer = sgd(model, lr=0.02)
+    aadl.accelerate(optimizer, **EAGER | {"average": False})
+    accepted = []
+    for _ in range(400):
+        optimizer.step(rising(model, optimizer, rises))
+        accepted.append(statistics(optimizer)["accepted"])
+    assert accepted[99] > 5
+    if rises > 400:
+        assert statistics(optimizer)["stops"] == 0
+        return
+    stopped = next(step for step in range(400) if accepted[step] == accepted[min(step + 80, 399)])
+    assert statistics(optimizer)["stops"] >= 1
+    assert rises <= stopped + 1 <= rises + 60
+    assert accepted[stopped] == accepted[2 * stopped - 2]
+
+
+def test_stops_survive_a_checkpoint():
+    def run(resumed):
+        model = network()
+        optimizer = sgd(model, lr=0.02)
+        aadl.accelerate(optimizer, **EAGER | {"average": False})
+        for step in range(300):
+            optimizer.step(rising(model, optimizer, 100))
+            if step == 140 and resumed:
+                state = optimizer.state_dict()
+                optimizer = aadl.accelerate(sgd(model, lr=0.02), **EAGER | {"average": False})
+                optimizer.load_state_dict(state)
+        return snapshot(model, optimizer)["model"], statistics(optimizer)["stops"]
+
+    (weights, stops), (resumed_weights, resumed_stops) = run(False), run(True)
+    assert stops == resumed_stops > 0 and identical(weights, resumed_weights)
+
+
+def test_overshoots_without_end_stop_acceleration():
+    optimizer = aadl.accelerate(sgd(network()), **EAGER)
+    decisions = aadl.accelerator_of(optimizer)._decisions
+    decisions.statistics["macro_steps"] = 50
+    for number in range(1, 10):
+        decisions._change_reach(math.inf, overshot=True)
+        if decisions.statistics["stops"]:
+            break
+        assert decisions.reach == max(safeguard.SHORTEST_REACH, safeguard.FIRST_REACH / 4**number)
+    assert decisions.pause.until == 100 and decisions.reach == safeguard.FIRST_REACH
+    decisions.pause.extend(60)
+    assert decisions.pause.until == 100
+
+
+# ---- silence ---------------------------------------------------------------------------------------------------------
+
+
+def run_idle(steps, gradient, filters="default", **settings):
+    """(counters, warnings) of a run whose gradients are gradient(step)."""
+    x = nn.Parameter(torch.zeros(100, dtype=torch.float64))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    aadl.accelerate(optimizer, **EAGER | settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(filters)
+        for step in range(steps):
+            x.grad = gradient(step)
+            optimizer.step()
+    return statistics(optimizer), [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize(("cause", "gradient"), [
+    ("rank", lambda step: torch.ones(100, dtype=torch.float64)),
+    ("backward", lambda step: torch.randn(100, dtype=torch.float64)),
+])  # fmt: skip
+def test_one_warning_says_why_nothing_is_accepted(cause, gradient):
+    settings = {"safeguard": "residual", "average": False}
+    counts, texts = run_idle(38, gradient, **settings)
+    assert texts == [] and counts["accepted"] == 0
+    counts, texts = run_idle(400, gradient, **settings)
+    assert len(texts) == 1 and advice.CURES[cause] in texts[0]
+    assert max(counts["rejected"], key=counts["rejected"].get) == cause
+
+
+def test_the_warning_names_learning_rates_that_jump():
+    model = network()
+    optimizer = sgd(model)
+    aadl.accelerate(optimizer, **EAGER)
+    with pytest.warns(UserWarning, match="learning rates of the parameter groups change") as caught:
+        for step in range(100):
+            optimizer.param_groups[0]["lr"] = 0.05 if step % 2 else 0.005
+            train(model, optimizer, 1)
+    assert len(caught) == 1 and statistics(optimizer)["attempts"] == 0
+
+
+def test_the_warning_ends_no_step_where_warnings_are_errors_and_stays_out_where_candidates_are_accepted():
+    counts, texts = run_idle(100, lambda step: torch.ones(100, dtype=torch.float64), "error", average=False)
+    assert counts["steps"] == 100 and texts == []
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **EAGER)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 100)
+    assert statistics(optimizer)["accepted"] > 0 and caught == []
+
+
+def test_every_cause_has_a_cure():
+    sources = [advice.__file__.replace("advice", name) for name in ("decisions", "proposal", "accelerator")]
+    text = "".join(Path(source).read_text() for source in sources)
+    for cause in advice.CURES:
+        assert f'"{cause}"' in text, cause
