@@ -196,14 +196,16 @@ class AndersonAccelerator:
         """
         self._decisions.settle()
         self._finish_push()
-        if self._layout is None and self._handles and not self.settings.idle:
+        fake = _tensors_are_fake()
+        if self._layout is None and self._handles and not self.settings.idle and not fake:
             parameters = self._parameters(self.optimizer)
             if parameters is not None:
                 self._lay_out(parameters, makes_momentum(self.optimizer))
         layout = self._layout
         books = self._decisions.books() | {
             "map": self.settings.map_description(),
-            "progress": self._progress | {"unseen": self._writes_since_left(), "doubtful": self._is_doubtful()},
+            "progress": self._progress
+            | {"unseen": self._writes_since_left(), "doubtful": not fake and self._is_doubtful()},
             "history": None if layout is None else saved_state.books_of(layout.history),
             "averaged": self.settings.local_sgd and self._left is not None and not self._untouched(self.optimizer),
         }
@@ -471,9 +473,10 @@ class AndersonAccelerator:
             judged = None if self._partitioned else decisions.trial_closure(closure)
             written = progress["written"]
             doubtful = written or progress["doubtful"]
-            step = Step(optimizer, history, tensors, judged, self._ranks, self.loss_weight, rate, written, doubtful)
+            own = judged, self._ranks, self.loss_weight, rate, written, doubtful, progress["accelerated_at"]
+            step = Step(optimizer, history, tensors, *own)
             if due:
-                progress["written"] = False
+                progress |= {"written": False, "accelerated_at": column.macro_step}
                 decisions.accelerate(step, pending)
             else:
                 assert pending is not None
@@ -651,6 +654,11 @@ class AndersonAccelerator:
 
     def _lay_out(self, parameters: list[Tensor], momentum: bool) -> None:
         """Allocate rows for the trainable parameters (and momentum) of the optimizer as they are now."""
+        if _tensors_are_fake():
+            raise ValueError(
+                f"this {type(self.optimizer).__name__} cannot be accelerated within FakeTensorMode, whose tensors have "
+                f"no values: call aadl.remove_acceleration(optimizer) before such a step"
+            )
         self._layout = None  # frees the old rows first
         self._layout = self._new_layout(parameters, momentum)
         self._decisions.pending = self._left = None
@@ -723,10 +731,10 @@ def find_accelerator(optimizer: Any) -> AndersonAccelerator | None:
 def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
-    in_macro_step (steps of the running macro-step); learning_rate, rates and rate_sums (see
-    `_follow_learning_rate`); writes (see
-    `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps) and warned
-    (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running one).
+    in_macro_step (steps of the running macro-step); learning_rate, rates and rate_sums (see `_follow_learning_rate`);
+    writes (see `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps)
+    and warned (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running
+    one); accelerated_at (the macro-step of the last acceleration, accepted or not).
     """
     return {
         "in_macro_step": 0,
@@ -739,7 +747,13 @@ def _progress() -> dict[str, Any]:
         "warned": False,
         "written": False,
         "doubtful": False,
+        "accelerated_at": 0,
     }
+
+
+def _tensors_are_fake() -> bool:
+    """Whether tensors made now have no values, as in torch's FakeTensorMode."""
+    return type(torch.empty(0, device="cpu")).__name__ == "FakeTensor"
 
 
 def _warn_once(text: str) -> None:

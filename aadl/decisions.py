@@ -53,6 +53,8 @@ class Step(NamedTuple):
     """Whether this rank saw that somebody wrote to the tensors within a macro-step since the last acceleration."""
     doubtful: bool = False
     """Whether this macro-step's residual may be such a write, so that nothing is put back because of it."""
+    since: int = 0
+    """The macro-step of the last acceleration, accepted or not."""
 
 
 class Candidate(NamedTuple):
@@ -265,7 +267,6 @@ class Decisions:
 
         With local SGD every rank has a Gram matrix of its own, and all come to the vote.
         """
-        fresh = len(step.history.stale)
         parts, local_sgd, columns = step.history.gram(), self.settings.local_sgd, step.history.columns
         if local_sgd and step.closure is not None:  # averages are promised nothing
             pending = None
@@ -286,7 +287,7 @@ class Decisions:
         elif step.history.sums and self.settings.store_each_nth > 1:
             written = float(step.ranks.total(host_tensor(written)))
         if written > 0:
-            self.forget_last(step.history, fresh)
+            self.forget_last(step.history, sum(column.macro_step > step.since for column in columns))
             return
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
         ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf, along)

@@ -30,6 +30,8 @@ from aadl.ranks import Ranks
 
 Tensors = Sequence[Tensor | None]
 KINDS = ("parameters", "momentum")
+ROTATED = 1 << 18
+"""Elements of a row that are moved at a time."""
 
 
 @dataclass
@@ -225,15 +227,19 @@ class History:
 
     def forget_last(self, count: int) -> None:
         """Forget the newest `count` columns and the pair; those before stay. The running macro-step goes on."""
-        columns = self.columns[: max(0, len(self.columns) - count)]
-        slots = self.order()[len(columns) :]
+        kept = max(0, len(self.columns) - count)
+        first = self.order()[0] if kept else 0
         self._start_apart()
         for block in self.blocks:
             for name, tensor in block.tensors.items():
-                for slot in slots if block.fused and name.startswith("delta") else ():
-                    tensor[slot].zero_()  # compiled kernels read unused rows too
-        self.stale = [slot for slot in self.stale if slot not in slots]
-        self.columns, self.next, self.has_pair = columns, slots[0] if slots else self.next, False
+                if not name.startswith("delta"):
+                    continue
+                for part in block.row.ranges(ROTATED) if first else ():  # a ring that is not full begins at slot 0
+                    tensor[:, part] = tensor[:, part].roll(-first, 0)
+                if block.fused:  # compiled kernels read unused rows too
+                    tensor[kept:].zero_()
+        self.columns, self.next, self.has_pair = self.columns[:kept], kept % self.depth, False
+        self.stale = list(range(kept))
 
     def _start_apart(self) -> None:
         """Keep the start of the running macro-step apart from the pair."""

@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -177,37 +178,6 @@ def test_step_returns_what_the_base_optimizer_returns(keyword):
     token = object()
     assert optimizer.step(lambda: token) is token
     assert optimizer.step() is None
-
-
-def test_hooks_of_others_run_in_their_order_and_around_the_acceleration():
-    model = network()
-    optimizer, calls = sgd(model), []
-    values = {}
-
-    def note(name):
-        def hook(*_):
-            calls.append(name)
-            values[name] = model[0].weight.detach().clone()
-
-        return hook
-
-    optimizer.register_step_pre_hook(note("pre 1"))
-    optimizer.register_step_post_hook(note("post 1"))
-    aadl.accelerate(optimizer, **ALWAYS)
-    optimizer.register_step_pre_hook(note("pre 2"))
-    optimizer.register_step_post_hook(note("post 2"))
-    moved = 0
-    for _ in range(12):
-        accepted = statistics(optimizer)["accepted"]
-        train(model, optimizer, 1)
-        was_accepted = statistics(optimizer)["accepted"] > accepted
-        moved += was_accepted
-        assert torch.equal(values["post 1"], model[0].weight) and torch.equal(values["post 2"], model[0].weight)
-    assert calls == ["pre 1", "pre 2", "post 1", "post 2"] * 12
-    assert moved > 2
-    aadl.remove_acceleration(optimizer)
-    train(model, optimizer, 1)
-    assert calls[-4:] == ["pre 1", "pre 2", "post 1", "post 2"]
 
 
 SCHEDULERS = {
@@ -390,3 +360,140 @@ def test_host_tensors_are_made_on_the_host_whatever_the_default_device():
         ends.append(snapshot(model, optimizer))
     assert statistics(optimizer)["accepted"] > 0
     assert identical(*ends)
+
+
+# ---- modes of torch ------------------------------------------------------------------------------------------------
+
+
+def state_before_the_first_step(optimizer, step):
+    if step == 0:
+        optimizer.state_dict()
+
+
+def state_after_every_step(optimizer, step):
+    optimizer.state_dict()
+
+
+def load_its_own_state(optimizer, step):
+    if step == 7:
+        accelerator = aadl.accelerator_of(optimizer)
+        accelerator.load_state_dict(copy.deepcopy(accelerator.state_dict()))
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def look_at_it(optimizer, step):
+    repr(aadl.accelerator_of(optimizer)), statistics(optimizer), aadl.accelerator_of(optimizer).history_bytes
+
+
+MODES = {
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "gradients disabled": lambda: torch.set_grad_enabled(False),
+    "another device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("call", [state_before_the_first_step, state_after_every_step, load_its_own_state, look_at_it])
+def test_what_is_called_under_a_mode_of_torch_disturbs_no_step(call, mode):
+    ends = []
+    for used in (False, True):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **RESIDUAL | {"store_each_nth": 2})
+        closure = closure_of(model, optimizer)
+        for step in range(30):
+            if used:
+                with MODES[mode]():
+                    call(optimizer, step)
+            closure()
+            optimizer.step()
+        assert statistics(optimizer)["accepted"] > 0
+        ends.append(snapshot(model, optimizer))
+    assert identical(*ends)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_under_a_mode_of_torch(mode):
+    ends = []
+    for used in (False, True):
+        model = network()
+        optimizer = sgd(model)
+        with MODES[mode]() if used else nullcontext():
+            aadl.accelerate(optimizer, **RESIDUAL)
+        closure = closure_of(model, optimizer)
+        for _ in range(30):
+            closure()
+            with MODES[mode]() if used else nullcontext():
+                optimizer.step()
+        train(model, optimizer, 10)
+        assert statistics(optimizer)["accepted"] > 0
+        ends.append(snapshot(model, optimizer))
+    assert identical(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_torch_is_of_no_matter(dtype):
+    ends, before = [], torch.get_default_dtype()
+    for default in (before, dtype):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **RESIDUAL | {"average": "always"})
+        torch.set_default_dtype(default)
+        try:
+            train(model, optimizer, 30)
+            state = copy.deepcopy(optimizer.state_dict())
+        finally:
+            torch.set_default_dtype(before)
+        assert statistics(optimizer)["accepted"] > 0
+        ends.append((snapshot(model, optimizer), state))
+    assert identical(*ends)
+
+
+def test_tensors_without_values_are_refused_and_real_ones_are_left_alone():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **RESIDUAL)
+        assert aadl.accelerator_of(optimizer).state_dict()["rows"] == {}
+        with pytest.raises(ValueError, match="this SGD cannot be accelerated within FakeTensorMode"):
+            optimizer.step()
+    ends = []
+    for used in (False, True):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **RESIDUAL)
+        for _ in range(20):
+            with FakeTensorMode(allow_non_fake_inputs=True) if used else nullcontext():
+                optimizer.state_dict()
+            train(model, optimizer, 1)
+        ends.append(snapshot(model, optimizer))
+    assert identical(*ends) and statistics(optimizer)["accepted"] > 0
+
+
+def test_a_shallow_copy_of_an_optimizer_is_a_plain_one_and_its_steps_are_noticed():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **RESIDUAL | {"store_each_nth": 4, "frequency": 8})
+    train(model, optimizer, 6)
+    again = copy.copy(optimizer)
+    with pytest.raises(ValueError, match="this SGD is not accelerated"):
+        aadl.accelerator_of(again)
+    train(model, again, 1)
+    assert statistics(optimizer)["steps"] == 6 and statistics(optimizer)["moved"] == 0
+    train(model, optimizer, 1)
+    assert statistics(optimizer)["moved"] == 1
+
+
+@pytest.mark.parametrize("other_is_accelerated", [False, True])
+def test_two_optimizers_of_the_same_parameters(other_is_accelerated):
+    """Each takes the steps of the other for a part of its map."""
+    model = network()
+    one, other = sgd(model, 0.02), torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+    settings = EAGER | {"store_each_nth": 5, "frequency": 10, "average": False}
+    aadl.accelerate(one, **settings)
+    if other_is_accelerated:
+        aadl.accelerate(other, **settings)
+    losses = []
+    for _ in range(200):
+        losses += train(model, one, 1)
+        train(model, other, 1)
+    assert losses[-1] < 0.5 * losses[0]
+    assert statistics(one)["accepted"] > 0 and statistics(one)["macro_steps"] > 25

@@ -1,9 +1,13 @@
 """Somebody else changes the parameters between steps: pairs stay true, and nothing that was written is undone."""
 
 import copy
+import warnings
 
+import parallel_runs
 import pytest
 import torch
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
 from small_runs import (
     ALWAYS,
     RESIDUAL,
@@ -11,6 +15,7 @@ from small_runs import (
     identical,
     network,
     sgd,
+    snapshot,
     statistics,
     stored_columns,
     train,
@@ -19,6 +24,7 @@ from torch import nn
 
 import aadl
 from aadl.flat import SAMPLE
+from aadl.watch import is_regular, kind_of_write
 
 # ---- pairs stay true -----------------------------------------------------------------------------------------------
 
@@ -289,3 +295,355 @@ def test_a_reset_within_a_macro_step_begins_where_the_parameters_are(safeguard, 
     for _ in range(3):
         optimizer.step()
     assert torch.equal(aadl.accelerator_of(optimizer)._history.blocks[0].residual, x.detach() - start)
+
+
+# ---- within a macro-step -------------------------------------------------------------------------------------------
+
+MACRO = {"wait_iterations": 1, "store_each_nth": 10, "frequency": 20, "average": False}
+"""The schedule by default; a candidate is accepted at step 40 of the run below, and judged at 50."""
+
+
+def load(model, optimizer, weights):
+    model.load_state_dict(weights)
+
+
+def copy_in(model, optimizer, weights):
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), list(weights.values()))
+
+
+def point_elsewhere(model, optimizer, weights):
+    for name, p in model.named_parameters():
+        p.data = weights[name].clone()
+
+
+def copy_through_data(model, optimizer, weights):
+    for name, p in model.named_parameters():
+        p.data.copy_(weights[name])
+
+
+def start_again(model, optimizer, weights):
+    with torch.no_grad():
+        model[0].weight.copy_(weights["0.weight"])
+    optimizer.state.clear()
+
+
+def load_both(model, optimizer, weights):
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.5).state_dict())
+
+
+@pytest.mark.parametrize("at", [41, 45, 49])
+@pytest.mark.parametrize("change", [load, copy_in, point_elsewhere, copy_through_data, start_again, load_both])
+def test_no_candidate_is_taken_back_over_a_change(change, at):
+    """After the change the run is that of the plain optimizer from there, until the next candidate."""
+    model, plain_model = network(), network()
+    weights = {name: 30 * value for name, value in model.state_dict().items()}
+    optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **MACRO)
+    accelerator = aadl.accelerator_of(optimizer)
+    train(model, optimizer, at)
+    assert accelerator.statistics["accepted"] > 0 and accelerator._decisions.pending is not None
+    change(model, optimizer, weights)
+    plain = sgd(plain_model, 0.02, momentum=0.5)
+    plain_model.load_state_dict(model.state_dict())
+    plain.load_state_dict(copy.deepcopy({k: v for k, v in optimizer.state_dict().items() if k != "aadl"}))
+    train(model, optimizer, 50 - at)
+    train(plain_model, plain, 50 - at)
+    assert identical(snapshot(model, optimizer)["model"], snapshot(plain_model, plain)["model"])
+    assert accelerator.statistics["reverted"] == 0
+    if change is not load_both:  # which starts everything again
+        assert accelerator.statistics["moved"] == 1 and accelerator._decisions.pending is None
+        assert len(accelerator._history.columns) == 3
+
+
+def test_a_change_without_a_pending_candidate_starts_the_macro_step_again():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model), **MACRO | {"frequency": 10**6})
+    history = None
+    train(model, optimizer, 34)
+    load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
+    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    train(model, optimizer, 10)
+    history = aadl.accelerator_of(optimizer)._history
+    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert torch.equal(history.blocks[0].residual, end - start)
+    assert len(history.columns) == 3 and statistics(optimizer)["moved"] == 1 and not history.columns[-1].consecutive
+
+
+def nothing(model, step):
+    pass
+
+
+def clamp(model, step):
+    clip(model)
+
+
+def clamp_through_data(model, step):
+    for p in model.parameters():
+        p.data.clamp_(-0.4, 0.4)
+
+
+def clamp_elsewhere(model, step):
+    for p in model.parameters():
+        p.data = p.data.clamp(-0.4, 0.4)
+
+
+def mask(model, step):
+    with torch.no_grad():
+        model[0].weight[::2] = 0
+
+
+def change_gradients(model, step):
+    for p in model.parameters():
+        p.grad = None if step % 2 else torch.ones_like(p)
+
+
+def synchronize(every):
+    """As Lookahead does: after so many steps, the mean of the weights and of slow ones."""
+
+    def change(model, step):
+        if step == 1:
+            model.slow = [p.detach().clone() for p in model.parameters()]
+        if step % every == 0:
+            with torch.no_grad():
+                for slow, p in zip(model.slow, model.parameters(), strict=True):
+                    p.copy_(slow.lerp_(p, 0.5))
+
+    return change
+
+
+def look_elsewhere(every, through=load):
+    """Evaluates other weights, and puts those of the training back."""
+
+    def change(model, step):
+        if step % every == 0:
+            own = copy.deepcopy(model.state_dict())
+            through(model, None, {name: 0 * value for name, value in own.items()})
+            through(model, None, own)
+
+    return change
+
+
+WRITES = {  # what is written after every step, and how many macro-steps of 40 it may cost
+    "nothing": (nothing, 0),
+    "gradients": (change_gradients, 0),
+    "clamp": (clamp, 1),
+    "clamp through data": (clamp_through_data, 0),
+    "clamp elsewhere": (clamp_elsewhere, 2),
+    "mask": (mask, 1),
+    "outer steps of 5": (synchronize(5), 2),
+    "outer steps of 7": (synchronize(7), 2),
+    "outer steps of 10": (synchronize(10), 0),
+    "outer steps of 13": (synchronize(13), 10),
+    "evaluation after each": (look_elsewhere(1), 1),
+    "evaluation after 7": (look_elsewhere(7), 2),
+    "evaluation after 35": (look_elsewhere(35), 8),
+    "evaluation after 40": (look_elsewhere(40), 0),
+    "evaluation through data": (look_elsewhere(7, copy_through_data), 0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_comes_regularly_belongs_to_the_map(name):
+    change, lost = WRITES[name]
+    model = network()
+    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    train(model, optimizer, 400, after=lambda step: change(model, step))
+    counts = statistics(optimizer)
+    stored = len(aadl.accelerator_of(optimizer)._history.columns) + 1
+    assert counts["macro_steps"] >= 40 - lost and stored == 11
+    assert counts["accepted"] > 0 and counts["resets"] == {}
+
+
+@pytest.mark.parametrize("through", [load, copy_through_data])
+def test_values_that_are_put_back_cost_the_running_pair_at_most(through):
+    ends = []
+    for change in (nothing, look_elsewhere(20, through)):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+        train(model, optimizer, 200, after=lambda step, change=change, model=model: change(model, step))
+        ends.append(snapshot(model, optimizer)["model"])
+        assert statistics(optimizer)["moved"] == 0 and statistics(optimizer)["accepted"] > 0
+    assert identical(*ends)  # between two macro-steps they cost nothing
+    train(model, optimizer, 5)
+    look_elsewhere(1, through)(model, 1)
+    train(model, optimizer, 15)
+    assert len(aadl.accelerator_of(optimizer)._history.columns) == 10
+    assert statistics(optimizer)["moved"] == (through is load)
+
+
+def spectral(model):
+    nn.utils.parametrizations.spectral_norm(model[0])
+
+
+def weight_normalized(model):
+    nn.utils.parametrizations.weight_norm(model[0])
+
+
+def pruned(model):
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+
+
+def compiled(model):
+    model.compile(backend="eager")
+
+
+@pytest.mark.parametrize("make", [spectral, weight_normalized, pruned, compiled])
+def test_models_that_compute_their_weights_change_nothing_from_outside(make):
+    torch._dynamo.reset()
+    model = network()
+    make(model)
+    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    train(model, optimizer, 200)
+    counts = statistics(optimizer)
+    assert counts["moved"] == 0 and counts["macro_steps"] == 20 and counts["accepted"] > 0
+
+
+def test_a_load_is_noticed_beside_regular_writes():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    train(model, optimizer, 45, after=lambda step: clamp(model, step))
+    moved = statistics(optimizer)["moved"]
+    load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
+    train(model, optimizer, 1)
+    assert statistics(optimizer)["moved"] == moved + 1
+    assert json_progress(optimizer)["in_macro_step"] == 1
+
+
+def json_progress(optimizer):
+    return aadl.accelerator_of(optimizer)._progress
+
+
+@pytest.mark.parametrize("change", [clamp, clamp_elsewhere, synchronize(3)], ids=["clamp", "elsewhere", "outer steps"])
+def test_a_resumed_run_knows_which_writes_are_regular(change):
+    """It repeats the uninterrupted one bit for bit, wherever it was saved."""
+    settings = MACRO | {"store_each_nth": 4, "frequency": 8}
+    model, saved = network(), {}
+    optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **settings)
+
+    def save(step):
+        change(model, step)
+        if step in (2, 9, 16, 19, 33, 42):
+            state = model.state_dict(), optimizer.state_dict(), getattr(model, "slow", None)
+            saved[step] = copy.deepcopy(state)
+
+    train(model, optimizer, 60, after=save)
+    assert statistics(optimizer)["accepted"] > 0
+    for last, (weights, state, slow) in saved.items():
+        other = network()
+        again = aadl.accelerate(sgd(other, 0.02, momentum=0.5), **settings)
+        other.load_state_dict(weights)
+        other.slow = slow
+        again.load_state_dict(state)
+        train(other, again, 60 - last, after=lambda step, other=other, last=last: change(other, step + last))
+        assert identical(snapshot(other, again), snapshot(model, optimizer)), last
+        assert identical(statistics(again), statistics(optimizer)), last
+
+
+def test_macro_steps_that_never_end_are_told_of_once():
+    model = network()
+    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+
+    def write(step):  # each time in another way
+        with torch.no_grad():
+            for _ in range(step % 101):
+                model[0].weight.mul_(1.0)
+
+    train(model, optimizer, 9, after=write)
+    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as told:
+        train(model, optimizer, 80, after=lambda step: write(step + 9))
+    assert len(told) == 1 and statistics(optimizer)["macro_steps"] == 0
+    assert "store_each_nth=1" in str(told[0].message)
+    with warnings.catch_warnings(record=True) as none:
+        train(model, optimizer, 10)
+        train(model, optimizer, 40, after=lambda step: write(step + 9))
+    assert statistics(optimizer)["macro_steps"] > 0 and not none
+
+
+def test_regular_writes_come_at_equal_distances():
+    writes = {}
+    gaps = {1: False, 2: False, 3: True, 4: True, 6: False, 8: True, 9: False, 10: True, 30: False, 31: False, 32: True}
+    assert {gap: is_regular(writes, "4 in 4", gap, 5) for gap in gaps} == gaps
+    assert not is_regular(writes, "8 in 4", 33, 5)
+    assert set(writes) == {"4 in 4", "8 in 4"}
+    is_regular(writes, "8 in 4", 38, 5)
+    assert set(writes) == {"8 in 4"}  # the other one was too long ago
+    assert kind_of_write([3, 4, 5], [3, 4, 5]) == "" and kind_of_write([3, 4, 5], [4, 4, 7]) == "3 in 2"
+
+
+# ---- on ranks ------------------------------------------------------------------------------------------------------
+
+RANKS = {"wait_iterations": 1, "history_depth": 4, "store_each_nth": 5, "frequency": 10, "safeguard": "residual"}
+
+
+def zero_redundancy(parameters):
+    with warnings.catch_warnings():  # torch.jit, which the package compiles with, is deprecated
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.SGD, lr=0.02, momentum=0.5)
+
+
+LAYOUTS = {
+    "replicas": (parallel_runs.replica, parallel_runs.gentle_momentum, {}),
+    "shared history": (parallel_runs.replica, parallel_runs.gentle_momentum, {"shard_history": True}),
+    "partitioned": (parallel_runs.replica, zero_redundancy, {}),
+    "sharded": (parallel_runs.sharded, parallel_runs.gentle_momentum, {}),
+}
+
+
+def swap_on_rank_0(rank):
+    return lambda step, model, optimizer: look_elsewhere(1)(model, step) if rank == 0 and step in (12, 23, 34) else None
+
+
+def load_while_pending(rank):
+    """Once, two steps after a candidate was accepted; notes how far the weights are from there three steps later."""
+
+    def change(step, model, optimizer):
+        accelerator = aadl.accelerator_of(optimizer)
+        if change.at == 0 and accelerator._decisions.pending and accelerator._progress["in_macro_step"] == 2:
+            model.load_state_dict({name: 20 * value for name, value in model.state_dict().items()})
+            change.at, change.there = step, parallel_runs.values_of(model)
+        if change.at and step == change.at + 3:
+            gap = parallel_runs.values_of(model) - change.there
+            change.distance = float(gap.norm() / change.there.norm())
+
+    change.at, change.distance = 0, float("nan")
+    return change
+
+
+def clamp_everywhere(rank):
+    def change(step, model, optimizer):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.clamp_(-0.6, 0.6)
+
+    return change
+
+
+RANK_CHANGES = {"swap": swap_on_rank_0, "load": load_while_pending, "clamp": clamp_everywhere}
+
+
+def change_on_ranks(rank, size):
+    results = {}
+    for name, (wrap, make, more) in LAYOUTS.items():
+        for kind, what in RANK_CHANGES.items():
+            change = what(rank)
+            settings = RANKS | parallel_runs.CALM | {"average": False} | more
+            result = parallel_runs.run(
+                rank, size, settings, wrap=wrap, make=make, loss=parallel_runs.part_of_batch, steps=100, after=change
+            )
+            results[name, kind] = result | {"distance": getattr(change, "distance", None)}
+    return results
+
+
+def test_ranks_agree_about_what_some_of_them_saw(spawn_ranks):
+    outcomes = spawn_ranks(change_on_ranks, 2)
+    for (name, kind), ours in outcomes[0].items():
+        both = [outcome[name, kind] for outcome in outcomes]
+        assert parallel_runs.agree(both), (name, kind)
+        assert identical(both[0]["statistics"], both[1]["statistics"]), (name, kind)
+        counts = ours["statistics"]
+        assert counts["macro_steps"] == 20 and counts["accepted"] > 0 and counts["resets"] == {}, (name, kind)
+        assert counts["moved"] >= 1 and counts["reverted"] == 0, (name, kind)
+        assert kind != "swap" or counts["moved"] == 3, name
+        assert kind != "load" or ours["distance"] < 0.5, name  # taken back, it would be 0.95

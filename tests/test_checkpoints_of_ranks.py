@@ -27,7 +27,13 @@ from parallel_runs import (
 )
 from small_runs import EAGER, identical, statistics
 from suite_cases import run_config
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 import aadl
 from experiments.departure import Interrupted
@@ -189,6 +195,93 @@ def test_plain_checkpoints_of_replicas(spawn_ranks, tmp_path):
     assert identical(resumed["statistics"], whole["statistics"])
     assert whole["statistics"]["accepted"] > 0
     assert distance(forgotten, whole) > 1e-3
+
+
+# ---- get_state_dict and set_state_dict -----------------------------------------------------------------------------
+
+
+def both_again(model, optimizer, options=None):
+    weights, state = get_state_dict(model, optimizer, options=options)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+
+
+def optimizer_again(model, optimizer):
+    set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
+
+
+def copies_again(model, optimizer):
+    set_optimizer_state_dict(model, optimizer, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+
+
+def flat_again(model, optimizer):
+    both_again(model, optimizer, StateDictOptions(flatten_optimizer_state_dict=True))
+
+
+@pytest.mark.parametrize("make", [gentle_momentum, gentle_adam])
+@pytest.mark.parametrize("again", [both_again, optimizer_again, copies_again, flat_again])
+def test_a_live_optimizer_goes_on_undisturbed(again, make):
+    """Between two macro-steps; its counters and its history stay."""
+    ends = []
+    for used in (False, True):
+        model = network()
+        optimizer = aadl.accelerate(make(model.parameters()), **SETTINGS)
+
+        def after(step, model, optimizer, used=used):
+            if used and step % 2 == 0:
+                again(model, optimizer)
+
+        ends.append(go_on(0, 1, model, optimizer, 1, 40, after=after))
+    assert torch.equal(ends[0]["weights"], ends[1]["weights"])
+    assert identical(ends[0]["statistics"], ends[1]["statistics"]) and ends[0]["statistics"]["accepted"] > 0
+
+
+@pytest.mark.parametrize("again", [both_again, optimizer_again, copies_again])
+def test_within_a_macro_step_a_live_optimizer_loses_the_running_pair_at_most(again):
+    model = network()
+    optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
+    accelerator = aadl.accelerator_of(optimizer)
+    go_on(0, 1, model, optimizer, 1, 21)
+    columns, counts = list(accelerator._history.columns), dict(accelerator.statistics)
+    again(model, optimizer)
+    assert identical(accelerator.statistics, counts)
+    go_on(0, 1, model, optimizer, 22, 24)
+    assert accelerator.statistics["moved"] <= 1 and accelerator.statistics["resets"] == {}
+    assert columns[-1] in accelerator._history.columns and len(accelerator._history.columns) == len(columns)
+
+
+def saved_by_torch():
+    model = network()
+    optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
+    go_on(0, 1, model, optimizer, 1, 21)
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    return model, optimizer, weights, state
+
+
+def test_a_resume_without_the_history_says_so_once():
+    *_, weights, state = saved_by_torch()
+    model = network()
+    optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    with pytest.warns(UserWarning, match=r"carries no history of aadl: .* save aadl\.accelerator_of") as told:
+        go_on(0, 1, model, optimizer, 22, 40)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["history last", "history first"])
+def test_a_resume_with_the_history_beside_it_says_nothing_and_repeats_the_run(first):
+    model, optimizer, weights, state = saved_by_torch()
+    history = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
+    whole = go_on(0, 1, model, optimizer, 22, 50)
+    model = network()
+    optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
+    if first:
+        aadl.accelerator_of(optimizer).load_state_dict(history)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    if not first:
+        aadl.accelerator_of(optimizer).load_state_dict(history)
+    resumed = go_on(0, 1, model, optimizer, 22, 50)
+    assert torch.equal(resumed["weights"], whole["weights"])
+    assert identical(resumed["statistics"], whole["statistics"]) and whole["statistics"]["accepted"] > 0
 
 
 def whole_tensors_of_other_sizes(rank, size):

@@ -1,9 +1,11 @@
 """ZeroRedundancyOptimizer: every rank steps, and keeps the history of, some of the parameters; all decide together."""
 
+import copy
 import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from parallel_runs import (
     CALM,
     LOSS,
@@ -13,6 +15,7 @@ from parallel_runs import (
     counts_of,
     distance,
     gamma_distance,
+    go_on,
     momentum,
     network,
     part_of_batch,
@@ -35,8 +38,8 @@ def three_tensors():
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1, bias=False)).double()
 
 
-def partitioned(parameters):
-    return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.SGD, lr=0.05, momentum=0.9)
+def partitioned(parameters, lr=0.05, momentum=0.9):
+    return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.SGD, lr=lr, momentum=momentum)
 
 
 def lower_rate(step, model, optimizer):
@@ -144,6 +147,46 @@ def test_a_rank_without_parameters_follows_the_learning_rate(spawn_ranks):
     assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours)
     assert counts_of(ours[0]) == counts_of(expected)
     assert distance(ours[0], expected) < 1e-9
+
+
+def resumed(rank, size, folder):
+    """A run, its continuations of a save within a macro-step (with the history and without), and what was said."""
+    settings = CALM | RESIDUAL | {"store_each_nth": 2, "frequency": 4}
+
+    def build():
+        model = replica(network(), rank, size)
+        return model, aadl.accelerate(partitioned(model.parameters(), 0.02, 0.5), **settings)
+
+    model, optimizer = build()
+    go_on(rank, size, model, optimizer, 1, 25, part_of_batch)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        optimizer.consolidate_state_dict()
+        optimizer.consolidate_state_dict()
+    path = folder / f"history-{rank}"
+    torch.save(aadl.accelerator_of(optimizer).state_dict(), path)
+    states = [{"model": model.state_dict(), "optimizer": optimizer.state_dict()} if rank == 0 else None]
+    dist.broadcast_object_list(states)
+    saved = copy.deepcopy(states[0])
+    whole = go_on(rank, size, model, optimizer, 26, 60, part_of_batch)
+    ends = {}
+    for with_history in (True, False):
+        model, optimizer = build()
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        if with_history:
+            aadl.accelerator_of(optimizer).load_state_dict(torch.load(path, weights_only=True))
+        ends[with_history] = go_on(rank, size, model, optimizer, 26, 60, part_of_batch)
+    return whole, ends, [str(warning.message) for warning in told]
+
+
+def test_a_resumed_run_needs_the_histories_of_all_ranks_and_says_so(spawn_ranks, tmp_path):
+    for whole, ends, told in spawn_ranks(resumed, 2, tmp_path):
+        assert all("carries no history of aadl: save aadl.accelerator_of(optimizer)" in text for text in told)
+        assert told and whole["statistics"]["accepted"] > 0
+        assert torch.equal(ends[True]["weights"], whole["weights"])
+        assert identical(ends[True]["statistics"], whole["statistics"])
+        assert distance(ends[False], whole) > 1e-6
 
 
 def test_the_loss_alone_does_not_judge_partitions():

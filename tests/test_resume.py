@@ -286,6 +286,11 @@ MISMATCHES = {
     "empty": (lambda state: {}, "got version None with keys []"),
     "another version": (lambda state: state | {"version": 0}, "got version 0 with keys"),
     "something missing": (lambda state: {k: v for k, v in state.items() if k != "rows"}, "got version 3 with keys"),
+    "depth": (
+        lambda state: with_map(state, history_depth=9),
+        "delta_mapped has shape (4, 6, 3), not (9, 6, 3)",
+    ),
+    "an odd depth": (lambda state: with_map(state, history_depth="4"), "is damaged"),
     "macro-step": (lambda state: with_map(state, store_each_nth=3), "store_each_nth=3"),
     "coupling": (lambda state: with_map(state, state_coupling="params"), "state_coupling='params'"),
     "dtype": (lambda state: with_map(state, history_dtype="torch.float64"), "history_dtype="),

@@ -10,6 +10,7 @@ from histories import filled_history, make_history, push_pair, random_pairs
 from small_runs import EAGER, identical
 
 import aadl
+from aadl.accelerator import VERSION
 from aadl.history import Column, History, make_block
 from aadl.state import books_of, check_rows, load_rows, parsed_books, restore_books, rows_of
 
@@ -238,3 +239,80 @@ def test_statistics_that_are_not_numbers_survive():
     assert not math.isnan(accelerator.statistics["gain"])
     accelerator.load_state_dict(copy.deepcopy(state))
     assert identical(accelerator.statistics, again.statistics)
+
+
+@pytest.mark.parametrize("through_file", [False, True])
+@pytest.mark.parametrize("steps", [6, 9, 11, 12])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 9])
+def test_a_state_continues_at_another_depth(depth, steps, through_file, tmp_path):
+    """With the newest columns that fit, in both kinds of rows; what follows is that of a history filled that way."""
+    parameters = convolution()
+    optimizer = adam(parameters)
+    go(parameters, optimizer, steps)
+    state = copy.deepcopy(optimizer.state_dict())
+    if through_file:
+        torch.save(state, tmp_path / "state")
+        state = torch.load(tmp_path / "state", mmap=True, weights_only=True)
+    others = convolution()
+    with torch.no_grad():
+        for p, q in zip(others, parameters, strict=True):
+            p.copy_(q)
+    again = adam(others, EAGER | {"history_depth": depth})
+    again.load_state_dict(state)
+    old, new = aadl.accelerator_of(optimizer)._history, aadl.accelerator_of(again)._history
+    kept = min(depth, len(old.columns))
+    assert new.columns == old.columns[-kept:] and kept > 0
+    for one, two in zip(old.blocks, new.blocks, strict=True):
+        for name, ring in two.tensors.items():
+            if name.startswith("delta"):
+                assert torch.equal(ring[new.order()], one.tensors[name][old.order()[-kept:]])
+            else:
+                assert torch.equal(ring, one.tensors[name])
+    statistics = aadl.accelerator_of(again).statistics
+    assert identical(statistics, aadl.accelerator_of(optimizer).statistics)
+    direct = {kind: gram.matrix for kind, gram in old.gram().items()}
+    for kind, gram in new.gram().items():
+        torch.testing.assert_close(gram.matrix, direct[kind][-kept:, -kept:], rtol=1e-12, atol=0)
+    go(others, again, 12)
+    assert len(new.columns) == min(depth, len(new.columns) + 12) and statistics["moved"] == 0
+    assert all(torch.isfinite(p).all() for p in others)
+    resaved = copy.deepcopy(again.state_dict())
+    adam(convolution(), EAGER | {"history_depth": depth}).load_state_dict(resaved)
+
+
+def test_a_state_without_columns_to_keep_continues_too():
+    parameters = convolution()
+    optimizer = adam(parameters)
+    go(parameters, optimizer, 9)
+    state = copy.deepcopy(optimizer.state_dict())
+    idle = adam(convolution(), EAGER | {"history_depth": 0})
+    idle.load_state_dict(state)
+    assert aadl.accelerator_of(idle).statistics["steps"] == 9
+    assert aadl.accelerator_of(idle).history_bytes == 0
+    back = adam(convolution())
+    back.load_state_dict(copy.deepcopy(idle.state_dict()))
+    assert aadl.accelerator_of(back)._history is None and aadl.accelerator_of(back).statistics["steps"] == 9
+    early = adam(convolution(), EAGER | {"history_depth": 2})
+    early.load_state_dict(copy.deepcopy(adam(convolution()).state_dict()))
+    assert aadl.accelerator_of(early)._history.columns == []
+
+
+@pytest.mark.parametrize("version", [1, VERSION + 1, None])
+def test_a_state_of_another_version_is_refused_by_its_number(version):
+    optimizer = adam(convolution())
+    state = aadl.accelerator_of(optimizer).state_dict()
+    with pytest.raises(ValueError, match=rf"whose states have version {VERSION}, got version {version} with keys"):
+        aadl.accelerator_of(optimizer).load_state_dict(state | {"version": version})
+
+
+def test_a_state_from_before_writes_were_watched_loads():
+    """The books of older versions know less of the progress."""
+    parameters = convolution()
+    optimizer = adam(parameters, EAGER | {"store_each_nth": 3})
+    go(parameters, optimizer, 7)
+    state = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
+    books = json.loads(state["books"])
+    books["progress"] = {name: books["progress"][name] for name in ("in_macro_step", "learning_rate", "rates")}
+    aadl.accelerator_of(optimizer).load_state_dict(state | {"books": json.dumps(books)})
+    go(parameters, optimizer, 9)
+    assert aadl.accelerator_of(optimizer).statistics["macro_steps"] == 5
