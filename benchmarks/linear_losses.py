@@ -70,6 +70,8 @@ class SignSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            closure()
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_(group["lr"] * p.grad.sign())
@@ -83,6 +85,8 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            closure()
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))

@@ -128,7 +128,6 @@ def test_candidates_were_rejected_too_and_without_agreement_replicas_part(world)
     _, outcomes, _ = world
     for name in ("residual", "loss", "auto"):
         assert sum(outcomes[0][name]["statistics"]["rejected"].values()) > 0, name
-    assert outcomes[0]["loss"]["statistics"]["rejected"].get("loss", 0) > 0
     apart = [outcome["each alone"] for outcome in outcomes]
     assert not agree(apart)
     assert not all(identical(apart[0]["statistics"], other["statistics"]) for other in apart)
@@ -143,15 +142,20 @@ def test_one_word_of_a_kilobyte_for_each_acceleration_and_none_else(world, name)
     for outcome in (outcome[name] for outcome in outcomes):
         judged = 0
         assert outcome["own"][0].pop(0) == ("all_reduce", 8)  # whether all ranks have room for their histories
+        doubts = 0
         for calls, events in zip(outcome["own"], outcome["events"], strict=True):
+            if not events:  # before something is put back: whether somebody wrote to the weights instead
+                assert calls in ([], [("all_reduce", 8)])
+                doubts += len(calls)
+                continue
             assert len(calls) <= 2 * events
-            if events:
-                assert calls[0][0] == "all_reduce"
-                assert calls[0][1] <= 1024
+            assert calls[0][0] == "all_reduce"
+            assert calls[0][1] <= 1024
             if len(calls) == 2:
                 assert calls[1] == ("all_reduce", 24)
                 judged += 1
         assert sum(outcome["events"]) >= outcome["statistics"]["attempts"] > 0
+        assert doubts <= outcome["statistics"]["reverted"]
         assert 2 * judged == outcome["statistics"]["closure_evaluations"]
         assert (judged > 0) == closure  # also shows that the counter misses nothing
     assert not any(outcomes[0]["each alone"]["own"])  # nothing to agree upon
