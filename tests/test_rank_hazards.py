@@ -201,7 +201,7 @@ def test_two_ranks_stay_together(spawn_ranks, tmp_path):
         assert counts["macro_steps"] == second[name]["statistics"]["macro_steps"], name
 
     clamped, untouched = (first[name]["statistics"] for name in ("clamp", "nothing"))
-    assert clamped["moved"] == untouched["moved"] and clamped["resets"] == untouched["resets"]
+    assert clamped["moved"] <= untouched["moved"] + 1 and clamped["resets"] == untouched["resets"]
     assert clamped["attempts"] >= untouched["attempts"] - 1  # writes after every step belong to the map from the second
     assert first["scale"]["statistics"]["moved"] == second["scale"]["statistics"]["moved"] == 9
     for outcomes in (first, second):
