@@ -207,7 +207,8 @@ def test_two_ranks_stay_together(spawn_ranks, tmp_path):
     for outcomes in (first, second):
         assert outcomes["unfreeze"]["statistics"]["resets"] == {"parameters_changed": 2}
         assert outcomes["nothing"]["statistics"]["resets"] == {}
-    assert identical(first["swap"], first["stay"])
+    swapped, stayed = (first[name]["statistics"] for name in ("swap", "stay"))
+    assert swapped["attempts"] >= stayed["attempts"] - 1  # all ranks lose the macro-step in which one of them swapped
 
     assert not first["compiler on none"]["compiled"] and not second["compiler on rank 0"]["compiled"]
     if not missing_for_compilation():
