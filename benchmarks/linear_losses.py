@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--safeguard", choices=("residual", "loss"), default="residual")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    worst: dict[str, list[float]] = {}
     print("| loss | optimizer | dtype | batch | end | largest | way | accepted | reverted |\n|" + " --- |" * 9)
     for case in cases():
         name = f"{case.loss} | {case.optimizer} | {str(case.dtype)[6:]} | {case.batch}"
@@ -197,6 +198,10 @@ def main() -> None:
             f"| {name} | " + "".join(f"{number:.3f} | " for number in numbers) + f"{accepted} | {reverted} |",
             flush=True,
         )
+        worst[case.loss] = list(map(max, worst.get(case.loss, numbers), numbers))
+    print("\nThe worst of each loss\n\n| loss | median end | end | way |\n|" + " --- |" * 4)
+    for loss, numbers in worst.items():
+        print(f"| {loss} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
 
 
 if __name__ == "__main__":
