@@ -65,6 +65,8 @@ class AndersonAccelerator:
     _layout: Layout | None
     _left: Look | None
     """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
+    _seen_rates: list[Any] | None
+    """Learning rates of the groups in the last step, where all are numbers of Python."""
     _samples: list[Tensor]
     """Some of their elements at the end of the last macro-step."""
     _sample: Sample | None
@@ -97,6 +99,7 @@ class AndersonAccelerator:
             raise
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._loads_by_name = self._lacks_history = self._is_dry = False
+        self._seen_rates = None
         _accelerators[optimizer] = weakref.ref(self)
 
     def _attach(self, target: Target) -> None:
@@ -293,8 +296,8 @@ class AndersonAccelerator:
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._is_dry = dry = is_dry_step(optimizer)
-        settings = self.settings
+        self._see_rates(optimizer)
+        settings, dry = self.settings, self._is_dry
         if settings.idle or self._given_up:
             return
         if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
@@ -528,16 +531,29 @@ class AndersonAccelerator:
             progress |= {"learning_rate": 1.0, "pair_learning_rate": 1.0}
             self._decisions.reset("learning_rate", self._history)
 
-    def _note_rates(self, optimizer: Optimizer) -> None:
-        """Add the learning rates of an optimizer step to those of its macro-step; on a device the last ones count."""
+    def _see_rates(self, optimizer: Optimizer) -> None:
+        """Look at the learning rates of the step that begins; rates on a device are not read."""
         rates = [group.get("lr") for group in optimizer.param_groups]
-        numbers = [rate if isinstance(rate, float) else None for rate in rates]
-        sums = self._progress["rate_sums"]
-        if self._progress["in_macro_step"] == 1 or len(sums) != len(numbers):
-            self._progress["rate_sums"] = numbers
-        else:
+        if rates != self._seen_rates:
+            self._is_dry = is_dry_step(optimizer)
+            self._seen_rates = rates if all(type(rate) is float for rate in rates) else None
+
+    def _note_rates(self, optimizer: Optimizer) -> None:
+        """Add the learning rates of a step to those of its macro-step, once they change; on a device the last count."""
+        progress = self._progress
+        numbers = self._seen_rates
+        if numbers is None:
+            rates = [group.get("lr") for group in optimizer.param_groups]
+            numbers = [rate if isinstance(rate, float) else None for rate in rates]
+        if progress["in_macro_step"] == 1 or len(progress["first_rates"]) != len(numbers):
+            progress |= {"first_rates": numbers, "rate_sums": []}
+        elif progress["rate_sums"] or numbers != progress["first_rates"]:
+            before = progress["in_macro_step"] - 1
+            sums = progress["rate_sums"] or [
+                None if rate is None else rate * before for rate in progress["first_rates"]
+            ]
             pairs = zip(sums, numbers, strict=True)
-            self._progress["rate_sums"] = [None if None in pair else sum(pair) for pair in pairs]
+            progress["rate_sums"] = [None if None in pair else sum(pair) for pair in pairs]
 
     def _mean_rates(self, optimizer: Optimizer) -> list[float]:
         """Learning rates of the groups, mean over the macro-step that ends here."""
@@ -731,15 +747,16 @@ def find_accelerator(optimizer: Any) -> AndersonAccelerator | None:
 def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
-    in_macro_step (steps of the running macro-step); learning_rate, rates and rate_sums (see `_follow_learning_rate`);
-    writes (see `aadl.watch.is_regular`) and unseen (the kind of those before a save); abandoned_in_a_row (macro-steps)
-    and warned (of that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running
-    one); accelerated_at (the macro-step of the last acceleration, accepted or not).
+    in_macro_step (steps of the running macro-step); learning_rate, rates, first_rates and rate_sums (see
+    `_follow_learning_rate` and `_note_rates`); writes (see `aadl.watch.is_regular`) and unseen (the kind of those
+    before a save); abandoned_in_a_row (macro-steps) and warned (of that); written (within a macro-step since the last
+    acceleration, on this rank); doubtful (the running one); accelerated_at (the macro-step).
     """
     return {
         "in_macro_step": 0,
         "learning_rate": 1.0,
         "rates": None,
+        "first_rates": [],
         "rate_sums": [],
         "writes": {},
         "unseen": "",
