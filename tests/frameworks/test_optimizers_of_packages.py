@@ -29,11 +29,8 @@ some optimizers hardly move in so short a run, and others begin by going up)."""
 FURTHER = {
     "Ranger21": {"num_iterations": STEPS},
     "CAME": {"lr": 1e-3},
-    "LARS": {"lr": 1e-2, "momentum": 0.9},
-    "LARS8bit": {"lr": 1e-2, "momentum": 0.9},
-    "LARS32bit": {"lr": 1e-2, "momentum": 0.9},
     "SGDP": {"lr": 1e-2},
-}
+} | {name: {"lr": 1e-2, "momentum": 0.9} for name in ("LARS", "LARS8bit", "LARS32bit", "SGD", "SGD8bit", "SGD32bit")}
 RATE = {"lr": 1e-2}
 """For those without a default."""
 OF_MATRICES = {"Muon", "SingleDeviceMuon", "SpectralSphere"}
@@ -234,3 +231,81 @@ def test_it_trains_and_resumes_or_is_refused_by_name(kind):
         assert resumes(kind, True)
     assert aadl.remove_acceleration(optimizer) is optimizer
     train(kind, model, optimizer, 1)
+
+
+def wrapped_by_accelerate(optimizer):
+    return importlib.import_module("accelerate").Accelerator(cpu=True).prepare(optimizer)
+
+
+def wrapped_by_fabric(optimizer):
+    fabric = importlib.import_module("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    return fabric.setup_optimizers(optimizer)
+
+
+def wrapped_by(module, name, **arguments):
+    return lambda optimizer: getattr(importlib.import_module(module), name)(optimizer, **arguments)
+
+
+WRAPPERS = {
+    "accelerate": (wrapped_by_accelerate, ""),
+    "lightning": (wrapped_by_fabric, ""),
+    "pytorch_optimizer, Lookahead": (wrapped_by("pytorch_optimizer", "Lookahead", k=2), ""),
+    "pytorch_optimizer, OrthoGrad": (wrapped_by("pytorch_optimizer", "OrthoGrad"), ""),
+    "pytorch_optimizer, Magma": (wrapped_by("pytorch_optimizer", "Magma"), ""),
+    "pytorch_optimizer, TRAC": (wrapped_by("pytorch_optimizer", "TRAC"), "TRAC cannot be accelerated"),
+    "pytorch_optimizer, ScheduleFreeWrapper": (
+        wrapped_by("pytorch_optimizer", "ScheduleFreeWrapper"),
+        "ScheduleFreeWrapper cannot be accelerated",
+    ),
+    "schedulefree": (wrapped_by("schedulefree", "ScheduleFreeWrapper"), "ScheduleFreeWrapper cannot be accelerated"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapper_is_seen_through_or_refused_by_name(name):
+    pytest.importorskip(name.partition(",")[0])
+    wrap, refusal = WRAPPERS[name]
+    model = network(torch.optim.SGD)
+    inner = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5)
+    wrapper = wrap(inner)
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
+            aadl.accelerate(wrapper, **SETTINGS)
+        with pytest.raises(ValueError, match="is not accelerated"):
+            aadl.accelerator_of(inner)
+        return
+    assert aadl.accelerate(wrapper, **SETTINGS) is wrapper
+    with pytest.raises(ValueError, match="accelerated already"):
+        aadl.accelerate(wrapper)
+    losses = train(torch.optim.SGD, model, wrapper, STEPS)
+    counts = aadl.accelerator_of(wrapper).statistics
+    assert counts["steps"] == STEPS and counts["attempts"] > 0
+    assert losses[-1] < losses[0]
+    assert aadl.remove_acceleration(wrapper) is wrapper
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_sharpness_aware_minimization_is_accelerated_in_one_step_and_in_two_halves(halves):
+    package = pytest.importorskip("pytorch_optimizer")
+    model = network(torch.optim.SGD)
+    optimizer = package.SAM(model.parameters(), torch.optim.SGD, lr=1e-2, momentum=0.5)
+    aadl.accelerate(optimizer, **SETTINGS)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return float(loss.detach())
+
+    losses = []
+    for _ in range(STEPS):
+        losses.append(closure())
+        if halves:
+            optimizer.first_step()
+            closure()
+            optimizer.second_step()
+        else:
+            optimizer.step(closure)
+    counts = aadl.accelerator_of(optimizer).statistics
+    assert counts["steps"] == STEPS and counts["attempts"] > 0
+    assert losses[-1] < losses[0]
