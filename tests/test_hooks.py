@@ -124,7 +124,7 @@ def test_a_step_that_fails_after_it_wrote_is_a_change():
 
 @pytest.mark.parametrize("steps_taken_back", [False, True], ids=["accepted", "taken back"])
 def test_hooks_of_others_see_the_weights_that_step_leaves(steps_taken_back, monkeypatch):
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda square, pending: steps_taken_back)
+    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: steps_taken_back)
     model = network()
     optimizer, seen, calls = sgd(model), {}, []
 
