@@ -177,7 +177,7 @@ class AndersonAccelerator:
         self._decisions.settle()
         self._finish_push()
         self._decisions.reset("user", self._history)
-        self._progress |= {"in_macro_step": 0, "written": False, "doubtful": False, "unseen": ""}
+        self._progress |= {"in_macro_step": 0, "written": False, "doubtful": False, "unseen": "", "first": ""}
         self._left = self._sample = None
 
     def remove(self) -> None:
@@ -567,15 +567,17 @@ class AndersonAccelerator:
 
     def _notice_writes(self, optimizer: Optimizer) -> None:
         """See whether somebody wrote to the tensors since the last step left them."""
-        left = self._left
-        if left is not None and self._sample is None and versions_of(left.tensors) == left.versions:
+        left, progress = self._left, self._progress
+        untouched = left is not None and self._sample is None and versions_of(left.tensors) == left.versions
+        if (untouched and not progress["first"]) or self.settings.store_each_nth == 1:
             return
-        if self.settings.store_each_nth == 1:
-            return
-        self._progress["doubtful"] = self._is_doubtful()
-        kind, self._progress["unseen"] = self._writes_since_left(), ""
-        if kind:
-            self._is_change(kind, optimizer)
+        progress["doubtful"] = self._is_doubtful()
+        kind, progress["unseen"] = self._writes_since_left(), ""
+        first, progress["first"] = progress["first"], ""
+        if first and first != kind:  # it came once, within the first macro-step or that which began there
+            self._change(optimizer, ended=progress["in_macro_step"] == 0)
+        elif kind:
+            self._is_change(kind, optimizer, begins=bool(first))
 
     @property
     def _gap(self) -> int:
@@ -591,22 +593,38 @@ class AndersonAccelerator:
         """Whether the weights may have been filled through `.data` within the macro-step."""
         return self._progress["doubtful"] or (self._sample is not None and self._sample.differs())
 
-    def _is_change(self, kind: str, optimizer: Optimizer) -> bool:
+    def _is_change(self, kind: str, optimizer: Optimizer, begins: bool = False) -> bool:
         """Whether the running macro-step was abandoned, because writes of this kind belong to no map.
+
+        Without a pair there is nothing to lose yet: the next gap tells whether the first write was one of many.
+
+        Args:
+            begins: whether these writes came before the last step too.
+        """
+        progress, history = self._progress, self._history
+        if is_regular(progress["writes"], kind, self._gap, self.settings.store_each_nth) or begins:
+            return False
+        if kind != "exchanged" and progress["in_macro_step"] == 0:  # the start is compared, see `_open_macro_step`
+            return False
+        if kind != "exchanged" and history is not None and not history.has_pair and not history.columns:
+            progress["first"] = kind
+            return False
+        return self._change(optimizer)
+
+    def _change(self, optimizer: Optimizer, ended: bool = False) -> bool:
+        """Abandon the running macro-step, and return whether that was done, or forget the pair of one that has ended.
 
         Ranks see different writes (one of them may have evaluated other weights and put its own back), but must count
         alike: they go on, and agree upon what happened where they speak with each other.
         """
-        progress = self._progress
-        if is_regular(progress["writes"], kind, self._gap, self.settings.store_each_nth):
-            return False
-        if progress["in_macro_step"] == 0 and kind != "exchanged":  # the start is compared, see `_open_macro_step`
-            return False
-        if self._ranks.size > 1:
-            progress["written"] = True
-            return False
-        self._abandon_macro_step(optimizer)
-        return True
+        alone = self._ranks.size == 1
+        if not alone:
+            self._progress["written"] = True
+        elif ended and self._history is not None:
+            self._decisions.forget_last(self._history, 1)
+        else:
+            self._abandon_macro_step(optimizer)
+        return alone and not ended
 
     def _notice_averaging(self, optimizer: Optimizer) -> None:
         """With local SGD every change is an averaging over ranks: the maps of before and after differ."""
@@ -748,9 +766,10 @@ def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
     in_macro_step (steps of the running macro-step); learning_rate, rates, first_rates and rate_sums (see
-    `_follow_learning_rate` and `_note_rates`); writes (see `aadl.watch.is_regular`) and unseen (the kind of those
-    before a save); abandoned_in_a_row (macro-steps) and warned (of that); written (within a macro-step since the last
-    acceleration, on this rank); doubtful (the running one); accelerated_at (the macro-step).
+    `_follow_learning_rate` and `_note_rates`); writes (see `aadl.watch.is_regular`), unseen (the kind of those before a
+    save) and first (the kind of those that may be the first of many); abandoned_in_a_row (macro-steps) and warned (of
+    that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running one);
+    accelerated_at (the macro-step of the last acceleration, accepted or not).
     """
     return {
         "in_macro_step": 0,
@@ -760,6 +779,7 @@ def _progress() -> dict[str, Any]:
         "rate_sums": [],
         "writes": {},
         "unseen": "",
+        "first": "",
         "abandoned_in_a_row": 0,
         "warned": False,
         "written": False,

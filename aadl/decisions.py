@@ -199,12 +199,17 @@ class Decisions:
         return doubts is not None and bool(doubts)
 
     def _doubts(self, step: Step, device: torch.device) -> Tensor | None:
-        """On how many ranks the residual may be what somebody wrote within the macro-step; None if that cannot be."""
+        """Whether the residual may be what somebody wrote within the macro-step: 1 or 0; None if that cannot be."""
         alone = step.ranks.size == 1 or self.settings.local_sgd
         if self.settings.store_each_nth == 1 or (alone and not step.doubtful):
             return None
         doubts = handed(host_tensor(float(step.doubtful)), device)
-        return doubts if alone else step.ranks.total(doubts)
+        return doubts if alone else (step.ranks.total(doubts) >= self._quorum(step)).double()
+
+    def _quorum(self, step: Step) -> int:
+        """How many ranks must have seen a write. Of whole replicas all: what fewer saw was put back."""
+        whole = not step.history.partial or self.settings.shard_history
+        return step.ranks.size if whole else 1
 
     def _note_promise(self, step: Step, pending: Pending, square: float, along: float, doubtful: bool = False) -> None:
         """Count, and pause acceleration where the promise was not kept."""
@@ -285,8 +290,8 @@ class Decisions:
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
         elif step.history.sums and self.settings.store_each_nth > 1:
-            written = float(step.ranks.total(host_tensor(written)))
-        if written > 0:
+            written = float(step.ranks.total(host_tensor(written))) / step.ranks.size
+        if round(written * step.ranks.size) >= self._quorum(step):
             self.forget_last(step.history, sum(column.macro_step > step.since for column in columns))
             return
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))

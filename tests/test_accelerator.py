@@ -451,10 +451,13 @@ def test_the_default_type_of_torch_is_of_no_matter(dtype):
 def test_tensors_without_values_are_refused_and_real_ones_are_left_alone():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        optimizer = sgd(network())
-        with pytest.raises(ValueError, match="is a FakeTensor"):
-            aadl.accelerate(optimizer, **RESIDUAL)
+    with FakeTensorMode(), pytest.raises(ValueError, match=r"shape \(6, 3\) is a FakeTensor"):
+        aadl.accelerate(sgd(network()), **RESIDUAL)
+    optimizer = aadl.accelerate(sgd(network()), **RESIDUAL)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert aadl.accelerator_of(optimizer).state_dict()["rows"] == {}
+        with pytest.raises(ValueError, match="this SGD cannot be accelerated within FakeTensorMode"):
+            optimizer.step()
     ends = []
     for used in (False, True):
         model = network()

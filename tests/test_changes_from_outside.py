@@ -427,15 +427,15 @@ def look_elsewhere(every, through=load):
 WRITES = {  # what is written after every step, and how many macro-steps of 40 it may cost
     "nothing": (nothing, 0),
     "gradients": (change_gradients, 0),
-    "clamp": (clamp, 1),
+    "clamp": (clamp, 0),
     "clamp through data": (clamp_through_data, 0),
     "clamp elsewhere": (clamp_elsewhere, 2),
-    "mask": (mask, 1),
+    "mask": (mask, 0),
     "outer steps of 5": (synchronize(5), 2),
     "outer steps of 7": (synchronize(7), 2),
     "outer steps of 10": (synchronize(10), 0),
     "outer steps of 13": (synchronize(13), 10),
-    "evaluation after each": (look_elsewhere(1), 1),
+    "evaluation after each": (look_elsewhere(1), 0),
     "evaluation after 7": (look_elsewhere(7), 2),
     "evaluation after 35": (look_elsewhere(35), 8),
     "evaluation after 40": (look_elsewhere(40), 0),
@@ -497,6 +497,24 @@ def test_models_that_compute_their_weights_change_nothing_from_outside(make):
     train(model, optimizer, 200)
     counts = statistics(optimizer)
     assert counts["moved"] == 0 and counts["macro_steps"] == 20 and counts["accepted"] > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("store_each_nth", [2, 3])
+def test_a_load_within_the_first_macro_step_leaves_no_false_pair(store_each_nth, steps):
+    """Nobody knows yet whether the first write is one of many."""
+    model, pairs = network(), []
+    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": store_each_nth, "frequency": 10**6})
+    history = None
+    for step in range(1, 14):
+        train(model, optimizer, 1)
+        history = aadl.accelerator_of(optimizer)._history
+        pairs.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        if step == steps:
+            load(model, optimizer, {name: 3 * value for name, value in model.state_dict().items()})
+            loaded = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert history.has_pair and statistics(optimizer)["moved"] <= 1
+    assert float(history.blocks[0].delta_residual.norm()) < 0.2 * float((loaded - pairs[steps - 1]).norm())
 
 
 def test_a_load_is_noticed_beside_regular_writes():
@@ -644,6 +662,7 @@ def test_ranks_agree_about_what_some_of_them_saw(spawn_ranks):
         assert identical(both[0]["statistics"], both[1]["statistics"]), (name, kind)
         counts = ours["statistics"]
         assert counts["macro_steps"] == 20 and counts["accepted"] > 0 and counts["resets"] == {}, (name, kind)
-        assert counts["moved"] >= 1 and counts["reverted"] == 0, (name, kind)
-        assert kind != "swap" or counts["moved"] == 3, name
+        assert counts["moved"] >= 1 - (kind == "swap") and counts["reverted"] == 0, (name, kind)
+        whole = name in ("replicas", "shared history")  # what one rank alone saw was put back
+        assert kind != "swap" or counts["moved"] == (0 if whole else 3), name
         assert kind != "load" or ours["distance"] < 0.5, name  # taken back, it would be 0.95
