@@ -81,6 +81,8 @@ class Decisions:
     """What the last accepted candidate promised; judged when the macro-step that it began is over."""
     reach: float = safeguard.FIRST_REACH
     """Longest step of a candidate, in units of the way that the pairs behind it have made."""
+    last_jump: dict[str, float] = field(default_factory=dict)
+    """By kind, the squared step of the last candidate, where it kept its promise."""
     watched: Pending | None = None
     """What a candidate promised that was judged well, and is looked at once more before the next one."""
     disturbed: bool = False
@@ -111,6 +113,7 @@ class Decisions:
             "watched": None if self.watched is None else vars(self.watched),
             "disturbed": self.disturbed,
             "reach": self.reach,
+            "last_jump": self.last_jump,
             "record": vars(self.record),
             "failed_trials": self.failed_trials,
         }
@@ -121,6 +124,7 @@ class Decisions:
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
         decisions.disturbed, decisions.reach = bool(books["disturbed"]), float(books["reach"])
+        decisions.last_jump = dict(books["last_jump"])
         decisions.failed_trials, decisions.record = int(books["failed_trials"]), LossRecord(**books["record"])
         if settings.average == "auto":
             decisions.averaging = bool(books["averaging"])
@@ -138,7 +142,7 @@ class Decisions:
     def reset(self, cause: str, history: History | None) -> None:
         """Forget the pairs, for a reason that is counted."""
         count(self.statistics["resets"], cause)
-        self.pending = self.watched = None
+        self.pending, self.watched, self.last_jump = None, None, {}
         if history is not None:
             history.clear(wipe=cause == "non_finite")
 
@@ -220,6 +224,8 @@ class Decisions:
         else:
             self.pause.shorten()
         self._change_reach(ratio, reverts or along < 0)
+        kept = ratio <= safeguard.SUSPEND_ABOVE and not (reverts or along < 0)
+        self.last_jump = step.history.columns[-1].jump if kept and step.history.columns else {}
         if reverts and doubtful:
             self.forget_last(step.history, 1)
         elif reverts:
@@ -247,6 +253,7 @@ class Decisions:
         """Put back the plain iterate before the last candidate, which updates since then undo: False."""
         self._suspend()
         self._change_reach(math.inf, overshot=True)
+        self.last_jump = {}
         if self._is_doubtful(step):
             self.forget_last(step.history, 1)
         else:
@@ -327,7 +334,15 @@ class Decisions:
         stored = settings.history_dtype or torch.float32
         factors = [step.rate / column.learning_rate for column in history.columns]
         solution, predicted, refused = propose(
-            gram, factors, _jumps(history, weights), self.reach, ages, self.averaging, settings, stored
+            gram,
+            factors,
+            _jumps(history, weights),
+            _length(self.last_jump, weights),
+            self.reach,
+            ages,
+            self.averaging,
+            settings,
+            stored,
         )
         statistics |= {name: getattr(solution, name) for name in MIXING_VALUES}
         if refused:
@@ -492,10 +507,11 @@ class Decisions:
 
 def _jumps(history: History, weights: dict[str, float]) -> list[float]:
     """Length of the jump inside every column, in the norm of the mixing problem."""
-    return [
-        math.sqrt(sum(weights.get(kind, 0.0) * square for kind, square in column.jump.items()))
-        for column in history.columns
-    ]
+    return [_length(column.jump, weights) for column in history.columns]
+
+
+def _length(squares: dict[str, float], weights: dict[str, float]) -> float:
+    return math.sqrt(sum(weights.get(kind, 0.0) * square for kind, square in squares.items()))
 
 
 def on_host(number: Tensor) -> bool:

@@ -34,6 +34,7 @@ def propose(
     gram: Gram,
     factors: list[float],
     jumps: list[float],
+    last_jump: float,
     reach: float,
     ages: list[int],
     averaging: bool,
@@ -46,6 +47,7 @@ def propose(
         gram: inner products at the present learning rate, columns oldest first.
         factors: of the learning rate now over that of each column.
         jumps: length of the way from the end of the first update of each column to the start of the second one.
+        last_jump: length of the last candidate's step, where it kept its promise; else 0.
         reach: longest step, in units of the way that the pairs behind it have made.
         ages: macro-steps since each column was stored.
         averaging: whether the moving average is on.
@@ -78,7 +80,7 @@ def propose(
     left_out = host_tensor([0.0] * start)
     gamma = torch.cat([left_out, solution.gamma])
     if settings.safeguard and settings.acceleration_type != "identity":
-        gamma = gamma * step_fraction(gram, gamma, jumps, start, reach)
+        gamma = gamma * step_fraction(gram, gamma, jumps, last_jump, start, reach)
     solution = solution._replace(gamma=gamma, mean=torch.cat([left_out, solution.mean]))
     return Proposal(solution, mixing.predicted_square(gram, gamma), refused)
 
@@ -88,8 +90,10 @@ def rounding_bounds(gram: Gram, factors: list[float], steps: int) -> Tensor:
     return host_tensor([steps**2 * gram.rounding * factor**2 for factor in factors])
 
 
-def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], start: int, reach: float) -> float:
+def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], last_jump: float, start: int, reach: float) -> float:
     """How much of a candidate is taken: its step is at most `reach` times the way that the used pairs have made.
+
+    The last candidate's step is a part of that way also where the used pairs are all younger.
 
     The step is sum_j gamma_j Dg_j with Dg_j = f_{j+1} + s_j, where s_j is the jump inside column j, so that its length
     is at most ||sum_j gamma_j f_{j+1}|| + sum_j |gamma_j| ||s_j||.
@@ -101,5 +105,5 @@ def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], start: int, rea
     plain = total**2 * gram.square - 2 * total * float(gram.projection @ combined)
     plain += float(combined @ gram.matrix @ combined)
     length = math.sqrt(max(plain, 0.0)) + float(gamma.abs() @ host_tensor(jumps))
-    way = sum(map(math.sqrt, squares[start:])) + sum(jumps[start:])
+    way = sum(map(math.sqrt, squares[start:])) + (sum(jumps[start:]) or last_jump)
     return min(1.0, reach * way / length) if length > 0 else 1.0

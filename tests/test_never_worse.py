@@ -100,7 +100,7 @@ def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
     settings = EAGER | {"history_depth": 4, "safeguard": "residual", "average": False}
     aadl.accelerate(optimizer, **settings)
     accelerator = aadl.accelerator_of(optimizer)
-    longest = 0.0
+    longest = last = 0.0
     for _ in range(80):
         accepted, reach = statistics(optimizer)["accepted"], accelerator._decisions.reach
         train(model, optimizer, 1)
@@ -108,11 +108,11 @@ def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
             continue
         x = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
         window = pairs.pairs[-5:]
-        way = sum(float((g - x).norm()) for x, g in window)
-        way += sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
+        jumps = sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
+        way = sum(float((g - x).norm()) for x, g in window) + max(jumps, last)
         step = float((x - pairs.pairs[-1][1]).norm())
         assert step <= 1.001 * reach * way
-        longest = max(longest, step / way)
+        longest, last = max(longest, step / way), step
     assert longest > 0.1
 
 
@@ -123,11 +123,12 @@ def test_step_fraction_is_exact_for_consecutive_pairs_and_a_bound_with_jumps():
     gram = Gram(differences @ differences.T, differences @ f[-1], float(f[-1] @ f[-1]))
     gamma = host_tensor([0.5, -2.0, 1.0, 3.0])
     step, way = float((gamma @ f[1:]).norm()), float(f.norm(dim=1).sum())
-    assert step_fraction(gram, gamma, [0.0] * 4, 0, 0.25) == pytest.approx(0.25 * way / step)
-    assert step_fraction(gram, 0.01 * gamma, [0.0] * 4, 0, 0.25) == 1.0
+    assert step_fraction(gram, gamma, [0.0] * 4, 0.0, 0, 0.25) == pytest.approx(0.25 * way / step)
+    assert step_fraction(gram, 0.01 * gamma, [0.0] * 4, 0.0, 0, 0.25) == 1.0
+    assert step_fraction(gram, gamma, [0.0] * 4, 3.0, 0, 0.25) == pytest.approx(0.25 * (way + 3.0) / step)
     jumps = [0.0, 3.0, 0.0, 0.0]
     expected = 0.25 * (way + 3.0) / (step + 2.0 * 3.0)
-    assert step_fraction(gram, gamma, jumps, 0, 0.25) == pytest.approx(expected)
+    assert step_fraction(gram, gamma, jumps, 7.0, 0, 0.25) == pytest.approx(expected)
 
 
 class Slope:
