@@ -108,7 +108,8 @@ PACKAGES = {
 def cases():
     for package, optimizers in PACKAGES.items():
         if importlib.util.find_spec(package.partition(".")[0]) is None:
-            yield pytest.param(None, marks=pytest.mark.skip(f"needs {package.partition('.')[0]}"), id=package)
+            reason = f"needs {package.partition('.')[0]}: pip install -r tests/frameworks/requirements-optimizers.txt"
+            yield pytest.param(None, marks=pytest.mark.skip(reason), id=package)
             continue
         for name, kind in optimizers().items():
             reason = LEFT_OUT.get(name) or LEFT_OUT.get(f"{package}.{name}")
