@@ -200,15 +200,12 @@ def test_two_ranks_stay_together(spawn_ranks, tmp_path):
         assert counts["accepted"] == second[name]["statistics"]["accepted"] > 2, name
         assert counts["macro_steps"] == second[name]["statistics"]["macro_steps"], name
 
-    clamped, untouched = (first[name]["statistics"] for name in ("clamp", "nothing"))
-    assert clamped["moved"] <= untouched["moved"] + 1 and clamped["resets"] == untouched["resets"]
-    assert clamped["attempts"] >= untouched["attempts"] - 1  # writes after every step belong to the map from the second
+    assert identical(first["clamp"], first["nothing"])
     assert first["scale"]["statistics"]["moved"] == second["scale"]["statistics"]["moved"] == 9
     for outcomes in (first, second):
         assert outcomes["unfreeze"]["statistics"]["resets"] == {"parameters_changed": 2}
         assert outcomes["nothing"]["statistics"]["resets"] == {}
-    swapped, stayed = (first[name]["statistics"] for name in ("swap", "stay"))
-    assert swapped["attempts"] >= stayed["attempts"] - 1  # all ranks lose the macro-step in which one of them swapped
+    assert identical(first["swap"], first["stay"])
 
     assert not first["compiler on none"]["compiled"] and not second["compiler on rank 0"]["compiled"]
     if not missing_for_compilation():
