@@ -454,17 +454,23 @@ class AndersonAccelerator:
         tensors = layout.tensors(optimizer, look)
         self._follow_learning_rate(optimizer, layout)
         decisions, progress = self._decisions, self._progress
-        pending, rate = decisions.pending, progress["learning_rate"]
+        rate = progress["learning_rate"]
+        pending = None if decisions.pending is None else decisions.pending.at(rate)
         ratio = rate / progress.get("pair_learning_rate", rate)
         column = Column(decisions.statistics["macro_steps"], not decisions.disturbed, rate)
         decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
         due = self._is_due(history)
 
+        watched, done = decisions.watched, decisions.statistics["macro_steps"]
+        if watched is not None and done - watched.macro_step > 2 * self.settings.period:
+            decisions.watched = None  # the way since then says nothing about that step any more
         looks_back = due and decisions.watched is not None
         measure = "kept" if looks_back else "jump" if due or pending is not None or not column.consecutive else ""
 
         def push() -> None:
             history.push(tensors, column, ratio, pending is not None, measure)
+            if measure and not due and pending is None:
+                decisions.note_jump(history)
 
         if not due and pending is None and any(block.offloaded for block in history.blocks):
             history.fetch(tensors)
@@ -484,7 +490,7 @@ class AndersonAccelerator:
             else:
                 assert pending is not None
                 decisions.judge(step, pending)
-        progress["doubtful"] = False
+        progress["doubtful"] = progress["doubtful"] and decisions.watched is not None
         if self._events() == advice.EVENTS and not decisions.statistics["accepted"]:
             advice.warn_of_idleness(decisions.statistics)
         if abandoned:  # its start was not where it seems

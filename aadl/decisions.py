@@ -194,6 +194,15 @@ class Decisions:
         self._note_promise(step, pending, square, along, doubtful)
         return not breaks
 
+    def note_jump(self, history: History) -> None:
+        """Note the jump inside the newest column where no judgment and no mixing does."""
+        if history.columns:
+            column = history.columns[-1]
+            self._defer(
+                history.measurements()[:, 2],
+                lambda values: setattr(column, "jump", dict(zip(KINDS, values, strict=True))),
+            )
+
     def _note_jump(self, history: History, jump: dict[str, float]) -> None:
         if history.columns:
             history.columns[-1].jump = jump
@@ -223,8 +232,9 @@ class Decisions:
             self._suspend()
         else:
             self.pause.shorten()
-        self._change_reach(ratio, reverts or along < 0)
-        kept = ratio <= safeguard.SUSPEND_ABOVE and not (reverts or along < 0)
+        overshot = reverts or (along < 0 and math.isfinite(pending.advance))
+        self._change_reach(ratio, overshot)
+        kept = ratio <= safeguard.SUSPEND_ABOVE and not overshot
         self.last_jump = step.history.columns[-1].jump if kept and step.history.columns else {}
         if reverts and doubtful:
             self.forget_last(step.history, 1)
@@ -288,6 +298,7 @@ class Decisions:
         along, watched, self.watched = parts["parameters"].along, self.watched, None
         if watched is None:
             self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
+        watched = None if watched is None else watched.at(step.rate)
         self.fused, written = True, float(step.written)
         if step.ranks.size > 1 and not step.history.sums and not local_sgd:
             # replicas made the same numbers; a mean over them makes sure that all decide alike
@@ -363,7 +374,9 @@ class Decisions:
         promise = None
         if settings.safeguard:
             noise = smoothing.noise_square(gram, consecutive) if self.averaging else 0.0
-            promise = Pending(predicted, gram.square, noise, weights)
+            promise = Pending(
+                predicted, gram.square, noise, weights, rate=step.rate, macro_step=statistics["macro_steps"]
+            )
         return Candidate(promise, advance)
 
     def _decide(self, step: Step, candidate: Candidate) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SUSPEND_ABOVE = 1.2
 """Trust ratio from which the linear model is not believed and acceleration pauses."""
@@ -33,6 +33,19 @@ class Pending:
     weights: dict[str, float]
     advance: float = math.inf
     """How far the candidate goes along the last update, <x+ - g_k, f_k>; inf where nobody asks."""
+    rate: float = 1.0
+    """Factor of the learning rate that these belong to."""
+    macro_step: int = 0
+    """After which the candidate was taken."""
+
+    def at(self, rate: float) -> Pending:
+        """The same promise at another learning rate."""
+        factor = rate / self.rate
+        square = factor**2
+        return replace(
+            self, predicted=square * self.predicted, before=square * self.before, noise=square * self.noise,
+            advance=factor * self.advance, rate=rate,
+        )  # fmt: skip
 
 
 @dataclass
@@ -60,15 +73,19 @@ class LossRecord:
     recent: list[float] = field(default_factory=list)
     lowest: float = math.inf
     """Of the means over LOSSES losses."""
+    highest: float = -math.inf
 
     def note(self, loss: float) -> bool:
-        """Whether the mean of the last LOSSES losses has risen from its lowest value by as much as that value is."""
+        """Whether the mean of the last LOSSES losses has risen from its lowest value by as much as that value is.
+
+        Near zero that is next to nothing, so that the rise must also be a tenth of what the means have covered.
+        """
         self.recent = [*self.recent, loss][-LOSSES:]
         mean = sum(self.recent) / len(self.recent)
         if len(self.recent) < LOSSES or not math.isfinite(mean):
             return False
-        self.lowest = min(self.lowest, mean)
-        return mean > self.lowest + abs(self.lowest)
+        self.lowest, self.highest = min(self.lowest, mean), max(self.highest, mean)
+        return mean > self.lowest + max(abs(self.lowest), 0.1 * (self.highest - self.lowest))
 
 
 def trust_ratio(square: float, pending: Pending) -> float:

@@ -173,6 +173,29 @@ def test_a_record_of_losses_tells_a_rise_from_noise():
     assert not any(negative.note(loss) for loss in (-1.0, -2.0, -3.0, -4.0, -5.0, -5.0, -5.0))
     assert any(negative.note(1.0) for _ in range(8))
     assert not any(safeguard.LossRecord().note(math.nan) for _ in range(9))
+    near_zero = safeguard.LossRecord()
+    assert not any(near_zero.note(loss) for loss in (1.0,) * 5 + (1e-9,) * 5 + (1e-3,) * 5)
+
+
+def test_a_mean_of_iterates_is_no_overshoot():
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 8)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.15)
+    settings = {"store_each_nth": 1, "frequency": 5, "acceleration_type": "identity", "average": "always"}
+    aadl.accelerate(optimizer, **settings)
+    for _ in range(500):
+        rows = inputs[torch.randint(64, (8,))]
+        optimizer.zero_grad()
+        (model(rows) - rows.sum(1, keepdim=True) - 0.5 * torch.randn(8, 1)).square().mean().backward()
+        optimizer.step()
+    assert statistics(optimizer)["stops"] == 0 and statistics(optimizer)["accepted"] >= 95
+
+
+def test_promises_are_brought_to_the_present_learning_rate():
+    pending = safeguard.Pending(4.0, 16.0, 1.0, {}, advance=3.0, rate=2.0)
+    halved = pending.at(1.0)
+    assert (halved.predicted, halved.before, halved.noise, halved.advance, halved.rate) == (1.0, 4.0, 0.25, 1.5, 1.0)
 
 
 def rising(model, optimizer, rises):
