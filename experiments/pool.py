@@ -1,4 +1,4 @@
-"""Several runs at a time, in worker processes of one thread each, which save when they are told to stop."""
+"""Makes several runs at a time in worker processes of one thread each; a signal has them save and stop."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _ctrl_c_noted() -> Iterator[list[int]]:
 def _as_completed(
     futures: list[Future[object]], told: Any, ctrl_c: list[int], interruption: Interruption
 ) -> Iterator[Future[object]]:
-    """The futures as they are done, while the workers are told what is to be told."""
+    """Yields the futures as they are done; meanwhile passes signals and Ctrl-C on to the workers."""
     waiting, has_failed = set(futures), False
     while waiting:
         done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
