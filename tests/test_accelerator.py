@@ -245,6 +245,17 @@ def test_rates_of_groups_that_do_not_train_are_of_no_matter():
     assert statistics(optimizer)["accepted"] > 0
 
 
+def test_a_group_that_comes_within_a_macro_step_leaves_the_rates_as_they_are():
+    model, frozen = network(), nn.Parameter(torch.zeros(2), requires_grad=False)
+    optimizer = sgd(model)
+    aadl.accelerate(optimizer, store_each_nth=10, frequency=20)
+    train(model, optimizer, 24)
+    optimizer.add_param_group({"params": [frozen], "lr": 0.1})
+    train(model, optimizer, 26)
+    assert {column.learning_rate for column in aadl.accelerator_of(optimizer)._history.columns} == {1.0}
+    assert statistics(optimizer)["resets"] == {}
+
+
 def state_of(optimizer):
     state = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
     return state | {"books": json.loads(state["books"])}
