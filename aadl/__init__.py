@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from aadl.accelerator import AndersonAccelerator, accelerator_of, find_accelerator
+from aadl.accelerator import AndersonAccelerator
+from aadl.attached import accelerator_of, find_accelerator
 from aadl.parameters import all_parameters
 from aadl.porting import translated
 from aadl.settings import Settings, history_device_for
