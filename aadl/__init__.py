@@ -13,15 +13,16 @@ import torch
 
 from aadl.accelerator import AndersonAccelerator
 from aadl.attached import accelerator_of, find_accelerator
+from aadl.nonlinear_gmres import ResidualAccelerator, Residuals
 from aadl.parameters import all_parameters
 from aadl.porting import translated
-from aadl.settings import Settings, history_device_for
+from aadl.settings import Settings, history_device_for, with_defaults
 from aadl.wrappers import target_of
 
 __version__ = "0.1.0"
 __all__ = [
-    "AndersonAccelerator", "accelerate", "accelerator_of", "distributed_accelerate", "remove_acceleration",
-    "reset_acceleration_history", "reset_history",
+    "AndersonAccelerator", "ResidualAccelerator", "accelerate", "accelerator_of", "distributed_accelerate",
+    "remove_acceleration", "reset_acceleration_history", "reset_history",
 ]  # fmt: skip
 
 Wrapped = TypeVar("Wrapped")
@@ -33,10 +34,10 @@ def accelerate(
     acceleration_type: str = "anderson",
     relaxation: float = 1.0,
     wait_iterations: int = 1,
-    history_depth: int = 10,
-    store_each_nth: int = 10,
-    frequency: int = 20,
-    reg_acc: float = 1e-8,
+    history_depth: int | None = None,
+    store_each_nth: int | None = None,
+    frequency: int | None = None,
+    reg_acc: float | None = None,
     average: bool | str | None = None,
     *published: Any,
     safeguard: bool | str = True,
@@ -49,6 +50,9 @@ def accelerate(
     history_device: str | torch.device | None = None,
     fused: bool = False,
     local_sgd: bool = False,
+    residuals: Residuals | None = None,
+    check: Residuals | None = None,
+    momentum: str = "keep",
     **published_by_name: Any,
 ) -> Wrapped:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
@@ -142,14 +146,26 @@ def accelerate(
         "history_device": history_device,
         "fused": fused,
         "local_sgd": True if target.kind == "averaged" else local_sgd,
+        "momentum": momentum,
     }
     if published or published_by_name:
         arguments = translated(published, published_by_name, arguments)
     arguments["history_device"] = history_device_for(arguments["history_device"], all_parameters(target.optimizer))
-    settings = Settings(
-        acceleration_type, relaxation, wait_iterations, history_depth, store_each_nth, frequency, reg_acc, average,
-        **arguments,
-    )  # fmt: skip
+    numbers = {
+        "history_depth": history_depth,
+        "store_each_nth": store_each_nth,
+        "frequency": frequency,
+        "regularization": reg_acc,
+    }
+    arguments |= with_defaults(acceleration_type, numbers)
+    settings = Settings(acceleration_type, relaxation, wait_iterations, average=average, **arguments)
+    if settings.acceleration_type == "nonlinear_gmres":
+        _check_residuals(target.kind, optimizer, residuals, check)
+        ResidualAccelerator(target, settings, process_group, residuals, check)
+        return optimizer
+    for name, given in (("residuals", residuals), ("check", check)):
+        if given is not None:
+            raise ValueError(f"{name} must be None with acceleration_type={acceleration_type!r}, got {given!r}")
     if target.kind == "partitioned":
         _check_partitioned(settings)
         process_group = process_group or target.process_group
@@ -189,6 +205,18 @@ def _check_group(process_group: Any) -> None:
         return
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
         raise ValueError(f"process_group must be None or a torch.distributed.ProcessGroup, got {process_group!r}")
+
+
+def _check_residuals(kind: str, optimizer: Any, residuals: Any, check: Any) -> None:
+    """What does not go with the acceleration by residuals."""
+    if kind:
+        raise ValueError(
+            f"acceleration_type='nonlinear_gmres' does not work with a {type(optimizer).__name__}: the weights of its "
+            f"ranks are not the same when a step ends"
+        )
+    for name, given in (("residuals", residuals), ("check", check)):
+        if given is not None and not callable(given):
+            raise ValueError(f"{name} must be None or a function without arguments, got {given!r}")
 
 
 def _check_partitioned(settings: Settings) -> None:

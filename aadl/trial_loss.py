@@ -80,6 +80,18 @@ def trial_losses(
     return plain, candidate
 
 
+@contextmanager
+def without_trace(parameters: Sequence[Tensor]) -> Iterator[Callable[[], None]]:
+    """Evaluations inside leave no trace, as those of `trial_losses`.
+
+    Yields:
+        A function that puts back all that the next evaluation would see of the last one, so that both are made on the
+        same random numbers.
+    """
+    with _running(_Trial(parameters)) as trial:
+        yield trial.rewind
+
+
 def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks) -> tuple[float, float, float]:
     """Weighted means of both losses, sum of weight * loss over sum of weight, and the latter.
 
@@ -167,6 +179,8 @@ class _Trial:
 
     def note(self, module: Module) -> None:
         """Remember buffers and flags of a module and its parts, where they were not seen before."""
+        if id(module) in self._flags:
+            return
         for part in module.modules():
             if id(part) not in self._flags:
                 self._flags[id(part)] = part, part.training
