@@ -290,7 +290,7 @@ class ResidualAccelerator(Accelerator):
         if steps > settings.wait_iterations and steps % settings.frequency == 0:
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
-            with without_trace(all_parameters(optimizer)):
+            with without_trace(all_parameters(optimizer), is_closure=False):
                 self._store(self._evaluated(self._residuals))
         if not self._statistics["accepted"] and steps >= advice.EVENTS * settings.frequency and not self._warned:
             self._warned = True
@@ -345,7 +345,7 @@ class ResidualAccelerator(Accelerator):
         history = self._history
         assert history is not None
         source = self._source(closure)
-        with without_trace(all_parameters(optimizer)) as rewind:
+        with without_trace(all_parameters(optimizer), is_closure=self._residuals is None) as rewind:
             self._store(self._evaluated(source))
             attempt = self._propose(history)
             if attempt is None:
@@ -452,11 +452,14 @@ class ResidualAccelerator(Accelerator):
         """Let go of momentum that was built for another point, where the candidate was taken."""
         if self.settings.momentum == "keep" or accepted is False:
             return
-        for p in all_parameters(optimizer):
-            state = state_of(optimizer, p)
-            for buffer in (state.get(key) for key in MOMENTUM_KEYS):
-                if isinstance(buffer, Tensor):
-                    local(buffer).mul_((~flag).to(buffer.device))
+        states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
+        found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
+        buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
+        if accepted:
+            torch._foreach_zero_(buffers)
+        else:
+            for buffer in buffers:
+                buffer.mul_((~flag).to(buffer.device))
 
     def _settle(self) -> None:
         """Take note of the last verdict."""
