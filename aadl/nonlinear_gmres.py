@@ -34,6 +34,7 @@ from aadl.pace import Pace, lets_go_of_momentum
 from aadl.parameters import (
     MOMENTUM_KEYS,
     all_parameters,
+    belongs_to_a_loop,
     closure_of,
     forget_curvature,
     is_dry_step,
@@ -268,6 +269,11 @@ class ResidualAccelerator(Accelerator):
             raise ValueError(
                 "acceleration_type='nonlinear_gmres' needs residuals=fn, or a closure given to step that calls "
                 "aadl.accelerator_of(optimizer).observe(r): step was called without a closure"
+            )
+        if not self._statistics["steps"] and self._residuals is None and belongs_to_a_loop(closure):
+            raise ValueError(
+                "acceleration_type='nonlinear_gmres' needs residuals=fn here: the closure belongs to the loop of a "
+                "framework, whose metrics would count the trials"
             )
         if self._lacks_history:
             self._say_that_history_is_missing()

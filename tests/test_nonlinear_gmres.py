@@ -572,6 +572,11 @@ def test_misuse_gets_one_sentence():
     with pytest.raises(ValueError, match="this closure called no observe"):
         for _ in range(10):
             optimizer.step(lambda: residuals_of(model).square().mean())
+    optimizer = aadl.accelerate(fresh(), "nonlinear_gmres")
+    closure = closure_of(model, optimizer)
+    closure.__module__ = "lightning.pytorch.loops"
+    with pytest.raises(ValueError, match=r"needs residuals=fn here: the closure belongs to the loop of a framework"):
+        optimizer.step(closure)
     optimizer = aadl.accelerate(fresh(), "nonlinear_gmres", residuals=lambda: 3.0, frequency=2)
     with pytest.raises(ValueError, match="residuals must return a tensor, or a list of tensors, got float"):
         train(model, optimizer, 2, observe=False)
