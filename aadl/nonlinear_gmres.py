@@ -155,8 +155,11 @@ class ResidualAccelerator(Accelerator):
             residuals: r, of any shape; float64, float32 or lower, real or complex. It is read at the end of the step,
                 and must not be changed in place before.
         """
+        residuals = residuals.detach()
         if self._trial_parts is not None:
             self._trial_parts.append(residuals)
+            return
+        if self.settings.idle:
             return
         self._observes = True
         versions = versions_of(self._tensors())
@@ -417,7 +420,6 @@ class ResidualAccelerator(Accelerator):
 
     def _propose(self, history: ResidualHistory) -> _Attempt | None:
         """Solve the mixing problem; None, counted by cause, where there is no candidate."""
-        compared = history.doubt is not None
         look, pace = history.look(), self._pace
         pace.note_jump(look.jump)
         pace.note_square(look.gram.square)
@@ -425,12 +427,17 @@ class ResidualAccelerator(Accelerator):
         if not is_finite(look):
             self._forget("non_finite")
             return None
+        if not look.aligned:
+            history.align()
+            self._known = None
+            count(self._statistics["resets"], "resumed")
+            return None
         if not look.doubt <= SAME**2 * history.ranks.size:
             self._trusted = False
             history.forget_columns()
             count(self._statistics["resets"], "points")
             return None
-        self._trusted = self._trusted or compared
+        self._trusted = self._trusted or look.compared
         if not self._trusted or not look.slots:
             return None
         self._statistics["attempts"] += 1
@@ -474,7 +481,7 @@ class ResidualAccelerator(Accelerator):
         states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
         found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
         buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
-        if accepted:
+        if accepted and buffers:
             torch._foreach_zero_(buffers)
         else:
             for buffer in buffers:

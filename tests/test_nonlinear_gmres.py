@@ -788,7 +788,7 @@ def test_replicas_resume_bit_for_bit_each_with_its_own_rows(tmp_path):
         assert counts["accepted"] > 2
 
 
-def loads_of_rank_zero(rank, world_size):
+def loads_of_rank_zero(rank, world_size, steps):
     """A checkpoint of rank 0 alone, loaded by both; the run goes on, from a history that starts again."""
     model = network()
     forward = replica(model, rank, world_size)
@@ -804,7 +804,7 @@ def loads_of_rank_zero(rank, world_size):
         loss.backward()
         return loss
 
-    for _ in range(10):
+    for _ in range(steps):
         optimizer.step(closure)
     saved = [(model.state_dict(), optimizer.state_dict())]
     dist.broadcast_object_list(saved, src=0)
@@ -816,8 +816,10 @@ def loads_of_rank_zero(rank, world_size):
     return whole(model), columns, accelerator.statistics
 
 
-def test_the_state_of_another_rank_costs_the_pairs_and_nothing_else(tmp_path):
-    (first, columns, counts), (second, others, _) = gloo.spawn_ranks(tmp_path / "ranks", loads_of_rank_zero, 2)
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_state_of_another_rank_costs_the_pairs_and_nothing_else(steps, tmp_path):
+    """After 4 steps the points were not compared yet, and rank 1 has nothing to compare with."""
+    (first, columns, counts), (second, others, _) = gloo.spawn_ranks(tmp_path / "ranks", loads_of_rank_zero, 2, steps)
     assert torch.equal(first, second)
     assert columns > 0 and others == 0
-    assert counts["accepted"] > 2
+    assert counts["accepted"] > 0
