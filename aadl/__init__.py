@@ -129,11 +129,11 @@ def accelerate(
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
-        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
-        coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell into a
-        pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began elsewhere than
-        the last one ended, or were abandoned because somebody wrote within them), resets (by cause: user,
-        learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
+        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, stopped,
+        rank, coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell
+        into a pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began
+        elsewhere than the last one ended, or were abandoned because somebody wrote within them), resets (by cause:
+        user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
         ||f_{k+1}|| / ||r||. With "nonlinear_gmres": steps, skipped_steps, attempts, accepted, rejected (by cause:
