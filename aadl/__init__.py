@@ -84,7 +84,7 @@ def accelerate(
             "nonlinear_gmres"). None for 20; with "nonlinear_gmres" for 10, and down to 2 where the steps in between
             undo what an acceleration has gained (`aadl.pace`).
         reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None for 1e-8. With "nonlinear_gmres" the
-            smallest damping, None for 1e-2; 0 for no damping at all.
+            smallest damping, None for 0.1; 0 for no damping at all.
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
             consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
             True, and False with "identity".

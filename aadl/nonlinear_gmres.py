@@ -423,7 +423,6 @@ class ResidualAccelerator(Accelerator):
         look, pace = history.look(), self._pace
         pace.note_jump(look.jump)
         pace.note_square(look.gram.square)
-        pace.reached = look.gram.square
         if not is_finite(look):
             self._forget("non_finite")
             return None
@@ -501,7 +500,6 @@ class ResidualAccelerator(Accelerator):
         statistics["period"] = self._pace.period
         if flag:
             statistics["accepted"] += 1
-            self._pace.reached = after
             return
         cause = "non_finite" if not math.isfinite(after) else "residuals" if not after < before else "check"
         count(statistics["rejected"], cause)
@@ -510,7 +508,7 @@ class ResidualAccelerator(Accelerator):
 
     def _forget(self, cause: str) -> None:
         count(self._statistics["resets"], cause)
-        self._known, self._pace.reached = None, math.nan
+        self._known, self._pace.before = None, math.nan
         if self._history is not None and cause == "user":
             self._history.change_points()
         elif self._history is not None:

@@ -504,21 +504,20 @@ def test_steps_that_undo_what_was_gained_make_accelerations_more_frequent():
         accelerator = accelerated(model, optimizer, frequency=frequency)
         train(model, optimizer, 200)
         periods[frequency], ends[frequency] = accelerator.statistics["period"], loss_of(model)
-    assert periods == {None: pace.SHORTEST, 10: 10}
-    assert ends[None] < 0.1 * ends[10]
+    assert periods[None] < periods[10] == 10
+    assert ends[None] < 0.5 * ends[10]
 
 
 def test_points_learned_by_heart_make_accelerations_rare_again():
     own = Pace(10, adapts=True, due=10)
-    for square in (1.0, 3.0, 9.0, 27.0):
+    for square in (1.0, 4.0, 16.0, 64.0):
         own.note_square(square)
-        own.reached = square
     assert own.period == pace.SHORTEST and own.is_fast
     own.note_jump(1.2)
     assert own.period == pace.SHORTEST
     own.note_jump(pace.JUMP + 0.1)
     assert own.period == 10 and not own.is_fast
-    own.reached = math.nan  # new points
+    own.before = math.nan  # new points
     own.note_square(1e9)
     assert own.period == 10
 
