@@ -19,10 +19,10 @@ NORMALIZED = ("muon", "lion", "sign")
 class Pace:
     """The period of the accelerations.
 
-    Steps of the optimizer can undo what an acceleration has gained, and more: where a rate is stable at the weights before a
-    candidate, it may not be at those after it. Then the next acceleration has to come sooner.
-    Frequent accelerations on points that are soon exchanged learn these by heart: the mean square on the new points
-    tells, and the period is the longest again.
+    Steps of the optimizer can undo what an acceleration has gained, and more: where a rate is stable at the weights
+    before a candidate, it may not be at those after it. Then the next acceleration has to come sooner. Frequent
+    accelerations on points that are soon exchanged learn these by heart: the mean square on the new points tells, and
+    the period is the longest again.
 
     Args:
         longest: steps between two accelerations at the start, >= 1.
