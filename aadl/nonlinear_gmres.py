@@ -268,25 +268,36 @@ class ResidualAccelerator(Accelerator):
         if self.settings.idle or is_dry_step(optimizer):
             return
         closure = closure_of(args, kwargs)
-        if closure is None and self._residuals is None:
+        if self._residuals is None:
+            self._check_closure(closure)
+        if self._lacks_history:
+            self._say_that_history_is_missing()
+        self._inside = True
+        if self._residuals is None or self._observes or not self._statistics["steps"]:  # it may observe in the first one
+            self._watch(optimizer, closure is not None)
+
+    def _check_closure(self, closure: Callable[[], Any] | None) -> None:
+        """Raise ValueError where nobody can evaluate the residuals."""
+        if closure is None:
             raise ValueError(
                 "acceleration_type='nonlinear_gmres' needs residuals=fn, or a closure given to step that calls "
                 "aadl.accelerator_of(optimizer).observe(r): step was called without a closure"
             )
-        if not self._statistics["steps"] and self._residuals is None and belongs_to_a_loop(closure):
+        if not self._statistics["steps"] and belongs_to_a_loop(closure):
             raise ValueError(
                 "acceleration_type='nonlinear_gmres' needs residuals=fn here: the closure belongs to the loop of a "
                 "framework, whose metrics would count the trials"
             )
-        if self._lacks_history:
-            self._say_that_history_is_missing()
+
+    def _watch(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """Note where the weights are at which this step's residuals are observed, or were before a step without one."""
         self._lay_out(optimizer)
         if self._has_begun and self._history is not None:  # the last step ended with an exception
             self._history.void()
             self._known = None
-        self._has_begun, self._inside = False, True
+        self._has_begun = False
         versions = versions_of(self._tensors())
-        if closure is not None or versions != self._versions:
+        if has_closure or versions != self._versions:
             self._parts = []
         self._versions = versions
         if self._parts:
@@ -306,8 +317,10 @@ class ResidualAccelerator(Accelerator):
         self._statistics["steps"] += 1
         settings, steps = self.settings, self._statistics["steps"]
         if steps >= self._pace.due:
+            self._lay_out(optimizer)
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
+            self._lay_out(optimizer)
             with without_trace(all_parameters(optimizer), is_closure=False):
                 self._store(self._evaluated(self._residuals))
         if not self._statistics["accepted"] and steps >= advice.EVENTS * settings.frequency and not self._warned:
