@@ -273,7 +273,8 @@ class ResidualAccelerator(Accelerator):
         if self._lacks_history:
             self._say_that_history_is_missing()
         self._inside = True
-        if self._residuals is None or self._observes or not self._statistics["steps"]:  # it may observe in the first one
+        watches = self._residuals is None or self._observes or not self._statistics["steps"]  # or in the first one
+        if watches:
             self._watch(optimizer, closure is not None)
 
     def _check_closure(self, closure: Callable[[], Any] | None) -> None:
