@@ -52,7 +52,12 @@ GRID_STEPS = (0, 1, 2)
 MARGIN = 1.02
 """Of the target over plain's final training loss."""
 EVERY = 4
-"""Steps between two evaluations of the training loss."""
+"""Steps between two evaluations of the losses."""
+COLUMNS = (
+    "problem", "batch", "schedule", "steps", "learning_rate", "grid_steps_below_best", "setting", "steps_ratio",
+    "steps_ratio_of_seeds", "validation_ratio", "final_loss_ratio", "largest_final_loss_ratio", "plain_final_loss",
+    "accepted", "attempts", "averaging_share", "closure_calls_per_step",
+)  # fmt: skip
 
 
 Set = tuple[Tensor, Tensor]
@@ -288,12 +293,12 @@ def draw(table: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.colors import TwoSlopeNorm
 
-    with table.open(newline="") as file:
-        entries = list(csv.DictReader(file))
+    entries = read(table)
+    problems = [name for name in PROBLEMS if any(entry["problem"] == name for entry in entries)]
     norm = TwoSlopeNorm(0, math.log(0.1), math.log(1.5))
-    figure, grid = plt.subplots(len(SETTINGS), len(PROBLEMS), figsize=(9, 5.6), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(len(SETTINGS), len(problems), figsize=(9, 5.6), layout="constrained", squeeze=False)
     for row, setting in enumerate(SETTINGS):
-        for column, name in enumerate(PROBLEMS):
+        for column, name in enumerate(problems):
             axis = grid[row, column]
             own = [entry for entry in entries if (entry["problem"], entry["setting"]) == (name, setting)]
             batches = sorted({int(entry["batch"]) for entry in own})
@@ -350,20 +355,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(problems: Sequence[str], table: Path) -> None:
-    """Writes the table, row by row."""
+    """Writes the table row by row, problem by problem; rows of other problems stay."""
     torch.set_num_threads(1)
     table.parent.mkdir(parents=True, exist_ok=True)
+    others = [entry for entry in read(table) if entry["problem"] not in problems] if table.exists() else []
     with table.open("w", newline="") as file:
-        writer = None
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(others)
         for name in problems:
             start = time.process_time()
             for cell in cells(name):
-                if writer is None:
-                    writer = csv.DictWriter(file, list(cell))
-                    writer.writeheader()
                 writer.writerow(cell)
                 file.flush()
             print(f"{name}: {time.process_time() - start:.0f} s of processor time", file=sys.stderr)
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    """The rows of the table."""
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
