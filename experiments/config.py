@@ -44,6 +44,7 @@ from experiments.image_config import (
     CADENCES,
     NOMINAL_STEPS,
     ImageConfig,
+    ImageTrainingConfig,
     check_image_settings,
     in_steps,
 )
@@ -55,7 +56,6 @@ from experiments.run_config import (
     TRAININGS,
     BatchSizeStudy,
     ExperimentConfig,
-    GraduateAdmissionsConfig,
     LearningRateStudy,
     PinnConfig,
     PinnTrainingConfig,
@@ -386,7 +386,7 @@ def _training(problem_class: type[ProblemConfig], raw: Mapping[str, Any], where:
 def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRateStudy | None, BatchSizeStudy | None]:
     studies = as_mapping(raw, "studies")
     known = {"learning_rate": None}
-    if problem_class is GraduateAdmissionsConfig:
+    if problem_class is not PinnConfig:
         known["batch_size"] = None
     refuse_unknown(studies, known, "studies")
     learning_rate = batch_size = None
@@ -400,6 +400,8 @@ def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRate
 def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> VariantConfig:
     raw, is_pinn = as_mapping(raw, where), problem_class is PinnConfig
     known = {"label": None, "optimizer": MISSING, "acceleration": None, "published": None, "ema_decay": None}
+    if problem_class is ImageConfig:
+        known["mean_epochs"] = None
     if is_pinn:
         known |= {"problem": None, "training": None, "then": None, "baseline": None}
     refuse_unknown(raw, known, where)
@@ -412,6 +414,8 @@ def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> Varian
             cadences = {name: settings[name] for name in CADENCES if isinstance(settings.get(name), str)}
             settings = in_steps(settings, NOMINAL_STEPS, f"{where}.published")
         published = read_settings(PublishedConfig, settings, f"{where}.published")
+    if raw.get("ema_decay") is not None and raw.get("mean_epochs") is not None:
+        raise ValueError(f"{where}: ema_decay and mean_epochs exclude each other")
     if acceleration is not None and published is not None:
         raise ValueError(f"{where}: acceleration and published exclude each other")
     if raw.get("then") is not None:
@@ -426,6 +430,7 @@ def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> Varian
         published=published,
         published_cadences=cadences,
         ema_decay=parse_value(raw.get("ema_decay"), optional(number(0.0, 1.0)), f"{where}.ema_decay"),
+        mean_epochs=parse_value(raw.get("mean_epochs"), optional(integer(1)), f"{where}.mean_epochs"),
         then=then,
         overrides={
             key: dict(as_mapping(raw[key], f"{where}.{key}")) for key in ("problem", "training") if raw.get(key)
@@ -471,6 +476,21 @@ def _check_probe(acceleration: Mapping[str, Any], num_rows: int, where: str) -> 
         )
 
 
+def _training_of_study(
+    training: TrainingConfig | ImageTrainingConfig, num_rows: int, size: int, steps: int
+) -> TrainingConfig | ImageTrainingConfig:
+    """Training of about `steps` steps with batches of this size, whose updates are measured."""
+    if isinstance(training, TrainingConfig):
+        epochs = max(1, round(steps / math.ceil(num_rows / size)))
+        return replace(training, batch_size=size, epochs=epochs, measure_updates=True)
+    if size > num_rows:
+        raise ValueError(f"a batch of {size} images is larger than the training set of {num_rows}")
+    epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
+    return replace(
+        training, batch_size=size, batch_size_per_rank=None, epochs=epochs, evaluate_every=epochs, measure_updates=True
+    )
+
+
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
     """All runs of an experiment: seed by seed, so that what is compared runs close together in time.
 
@@ -513,11 +533,10 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
                     definition = _with_rate(config.variants[variant], rate)
                     runs.append(run(variant, seed, f"{variant}--lr-{rate:g}", "learning_rate", definition=definition))
     if config.batch_size is not None:
-        assert num_rows is not None and isinstance(config.training, TrainingConfig)
+        assert num_rows is not None and not isinstance(config.training, PinnTrainingConfig)
         study = config.batch_size
         for seed in study.seeds:
             for size in study.sizes:
-                epochs = max(1, round(study.steps / math.ceil(num_rows / size)))
-                training = replace(config.training, batch_size=size, epochs=epochs, measure_updates=True)
+                training = _training_of_study(config.training, num_rows, size, study.steps)
                 runs.append(run(study.variant, seed, f"{study.variant}--batch-{size}", "batch_size", training=training))
     return runs

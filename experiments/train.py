@@ -80,6 +80,7 @@ def train(
     ranks: Ranks,
     *,
     ema_decay: float | None = None,
+    mean_epochs: int | None = None,
     then: Stage | None = None,
     session: Session | None = None,
     show_progress: bool = False,
@@ -97,6 +98,7 @@ def train(
         training: number of epochs or iterations, scheduler, whether to measure the updates.
         ranks: this process; the gradients are averaged over `world_size` ranks.
         ema_decay: evaluates an exponential moving average of the weights, see `steps.moving_average`.
+        mean_epochs: evaluates, in this many last epochs, the mean of the weights after each of their steps.
         then: the second stage, without the scheduler.
         session: takes up a saved run, saves this one on the way, and may stop it.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
@@ -105,7 +107,8 @@ def train(
     Returns:
         The series. A loss that is not finite ends the run, which is then recorded as diverged.
     """
-    run = Training(problem, [first, *([then] if then is not None else [])], training, ranks, ema_decay, show_progress)
+    stages = [first, *([then] if then is not None else [])]
+    run = Training(problem, stages, training, ranks, ema_decay, mean_epochs, show_progress)
     if session is None or not session.restore(run):
         run.begin()
     while run.goes_on:
@@ -135,6 +138,7 @@ class Training:
         training: AnyTrainingConfig,
         ranks: Ranks,
         ema_decay: float | None,
+        mean_epochs: int | None,
         show_progress: bool,
     ) -> None:
         self.problem, self.stages, self.training, self.ranks = problem, stages, training, ranks
@@ -151,6 +155,10 @@ class Training:
             average = moving_average(ema_decay)
             # The counter that torch passes was sent to the device, and reading it would make the host wait.
             self.ema = AveragedModel(problem.model, multi_avg_fn=lambda a, w, _: average(a, w, self._num_averaged()))
+        self._averages_after = 0  # this interval
+        if mean_epochs is not None:
+            self.ema = AveragedModel(problem.model)
+            self._averages_after = _num_intervals(training) - mean_epochs
         self.updates = Updates() if training.measure_updates else None
         self.clock = Clock(problem.model)
         self.series: dict[str, list[float]] = {}
@@ -174,7 +182,12 @@ class Training:
     @property
     def evaluated(self) -> nn.Module:
         """The model whose values are recorded."""
-        return self.ema.module if self.ema is not None else self.problem.model
+        return self.ema.module if self.ema is not None and self._averages else self.problem.model
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the present interval, or the evaluation before the first one, is one of those that are averaged."""
+        return self.interval > self._averages_after
 
     def begin(self) -> None:
         """Evaluates the initial weights."""
@@ -220,7 +233,7 @@ class Training:
         self._losses.append(closure.step())
         if self.updates is not None:
             self.updates.after(problem.model)
-        if self.ema is not None:
+        if self.ema is not None and self._averages:
             self.ema.update_parameters(problem.model)
         self.num_steps += 1
         self.step += 1
