@@ -121,7 +121,7 @@ class SSBroyden(torch.optim.Optimizer):
 
         H <- (H - H y y'H / y'Hy + phi y'Hy v v') / tau + s s' / y's,      v = s / y's - H y / y'Hy,
 
-    with y the difference of the gradients; see `self_scaled_update` for phi and tau. H starts from I y's / y'y.
+    with y the difference of the gradients; see `self_scaled_update` for phi and tau. H starts from I.
 
     A call of `step` makes up to `max_iter` of these iterations, as that of torch's LBFGS does, and keeps H for the next
     call. It wants float64, one loss (no batches that change), and memory for parameters^2 numbers.
@@ -180,10 +180,7 @@ class SSBroyden(torch.optim.Optimizer):
             if float(y @ s) > torch.finfo(y.dtype).eps * float(y.norm() * s.norm()):
                 if inverse is None:
                     state["inverse_hessian"] = inverse = torch.eye(len(s), dtype=s.dtype, device=s.device)
-                    inverse *= (y @ s) / (y @ y)
-                    self_scaled_update(inverse, s, y, float((s @ s) * (y @ y) / (y @ s)))
-                else:
-                    self_scaled_update(inverse, s, y, -found.step * float(s @ point.gradient))
+                self_scaled_update(inverse, s, y, -found.step * float(s @ point.gradient))
             point = found
         return before
 

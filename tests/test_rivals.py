@@ -1,7 +1,9 @@
 """The rivals of the acceleration: self-scaled Broyden, and optimizers of packages that need not be installed."""
 
 import copy
+import math
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from experiments.launch import Ranks
 from experiments.optimizers import ARMIJO, SSBroyden, self_scaled_update
 from experiments.steps import Stage
 from experiments.train import Training, train
+from experiments.tuned_rates import HEADER, rows
 
 LOSS = "metrics/train/loss"
 
@@ -92,7 +95,7 @@ def textbook(hessian, s, y):
 def test_the_inverse_is_that_of_the_textbook_along_a_run():
     problem = Function(rosenbrock, [-1.2, 1.0, -0.5], [0.8, 1.3])
     optimizer = SSBroyden(problem.parameters, max_iter=1)
-    hessian = None
+    hessian = torch.eye(5, dtype=torch.float64)
     for step in range(25):
         before = problem.vector()
         problem()
@@ -101,11 +104,8 @@ def test_the_inverse_is_that_of_the_textbook_along_a_run():
         s = problem.vector() - before
         problem()
         y = optimizer._gradient() - gradient
-        if hessian is None:
-            hessian = torch.eye(5, dtype=torch.float64) * (y @ y) / (y @ s)
-        else:
-            direction = -torch.linalg.solve(hessian, gradient)
-            assert float(direction @ s / (direction.norm() * s.norm())) > 1 - 1e-9, step
+        direction = -torch.linalg.solve(hessian, gradient)
+        assert float(direction @ s / (direction.norm() * s.norm())) > 1 - 1e-9, step
         hessian = textbook(hessian, s, y)
         inverse = optimizer.state[problem.parameters[0]]["inverse_hessian"]
         torch.testing.assert_close(inverse @ hessian, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-7)
@@ -284,3 +284,28 @@ def test_no_second_stage_follows_schedule_free():
     then = {"after": 4, "optimizer": {"name": "Adam"}}
     with pytest.raises(ValueError, match=r"variants\.one\.then must be null after AdamWScheduleFree"):
         pinn_run({"optimizer": FREE_ADAM, "then": then})
+
+
+# ---- tuned rates -----------------------------------------------------------------------------------------------------
+
+
+def run_with_rate(variant, lr, losses):
+    optimizer = {"name": "SGD", "arguments": {"lr": lr}}
+    config = {"experiment": "graduate_admissions", "variant_name": variant, "variant": {"optimizer": optimizer}}
+    series = {LOSS: np.array(losses), "metrics/validation/loss": np.array([3.0, 2.0, 4.0])}
+    return types.SimpleNamespace(config=config, series=series, is_pinn=False)
+
+
+def test_a_rate_is_tuned_when_both_neighbors_are_worse():
+    ends = {"inner": {0.1: [3.0, 9.0, 1.0], 0.2: [2.0, 1.0, 8.0], 0.3: [math.nan, 1.0, math.nan]}, "end": {0.1: [1.0]}}
+    ends["end"] |= {0.2: [2.0], 0.3: [3.0]}
+    runs = [run_with_rate(name, lr, [7.0, end]) for name in ends for lr, of in ends[name].items() for end in of]
+    table = [dict(zip(HEADER, row, strict=True)) for row in rows(runs)]
+    assert {(row["variant"], row["lr"]): row["tuned"] for row in table if row["tuned"]} == {
+        ("inner", "0.2"): "yes",
+        ("end", "0.1"): "end",
+    }
+    (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.2"))
+    assert list(row.values())[4:9] == ["3", "2.000e+00", "1.000e+00", "8.000e+00", "2.000e+00"]
+    (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.3"))
+    assert row["loss"] == row["highest"] == "inf" and row["lowest"] == "1.000e+00"
