@@ -1,7 +1,7 @@
 """Learning rates by study: `python -m experiments.tuned_rates RESULTS > docs/tables/tuned_rates.csv`.
 
-A rate is tuned when the median of the final training loss is above at both neighbors of the grid. Where the smallest median
-is at an end of the grid, nothing is tuned: the row says "end".
+A rate is tuned when the median of the final training loss is larger at both neighbors on the grid. Where the smallest
+median is at an end of the grid, nothing is tuned: the row says "end".
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HEADER = ("experiment", "variant", "optimizer", "lr", "seeds", "loss", "lowest",
 def rows(runs: Iterable[Run]) -> Iterator[tuple[str, ...]]:
     """A row for each experiment, variant and rate: median, lowest and highest training loss at the end, over the seeds.
 
-    The validation is a median too: of the smallest loss on the validation set (graduate admissions), or of the relative L2
-    error at the end (2d Burgers).
+    The validation is a median too: of the smallest loss on the validation set (graduate admissions), or of the relative
+    L2 error at the end (2d Burgers).
     """
     grids: dict[tuple[str, str, str], dict[float, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
