@@ -62,18 +62,28 @@ def accelerate(
 
         x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),   gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
 
+    With "nonlinear_gmres", for losses ||r(x)||^2, the history keeps pairs (x_j, r_j = r(x_j)) and proposes
+
+        x+ = x_k + sum_j gamma_j (x_j - x_k),   gamma = argmin ||r_k + sum_j gamma_j (r_j - r_k)||^2 + damping,
+
+    which is accepted where ||r(x+)||^2 < ||r_k||^2. The residuals come from `residuals`, or from the closure of `step`,
+    which calls `aadl.accelerator_of(optimizer).observe(r)`.
+
     Args:
         optimizer: any torch.optim.Optimizer over float32, float64 or complex parameters, or a wrapper around one
             (docs/optimizers.md says which).
         acceleration_type: "anderson"; "anderson_normal_equation" (the same solver, a name of the published package);
-            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given). In
-            capitals or not.
+            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given);
+            "nonlinear_gmres" (residuals of a least-squares loss instead of updates). In capitals or not.
         relaxation: in (0, 1]; 1 is undamped.
         wait_iterations: >= 0 optimizer steps before the first acceleration.
-        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone.
-        store_each_nth: >= 1 optimizer steps in a macro-step.
-        frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps.
-        reg_acc: Tikhonov factor >= 0, relative to columns of unit length.
+        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone. None for 10, and 20 with "nonlinear_gmres".
+        store_each_nth: >= 1 optimizer steps in a macro-step, or between two pairs. None for 10, and 1 with
+            "nonlinear_gmres".
+        frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps (not with
+            "nonlinear_gmres"). None for 20, and 10 with "nonlinear_gmres".
+        reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None for 1e-8. With "nonlinear_gmres" the
+            smallest damping, None for 1e-4; 0 for no damping at all.
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
             consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
             True, and False with "identity".
@@ -100,6 +110,11 @@ def accelerate(
         local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
             of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
             "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).
+        residuals: () -> r, a tensor or a list of tensors: the residuals of the loss at the present weights, on points
+            that stay (docs/method.md says what else they must be). It runs no backward pass into the weights. Only with
+            "nonlinear_gmres", and None there where closures hand them over.
+        check: () -> residuals on other points, whose sum of squares must fall too; None for no such points.
+        momentum: "keep", or "zero" to clear momentum buffers where "nonlinear_gmres" has accepted a candidate.
 
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.
@@ -118,7 +133,11 @@ def accelerate(
         learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
-        ||f_{k+1}|| / ||r||.
+        ||f_{k+1}|| / ||r||. With "nonlinear_gmres": steps, skipped_steps, attempts, accepted, rejected (by cause:
+        residuals, check, rank, non_finite), resets (by cause: user, points, non_finite, parameters_changed, resumed),
+        closure_evaluations, residual_evaluations (of `residuals` and `check`), gain ||r_k - E gamma|| / ||r_k||,
+        trust_ratio (gained over predicted decrease of ||r||^2), damping, condition_number, numerical_rank,
+        coefficient_norm.
 
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train, a
@@ -129,7 +148,8 @@ def accelerate(
     The first `optimizer.step()` raises torch.OutOfMemoryError, before it changes anything and on all ranks, if there is
     no room for the history.
 
-    Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
+    Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813; Washio and
+    Oosterlee, ETNA 6 (1997); He, arXiv 2506.01081. docs/method.md
     tells what is done differently here, and why.
     """
     if find_accelerator(optimizer) is not None:

@@ -185,6 +185,11 @@ class AndersonAccelerator(Accelerator):
             )
         try:
             books = json.loads(state["books"])
+            if books["map"].get("acceleration_type", "anderson") != "anderson":
+                raise ValueError(
+                    f"the saved accelerator has acceleration_type={books['map']['acceleration_type']!r}, this one "
+                    f"acceleration_type={self.settings.acceleration_type!r}"
+                )
             Decisions.restored(self.settings, books), books["progress"], books["averaged"]
             wanted, found = self.settings.map_description(), books["map"]
             for name, value in wanted.items():

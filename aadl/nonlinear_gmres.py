@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from aadl import advice, memory
 from aadl.attached import VERSION, Accelerator, outline
-from aadl.decisions import MIXING_VALUES, count
+from aadl.decisions import MIXING_VALUES, count, on_host
 from aadl.deferred import Deferred
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
 from aadl.mixing import newest
@@ -96,6 +96,8 @@ class ResidualAccelerator(Accelerator):
     _warned: bool
     _inside: bool
     """Whether a step is running."""
+    _is_repeated: bool
+    """Whether the running step has begun at the weights of the newest pair."""
     _has_begun: bool
     """Whether the weights of a pair are stored whose residuals are not yet."""
     _parts: list[Tensor]
@@ -153,6 +155,7 @@ class ResidualAccelerator(Accelerator):
         if self._trial_parts is not None:
             self._trial_parts.append(residuals)
             return
+        self._observes = True
         versions = versions_of(self._tensors())
         if self._inside:
             if versions != self._versions:
@@ -262,6 +265,7 @@ class ResidualAccelerator(Accelerator):
         self._lay_out(optimizer)
         if self._has_begun and self._history is not None:  # the last step ended with an exception
             self._history.void()
+            self._known = None
         self._has_begun, self._inside = False, True
         versions = versions_of(self._tensors())
         if closure is not None or versions != self._versions:
@@ -286,7 +290,7 @@ class ResidualAccelerator(Accelerator):
         if steps > settings.wait_iterations and steps % settings.frequency == 0:
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
-            with without_trace(all_parameters(optimizer)):
+            with without_trace(all_parameters(optimizer), is_closure=False):
                 self._store(self._evaluated(self._residuals))
         if not self._statistics["accepted"] and steps >= advice.EVENTS * settings.frequency and not self._warned:
             self._warned = True
@@ -296,9 +300,9 @@ class ResidualAccelerator(Accelerator):
 
     def _begin_pair(self) -> None:
         """Store the weights at which the residuals of this step are seen, unless they are those of the newest pair."""
-        self._observes = True
         history = self._history
-        if history is None or self._is_known() or self._statistics["steps"] % self.settings.store_each_nth:
+        self._is_repeated = history is not None and self._is_known()
+        if history is None or self._is_repeated or self._statistics["steps"] % self.settings.store_each_nth:
             return
         with torch.no_grad():
             history.push_weights()
@@ -312,7 +316,7 @@ class ResidualAccelerator(Accelerator):
         if self._has_begun:
             history.push_residuals(joined(parts))
             self._has_begun = False
-        elif self._is_known():
+        elif self._is_repeated:
             history.compare(joined(parts))
         self._known = None
 
@@ -341,7 +345,7 @@ class ResidualAccelerator(Accelerator):
         history = self._history
         assert history is not None
         source = self._source(closure)
-        with without_trace(all_parameters(optimizer)) as rewind:
+        with without_trace(all_parameters(optimizer), is_closure=self._residuals is None) as rewind:
             self._store(self._evaluated(source))
             attempt = self._propose(history)
             if attempt is None:
@@ -402,7 +406,7 @@ class ResidualAccelerator(Accelerator):
         if not is_finite(look):
             self._forget("non_finite")
             return None
-        if look.doubt > SAME**2 * history.ranks.size:
+        if not look.doubt <= SAME**2 * history.ranks.size:
             self._trusted = False
             history.forget_columns()
             count(self._statistics["resets"], "points")
@@ -429,7 +433,7 @@ class ResidualAccelerator(Accelerator):
         flag = numbers[0] < attempt.before
         if numbers.numel() > 1:
             flag = flag & (numbers[2] < numbers[1])
-        at_once = flag.device.type == "cpu" or isinstance(optimizer, torch.optim.LBFGS)
+        at_once = on_host(flag) or isinstance(optimizer, torch.optim.LBFGS)
         if at_once and not bool(flag):
             history.put_back()
         elif at_once:
@@ -448,11 +452,14 @@ class ResidualAccelerator(Accelerator):
         """Let go of momentum that was built for another point, where the candidate was taken."""
         if self.settings.momentum == "keep" or accepted is False:
             return
-        for p in all_parameters(optimizer):
-            state = state_of(optimizer, p)
-            for buffer in (state.get(key) for key in MOMENTUM_KEYS):
-                if isinstance(buffer, Tensor):
-                    local(buffer).mul_((~flag).to(buffer.device))
+        states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
+        found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
+        buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
+        if accepted:
+            torch._foreach_zero_(buffers)
+        else:
+            for buffer in buffers:
+                buffer.mul_((~flag).to(buffer.device))
 
     def _settle(self) -> None:
         """Take note of the last verdict."""
@@ -514,7 +521,7 @@ class ResidualAccelerator(Accelerator):
         self._damping = max(FIRST_DAMPING, floor) if floor else 0.0
         self._history = None
         self._trusted = self._residuals is not None
-        self._observes = self._warned = self._inside = self._has_begun = False
+        self._observes = self._warned = self._inside = self._has_begun = self._is_repeated = False
         self._parts = []
         self._trial_parts = None
         self._versions = []

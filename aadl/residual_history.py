@@ -99,7 +99,12 @@ class ResidualHistory:
             self.void()
             block = self._make_room(residuals)
         slot = self.pushed % self.depth
-        push_block(block, [residuals], slot if self.has_pair else None)
+        if residuals.numel() > kernels.HOST_PIECE:
+            push_block(block, [residuals], slot if self.has_pair else None)
+        else:
+            if self.has_pair:
+                torch.sub(residuals, block.mapped, out=block.delta_mapped[slot])
+            block.mapped.copy_(residuals)
         if self.has_pair:
             self._stale = [*(s for s in self._stale if s != slot), slot]
         self.valid[slot] = self.has_pair
@@ -160,6 +165,8 @@ class ResidualHistory:
             self._matrix[:filled, self._stale] = fresh.T
             self._stale = []
         device = self._matrix.device
+        if self.ranks.size == 1 and device.type == "cpu":
+            return self._look_here(last)
         doubt = torch.zeros((), dtype=torch.float64, device=device) if self.doubt is None else self.doubt
         known = host_tensor([*map(float, self.valid), float(block.row.numel)])
         if self.ranks.size > 1:
@@ -173,13 +180,23 @@ class ResidualHistory:
         self.doubt = None
         return self._read(values)
 
+    def _look_here(self, last: Tensor) -> Look:
+        """What a process on its own knows; everything is on the host."""
+        assert self.residuals is not None
+        slots, doubt, self.doubt = self._slots(self.valid), self.doubt, None
+        gram = Gram(self._matrix[slots][:, slots], last[slots], float(last[-1]))
+        return Look(gram, slots, 0.0 if doubt is None else float(doubt), self.residuals.row.numel)
+
+    def _slots(self, valid: Sequence[bool]) -> list[int]:
+        """Slots that can be used, the one of the oldest column first."""
+        newest = [(self.pushed - 1 - age) % self.depth for age in range(self.depth)]
+        return [slot for slot in reversed(newest) if valid[slot]]
+
     def _read(self, word: Tensor) -> Look:
         depth = self.depth
         count = depth * (depth + 1) // 2
         numbers = word[count:].tolist()
-        valid = [round(v * 1e6) >= 1e6 for v in numbers[depth + 2 : 2 * depth + 2]]
-        newest = [(self.pushed - 1 - age) % depth for age in range(depth)]
-        slots = [slot for slot in reversed(newest) if valid[slot]]
+        slots = self._slots([round(v * 1e6) >= 1e6 for v in numbers[depth + 2 : 2 * depth + 2]])
         matrix = torch.zeros(depth * depth, dtype=torch.float64, device="cpu")
         matrix[_upper(depth, torch.device("cpu"))] = word[:count]
         matrix = matrix.view(depth, depth)
