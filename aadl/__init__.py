@@ -52,7 +52,7 @@ def accelerate(
     local_sgd: bool = False,
     residuals: Residuals | None = None,
     check: Residuals | None = None,
-    momentum: str = "keep",
+    momentum: str = "auto",
     **published_by_name: Any,
 ) -> Wrapped:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
@@ -81,9 +81,10 @@ def accelerate(
         store_each_nth: >= 1 optimizer steps in a macro-step, or between two pairs. None for 10, and 1 with
             "nonlinear_gmres".
         frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps (not with
-            "nonlinear_gmres"). None for 20, and 10 with "nonlinear_gmres".
+            "nonlinear_gmres"). None for 20; with "nonlinear_gmres" for 10, and down to 2 where the steps in between
+            undo what an acceleration has gained (`aadl.pace`).
         reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None for 1e-8. With "nonlinear_gmres" the
-            smallest damping, None for 1e-4; 0 for no damping at all.
+            smallest damping, None for 0.1; 0 for no damping at all.
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
             consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
             True, and False with "identity".
@@ -114,7 +115,9 @@ def accelerate(
             that stay (docs/method.md says what else they must be). It runs no backward pass into the weights. Only with
             "nonlinear_gmres", and None there where closures hand them over.
         check: () -> residuals on other points, whose sum of squares must fall too; None for no such points.
-        momentum: "keep", or "zero" to clear momentum buffers where "nonlinear_gmres" has accepted a candidate.
+        momentum: whether momentum buffers stay as they are where "nonlinear_gmres" accepts a candidate ("keep"), or are
+            cleared ("zero"). "auto": cleared while accelerations come more often than `frequency`, unless the optimizer
+            normalizes its steps (Muon, Lion, sign methods).
 
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.
@@ -126,17 +129,17 @@ def accelerate(
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
-        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
-        coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell into a
-        pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began elsewhere than
-        the last one ended, or were abandoned because somebody wrote within them), resets (by cause: user,
-        learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
+        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, stopped,
+        rank, coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell
+        into a pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began
+        elsewhere than the last one ended, or were abandoned because somebody wrote within them), resets (by cause:
+        user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
         ||f_{k+1}|| / ||r||. With "nonlinear_gmres": steps, skipped_steps, attempts, accepted, rejected (by cause:
         residuals, check, rank, non_finite), resets (by cause: user, points, non_finite, parameters_changed, resumed),
         closure_evaluations, residual_evaluations (of `residuals` and `check`), gain ||r_k - E gamma|| / ||r_k||,
-        trust_ratio (gained over predicted decrease of ||r||^2), damping, condition_number, numerical_rank,
+        trust_ratio (gained over predicted decrease of ||r||^2), damping, period, condition_number, numerical_rank,
         coefficient_norm.
 
     Raises:

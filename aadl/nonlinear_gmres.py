@@ -30,9 +30,11 @@ from aadl.decisions import MIXING_VALUES, count, on_host
 from aadl.deferred import Deferred
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
 from aadl.mixing import newest
+from aadl.pace import Pace, lets_go_of_momentum
 from aadl.parameters import (
     MOMENTUM_KEYS,
     all_parameters,
+    belongs_to_a_loop,
     closure_of,
     forget_curvature,
     is_dry_step,
@@ -49,7 +51,7 @@ from aadl.wrappers import Target
 COUNTERS = (
     "steps", "skipped_steps", "attempts", "accepted", "closure_evaluations", "residual_evaluations",
 )  # fmt: skip
-LAST_VALUES = ("gain", "trust_ratio", "damping", "condition_number", "coefficient_norm")
+LAST_VALUES = ("gain", "trust_ratio", "damping", "period", "condition_number", "coefficient_norm")
 FIRST_DAMPING = 1e-2
 ROWS_PER_COLUMN = 8
 """Residuals that a coefficient needs, so that few points are not learned by heart."""
@@ -89,6 +91,7 @@ class ResidualAccelerator(Accelerator):
     _statistics: dict[str, Any]
     _history: ResidualHistory | None
     _damping: float
+    _pace: Pace
     _trusted: bool
     """Whether the residuals at the same weights were seen to be the same, so that they belong to the same points."""
     _observes: bool
@@ -152,8 +155,11 @@ class ResidualAccelerator(Accelerator):
             residuals: r, of any shape; float64, float32 or lower, real or complex. It is read at the end of the step,
                 and must not be changed in place before.
         """
+        residuals = residuals.detach()
         if self._trial_parts is not None:
             self._trial_parts.append(residuals)
+            return
+        if self.settings.idle:
             return
         self._observes = True
         versions = versions_of(self._tensors())
@@ -193,6 +199,7 @@ class ResidualAccelerator(Accelerator):
             "map": self._map(),
             "statistics": copy.deepcopy(self._statistics),
             "damping": self._damping,
+            "pace": vars(self._pace),
             "progress": {name: getattr(self, f"_{name}") for name in PROGRESS},
             "is_known": self._known is not None and self._is_at(self._known),
             "history": None if history is None else history.books(),
@@ -220,6 +227,7 @@ class ResidualAccelerator(Accelerator):
                     )
             float(books["damping"]), bool(books["is_known"]), books["statistics"]["steps"]
             [books["progress"][name] for name in PROGRESS]
+            Pace(**books["pace"])
             books["restored"] = self._restored(books["history"], state["rows"])
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
@@ -240,6 +248,11 @@ class ResidualAccelerator(Accelerator):
         del state
         self._start_anew()
         self._history, self._statistics, self._damping = books["restored"], books["statistics"], books["damping"]
+        pace = Pace(**books["pace"])
+        if pace.longest == self.settings.frequency and pace.adapts == self.settings.paced:
+            self._pace = pace
+        else:
+            self._pace.due = self._statistics["steps"] + 1
         for name in PROGRESS:
             setattr(self, f"_{name}", bool(books["progress"][name]))
         has_pair = self._history is not None and self._history.has_pair
@@ -259,6 +272,11 @@ class ResidualAccelerator(Accelerator):
             raise ValueError(
                 "acceleration_type='nonlinear_gmres' needs residuals=fn, or a closure given to step that calls "
                 "aadl.accelerator_of(optimizer).observe(r): step was called without a closure"
+            )
+        if not self._statistics["steps"] and self._residuals is None and belongs_to_a_loop(closure):
+            raise ValueError(
+                "acceleration_type='nonlinear_gmres' needs residuals=fn here: the closure belongs to the loop of a "
+                "framework, whose metrics would count the trials"
             )
         if self._lacks_history:
             self._say_that_history_is_missing()
@@ -287,7 +305,7 @@ class ResidualAccelerator(Accelerator):
             return
         self._statistics["steps"] += 1
         settings, steps = self.settings, self._statistics["steps"]
-        if steps > settings.wait_iterations and steps % settings.frequency == 0:
+        if steps >= self._pace.due:
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
             with without_trace(all_parameters(optimizer), is_closure=False):
@@ -348,6 +366,7 @@ class ResidualAccelerator(Accelerator):
         with without_trace(all_parameters(optimizer), is_closure=self._residuals is None) as rewind:
             self._store(self._evaluated(source))
             attempt = self._propose(history)
+            self._pace.go_on(self._statistics["steps"])
             if attempt is None:
                 return
             check = self._check
@@ -401,17 +420,23 @@ class ResidualAccelerator(Accelerator):
 
     def _propose(self, history: ResidualHistory) -> _Attempt | None:
         """Solve the mixing problem; None, counted by cause, where there is no candidate."""
-        compared = history.doubt is not None
-        look = history.look()
+        look, pace = history.look(), self._pace
+        pace.note_jump(look.jump)
+        pace.note_square(look.gram.square)
         if not is_finite(look):
             self._forget("non_finite")
+            return None
+        if not look.aligned:
+            history.align()
+            self._known = None
+            count(self._statistics["resets"], "resumed")
             return None
         if not look.doubt <= SAME**2 * history.ranks.size:
             self._trusted = False
             history.forget_columns()
             count(self._statistics["resets"], "points")
             return None
-        self._trusted = self._trusted or compared
+        self._trusted = self._trusted or look.compared
         if not self._trusted or not look.slots:
             return None
         self._statistics["attempts"] += 1
@@ -450,12 +475,12 @@ class ResidualAccelerator(Accelerator):
 
     def _scale_momentum(self, optimizer: Optimizer, flag: Tensor, accepted: bool | None) -> None:
         """Let go of momentum that was built for another point, where the candidate was taken."""
-        if self.settings.momentum == "keep" or accepted is False:
+        if accepted is False or not lets_go_of_momentum(self.settings.momentum, self._pace, optimizer):
             return
         states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
         found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
         buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
-        if accepted:
+        if accepted and buffers:
             torch._foreach_zero_(buffers)
         else:
             for buffer in buffers:
@@ -472,6 +497,7 @@ class ResidualAccelerator(Accelerator):
         ratio = gain_ratio(before, solution.predicted, after) if math.isfinite(after) else -math.inf
         self._damping = next_damping(self._damping, ratio, bool(flag), self.settings.regularization)
         statistics |= {"trust_ratio": ratio, "damping": self._damping}
+        statistics["period"] = self._pace.period
         if flag:
             statistics["accepted"] += 1
             return
@@ -482,9 +508,11 @@ class ResidualAccelerator(Accelerator):
 
     def _forget(self, cause: str) -> None:
         count(self._statistics["resets"], cause)
-        if self._history is not None:
+        self._known, self._pace.before = None, math.nan
+        if self._history is not None and cause == "user":
+            self._history.change_points()
+        elif self._history is not None:
             self._history.void(wipe=cause == "non_finite")
-        self._known = None
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -517,7 +545,10 @@ class ResidualAccelerator(Accelerator):
     def _start_anew(self) -> None:
         self._statistics = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
         self._statistics |= {"numerical_rank": 0, "rejected": {}, "resets": {}}
-        floor = self.settings.regularization
+        settings = self.settings
+        first = (settings.wait_iterations // settings.frequency + 1) * settings.frequency
+        self._pace = Pace(settings.frequency, settings.paced, first)
+        floor = settings.regularization
         self._damping = max(FIRST_DAMPING, floor) if floor else 0.0
         self._history = None
         self._trusted = self._residuals is not None

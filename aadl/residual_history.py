@@ -26,9 +26,6 @@ from aadl.ranks import Ranks, like, local
 from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
 
-NUMBERS = 3
-"""Besides products and slots in the word of an acceleration: ||r_k||^2, the doubt, and the number of residuals."""
-
 
 class Look(NamedTuple):
     """What the ranks know together when an acceleration is due."""
@@ -39,8 +36,14 @@ class Look(NamedTuple):
     """Their slots, oldest first."""
     doubt: float
     """Sum over the ranks of `ResidualHistory.doubt`."""
+    compared: bool
+    """Whether every rank has seen residuals twice at the same weights."""
+    jump: float
+    """Mean square on new points over that on the old ones, where the points have changed since, else 0."""
     num_residuals: int
     """Over all ranks."""
+    aligned: bool = True
+    """Whether a pair has the same slot on all ranks."""
 
 
 class ResidualHistory:
@@ -64,6 +67,9 @@ class ResidualHistory:
         self.residuals: Block | None = None
         self.doubt: Tensor | None = None
         """||r - r'||^2 / ||r'||^2, where a step has seen residuals r at weights at which r' were stored before."""
+        self._old: Tensor | None = None
+        self._new: Tensor | None = None
+        """Mean squares of the residuals before and after the last change of points."""
         self.pushed = 0
         """Pairs stored in all; pair n has the slot n modulo depth."""
         self.has_pair = False
@@ -107,6 +113,8 @@ class ResidualHistory:
             block.mapped.copy_(residuals)
         if self.has_pair:
             self._stale = [*(s for s in self._stale if s != slot), slot]
+        elif self._old is not None:
+            self._new = _mean_square(residuals)
         self.valid[slot] = self.has_pair
         self.pushed, self.has_pair = self.pushed + 1, True
 
@@ -128,6 +136,17 @@ class ResidualHistory:
         if wipe:
             self._matrix.zero_()
             self._stale = []
+
+    def align(self) -> None:
+        """Start again on all ranks, whose pairs have different slots."""
+        self.void()
+        self.pushed = 0
+
+    def change_points(self) -> None:
+        """Forget all pairs, and compare the next residuals with the newest ones: they are those of other points."""
+        if self.has_pair and self.residuals is not None:
+            self._old, self._new = _mean_square(self.residuals.mapped), None
+        self.void()
 
     def compare(self, residuals: Tensor) -> None:
         """Note by how much residuals differ from the newest ones, which were seen at the same weights."""
@@ -152,7 +171,7 @@ class ResidualHistory:
         """Products of the columns, summed over the ranks; the host waits for the device.
 
         Columns stored since the last call are multiplied with all others, in one pass. Of several ranks each adds
-        depth (depth + 5) / 2 + 3 numbers to one sum.
+        depth (depth + 5) / 2 + 8 numbers to one sum.
         """
         block, depth = self.residuals, self.depth
         assert block is not None
@@ -167,14 +186,16 @@ class ResidualHistory:
         device = self._matrix.device
         if self.ranks.size == 1 and device.type == "cpu":
             return self._look_here(last)
+        compared = self.doubt is not None
         doubt = torch.zeros((), dtype=torch.float64, device=device) if self.doubt is None else self.doubt
-        known = host_tensor([*map(float, self.valid), float(block.row.numel)])
-        if self.ranks.size > 1:
-            known[:depth] /= self.ranks.size
+        pushed = float(self.pushed % 1024)
+        known = host_tensor([*map(float, self.valid), float(compared), pushed, pushed**2, float(block.row.numel)])
+        known[:-1] /= self.ranks.size
         upper = _upper(depth, device)
         projection = last.new_zeros(depth)
         projection[:filled] = last[:filled]
-        square = torch.stack([last[-1], doubt])
+        old, new = (doubt.new_zeros(()) if number is None else number for number in self._changes())
+        square = torch.stack([last[-1], doubt, old, new])
         word = torch.cat([self._matrix.take(upper), projection, square, handed(known, device)])
         values = self.ranks.total(word).cpu()
         self.doubt = None
@@ -185,7 +206,17 @@ class ResidualHistory:
         assert self.residuals is not None
         slots, doubt, self.doubt = self._slots(self.valid), self.doubt, None
         gram = Gram(self._matrix[slots][:, slots], last[slots], float(last[-1]))
-        return Look(gram, slots, 0.0 if doubt is None else float(doubt), self.residuals.row.numel)
+        old, new = (0.0 if number is None else float(number) for number in self._changes())
+        doubtful = 0.0 if doubt is None else float(doubt)
+        jump = new / old if old > 0 else 0.0
+        return Look(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
+
+    def _changes(self) -> tuple[Tensor | None, Tensor | None]:
+        """Mean squares before and after a change of points that the next pairs have followed; they are told once."""
+        if self._new is None:
+            return None, None
+        changes, self._old, self._new = (self._old, self._new), None, None
+        return changes
 
     def _slots(self, valid: Sequence[bool]) -> list[int]:
         """Slots that can be used, the one of the oldest column first."""
@@ -196,13 +227,19 @@ class ResidualHistory:
         depth = self.depth
         count = depth * (depth + 1) // 2
         numbers = word[count:].tolist()
-        slots = self._slots([round(v * 1e6) >= 1e6 for v in numbers[depth + 2 : 2 * depth + 2]])
+        doubt, old, new = numbers[depth + 1 : depth + 4]
+        *valid, compared = [round(v * 1e6) >= 1e6 for v in numbers[depth + 4 : 2 * depth + 5]]
+        mean, mean_square, num_residuals = numbers[2 * depth + 5 :]
+        aligned = mean_square - mean**2 < 0.5 / self.ranks.size  # the variance of unequal counts is larger
+        slots = self._slots(valid)
         matrix = torch.zeros(depth * depth, dtype=torch.float64, device="cpu")
         matrix[_upper(depth, torch.device("cpu"))] = word[:count]
         matrix = matrix.view(depth, depth)
         matrix = (matrix + matrix.triu(1).T)[slots][:, slots]
         projection = host_tensor([numbers[slot] for slot in slots])
-        return Look(Gram(matrix, projection, numbers[depth]), slots, numbers[depth + 1], round(numbers[-1]))
+        jump = new / old if old > 0 else 0.0
+        gram = Gram(matrix, projection, numbers[depth])
+        return Look(gram, slots, doubt, compared, jump, round(num_residuals), aligned)
 
     # ---- candidates ------------------------------------------------------------------------------------------------
 
@@ -259,7 +296,7 @@ class ResidualHistory:
             "valid": self.valid,
             "stale": self._stale,
             "matrix": self._matrix.tolist(),
-            "doubt": None if self.doubt is None else float(self.doubt),
+            "numbers": [None if number is None else float(number) for number in (self.doubt, self._old, self._new)],
         }
 
     def fits(self, books: dict[str, Any], rows: dict[str, Tensor]) -> bool:
@@ -285,8 +322,9 @@ class ResidualHistory:
         self.pushed, self.has_pair = int(books["pushed"]), bool(books["has_pair"])
         self.valid, self._stale = list(map(bool, books["valid"])), list(map(int, books["stale"]))
         self._matrix.copy_(host_tensor(books["matrix"]))
-        self.doubt = (
-            None if books["doubt"] is None else torch.tensor(books["doubt"], dtype=torch.float64, device=device)
+        self.doubt, self._old, self._new = (
+            None if number is None else torch.tensor(number, dtype=torch.float64, device=device)
+            for number in books["numbers"]
         )
 
     def _make_room(self, residuals: Tensor) -> Block:
@@ -358,6 +396,12 @@ def _upper(depth: int, device: torch.device) -> Tensor:
 
 
 _uppers: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _mean_square(residuals: Tensor) -> Tensor:
+    """||r||^2 / M in float64."""
+    wide = residuals.double()
+    return torch.dot(wide, wide) / max(1, wide.numel())
 
 
 def is_finite(look: Look) -> bool:

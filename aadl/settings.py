@@ -13,9 +13,9 @@ import torch
 
 TYPES = ("anderson", "anderson_normal_equation", "identity", "nonlinear_gmres")
 DEFAULTS = {"history_depth": 10, "store_each_nth": 10, "frequency": 20, "regularization": 1e-8}
-RESIDUAL_DEFAULTS = {"history_depth": 20, "store_each_nth": 1, "frequency": 10, "regularization": 1e-4}
+RESIDUAL_DEFAULTS = {"history_depth": 20, "store_each_nth": 1, "frequency": 10, "regularization": 0.1}
 """Of 'nonlinear_gmres'."""
-MOMENTUM = ("keep", "zero")
+MOMENTUM = ("auto", "keep", "zero")
 ONLY_WITH_RESIDUALS: dict[str, tuple[tuple[Any, ...], str]] = {
     "relaxation": ((1,), "1"),
     "average": ((None, False), "False"),
@@ -57,7 +57,9 @@ class Settings:
     history_device: str | None = None
     fused: bool = False
     local_sgd: bool = False
-    momentum: str = "keep"
+    momentum: str = "auto"
+    paced: bool = False
+    """Whether the period of 'nonlinear_gmres' follows what is seen; else it is `frequency`."""
 
     def __post_init__(self) -> None:
         kind = self.acceleration_type
@@ -95,8 +97,8 @@ class Settings:
     def _check_kind(self, kind: str) -> None:
         """Refuse what has no meaning for the acceleration by residuals, or for the others."""
         if kind != "nonlinear_gmres":
-            if self.momentum != "keep":
-                raise ValueError(f"momentum must be 'keep' with acceleration_type={kind!r}, got {self.momentum!r}")
+            if self.momentum != "auto":
+                raise ValueError(f"momentum must be 'auto' with acceleration_type={kind!r}, got {self.momentum!r}")
             return
         for name, (values, text) in ONLY_WITH_RESIDUALS.items():
             value = getattr(self, name)
@@ -131,10 +133,11 @@ class Settings:
 
     def __str__(self) -> str:
         if self.acceleration_type == "nonlinear_gmres":
+            most = " at most" if self.paced else ""
             return (
                 f"{self.acceleration_type}, wait_iterations={self.wait_iterations}, "
                 f"history_depth={self.history_depth}, store_each_nth={self.store_each_nth}, "
-                f"frequency={self.frequency}, reg_acc={self.regularization:g}, momentum={self.momentum}"
+                f"frequency={self.frequency}{most}, reg_acc={self.regularization:g}, momentum={self.momentum}"
             )
         return (
             f"{self.acceleration_type}, relaxation={self.relaxation:g}, wait_iterations={self.wait_iterations}, "
@@ -148,7 +151,8 @@ def with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments, with the defaults of this kind of acceleration where they are None."""
     is_of_residuals = isinstance(kind, str) and kind.lower() == "nonlinear_gmres"
     defaults: dict[str, Any] = RESIDUAL_DEFAULTS if is_of_residuals else DEFAULTS
-    return {name: defaults[name] if value is None else value for name, value in given.items()}
+    paced = is_of_residuals and given.get("frequency") is None
+    return {name: defaults[name] if value is None else value for name, value in given.items()} | {"paced": paced}
 
 
 def history_device_for(given: Any, parameters: Sequence[torch.Tensor]) -> Any:

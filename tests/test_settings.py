@@ -39,7 +39,7 @@ BAD = {
     "process_group": [1, "gloo", object()],
     "residuals": [1, "r", len],
     "check": [1, "r", len],
-    "momentum": ["zero", "none", None, True],
+    "momentum": ["zero", "keep", "none", None, True],
 } | {
     name: [least - 1, -5, True, False, float(least), NAN, INF, "3", [3], np.float64(least), np.int64(least - 1)]
     for name, least in COUNTS.items()
@@ -60,7 +60,7 @@ RANGES = {
     "process_group": "None or a torch.distributed.ProcessGroup",
     "residuals": "None with acceleration_type='anderson'",
     "check": "None with acceleration_type='anderson'",
-    "momentum": "'keep'",
+    "momentum": "'auto'",
 } | {name: f"an integer >= {least}" for name, least in COUNTS.items()}
 GOOD = {
     "acceleration_type": ["anderson", "anderson_normal_equation", "identity", "Anderson", "IDENTITY"],
@@ -78,7 +78,7 @@ GOOD = {
     "process_group": [None],
     "residuals": [None],
     "check": [None],
-    "momentum": ["keep"],
+    "momentum": ["auto"],
 } | {name: [least, least + 7, np.int64(least), np.uint8(least)] for name, least in COUNTS.items()}
 
 
