@@ -30,6 +30,7 @@ from experiments.checks import (
     integer,
     needs_residuals,
     number,
+    optimizer_class,
     optimizers,
     optional,
     parse_value,
@@ -49,6 +50,7 @@ from experiments.image_config import (
     in_steps,
 )
 from experiments.launch import LaunchSettings
+from experiments.optimizers import LINE_SEARCHES, is_schedule_free
 from experiments.pinn import load_equation
 from experiments.run_config import (
     EXPERIMENTS,
@@ -422,6 +424,8 @@ def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> Varian
         stage = as_mapping(raw["then"], f"{where}.then")
         refuse_unknown(stage, {"after": MISSING, "optimizer": MISSING, "acceleration": None}, f"{where}.then")
         after = parse_value(stage.get("after"), integer(1), f"{where}.then.after")
+        if is_schedule_free(optimizer_class(optimizer.name)):
+            raise ValueError(f"{where}.then must be null after {optimizer.name}, whose result is no point of its path")
         then = SecondStage(after, *_optimizer(stage, f"{where}.then", problem_class))
     return VariantConfig(
         label=parse_value(raw.get("label", where.rpartition(".")[2]), TEXT, f"{where}.label"),
@@ -449,7 +453,8 @@ def _optimizer(
         name: kind for name, kind in optimizers().items() if problem_class is PinnConfig or not needs_residuals(name)
     }
     if problem_class is ImageConfig:
-        del known["LBFGS"]  # its line search needs gradients where no batch was differentiated
+        for kind in LINE_SEARCHES:  # they need gradients where no batch was differentiated
+            del known[kind.__name__]
     optimizer = read_component(raw["optimizer"], known, f"{where}.optimizer")
     check_optimizer(optimizer, f"{where}.optimizer")
     acceleration = None

@@ -22,6 +22,7 @@ from aadl.attached import STATE_KEY, find_accelerator
 from experiments.checks import make_scheduler
 from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of
+from experiments.optimizers import LINE_SEARCHES, answering
 from experiments.problem import Field, Problem, weights_of
 from experiments.progress import Bar
 from experiments.run_config import AnyTrainingConfig, PinnTrainingConfig
@@ -320,7 +321,8 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         """Values of the evaluated model; their seconds are added to those of earlier evaluations."""
         start = time.monotonic()
-        values = _evaluate(self.problem, self.evaluated)
+        with answering(self.closure.optimizer):
+            values = _evaluate(self.problem, self.evaluated)
         for name in [name for name in values if name.startswith(VALUE_SECONDS)]:
             self._add_seconds(name, values.pop(name))
         seconds = time.monotonic() - start
@@ -433,7 +435,7 @@ class Training:
         problem, training = self.problem, self.training
         more: dict[str, Any] = {}
         if finished:
-            with torch.no_grad():
+            with torch.no_grad(), answering(self.closure.optimizer):
                 more = {
                     "attributes": problem.finish(self.evaluated) if problem.finish is not None else {},
                     "fields": problem.fields(self.evaluated) if problem.fields is not None else {},
@@ -531,14 +533,15 @@ def _is_evaluated(training: AnyTrainingConfig, interval: int) -> bool:
 def _prepare(closure: Closure, batch: Any, training: AnyTrainingConfig) -> None:
     """Hands the batch to the closure; the memory of what was seen on other points begins anew, if asked for.
 
-    L-BFGS is told what is left of the budget: its last step ends with the line search that uses it up.
+    Optimizers with a line search are told what is left of the budget: their last step ends with the search that uses it
+    up.
     """
     optimizer = closure.optimizer
-    if isinstance(optimizer, torch.optim.LBFGS) and isinstance(training, PinnTrainingConfig):
+    if isinstance(optimizer, LINE_SEARCHES) and isinstance(training, PinnTrainingConfig):
         group = optimizer.param_groups[0]
         group["max_eval"] = max(1, min(group["max_eval"], training.iterations - closure.iterations))
     if batch is not closure.batch and closure.problem.reset_on_new_data:
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(optimizer, LINE_SEARCHES):
             optimizer.state.clear()
         if find_accelerator(optimizer) is not None:
             aadl.reset_history(optimizer)
