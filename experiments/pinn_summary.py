@@ -248,7 +248,7 @@ def _error(
     return target(what, best <= limit, f"best is {label} with {spread(values, '{:.2e}', 'diverged')}")
 
 
-HIGHER_ORDER = ("LBFGS", "LevenbergMarquardt")
+HIGHER_ORDER = ("LBFGS", "LevenbergMarquardt", "SSBroyden")
 
 
 def _is_first_order(run: Run) -> bool:
