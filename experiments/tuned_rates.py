@@ -6,6 +6,7 @@ median is at an end of the grid, nothing is tuned: the row says "end".
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 from collections import defaultdict
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.record import Run, read_run
+from experiments.record import IncompleteRecord, Run, read_run
 
 LOSS = "metrics/train/loss"
 VALUES = {"graduate_admissions": "metrics/validation/loss", "burgers_2d": "metrics/validation/relative_l2_grid"}
@@ -57,7 +58,13 @@ def main() -> None:
     paths = sorted(path for name in VALUES for path in Path(sys.argv[1]).glob(f"{name}/rates/*--lr-*/*.h5"))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(HEADER)
-    writer.writerows(rows(read_run(path) for path in paths))
+    writer.writerows(rows(_finished(paths)))
+
+
+def _finished(paths: Iterable[Path]) -> Iterator[Run]:
+    for path in paths:
+        with contextlib.suppress(IncompleteRecord):
+            yield read_run(path)
 
 
 if __name__ == "__main__":
