@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 _WRAPPER = Optimizer.register_step_pre_hook.__code__.co_filename
@@ -31,8 +32,8 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, before: Before, after: Before) -> None:
         self._before, self._after = before, after
         self._running = self._entered_again = False
-        self._pre = optimizer.register_step_pre_hook(self._enter)
-        self._post = optimizer.register_step_post_hook(self._leave)
+        self._pre = optimizer.register_step_pre_hook(_uncompiled(self._enter))
+        self._post = optimizer.register_step_post_hook(_uncompiled(self._leave))
         self._pre_hooks: Any = self._pre.hooks_dict_ref()
         self._number = 0
         post_hooks: Any = self._post.hooks_dict_ref()
@@ -44,7 +45,6 @@ class StepHooks:
         self._pre.remove()
         self._post.remove()
 
-    @torch.compiler.disable
     def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._running and _is_inside_a_step(optimizer):
             self._entered_again = True
@@ -52,7 +52,6 @@ class StepHooks:
         self._running = True  # as it is already where the last step ended with an exception
         self._before(optimizer, args, kwargs)
 
-    @torch.compiler.disable
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._entered_again:
             if _is_inside_a_step(optimizer):
@@ -71,6 +70,16 @@ class StepHooks:
         if movable and not _is_inside_a_step(optimizer):
             self._pre_hooks.move_to_end(self._pre.id)
             self._number = len(self._pre_hooks)
+
+
+def _uncompiled(hook: Before) -> Before:
+    """The hook, as torch.compiler.disable makes it only where a compiled step calls it: that costs a microsecond a call."""
+    disabled: Before = torch.compiler.disable(hook)
+
+    def call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        (disabled if is_dynamo_compiling() else hook)(optimizer, args, kwargs)
+
+    return call
 
 
 def _is_inside_a_step(optimizer: Optimizer) -> bool:
