@@ -320,21 +320,20 @@ class AndersonAccelerator:
         if self._is_dry:
             self._leave()
             return
-        decisions, progress = self._decisions, self._progress
-        decisions.settle()
+        self._decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
-            decisions.statistics["skipped_steps"] += 1
+            self._decisions.statistics["skipped_steps"] += 1
             self._leave()
             return
-        decisions.statistics["steps"] += 1
+        self._decisions.statistics["steps"] += 1
         if self.settings.idle or self._given_up:
             return
-        progress["in_macro_step"] += 1
+        self._progress["in_macro_step"] += 1
         self._note_rates(optimizer)
-        if progress["in_macro_step"] == self.settings.store_each_nth:
-            progress["in_macro_step"] = 0
-            decisions.statistics["macro_steps"] += 1
+        if self._progress["in_macro_step"] == self.settings.store_each_nth:
+            self._progress["in_macro_step"] = 0
+            self._decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
         elif self._left is not None and not self.settings.local_sgd:
             self._leave()

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
+
+compiler_of_frames: Callable[[], Any] | None = None
+"""Returns what torch.compile does with frames that begin here and now; None where torch has no such function."""
+with suppress(ImportError):
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    compiler_of_frames = get_eval_frame_callback
 
 _WRAPPER = Optimizer.register_step_pre_hook.__code__.co_filename
 """The file of the function that torch wraps around `step`, which calls the hooks."""
@@ -73,11 +81,15 @@ class StepHooks:
 
 
 def _uncompiled(hook: Before) -> Before:
-    """The hook, as torch.compiler.disable makes it only where a compiled step calls it: that costs a microsecond a call."""
+    """The hook, kept from the compiler where a compiled step calls it; elsewhere that would cost half a microsecond."""
     disabled: Before = torch.compiler.disable(hook)
+    compiler = compiler_of_frames
+    if compiler is None:
+        return disabled
 
     def call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        (disabled if is_dynamo_compiling() else hook)(optimizer, args, kwargs)
+        compiles = is_dynamo_compiling() or compiler() is not None
+        (disabled if compiles else hook)(optimizer, args, kwargs)
 
     return call
 

@@ -7,7 +7,6 @@ import numbers
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ class Settings:
         """Macro-steps between two accelerations: frequency in macro-steps, rounded up."""
         return -(-self.frequency // self.store_each_nth)
 
-    @cached_property
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do at all."""
         return self.history_depth == 0 or (self.acceleration_type == "identity" and self.average is False)
