@@ -65,7 +65,7 @@ class ImageConfig:
     image_size: int = setting(integer(8, 4097), 224)
     resize: int = setting(integer(8, 8193), 256)
     smallest_crop: float = setting(_up_to(1.0), 0.08)
-    decoder: str = setting(choice("pillow", "torchvision", "dali"), "pillow")
+    decoder: str = setting(choice("pillow", "torchvision"), "pillow")
     on_unreadable: str = setting(choice("skip", "stop"), "skip")
     num_workers: int = setting(integer(0, 257), 0)
     start_method: str = setting(choice("auto", "forkserver", "spawn", "fork"), "auto")

@@ -566,7 +566,7 @@ def test_a_validation_may_be_left_out_but_for_the_last(folder, tmp_path):
         ({}, {"batch_size": 64}, "batch_size 64 is larger than the set, which has 48 images"),
         ({}, {"sync_batchnorm": True}, "sync_batchnorm must be false on CPUs"),
         ({}, {"accumulate": 3}, "must be a multiple of ranks times accumulate, 1 x 3, got 16"),
-        ({"decoder": "dali"}, {}, "dali"),
+        ({"decoder": "dali"}, {}, "problem.decoder must be one of pillow, torchvision, got 'dali'"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_the_training(folder, tmp_path, capsys, problem, training, message):
