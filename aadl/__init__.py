@@ -11,16 +11,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from aadl.accelerator import AndersonAccelerator, accelerator_of, find_accelerator
+from aadl.accelerator import AndersonAccelerator
+from aadl.attached import accelerator_of, find_accelerator
+from aadl.nonlinear_gmres import ResidualAccelerator, Residuals
 from aadl.parameters import all_parameters
 from aadl.porting import translated
-from aadl.settings import Settings, history_device_for
+from aadl.settings import Settings, history_device_for, with_defaults
 from aadl.wrappers import target_of
 
 __version__ = "0.1.0"
 __all__ = [
-    "AndersonAccelerator", "accelerate", "accelerator_of", "distributed_accelerate", "remove_acceleration",
-    "reset_acceleration_history", "reset_history",
+    "AndersonAccelerator", "ResidualAccelerator", "accelerate", "accelerator_of", "distributed_accelerate",
+    "remove_acceleration", "reset_acceleration_history", "reset_history",
 ]  # fmt: skip
 
 Wrapped = TypeVar("Wrapped")
@@ -32,10 +34,10 @@ def accelerate(
     acceleration_type: str = "anderson",
     relaxation: float = 1.0,
     wait_iterations: int = 1,
-    history_depth: int = 10,
-    store_each_nth: int = 10,
-    frequency: int = 20,
-    reg_acc: float = 1e-8,
+    history_depth: int | None = None,
+    store_each_nth: int | None = None,
+    frequency: int | None = None,
+    reg_acc: float | None = None,
     average: bool | str | None = None,
     *published: Any,
     safeguard: bool | str = True,
@@ -48,6 +50,9 @@ def accelerate(
     history_device: str | torch.device | None = None,
     fused: bool = False,
     local_sgd: bool = False,
+    residuals: Residuals | None = None,
+    check: Residuals | None = None,
+    momentum: str = "auto",
     **published_by_name: Any,
 ) -> Wrapped:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
@@ -57,18 +62,29 @@ def accelerate(
 
         x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),   gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
 
+    With "nonlinear_gmres", for losses ||r(x)||^2, the history keeps pairs (x_j, r_j = r(x_j)) and proposes
+
+        x+ = x_k + sum_j gamma_j (x_j - x_k),   gamma = argmin ||r_k + sum_j gamma_j (r_j - r_k)||^2 + damping,
+
+    which is accepted where ||r(x+)||^2 < ||r_k||^2. The residuals come from `residuals`, or from the closure of `step`,
+    which calls `aadl.accelerator_of(optimizer).observe(r)`.
+
     Args:
         optimizer: any torch.optim.Optimizer over float32, float64 or complex parameters, or a wrapper around one
             (docs/optimizers.md says which).
         acceleration_type: "anderson"; "anderson_normal_equation" (the same solver, a name of the published package);
-            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given). In
-            capitals or not.
+            "identity" (no acceleration: the moving average only, and nothing at all unless `average` is given);
+            "nonlinear_gmres" (residuals of a least-squares loss instead of updates). In capitals or not.
         relaxation: in (0, 1]; 1 is undamped.
         wait_iterations: >= 0 optimizer steps before the first acceleration.
-        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone.
-        store_each_nth: >= 1 optimizer steps in a macro-step.
-        frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps.
-        reg_acc: Tikhonov factor >= 0, relative to columns of unit length.
+        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone. None for 10, and 20 with "nonlinear_gmres".
+        store_each_nth: >= 1 optimizer steps in a macro-step, or between two pairs. None for 10, and 1 with
+            "nonlinear_gmres".
+        frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps (not with
+            "nonlinear_gmres"). None for 20; with "nonlinear_gmres" for 10, and down to 2 where the steps in between
+            undo what an acceleration has gained (`aadl.pace`).
+        reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None for 1e-8. With "nonlinear_gmres" the
+            smallest damping, None for 1e-2; 0 for no damping at all.
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
             consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
             True, and False with "identity".
@@ -95,6 +111,13 @@ def accelerate(
         local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
             of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
             "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).
+        residuals: () -> r, a tensor or a list of tensors: the residuals of the loss at the present weights, on points
+            that stay (docs/method.md says what else they must be). It runs no backward pass into the weights. Only with
+            "nonlinear_gmres", and None there where closures hand them over.
+        check: () -> residuals on other points, whose sum of squares must fall too; None for no such points.
+        momentum: whether momentum buffers stay as they are where "nonlinear_gmres" accepts a candidate ("keep"), or are
+            cleared ("zero"). "auto": cleared while accelerations come more often than `frequency`, unless the optimizer
+            normalizes its steps (Muon, Lion, sign methods).
 
     `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
     the one and with local_sgd the other.
@@ -113,7 +136,11 @@ def accelerate(
         learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
-        ||f_{k+1}|| / ||r||.
+        ||f_{k+1}|| / ||r||. With "nonlinear_gmres": steps, skipped_steps, attempts, accepted, rejected (by cause:
+        residuals, check, rank, non_finite), resets (by cause: user, points, non_finite, parameters_changed, resumed),
+        closure_evaluations, residual_evaluations (of `residuals` and `check`), gain ||r_k - E gamma|| / ||r_k||,
+        trust_ratio (gained over predicted decrease of ||r||^2), damping, period, condition_number, numerical_rank,
+        coefficient_norm.
 
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train, a
@@ -124,7 +151,8 @@ def accelerate(
     The first `optimizer.step()` raises torch.OutOfMemoryError, before it changes anything and on all ranks, if there is
     no room for the history.
 
-    Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813. docs/method.md
+    Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813; Washio and
+    Oosterlee, ETNA 6 (1997); He, arXiv 2506.01081. docs/method.md
     tells what is done differently here, and why.
     """
     if find_accelerator(optimizer) is not None:
@@ -141,14 +169,26 @@ def accelerate(
         "history_device": history_device,
         "fused": fused,
         "local_sgd": True if target.kind == "averaged" else local_sgd,
+        "momentum": momentum,
     }
     if published or published_by_name:
         arguments = translated(published, published_by_name, arguments)
     arguments["history_device"] = history_device_for(arguments["history_device"], all_parameters(target.optimizer))
-    settings = Settings(
-        acceleration_type, relaxation, wait_iterations, history_depth, store_each_nth, frequency, reg_acc, average,
-        **arguments,
-    )  # fmt: skip
+    numbers = {
+        "history_depth": history_depth,
+        "store_each_nth": store_each_nth,
+        "frequency": frequency,
+        "regularization": reg_acc,
+    }
+    arguments |= with_defaults(acceleration_type, numbers)
+    settings = Settings(acceleration_type, relaxation, wait_iterations, average=average, **arguments)
+    if settings.acceleration_type == "nonlinear_gmres":
+        _check_residuals(target.kind, optimizer, residuals, check)
+        ResidualAccelerator(target, settings, process_group, residuals, check)
+        return optimizer
+    for name, given in (("residuals", residuals), ("check", check)):
+        if given is not None:
+            raise ValueError(f"{name} must be None with acceleration_type={acceleration_type!r}, got {given!r}")
     if target.kind == "partitioned":
         _check_partitioned(settings)
         process_group = process_group or target.process_group
@@ -188,6 +228,18 @@ def _check_group(process_group: Any) -> None:
         return
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
         raise ValueError(f"process_group must be None or a torch.distributed.ProcessGroup, got {process_group!r}")
+
+
+def _check_residuals(kind: str, optimizer: Any, residuals: Any, check: Any) -> None:
+    """What does not go with the acceleration by residuals."""
+    if kind:
+        raise ValueError(
+            f"acceleration_type='nonlinear_gmres' does not work with a {type(optimizer).__name__}: the weights of its "
+            f"ranks are not the same when a step ends"
+        )
+    for name, given in (("residuals", residuals), ("check", check)):
+        if given is not None and not callable(given):
+            raise ValueError(f"{name} must be None or a function without arguments, got {given!r}")
 
 
 def _check_partitioned(settings: Settings) -> None:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-import weakref
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ from torch.optim import Optimizer
 
 from aadl import advice, kernels, memory
 from aadl import state as saved_state
+from aadl.attached import VERSION, Accelerator, outline, warn_once
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
-from aadl.hooks import StepHooks
 from aadl.layout import Layout
 from aadl.mixing import host_tensor
 from aadl.parameters import (
@@ -40,26 +39,15 @@ from aadl.proposal import LEARNING_RATE_BAND
 from aadl.ranks import Ranks, ranks_of, shards_of
 from aadl.settings import Settings
 from aadl.watch import Look, Sample, is_regular, kind_of_write, look_at, same_bits, versions_of
-from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
+from aadl.wrappers import Target
 
-VERSION = 3
-"""Of the layout of `AndersonAccelerator.state_dict()`."""
-STATE_KEY = "aadl"
-"""Key under which `optimizer.state_dict()` carries the accelerator's state."""
 ABANDONED = 10
 """Macro-steps abandoned one after the other before a warning says so."""
 
-_accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[AndersonAccelerator]] = weakref.WeakKeyDictionary()
 
+class AndersonAccelerator(Accelerator):
+    """Anderson acceleration of one optimizer; made by `aadl.accelerate`, found by `aadl.accelerator_of`."""
 
-class AndersonAccelerator:
-    """Anderson acceleration of one optimizer; made by `aadl.accelerate`, found by `aadl.accelerator_of`.
-
-    Attributes:
-        settings: the validated arguments.
-    """
-
-    settings: Settings
     _decisions: Decisions
     _progress: dict[str, Any]
     _layout: Layout | None
@@ -76,55 +64,18 @@ class AndersonAccelerator:
     _postponed: Callable[[], None] | None
 
     def __init__(self, target: Target, settings: Settings, process_group: Any = None) -> None:
-        optimizer, partitioned = target.optimizer, target.kind == "partitioned"
-        self.settings = settings
-        self.process_group = process_group
         self._loss_weight = 1.0
-        self._given_up = False
-        self._rates = Rates()
-        self._partitioned = partitioned
-        self._optimizer = weakref.ref(optimizer)
-        parameters = trainable_parameters(optimizer)
-        if not parameters and not partitioned:
-            raise ValueError(f"this {type(optimizer).__name__} has no parameter that requires a gradient")
-        if (settings.shard_history or settings.local_sgd) and any(shards_of(p) > 1 for p in parameters):
-            name = "shard_history" if settings.shard_history else "local_sgd"
-            raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
-        self._start_anew()
-        self._handles: list[Any] = []
-        try:
-            self._attach(target)
-        except BaseException:  # nothing stays attached
-            self._detach()
-            raise
-        self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
-        self._loads_by_name = self._lacks_history = self._is_dry = False
+        self._given_up = self._is_dry = False
         self._seen_rates = None
-        _accelerators[optimizer] = weakref.ref(self)
-
-    def _attach(self, target: Target) -> None:
-        self._handles.append(StepHooks(target.optimizer, self._before_step, self._after_step))
-        if self._partitioned:  # a consolidated state of partitions would carry the whole history over the network
-            self._handles.append(target.optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
-        for carrier in target.carriers:
-            self._handles.append(carrier.register_state_dict_post_hook(self._add_state))
-            self._handles.append(carrier.register_load_state_dict_pre_hook(self._take_state))
-            self._handles.append(carrier.register_load_state_dict_post_hook(self._restore_state))
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._rates = Rates()
+        if settings.shard_history or settings.local_sgd:
+            sharded = any(shards_of(p) > 1 for p in trainable_parameters(target.optimizer))
+            name = "shard_history" if settings.shard_history else "local_sgd"
+            if sharded:
+                raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
+        super().__init__(target, settings, process_group)
 
     # ---- public ----------------------------------------------------------------------------------------------------
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The accelerated optimizer."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            raise ReferenceError("the accelerated optimizer no longer exists")
-        return optimizer
 
     @property
     def statistics(self) -> dict[str, Any]:
@@ -183,9 +134,8 @@ class AndersonAccelerator:
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._decisions.settle()
-        self._detach()
+        super().remove()
         self._layout = self._postponed = None
-        _accelerators.pop(self.optimizer, None)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -222,7 +172,7 @@ class AndersonAccelerator:
             ValueError: the state was saved for another map (store_each_nth, state_coupling, history_dtype, parameter
                 shapes) or is no accelerator state. Nothing was changed then.
         """
-        self._take_over(state, self._checked(state))
+        super().load_state_dict(state)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -231,10 +181,15 @@ class AndersonAccelerator:
         if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
             raise ValueError(
                 f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
-                f"got {_outline(state)}"
+                f"got {outline(state)}"
             )
         try:
             books = json.loads(state["books"])
+            if books["map"].get("acceleration_type", "anderson") != "anderson":
+                raise ValueError(
+                    f"the saved accelerator has acceleration_type={books['map']['acceleration_type']!r}, this one "
+                    f"acceleration_type={self.settings.acceleration_type!r}"
+                )
             Decisions.restored(self.settings, books), books["progress"], books["averaged"]
             wanted, found = self.settings.map_description(), books["map"]
             for name, value in wanted.items():
@@ -275,23 +230,9 @@ class AndersonAccelerator:
         self._left = self._sample = None
         self._lacks_history = False
 
-    def __repr__(self) -> str:
-        optimizer = self._optimizer()
-        kind = "nothing" if optimizer is None else type(optimizer).__name__
-        if not self._handles:
-            return "AndersonAccelerator(removed)"
-        held = len(self._history.columns) if self._history else 0
-        done = f"{self.statistics['accepted']} of {self.statistics['attempts']} accepted"
-        return f"AndersonAccelerator({kind}, {self.settings}, {held} columns held, {done})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise TypeError(
-            "an accelerator cannot be copied without its optimizer: copy the optimizer, call aadl.accelerate on the "
-            "copy and hand it this accelerator's state_dict()"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an accelerator cannot be pickled: save its state_dict() (optimizer.state_dict() carries it)")
+    @property
+    def _num_columns(self) -> int:
+        return len(self._history.columns) if self._history else 0
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -340,48 +281,6 @@ class AndersonAccelerator:
         elif self._layout is not None:
             self._note_places(optimizer, self._layout, self.settings.local_sgd)
 
-    def _add_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        warn_of_loads_without_hooks(optimizer)
-        state[STATE_KEY] = self.state_dict()
-
-    def _say_that_state_is_partial(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        del optimizer, state
-        if self._progress["in_macro_step"] or self._decisions.statistics["macro_steps"]:
-            _warn_once(
-                "the state of a ZeroRedundancyOptimizer carries no history of aadl: save "
-                "aadl.accelerator_of(optimizer).state_dict() of every rank beside it, and load it on the same rank"
-            )
-
-    def _say_that_history_is_missing(self) -> None:
-        self._lacks_history = False
-        _warn_once(
-            "the state that torch.distributed.checkpoint loaded carries no history of aadl: where the run was "
-            "accelerated before, save aadl.accelerator_of(optimizer).state_dict() beside it, and load it after it"
-        )
-
-    def _take_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        del optimizer
-        saved = state.get(STATE_KEY)
-        self._loaded = None if saved is None else (saved, self._checked(saved))
-        names = [name for group in state.get("param_groups", ()) for name in group.get("params", ())]
-        self._loads_by_name = any(isinstance(name, str) for name in names)
-        return {key: value for key, value in state.items() if key != STATE_KEY}
-
-    def _restore_state(self, optimizer: Optimizer) -> None:
-        """After a load: continue from the saved state; without one, see whose state this was.
-
-        torch.distributed.checkpoint.state_dict names the parameters and drops what it does not know. Its loads are
-        changes from outside: the pairs of this process stay true. Any other state is that of a plain optimizer.
-        """
-        del optimizer
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            self._take_over(*loaded)
-        elif self._loads_by_name:
-            self._lacks_history = self._decisions.statistics["steps"] == 0
-        else:
-            self._start_anew()
-
     # ---- macro-steps -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)
@@ -427,7 +326,7 @@ class AndersonAccelerator:
         self._open_macro_step(optimizer, elsewhere=True)
         if self._progress["abandoned_in_a_row"] == ABANDONED and not self._progress["warned"]:
             self._progress["warned"] = True
-            _warn_once(
+            warn_once(
                 f"the last {ABANDONED} macro-steps of this {type(optimizer).__name__} were abandoned, because its "
                 f"parameters are written to between steps, neither after every step nor at equal distances: nothing is "
                 f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
@@ -747,27 +646,6 @@ class AndersonAccelerator:
         self._samples, self._averaged = [], False
 
 
-def accelerator_of(optimizer: Any) -> AndersonAccelerator:
-    """The accelerator attached to an optimizer, or to one that it wraps.
-
-    Raises:
-        ValueError: the optimizer is not accelerated, or is no torch.optim.Optimizer.
-    """
-    found = find_accelerator(optimizer)
-    if found is None:
-        raise ValueError(f"this {type(optimizer).__name__} is not accelerated: call aadl.accelerate(optimizer) first")
-    return found
-
-
-def find_accelerator(optimizer: Any) -> AndersonAccelerator | None:
-    """The accelerator attached to an optimizer, or to one that it wraps; None if there is none."""
-    for link in chain_of(optimizer):
-        reference = _accelerators.get(link) if isinstance(link, Optimizer) else None
-        if reference is not None:
-            return reference()
-    return None
-
-
 def _progress() -> dict[str, Any]:
     """Where an accelerator stands that has seen no step.
 
@@ -797,15 +675,3 @@ def _progress() -> dict[str, Any]:
 def _tensors_are_fake() -> bool:
     """Whether tensors made now have no values, as in torch's FakeTensorMode."""
     return type(torch.empty(0, device="cpu")).__name__ == "FakeTensor"
-
-
-def _warn_once(text: str) -> None:
-    """A warning that is shown once a process, unless filters say otherwise."""
-    warnings.warn(text, stacklevel=3)
-
-
-def _outline(state: Any) -> str:
-    """What a wrong state is, in a few words."""
-    if not isinstance(state, dict):
-        return f"a {type(state).__name__}"
-    return f"version {state.get('version')!r} with keys {list(state)}"

@@ -25,6 +25,11 @@ CURES = {
     "parameters_changed": "the parameters of the optimizer come and go: the history starts again each time",
     "averaged": "the weights are averaged over the ranks before the history is long enough: try a smaller frequency",
     "user": "aadl.reset_history is called before the history is long enough",
+    "residuals": "candidates raise the sum of squares: try a larger reg_acc, or a smaller frequency",
+    "check": "candidates fit the residuals and not those of check: hand over more residuals, or a larger reg_acc",
+    "points": "the residuals differ where the weights are the same: take points that stay (residuals=fn), "
+    "call aadl.reset_history when the points change, and have no dropout in them",
+    "resumed": "the pairs of another rank or depth were loaded: the history starts again each time",
     "moved": "the weights are written to between steps: the history starts again each time",
 }
 """By cause, as the counters name it."""
@@ -32,7 +37,7 @@ CURES = {
 
 def main_cause(statistics: Mapping[str, Any]) -> str:
     """The cause with the largest count among rejections, resets and changes from outside; "" where nothing counts."""
-    counts = {**statistics["resets"], **statistics["rejected"]} | {"moved": statistics["moved"]}
+    counts = {**statistics["resets"], **statistics["rejected"]} | {"moved": statistics.get("moved", 0)}
     cause = max(counts, key=lambda name: counts[name])
     return cause if counts[cause] else ""
 

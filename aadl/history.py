@@ -208,7 +208,7 @@ class History:
         alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
         for block, values in zip(self.blocks, tensors, strict=True):
             ratio = learning_rate_ratio if block.kind == "parameters" else 1.0
-            _push_block(block, values, slot, ratio, keep_last, measure, alone)
+            push_block(block, values, slot, ratio, keep_last, measure, alone)
         if slot is not None:
             self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
@@ -487,9 +487,21 @@ def make_block(
     )
 
 
-def _push_block(
-    block: Block, values: Tensors, slot: int | None, ratio: float, keep_last: bool, measure: str, alone: bool
+def push_block(
+    block: Block,
+    values: Tensors,
+    slot: int | None,
+    ratio: float = 1.0,
+    keep_last: bool = False,
+    measure: str = "",
+    alone: bool = True,
 ) -> None:
+    """Store the newest pair of one block, see `History.push`.
+
+    Args:
+        slot: row of the rings that takes the differences, None for the first pair.
+        alone: whether compiled kernels may measure, which round differently on ranks without a compiler.
+    """
     from_mapped = block.start is block.mapped
     delta_mapped = None if slot is None else block.delta_mapped[slot]
     delta_residual = None if slot is None or block.delta_residual is None else block.delta_residual[slot]

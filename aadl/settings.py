@@ -11,7 +11,21 @@ from typing import Any
 
 import torch
 
-TYPES = ("anderson", "anderson_normal_equation", "identity")
+TYPES = ("anderson", "anderson_normal_equation", "identity", "nonlinear_gmres")
+DEFAULTS = {"history_depth": 10, "store_each_nth": 10, "frequency": 20, "regularization": 1e-8}
+RESIDUAL_DEFAULTS = {"history_depth": 20, "store_each_nth": 1, "frequency": 10, "regularization": 1e-2}
+"""Of 'nonlinear_gmres'."""
+MOMENTUM = ("auto", "keep", "zero")
+ONLY_WITH_RESIDUALS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "relaxation": ((1,), "1"),
+    "average": ((None, False), "False"),
+    "safeguard": ((True,), "True"),
+    "state_coupling": (("full", "params"), "left out"),
+    "shard_history": ((False,), "False"),
+    "history_device": ((None,), "None"),
+    "local_sgd": ((False,), "False"),
+}
+"""Arguments of which 'nonlinear_gmres' takes one value only, in numbers and in words."""
 AVERAGES = (False, True, "auto", "always")
 SAFEGUARDS = (True, False, "loss", "residual")
 COUPLINGS = ("params", "combine", "full")
@@ -43,12 +57,15 @@ class Settings:
     history_device: str | None = None
     fused: bool = False
     local_sgd: bool = False
+    momentum: str = "auto"
+    paced: bool = False
+    """Whether the period of 'nonlinear_gmres' follows what is seen; else it is `frequency`."""
 
     def __post_init__(self) -> None:
         kind = self.acceleration_type
         kind = kind.lower() if isinstance(kind, str) and kind.lower() in TYPES else kind
         _one_of("acceleration_type", kind, TYPES)
-        average = kind != "identity" if self.average is None else self.average
+        average = kind not in ("identity", "nonlinear_gmres") if self.average is None else self.average
         _one_of("average", average, AVERAGES)
         _one_of("safeguard", self.safeguard, SAFEGUARDS)
         _one_of("state_coupling", self.state_coupling, COUPLINGS)
@@ -57,6 +74,8 @@ class Settings:
         _one_of("history_device", self.history_device, (None, "cpu"))
         _one_of("fused", self.fused, (True, False))
         _one_of("local_sgd", self.local_sgd, (True, False))
+        _one_of("momentum", self.momentum, MOMENTUM)
+        self._check_kind(kind)
         if self.shard_history and self.local_sgd:
             raise ValueError("shard_history must be False with local_sgd: the weights of the ranks differ, got True")
         window = self.average_window
@@ -74,6 +93,17 @@ class Settings:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+    def _check_kind(self, kind: str) -> None:
+        """Refuse what has no meaning for the acceleration by residuals, or for the others."""
+        if kind != "nonlinear_gmres":
+            if self.momentum != "auto":
+                raise ValueError(f"momentum must be 'auto' with acceleration_type={kind!r}, got {self.momentum!r}")
+            return
+        for name, (values, text) in ONLY_WITH_RESIDUALS.items():
+            value = getattr(self, name)
+            if not any(value is allowed or value == allowed for allowed in values):
+                raise ValueError(f"{name} must be {text} with acceleration_type='nonlinear_gmres', got {value!r}")
 
     @property
     def period(self) -> int:
@@ -102,12 +132,27 @@ class Settings:
         }
 
     def __str__(self) -> str:
+        if self.acceleration_type == "nonlinear_gmres":
+            most = " at most" if self.paced else ""
+            return (
+                f"{self.acceleration_type}, wait_iterations={self.wait_iterations}, "
+                f"history_depth={self.history_depth}, store_each_nth={self.store_each_nth}, "
+                f"frequency={self.frequency}{most}, reg_acc={self.regularization:g}, momentum={self.momentum}"
+            )
         return (
             f"{self.acceleration_type}, relaxation={self.relaxation:g}, wait_iterations={self.wait_iterations}, "
             f"history_depth={self.history_depth}, store_each_nth={self.store_each_nth}, frequency={self.frequency}, "
             f"reg_acc={self.regularization:g}, average={self.average}, safeguard={self.safeguard}, "
             f"state_coupling={self.state_coupling}"
         )
+
+
+def with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with the defaults of this kind of acceleration where they are None."""
+    is_of_residuals = isinstance(kind, str) and kind.lower() == "nonlinear_gmres"
+    defaults: dict[str, Any] = RESIDUAL_DEFAULTS if is_of_residuals else DEFAULTS
+    paced = is_of_residuals and given.get("frequency") is None
+    return {name: defaults[name] if value is None else value for name, value in given.items()} | {"paced": paced}
 
 
 def history_device_for(given: Any, parameters: Sequence[torch.Tensor]) -> Any:

@@ -80,6 +80,23 @@ def trial_losses(
     return plain, candidate
 
 
+@contextmanager
+def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Callable[[], None]]:
+    """Evaluations inside leave no trace, as those of `trial_losses`.
+
+    Args:
+        parameters: those of the optimizer.
+        is_closure: whether a closure for training is evaluated, which runs backward passes and sets gradients; for
+            functions that do neither, torch stays as it is.
+
+    Yields:
+        A function that puts back all that the next evaluation would see of the last one, so that both are made on the
+        same random numbers.
+    """
+    with _running(_Trial(parameters), is_closure) as trial:
+        yield trial.rewind
+
+
 def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks) -> tuple[float, float, float]:
     """Weighted means of both losses, sum of weight * loss over sum of weight, and the latter.
 
@@ -167,6 +184,8 @@ class _Trial:
 
     def note(self, module: Module) -> None:
         """Remember buffers and flags of a module and its parts, where they were not seen before."""
+        if id(module) in self._flags:
+            return
         for part in module.modules():
             if id(part) not in self._flags:
                 self._flags[id(part)] = part, part.training
@@ -239,16 +258,22 @@ _ABSENT = object()
 
 
 @contextmanager
-def _running(trial: _Trial) -> Iterator[_Trial]:
-    """Make the trial the one of this thread. A torch function mode would make compiled models compile once more."""
+def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
+    """Make the trial the one of this thread. A torch function mode would make compiled models compile once more.
+
+    Args:
+        trial: what is asked and noted.
+        is_closure: see `without_trace`.
+    """
     thread = threading.get_ident()
     with _lock:
-        if not _trials:
+        if not _trials and is_closure:
             _replace()
         outer = _trials.get(thread)
-        _trials[thread] = trial
+        if is_closure:
+            _trials[thread] = trial
     handle = register_module_forward_pre_hook(
-        lambda module, arguments: trial.note(module) if _trial() is trial else None
+        lambda module, arguments: trial.note(module) if threading.get_ident() == thread else None
     )
     try:
         with torch.enable_grad(), _nothing_compiled(), warnings.catch_warnings():
@@ -257,10 +282,10 @@ def _running(trial: _Trial) -> Iterator[_Trial]:
     finally:
         handle.remove()
         with _lock:
-            if outer is None:
-                del _trials[thread]
-            else:
+            if outer is not None:
                 _trials[thread] = outer
+            else:
+                _trials.pop(thread, None)
             if not _trials:
                 _put_back()
         trial.end()

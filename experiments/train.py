@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import aadl
-from aadl.accelerator import find_accelerator
+from aadl.attached import find_accelerator
 from experiments.checks import make_scheduler
 from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of

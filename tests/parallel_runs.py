@@ -233,7 +233,7 @@ def go_on(
             watch.next_step()
     return {
         "weights": values_of(model),
-        "statistics": None if aadl.accelerator.find_accelerator(optimizer) is None else statistics_of(optimizer),
+        "statistics": None if aadl.attached.find_accelerator(optimizer) is None else statistics_of(optimizer),
         "gammas": watch.gammas,
         "calls": watch.calls,
         "own": watch.own_calls,

@@ -313,7 +313,8 @@ def test_the_warning_ends_no_step_where_warnings_are_errors_and_stays_out_where_
 
 
 def test_every_cause_has_a_cure():
-    sources = [advice.__file__.replace("advice", name) for name in ("decisions", "proposal", "accelerator")]
+    names = ("decisions", "proposal", "accelerator", "nonlinear_gmres")
+    sources = [advice.__file__.replace("advice", name) for name in names]
     text = "".join(Path(source).read_text() for source in sources)
     for cause in advice.CURES:
         assert f'"{cause}"' in text, cause

@@ -26,7 +26,7 @@ COUNTS = {"wait_iterations": 0, "history_depth": 0, "store_each_nth": 1, "freque
 BAD = {
     "acceleration_type": ["Andersson", "", None, 1],
     "relaxation": [0, -0.5, 1.0001, NAN, INF, -INF, True, "1", None, torch.tensor(1.0), np.float32(NAN), 1j],
-    "reg_acc": [-1e-9, NAN, INF, True, "0", None],
+    "reg_acc": [-1e-9, NAN, INF, True, "0"],
     "average": ["never", 1, 0, "True", NAN, np.True_, []],
     "safeguard": ["losses", 1, 0, None, np.False_, {}],
     "average_tolerance": [0, -1, NAN, False, "0.7", None],
@@ -37,12 +37,15 @@ BAD = {
     "fused": [None, "auto", 1, 0, np.True_],
     "local_sgd": [1, None, "no", np.False_],
     "process_group": [1, "gloo", object()],
+    "residuals": [1, "r", len],
+    "check": [1, "r", len],
+    "momentum": ["zero", "keep", "none", None, True],
 } | {
     name: [least - 1, -5, True, False, float(least), NAN, INF, "3", [3], np.float64(least), np.int64(least - 1)]
     for name, least in COUNTS.items()
 }
 RANGES = {
-    "acceleration_type": "'anderson', 'anderson_normal_equation', 'identity'",
+    "acceleration_type": "'anderson', 'anderson_normal_equation', 'identity', 'nonlinear_gmres'",
     "relaxation": "a number in (0, 1]",
     "reg_acc": "a number >= 0 and finite",
     "average": "False, True, 'auto', 'always'",
@@ -55,6 +58,9 @@ RANGES = {
     "fused": "one of True, False",
     "local_sgd": "one of True, False",
     "process_group": "None or a torch.distributed.ProcessGroup",
+    "residuals": "None with acceleration_type='anderson'",
+    "check": "None with acceleration_type='anderson'",
+    "momentum": "'auto'",
 } | {name: f"an integer >= {least}" for name, least in COUNTS.items()}
 GOOD = {
     "acceleration_type": ["anderson", "anderson_normal_equation", "identity", "Anderson", "IDENTITY"],
@@ -70,6 +76,9 @@ GOOD = {
     "fused": [True, False],
     "local_sgd": [False, True],
     "process_group": [None],
+    "residuals": [None],
+    "check": [None],
+    "momentum": ["auto"],
 } | {name: [least, least + 7, np.int64(least), np.uint8(least)] for name, least in COUNTS.items()}
 
 

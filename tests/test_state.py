@@ -10,7 +10,7 @@ from histories import filled_history, make_history, push_pair, random_pairs
 from small_runs import EAGER, identical
 
 import aadl
-from aadl.accelerator import VERSION
+from aadl.attached import VERSION
 from aadl.history import Column, History, make_block
 from aadl.state import books_of, check_rows, load_rows, parsed_books, restore_books, rows_of
 

@@ -1,0 +1,71 @@
+"""The mixing problem of nonlinear GMRES: small matrices of inner products in, coefficients out.
+
+Everything here is float64 on the host. Symbols, with the loss ||r(x)||^2 and pairs (x_j, r_j = r(x_j)), oldest first:
+
+    DX, DR        differences of neighbors, columns x_{j+1} - x_j and r_{j+1} - r_j
+    E = DR T      columns E_j = r_k - r_j, the way of the residual from pair j to the newest pair k, T lower triangular
+    gamma         coefficients of a candidate, x+ = x_k + sum_j gamma_j (x_j - x_k) = x_k - DX T gamma
+
+To first order r(x+) = r_k - E gamma, so that gamma solves a linear least-squares problem.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aadl.mixing import Gram, Mixing, mixing_coefficients, predicted_square
+
+LARGEST_DAMPING = 1e3
+GOOD, BAD = 0.75, 0.25
+"""Gain ratios above and below which the damping falls and rises."""
+NOISE = 16
+"""Units of rounding of r below which a column is nothing but that."""
+CUTOFF = 1e-14
+"""Smallest eigenvalue of the products of unit columns, relative to the largest, that is not rounding of float64."""
+
+
+class Solution(NamedTuple):
+    """Coefficients of a candidate."""
+
+    coefficients: Tensor
+    """T gamma, shape (columns,): x+ = x_k - DX coefficients."""
+    predicted: float
+    """||r_k - E gamma||^2."""
+    mixing: Mixing
+    """gamma, the numerical rank, the condition number and the length of the coefficients."""
+
+
+def solve(gram: Gram, damping: float, rounding: float) -> Solution:
+    """Minimize ||r_k - E gamma||^2 + damping ||D gamma||^2 with D = diag(||E_j||).
+
+    Args:
+        gram: DR' DR, DR' r_k and ||r_k||^2 of the columns to use.
+        damping: Levenberg-Marquardt factor relative to unit columns, >= 0.
+        rounding: unit of rounding of the residuals; columns with ||E_j|| <= NOISE rounding ||r_k|| are left out.
+
+    Source: Washio and Oosterlee, ETNA 6 (1997), in normal equations of unit columns.
+    """
+    count = gram.projection.numel()
+    ways = torch.ones(count, count, dtype=torch.float64, device="cpu").tril()
+    turned = Gram(ways.T @ gram.matrix @ ways, ways.T @ gram.projection, gram.square)
+    noise = torch.full_like(gram.projection, (NOISE * rounding) ** 2 * gram.square)
+    mixing = mixing_coefficients(turned, damping, CUTOFF, noise)
+    return Solution(ways @ mixing.gamma, predicted_square(turned, mixing.gamma), mixing)
+
+
+def gain_ratio(before: float, predicted: float, after: float) -> float:
+    """(||r_k||^2 - ||r+||^2) / (||r_k||^2 - ||r_k - E gamma||^2): what a candidate gained of what was promised."""
+    promised = before - predicted
+    return (before - after) / promised if promised > 0 else 0.0
+
+
+def next_damping(damping: float, ratio: float, accepted: bool, floor: float) -> float:
+    """Levenberg-Marquardt's rule: a third after a good prediction, four times as much after a bad one; 0 stays."""
+    if accepted and ratio > GOOD:
+        damping /= 3
+    elif not accepted or ratio < BAD:
+        damping *= 4
+    return min(max(damping, floor), LARGEST_DAMPING)

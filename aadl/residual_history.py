@@ -1,0 +1,395 @@
+"""History of pairs (x_j, r_j): weights, and the residuals of a least-squares loss at them, in difference form.
+
+Ring rows DX and DR hold the differences of neighbors, x_{j+1} - x_j and r_{j+1} - r_j, beside the newest pair. Storing
+a pair writes one row of each. The weights enter one linear combination and no product, the residuals the products.
+
+On several ranks each has its own rows of residuals (those of its points), and its part of the weights: all of them, or
+the local shards of DTensors. Products are sums over the ranks. A pair has the same slot on every rank; where a rank has
+lost a pair (a state of another rank was loaded), no rank uses its slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aadl import kernels, memory
+from aadl.deferred import handed
+from aadl.history import Block, Tensors, make_block, push_block
+from aadl.mixing import Gram, host_tensor
+from aadl.parameters import grouped
+from aadl.ranks import Ranks, like, local
+from aadl.settings import Settings
+from aadl.state import check_rows, load_rows
+
+
+class Look(NamedTuple):
+    """What the ranks know together when an acceleration is due."""
+
+    gram: Gram
+    """DR' DR, DR' r_k and ||r_k||^2, over the columns that every rank has, oldest first."""
+    slots: list[int]
+    """Their slots, oldest first."""
+    doubt: float
+    """Sum over the ranks of `ResidualHistory.doubt`."""
+    jump: float
+    """Mean square on new points over that on the old ones, where the points have changed since, else 0."""
+    num_residuals: int
+    """Over all ranks."""
+
+
+class ResidualHistory:
+    """Pairs of one optimizer.
+
+    Args:
+        parameters: those that are extrapolated.
+        settings: history_depth, history_dtype, fused.
+        ranks: those whose residuals make the loss together.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the rows.
+    """
+
+    def __init__(self, parameters: list[Tensor], settings: Settings, ranks: Ranks) -> None:
+        self.parameters, self.ranks, self.depth = parameters, ranks, settings.history_depth
+        self._groups, self._settings = grouped(parameters), settings
+        self.shapes, self.locals = [p.shape for p in parameters], [local(p) for p in parameters]
+        self.tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
+        self.blocks = self._allocated("parameters", self.tensors)
+        self.residuals: Block | None = None
+        self.doubt: Tensor | None = None
+        """||r - r'||^2 / ||r'||^2, where a step has seen residuals r at weights at which r' were stored before."""
+        self._old: Tensor | None = None
+        self._new: Tensor | None = None
+        """Mean squares of the residuals before and after the last change of points."""
+        self.pushed = 0
+        """Pairs stored in all; pair n has the slot n modulo depth."""
+        self.has_pair = False
+        self.valid = [False] * self.depth
+        self._stale: list[int] = []
+        self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows on this rank."""
+        return sum(block.nbytes for block in [*self.blocks, *self._residual_blocks])
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that can be used here."""
+        return sum(self.valid)
+
+    # ---- storing ---------------------------------------------------------------------------------------------------
+
+    def push_weights(self) -> None:
+        """Store the present weights as those of the next pair; `push_residuals` has to follow."""
+        slot = self.pushed % self.depth if self.has_pair else None
+        for block, values in zip(self.blocks, self.tensors, strict=True):
+            push_block(block, values, slot)
+
+    def push_residuals(self, residuals: Tensor) -> None:
+        """Store the residuals of the pair whose weights `push_weights` has stored; shape (M,).
+
+        The history starts with this pair where M or the kind of the numbers is another one than before.
+        """
+        block = self.residuals
+        if block is None or block.row.numel != residuals.numel() or not _goes_into(residuals, block):
+            self.void()
+            block = self._make_room(residuals)
+        slot = self.pushed % self.depth
+        if residuals.numel() > kernels.HOST_PIECE:
+            push_block(block, [residuals], slot if self.has_pair else None)
+        else:
+            if self.has_pair:
+                torch.sub(residuals, block.mapped, out=block.delta_mapped[slot])
+            block.mapped.copy_(residuals)
+        if self.has_pair:
+            self._stale = [*(s for s in self._stale if s != slot), slot]
+        elif self._old is not None:
+            self._new = _mean_square(residuals)
+        self.valid[slot] = self.has_pair
+        self.pushed, self.has_pair = self.pushed + 1, True
+
+    def drop_newest_column(self) -> None:
+        """Forget the newest column, which is zero: its two pairs are one."""
+        self.pushed -= 1
+        self.valid[self.pushed % self.depth] = False
+
+    def forget_columns(self) -> None:
+        """Forget all pairs but the newest: those before belong to other points."""
+        self.valid = [False] * self.depth
+
+    def void(self, wipe: bool = False) -> None:
+        """Forget all pairs; with `wipe` the rows too (they hold inf or nan)."""
+        self.valid, self.has_pair, self.doubt = [False] * self.depth, False, None
+        for block in [*self.blocks, *self._residual_blocks]:
+            if wipe or block.fused:  # compiled kernels read unused rows too
+                block.delta_mapped.zero_()
+        if wipe:
+            self._matrix.zero_()
+            self._stale = []
+
+    def change_points(self) -> None:
+        """Forget all pairs, and compare the next residuals with the newest ones: they are those of other points."""
+        if self.has_pair and self.residuals is not None:
+            self._old, self._new = _mean_square(self.residuals.mapped), None
+        self.void()
+
+    def compare(self, residuals: Tensor) -> None:
+        """Note by how much residuals differ from the newest ones, which were seen at the same weights."""
+        block = self.residuals
+        if not self.has_pair or block is None or block.row.numel != residuals.numel():
+            self.void()
+            return
+        difference, newest = (_flat(residuals) - block.mapped).double(), block.mapped.double()
+        square = torch.dot(newest, newest).clamp(min=torch.finfo(torch.float64).tiny)
+        self.doubt = torch.dot(difference, difference) / square
+
+    def is_at_newest(self) -> bool:
+        """Whether the weights are those of the newest pair, compared one by one."""
+        return all(
+            all(torch.equal(block.mapped[part], value) for part, value in block.read(values))
+            for block, values in zip(self.blocks, self.tensors, strict=True)
+        )
+
+    # ---- products --------------------------------------------------------------------------------------------------
+
+    def look(self) -> Look:
+        """Products of the columns, summed over the ranks; the host waits for the device.
+
+        Columns stored since the last call are multiplied with all others, in one pass. Of several ranks each adds
+        depth (depth + 5) / 2 + 5 numbers to one sum.
+        """
+        block, depth = self.residuals, self.depth
+        assert block is not None
+        filled = min(self.pushed, depth)
+        with torch.no_grad():
+            made = kernels.inner_products(block.delta_mapped, block.mapped, filled, self._stale, block.fused)
+        fresh, last = made[:-1, :filled], made[-1]
+        if self._stale:
+            self._matrix[self._stale, :filled] = fresh
+            self._matrix[:filled, self._stale] = fresh.T
+            self._stale = []
+        device = self._matrix.device
+        if self.ranks.size == 1 and device.type == "cpu":
+            return self._look_here(last)
+        doubt = torch.zeros((), dtype=torch.float64, device=device) if self.doubt is None else self.doubt
+        known = host_tensor([*map(float, self.valid), float(block.row.numel)])
+        if self.ranks.size > 1:
+            known[:depth] /= self.ranks.size
+        upper = _upper(depth, device)
+        projection = last.new_zeros(depth)
+        projection[:filled] = last[:filled]
+        old, new = (doubt.new_zeros(()) if number is None else number for number in self._changes())
+        square = torch.stack([last[-1], doubt, old, new])
+        word = torch.cat([self._matrix.take(upper), projection, square, handed(known, device)])
+        values = self.ranks.total(word).cpu()
+        self.doubt = None
+        return self._read(values)
+
+    def _look_here(self, last: Tensor) -> Look:
+        """What a process on its own knows; everything is on the host."""
+        assert self.residuals is not None
+        slots, doubt, self.doubt = self._slots(self.valid), self.doubt, None
+        gram = Gram(self._matrix[slots][:, slots], last[slots], float(last[-1]))
+        old, new = (0.0 if number is None else float(number) for number in self._changes())
+        doubtful = 0.0 if doubt is None else float(doubt)
+        return Look(gram, slots, doubtful, new / old if old > 0 else 0.0, self.residuals.row.numel)
+
+    def _changes(self) -> tuple[Tensor | None, Tensor | None]:
+        """Mean squares before and after a change of points that the next pairs have followed; they are told once."""
+        if self._new is None:
+            return None, None
+        changes, self._old, self._new = (self._old, self._new), None, None
+        return changes
+
+    def _slots(self, valid: Sequence[bool]) -> list[int]:
+        """Slots that can be used, the one of the oldest column first."""
+        newest = [(self.pushed - 1 - age) % self.depth for age in range(self.depth)]
+        return [slot for slot in reversed(newest) if valid[slot]]
+
+    def _read(self, word: Tensor) -> Look:
+        depth = self.depth
+        count = depth * (depth + 1) // 2
+        numbers = word[count:].tolist()
+        doubt, old, new = numbers[depth + 1 : depth + 4]
+        slots = self._slots([round(v * 1e6) >= 1e6 for v in numbers[depth + 4 : 2 * depth + 4]])
+        matrix = torch.zeros(depth * depth, dtype=torch.float64, device="cpu")
+        matrix[_upper(depth, torch.device("cpu"))] = word[:count]
+        matrix = matrix.view(depth, depth)
+        matrix = (matrix + matrix.triu(1).T)[slots][:, slots]
+        projection = host_tensor([numbers[slot] for slot in slots])
+        jump = new / old if old > 0 else 0.0
+        return Look(Gram(matrix, projection, numbers[depth]), slots, doubt, jump, round(numbers[-1]))
+
+    # ---- candidates ------------------------------------------------------------------------------------------------
+
+    def place(self, slots: Sequence[int], coefficients: Tensor) -> None:
+        """Put the candidate x_k - DX coefficients into the weights; the newest weights stay known."""
+        placed = torch.zeros(self.depth, dtype=torch.float64, device="cpu")
+        placed[list(slots)] = coefficients
+        for block in self.blocks:
+            kernels.combine(block.own_start, block.mapped, [(block.delta_mapped, placed)], None, None, block.fused)
+        self._write([block.own_start for block in self.blocks])
+
+    def put_back(self) -> None:
+        """Put the newest weights back, bit for bit."""
+        self._write([block.mapped for block in self.blocks])
+
+    def take(self, flag: Tensor, residuals: Tensor) -> None:
+        """Store the candidate and its residuals as the newest pair where `flag` holds, else the newest pair once more.
+
+        The weights hold the newest pair's afterwards. The flag decides on its device.
+        """
+        assert self.residuals is not None
+        for block in self.blocks:
+            block.own_start.copy_(torch.where(handed(flag, block.own_start.device), block.own_start, block.mapped))
+        self._write([block.own_start for block in self.blocks])
+        self.push_weights()
+        self.push_residuals(torch.where(flag, _flat(residuals), self.residuals.mapped))
+
+    def _write(self, rows: Sequence[Tensor]) -> None:
+        for block, row, values in zip(self.blocks, rows, self.tensors, strict=True):
+            name = "own_start" if row is block.own_start else "mapped"
+            block.row.write(block.views[name], values)
+
+    # ---- memory and checkpoints ------------------------------------------------------------------------------------
+
+    def rows(self) -> dict[str, Tensor]:
+        """The vectors by name, for a checkpoint: those of a parameter in its shape, sharded as it is."""
+        rows: dict[str, Tensor] = {}
+        for block, group in zip(self.blocks, self._groups, strict=True):
+            for name in ("delta_mapped", "mapped"):
+                tensor = block.tensors[name]
+                views = block.row.logical_views(tensor)
+                for (position, parameter), view in zip(group, views, strict=True):
+                    rows[f"parameters.{position}.{name}"] = like(parameter, view, tensor.dim() - 1)
+        for block in self._residual_blocks:
+            rows |= {f"residuals.{name}": block.tensors[name] for name in ("delta_mapped", "mapped")}
+        return rows
+
+    def books(self) -> dict[str, Any]:
+        """What is known besides the vectors, as plain values."""
+        return {
+            "rank": [self.ranks.index, self.ranks.size],
+            "pushed": self.pushed,
+            "has_pair": self.has_pair,
+            "valid": self.valid,
+            "stale": self._stale,
+            "matrix": self._matrix.tolist(),
+            "numbers": [None if number is None else float(number) for number in (self.doubt, self._old, self._new)],
+        }
+
+    def fits(self, books: dict[str, Any], rows: dict[str, Tensor]) -> bool:
+        """Whether saved pairs can be taken over here: all of their rows are there, of this depth and of this rank.
+
+        Raises:
+            ValueError: they belong to parameters of other shapes.
+        """
+        if len(books["valid"]) != self.depth or books["rank"] != [self.ranks.index, self.ranks.size]:
+            return False
+        wanted = self.rows()
+        if not wanted.keys() <= rows.keys() or "residuals.mapped" not in rows:
+            return False
+        check_rows({name: rows[name] for name in wanted}, wanted)
+        return True
+
+    def load(self, books: dict[str, Any], rows: dict[str, Tensor]) -> None:
+        """Continue with saved pairs that fit."""
+        residuals = rows["residuals.mapped"]
+        device = residuals.device if self.locals[0].device.type == "cpu" else self.locals[0].device
+        self._make_room(residuals.to(device))
+        load_rows(rows, self.rows())
+        self.pushed, self.has_pair = int(books["pushed"]), bool(books["has_pair"])
+        self.valid, self._stale = list(map(bool, books["valid"])), list(map(int, books["stale"]))
+        self._matrix.copy_(host_tensor(books["matrix"]))
+        self.doubt, self._old, self._new = (
+            None if number is None else torch.tensor(number, dtype=torch.float64, device=device)
+            for number in books["numbers"]
+        )
+
+    def _make_room(self, residuals: Tensor) -> Block:
+        """Have rows for residuals like these, shape (M,)."""
+        self.residuals = block = self._allocated("residuals", [[residuals]])[0]
+        self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64, device=residuals.device)
+        return block
+
+    @property
+    def _residual_blocks(self) -> list[Block]:
+        return [] if self.residuals is None else [self.residuals]
+
+    def _allocated(self, kind: str, tensors: Sequence[Tensors]) -> list[Block]:
+        settings = self._settings
+
+        def blocks(planned: bool) -> list[Block]:
+            return [
+                make_block(kind, [t for t in group if t is not None], self.depth, False, settings.history_dtype,
+                           fused=settings.fused, planned=planned)
+                for group in tensors
+            ]  # fmt: skip
+
+        need = memory.Need({}, {})
+        for block in blocks(planned=True):
+            need.nbytes[block.row.device] = need.nbytes.get(block.row.device, 0) + block.nbytes
+            need.elements[kind] = need.elements.get(kind, 0) + block.row.numel
+        memory.check_room(need, settings)
+        try:
+            return blocks(planned=False)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+        raise memory.refusal(need, settings)
+
+
+def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:
+    """Bytes of the rows for the weights, before there are any; those for residuals come with the first ones."""
+    groups = [[local(p) for _, p in group] for group in grouped(parameters)]
+    blocks = [
+        make_block("parameters", group, settings.history_depth, False, settings.history_dtype, planned=True)
+        for group in groups
+    ]
+    return sum(block.nbytes for block in blocks)
+
+
+def joined(residuals: Sequence[Tensor]) -> Tensor:
+    """Parts of a residual vector as one, real and in float32 at least, without gradients."""
+    parts = [_flat(part.detach()) for part in residuals]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = local(real).reshape(-1)
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def _goes_into(residuals: Tensor, block: Block) -> bool:
+    return residuals.dtype == block.row.dtype and residuals.device == block.row.device
+
+
+def _upper(depth: int, device: torch.device) -> Tensor:
+    """Positions of the upper triangle of a flat matrix."""
+    key = depth, device
+    if key not in _uppers:
+        row, column = torch.triu_indices(depth, depth, device="cpu")
+        _uppers[key] = (row * depth + column).to(device)
+    return _uppers[key]
+
+
+_uppers: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def _mean_square(residuals: Tensor) -> Tensor:
+    """||r||^2 / M in float64."""
+    wide = residuals.double()
+    return torch.dot(wide, wide) / max(1, wide.numel())
+
+
+def is_finite(look: Look) -> bool:
+    """Whether all products are finite."""
+    gram = look.gram
+    return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))

@@ -1,0 +1,121 @@
+"""DeepXDE's Burgers example, plain and accelerated by residuals: `python -m benchmarks.deepxde_burgers --seeds 5-7`.
+
+The problem, points and network are those of the example in DeepXDE's documentation (2540 points inside, 80 on the
+boundary, 160 at the start, FNN 2-20x3-1, Adam 1e-3), with `--iterations` steps and a rate that falls along a cosine.
+DeepXDE draws the points once. It needs `pip install deepxde` and runs with its PyTorch backend.
+
+Prints, for each seed, the final loss, the squared residual of the equation on 20,000 fresh points, and the relative L2
+error against the exact solution on the 256 x 100 grid of the example's data; then medians of the ratios to plain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import aadl
+
+os.environ.setdefault("DDE_BACKEND", "pytorch")  # read when deepxde is imported
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "period 10": {},
+    "period 2, momentum zeroed": {"frequency": 2, "momentum": "zero"},
+}
+NU = 0.01 / math.pi
+
+
+def observed_squares(optimizer_of: Callable[[], Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The adapter: the mean of squares as DeepXDE's loss function, which hands its residuals over on the way."""
+
+    def loss(target: Tensor, prediction: Tensor) -> Tensor:
+        residuals = (prediction - target) / math.sqrt(target.numel())
+        optimizer = optimizer_of()
+        if optimizer is not None:
+            aadl.accelerator_of(optimizer).observe(residuals)
+        return residuals.square().sum()
+
+    return loss
+
+
+def exact(grid: np.ndarray) -> np.ndarray:
+    """Solution of u_t + u u_x = nu u_xx, u(x, 0) = -sin(pi x), u(-1, t) = u(1, t) = 0, at rows (x, t).
+
+    Source: Basdevant et al., Computers & Fluids 14 (1986), by Gauss-Hermite quadrature of the Cole-Hopf transform.
+    """
+    nodes, weights = np.polynomial.hermite.hermgauss(160)
+    x, t = grid[:, :1], np.maximum(grid[:, 1:], 1e-12)
+    shifted = x - nodes * np.sqrt(4 * NU * t)
+    exponent = -np.cos(np.pi * shifted) / (2 * np.pi * NU)
+    kernel = weights * np.exp(exponent - exponent.max(1, keepdims=True))
+    return -(kernel * np.sin(np.pi * shifted)).sum(1) / kernel.sum(1)
+
+
+def train(dde: Any, settings: dict[str, Any] | None, seed: int, iterations: int) -> dict[str, float]:
+    """One run: final loss, loss on fresh points, error, seconds."""
+    dde.config.set_random_seed(seed)
+    domain = dde.geometry.GeometryXTime(dde.geometry.Interval(-1, 1), dde.geometry.TimeDomain(0, 0.99))
+
+    def equation(x: Tensor, u: Tensor) -> Tensor:
+        u_x, u_t = dde.grad.jacobian(u, x, i=0, j=0), dde.grad.jacobian(u, x, i=0, j=1)
+        result: Tensor = u_t + u * u_x - NU * dde.grad.hessian(u, x, i=0, j=0)
+        return result
+
+    walls = dde.icbc.DirichletBC(domain, lambda x: 0, lambda _, on_boundary: on_boundary)
+    start = dde.icbc.IC(domain, lambda x: -np.sin(np.pi * x[:, :1]), lambda _, on_initial: on_initial)
+    data = dde.data.TimePDE(domain, equation, [walls, start], num_domain=2540, num_boundary=80, num_initial=160)
+    model = dde.Model(data, dde.nn.FNN([2, 20, 20, 20, 1], "tanh", "Glorot normal"))
+    accelerated: list[Any] = []
+    loss = observed_squares(lambda: accelerated[0] if accelerated else None)
+    model.compile("adam", lr=1e-3, loss=loss, verbose=0, decay=("cosine", iterations, 0))
+    if settings is not None:
+        accelerated.append(aadl.accelerate(model.opt, "nonlinear_gmres", **settings))
+    begin = time.perf_counter()
+    model.train(iterations=iterations, display_every=iterations, verbose=0)
+    seconds = time.perf_counter() - begin
+    final = float(np.sum(model.losshistory.loss_train[-1]))
+    fresh = model.predict(domain.random_points(20_000), operator=equation)
+    grid = np.stack(np.meshgrid(np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)), -1).reshape(-1, 2)
+    truth, guess = exact(grid), model.predict(grid)[:, 0]
+    error = float(np.linalg.norm(guess - truth) / np.linalg.norm(truth))
+    return {"loss": final, "fresh": float(np.mean(fresh**2)), "error": error, "seconds": seconds}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="DeepXDE's Burgers example, plain and accelerated by the residuals.")
+    parser.add_argument("--seeds", default="5-7", help="first-last (default 5-7)")
+    parser.add_argument("--iterations", type=int, default=10_000)
+    options = parser.parse_args(arguments)
+    try:
+        dde = importlib.import_module("deepxde")
+    except ImportError:
+        raise SystemExit("error: this benchmark needs DeepXDE: pip install deepxde") from None
+    torch.set_num_threads(1)
+    first, _, last = options.seeds.partition("-")
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    print("| seed | variant | final loss | equation on fresh points | relative L2 | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for seed in range(int(first), int(last or first) + 1):
+        for name, settings in VARIANTS.items():
+            run = train(dde, settings, seed, options.iterations)
+            runs[name].append(run)
+            cells = [f"{run[key]:.3g}" for key in ("loss", "fresh", "error", "seconds")]
+            print(f"| {seed} | {name} | {' | '.join(cells)} |", flush=True)
+    print("\n| against plain, median | loss | fresh | relative L2 | seconds |\n| --- | --- | --- | --- | --- |")
+    for name in list(VARIANTS)[1:]:
+        pairs = list(zip(runs[name], runs["plain"], strict=True))
+        cells = [f"{median(run[key] / plain[key] for run, plain in pairs):.3g}" for key in runs[name][0]]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
