@@ -26,7 +26,7 @@ KEYS = {"format", "identity", "step", "shared", "own"}
 BLOCK = 1 << 22  # bytes written at once
 
 _NAME = re.compile(r"step-(\d{10,})(-best)?\.pt")
-_LEFTOVER = re.compile(r"\.tmp-step-.*")
+_LEFTOVER = re.compile(r"\.(tmp|old)-step-.*")
 _FORMER = re.compile(r"step-\d{10,}(\.\d+)?")  # folders, of format 1
 
 
@@ -64,10 +64,20 @@ def _is_best(name: str) -> bool:
 def remove_checkpoints(folder: Path) -> None:
     """Removes all checkpoints of a folder, and what killed processes left."""
     for name in os.listdir(folder):
-        if _NAME.fullmatch(name) or _LEFTOVER.fullmatch(name):
+        if _NAME.fullmatch(name):
             os.unlink(folder / name)
         elif _FORMER.fullmatch(name):
             shutil.rmtree(folder / name)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left, also folders of a former version."""
+    for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            os.unlink(folder / name)
 
 
 class _Counted:
@@ -99,8 +109,7 @@ def write(path: Path, content: State) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name in filter(_LEFTOVER.fullmatch, os.listdir(path.parent)):
-        os.unlink(path.parent / name)
+    _remove_leftovers(path.parent)
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb", buffering=0) as raw:
@@ -147,6 +156,8 @@ def read(path: Path) -> State:
             content = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from None
+    except MemoryError:  # the file may be good
+        raise
     except Exception as error:  # zipfile and torch raise whatever the bytes lead to
         raise ValueError(f"{path.name} is damaged or refused ({_short(error)})") from None
     if damaged:

@@ -45,8 +45,8 @@ class Joined:
         ranks: this process.
         base: the store, with the keys of earlier attempts in it.
         store: the part of it that belongs to this attempt.
-        patience_seconds: that the ranks wait for each other in the groups for control, as while one of them writes
-            its part of a checkpoint.
+        patience_seconds: that the ranks wait for each other in the group for control, as while rank 0 writes a
+            checkpoint.
         groups: process groups so far.
         done: ends the watch.
         watcher: the thread that watches.

@@ -271,8 +271,9 @@ def test_another_format_is_named(tmp_path):
 
 
 def test_folders_of_a_former_version_are_no_silent_new_start(tmp_path):
-    (tmp_path / "step-0000000003").mkdir()
-    with pytest.raises(CheckpointError, match=r"as step-0000000003, are folders, which a former version wrote"):
+    for name in ("step-0000000003", "step-0000000003.1", ".old-step-0000000002-ab", ".tmp-step-0000000004-cd"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=r"as step-0000000003\S*, are folders, which a former version wrote"):
         Checkpoints(tmp_path, Ranks()).load(identity="run")
     checkpoint_files.remove_checkpoints(tmp_path)
     assert names(tmp_path) == []
