@@ -51,7 +51,7 @@ PYTHONPATH = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
 """Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
 LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "JSM", "LSB", "TORCH", "AADL", "MASTER", "GLOO", "MV2", "PRTE")
-LONGEST_SECONDS = 90.0
+LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
 STATE_OF_THE_END = (
     "model",

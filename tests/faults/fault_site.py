@@ -27,7 +27,7 @@ TABLE: dict[str, Any] = {
     "training": {"epochs": 6, "batch_size": 40},
     "variants": {"aadl": {"optimizer": SGD, "acceleration": EAGER}},
     "save": {"every_seconds": 0.1, "keep": 2},
-    "launch": {"rendezvous": "file", "start_seconds": 60, "collective_seconds": 60},
+    "launch": {"rendezvous": "file", "start_seconds": 200, "collective_seconds": 200},
 }
 IMAGES: dict[str, Any] = TABLE | {
     "experiment": "imagenet",
