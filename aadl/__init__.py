@@ -84,7 +84,7 @@ def accelerate(
             "nonlinear_gmres"). None for 20; with "nonlinear_gmres" for 10, and down to 2 where the steps in between
             undo what an acceleration has gained (`aadl.pace`).
         reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None for 1e-8. With "nonlinear_gmres" the
-            smallest damping, None for 1e-2; 0 for no damping at all.
+            smallest damping, None for 0.1; 0 for no damping at all.
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
             consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
             True, and False with "identity".
@@ -129,11 +129,11 @@ def accelerate(
 
     Returns:
         The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
-        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, rank,
-        coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell into a
-        pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began elsewhere than
-        the last one ended, or were abandoned because somebody wrote within them), resets (by cause: user,
-        learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
+        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, stopped,
+        rank, coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell
+        into a pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began
+        elsewhere than the last one ended, or were abandoned because somebody wrote within them), resets (by cause:
+        user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
         condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
         relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
         ||f_{k+1}|| / ||r||. With "nonlinear_gmres": steps, skipped_steps, attempts, accepted, rejected (by cause:

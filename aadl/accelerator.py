@@ -316,8 +316,7 @@ class AndersonAccelerator(Accelerator):
         if elsewhere or not history.starts_at(tensors):
             self._decisions.statistics["moved"] += elsewhere or history.has_pair
             history.begin(tensors)
-            self._decisions.pending = self._decisions.watched = None  # what starts here says nothing about candidates
-            self._decisions.disturbed = True
+            self._decisions.start_elsewhere(history)
 
     def _abandon_macro_step(self, optimizer: Optimizer) -> None:
         """Start another macro-step here: what somebody wrote within the running one belongs to no map."""
@@ -355,15 +354,16 @@ class AndersonAccelerator(Accelerator):
         decisions, progress = self._decisions, self._progress
         rate = progress["learning_rate"]
         pending = None if decisions.pending is None else decisions.pending.at(rate)
-        ratio = rate / progress.get("pair_learning_rate", rate)
-        column = Column(decisions.statistics["macro_steps"], not decisions.disturbed, rate)
+        earlier = progress.get("pair_learning_rate", rate)
+        ratio = rate / earlier
+        column = Column(decisions.statistics["macro_steps"], not decisions.disturbed, rate, earlier_rate=earlier)
         decisions.pending, decisions.disturbed, progress["pair_learning_rate"] = None, False, rate
         due = self._is_due(history)
 
         watched, done = decisions.watched, decisions.statistics["macro_steps"]
         if watched is not None and done - watched.macro_step > 2 * self.settings.period:
             decisions.watched = None  # the way since then says nothing about that step any more
-        looks_back = due and decisions.watched is not None
+        looks_back = due and decisions.watched is not None and not decisions.moves
         measure = "kept" if looks_back else "jump" if due or pending is not None or not column.consecutive else ""
 
         def push() -> None:
@@ -390,14 +390,16 @@ class AndersonAccelerator(Accelerator):
                 assert pending is not None
                 decisions.judge(step, pending)
         progress["doubtful"] = progress["doubtful"] and decisions.watched is not None
-        if self._events() == advice.EVENTS and not decisions.statistics["accepted"]:
-            advice.warn_of_idleness(decisions.statistics)
+        if self._events() >= advice.EVENTS and not progress["told"]:
+            progress["told"] = True
+            if not decisions.statistics["accepted"]:
+                advice.warn_of_idleness(decisions.statistics)
         if abandoned:  # its start was not where it seems
             history.clear()
         self._note_places(optimizer, layout)
 
     def _events(self) -> float:
-        """How often acceleration was due so far, if it is due now; else a fraction."""
+        """How many periods are over."""
         settings, statistics = self.settings, self._decisions.statistics
         waited = -(-settings.wait_iterations // settings.store_each_nth)
         return (statistics["macro_steps"] - waited) / settings.period
@@ -653,7 +655,8 @@ def _progress() -> dict[str, Any]:
     `_follow_learning_rate` and `_note_rates`); writes (see `aadl.watch.is_regular`), unseen (the kind of those before a
     save) and first (the kind of those that may be the first of many); abandoned_in_a_row (macro-steps) and warned (of
     that); written (within a macro-step since the last acceleration, on this rank); doubtful (the running one);
-    accelerated_at (the macro-step of the last acceleration, accepted or not).
+    accelerated_at (the macro-step of the last acceleration, accepted or not); told
+    (whether the first advice.EVENTS periods have been looked at for one with an accepted candidate).
     """
     return {
         "in_macro_step": 0,
@@ -669,6 +672,7 @@ def _progress() -> dict[str, Any]:
         "written": False,
         "doubtful": False,
         "accelerated_at": 0,
+        "told": False,
     }
 
 

@@ -14,6 +14,7 @@ CURES = {
     "backward": "the updates of a macro-step are dominated by noise or have no common direction: try larger batches, a "
     "larger store_each_nth (an epoch), or a smaller learning rate",
     "loss": "candidates raise the loss of the closure: try a larger store_each_nth, or relaxation below 1",
+    "stopped": "the training loss has risen on the whole: look at the training first",
     "closure": "the closure gives no loss in a trial: return the loss from it, or pass safeguard='residual'",
     "rank": "the updates are constant or zero up to rounding: there is nothing to extrapolate",
     "coefficients": "the columns of the history are nearly dependent: try a smaller history_depth or a larger reg_acc",

@@ -14,7 +14,7 @@ from aadl.parameters import trainable_parameters
 from aadl.settings import Settings
 from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
-VERSION = 3
+VERSION = 4
 """Of the layout of the states that accelerators save."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""

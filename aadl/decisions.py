@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import mixing, safeguard, smoothing, trial_loss
-from aadl.deferred import Deferred, handed
+from aadl.deferred import Deferred
 from aadl.history import KINDS, History, Tensors
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import all_parameters, belongs_to_a_loop, forget_curvature, maximizes
@@ -33,6 +33,8 @@ COUNTERS = (
     "closure_evaluations", "moved", "stops",
 )  # fmt: skip
 LAST_VALUES = ("relative_standard_deviation", "gain", "trust_ratio", "condition_number", "coefficient_norm")
+MOST_MOVES = 65_521
+"""So that the square of `Decisions.moves`, summed over any number of ranks, is exact in float64."""
 MIXING_VALUES = ("numerical_rank", "condition_number", "coefficient_norm")
 
 
@@ -93,6 +95,9 @@ class Decisions:
     """Trials in a row that gave no loss; from MOST_FAILURES on there are no more."""
     fused: bool = True
     """Whether all ranks have compiled kernels (or none needs them)."""
+    moves: int = 0
+    """Which macro-steps since the last acceleration started elsewhere than the ones before had ended, on this rank, as
+    one number; 0 for none."""
     words: list[tuple[Deferred, Callable[[list[float]], None]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -112,6 +117,7 @@ class Decisions:
             "pending": None if self.pending is None else vars(self.pending),
             "watched": None if self.watched is None else vars(self.watched),
             "disturbed": self.disturbed,
+            "moves": self.moves,
             "reach": self.reach,
             "last_jump": self.last_jump,
             "record": vars(self.record),
@@ -124,7 +130,7 @@ class Decisions:
         decisions = Decisions(settings)
         decisions.statistics = copy.deepcopy(books["statistics"])
         decisions.disturbed, decisions.reach = bool(books["disturbed"]), float(books["reach"])
-        decisions.last_jump = dict(books["last_jump"])
+        decisions.last_jump, decisions.moves = dict(books["last_jump"]), int(books["moves"])
         decisions.failed_trials, decisions.record = int(books["failed_trials"]), LossRecord(**books["record"])
         if settings.average == "auto":
             decisions.averaging = bool(books["averaging"])
@@ -152,6 +158,18 @@ class Decisions:
         self.pending, self.disturbed = None, True
         history.forget_last(count)
 
+    def start_elsewhere(self, history: History) -> None:
+        """Note that the running macro-step starts where somebody has put the weights: that judges no candidate.
+
+        Replicas may have been put in different places, or some of them only. They keep what is to be judged until they
+        speak with each other, since all of them must come to the same words.
+        """
+        self.disturbed = True
+        if history.replicas and history.has_pair:
+            self.moves = (self.moves * 31 + self.statistics["macro_steps"]) % MOST_MOVES + 1
+        else:
+            self.pending = self.watched = None
+
     def is_suspended(self) -> bool:
         """Whether acceleration pauses now; counted."""
         suspended = self.statistics["macro_steps"] < max(self.pause.until, self.refusals.until)
@@ -162,34 +180,38 @@ class Decisions:
 
     def judge(self, step: Step, pending: Pending) -> None:
         """Judge the last accepted candidate by the residual of the macro-step it began; put the plain iterate back."""
-        numbers = step.history.measurements()
+        numbers, words = step.history.measurements_with([float(step.doubtful), float(self.moves > 0)])
         weights = numbers.new_zeros(len(KINDS)) if not on_host(numbers) else host_tensor([0.0] * len(KINDS))
         for place, kind in enumerate(KINDS):
             weights[place] = pending.weights.get(kind, 0.0)
         square, along = weights @ numbers[:, 0], numbers[0, 3]
         if on_host(numbers):
+            doubts, moves = words.tolist()
             self._note_jump(step.history, dict(zip(KINDS, numbers[:, 2].tolist(), strict=True)))
-            self._keeps_promise(step, pending, float(square), float(along))
+            if not moves:
+                self._keeps_promise(step, pending, float(square), float(along), doubts >= self._quorum(step))
         else:
             breaks = ~((square <= safeguard.revert_bound(pending)) & (along >= safeguard.overshoot_bound(pending)))
-            doubts = self._doubts(step, square.device)
-            step.history.put_back(breaks if doubts is None else breaks & (doubts == 0), step.tensors)
-            doubts = square.new_zeros(()) if doubts is None else doubts
+            step.history.put_back(breaks & (words[0] < self._quorum(step)) & (words[1] == 0), step.tensors)
             self._defer(
-                torch.cat([torch.stack([square, along, doubts]), numbers[:, 2]]),
+                torch.cat([torch.stack([square, along]), words, numbers[:, 2]]),
                 lambda values: self._judged(step, pending, *values),
             )
 
-    def _judged(self, step: Step, pending: Pending, square: float, along: float, doubts: float, *jump: float) -> None:
+    def _judged(
+        self, step: Step, pending: Pending, square: float, along: float, doubts: float, moves: float, *jump: float
+    ) -> None:
         """Note what the device has decided."""
         self._note_jump(step.history, dict(zip(KINDS, jump, strict=True)))
-        step.history.start_from(kept=safeguard.must_revert(square, along, pending) and not doubts)
-        self._note_promise(step, pending, square, along, bool(doubts))
+        if moves:
+            return
+        doubtful = doubts >= self._quorum(step)
+        step.history.start_from(kept=safeguard.must_revert(square, along, pending) and not doubtful)
+        self._note_promise(step, pending, square, along, doubtful)
 
-    def _keeps_promise(self, step: Step, pending: Pending, square: float, along: float) -> bool:
+    def _keeps_promise(self, step: Step, pending: Pending, square: float, along: float, doubtful: bool) -> bool:
         """False where the plain iterate was put back, or might have been."""
         breaks = safeguard.must_revert(square, along, pending)
-        doubtful = breaks and self._is_doubtful(step)
         step.history.take(breaks and not doubtful, step.tensors)
         self._note_promise(step, pending, square, along, doubtful)
         return not breaks
@@ -207,24 +229,12 @@ class Decisions:
         if history.columns:
             history.columns[-1].jump = jump
 
-    def _is_doubtful(self, step: Step) -> bool:
-        doubts = self._doubts(step, torch.device("cpu"))
-        return doubts is not None and bool(doubts)
-
-    def _doubts(self, step: Step, device: torch.device) -> Tensor | None:
-        """Whether the residual may be what somebody wrote within the macro-step: 1 or 0; None if that cannot be."""
-        alone = step.ranks.size == 1 or self.settings.local_sgd
-        if self.settings.store_each_nth == 1 or (alone and not step.doubtful):
-            return None
-        doubts = handed(host_tensor(float(step.doubtful)), device)
-        return doubts if alone else (step.ranks.total(doubts) >= self._quorum(step)).double()
-
     def _quorum(self, step: Step) -> int:
         """How many ranks must have seen a write. Of whole replicas all: what fewer saw was put back."""
         whole = not step.history.partial or self.settings.shard_history
-        return step.ranks.size if whole else 1
+        return step.history.ranks.size if whole else 1
 
-    def _note_promise(self, step: Step, pending: Pending, square: float, along: float, doubtful: bool = False) -> None:
+    def _note_promise(self, step: Step, pending: Pending, square: float, along: float, doubtful: bool) -> None:
         """Count, and pause acceleration where the promise was not kept."""
         self.statistics["trust_ratio"] = ratio = safeguard.trust_ratio(square, pending)
         reverts = safeguard.must_revert(square, along, pending)
@@ -259,12 +269,12 @@ class Decisions:
         factor = 0.25 if overshot else 2.0 if ratio <= safeguard.SUSPEND_ABOVE else 0.5
         self.reach = min(safeguard.LONGEST_REACH, max(safeguard.SHORTEST_REACH, factor * self.reach))
 
-    def _look_back(self, step: Step) -> bool:
+    def _look_back(self, step: Step, doubtful: bool) -> bool:
         """Put back the plain iterate before the last candidate, which updates since then undo: False."""
         self._suspend()
         self._change_reach(math.inf, overshot=True)
         self.last_jump = {}
-        if self._is_doubtful(step):
+        if doubtful:
             self.forget_last(step.history, 1)
         else:
             step.history.take(True, step.tensors)
@@ -289,33 +299,39 @@ class Decisions:
 
         With local SGD every rank has a Gram matrix of its own, and all come to the vote.
         """
-        parts, local_sgd, columns = step.history.gram(), self.settings.local_sgd, step.history.columns
+        local_sgd, columns, ranks = self.settings.local_sgd, step.history.columns, step.history.ranks
+        moves = float(self.moves)
+        if self.moves:
+            pending = self.watched = None
         if local_sgd and step.closure is not None:  # averages are promised nothing
             pending = None
+        parts, words = step.history.gram_with([float(step.written), float(step.doubtful), moves, moves**2])
         weights = mixing.balancing_weights(parts)
         gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in columns])
         square = sum(pending.weights[kind] * part.square for kind, part in parts.items()) if pending else 0.0
-        along, watched, self.watched = parts["parameters"].along, self.watched, None
+        along, watched = parts["parameters"].along, self.watched
         if watched is None:
             self._note_jump(step.history, {kind: part.jump for kind, part in parts.items()})
         watched = None if watched is None else watched.at(step.rate)
-        self.fused, written = True, float(step.written)
-        if step.ranks.size > 1 and not step.history.sums and not local_sgd:
-            # replicas made the same numbers; a mean over them makes sure that all decide alike
-            others = [square, along, weights.get("momentum", 1.0), float(step.history.fused), written]
-            word = step.ranks.total(mixing.packed(gram, others)) / step.ranks.size
-            gram, (square, along, weight, fused, written) = mixing.unpacked(word, len(columns))
+        self.fused, self.watched, self.moves = True, None, 0
+        if step.history.replicas and not step.history.sums:
+            # they made the same numbers; a mean over them makes sure that all decide alike
+            others = [square, along, weights.get("momentum", 1.0), float(step.history.fused)]
+            word = ranks.total(mixing.packed(gram, [*others, *words]))
+            words = word[-len(words) :].tolist()
+            gram, (square, along, weight, fused, *_) = mixing.unpacked(word / ranks.size, len(columns))
             weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
             self.fused = fused == 1  # else some rank has no compiler, and they would round differently
-        elif step.history.sums and self.settings.store_each_nth > 1:
-            written = float(step.ranks.total(host_tensor(written))) / step.ranks.size
-        if round(written * step.ranks.size) >= self._quorum(step):
+        written, doubts, moves, squares = words
+        if written >= self._quorum(step) or ranks.size * squares != moves**2:  # somebody wrote, to all or only to some
             self.forget_last(step.history, sum(column.macro_step > step.since for column in columns))
             return
+        doubtful = doubts >= self._quorum(step)
         finite = math.isfinite(gram.square + square + float(gram.matrix.sum()))
-        ready = pending is None or self._keeps_promise(step, pending, square if finite else math.inf, along)
+        square = square if finite else math.inf
+        ready = pending is None or self._keeps_promise(step, pending, square, along, doubtful)
         if ready and watched is not None and finite and along < safeguard.overshoot_bound(watched):
-            ready = self._look_back(step)
+            ready = self._look_back(step, doubtful)
         if ready and (local_sgd or pending is not None):
             ready = not self.is_suspended()
         candidate = self._propose(step, gram, weights, finite) if ready and step.history.columns else None
@@ -347,6 +363,7 @@ class Decisions:
         solution, predicted, refused = propose(
             gram,
             factors,
+            [column.earlier_rate / step.rate - 1 for column in history.columns],
             _jumps(history, weights),
             _length(self.last_jump, weights),
             self.reach,
@@ -463,6 +480,9 @@ class Decisions:
             plain, candidate, weight = trial_loss.mean_over_ranks(*losses, weight, step.ranks)
             cause = "loss" if math.isfinite(weight) else "closure"
             better = candidate > plain if maximizes(step.optimizer) else candidate < plain
+            if self.record.note(-plain if maximizes(step.optimizer) else plain):
+                self._stop()  # better losses on single batches have led back on the whole: this one is not believed
+                better, cause = False, "stopped"
             if failure is not None and self.settings.safeguard == "loss":
                 raise failure
         except BaseException:
@@ -473,8 +493,6 @@ class Decisions:
                 step.history.write_mapped(step.tensors)
                 step.history.continue_from_mapped()
         self._note_failure(weight, failure)
-        if self.record.note(-plain if maximizes(step.optimizer) else plain):
-            self._stop()
         return better, cause
 
     def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:

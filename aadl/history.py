@@ -130,6 +130,8 @@ class Column:
     """Factor of the learning rate its residuals belong to."""
     jump: dict[str, float] = field(default_factory=dict)
     """By kind, the squared distance between the first update's end and the second one's start, where they differ."""
+    earlier_rate: float = 1.0
+    """Factor of the learning rate that its first update was made with."""
 
 
 @dataclass
@@ -254,12 +256,17 @@ class History:
         return any(block.fused for block in self.blocks) and not kernels.compilation_error()
 
     @property
+    def replicas(self) -> bool:
+        """Whether other ranks hold the same vectors."""
+        return self.ranks.size > 1 and not self.partial
+
+    @property
     def sums(self) -> bool:
         """Whether `gram` is a sum over the ranks.
 
         Replicas on devices sum there, before the host waits for the products, though they make the same ones.
         """
-        return self.partial or (self.ranks.size > 1 and self._device().type != "cpu")
+        return self.partial or (self.replicas and self._device().type != "cpu")
 
     def order(self) -> list[int]:
         """Ring slots, oldest column first."""
@@ -269,14 +276,20 @@ class History:
     # ---- pass 1: inner products ------------------------------------------------------------------------------------
 
     def gram(self) -> dict[str, Gram]:
-        """Inner products by kind, unscaled, columns oldest first.
+        """Inner products by kind, unscaled, columns oldest first, see `gram_with`."""
+        return self.gram_with([])[0]
 
-        One read of DF, one sum over the ranks where they hold parts, one transfer to the host. Only products with
-        columns stored since the last call are computed: with r of them, r m - r (r - 1) / 2 + m + 1 numbers a kind.
+    def gram_with(self, words: list[float]) -> tuple[dict[str, Gram], list[float]]:
+        """Inner products by kind, and `words` of this rank, summed over the ranks where the products are (`sums`).
+
+        One read of DF, one transfer to the host, one sum over the ranks where they hold parts (or lie on devices). Only
+        products with columns stored since the last call are computed: with r of them among m the word has
+        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` a kind, and `words`.
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
-        for kind, (products, numbers) in self._fresh_products(count).items():
+        parts, words = self._fresh_products(count, words)
+        for kind, (products, numbers) in parts.items():
             known = self.grams.setdefault(kind, [[0.0] * self.depth for _ in range(self.depth)])
             *fresh, last = products.tolist()  # Python is faster than tensor calls at this size
             for slot, row in zip(self.stale, fresh, strict=True):
@@ -285,11 +298,11 @@ class History:
             matrix = host_tensor([[known[i][j] for j in order] for i in order]).view(count, count)
             result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1], *numbers.tolist())
         self.stale = []
-        return result
+        return result, words
 
-    def _fresh_products(self, count: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def _fresh_products(self, count: int, words: list[float]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[float]]:
         """Per kind, on the host, summed over ranks: products of the stale columns and of f with all columns and f, and
-        what the push has measured besides ||f||^2."""
+        what the push has measured besides ||f||^2. Then `words`, summed as well."""
         kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
         if self.partial:  # ranks without a tensor take part in the sum too
             kinds = list(KINDS)
@@ -306,24 +319,36 @@ class History:
                 numbers[kinds.index(block.kind)].add_(block.measured[1:].to(device), alpha=weight)
         if not self.sums:
             word = torch.cat([sums.flatten(1), numbers], 1).cpu()
-            return {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, word, strict=True)}
+            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, word, strict=True)}
+            return rows, words
         needed = needed_products(tuple(self.stale), count)
-        word = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
+        rows_there = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
+        word = torch.cat([rows_there.view(-1), handed(host_tensor(words), device)])
         word = self.ranks.total(word).cpu()
-        parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in word]
-        return dict(zip(kinds, parts, strict=True))
+        rows_here = word[: rows_there.numel()].view(rows_there.shape)
+        parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in rows_here]
+        return dict(zip(kinds, parts, strict=True)), word[rows_there.numel() :].tolist()
 
     def measurements(self) -> Tensor:
-        """`Block.measured` of the newest pair by kind, shape (kinds, 4), on the device, summed over the ranks."""
+        """`Block.measured` of the newest pair by kind, shape (kinds, 4), on the device; a sum over ranks with parts."""
+        sums = self._own_measurements()
+        return self.ranks.total(sums) if self.partial else sums
+
+    def measurements_with(self, words: list[float]) -> tuple[Tensor, Tensor]:
+        """The same, agreed upon by replicas as well, and `words` of this rank, summed over the ranks."""
+        sums = self._own_measurements()
+        if self.replicas:
+            sums /= self.ranks.size
+        word = torch.cat([sums.view(-1), handed(host_tensor(words), sums.device)])
+        word = self.ranks.total(word)
+        return word[: sums.numel()].view(sums.shape), word[sums.numel() :]
+
+    def _own_measurements(self) -> Tensor:
         sums = torch.zeros(len(KINDS), 4, dtype=torch.float64, device=self._device())
         for block in self.blocks:
             if block.residual is not None and block.measured is not None:
                 sums[KINDS.index(block.kind)] += (block.measured * block.weight).to(sums.device)
-        return self.total(sums)
-
-    def total(self, word: Tensor) -> Tensor:
-        """Sum over the ranks where each holds a part; `word` where each holds everything."""
-        return self.ranks.total(word) if self.partial else word
+        return sums
 
     def _device(self) -> torch.device:
         return self.blocks[0].mapped.device if self.blocks else torch.device("cpu")
@@ -349,7 +374,7 @@ class History:
 
         Returns:
             With `mean_coefficients`, how far the candidate goes along the (mean) update over the parameters,
-            <candidate - g, f - DF s>, a float64 scalar on the device, summed over the ranks; else None.
+            <candidate - g, f - DF s>, a float64 scalar on the device, the same on all ranks; else None.
         """
         slots = self.order()
         advance = None if mean_coefficients is None else torch.zeros((), dtype=torch.float64, device=self._device())
@@ -368,7 +393,9 @@ class History:
             part = kernels.combine(block.own_start, block.mapped, terms, residual, along, fused and block.fused)
             if part is not None and advance is not None:
                 advance += part.to(advance.device) * block.weight
-        return None if advance is None else self.total(advance)
+        if advance is None:
+            return None
+        return self.ranks.total(advance) / (self.ranks.size if self.replicas else 1)
 
     def take(self, flag: Tensor | bool, tensors: Sequence[Tensors]) -> None:
         """Where `flag` holds, put into the tensors what lies in the start (a candidate, or what a push kept).

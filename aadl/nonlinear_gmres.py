@@ -34,6 +34,7 @@ from aadl.pace import Pace, lets_go_of_momentum
 from aadl.parameters import (
     MOMENTUM_KEYS,
     all_parameters,
+    belongs_to_a_loop,
     closure_of,
     forget_curvature,
     is_dry_step,
@@ -154,8 +155,11 @@ class ResidualAccelerator(Accelerator):
             residuals: r, of any shape; float64, float32 or lower, real or complex. It is read at the end of the step,
                 and must not be changed in place before.
         """
+        residuals = residuals.detach()
         if self._trial_parts is not None:
             self._trial_parts.append(residuals)
+            return
+        if self.settings.idle:
             return
         self._observes = True
         versions = versions_of(self._tensors())
@@ -264,20 +268,37 @@ class ResidualAccelerator(Accelerator):
         if self.settings.idle or is_dry_step(optimizer):
             return
         closure = closure_of(args, kwargs)
-        if closure is None and self._residuals is None:
+        if self._residuals is None:
+            self._check_closure(closure)
+        if self._lacks_history:
+            self._say_that_history_is_missing()
+        self._inside = True
+        watches = self._residuals is None or self._observes or not self._statistics["steps"]  # or in the first one
+        if watches:
+            self._watch(optimizer, closure is not None)
+
+    def _check_closure(self, closure: Callable[[], Any] | None) -> None:
+        """Raise ValueError where nobody can evaluate the residuals."""
+        if closure is None:
             raise ValueError(
                 "acceleration_type='nonlinear_gmres' needs residuals=fn, or a closure given to step that calls "
                 "aadl.accelerator_of(optimizer).observe(r): step was called without a closure"
             )
-        if self._lacks_history:
-            self._say_that_history_is_missing()
+        if not self._statistics["steps"] and belongs_to_a_loop(closure):
+            raise ValueError(
+                "acceleration_type='nonlinear_gmres' needs residuals=fn here: the closure belongs to the loop of a "
+                "framework, whose metrics would count the trials"
+            )
+
+    def _watch(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """Note where the weights are at which this step's residuals are observed, or were before a step without one."""
         self._lay_out(optimizer)
         if self._has_begun and self._history is not None:  # the last step ended with an exception
             self._history.void()
             self._known = None
-        self._has_begun, self._inside = False, True
+        self._has_begun = False
         versions = versions_of(self._tensors())
-        if closure is not None or versions != self._versions:
+        if has_closure or versions != self._versions:
             self._parts = []
         self._versions = versions
         if self._parts:
@@ -297,8 +318,10 @@ class ResidualAccelerator(Accelerator):
         self._statistics["steps"] += 1
         settings, steps = self.settings, self._statistics["steps"]
         if steps >= self._pace.due:
+            self._lay_out(optimizer)
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
+            self._lay_out(optimizer)
             with without_trace(all_parameters(optimizer), is_closure=False):
                 self._store(self._evaluated(self._residuals))
         if not self._statistics["accepted"] and steps >= advice.EVENTS * settings.frequency and not self._warned:
@@ -411,20 +434,23 @@ class ResidualAccelerator(Accelerator):
 
     def _propose(self, history: ResidualHistory) -> _Attempt | None:
         """Solve the mixing problem; None, counted by cause, where there is no candidate."""
-        compared = history.doubt is not None
         look, pace = history.look(), self._pace
         pace.note_jump(look.jump)
         pace.note_square(look.gram.square)
-        pace.reached = look.gram.square
         if not is_finite(look):
             self._forget("non_finite")
+            return None
+        if not look.aligned:
+            history.align()
+            self._known = None
+            count(self._statistics["resets"], "resumed")
             return None
         if not look.doubt <= SAME**2 * history.ranks.size:
             self._trusted = False
             history.forget_columns()
             count(self._statistics["resets"], "points")
             return None
-        self._trusted = self._trusted or compared
+        self._trusted = self._trusted or look.compared
         if not self._trusted or not look.slots:
             return None
         self._statistics["attempts"] += 1
@@ -468,7 +494,7 @@ class ResidualAccelerator(Accelerator):
         states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
         found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
         buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
-        if accepted:
+        if accepted and buffers:
             torch._foreach_zero_(buffers)
         else:
             for buffer in buffers:
@@ -488,7 +514,6 @@ class ResidualAccelerator(Accelerator):
         statistics["period"] = self._pace.period
         if flag:
             statistics["accepted"] += 1
-            self._pace.reached = after
             return
         cause = "non_finite" if not math.isfinite(after) else "residuals" if not after < before else "check"
         count(statistics["rejected"], cause)
@@ -497,7 +522,7 @@ class ResidualAccelerator(Accelerator):
 
     def _forget(self, cause: str) -> None:
         count(self._statistics["resets"], cause)
-        self._known, self._pace.reached = None, math.nan
+        self._known, self._pace.before = None, math.nan
         if self._history is not None and cause == "user":
             self._history.change_points()
         elif self._history is not None:

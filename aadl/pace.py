@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 SHORTEST = 2
 """Steps: one step more often costs twice as much and gains nothing (docs/method.md)."""
-REBOUND = 2.0
-"""Growth of the sum of squares since the last acceleration from which accelerations come twice as often."""
+HARM = 3.0
+"""Growth of the sum of squares over an acceleration and the steps behind it from which the next one comes sooner."""
 JUMP = 1.5
 """Growth of the mean square at a change of points from which the old points count as learned by heart."""
 NORMALIZED = ("muon", "lion", "sign")
@@ -19,9 +19,10 @@ NORMALIZED = ("muon", "lion", "sign")
 class Pace:
     """The period of the accelerations.
 
-    Steps of the optimizer can undo what an acceleration has gained, and more: then the next one has to come sooner.
-    Frequent accelerations on points that are soon exchanged learn these by heart: the mean square on the new points
-    tells, and the period is the longest again.
+    Steps of the optimizer can undo what an acceleration has gained, and more: where a rate is stable at the weights
+    before a candidate, it may not be at those after it. Then the next acceleration has to come sooner. Frequent
+    accelerations on points that are soon exchanged learn these by heart: the mean square on the new points tells, and
+    the period is the longest again.
 
     Args:
         longest: steps between two accelerations at the start, >= 1.
@@ -33,16 +34,17 @@ class Pace:
     adapts: bool
     due: int
     period: int = 0
-    reached: float = math.nan
-    """Sum of squares after the last acceleration; nan where the points have changed since."""
+    before: float = math.nan
+    """Sum of squares where the last acceleration fell; nan where the points have changed since."""
 
     def __post_init__(self) -> None:
         self.period = self.period or self.longest
 
     def note_square(self, square: float) -> None:
-        """Compare the sum of squares before an acceleration with that after the last one."""
-        if self.adapts and square > REBOUND * self.reached:
+        """Compare the sum of squares before an acceleration with that before the last one."""
+        if self.adapts and square > HARM * self.before:
             self.period = max(min(SHORTEST, self.longest), self.period // 2)
+        self.before = square
 
     def note_jump(self, jump: float) -> None:
         """Take note of the mean square on new points over that on the old ones, at about the same weights."""

@@ -33,6 +33,7 @@ class Proposal(NamedTuple):
 def propose(
     gram: Gram,
     factors: list[float],
+    changes: list[float],
     jumps: list[float],
     last_jump: float,
     reach: float,
@@ -46,6 +47,7 @@ def propose(
     Args:
         gram: inner products at the present learning rate, columns oldest first.
         factors: of the learning rate now over that of each column.
+        changes: l_j / l' - 1 for every column, with the learning rate l_j of its first update and the present one l'.
         jumps: length of the way from the end of the first update of each column to the start of the second one.
         last_jump: length of the last candidate's step, where it kept its promise; else 0.
         reach: longest step, in units of the way that the pairs behind it have made.
@@ -80,7 +82,7 @@ def propose(
     left_out = host_tensor([0.0] * start)
     gamma = torch.cat([left_out, solution.gamma])
     if settings.safeguard and settings.acceleration_type != "identity":
-        gamma = gamma * step_fraction(gram, gamma, jumps, last_jump, start, reach)
+        gamma = gamma * step_fraction(gram, gamma, changes, jumps, last_jump, start, reach)
     solution = solution._replace(gamma=gamma, mean=torch.cat([left_out, solution.mean]))
     return Proposal(solution, mixing.predicted_square(gram, gamma), refused)
 
@@ -90,20 +92,35 @@ def rounding_bounds(gram: Gram, factors: list[float], steps: int) -> Tensor:
     return host_tensor([steps**2 * gram.rounding * factor**2 for factor in factors])
 
 
-def step_fraction(gram: Gram, gamma: Tensor, jumps: list[float], last_jump: float, start: int, reach: float) -> float:
+def step_fraction(
+    gram: Gram,
+    gamma: Tensor,
+    changes: list[float],
+    jumps: list[float],
+    last_jump: float,
+    start: int,
+    reach: float,
+) -> float:
     """How much of a candidate is taken: its step is at most `reach` times the way that the used pairs have made.
 
     The last candidate's step is a part of that way also where the used pairs are all younger.
 
-    The step is sum_j gamma_j Dg_j with Dg_j = f_{j+1} + s_j, where s_j is the jump inside column j, so that its length
-    is at most ||sum_j gamma_j f_{j+1}|| + sum_j |gamma_j| ||s_j||.
+    The step is sum_j gamma_j Dg_j with Dg_j = f_{j+1} + c_j f_j + s_j at the present learning rate, where s_j is the
+    jump inside column j and c_j its entry of `changes`, so that its length is at most
+    ||sum_j gamma_j f_{j+1}|| + ||sum_j gamma_j c_j f_j|| + sum_j |gamma_j| ||s_j||.
     """
     squares = mixing.residual_squares(gram)
-    tails = mixing.tail_sums(len(jumps))
-    total = float(gamma.sum())
-    combined = tails[1:].T @ gamma  # sum_j gamma_j f_{j+1} = total f_k - DF combined
-    plain = total**2 * gram.square - 2 * total * float(gram.projection @ combined)
-    plain += float(combined @ gram.matrix @ combined)
-    length = math.sqrt(max(plain, 0.0)) + float(gamma.abs() @ host_tensor(jumps))
+    nothing = gamma.new_zeros(1)
+    length = _length_of_sum(gram, torch.cat([nothing, gamma])) + float(gamma.abs() @ host_tensor(jumps))
+    if any(changes):
+        length += _length_of_sum(gram, torch.cat([gamma * host_tensor(changes), nothing]))
     way = sum(map(math.sqrt, squares[start:])) + (sum(jumps[start:]) or last_jump)
     return min(1.0, reach * way / length) if length > 0 else 1.0
+
+
+def _length_of_sum(gram: Gram, coefficients: Tensor) -> float:
+    """||sum_i coefficients_i f_i|| over all columns + 1 pairs, oldest first."""
+    total = float(coefficients.sum())
+    combined = mixing.tail_sums(coefficients.numel() - 1).T @ coefficients  # the sum is total f_k - DF combined
+    square = total**2 * gram.square - 2 * total * float(gram.projection @ combined)
+    return math.sqrt(max(square + float(combined @ gram.matrix @ combined), 0.0))

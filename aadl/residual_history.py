@@ -36,10 +36,14 @@ class Look(NamedTuple):
     """Their slots, oldest first."""
     doubt: float
     """Sum over the ranks of `ResidualHistory.doubt`."""
+    compared: bool
+    """Whether every rank has seen residuals twice at the same weights."""
     jump: float
     """Mean square on new points over that on the old ones, where the points have changed since, else 0."""
     num_residuals: int
     """Over all ranks."""
+    aligned: bool = True
+    """Whether a pair has the same slot on all ranks."""
 
 
 class ResidualHistory:
@@ -133,6 +137,11 @@ class ResidualHistory:
             self._matrix.zero_()
             self._stale = []
 
+    def align(self) -> None:
+        """Start again on all ranks, whose pairs have different slots."""
+        self.void()
+        self.pushed = 0
+
     def change_points(self) -> None:
         """Forget all pairs, and compare the next residuals with the newest ones: they are those of other points."""
         if self.has_pair and self.residuals is not None:
@@ -162,7 +171,7 @@ class ResidualHistory:
         """Products of the columns, summed over the ranks; the host waits for the device.
 
         Columns stored since the last call are multiplied with all others, in one pass. Of several ranks each adds
-        depth (depth + 5) / 2 + 5 numbers to one sum.
+        depth (depth + 5) / 2 + 8 numbers to one sum.
         """
         block, depth = self.residuals, self.depth
         assert block is not None
@@ -177,10 +186,11 @@ class ResidualHistory:
         device = self._matrix.device
         if self.ranks.size == 1 and device.type == "cpu":
             return self._look_here(last)
+        compared = self.doubt is not None
         doubt = torch.zeros((), dtype=torch.float64, device=device) if self.doubt is None else self.doubt
-        known = host_tensor([*map(float, self.valid), float(block.row.numel)])
-        if self.ranks.size > 1:
-            known[:depth] /= self.ranks.size
+        pushed = float(self.pushed % 1024)
+        known = host_tensor([*map(float, self.valid), float(compared), pushed, pushed**2, float(block.row.numel)])
+        known[:-1] /= self.ranks.size
         upper = _upper(depth, device)
         projection = last.new_zeros(depth)
         projection[:filled] = last[:filled]
@@ -198,7 +208,8 @@ class ResidualHistory:
         gram = Gram(self._matrix[slots][:, slots], last[slots], float(last[-1]))
         old, new = (0.0 if number is None else float(number) for number in self._changes())
         doubtful = 0.0 if doubt is None else float(doubt)
-        return Look(gram, slots, doubtful, new / old if old > 0 else 0.0, self.residuals.row.numel)
+        jump = new / old if old > 0 else 0.0
+        return Look(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
 
     def _changes(self) -> tuple[Tensor | None, Tensor | None]:
         """Mean squares before and after a change of points that the next pairs have followed; they are told once."""
@@ -217,14 +228,18 @@ class ResidualHistory:
         count = depth * (depth + 1) // 2
         numbers = word[count:].tolist()
         doubt, old, new = numbers[depth + 1 : depth + 4]
-        slots = self._slots([round(v * 1e6) >= 1e6 for v in numbers[depth + 4 : 2 * depth + 4]])
+        *valid, compared = [round(v * 1e6) >= 1e6 for v in numbers[depth + 4 : 2 * depth + 5]]
+        mean, mean_square, num_residuals = numbers[2 * depth + 5 :]
+        aligned = mean_square - mean**2 < 0.5 / self.ranks.size  # the variance of unequal counts is larger
+        slots = self._slots(valid)
         matrix = torch.zeros(depth * depth, dtype=torch.float64, device="cpu")
         matrix[_upper(depth, torch.device("cpu"))] = word[:count]
         matrix = matrix.view(depth, depth)
         matrix = (matrix + matrix.triu(1).T)[slots][:, slots]
         projection = host_tensor([numbers[slot] for slot in slots])
         jump = new / old if old > 0 else 0.0
-        return Look(Gram(matrix, projection, numbers[depth]), slots, doubt, jump, round(numbers[-1]))
+        gram = Gram(matrix, projection, numbers[depth])
+        return Look(gram, slots, doubt, compared, jump, round(num_residuals), aligned)
 
     # ---- candidates ------------------------------------------------------------------------------------------------
 

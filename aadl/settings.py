@@ -13,7 +13,7 @@ import torch
 
 TYPES = ("anderson", "anderson_normal_equation", "identity", "nonlinear_gmres")
 DEFAULTS = {"history_depth": 10, "store_each_nth": 10, "frequency": 20, "regularization": 1e-8}
-RESIDUAL_DEFAULTS = {"history_depth": 20, "store_each_nth": 1, "frequency": 10, "regularization": 1e-2}
+RESIDUAL_DEFAULTS = {"history_depth": 20, "store_each_nth": 1, "frequency": 10, "regularization": 0.1}
 """Of 'nonlinear_gmres'."""
 MOMENTUM = ("auto", "keep", "zero")
 ONLY_WITH_RESIDUALS: dict[str, tuple[tuple[Any, ...], str]] = {

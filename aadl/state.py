@@ -106,7 +106,7 @@ def _part_here(saved: Tensor, target: Tensor) -> Tensor:
 def books_of(history: History) -> dict[str, Any]:
     """What a history knows besides its vectors, as plain values; slots keep their places."""
     return {
-        "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump] for c in history.columns],
+        "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate] for c in history.columns],
         "has_pair": history.has_pair,
         "next": history.next,
         "stale": list(history.stale),
@@ -119,7 +119,7 @@ def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
     """The fields of a history from its saved books; raises KeyError, TypeError or ValueError where they are damaged."""
     grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in books["grams"].items()}
     return {
-        "columns": [Column(int(m), bool(c), float(r), dict(jump)) for m, c, r, jump in books["columns"]],
+        "columns": [Column(int(m), bool(c), float(r), dict(jump), float(e)) for m, c, r, jump, e in books["columns"]],
         "has_pair": bool(books["has_pair"]),
         "next": int(books["next"]),
         "stale": [int(slot) for slot in books["stale"]],

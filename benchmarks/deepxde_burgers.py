@@ -28,8 +28,8 @@ import aadl
 os.environ.setdefault("DDE_BACKEND", "pytorch")  # read when deepxde is imported
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "period 10": {},
-    "period 2, momentum zeroed": {"frequency": 2, "momentum": "zero"},
+    "defaults": {},
+    "strong": {"frequency": 2, "momentum": "zero", "reg_acc": 1e-4},
 }
 NU = 0.01 / math.pi
 

@@ -109,7 +109,7 @@ def training(
     runs = {
         name: _stepper(*make(), settings)
         for name, settings in {
-            "plain": None, "period 10": {}, "period 2": {"frequency": 2, "momentum": "zero"},
+            "plain": None, "period 10": {"frequency": 10}, "period 2": {"frequency": 2, "momentum": "zero"},
             "period 1": {"frequency": 1, "momentum": "zero"},
         }.items()
     }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from typing import Any
@@ -307,21 +307,39 @@ def check_scheduler(component: Component, where: str) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
-def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
+def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], **functions: Any) -> None:
     """`aadl.accelerate` with arguments from YAML, in which `history_dtype` is the name of a dtype of torch."""
     dtype = arguments.get("history_dtype")
     if isinstance(dtype, str):
         arguments = {**arguments, "history_dtype": getattr(torch, dtype, dtype)}
-    aadl.accelerate(optimizer, **arguments)
+    aadl.accelerate(optimizer, **arguments, **functions)
 
 
-def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where: str) -> None:
-    """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values."""
+def solves_residuals(arguments: Mapping[str, Any] | None) -> bool:
+    """Whether an acceleration is that by the residuals of the loss."""
+    kind = (arguments or {}).get("acceleration_type")
+    return isinstance(kind, str) and kind.lower() == "nonlinear_gmres"
+
+
+def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where: str, probes: Sequence[str]) -> None:
+    """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values.
+
+    Args:
+        optimizer, arguments: its settings.
+        where: its key, for messages.
+        probes: keys of the suite that go with residuals.
+    """
     parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
-    # The process group is no setting: the library takes the one of the launch.
-    defaults = {entry.name: entry.default for entry in parameters if entry.name != "process_group"}
+    # These are no settings: the library takes the process group of the launch, the suite the functions of the problem.
+    others = ("process_group", "residuals", "check")
+    defaults = {entry.name: entry.default for entry in parameters if entry.name not in others}
+    if solves_residuals(arguments):
+        defaults |= dict.fromkeys(probes)
+        for name in probes:
+            if arguments.get(name) is not None:
+                parse_value(arguments[name], integer(1), f"{where}.{name}")
     refuse_unknown(arguments, defaults, where)
     try:
-        accelerate(check_optimizer(optimizer, where), arguments)
+        accelerate(check_optimizer(optimizer, where), {k: v for k, v in arguments.items() if k not in probes})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None

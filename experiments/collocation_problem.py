@@ -20,11 +20,13 @@ from data_loaders.collocation import adaptive_points, uniform_points
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient, chunks
 from experiments.pinn import Equation, compose, load_equation
-from experiments.problem import Description, Field, Problem
+from experiments.problem import Description, Field, Observer, Problem, Residuals
 from experiments.run_config import PinnConfig, RunConfig
 
 ADAPTIVE_SHARE = 0.5
 """Of the interior points that `adaptive_pool` gives; the others stay spread over the domain."""
+TRAINED, POOL, CHOICE, UNSEEN, OTHERS = (0, 1), 2, 3, (4, 5), (6, 7)
+"""Streams of random numbers of a draw: interior points and conditions, or what `adaptive_pool` needs."""
 TEST_CHUNK = 8192
 """Points of test sets and fields that are evaluated at a time."""
 
@@ -99,12 +101,23 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         lift = _cast(equation.lift(own), dtype) if problem.conditions == "hard" else None
         tests[name] = Test(own.to(dtype), lift, exact.to(device))
 
+    unseen = collocation.unseen()
+
     def evaluate(network: nn.Module) -> dict[str, float]:
-        assert collocation.present is not None
-        values = loss.parts(network, collocation.present)
+        values = loss.parts(network, collocation.now)
         for name, test in list(tests.items())[:1]:
             values |= {f"metrics/validation/{key}_{name}": value for key, value in _errors(network, test).items()}
-        return values
+        return values | {"metrics/validation/loss": loss.parts(network, unseen)["metrics/train/loss"]}
+
+    def least_squares(check_points: int | None = None) -> Residuals:
+        def solved() -> Tensor:
+            return loss.residuals(model, collocation.now)
+
+        def checked() -> Tensor:
+            assert check_points is not None
+            return loss.residuals(model, collocation.others(check_points))
+
+        return Residuals(solved, None if check_points is None else checked)
 
     def finish(network: nn.Module) -> dict[str, float]:
         return {f"{key}_{name}": e for name, test in tests.items() for key, e in _errors(network, test).items()}
@@ -123,6 +136,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
         backward=loss.backward,
         residuals=loss.residuals,
         linearize=loss.linearize,
+        least_squares=least_squares,
         finish=finish,
         fields=fields,
         reset_on_new_data=problem.history_on_resample == "reset",
@@ -178,6 +192,24 @@ class _Collocation:
         self._count = -1
         self.present: Points | None = None
         self.whole = torch.empty(0, equation.num_space + 1)
+        self._others: tuple[tuple[int, int], Points] | None = None
+
+    @property
+    def now(self) -> Points:
+        """The present points."""
+        assert self.present is not None
+        return self.present
+
+    def unseen(self) -> Points:
+        """As many points as a draw has, none of which training sees; the same ones whenever it is asked for them."""
+        return self._drawn(self._config.num_points, 0, UNSEEN)
+
+    def others(self, count: int) -> Points:
+        """`count` interior points beside the present ones, and as many conditions as these have; drawn with them."""
+        key = self._count, count
+        if self._others is None or self._others[0] != key:
+            self._others = key, self._drawn(count, self._count, OTHERS)
+        return self._others[1]
 
     def at(self, network: nn.Module, iteration: int) -> Points:
         """The points of this rank at an iteration; drawn anew after each `resample_every` iterations."""
@@ -195,24 +227,37 @@ class _Collocation:
     def load_state_dict(self, state: Mapping[str, Any]) -> Points:
         """The saved points, which are the present ones again."""
         self._count = state["count"]
-        self.present = self._of_this_rank(state["whole"])
+        self.present = self._trained(state["whole"])
         return self.present
 
     def _draw(self, network: nn.Module) -> Points:
-        config, equation, columns = self._config, self._equation, self._equation.num_space + 1
-        interior = equation.sample(uniform_points(config.sampler, config.num_points, columns, self._seed_of(0)))
+        config = self._config
+        interior = self._interior(config.num_points, self._seed_of(TRAINED[0]))
         if config.adaptive_pool is not None and self._count > 0:
             interior = self._adapted(network, interior, config.adaptive_pool)
-        return self._of_this_rank(interior)
+        return self._trained(interior)
 
-    def _of_this_rank(self, interior: Tensor) -> Points:
-        """This rank's part of the interior points and of the conditions that belong to them."""
-        config, equation, columns = self._config, self._equation, self._equation.num_space + 1
+    def _trained(self, interior: Tensor) -> Points:
+        """The interior points as the present ones, with the conditions that belong to them."""
         self.whole = interior
+        return self._of_this_rank(interior, self._seed_of(TRAINED[1]))
+
+    def _drawn(self, num_interior: int, count: int, streams: tuple[int, int]) -> Points:
+        """Interior points and conditions of a draw of their own."""
+        interior, conditions = (self._seed_of(stream, count) for stream in streams)
+        return self._of_this_rank(self._interior(num_interior, interior), conditions)
+
+    def _interior(self, count: int, seed: int) -> Tensor:
+        equation = self._equation
+        return equation.sample(uniform_points(self._config.sampler, count, equation.num_space + 1, seed))
+
+    def _of_this_rank(self, interior: Tensor, seed: int) -> Points:
+        """This rank's part of interior points and of conditions that are drawn with a seed."""
+        config, equation, columns = self._config, self._equation, self._equation.num_space + 1
         own = slice(self._ranks.rank, None, self._ranks.world_size)
         conditions, values = torch.empty(0, columns, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)
         if config.num_conditions > 0:
-            uniform = uniform_points(config.sampler, config.num_conditions, columns, self._seed_of(1))
+            uniform = uniform_points(config.sampler, config.num_conditions, columns, seed)
             conditions, values = equation.conditions(uniform)
         points = _prepared(self._equation, config, device_of(self._ranks), interior[own], conditions[own], values[own])
         return points._replace(num_interior=len(interior), num_conditions=len(conditions))
@@ -224,8 +269,7 @@ class _Collocation:
         finite leaves the points as they are: the run is about to be recorded as diverged.
         """
         config, equation = self._config, self._equation
-        uniform = uniform_points(config.sampler, size, equation.num_space + 1, self._seed_of(2))
-        pool = equation.sample(uniform)
+        pool = self._interior(size, self._seed_of(POOL))
         empty = pool[:0]
         prepared = _prepared(equation, config, device_of(self._ranks), pool, empty, empty[:, :1])
         with torch.no_grad():
@@ -233,7 +277,7 @@ class _Collocation:
         if bool(residual.isfinite().all()):
             num_adapted = round(ADAPTIVE_SHARE * len(interior))
             if num_adapted > 0:
-                chosen = adaptive_points(pool, residual, num_adapted, self._seed_of(3))
+                chosen = adaptive_points(pool, residual, num_adapted, self._seed_of(CHOICE))
                 # The rows that stay are spread over the set, whose order may mean something.
                 keep = torch.linspace(0, len(interior) - 1, len(interior) - num_adapted).round().long()
                 interior = torch.cat([interior[keep], chosen])
@@ -243,9 +287,10 @@ class _Collocation:
             interior = shared.cpu()
         return interior
 
-    def _seed_of(self, stream: int) -> int:
-        """A seed for each set of points: interior, conditions, pool, choice from the pool."""
-        return int(np.random.SeedSequence((self._seed, self._count, stream)).generate_state(1)[0])
+    def _seed_of(self, stream: int, count: int | None = None) -> int:
+        """A seed for each stream of each draw, by default the present one."""
+        numbers = self._seed, self._count if count is None else count, stream
+        return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def _prepared(
@@ -273,13 +318,19 @@ class _Loss:
         self._equation, self._config, self._ranks = equation, config, ranks
         self._slopes: Tensor | None = None  # weights of the residuals at the last linearization
 
-    def backward(self, network: nn.Module, points: Points) -> Tensor:
-        """The loss; its gradient is added to that of the parameters, chunk by chunk."""
+    def backward(self, network: nn.Module, points: Points, observe: Observer | None = None) -> Tensor:
+        """The loss; its gradient is added to that of the parameters, chunk by chunk.
+
+        The residuals are made on the way to the loss; `observe` is handed them at no further cost.
+        """
         assert isinstance(network, MLP)
         size, equation = self._ranks.world_size, self._equation
+        interior, error = [], None
 
         def loss_sum(u: Derivatives, rows: slice) -> Tensor:
-            return size * self._scaled(_residual_of(equation, u, points, rows), rows).square().sum()
+            residual = self._scaled(_residual_of(equation, u, points, rows), rows)
+            interior.append(residual.detach())
+            return size * residual.square().sum()
 
         loss = accumulate_gradient(
             network,
@@ -292,9 +343,13 @@ class _Loss:
         )
         if points.num_conditions > 0:
             weight = size * self._config.condition_weight / points.num_conditions
-            conditions = weight * (self._value(network, points) - points.values).square().sum()
+            error = self._value(network, points) - points.values
+            conditions = weight * error.square().sum()
             conditions.backward()
             loss = loss + conditions.detach()
+        if observe is not None:
+            inside = torch.cat(interior) if interior else points.interior[:, :1]
+            observe(self._weighted(inside, None if error is None else error.detach(), points))
         return self._averaged(network, loss)
 
     def value(self, network: nn.Module, points: Points) -> Tensor:
@@ -324,14 +379,14 @@ class _Loss:
         }
 
     def residuals(self, network: nn.Module, points: Points) -> Tensor:
-        """Residuals (rows,), weighted so that the loss is the sum of their squares. Single process."""
+        """Residuals of this rank (rows,), weighted so that the loss is the sum of the squares of those of all ranks."""
         with torch.no_grad():
             interior = _residual(self._equation, network, points, self._config.chunk_points)
             interior = self._scaled(interior, slice(None))
             return self._weighted(interior, self._value(network, points) - points.values, points)
 
-    def linearize(self, network: nn.Module, points: Points) -> tuple[Tensor, Tensor]:
-        """The residuals (rows,) and their Jacobian (rows, parameters). Single process."""
+    def linearize(self, network: nn.Module, points: Points, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
+        """The residuals (rows,), which `observe` is handed, and their Jacobian (rows, parameters). Single process."""
         assert isinstance(network, MLP)
         equation = self._equation
         if self._config.slope_weight:
@@ -347,11 +402,16 @@ class _Loss:
             points.interior, residual, self._config.chunk_points, gradient_square=equation.uses_gradient_square
         )
         if len(points.conditions) == 0:
-            return self._weighted(interior, None, points), jacobian / math.sqrt(len(points.interior))
-        condition, condition_jacobian = network.residual_jacobian(points.conditions, error, values_only=True)
-        weights = self._weighted(torch.ones_like(interior), torch.ones_like(condition), points)
-        jacobian = torch.cat([jacobian, condition_jacobian]).mul_(weights.unsqueeze(1))
-        return self._weighted(interior, condition, points), jacobian
+            residuals = self._weighted(interior, None, points)
+            jacobian /= math.sqrt(len(points.interior))
+        else:
+            condition, condition_jacobian = network.residual_jacobian(points.conditions, error, values_only=True)
+            residuals = self._weighted(interior, condition, points)
+            weights = self._weighted(torch.ones_like(interior), torch.ones_like(condition), points)
+            jacobian = torch.cat([jacobian, condition_jacobian]).mul_(weights.unsqueeze(1))
+        if observe is not None:
+            observe(residuals)
+        return residuals, jacobian
 
     def _scaled(self, residual: Tensor, rows: slice) -> Tensor:
         return residual if self._slopes is None else residual * self._slopes[rows]

@@ -37,6 +37,7 @@ from experiments.checks import (
     read_settings,
     refuse_unknown,
     schedulers,
+    solves_residuals,
     takes,
 )
 from experiments.image_config import (
@@ -50,6 +51,7 @@ from experiments.launch import LaunchSettings
 from experiments.pinn import load_equation
 from experiments.run_config import (
     EXPERIMENTS,
+    PROBES,
     TRAININGS,
     BatchSizeStudy,
     ExperimentConfig,
@@ -254,6 +256,9 @@ def parse_config(
     for name, variant in variants.items():
         problem, training = variant_settings(config, variant, f"variants.{name}.")
         stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
+        accelerations = [variant.acceleration, *([variant.then.acceleration] if variant.then is not None else [])]
+        if isinstance(problem, PinnConfig) and any(map(solves_residuals, accelerations)):
+            _check_residuals_stay(problem, f"variants.{name}")
         for optimizer in stages if isinstance(problem, PinnConfig) and problem.slope_weight else ():
             if not needs_residuals(optimizer.name):
                 raise ValueError(
@@ -273,6 +278,20 @@ def parse_config(
                 f"got {variant.then.after}"
             )
     return config
+
+
+def _check_residuals_stay(problem: PinnConfig, where: str) -> None:
+    """Residuals on other points, or of other weights, do not belong into one history."""
+    if problem.slope_weight:
+        raise ValueError(
+            f"{where}: problem.slope_weight must be false for nonlinear_gmres, for it weights the residuals anew at "
+            "each linearization, got true"
+        )
+    if problem.resample_every is not None and problem.history_on_resample != "reset":
+        raise ValueError(
+            f"{where}: problem.history_on_resample must be reset for nonlinear_gmres where points are drawn anew, got "
+            f"{problem.history_on_resample!r}"
+        )
 
 
 def _check_rates(variant: VariantConfig, rates: Sequence[float], where: str) -> None:
@@ -433,8 +452,23 @@ def _optimizer(
         acceleration = dict(as_mapping(raw["acceleration"], f"{where}.acceleration"))
         is_image = problem_class is ImageConfig
         settings = in_steps(acceleration, NOMINAL_STEPS, f"{where}.acceleration") if is_image else acceleration
-        check_acceleration(optimizer, settings, f"{where}.acceleration")
+        if is_image and solves_residuals(acceleration):
+            raise ValueError(
+                f"{where}.acceleration.acceleration_type must not be nonlinear_gmres, for the loss of classes is no "
+                f"sum of squares, got {acceleration['acceleration_type']!r}"
+            )
+        check_acceleration(optimizer, settings, f"{where}.acceleration", PROBES[problem_class])
     return optimizer, acceleration
+
+
+def _check_probe(acceleration: Mapping[str, Any], num_rows: int, where: str) -> None:
+    """Rows on which residuals are solved for, and others that check, out of the training set."""
+    probe, check = (acceleration.get(name) for name in ("probe_rows", "check_rows"))
+    if (probe or 1) + (check or 0) > num_rows:
+        raise ValueError(
+            f"{where}: probe_rows and check_rows must be at most the {num_rows} rows of the training set together, got "
+            f"{probe} and {check}"
+        )
 
 
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
@@ -469,6 +503,8 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
         largest = max(config.training.batch_size, *(config.batch_size.sizes if config.batch_size else (1,)))
         if largest > num_rows:
             raise ValueError(f"a batch of {largest} rows is larger than the training set of {num_rows}")
+        for name, definition in config.variants.items():
+            _check_probe(definition.acceleration or {}, num_rows, f"variants.{name}.acceleration")
     runs = [run(variant, seed) for seed in config.seeds for variant in config.variants]
     if config.learning_rate is not None:
         for seed in config.learning_rate.seeds:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import aadl
 from experiments import collocation_problem, graduate_admissions, imagenet
-from experiments.checks import Component, accelerate, make_optimizer, needs_residuals
+from experiments.checks import Component, accelerate, make_optimizer, needs_residuals, solves_residuals
 from experiments.config import expand_runs
 from experiments.departure import Interrupted
 from experiments.image_config import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
@@ -38,7 +38,14 @@ from experiments.record import (
     state_of,
     write_run,
 )
-from experiments.run_config import ExperimentConfig, GraduateAdmissionsConfig, PublishedConfig, RunConfig, SaveConfig
+from experiments.run_config import (
+    PROBES,
+    ExperimentConfig,
+    GraduateAdmissionsConfig,
+    PublishedConfig,
+    RunConfig,
+    SaveConfig,
+)
 from experiments.schedules import scaled_rate
 from experiments.session import OtherRun, RunSession, check_checkpoints
 from experiments.steps import HookSeconds, Stage
@@ -191,9 +198,11 @@ def _stage(
     stage = Stage(made, after=after)
     if acceleration is not None:
         steps = in_steps(acceleration, problem.steps_per_epoch) if problem.steps_per_epoch else acceleration
-        accelerate(made, steps)
+        _accelerate(problem, made, steps)
         accelerator = aadl.accelerator_of(made)
         stage = replace(stage, statistics=lambda: accelerator.statistics)
+        if isinstance(accelerator, aadl.ResidualAccelerator):
+            stage = replace(stage, accelerator=accelerator)
     elif published is not None:
         if problem.steps_per_epoch:
             steps = in_steps(config.variant.published_cadences, problem.steps_per_epoch)
@@ -201,6 +210,18 @@ def _stage(
         scheme = PublishedScheme(made, published)
         stage = replace(stage, statistics=lambda: scheme.statistics, memory=scheme)
     return replace(stage, seconds=seconds.enclose()) if seconds is not None else stage
+
+
+def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
+    """Accelerates an optimizer of the problem, by the residuals of its loss if so wanted."""
+    if not solves_residuals(arguments):
+        accelerate(optimizer, arguments)
+        return
+    assert problem.least_squares is not None  # checked with the configuration
+    names = [name for names in PROBES.values() for name in names]
+    found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
+    settings = {name: value for name, value in arguments.items() if name not in names}
+    accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
 
 
 def execute_experiment(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
 from experiments.launch import Ranks, device_of
 from experiments.models.mlp import MLP
-from experiments.problem import Description, Problem
+from experiments.problem import Description, Problem, Residuals
 from experiments.run_config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
 
 Batch = tuple[Tensor, Tensor]
@@ -84,10 +84,26 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.mse_loss(network(batch[0]), batch[1])
 
+    def least_squares(probe_rows: int | None = None, check_rows: int | None = None) -> Residuals:
+        order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(config.seed)).to(device)
+        check, probe = order[: check_rows or 0], order[check_rows or 0 :][:probe_rows]
+
+        def on(rows: Tensor) -> Callable[[], Tensor]:
+            features, target = (tensor[rows[ranks.rank :: ranks.world_size]] for tensor in train_set)
+
+            def residuals() -> Tensor:
+                with torch.no_grad():
+                    error: Tensor = model(features) - target
+                return error.flatten()
+
+            return residuals
+
+        return Residuals(on(probe), on(check) if len(check) else None)
+
     def evaluate(network: nn.Module) -> dict[str, float]:
         return {
             "metrics/train/loss": float(loss(network, train_set)),
             "metrics/validation/loss": float(loss(network, validation_set)),
         }
 
-    return Problem(model, epoch_batches, loss, evaluate, data.source, digest)
+    return Problem(model, epoch_batches, loss, evaluate, data.source, digest, least_squares=least_squares)

@@ -40,6 +40,24 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
+Observer = Callable[[Tensor], None]
+"""What is handed the residuals of an evaluation."""
+
+
+class Residuals(NamedTuple):
+    """Residuals of the loss at the present weights of the network, on the rows or points of this rank.
+
+    Their squares, summed over all ranks, are the loss of these rows or points up to a factor.
+
+    Attributes:
+        solved: on those that an acceleration makes small.
+        checked: on others, by which it is judged; None for no others.
+    """
+
+    solved: Callable[[], Tensor]
+    checked: Callable[[], Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class Problem:
     """What the loop needs to know of an experiment.
@@ -53,10 +71,13 @@ class Problem:
         data_source: where the data came from, "csv", "surrogate" or "computed".
         data_digest: short hash of the data, for telling whether two runs saw the same.
         points: (model, iteration) -> the batch at that iteration; the same object as long as the points are the same.
-        backward: (model, batch) -> loss, with gradients accumulated, both the mean over all ranks; None for `loss` and
-            its backward pass, and for DistributedDataParallel where there are several ranks.
+        backward: (model, batch, observe) -> loss, with gradients accumulated, both the mean over all ranks; `observe`,
+            where it is not None, is handed the residuals of this evaluation, as `least_squares` has them. None for
+            `loss` and its backward pass, and for DistributedDataParallel where there are several ranks.
         residuals: (model, batch) -> residuals r, (rows,), weighted so that the loss is sum r^2.
-        linearize: (model, batch) -> r and its Jacobian, (rows,) and (rows, parameters).
+        linearize: (model, batch, observe) -> r and its Jacobian, (rows,) and (rows, parameters); `observe` as above.
+        least_squares: settings of `run_config.PROBES` -> `Residuals` of this rank; None where the loss is no sum of
+            squares.
         finish: model -> attributes of the record that are worth one evaluation, at the end.
         fields: model -> fields of the record.
         reset_on_new_data: whether L-BFGS and aadl begin anew when `points` gives other points.
@@ -81,9 +102,10 @@ class Problem:
     data_source: str
     data_digest: str
     points: Callable[[nn.Module, int], Any] | None = None
-    backward: Callable[[nn.Module, Any], Tensor] | None = None
+    backward: Callable[[nn.Module, Any, Observer | None], Tensor] | None = None
     residuals: Callable[[nn.Module, Any], Tensor] | None = None
-    linearize: Callable[[nn.Module, Any], tuple[Tensor, Tensor]] | None = None
+    linearize: Callable[[nn.Module, Any, Observer | None], tuple[Tensor, Tensor]] | None = None
+    least_squares: Callable[..., Residuals] | None = None
     finish: Callable[[nn.Module], dict[str, Any]] | None = None
     fields: Callable[[nn.Module], dict[str, Field]] | None = None
     reset_on_new_data: bool = False

@@ -59,9 +59,11 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/suspensions": ("1", "suspensions by the trust ratio since the start"),
     "acceleration/suspended": ("1", "accelerations left out during suspensions since the start"),
     "acceleration/closure_evaluations": ("1", "evaluations of the loss by the safeguard since the start"),
+    "acceleration/residual_evaluations": ("1", "evaluations of residuals by the acceleration since the start"),
     "acceleration/averaging": ("1", "whether the moving average is on"),
     "acceleration/relative_standard_deviation": ("1", "relative standard deviation between updates in the window"),
-    "acceleration/trust_ratio": ("1", "next residual norm over the predicted one"),
+    "acceleration/trust_ratio": ("1", "next residual norm over the predicted one; of residuals: gained over promised"),
+    "acceleration/damping": ("1", "damping of the mixing problem, relative to unit columns"),
     "acceleration/gain": ("1", "norm of the mixed residual over the plain one"),
     "acceleration/condition_number": ("1", "condition number of the column-equilibrated residual differences DF"),
     "acceleration/numerical_rank": ("1", "numerical rank of the Gram matrix"),
@@ -84,7 +86,10 @@ CLASSIFICATION: dict[str, tuple[str, str]] = {
     "num_images": ("1", "number of validation images that were evaluated"),
 }
 # Those that mean something else where points are sampled.
-SAMPLED: dict[str, tuple[str, str]] = {"metrics/train/loss": ("1", "training loss on the present points")}
+SAMPLED: dict[str, tuple[str, str]] = {
+    "metrics/train/loss": ("1", "training loss on the present points"),
+    "metrics/validation/loss": ("1", "training loss on points that training never sees"),
+}
 
 SCALES: dict[str, tuple[str, str]] = {
     "epoch": ("epoch", "completed passes over the training set"),

@@ -136,6 +136,15 @@ TRAININGS: dict[type[ProblemConfig], type[AnyTrainingConfig]] = {
     ImageConfig: ImageTrainingConfig,
 }
 
+# Keys of an acceleration by residuals ("nonlinear_gmres") that are the suite's, integers >= 1: `probe_rows` of the
+# training set are those that it makes small, by default all but those of the check; a candidate must be better on
+# `check_rows` others too, or on `check_points` others, which are drawn anew with the points. By default nothing checks.
+PROBES: dict[type[ProblemConfig], tuple[str, ...]] = {
+    GraduateAdmissionsConfig: ("probe_rows", "check_rows"),
+    PinnConfig: ("check_points",),
+    ImageConfig: (),
+}
+
 # The experiments of the suite. Any other name is a user's equation, see `parse_config`.
 EXPERIMENTS: dict[str, type[ProblemConfig]] = {
     "graduate_admissions": GraduateAdmissionsConfig,

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from aadl import ResidualAccelerator
 from aadl.deferred import Deferred
 from experiments.batchnorm import untouched_buffers
-from experiments.problem import Problem
+from experiments.problem import Observer, Problem
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Stage:
         statistics: reads the counters of its acceleration.
         after: first iteration.
         seconds: reads the time that its acceleration took, None where it is not measured.
+        accelerator: of the residuals of the loss, which it observes; None for any other or none.
         memory: the acceleration, where its state is not in that of the optimizer; has state_dict and load_state_dict.
     """
 
@@ -35,6 +37,7 @@ class Stage:
     after: int = 0
     seconds: Callable[[], float] | None = None
     memory: Any = None
+    accelerator: ResidualAccelerator | None = None
 
 
 class Closure:
@@ -73,7 +76,7 @@ class Closure:
         self.num_losses += 1
         self.optimizer.zero_grad()
         if self.problem.backward is not None:
-            return self.problem.backward(self.model, self.batch)
+            return self.problem.backward(self.model, self.batch, self._observer)
         loss = self.problem.loss(self.model, self.batch)
         loss.backward()
         return loss
@@ -83,7 +86,7 @@ class Closure:
         self.num_linearizations += 1
         if self.problem.linearize is None:
             raise ValueError(f"{type(self.optimizer).__name__} needs residuals, which this problem does not have")
-        return self.problem.linearize(self.model, self.batch)
+        return self.problem.linearize(self.model, self.batch, self._observer)
 
     def residuals(self) -> Tensor:
         """Residuals (rows,): a trial."""
@@ -93,15 +96,27 @@ class Closure:
         return self.problem.residuals(self.model, self.batch)
 
     @property
+    def _observer(self) -> Observer | None:
+        """Who is handed the residuals of the present optimizer's evaluations."""
+        for stage in self.stages:
+            if stage.optimizer is self.optimizer and stage.accelerator is not None:
+                return stage.accelerator.observe
+        return None
+
+    @property
     def evaluations(self) -> int:
-        """Evaluations of the loss: for a gradient, for a Jacobian, or on trial."""
-        return self.num_losses + self.num_linearizations + self.num_residuals
+        """Evaluations of the loss: for a gradient, for a Jacobian, or on trial; those of its residuals are some."""
+        residuals = self.num_residuals + self._counted("residual_evaluations")
+        return self.num_losses + self.num_linearizations + residuals
 
     @property
     def iterations(self) -> int:
         """Evaluations without the trials: those of the gradient or of the Jacobian."""
-        trials = sum(stage.statistics().get("closure_evaluations", 0) for stage in self.stages if stage.statistics)
-        return self.num_losses + self.num_linearizations - trials
+        return self.num_losses + self.num_linearizations - self._counted("closure_evaluations")
+
+    def _counted(self, name: str) -> int:
+        """A counter of the accelerations."""
+        return sum(stage.statistics().get(name, 0) for stage in self.stages if stage.statistics)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, and what a scaler knows."""

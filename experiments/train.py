@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import aadl
-from aadl.attached import find_accelerator
+from aadl.attached import STATE_KEY, find_accelerator
 from experiments.checks import make_scheduler
 from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of
@@ -347,9 +347,10 @@ class Training:
         if self.problem.synchronize is not None:
             self.problem.synchronize()
         losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
+        optimizers, accelerators = zip(*map(_state_of, self.stages), strict=True)
         shared = {
             "model": self.problem.model.state_dict(),
-            "optimizers": [stage.optimizer.state_dict() for stage in self.stages],
+            "optimizers": list(optimizers),
             "memories": [stage.memory.state_dict() if stage.memory is not None else None for stage in self.stages],
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "ema": self.ema.state_dict() if self.ema is not None else None,
@@ -368,15 +369,17 @@ class Training:
             "num_steps": self.num_steps,
             "diverged_at": self.diverged_at,
         }
-        return shared, {"losses": losses}
+        return shared, {"losses": losses, "accelerators": list(accelerators)}
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Continues where a run with the same settings was; `own` is None on ranks that did not take part in it."""
         self.problem.model.load_state_dict(shared["model"])
-        for stage, optimizer, memory in zip(self.stages, shared["optimizers"], shared["memories"], strict=True):
-            stage.optimizer.load_state_dict(optimizer)
+        for position, stage in enumerate(self.stages):
+            stage.optimizer.load_state_dict(shared["optimizers"][position])
             if stage.memory is not None:
-                stage.memory.load_state_dict(memory)
+                stage.memory.load_state_dict(shared["memories"][position])
+            if stage.accelerator is not None and own is not None:
+                stage.accelerator.load_state_dict(own["accelerators"][position])
         device = next(self.problem.model.parameters()).device
         for name in ("scheduler", "ema", "closure", "clock"):
             part = getattr(self, name)
@@ -437,6 +440,18 @@ class Training:
             stop_reason=reason if self.diverged_at is None else "diverged",
             **more,
         )
+
+
+def _state_of(stage: Stage) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The state of its optimizer, and that of its accelerator where each rank has residuals of its own.
+
+    What the ranks have in common stays in that of the optimizer: other ranks go on from it, with an empty history.
+    """
+    state = stage.optimizer.state_dict()
+    if stage.accelerator is None:
+        return state, None
+    own = state[STATE_KEY]
+    return state | {STATE_KEY: own | {"rows": {}}}, own
 
 
 def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingConfig, ranks: Ranks) -> Closure:

@@ -121,14 +121,45 @@ def test_step_fraction_is_exact_for_consecutive_pairs_and_a_bound_with_jumps():
     f = torch.randn(5, 30, dtype=torch.float64)
     differences = f[1:] - f[:-1]
     gram = Gram(differences @ differences.T, differences @ f[-1], float(f[-1] @ f[-1]))
-    gamma = host_tensor([0.5, -2.0, 1.0, 3.0])
+    gamma, same, smooth = host_tensor([0.5, -2.0, 1.0, 3.0]), [0.0] * 4, [0.0] * 4
     step, way = float((gamma @ f[1:]).norm()), float(f.norm(dim=1).sum())
-    assert step_fraction(gram, gamma, [0.0] * 4, 0.0, 0, 0.25) == pytest.approx(0.25 * way / step)
-    assert step_fraction(gram, 0.01 * gamma, [0.0] * 4, 0.0, 0, 0.25) == 1.0
-    assert step_fraction(gram, gamma, [0.0] * 4, 3.0, 0, 0.25) == pytest.approx(0.25 * (way + 3.0) / step)
+    assert step_fraction(gram, gamma, same, smooth, 0.0, 0, 0.25) == pytest.approx(0.25 * way / step)
+    assert step_fraction(gram, 0.01 * gamma, same, smooth, 0.0, 0, 0.25) == 1.0
+    assert step_fraction(gram, gamma, same, smooth, 3.0, 0, 0.25) == pytest.approx(0.25 * (way + 3.0) / step)
     jumps = [0.0, 3.0, 0.0, 0.0]
     expected = 0.25 * (way + 3.0) / (step + 2.0 * 3.0)
-    assert step_fraction(gram, gamma, jumps, 7.0, 0, 0.25) == pytest.approx(expected)
+    assert step_fraction(gram, gamma, same, jumps, 7.0, 0, 0.25) == pytest.approx(expected)
+    more = float((gamma * host_tensor([0.1, 0.0, 0.2, 0.0]) @ f[:-1]).norm())
+    expected = 0.25 * way / (step + more)
+    assert step_fraction(gram, gamma, [0.1, 0.0, 0.2, 0.0], smooth, 0.0, 0, 0.25) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 0.9])
+@pytest.mark.parametrize("falling", [True, False])
+def test_the_step_of_a_candidate_keeps_to_its_reach_while_the_learning_rate_changes(falling, relaxation):
+    """By a fifth from one step to the next, so that the earlier ends of columns are other ones at the present rate."""
+    model = network()
+    optimizer = sgd(model, lr=0.02)
+    pairs, rates, bounded = Pairs(optimizer), [], 0
+    settings = EAGER | {"history_depth": 3, "safeguard": "residual", "average": False}
+    aadl.accelerate(optimizer, **settings, relaxation=relaxation)
+    decisions = aadl.accelerator_of(optimizer)._decisions
+    for number in range(120):
+        rates.append(0.02 * 1.2 ** ((-number if falling else number) % 3))
+        optimizer.param_groups[0]["lr"] = rates[-1]
+        accepted, reach = statistics(optimizer)["accepted"], decisions.reach
+        train(model, optimizer, 1)
+        if statistics(optimizer)["accepted"] == accepted or len(pairs.pairs) < 5:
+            continue
+        x = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        window = pairs.pairs[-4:]
+        updates = [float((g - x).norm()) * rates[-1] / rate for (x, g), rate in zip(window, rates[-4:], strict=True)]
+        jumps = sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
+        step = float((x - window[-1][1]).norm())
+        way = sum(updates) + max(jumps, math.sqrt(sum(decisions.last_jump.values())))
+        assert step <= 1.001 * (reach * way + (1 - relaxation) * max(updates))
+        bounded += 1
+    assert bounded > 5
 
 
 class Slope:
@@ -211,6 +242,22 @@ def rising(model, optimizer, rises):
     return closure
 
 
+def test_the_candidate_whose_trial_stops_acceleration_is_refused():
+    model = network()
+    optimizer = sgd(model, lr=0.02)
+    aadl.accelerate(optimizer, **EAGER | {"average": False})
+    stops = 0
+    for _ in range(400):
+        before = statistics(optimizer)["accepted"], statistics(optimizer)["attempts"]
+        optimizer.step(rising(model, optimizer, 100))
+        counts = statistics(optimizer)
+        if counts["stops"] > stops:
+            stops = counts["stops"]
+            assert (counts["accepted"], counts["attempts"]) == (before[0], before[1] + 1)
+            assert aadl.accelerator_of(optimizer)._decisions.pending is None
+    assert counts["rejected"]["stopped"] == stops > 0
+
+
 @pytest.mark.parametrize("rises", [100, 10_000])
 def test_a_training_that_goes_back_is_left_alone_until_it_is_twice_as_long(rises):
     model = network()
@@ -288,6 +335,47 @@ def test_one_warning_says_why_nothing_is_accepted(cause, gradient):
     counts, texts = run_idle(400, gradient, **settings)
     assert len(texts) == 1 and advice.CURES[cause] in texts[0]
     assert max(counts["rejected"], key=counts["rejected"].get) == cause
+
+
+def test_the_warning_comes_once_whatever_happens_when_it_is_due():
+    """Here the macro-step in which it is due is abandoned, and the training is saved and resumed later."""
+    torch.manual_seed(0)
+    settings = EAGER | {"safeguard": "residual", "average": False, "store_each_nth": 2, "frequency": 4}
+    x = nn.Parameter(torch.zeros(100, dtype=torch.float64))
+    optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.1, momentum=0.5), **settings)
+    texts = []
+    for step in range(1, 301):
+        x.grad = torch.randn(100, dtype=torch.float64)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if step == 82:
+                x.data = x.data.clone()  # other memory: noticed at the end of the macro-step
+            optimizer.step()
+        texts += [str(warning.message) for warning in caught]
+        if step == 80:
+            assert texts == []
+        if step == 120:
+            assert len(texts) == 1
+        if step == 200:
+            state = optimizer.state_dict()
+            optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.1, momentum=0.5), **settings)
+            optimizer.load_state_dict(state)
+    assert len(texts) == 1 and "no candidate in 20 periods" in texts[0]
+
+
+def test_candidates_that_point_back_under_one_cycle_are_named():
+    """With momentum that is cycled too; every candidate points back."""
+    torch.manual_seed(0)
+    x = nn.Parameter(torch.zeros(100, dtype=torch.float64))
+    optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=1000, cycle_momentum=True)
+    aadl.accelerate(optimizer)
+    with pytest.warns(UserWarning, match="dominated by noise") as caught:
+        for _ in range(1000):
+            x.grad = torch.randn(100, dtype=torch.float64)
+            optimizer.step()
+            schedule.step()
+    assert len(caught) == 1 and set(statistics(optimizer)["rejected"]) == {"backward"}
 
 
 def test_the_warning_names_learning_rates_that_jump():

@@ -504,21 +504,20 @@ def test_steps_that_undo_what_was_gained_make_accelerations_more_frequent():
         accelerator = accelerated(model, optimizer, frequency=frequency)
         train(model, optimizer, 200)
         periods[frequency], ends[frequency] = accelerator.statistics["period"], loss_of(model)
-    assert periods == {None: pace.SHORTEST, 10: 10}
-    assert ends[None] < 0.1 * ends[10]
+    assert periods[None] < periods[10] == 10
+    assert ends[None] < 0.5 * ends[10]
 
 
 def test_points_learned_by_heart_make_accelerations_rare_again():
     own = Pace(10, adapts=True, due=10)
-    for square in (1.0, 3.0, 9.0, 27.0):
+    for square in (1.0, 4.0, 16.0, 64.0):
         own.note_square(square)
-        own.reached = square
     assert own.period == pace.SHORTEST and own.is_fast
     own.note_jump(1.2)
     assert own.period == pace.SHORTEST
     own.note_jump(pace.JUMP + 0.1)
     assert own.period == 10 and not own.is_fast
-    own.reached = math.nan  # new points
+    own.before = math.nan  # new points
     own.note_square(1e9)
     assert own.period == 10
 
@@ -572,6 +571,11 @@ def test_misuse_gets_one_sentence():
     with pytest.raises(ValueError, match="this closure called no observe"):
         for _ in range(10):
             optimizer.step(lambda: residuals_of(model).square().mean())
+    optimizer = aadl.accelerate(fresh(), "nonlinear_gmres")
+    closure = closure_of(model, optimizer)
+    closure.__module__ = "lightning.pytorch.loops"
+    with pytest.raises(ValueError, match=r"needs residuals=fn here: the closure belongs to the loop of a framework"):
+        optimizer.step(closure)
     optimizer = aadl.accelerate(fresh(), "nonlinear_gmres", residuals=lambda: 3.0, frequency=2)
     with pytest.raises(ValueError, match="residuals must return a tensor, or a list of tensors, got float"):
         train(model, optimizer, 2, observe=False)
@@ -783,7 +787,7 @@ def test_replicas_resume_bit_for_bit_each_with_its_own_rows(tmp_path):
         assert counts["accepted"] > 2
 
 
-def loads_of_rank_zero(rank, world_size):
+def loads_of_rank_zero(rank, world_size, steps):
     """A checkpoint of rank 0 alone, loaded by both; the run goes on, from a history that starts again."""
     model = network()
     forward = replica(model, rank, world_size)
@@ -799,7 +803,7 @@ def loads_of_rank_zero(rank, world_size):
         loss.backward()
         return loss
 
-    for _ in range(10):
+    for _ in range(steps):
         optimizer.step(closure)
     saved = [(model.state_dict(), optimizer.state_dict())]
     dist.broadcast_object_list(saved, src=0)
@@ -811,8 +815,10 @@ def loads_of_rank_zero(rank, world_size):
     return whole(model), columns, accelerator.statistics
 
 
-def test_the_state_of_another_rank_costs_the_pairs_and_nothing_else(tmp_path):
-    (first, columns, counts), (second, others, _) = gloo.spawn_ranks(tmp_path / "ranks", loads_of_rank_zero, 2)
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_state_of_another_rank_costs_the_pairs_and_nothing_else(steps, tmp_path):
+    """After 4 steps the points were not compared yet, and rank 1 has nothing to compare with."""
+    (first, columns, counts), (second, others, _) = gloo.spawn_ranks(tmp_path / "ranks", loads_of_rank_zero, 2, steps)
     assert torch.equal(first, second)
     assert columns > 0 and others == 0
-    assert counts["accepted"] > 2
+    assert counts["accepted"] > 0

@@ -284,9 +284,9 @@ def test_a_run_ends_when_its_time_is_up(monkeypatch):
     problem = build(config, Ranks())
     backward = problem.backward
 
-    def slow(model, points):
+    def slow(model, points, observe):
         clock[0] += 1.0
-        return backward(model, points)
+        return backward(model, points, observe)
 
     optimizer = torch.optim.Adam(problem.model.parameters())
     result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), config.training, Ranks())
@@ -338,9 +338,9 @@ def failing(problem, iteration):
     """The problem, with a loss that is NaN from an iteration on."""
     calls = [0]
 
-    def backward(model, points):
+    def backward(model, points, observe):
         calls[0] += 1
-        loss = problem.backward(model, points)
+        loss = problem.backward(model, points, observe)
         return loss * math.nan if calls[0] >= iteration else loss
 
     return dataclasses.replace(problem, backward=backward)

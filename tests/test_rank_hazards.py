@@ -4,8 +4,10 @@ Models are plain modules whose gradients are averaged by hand.
 """
 
 import copy
+import itertools
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from unittest import mock
 
 import torch
@@ -100,6 +102,38 @@ def swap_on_rank_0(rank, swap):
     return training(model, optimizer, 20, look_elsewhere)
 
 
+def apart(rank, written_on, with_closure, store_each_nth):
+    """The weights of some ranks are changed whenever a candidate waits for its judgment, and stay different.
+
+    Returns what must be equal on all ranks. They wait for each other for seconds only.
+    """
+    model = three_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    settings = EAGER | {"average": False, "store_each_nth": store_each_nth, "frequency": 3 * store_each_nth}
+    aadl.accelerate(optimizer, **settings, process_group=group)
+    decisions = aadl.accelerator_of(optimizer)._decisions
+    x, y = data(32, 8)[rank::2].float(), data(32, 4, seed=8)[rank::2].float()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(90):
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        if decisions.pending is not None and rank in written_on:
+            with torch.no_grad():
+                model[0].weight.mul_(1.01)
+    names = ("steps", "macro_steps", "attempts", "accepted", "reverted", "rejected", "suspended", "closure_evaluations")
+    return {name: decisions.statistics[name] for name in names} | {"reach": decisions.reach}
+
+
 class Scaled(nn.Module):
     """A scalar in float32 beside parameters in float64."""
 
@@ -186,6 +220,11 @@ def on_two_ranks(rank, size, folder):
         "compiler on none": without_compiler_on([0, 1], rank),
         "unaware": without_compiler_on([1], rank, unaware=True),
         "checkpoint": saved_and_loaded(rank, size, folder),
+        "apart": {
+            (written_on, *case): apart(rank, written_on, *case)
+            for written_on in ((), (0,), (0, 1))
+            for case in itertools.product((False, True), (1, 2))
+        },
     }
 
 
@@ -193,6 +232,10 @@ def test_two_ranks_stay_together(spawn_ranks, tmp_path):
     first, second = spawn_ranks(on_two_ranks, 2, tmp_path / "checkpoint")
     whole, loaded, unloaded = first.pop("checkpoint")
     assert identical(whole, second.pop("checkpoint")[0])
+    of_first, of_second = first.pop("apart"), second.pop("apart")
+    for case, counts in of_first.items():
+        assert counts == of_second[case], case
+        assert counts["accepted"] > 2, case
     unaware = first.pop("unaware"), second.pop("unaware")
     for name, outcome_there in first.items():
         assert torch.equal(outcome_there["weights"], second[name]["weights"]), name

@@ -176,7 +176,7 @@ def _through(weight: Tensor, lanes: Tensor) -> Tensor:
 
 
 def propagate(
-    points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan
+    points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan, keeps: bool = True
 ) -> tuple[Tensor, list[Layer], tuple[Tensor, Tensor]]:
     """Value and first lanes, (1 + num_outputs, N), and what the adjoint needs.
 
@@ -185,20 +185,25 @@ def propagate(
         lanes: (K, inputs); zeros (the Laplacian of the inputs), then the directions.
         parameters: of at least two layers, the last one with one output.
         plan: what is wanted.
+        keeps: whether an adjoint follows; without one, a layer is written over by the next, which is faster by a
+            quarter, and the numbers are the same.
 
     Returns:
-        The outputs, the hidden layers, and the inputs of the last layer.
+        The outputs, the hidden layers (none without an adjoint), and the inputs of the last layer.
     """
     layers: list[Layer] = []
     value, lanes = points.T, lanes.T.unsqueeze(2)
     for number, (weight, bias) in enumerate(parameters[:-1]):
         z = _times(weight, value).add_(bias.unsqueeze(1))
         slopes = _through(weight, lanes)
-        square = slopes[:, plan.first_row :].square().sum(1)
+        rows = slopes[:, plan.first_row :]
+        square = rows.square().sum(1) if rows.shape[1] > 1 else rows[:, 0].square()
         output, first, second = plan.rule.values(z)
-        layers.append(Layer(value, lanes, z, slopes, square, output, first, second))
+        if keeps:
+            layers.append(Layer(value, lanes, z, slopes, square, output, first, second))
         used = plan.num_outputs if number == len(parameters) - 2 else slopes.shape[1]
-        value, lanes = output, first.unsqueeze(1) * slopes[:, :used]
+        slopes, in_place = slopes[:, :used], not keeps and slopes.shape[2] == z.shape[1]
+        value, lanes = output, torch.mul(slopes, first.unsqueeze(1), out=slopes if in_place else None)
         lanes[:, 0].addcmul_(second, square)
     weight, bias = parameters[-1]
     outputs = torch.cat([torch.addmm(bias, weight, value), (weight @ lanes.flatten(1)).view(lanes.shape[1:])])
@@ -301,6 +306,8 @@ def outputs_of(points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan
         weight, bias = parameters[0]
         tangents = (lanes[: plan.num_outputs] @ weight[0]).unsqueeze(-1).expand(-1, len(points))
         return torch.cat([(points @ weight[0] + bias).unsqueeze(0), tangents])
+    if not torch.is_grad_enabled() and not compiles:
+        return propagate(points, lanes, parameters, plan, keeps=False)[0]
     return _Outputs.apply(points, lanes, plan, compiles, *(tensor for pair in parameters for tensor in pair))
 
 
