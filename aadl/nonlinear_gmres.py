@@ -478,7 +478,7 @@ class ResidualAccelerator(Accelerator):
         elif at_once:
             history.push_weights()
             history.push_residuals(after)
-            forget_curvature(optimizer)
+            forget_curvature(optimizer, pairs=False)
         else:
             history.take(flag, after)
         self._scale_momentum(optimizer, flag, bool(flag) if at_once else None)

@@ -187,14 +187,20 @@ def is_dry_step(optimizer: Optimizer) -> bool:
     return bool(rates) and all(rate == 0 for rate in rates)
 
 
-def forget_curvature(optimizer: Optimizer) -> None:
+def forget_curvature(optimizer: Optimizer, pairs: bool = True) -> None:
     """Restart L-BFGS after its parameters were moved: its last gradient belongs to another point.
 
     Its count of iterations goes on, since callers stop by it. A last step of length zero gives no pair of curvature,
-    and the next direction is scaled as that of a first iteration is, by the sum of the gradient's magnitudes.
+    and the next direction, without pairs, is scaled as that of a first iteration is, by the sum of the gradient's
+    magnitudes.
+
+    Args:
+        optimizer: any; others than L-BFGS are left alone.
+        pairs: whether the pairs of curvature are forgotten too. They stay true where the parameters were moved.
     """
     for state in optimizer.state.values():
         gradient = state.get("prev_flat_grad") if isinstance(state, dict) else None
         if isinstance(gradient, Tensor) and "old_dirs" in state:
-            state |= {"d": torch.zeros_like(gradient), "t": 0.0, "old_dirs": [], "old_stps": [], "ro": []}
-            state["H_diag"] = 1 / gradient.abs().sum().clamp(min=1)
+            state |= {"d": torch.zeros_like(gradient), "t": 0.0}
+            if pairs:
+                state |= {"old_dirs": [], "old_stps": [], "ro": [], "H_diag": 1 / gradient.abs().sum().clamp(min=1)}

@@ -50,6 +50,14 @@ def _pinball(quantile: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return loss
 
 
+def _chebyshev(error: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest error of all rows, whose slope only that row has; the means over the rows are right so."""
+    worst = int(error.abs().argmax())
+    slope = torch.zeros_like(error)
+    slope[worst] = len(error) * error[worst].sign()
+    return error[worst].abs().expand_as(error), slope
+
+
 LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "l1": lambda error: (error.abs(), error.sign()),
     "huber 0.1": _huber(0.1),
@@ -57,6 +65,7 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "huber 10": _huber(10.0),
     "smooth l1": _smooth_l1,
     "pinball 0.9": _pinball(0.9),
+    "chebyshev": _chebyshev,
     "hinge": lambda margin: ((1 - margin).clamp(min=0), -(margin < 1).to(margin.dtype)),
 }
 """Value and slope for each row, of prediction - target (of prediction x label for the hinge)."""

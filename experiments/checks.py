@@ -5,6 +5,7 @@ A value of the wrong kind raises ValueError with the key, the value and what is 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import re
@@ -221,10 +222,33 @@ class Component:
     arguments: dict[str, Any]
 
 
+PACKAGES = {"SOAP": "pytorch_optimizer", "AdamWScheduleFree": "schedulefree", "SGDScheduleFree": "schedulefree"}
+"""Optimizers of packages that need not be there, and are imported when a configuration names one."""
+
+
 @cache
-def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers that a configuration may name: torch's, and those of `experiments.optimizers`."""
-    return _with_step(torch.optim) | _with_step(own)
+def optimizers() -> dict[str, type[torch.optim.Optimizer] | str]:
+    """What a configuration may name: classes of torch and of `experiments.optimizers`, and the packages of others."""
+    return _with_step(torch.optim) | _with_step(own) | PACKAGES
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of an optimizer that a configuration may name.
+
+    Raises:
+        ValueError: its package is not there.
+    """
+    return _imported(name, optimizers()[name])
+
+
+def _imported(name: str, found: Any) -> Any:
+    """The class, or that of this name in a package."""
+    if not isinstance(found, str):
+        return found
+    try:
+        return getattr(importlib.import_module(found), name)
+    except ImportError:
+        raise ValueError(f"{name} needs the package {found}, which is not installed: pip install {found}") from None
 
 
 def needs_residuals(name: str) -> bool:
@@ -240,7 +264,7 @@ def schedulers() -> dict[str, type[torch.optim.lr_scheduler.LRScheduler]]:
 
 def takes(name: str, argument: str) -> bool:
     """Whether the constructor of the optimizer has this argument."""
-    return argument in inspect.signature(optimizers()[name]).parameters
+    return argument in inspect.signature(optimizer_class(name)).parameters
 
 
 def _with_step(module: Any) -> dict[str, Any]:
@@ -251,13 +275,16 @@ def _with_step(module: Any) -> dict[str, Any]:
     }
 
 
-def read_component(raw: Any, classes: Mapping[str, type[Any]], where: str) -> Component:
-    """One of the classes, by name, its arguments checked against its signature."""
+def read_component(raw: Any, classes: Mapping[str, Any], where: str) -> Component:
+    """One of the classes, by name, its arguments checked against its signature; a text is the package that has it."""
     raw = dict(as_mapping(raw, where))
     name = raw.pop("name", None)
     if name not in classes:
         raise ValueError(f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}")
-    parameters = list(inspect.signature(classes[name]).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(_imported(name, classes[name])).parameters.values())[1:]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     refuse_unknown(raw, {"name": MISSING} | {entry.name: entry.default for entry in parameters}, where)
     _refuse_not_finite(raw, where)
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
@@ -272,8 +299,11 @@ def _refuse_not_finite(raw: Mapping[str, Any], where: str) -> None:
 
 
 def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimizer:
-    """The optimizer over the given parameters."""
-    return optimizers()[component.name](parameters, **component.arguments)
+    """The optimizer over the given parameters, ready to train."""
+    optimizer = optimizer_class(component.name)(parameters, **component.arguments)
+    if own.is_schedule_free(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
 
 
 def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

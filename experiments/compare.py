@@ -24,7 +24,8 @@ class Variant:
     Attributes:
         name: folder of its records.
         label: name for people.
-        role: "plain", "ema", "aadl" (defaults), "aadl settings" or "published", with "average" and "safeguard" if on.
+        role: "plain", "ema", "mean", "aadl" (defaults), "aadl settings" or "published", with "average" and
+            "safeguard" if on.
         family: the base optimizer in words; variants of one family are compared.
         runs: by seed.
     """
@@ -187,7 +188,7 @@ def read_comparison(folder: Path) -> Comparison:
     )
 
 
-_ROLES = ("plain", "ema", "published", "aadl")
+_ROLES = ("plain", "ema", "mean", "published", "aadl")
 
 
 def _study(run: Run) -> str:
@@ -209,6 +210,8 @@ def role_of(definition: dict[str, Any]) -> str:
     for stage in (definition, definition.get("then") or {}):
         if stage.get("acceleration") is not None:
             return "aadl settings" if stage["acceleration"] else "aadl"
+    if definition.get("mean_epochs") is not None:
+        return "mean"
     return "ema" if definition["ema_decay"] is not None else "plain"
 
 

@@ -30,6 +30,7 @@ from experiments.checks import (
     integer,
     needs_residuals,
     number,
+    optimizer_class,
     optimizers,
     optional,
     parse_value,
@@ -44,10 +45,12 @@ from experiments.image_config import (
     CADENCES,
     NOMINAL_STEPS,
     ImageConfig,
+    ImageTrainingConfig,
     check_image_settings,
     in_steps,
 )
 from experiments.launch import LaunchSettings
+from experiments.optimizers import LINE_SEARCHES, is_schedule_free
 from experiments.pinn import load_equation
 from experiments.run_config import (
     EXPERIMENTS,
@@ -55,7 +58,6 @@ from experiments.run_config import (
     TRAININGS,
     BatchSizeStudy,
     ExperimentConfig,
-    GraduateAdmissionsConfig,
     LearningRateStudy,
     PinnConfig,
     PinnTrainingConfig,
@@ -386,7 +388,7 @@ def _training(problem_class: type[ProblemConfig], raw: Mapping[str, Any], where:
 def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRateStudy | None, BatchSizeStudy | None]:
     studies = as_mapping(raw, "studies")
     known = {"learning_rate": None}
-    if problem_class is GraduateAdmissionsConfig:
+    if problem_class is not PinnConfig:
         known["batch_size"] = None
     refuse_unknown(studies, known, "studies")
     learning_rate = batch_size = None
@@ -400,6 +402,8 @@ def _studies(raw: Any, problem_class: type[ProblemConfig]) -> tuple[LearningRate
 def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> VariantConfig:
     raw, is_pinn = as_mapping(raw, where), problem_class is PinnConfig
     known = {"label": None, "optimizer": MISSING, "acceleration": None, "published": None, "ema_decay": None}
+    if problem_class is ImageConfig:
+        known["mean_epochs"] = None
     if is_pinn:
         known |= {"problem": None, "training": None, "then": None, "baseline": None}
     refuse_unknown(raw, known, where)
@@ -412,12 +416,16 @@ def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> Varian
             cadences = {name: settings[name] for name in CADENCES if isinstance(settings.get(name), str)}
             settings = in_steps(settings, NOMINAL_STEPS, f"{where}.published")
         published = read_settings(PublishedConfig, settings, f"{where}.published")
+    if raw.get("ema_decay") is not None and raw.get("mean_epochs") is not None:
+        raise ValueError(f"{where}: ema_decay and mean_epochs exclude each other")
     if acceleration is not None and published is not None:
         raise ValueError(f"{where}: acceleration and published exclude each other")
     if raw.get("then") is not None:
         stage = as_mapping(raw["then"], f"{where}.then")
         refuse_unknown(stage, {"after": MISSING, "optimizer": MISSING, "acceleration": None}, f"{where}.then")
         after = parse_value(stage.get("after"), integer(1), f"{where}.then.after")
+        if is_schedule_free(optimizer_class(optimizer.name)):
+            raise ValueError(f"{where}.then must be null after {optimizer.name}, whose result is no point of its path")
         then = SecondStage(after, *_optimizer(stage, f"{where}.then", problem_class))
     return VariantConfig(
         label=parse_value(raw.get("label", where.rpartition(".")[2]), TEXT, f"{where}.label"),
@@ -426,6 +434,7 @@ def _variant(raw: Any, where: str, problem_class: type[ProblemConfig]) -> Varian
         published=published,
         published_cadences=cadences,
         ema_decay=parse_value(raw.get("ema_decay"), optional(number(0.0, 1.0)), f"{where}.ema_decay"),
+        mean_epochs=parse_value(raw.get("mean_epochs"), optional(integer(1)), f"{where}.mean_epochs"),
         then=then,
         overrides={
             key: dict(as_mapping(raw[key], f"{where}.{key}")) for key in ("problem", "training") if raw.get(key)
@@ -444,7 +453,8 @@ def _optimizer(
         name: kind for name, kind in optimizers().items() if problem_class is PinnConfig or not needs_residuals(name)
     }
     if problem_class is ImageConfig:
-        del known["LBFGS"]  # its line search needs gradients where no batch was differentiated
+        for kind in LINE_SEARCHES:  # they need gradients where no batch was differentiated
+            del known[kind.__name__]
     optimizer = read_component(raw["optimizer"], known, f"{where}.optimizer")
     check_optimizer(optimizer, f"{where}.optimizer")
     acceleration = None
@@ -469,6 +479,21 @@ def _check_probe(acceleration: Mapping[str, Any], num_rows: int, where: str) -> 
             f"{where}: probe_rows and check_rows must be at most the {num_rows} rows of the training set together, got "
             f"{probe} and {check}"
         )
+
+
+def _training_of_study(
+    training: TrainingConfig | ImageTrainingConfig, num_rows: int, size: int, steps: int
+) -> TrainingConfig | ImageTrainingConfig:
+    """Training of about `steps` steps with batches of this size, whose updates are measured."""
+    if isinstance(training, TrainingConfig):
+        epochs = max(1, round(steps / math.ceil(num_rows / size)))
+        return replace(training, batch_size=size, epochs=epochs, measure_updates=True)
+    if size > num_rows:
+        raise ValueError(f"a batch of {size} images is larger than the training set of {num_rows}")
+    epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
+    return replace(
+        training, batch_size=size, batch_size_per_rank=None, epochs=epochs, evaluate_every=epochs, measure_updates=True
+    )
 
 
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
@@ -513,11 +538,10 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
                     definition = _with_rate(config.variants[variant], rate)
                     runs.append(run(variant, seed, f"{variant}--lr-{rate:g}", "learning_rate", definition=definition))
     if config.batch_size is not None:
-        assert num_rows is not None and isinstance(config.training, TrainingConfig)
+        assert num_rows is not None and not isinstance(config.training, PinnTrainingConfig)
         study = config.batch_size
         for seed in study.seeds:
             for size in study.sizes:
-                epochs = max(1, round(study.steps / math.ceil(num_rows / size)))
-                training = replace(config.training, batch_size=size, epochs=epochs, measure_updates=True)
+                training = _training_of_study(config.training, num_rows, size, study.steps)
                 runs.append(run(study.variant, seed, f"{study.variant}--batch-{size}", "batch_size", training=training))
     return runs

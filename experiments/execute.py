@@ -147,6 +147,7 @@ def execute_run(
                 config.training,
                 ranks,
                 ema_decay=variant.ema_decay,
+                mean_epochs=variant.mean_epochs,
                 then=then,
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,

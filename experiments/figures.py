@@ -23,6 +23,7 @@ from experiments.record import Run
 STYLES: dict[str, tuple[str, Any]] = {
     "plain": ("#333333", "-"),
     "ema": ("#56B4E9", "-"),
+    "mean": ("#CC79A7", "-"),
     "aadl": ("#D55E00", "-"),
     "aadl settings": ("#E69F00", "-"),
     "published": ("#0072B2", "-"),

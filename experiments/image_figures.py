@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.compare import VALIDATION, Comparison, Variant
-from experiments.figures import draw_acceleration, finish, quantiles, save_figures, styled
+from experiments.figures import draw_acceleration, draw_batch_size, finish, quantiles, save_figures, styled
 from experiments.image_summary import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
 
 COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#56B4E9", "evaluation": "#009E73"}
@@ -27,6 +27,7 @@ def draw_image_figures(comparison: Comparison) -> list[Path]:
         "cost.png": draw_cost,
         "statistics.png": draw_statistics,
         "acceleration.png": draw_acceleration,
+        "batch_size.png": draw_batch_size,
     }
     return save_figures(
         comparison.folder / "figures", [(name, partial(draw, comparison)) for name, draw in drawings.items()]
@@ -101,7 +102,7 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.0, 4.6))
     handles: dict[str, Any] = {}
     for variant, color, style in _all(comparison):
-        if not variant.role.startswith(("plain", "ema", "aadl")):
+        if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
         epochs = _evaluated(variant)[1:]
         difference = 100 * (variant.series(TOP1) - variant.series(STALE_TOP1))[:, epochs]

@@ -20,6 +20,8 @@ from experiments.run_config import identity_of
 CONFIGS = Path(__file__).parent / "configs"
 
 EVALUATIONS = "metrics/evaluations"
+UNSEEN = "metrics/validation/loss"
+_UNKNOWN = np.full(1, np.nan)
 ERROR = "relative_l2_"
 """Prefix of the errors at the end; the series begin with "metrics/validation/" in front of it."""
 OF_POINTS = ("graded",)
@@ -257,6 +259,8 @@ class Measures:
         ratio: final loss over the baseline's.
         at_evaluations: the same where both have spent the smaller of the two numbers of evaluations of the loss.
         at_seconds: likewise for training seconds.
+        unseen: training loss on points that training never sees, at the end; NaN for records without it.
+        unseen_ratio: the same over the baseline's.
         error_ratio: relative L2 error at the end on the main test set over the baseline's, whatever their losses are.
         shared: seeds that the baseline has too.
     """
@@ -269,6 +273,8 @@ class Measures:
     ratio: np.ndarray
     at_evaluations: np.ndarray
     at_seconds: np.ndarray
+    unseen: np.ndarray
+    unseen_ratio: np.ndarray
     error_ratio: np.ndarray
     shared: tuple[int, ...]
 
@@ -291,13 +297,23 @@ def measure(variant: Variant, group: Group) -> Measures:
         ratio=ratio,
         at_evaluations=at_evaluations,
         at_seconds=at_seconds,
+        unseen=_ends(runs, UNSEEN),
+        unseen_ratio=np.array([np.nan if other else _unseen_ratio(own, rival) for own, rival in pairs]),
         error_ratio=np.array([_error_ratio(own, rival, group.main_set) for own, rival in pairs]),
         shared=shared,
     )
 
 
 def _ends(runs: Iterable[Run], series: str) -> np.ndarray:
-    return np.array([np.inf if run.diverged else run.series[series][-1] for run in runs])
+    """Last values; NaN for records without the series."""
+    return np.array([np.inf if run.diverged else run.series.get(series, _UNKNOWN)[-1] for run in runs])
+
+
+def _unseen_ratio(own: Run, rival: Run) -> float:
+    if own.diverged or rival.diverged:
+        return np.inf if own.diverged else np.nan
+    mine, other = (run.series.get(UNSEEN, _UNKNOWN)[-1] for run in (own, rival))
+    return float("nan") if np.isnan([mine, other]).any() else _ratio(mine, other)
 
 
 def final_error(run: Run, test_set: str) -> float:

@@ -33,6 +33,7 @@ AGAINST = (
     "final loss / baseline's",
     "at equal evaluations",
     "at equal seconds",
+    "on unseen points",
     "seeds > 2 % above",
     "accepted",
     "relative L2 / baseline's",
@@ -45,7 +46,8 @@ LEGEND = (
     "or of a Jacobian after which no recorded loss is above the baseline's final one on the same seed; the loss jumps "
     "when points are drawn anew, so the baseline may have been below its final loss before. At equal evaluations (of "
     "the loss, trials included) or seconds: the losses where both have spent the smaller of the two budgets, "
-    "interpolated; no schedule was adapted to it. Seconds: training alone. Seeds above include diverged runs; where "
+    "interpolated; no schedule was adapted to it. Unseen points: the final loss on a draw that training "
+    "never sees, and its ratio to the baseline's. Seconds: training alone. Seeds above include diverged runs; where "
     "only the baseline diverged, a seed is unknown. Other loss: the weight or the kind of the conditions, or the law "
     "of the interior points, is not that of the baseline: the losses cannot be compared, the errors can. Accepted: "
     "accelerations accepted and not taken back, of those tried; with 0 a run repeats that without acceleration."
@@ -87,7 +89,12 @@ def _tables(group: Group) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]
     """Headers and rows: what each variant reached, the comparison with the baseline, and the learning rates."""
     measured = [(variant, measure(variant, group)) for variant in group.variants]
     errors = [f"relative L2 ({name})" for name in group.predictors]
-    tables = [(("variant", "final training loss", *errors, "evaluations", "seconds"), _result_rows(group, measured))]
+    tables = [
+        (
+            ("variant", "final training loss", "on unseen points", *errors, "evaluations", "seconds"),
+            _result_rows(group, measured),
+        )
+    ]
     if group.baseline is not None and len(group.variants) > 1:
         count = len(AGAINST) - (group.main_set is None)
         rows = [_comparison_row(group, variant, measures)[:count] for variant, measures in measured]
@@ -104,29 +111,31 @@ def _result_rows(group: Group, measured: list[tuple[Variant, Measures]]) -> list
         errors = [spread(measures.errors[name], "{:.2e}", "diverged") for name in group.predictors]
         loss = spread(measures.loss, "{:.2e}", "diverged")
         evaluations = spread(measures.evaluations, "{:.0f}", "diverged")
-        rows.append((variant.label, loss, *errors, evaluations, spread(measures.seconds, "{:.1f}", "diverged")))
+        unseen = spread(measures.unseen, "{:.2e}", "diverged")
+        rows.append((variant.label, loss, unseen, *errors, evaluations, spread(measures.seconds, "{:.1f}", "diverged")))
     names = dict.fromkeys(name for rivals in group.predictors.values() for name in rivals)
     for name in names:
         errors = [f"{rivals.get(name, np.nan):.2e}" for rivals in group.predictors.values()]
-        rows.append((f"no network: {name}", "-", *errors, "-", "-"))
+        rows.append((f"no network: {name}", "-", "-", *errors, "-", "-"))
     return rows
 
 
 def _comparison_row(group: Group, variant: Variant, measures: Measures) -> tuple[str, ...]:
     accepted = accepted_candidates(variant)
     if not measures.shared:
-        return (variant.label, "no seed in common", "-", "-", "-", "-", accepted, "-")
+        return (variant.label, "no seed in common", *"-----", accepted, "-")
     iterations = spread(measures.iterations, "{:.0f}")
     if variant is group.baseline:
-        return (variant.label, iterations, "-", "-", "-", "-", accepted, "-")
+        return (variant.label, iterations, *"-----", accepted, "-")
     error = spread(measures.error_ratio, "{:.3g}", "diverged")
     if has_other_loss(variant, group):
-        return (variant.label, *(OTHER_LOSS,) * 5, accepted, error)
+        return (variant.label, *(OTHER_LOSS,) * 6, accepted, error)
     above = f"{int((measures.ratio > TOLERANCE).sum())} of {len(measures.shared)}"
     unknown = int(np.isnan(measures.ratio).sum())
     above += f", {unknown} unknown" if unknown else ""
     ratios = [
-        spread(ratio, "{:.3g}", "diverged") for ratio in (measures.ratio, measures.at_evaluations, measures.at_seconds)
+        spread(ratio, "{:.3g}", "diverged")
+        for ratio in (measures.ratio, measures.at_evaluations, measures.at_seconds, measures.unseen_ratio)
     ]
     return (variant.label, iterations, *ratios, above, accepted, error)
 

@@ -183,6 +183,8 @@ class VariantConfig:
     """One way to train: an optimizer, and at most one acceleration, and the weights that are evaluated.
 
     Attributes:
+        ema_decay: of an exponential moving average of the weights, which is evaluated in their place.
+        mean_epochs: the mean of the weights after every step of this many last epochs is evaluated; images only.
         then: the second stage, None for none.
         published_cadences: cadences of the published scheme that are given in epochs, as texts.
         overrides: settings of "problem" and "training" that this variant has for itself.
@@ -196,6 +198,7 @@ class VariantConfig:
     published: PublishedConfig | None = None
     published_cadences: dict[str, str] = field(default_factory=dict)
     ema_decay: float | None = None
+    mean_epochs: int | None = None
     then: SecondStage | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     baseline: str = ""
@@ -295,7 +298,7 @@ class RunConfig:
         cadences = raw["variant"].pop("published_cadences")
         if cadences:
             raw["variant"]["published"] |= cadences
-        for key in ("then", "overrides"):
+        for key in ("then", "overrides", "mean_epochs"):
             if not raw["variant"][key]:
                 del raw["variant"][key]
         return json.dumps(raw, sort_keys=True)

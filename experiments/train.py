@@ -22,6 +22,7 @@ from aadl.attached import STATE_KEY, find_accelerator
 from experiments.checks import make_scheduler
 from experiments.image_config import ImageTrainingConfig
 from experiments.launch import Ranks, device_of
+from experiments.optimizers import LINE_SEARCHES, answering
 from experiments.problem import Field, Problem, weights_of
 from experiments.progress import Bar
 from experiments.run_config import AnyTrainingConfig, PinnTrainingConfig
@@ -80,6 +81,7 @@ def train(
     ranks: Ranks,
     *,
     ema_decay: float | None = None,
+    mean_epochs: int | None = None,
     then: Stage | None = None,
     session: Session | None = None,
     show_progress: bool = False,
@@ -97,6 +99,7 @@ def train(
         training: number of epochs or iterations, scheduler, whether to measure the updates.
         ranks: this process; the gradients are averaged over `world_size` ranks.
         ema_decay: evaluates an exponential moving average of the weights, see `steps.moving_average`.
+        mean_epochs: evaluates, in this many last epochs, the mean of the weights after each of their steps.
         then: the second stage, without the scheduler.
         session: takes up a saved run, saves this one on the way, and may stop it.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
@@ -105,7 +108,8 @@ def train(
     Returns:
         The series. A loss that is not finite ends the run, which is then recorded as diverged.
     """
-    run = Training(problem, [first, *([then] if then is not None else [])], training, ranks, ema_decay, show_progress)
+    stages = [first, *([then] if then is not None else [])]
+    run = Training(problem, stages, training, ranks, ema_decay, mean_epochs, show_progress)
     if session is None or not session.restore(run):
         run.begin()
     while run.goes_on:
@@ -135,6 +139,7 @@ class Training:
         training: AnyTrainingConfig,
         ranks: Ranks,
         ema_decay: float | None,
+        mean_epochs: int | None,
         show_progress: bool,
     ) -> None:
         self.problem, self.stages, self.training, self.ranks = problem, stages, training, ranks
@@ -151,6 +156,10 @@ class Training:
             average = moving_average(ema_decay)
             # The counter that torch passes was sent to the device, and reading it would make the host wait.
             self.ema = AveragedModel(problem.model, multi_avg_fn=lambda a, w, _: average(a, w, self._num_averaged()))
+        self._averages_after = 0  # this interval
+        if mean_epochs is not None:
+            self.ema = AveragedModel(problem.model)
+            self._averages_after = _num_intervals(training) - mean_epochs
         self.updates = Updates() if training.measure_updates else None
         self.clock = Clock(problem.model)
         self.series: dict[str, list[float]] = {}
@@ -174,7 +183,12 @@ class Training:
     @property
     def evaluated(self) -> nn.Module:
         """The model whose values are recorded."""
-        return self.ema.module if self.ema is not None else self.problem.model
+        return self.ema.module if self.ema is not None and self._averages else self.problem.model
+
+    @property
+    def _averages(self) -> bool:
+        """Whether the present interval, or the evaluation before the first one, is one of those that are averaged."""
+        return self.interval > self._averages_after
 
     def begin(self) -> None:
         """Evaluates the initial weights."""
@@ -220,7 +234,7 @@ class Training:
         self._losses.append(closure.step())
         if self.updates is not None:
             self.updates.after(problem.model)
-        if self.ema is not None:
+        if self.ema is not None and self._averages:
             self.ema.update_parameters(problem.model)
         self.num_steps += 1
         self.step += 1
@@ -307,7 +321,8 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         """Values of the evaluated model; their seconds are added to those of earlier evaluations."""
         start = time.monotonic()
-        values = _evaluate(self.problem, self.evaluated)
+        with answering(self.closure.optimizer):
+            values = _evaluate(self.problem, self.evaluated)
         for name in [name for name in values if name.startswith(VALUE_SECONDS)]:
             self._add_seconds(name, values.pop(name))
         seconds = time.monotonic() - start
@@ -420,7 +435,7 @@ class Training:
         problem, training = self.problem, self.training
         more: dict[str, Any] = {}
         if finished:
-            with torch.no_grad():
+            with torch.no_grad(), answering(self.closure.optimizer):
                 more = {
                     "attributes": problem.finish(self.evaluated) if problem.finish is not None else {},
                     "fields": problem.fields(self.evaluated) if problem.fields is not None else {},
@@ -518,14 +533,15 @@ def _is_evaluated(training: AnyTrainingConfig, interval: int) -> bool:
 def _prepare(closure: Closure, batch: Any, training: AnyTrainingConfig) -> None:
     """Hands the batch to the closure; the memory of what was seen on other points begins anew, if asked for.
 
-    L-BFGS is told what is left of the budget: its last step ends with the line search that uses it up.
+    Optimizers with a line search are told what is left of the budget: their last step ends with the search that uses it
+    up.
     """
     optimizer = closure.optimizer
-    if isinstance(optimizer, torch.optim.LBFGS) and isinstance(training, PinnTrainingConfig):
+    if isinstance(optimizer, LINE_SEARCHES) and isinstance(training, PinnTrainingConfig):
         group = optimizer.param_groups[0]
         group["max_eval"] = max(1, min(group["max_eval"], training.iterations - closure.iterations))
     if batch is not closure.batch and closure.problem.reset_on_new_data:
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(optimizer, LINE_SEARCHES):
             optimizer.state.clear()
         if find_accelerator(optimizer) is not None:
             aadl.reset_history(optimizer)

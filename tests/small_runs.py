@@ -1,6 +1,7 @@
 """Small training runs, and what the tests compare of them."""
 
 import copy
+import io
 import itertools
 import shutil
 import sysconfig
@@ -77,6 +78,14 @@ def snapshot(model, optimizer):
     state = optimizer.state_dict()
     state.pop("aadl", None)
     return copy.deepcopy({"model": model.state_dict(), "optimizer": state})
+
+
+def through_a_file(state):
+    """A state dict after torch.save and torch.load."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def identical(left, right):

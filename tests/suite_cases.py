@@ -1,8 +1,10 @@
 """Small configurations and results for the tests of the suite."""
 
+import importlib.util
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 from data_loaders.graduate_admissions import surrogate
@@ -38,6 +40,18 @@ PINN = {
         "adam_aadl": {"optimizer": {"name": "Adam", "lr": 1e-2}, "acceleration": {"store_each_nth": 1, "frequency": 2}},
     },
 }
+
+SSBROYDEN = {"name": "SSBroyden", "max_iter": 4}
+SOAP = {"name": "SOAP", "lr": 1e-2, "betas": [0.99, 0.999], "weight_decay": 0.0, "precondition_frequency": 2}
+FREE_ADAM = {"name": "AdamWScheduleFree", "lr": 1e-2}
+FREE_SGD = {"name": "SGDScheduleFree", "lr": 1e-1}
+
+
+def needs(package):
+    """Leaves a test out where a package is missing, as one that the suite does not need may be."""
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"the package {package} is not installed")
+
 
 VARIANTS = {
     "sgd": VariantConfig("plain", SGD),

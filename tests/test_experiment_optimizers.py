@@ -1,7 +1,6 @@
 """Optimizers of the suite: Levenberg-Marquardt, Muon beside Adam, Adam with frozen moments; the slope weight."""
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -10,7 +9,7 @@ import types
 import pytest
 import torch
 from burgers_by_autograd import residual_and_slope, solution
-from small_runs import EAGER, closure_of, identical, network, snapshot, statistics, train
+from small_runs import EAGER, closure_of, identical, network, snapshot, statistics, through_a_file, train
 from suite_cases import pinn_run
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -25,14 +24,6 @@ from experiments.train import train as train_loop
 
 LM = {"optimizer": {"name": "LevenbergMarquardt"}}
 LOSS = "metrics/train/loss"
-
-
-def through_a_file(state):
-    """A state dict after torch.save and torch.load."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def weights_of(model):

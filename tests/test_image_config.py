@@ -8,7 +8,7 @@ import pytest
 import torch
 from image_runs import RAW, SGD, raw_config
 
-from experiments.config import load_config, parse_config
+from experiments.config import expand_runs, load_config, parse_config
 from experiments.image_config import ImageTrainingConfig, in_steps
 from experiments.launch import Ranks
 from experiments.schedules import scaled_rate, share, step_scheduler
@@ -88,11 +88,23 @@ def test_settings_that_do_not_go_together_are_named(part, changes, message):
         ({"acceleration": {"frequency": "2 epoch s"}}, r"variants\.one\.acceleration\.frequency must be"),
         ({"published": {"history_depth": 2}}, r"published\.history_depth must be an integer >= 3"),
         ({"then": {}}, r"unknown key variants\.one\.then"),
+        ({"ema_decay": 0.9, "mean_epochs": 2}, r"variants\.one: ema_decay and mean_epochs exclude each other"),
+        ({"mean_epochs": 0}, r"variants\.one\.mean_epochs must be an integer >= 1"),
     ],
 )
 def test_variants_that_are_not_for_images_are_named(variant, message):
     with pytest.raises(ValueError, match=message):
         parse_config(raw_config("folder", variant))
+
+
+def test_the_batch_size_study_takes_whole_batches_and_measures_updates():
+    raw = raw_config("folder") | {"studies": {"batch_size": {"variant": "one", "sizes": [8, 48], "steps": 12}}}
+    runs = [run for run in expand_runs(parse_config(raw), num_rows=50) if run.study == "batch_size"]
+    assert [(run.name, run.seed) for run in runs[:2]] == [("one--batch-8", 0), ("one--batch-48", 0)]
+    assert [(run.training.epochs, run.training.evaluate_every) for run in runs[:2]] == [(2, 2), (12, 12)]
+    assert all(run.training.measure_updates for run in runs)
+    with pytest.raises(ValueError, match="a batch of 48 images is larger than the training set of 40"):
+        expand_runs(parse_config(raw), num_rows=40)
 
 
 def test_the_ends_of_ranges_are_allowed():

@@ -167,6 +167,21 @@ def test_without_the_sum_of_squares_the_others_are_the_same(sizes):
     assert bool(without.gradient_square.isnan().all()) == (sizes[0] > 2)
 
 
+@pytest.mark.parametrize("activation", SMOOTH)
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (2, 5, 7, 1), (9, 5, 7, 6, 1)], ids=str)
+@pytest.mark.parametrize("gradient_square", [True, False])
+def test_without_an_adjoint_the_numbers_are_the_same(sizes, activation, gradient_square):
+    model = network(sizes, activation)
+    for count in (0, 1, 13):
+        points = points_of(count, sizes[0])
+        with torch.no_grad():
+            alone = model.derivatives(points, gradient_square=gradient_square)
+        both = model.derivatives(points, gradient_square=gradient_square)
+        for left, right in zip(alone, both, strict=True):
+            torch.testing.assert_close(left, right.detach(), rtol=1e-12, atol=1e-13, equal_nan=True)
+            assert not left.requires_grad
+
+
 def test_float32_stays_float32():
     model, points = network((9, 5, 7, 1)).float(), points_of(5, 9).float()
     outputs = model.derivatives(points)

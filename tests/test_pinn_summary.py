@@ -126,6 +126,7 @@ def test_measures_against_the_baseline(tmp_path):
     save(tmp_path, "adam_aadl", FAST, 7)  # the baseline has no such seed
     own = measured(tmp_path)
     assert own.shared == (0, 1) and len(own.loss) == 3
+    assert np.isnan(own.unseen).all() and np.isnan(own.unseen_ratio).all()  # records from before there was one
     assert own.iterations.tolist() == [50, np.inf]
     assert own.ratio.tolist() == [pytest.approx(0.9), pytest.approx(1.5)]
     assert own.errors["grid"].tolist() == [pytest.approx(0.09), pytest.approx(0.15), pytest.approx(0.09)]
@@ -154,7 +155,7 @@ def test_losses_of_different_objectives_are_not_divided(tmp_path, settings, is_o
         assert np.isnan(values).all() == is_other
     assert own.error_ratio.tolist() == [pytest.approx(0.9)]
     _, line = [line for line in summarize_pinn([group]).splitlines() if line.startswith("  accelerated ")]
-    assert line.endswith(" 0.9 [0.9 .. 0.9]") and line.count("other loss") == (5 if is_other else 0)
+    assert line.endswith(" 0.9 [0.9 .. 0.9]") and line.count("other loss") == (6 if is_other else 0)
 
 
 def test_hard_conditions_without_points_have_no_weight(tmp_path):

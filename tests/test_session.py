@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
 from small_runs import identical
-from suite_cases import PINN, RAW, pinn_run, run_config
+from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
 
 from experiments import execute
 from experiments.__main__ import main
@@ -132,14 +132,24 @@ SECOND = {"then": {"after": 12, "optimizer": {"name": "LBFGS", "max_iter": 3}}}
         ({"optimizer": {"name": "MuonAdam"}}, {}),
         ({"optimizer": {"name": "LevenbergMarquardt"}}, {"slope_weight": True}),
         ({"optimizer": {"name": "FrozenAdam", "freeze_after": 3}}, {}),
+        ({"optimizer": SSBROYDEN}, {"dtype": "float64"}),
+        pytest.param({"optimizer": SOAP}, {}, marks=needs("pytorch_optimizer")),
+        pytest.param({"optimizer": FREE_ADAM}, {}, marks=needs("schedulefree")),
+        pytest.param({"optimizer": FREE_SGD}, {}, marks=needs("schedulefree")),
     ],
-    ids=["aadl", "adaptive", "second stage", "muon", "levenberg-marquardt", "frozen"],
+    ids=[
+        *("aadl", "adaptive", "second stage", "muon", "levenberg-marquardt", "frozen", "ssbroyden"),
+        *("soap", "schedule-free adam", "schedule-free sgd"),
+    ],
 )
 def test_physics_informed_networks_go_on(tmp_path, monkeypatch, variant, problem):
     variant = {"optimizer": {"name": "Adam", "lr": 1e-2}} | variant
-    has_rate = variant["optimizer"]["name"] != "LevenbergMarquardt"
+    has_rate = variant["optimizer"]["name"] not in ("LevenbergMarquardt", "SSBroyden")
     scheduler = {"name": "StepLR", "step_size": 4, "gamma": 0.5} if has_rate else None
-    config = pinn_run(variant, {"iterations": 20, "scheduler": scheduler}, **problem)
+    training = {"iterations": 20, "scheduler": scheduler}
+    if variant["optimizer"]["name"] == "SSBroyden":  # its steps have about five iterations
+        training |= {"iterations": 160, "evaluate_every": 160}
+    config = pinn_run(variant, training, **problem)
     assert_same(config, tmp_path, (2, 9), monkeypatch)
 
 

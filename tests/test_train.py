@@ -102,6 +102,14 @@ def test_moving_average_is_evaluated_and_never_written_back():
     assert average[0].item() == pytest.approx(1 - 0.99 * 9 / 11)
 
 
+def test_the_mean_of_the_last_epochs_is_evaluated_in_these_alone():
+    averaged, plain = run(quadratic(), mean_epochs=2).series[TRAIN], run(quadratic()).series[TRAIN]
+    assert averaged[:2].tolist() == plain[:2].tolist()
+    weights = 0.9 ** np.arange(3, 7)  # after each of the last four steps
+    assert averaged[2] == pytest.approx(weights[:2].mean() ** 2) and averaged[2] != plain[2]
+    assert averaged[3] == pytest.approx(weights.mean() ** 2)
+
+
 def test_statistics_become_series():
     counts = {"accepted": 0, "averaging": True, "relative_standard_deviation": math.nan, "rejected": {}, "note": "text"}
 

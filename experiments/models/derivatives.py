@@ -176,7 +176,7 @@ def _through(weight: Tensor, lanes: Tensor) -> Tensor:
 
 
 def propagate(
-    points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan, keeps: bool = True
+    points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan
 ) -> tuple[Tensor, list[Layer], tuple[Tensor, Tensor]]:
     """Value and first lanes, (1 + num_outputs, N), and what the adjoint needs.
 
@@ -185,29 +185,56 @@ def propagate(
         lanes: (K, inputs); zeros (the Laplacian of the inputs), then the directions.
         parameters: of at least two layers, the last one with one output.
         plan: what is wanted.
-        keeps: whether an adjoint follows; without one, a layer is written over by the next, which is faster by a
-            quarter, and the numbers are the same.
 
     Returns:
-        The outputs, the hidden layers (none without an adjoint), and the inputs of the last layer.
+        The outputs, the hidden layers, and the inputs of the last layer.
     """
     layers: list[Layer] = []
     value, lanes = points.T, lanes.T.unsqueeze(2)
     for number, (weight, bias) in enumerate(parameters[:-1]):
         z = _times(weight, value).add_(bias.unsqueeze(1))
         slopes = _through(weight, lanes)
-        rows = slopes[:, plan.first_row :]
-        square = rows.square().sum(1) if rows.shape[1] > 1 else rows[:, 0].square()
+        square = _squares(slopes, plan)
         output, first, second = plan.rule.values(z)
-        if keeps:
-            layers.append(Layer(value, lanes, z, slopes, square, output, first, second))
+        layers.append(Layer(value, lanes, z, slopes, square, output, first, second))
         used = plan.num_outputs if number == len(parameters) - 2 else slopes.shape[1]
-        slopes, in_place = slopes[:, :used], not keeps and slopes.shape[2] == z.shape[1]
-        value, lanes = output, torch.mul(slopes, first.unsqueeze(1), out=slopes if in_place else None)
+        value, lanes = output, first.unsqueeze(1) * slopes[:, :used]
         lanes[:, 0].addcmul_(second, square)
-    weight, bias = parameters[-1]
-    outputs = torch.cat([torch.addmm(bias, weight, value), (weight @ lanes.flatten(1)).view(lanes.shape[1:])])
-    return outputs, layers, (value, lanes)
+    return _last_layer(value, lanes, parameters[-1]), layers, (value, lanes)
+
+
+def propagate_alone(points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan) -> Tensor:
+    """The outputs of `propagate` where no adjoint follows, in two thirds of the time.
+
+    One array (width, 1 + K, N) holds value and lanes of a layer, which one product takes through the next, and is
+    written over by the activation.
+    """
+    weight, bias = parameters[0]
+    z, slopes = _times(weight, points.T).add_(bias.unsqueeze(1)), _through(weight, lanes.T.unsqueeze(2))
+    state = z.new_empty(len(z), 1 + len(lanes), len(points))
+    for number, (weight, bias) in enumerate(parameters[:-1]):
+        if number:
+            state = _through(weight, state)
+            z, slopes = state[:, 0].add_(bias.unsqueeze(1)), state[:, 1:]
+        square = _squares(slopes, plan)
+        value, first, second = plan.rule.values(z)
+        state[:, 0] = value
+        used = plan.num_outputs if number == len(parameters) - 2 else len(lanes)
+        torch.mul(slopes[:, :used], first.unsqueeze(1), out=state[:, 1 : 1 + used])
+        state[:, 1].addcmul_(second, square)
+    return _last_layer(state[:, 0], state[:, 1 : 1 + used], parameters[-1])
+
+
+def _squares(slopes: Tensor, plan: Plan) -> Tensor:
+    """Sum of the squared rows."""
+    rows = slopes[:, plan.first_row :]
+    return rows.square().sum(1) if rows.shape[1] > 1 else rows[:, 0].square()
+
+
+def _last_layer(value: Tensor, lanes: Tensor, parameters: tuple[Tensor, Tensor]) -> Tensor:
+    """Value and lanes, (1 + lanes, N), of the one output."""
+    weight, bias = parameters
+    return torch.cat([torch.addmm(bias, weight, value), (weight @ lanes.flatten(1)).view(lanes.shape[1:])])
 
 
 def pull_back(
@@ -307,7 +334,7 @@ def outputs_of(points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan
         tangents = (lanes[: plan.num_outputs] @ weight[0]).unsqueeze(-1).expand(-1, len(points))
         return torch.cat([(points @ weight[0] + bias).unsqueeze(0), tangents])
     if not torch.is_grad_enabled() and not compiles:
-        return propagate(points, lanes, parameters, plan, keeps=False)[0]
+        return propagate_alone(points, lanes, parameters, plan)
     return _Outputs.apply(points, lanes, plan, compiles, *(tensor for pair in parameters for tensor in pair))
 
 

@@ -1,0 +1,381 @@
+"""Where acceleration pays: steps to plain SGD's final training loss against batch size, learning rate and schedule.
+
+    python -m benchmarks.where_it_pays          # writes docs/tables/where_it_pays.csv and draws it
+    python -m benchmarks.where_it_pays --draw   # draws docs/figures/where_it_pays.png from the table that is there
+
+Three problems under SGD with Nesterov momentum 0.9: the graduate-admissions MLP, an MLP on the digits of scikit-learn,
+and a small convolutional network on fractals. For each problem, batch size and schedule the best plain learning rate is
+the one of the grid 1, 3, 10, .. whose two neighbors end at a higher training loss (median of the seeds 0-2). At this
+rate, a third and a tenth of it, `aadl.accelerate` runs on the seeds 5-9 with its defaults and with the setting for full
+batches. The target is plain's mean training loss over the last twentieth of its steps, plus 2 %, since a schedule that
+decays ends on a plateau. The ratio is the number of steps after which the accelerated run first has it over the same
+number of the plain run. The validation ratio compares the validation losses of the two runs at these steps. BatchNorm
+normalizes by the set that is evaluated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import aadl
+from benchmarks.fractals import Task, images_of
+from benchmarks.schedules import SCHEDULES
+from data_loaders import graduate_admissions
+from data_loaders.fractal_images import USUAL
+from data_loaders.fractals import VALIDATION
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "tables" / "where_it_pays.csv"
+FIGURE = ROOT / "docs" / "figures" / "where_it_pays.png"
+CHOOSING, REPORTED = range(3), range(5, 10)
+BATCHES = (40, 80, 160, 0)
+"""0 is the whole training set."""
+NAMES = ("constant", "cosine", "linear")
+SETTINGS: dict[str, dict[str, Any]] = {"defaults": {}, "full batches": {"store_each_nth": 1, "frequency": 2}}
+GRID_STEPS = (0, 1, 2)
+"""Steps of the grid of rates below the best one."""
+MARGIN = 1.02
+"""Of the target over plain's final training loss."""
+EVERY = 4
+"""Steps between two evaluations of the losses."""
+COLUMNS = (
+    "problem", "batch", "schedule", "steps", "learning_rate", "grid_steps_below_best", "setting", "steps_ratio",
+    "steps_ratio_of_seeds", "validation_ratio", "final_loss_ratio", "largest_final_loss_ratio", "plain_final_loss",
+    "accepted", "attempts", "averaging_share", "closure_calls_per_step",
+)  # fmt: skip
+
+
+Set = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained: training and validation set, network, loss, steps, and where the search of the rate starts."""
+
+    data: Callable[[], tuple[Set, Set]]
+    network: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    steps: int
+    first_rate: int
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """A perceptron with ReLU."""
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn() -> nn.Sequential:
+    """Three convolutions with BatchNorm that halve the sides of images of 12 pixels, and a linear layer."""
+
+    def halved(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, kernel, 2, kernel // 2, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(*halved(3, 8, 5), *halved(8, 16, 3), *halved(16, 16, 3), nn.Flatten(), nn.Linear(64, 10))
+
+
+@cache
+def admissions() -> tuple[Set, Set]:
+    """320 and 80 rows of seven features, standardized by the training rows, and the chance of admission."""
+    data = graduate_admissions.load()
+    train, validation = graduate_admissions.split(data)
+    features, target = (torch.as_tensor(part, dtype=torch.float32) for part in (data.features, data.target[:, None]))
+    features = (features - features[train].mean(0)) / features[train].std(0, correction=0)
+    return (features[train], target[train]), (features[validation], target[validation])
+
+
+@cache
+def digits() -> tuple[Set, Set]:
+    """1,437 and 360 images of 8 x 8 pixels, flat and in [-1, 1], and their labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise SystemExit(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
+    pixels, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    pixels, labels = pixels[order].float() / 8 - 1, labels[order]
+    return (pixels[360:], labels[360:]), (pixels[:360], labels[:360])
+
+
+@cache
+def fractals() -> tuple[Set, Set]:
+    """240 and 160 images of 12 pixels, of ten classes, with half of the usual variation."""
+    task = Task(size=12, variation=USUAL.times(0.5))
+    return images_of(task, 0, 24), images_of(task, VALIDATION, 16)
+
+
+PROBLEMS = {
+    "admissions": Problem(admissions, lambda: mlp(7, 64, 64, 64, 1), functional.mse_loss, 300, -1),
+    "digits": Problem(digits, lambda: mlp(64, 32, 10), functional.cross_entropy, 300, -1),
+    "fractals": Problem(fractals, cnn, functional.cross_entropy, 200, -1),
+}
+
+
+TITLES = {
+    "admissions": "graduate admissions\nMLP, 320 rows, 300 steps",
+    "digits": "digits\nMLP, 1,437 images, 300 steps",
+    "fractals": "fractals\nCNN, 240 images, 200 steps",
+}
+LABELS = {"defaults": "aadl, defaults", "full batches": "aadl, store_each_nth=1,\nfrequency=2"}
+HEADING = "Training steps that SGD + aadl needs for the final loss of plain SGD, plain SGD = 1"
+NOTE = (
+    "Blue: fewer steps than plain Nesterov SGD; 1.00: no gain; never: not within plain's number of steps.\n"
+    "Median of 5 seeds and 3 schedules (constant, cosine, linear). best: the rate at which plain SGD ends lowest,\n"
+    "for each batch size and schedule. Dot: the moving average of the history was on in most attempts."
+)
+
+
+def rate_of(index: int) -> float:
+    """The grid of learning rates: .., 0.1, 0.3, 1 (index 0), 3, 10, .."""
+    return (1.0, 3.0)[index % 2] * 10.0 ** (index // 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Training and validation losses at every EVERY-th step, and what the accelerator did."""
+
+    losses: list[float]
+    validation: list[float]
+    accepted: int = 0
+    attempts: int = 0
+    averaged: int = 0
+    closures: int = 0
+
+    @property
+    def final(self) -> float:
+        """Mean loss over the last twentieth of the steps; infinite for a run that diverged."""
+        tail = self.losses[-max(len(self.losses) // 20, 1) :]
+        mean = sum(tail) / len(tail)
+        return mean if math.isfinite(mean) else math.inf
+
+    def reached(self, target: float) -> tuple[float, float]:
+        """Steps after which the loss is at most `target` for the first time, and the validation loss there.
+
+        Infinity and the last validation loss for a run that never comes to it.
+        """
+        places = (place for place, loss in enumerate(self.losses) if loss <= target)
+        place = next(places, None)
+        if place is None:
+            return math.inf, self.validation[-1]
+        return EVERY * (place + 1), self.validation[place]
+
+
+def train(
+    problem: Problem, batch: int, schedule: str, rate: float, seed: int, settings: dict[str, Any] | None = None
+) -> Run:
+    """One training, accelerated where there are settings; the seed is of the weights and of the order of the rows."""
+    (inputs, targets), validation = problem.data()
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = problem.network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True)
+    statistics: dict[str, Any] = {"attempts": 0, "accepted": 0}
+    if settings is not None:
+        aadl.accelerate(optimizer, **settings)
+        statistics = aadl.accelerator_of(optimizer).statistics
+    scheduler = SCHEDULES[schedule](optimizer, problem.steps, rate)
+    losses: list[float] = []
+    validation_losses: list[float] = []
+    averaged = closures = 0
+
+    def batches() -> Iterator[Set]:
+        while batch == 0:
+            yield inputs, targets
+        while True:
+            order = torch.randperm(len(inputs), generator=generator)
+            for chosen in order[: len(order) // batch * batch].split(batch):
+                yield inputs[chosen], targets[chosen]
+
+    for step, (some, right) in zip(range(1, problem.steps + 1), batches(), strict=False):
+
+        def closure(some: Tensor = some, right: Tensor = right) -> Tensor:
+            nonlocal closures
+            closures += 1
+            optimizer.zero_grad()
+            loss = problem.loss(model(some), right)
+            loss.backward()
+            return loss
+
+        attempts = statistics["attempts"]
+        optimizer.step(closure)
+        scheduler.step()
+        if statistics["attempts"] > attempts:
+            averaged += bool(statistics["averaging"])
+        if step % EVERY == 0:
+            with torch.no_grad():
+                losses.append(float(problem.loss(model(inputs), targets)))
+                validation_losses.append(float(problem.loss(model(validation[0]), validation[1])))
+            if not math.isfinite(losses[-1]):
+                break
+    return Run(losses, validation_losses, statistics["accepted"], statistics["attempts"], averaged, closures)
+
+
+def best_rate(problem: Problem, batch: int, schedule: str) -> int:
+    """The place on the grid of the rate whose neighbors end at a higher loss, median of the choosing seeds."""
+
+    @cache
+    def loss(index: int) -> float:
+        return median(train(problem, batch, schedule, rate_of(index), seed).final for seed in CHOOSING)
+
+    best = problem.first_rate
+    while (better := min((best, best - 1, best + 1), key=loss)) != best:
+        best = better
+    return best
+
+
+def cells(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of the table for one problem."""
+    problem = PROBLEMS[name]
+    for batch in BATCHES:
+        for schedule in NAMES:
+            best = best_rate(problem, batch, schedule)
+            for below in GRID_STEPS:
+                rate = rate_of(best - below)
+                plain = [train(problem, batch, schedule, rate, seed) for seed in REPORTED]
+                for setting, arguments in SETTINGS.items():
+                    fast = [train(problem, batch, schedule, rate, seed, arguments) for seed in REPORTED]
+                    yield {
+                        "problem": name,
+                        "batch": batch or len(problem.data()[0][0]),
+                        "schedule": schedule,
+                        "steps": problem.steps,
+                        "learning_rate": f"{rate:g}",
+                        "grid_steps_below_best": below,
+                        "setting": setting,
+                        **compared(plain, fast, problem.steps),
+                    }
+
+
+def compared(plain: Sequence[Run], fast: Sequence[Run], steps: int) -> dict[str, Any]:
+    """The columns that compare accelerated runs with the plain ones of the same seeds."""
+    targets = [MARGIN * run.final for run in plain]
+    reached = [(a.reached(goal), b.reached(goal)) for a, b, goal in zip(fast, plain, targets, strict=True)]
+    ratios = [ours[0] / theirs[0] for ours, theirs in reached]
+    losses = [run.final / base.final for base, run in zip(plain, fast, strict=True)]
+    attempts = sum(run.attempts for run in fast)
+    return {
+        "steps_ratio": f"{median(ratios):.3f}",
+        "steps_ratio_of_seeds": " ".join(f"{ratio:.3f}" for ratio in ratios),
+        "validation_ratio": f"{median(ours[1] / theirs[1] for ours, theirs in reached):.3f}",
+        "final_loss_ratio": f"{median(losses):.3f}",
+        "largest_final_loss_ratio": f"{max(losses):.3f}",
+        "plain_final_loss": f"{median(run.final for run in plain):.3e}",
+        "accepted": sum(run.accepted for run in fast),
+        "attempts": attempts,
+        "averaging_share": f"{sum(run.averaged for run in fast) / max(attempts, 1):.2f}",
+        "closure_calls_per_step": f"{sum(run.closures for run in fast) / (steps * len(fast)):.2f}",
+    }
+
+
+def draw(table: Path, path: Path) -> None:
+    """A panel for each setting and problem: batch size, learning rate, and the median over schedules and seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import TwoSlopeNorm
+
+    entries = read(table)
+    problems = [name for name in PROBLEMS if any(entry["problem"] == name for entry in entries)]
+    norm = TwoSlopeNorm(0, math.log(0.1), math.log(1.5))
+    figure, grid = plt.subplots(len(SETTINGS), len(problems), figsize=(9, 5.6), layout="constrained", squeeze=False)
+    for row, setting in enumerate(SETTINGS):
+        for column, name in enumerate(problems):
+            axis = grid[row, column]
+            own = [entry for entry in entries if (entry["problem"], entry["setting"]) == (name, setting)]
+            batches = sorted({int(entry["batch"]) for entry in own})
+            places = [(y, x) for y in GRID_STEPS for x in range(len(batches))]
+            middles = {(y, x): middle([e for e in own if is_at(e, batches[x], y)]) for y, x in places}
+            shades = [[min(math.log(middles[y, x][0]), 9.0) for x in range(len(batches))] for y in GRID_STEPS]
+            axis.imshow(shades, cmap="RdBu_r", norm=norm, aspect="auto")
+            for (y, x), (ratio, averaged) in middles.items():
+                color = "white" if ratio < 0.25 else "black"
+                text = "never" if math.isinf(ratio) else f"{ratio:.2f}"
+                axis.text(x, y, text, ha="center", va="center", color=color, fontsize=11)
+                if averaged:
+                    axis.plot(x + 0.36, y - 0.33, "o", color=color, markersize=4.5)
+            axis.set_xticks(range(len(batches)), [*map(str, batches[:-1]), f"all {batches[-1]:,}"])
+            axis.set_yticks(GRID_STEPS, ("best", "best / 3", "best / 10") if column == 0 else [""] * len(GRID_STEPS))
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
+            if row == 0:
+                axis.set_title(TITLES[name], fontsize=10)
+            if row == len(SETTINGS) - 1:
+                axis.set_xlabel("batch size")
+        grid[row, 0].set_ylabel(f"{LABELS[setting]}\n\nlearning rate")
+    figure.suptitle(HEADING, fontsize=12, fontweight="bold")
+    figure.supxlabel(NOTE, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def is_at(entry: dict[str, str], batch: int, below: int) -> bool:
+    """Whether a row of the table is of this batch size and this many grid steps below the best rate."""
+    return (int(entry["batch"]), int(entry["grid_steps_below_best"])) == (batch, below)
+
+
+def middle(entries: Sequence[dict[str, str]]) -> tuple[float, bool]:
+    """Median ratio of steps over schedules and seeds, and whether the average was on in most attempts."""
+    ratios = [float(text) for entry in entries for text in entry["steps_ratio_of_seeds"].split()]
+    attempts = [int(entry["attempts"]) for entry in entries]
+    averaged = [int(entry["attempts"]) * float(entry["averaging_share"]) for entry in entries]
+    return median(ratios), sum(averaged) > sum(attempts) / 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, writes the table, and draws it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the table that is there")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--figure", type=Path, default=FIGURE)
+    options = parser.parse_args(arguments)
+    if not options.draw:
+        measure(options.problems, options.table)
+    draw(options.table, options.figure)
+
+
+def measure(problems: Sequence[str], table: Path) -> None:
+    """Writes the table row by row, problem by problem; rows of other problems stay."""
+    torch.set_num_threads(1)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    others = [entry for entry in read(table) if entry["problem"] not in problems] if table.exists() else []
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(others)
+        for name in problems:
+            start = time.process_time()
+            for cell in cells(name):
+                writer.writerow(cell)
+                file.flush()
+            print(f"{name}: {time.process_time() - start:.0f} s of processor time", file=sys.stderr)
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    """The rows of the table."""
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    main()
