@@ -40,7 +40,7 @@ SIZE, RESIZE, BATCH = 224, 256, 32
 PROCESSES = 8
 TARGET = 0.95  # of the floor, from packed shards
 FORMS = {"folder": "one file an image", "packed": "packed", "resized": f"packed, short side {RESIZE}"}
-DECODERS = ("torchvision", "dali")
+DECODERS = ("torchvision",)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -378,9 +378,9 @@ Not cached means that the system was asked to drop the files before every round;
 
 {chr(10).join(findings(report))}
 
-Batches stay uint8 until they are on the device: float32 would be four times as many bytes. Other decoders are chosen by
-name in the configuration; an image that they refuse is read by Pillow and counted. Their pixels differ from Pillow's by
-a few gray levels, so a run keeps to one of them.{missing}
+Batches stay uint8 until they are on the device: float32 would be four times as many bytes. Another decoder is chosen by
+name in the configuration; an image that it refuses is read by Pillow and counted. Its pixels differ from Pillow's by a
+few gray levels, so a run keeps to one of them.{missing}
 """
 
 

@@ -1,6 +1,6 @@
 """ImageNet1k, or any set in its layout: batches of pixels for training and evaluation on any number of ranks.
 
-Commands: `python -m data_loaders.imagenet pack SRC DST`, `verify DST`, `info DST`, `stage SRC DST`.
+Commands: `python -m data_loaders.imagenet pack SRC DST`, `verify DST`, `info DST`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from data_loaders.image_folder import FOLDERS, FolderImages, Images
 from data_loaders.images import NUM_UNIFORM, Decoder, Decoding, ImageError, Pixels, check_decoder, quiet
-from data_loaders.packed import PackedImages, stage
+from data_loaders.packed import PackedImages
 from data_loaders.sampling import (
     STATISTICS_EPOCH,
     check_divisible,
@@ -43,7 +43,6 @@ __all__ = [
     "TrainLoader",
     "check_pair",
     "open_images",
-    "stage",
 ]
 
 MAX_REPLACED = 1000  # unreadable images in a row, after which the storage is to blame and not an image

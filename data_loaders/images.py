@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,11 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: packing and reading start faster without torch
 
-DECODERS = ("pillow", "torchvision", "dali")
+DECODERS = ("pillow", "torchvision")
 POLICIES = ("skip", "stop")
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")  # of Pillow; others may start programs
 PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to be known; Pillow loads the others itself
-NEEDS = {"pillow": "PIL", "torchvision": "torchvision.io", "dali": "nvidia.dali"}
+NEEDS = {"pillow": "PIL", "torchvision": "torchvision.io"}
 
 SMALLEST = 0.08  # area of a random crop, as a share of the image's
 ASPECT = (3 / 4, 4 / 3)  # its width over its height
@@ -46,7 +46,7 @@ class Decoding:
     Attributes:
         size: side of the square crop, in pixels.
         resize: length of the short side before the central crop at evaluation, in pixels, at least `size`.
-        decoder: "pillow", or "torchvision" or "dali" where these import.
+        decoder: "pillow", or "torchvision" where it imports.
         on_corrupt: what an unreadable image does: "skip" it, count it and go on, or "stop".
         smallest_crop: least area of a random crop, as a share of the image's, in (0, 1].
 
@@ -158,8 +158,6 @@ class Decoder:
         self._first: Callable[[bytes, int, int, list[float] | None], Pixels] | None = None
         if decoding.decoder == "torchvision":
             self._first = _WithTorchvision(decoding)
-        elif decoding.decoder == "dali":
-            self._first = _WithDali(decoding)
 
     def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
         """The square, (size, size, 3).
@@ -264,64 +262,6 @@ def _resized(image: Tensor, width: int, height: int) -> Tensor:
     from torch.nn.functional import interpolate
 
     return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
-
-
-class _WithDali:
-    """A DALI pipeline on the processor that decodes no more than the crop, one image a run."""
-
-    def __init__(self, decoding: Decoding) -> None:
-        self.decoding = decoding
-        self.pipeline: Any = None
-
-    def __call__(self, data: bytes, width: int, height: int, numbers: list[float] | None) -> Pixels:
-        size = self.decoding.size
-        if numbers is None:
-            new_width, new_height, left, top = central_place(width, height, size, self.decoding.resize)
-            return self._run(data, (0, 0, width, height), new_width, new_height)[top : top + size, left : left + size]
-        x, y, w, h, flip = random_crop(width, height, numbers, self.decoding.smallest_crop).pixels()
-        square = self._run(data, (x, y, w, h), size, size)
-        return square[:, ::-1] if flip else square
-
-    def _run(self, data: bytes, window: tuple[int, int, int, int], width: int, height: int) -> Pixels:
-        if self.pipeline is None:
-            self.pipeline = _dali_pipeline()
-        x, y, w, h = window
-        try:
-            self.pipeline.feed_input("data", [np.frombuffer(data, np.uint8)])
-            self.pipeline.feed_input("window", [np.array([y, x, h, w], np.float32)])
-            self.pipeline.feed_input("size", [np.array([height, width], np.float32)])
-            (output,) = self.pipeline.run()
-            return np.array(output.at(0))
-        except Exception:
-            self.pipeline = None  # DALI takes no more input after an error
-            raise
-
-
-def _dali_pipeline() -> Any:
-    """decode window [y, x, height, width] -> resize to [height, width]."""
-    dali = check_decoder("dali")
-    fn = importlib.import_module(f"{dali.__name__}.fn")
-
-    @dali.pipeline_def(
-        batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False, exec_pipelined=False
-    )
-    def pipeline() -> Any:
-        data, window, size = (fn.external_source(name=name) for name in ("data", "window", "size"))
-        image = fn.decoders.image_slice(
-            data,
-            window[0:2],
-            window[2:4],
-            axes=(0, 1),
-            normalized_anchor=False,
-            normalized_shape=False,
-            adjust_orientation=False,
-            output_type=dali.types.DALIImageType.RGB,
-        )
-        return fn.resize(image, size=size, interp_type=dali.types.DALIInterpType.INTERP_LINEAR, antialias=True)
-
-    built = pipeline()
-    built.build()
-    return built
 
 
 def _reason(error: Exception) -> str:

@@ -1,17 +1,11 @@
-"""Packed sets (see data_loaders.shards): read, check every byte, sum up, copy to the storage of a node."""
+"""Packed sets (see data_loaders.shards): read, check every byte, sum up."""
 
 from __future__ import annotations
 
 import copy
-import errno
-import fcntl
 import os
-import shutil
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +27,7 @@ from data_loaders.shards import (
     write_packed,
 )
 
-__all__ = ["SHARD_VERSION", "PackedImages", "info", "packed_splits", "stage", "verify", "write_packed"]
-
-COPIERS = 4  # shards copied at a time
-BLOCK_BYTES = 1 << 22
-
+__all__ = ["SHARD_VERSION", "PackedImages", "info", "packed_splits", "verify", "write_packed"]
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -233,94 +223,3 @@ def packed_splits(folder: str | os.PathLike[str]) -> list[str]:
     if not found:
         raise FileNotFoundError(f"{folder} holds no packed images (train-00000-of-*.h5)")
     return found
-
-
-# ---- staging ---------------------------------------------------------------------------------------------------------
-
-
-def stage(source: str | os.PathLike[str], target: str | os.PathLike[str], *, progress: bool = False) -> Path:
-    """Copies a packed set to node-local storage, once a node, and returns the folder of the copy.
-
-    Every process of a node may call it: one copies, under a lock of the target folder, the others wait. A shard whose
-    size and tables are those of the source stays as it is. Each copy is checked against the checksums of its images
-    before it gets its name.
-
-    Args:
-        source: folder of a packed set.
-        target: folder on a local disk; made where it is missing.
-        progress: whether the process that copies shows a bar.
-
-    Raises:
-        FileNotFoundError: the source holds no packed set.
-        ValueError: the source is damaged, or the target holds another set.
-        OSError: copying failed; the message says where, and how much room is missing on a full disk.
-    """
-    folder = Path(target)
-    paths = [path for split in packed_splits(source) for path in find_shards(Path(source), split)]
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(source):
-        return folder
-    with _one_at_a_time(folder):
-        strange = {path.name for path in folder.glob("*-of-*.h5")} - {path.name for path in paths}
-        if strange:
-            raise ValueError(f"{folder} holds another packed set ({min(strange)}): choose another folder or empty it")
-        missing = [path for path in paths if not _is_copy(folder / path.name, path)]
-        _check_room(folder, missing)
-        for leftover in folder.glob(".staging-*.tmp"):  # of a killed process: this one holds the lock
-            leftover.unlink()
-        with ThreadPoolExecutor(COPIERS) as pool:
-            copies = pool.map(_copy, missing, [folder] * len(missing))
-            for _ in tqdm(copies, "staging shards", len(missing), disable=not (progress and missing)):
-                pass
-    return folder
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Waits for the lock of a folder; the system releases it however its holder ends."""
-    with (folder / ".staging.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OSError(error.errno, f"{folder} cannot be locked ({error.strerror}): stage to a local disk") from None
-        yield
-
-
-def _is_copy(copy: Path, path: Path) -> bool:
-    if not copy.exists() or copy.stat().st_size != path.stat().st_size:
-        return False
-    try:
-        mine, theirs = read_header(copy), read_header(path)
-    except ValueError:
-        return False
-    same = (mine.pack_digest, mine.names_crc32, mine.start) == (theirs.pack_digest, theirs.names_crc32, theirs.start)
-    return same and bool((mine.crc32 == theirs.crc32).all() and (mine.labels == theirs.labels).all())
-
-
-def _check_room(folder: Path, paths: Sequence[Path]) -> None:
-    needed = sum(path.stat().st_size for path in paths)  # what is replaced stays until its copy is whole
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{folder} has {free / 1e9:,.2f} GB free where the packed set needs {needed / 1e9:,.2f} GB more",
-        )
-
-
-def _copy(path: Path, folder: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".staging-", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with path.open("rb") as source, os.fdopen(handle, "wb") as copy:
-            shutil.copyfileobj(source, copy, BLOCK_BYTES)
-            copy.flush()
-            os.fsync(copy.fileno())
-        damages = damaged_images(read_header(temporary))
-        if damages:
-            problem = damages[0].replace(temporary.name, path.name)
-            raise ValueError(f"{path} or its copy in {folder} is damaged: {problem}")
-        temporary.chmod(0o644)
-        temporary.replace(folder / path.name)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,4 +1,4 @@
-"""The commands of `python -m data_loaders.imagenet`: pack in parallel, verify, info, stage."""
+"""The commands of `python -m data_loaders.imagenet`: pack in parallel, verify, info."""
 
 from __future__ import annotations
 
@@ -299,11 +299,6 @@ def _info_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stage_command(options: argparse.Namespace) -> int:
-    print(packed.stage(options.source, options.target, progress=not options.quiet))
-    return 0
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -331,10 +326,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command = add("info", _info_command, "say what a packed set holds")
     command.add_argument("target", type=Path, metavar="DST")
-    command = add("stage", _stage_command, "copy a packed set to node-local storage, checked; once a node")
-    command.add_argument("source", type=Path, metavar="SRC")
-    command.add_argument("target", type=Path, metavar="DST")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 
 

@@ -1,49 +1,91 @@
-"""The files of a checkpoint: written with checksums, and read without executing anything that is in them."""
+"""The files of checkpoints in a folder: written whole or not at all, and read without executing anything in them.
+
+step-0000001234.pt             torch.save of plain values and tensors; -best before .pt for the best so far
+.tmp-step-0000001234.pt-...    is being written, or was left behind by a process that was killed
+"""
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import os
-import pickle
 import re
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import secrets
+import shutil
+import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from experiments.state import Encoded
+from experiments.state import State
 
-SHARED = "shared.pt"
-SHARDED = "sharded"
-METADATA = "sharded/.metadata"
-BLOCK = 1 << 22  # bytes read or written at once
+FORMAT = 2
+KEYS = {"format", "identity", "step", "shared", "own"}
+BLOCK = 1 << 22  # bytes written at once
 
-
-class FileEntry(NamedTuple):
-    """Size and checksum. CRC-32 finds accidents, not forgeries, which are met by trusting nothing that is read."""
-
-    num_bytes: int
-    crc32: int
+_NAME = re.compile(r"step-(\d{10,})(-best)?\.pt")
+_LEFTOVER = re.compile(r"\.(tmp|old)-step-.*")
+_FORMER = re.compile(r"step-\d{10,}(\.\d+)?")  # folders, of format 1
 
 
-def kill_point(name: str) -> None:
-    """A place at which tests kill the writer."""
+def names_of_checkpoints(folder: Path) -> list[str]:
+    """Newest first, of a step the best one first.
+
+    Raises:
+        ValueError: there are checkpoints of a former version alone.
+        OSError: the folder cannot be read; a missing one has no checkpoints.
+    """
+    try:
+        present = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    names = sorted(filter(_NAME.fullmatch, present), key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
+    former = [name for name in present if _FORMER.fullmatch(name)]
+    if former and not names:
+        raise ValueError(
+            f"the checkpoints in {folder}, as {former[0]}, are folders, which a former version wrote and this one does "
+            "not read: finish the run with that version, or begin again with --force"
+        )
+    return names
 
 
-class _Checksummed:
-    """A file that counts and sums what is written; torch hides the OSError of a full disk, so that is kept as well."""
+def _step_of(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1])
+
+
+def _is_best(name: str) -> bool:
+    return name.endswith("-best.pt")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes all checkpoints of a folder, and what killed processes left."""
+    for name in os.listdir(folder):
+        if _NAME.fullmatch(name):
+            os.unlink(folder / name)
+        elif _FORMER.fullmatch(name):
+            shutil.rmtree(folder / name)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left, also folders of a former version."""
+    for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            os.unlink(folder / name)
+
+
+class _Counted:
+    """A file that counts what is written; torch hides the OSError of a full disk, so that is kept as well."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.num_bytes = self.crc32 = 0
+        self.num_bytes = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -53,7 +95,6 @@ class _Checksummed:
         except OSError as error:
             self.error = error
             raise
-        self.crc32 = zlib.crc32(view, self.crc32)
         self.num_bytes += len(view)
         return len(view)
 
@@ -61,110 +102,84 @@ class _Checksummed:
         self._file.flush()
 
 
-def write_state(path: Path, encoded: Encoded) -> FileEntry:
-    """Writes all of a state but its DTensors: tensors, and one text for the rest; syncs it and looks at its size.
+def write(path: Path, content: State) -> None:
+    """Writes a file whole or not at all, synced; what killed processes left in the folder is removed.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: it cannot be written.
     """
-    content = {"tree": json.dumps(encoded.tree), "tensors": encoded.tensors}
-    with open(path, "xb", buffering=0) as raw:
-        file = _Checksummed(io.BufferedWriter(raw, BLOCK))
-        try:
-            torch.save(content, file)  # type: ignore[arg-type]
-        except RuntimeError:
-            if file.error is None:
-                raise
-            raise file.error from None
-        file.flush()
-        kill_point("file written")
-        os.fsync(raw.fileno())
-        size = os.fstat(raw.fileno()).st_size
-    if size != file.num_bytes:
-        raise OSError(errno.EIO, f"{path.name} has {size} bytes after {file.num_bytes} were written")
-    kill_point("file synced")
-    return FileEntry(file.num_bytes, file.crc32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb", buffering=0) as raw:
+            file = _Counted(io.BufferedWriter(raw, BLOCK))
+            try:
+                torch.save(content, file)  # type: ignore[arg-type]
+            except RuntimeError:
+                if file.error is None:
+                    raise
+                raise file.error from None
+            file.flush()
+            os.fsync(raw.fileno())
+            size = os.fstat(raw.fileno()).st_size
+        if size != file.num_bytes:
+            raise OSError(errno.EIO, f"{path.name} has {size} bytes after {file.num_bytes} were written")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
-def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Writes DTensors; on all ranks of the group together, None for a single rank.
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not sync folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> State:
+    """Compares the checksums of a file and reads it, on the CPU; nothing in it is executed.
 
     Raises:
-        OSError, ValueError: one of the ranks cannot write; the same on all ranks.
+        ValueError: it is damaged, of another format, or holds something else; the message names it.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.metadata import StorageMeta
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    class Writer(FileSystemWriter):
-        def storage_meta(self) -> StorageMeta:
-            return StorageMeta()  # else it holds the path of the temporary folder
-
-    writer = Writer(folder / SHARDED)
-    with _first_failure():
-        save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
-
-
-@contextmanager
-def _first_failure() -> Iterator[None]:
-    """Raises the first of the errors that torch.distributed.checkpoint gathers in a BaseException of its own."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
-        yield
-    except CheckpointException as error:
-        rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
-        if isinstance(first, OSError):
-            raise OSError(first.errno, f"{first.strerror} (rank {rank})") from None
-        raise ValueError(f"{type(first).__name__}: {_short(first)} (rank {rank})") from None
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            file.seek(0)
+            content = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from None
+    except MemoryError:  # the file may be good
+        raise
+    except Exception as error:  # zipfile and torch raise whatever the bytes lead to
+        raise ValueError(f"{path.name} is damaged or refused ({_short(error)})") from None
+    if damaged:
+        raise ValueError(f"{path.name} is damaged: the checksum of {damaged} is wrong")
+    version = content.get("format") if isinstance(content, dict) else None
+    if version is not None and version != FORMAT:
+        raise ValueError(f"{path.name} has format {version}, and this program reads format {FORMAT}")
+    if not isinstance(content, dict) or set(content) != KEYS or not isinstance(content["own"], list):
+        raise ValueError(f"{path.name} holds something else than a checkpoint")
+    return cast(State, content)
 
 
-def shards_of(folder: Path, rank: int) -> dict[str, FileEntry]:
-    """What a rank has written with `write_shards`, by the name of the file; rank 0 has written the metadata."""
-    names = sorted(os.listdir(folder / SHARDED))
-    own = [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and name == ".metadata")]
-    return {f"{SHARDED}/{name}": entry_of(folder / SHARDED / name) for name in own}
-
-
-def entry_of(path: Path) -> FileEntry:
-    num_bytes = crc32 = 0
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            crc32 = zlib.crc32(block, crc32)
-            num_bytes += len(block)
-    return FileEntry(num_bytes, crc32)
-
-
-class Content(NamedTuple):
-    """What a file of `write_state` holds."""
-
-    tree: Any
-    tensors: list[Tensor]
-
-
-def read_state(data: bytes, name: str) -> Content:
-    """Takes apart what `write_state` wrote, on the CPU; nothing in it is executed.
-
-    Args:
-        data: all bytes of the file; the tensors are copies.
-        name: of the file, for messages.
+def identity_of(path: Path) -> str:
+    """The identity in a checkpoint, whose tensors are not read.
 
     Raises:
-        ValueError: it holds something else; the message is the reason.
+        ValueError: it cannot be read; `read` says why.
     """
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the bytes lead to
-        raise ValueError(f"{name} is refused ({_short(error)})") from None
-    if not isinstance(content, dict) or set(content) != {"tree", "tensors"}:
-        raise ValueError(f"{name} holds something else than a checkpoint")
-    tensors = content["tensors"]
-    if not isinstance(tensors, list) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise ValueError(f"{name} holds something else than tensors")
-    try:
-        return Content(json.loads(content["tree"]), tensors)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} holds no tree of values") from None
+        return str(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
+    except Exception as error:
+        raise ValueError(f"{path.name} is damaged or refused ({_short(error)})") from None
 
 
 def _short(error: BaseException) -> str:
@@ -178,76 +193,26 @@ def _short(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def read_shards(folder: Path, metadata: Any, targets: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Reads DTensors into the tensors of the targets, each rank its part; on all ranks of the group together.
+def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ()) -> None:
+    """Removes old checkpoints: those older than the newest `keep` steps, and not the newest one marked best.
+
+    Later ones than the present were not taken when the run was continued, so they count for nothing, and somebody may
+    want to know why.
 
     Args:
-        folder: of the checkpoint.
-        metadata: from `read_metadata`.
-        targets: tensors by name; DTensors get their part, others the whole.
-        group: of gloo, None for a single rank.
+        folder: of the checkpoints.
+        present: name of the one that was just written, which replaces others of its step.
+        keep: number that stay.
+        unusable: names of checkpoints known to be damaged, which do not count among those.
 
     Raises:
-        OSError, ValueError: one of the ranks cannot read its part; the same on all ranks.
+        OSError: a file cannot be removed.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-            return metadata
-
-    reader = Reader(folder / SHARDED)
-    with warnings.catch_warnings(), _first_failure():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single rank does without
-        load(dict(targets), storage_reader=reader, process_group=group, no_dist=group is None)
-
-
-def read_metadata(folder: Path, names: Iterable[str]) -> Any:
-    """The metadata of torch.distributed.checkpoint, a pickle: only with an unpickler that knows its few classes.
-
-    Args:
-        folder: of the checkpoint.
-        names: its files; the metadata may refer to no others.
-
-    Raises:
-        ValueError: it holds anything else.
-    """
-    from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO((folder / METADATA).read_bytes())).load()
-    except Exception as error:  # an unpickler raises whatever the bytes lead to
-        raise ValueError(f"{METADATA} is refused ({_short(error)})") from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError(f"{METADATA} holds something else than metadata")
-    strange = {f"{SHARDED}/{info.relative_path}" for info in metadata.storage_data.values()} - set(names)
-    if strange:
-        raise ValueError(f"{METADATA} refers to {min(strange)!r}, which is no file of the checkpoint")
-    metadata.storage_meta = StorageMeta()
-    return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of the metadata, all of which only hold data, and nothing else."""
-
-    CLASSES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "torch.distributed.checkpoint.metadata": (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        ),
-        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-        "torch": ("Size",),
-        "torch.serialization": ("_get_layout",),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in self.CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+    step, names = _step_of(present), names_of_checkpoints(folder)
+    replaced = [name for name in names if _step_of(name) == step and name != present]
+    older = [name for name in names if _step_of(name) < step]
+    kept = [present, *(name for name in older if name not in unusable)][:keep]
+    best = next((name for name in (present, *older) if _is_best(name)), present)
+    oldest = _step_of(kept[-1]) if len(kept) == keep else 0
+    for name in (*replaced, *(name for name in older if _step_of(name) < oldest and name != best)):
+        os.unlink(folder / name)

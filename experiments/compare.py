@@ -15,7 +15,6 @@ from experiments.record import Run, read_runs
 TRAIN = "metrics/train/loss"
 VALIDATION = "metrics/validation/loss"
 SECONDS = "timing/training_seconds"
-CPU_SECONDS = "timing/training_cpu_seconds"
 
 
 @dataclass(frozen=True)

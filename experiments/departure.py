@@ -45,8 +45,8 @@ class Joined:
         ranks: this process.
         base: the store, with the keys of earlier attempts in it.
         store: the part of it that belongs to this attempt.
-        patience_seconds: that the ranks wait for each other in the groups for control, as while one of them writes
-            its part of a checkpoint.
+        patience_seconds: that the ranks wait for each other in the group for control, as while rank 0 writes a
+            checkpoint.
         groups: process groups so far.
         done: ends the watch.
         watcher: the thread that watches.
@@ -73,7 +73,7 @@ class RanksDisagree(RuntimeError):
 
 _joined: Joined | None = None
 _last_words = threading.Lock()
-_side_groups: dict[str, dist.ProcessGroup] = {}
+_control: dist.ProcessGroup | None = None
 
 
 def joined() -> Joined | None:
@@ -94,29 +94,20 @@ def control_group(ranks: Ranks) -> dist.ProcessGroup | None:
     One for the whole life of a process group, however many runs use it, for every rank holds a connection to every
     other one. `start_process_group` makes it; where the ranks met otherwise, the first call does, on all of them.
     """
-    return _side_group("control", ranks)
-
-
-def background_group(ranks: Ranks) -> dist.ProcessGroup | None:
-    """The same for one thread beside the main one; to be asked for by the main thread of all ranks.
-
-    The ranks must call the collectives of one group in one order, which two threads of a process cannot promise.
-    """
-    return _side_group("background", ranks)
-
-
-def _side_group(purpose: str, ranks: Ranks) -> dist.ProcessGroup | None:
+    global _control
     if not (dist.is_available() and dist.is_initialized()):
         if ranks.world_size > 1:
             raise RuntimeError(f"rank {ranks.rank} of {ranks.world_size} has no process group yet")
         return None
-    try:
-        dist.get_backend(_side_groups[purpose])
-    except (KeyError, ValueError):  # ValueError: it went with an earlier process group
+    if _control is not None:
+        try:
+            dist.get_backend(_control)
+        except ValueError:  # it went with an earlier process group
+            _control = None
+    if _control is None:
         seconds = _joined.patience_seconds if _joined is not None else PATIENCE_SECONDS
-        timeout = timedelta(seconds=seconds)
-        _side_groups[purpose] = dist.new_group(backend="gloo", timeout=timeout, group_desc=f"aadl {purpose}")
-    return _side_groups[purpose]
+        _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc="aadl control")
+    return _control
 
 
 def watch(met: Joined) -> None:
@@ -128,6 +119,7 @@ def watch(met: Joined) -> None:
 
 def stop_process_group(ranks: Ranks) -> None:
     """Leaves the process group, if there is one, with the other ranks, or at once if an exception is under way."""
+    global _control
     if ranks.world_size == 1 or not dist.is_initialized():
         return
     error = sys.exc_info()[1]
@@ -139,7 +131,7 @@ def stop_process_group(ranks: Ranks) -> None:
         _stop_watching(_joined)
         if not failing:
             _wait_for_all(_joined, f"stop {_joined.groups}", FAREWELL_SECONDS)
-    _side_groups.clear()
+    _control = None
     # Wrappers of models own threads that must not outlive the group: torch would abort the process at its exit.
     gc.collect()
     if not (failing and dist.get_backend() == "nccl"):  # which would wait for what the others no longer do

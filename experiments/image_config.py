@@ -42,8 +42,7 @@ class ImageConfig:
         on_unreadable: "skip": broken images are named, counted and left out; "stop": the first one ends the run.
         num_workers: processes that decode, per rank; 0: the rank decodes.
         start_method: of these processes; "auto": forkserver where MPI or a GPU is in use.
-        stage_folder: node-local folder that packed data is copied to first; null: it is read where it lies.
-        stage_seconds: that the ranks wait for each other while the data is opened, made or copied.
+        stage_seconds: that the ranks wait for each other while the data is opened or made.
         statistics_images: training images from which the statistics of BatchNorm are computed anew before a validation.
         statistics_batch: images in a batch of them, which is what deeper layers are normalized over.
         evaluation_batch: images per rank and batch of the validation.
@@ -66,11 +65,10 @@ class ImageConfig:
     image_size: int = setting(integer(8, 4097), 224)
     resize: int = setting(integer(8, 8193), 256)
     smallest_crop: float = setting(_up_to(1.0), 0.08)
-    decoder: str = setting(choice("pillow", "torchvision", "dali"), "pillow")
+    decoder: str = setting(choice("pillow", "torchvision"), "pillow")
     on_unreadable: str = setting(choice("skip", "stop"), "skip")
     num_workers: int = setting(integer(0, 257), 0)
     start_method: str = setting(choice("auto", "forkserver", "spawn", "fork"), "auto")
-    stage_folder: str | None = setting(optional(TEXT), None)
     stage_seconds: float = setting(number(0.0), 3600.0)
     statistics_images: int = setting(integer(2), 2048)
     statistics_batch: int = setting(integer(2), 64)

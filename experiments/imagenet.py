@@ -28,7 +28,6 @@ from data_loaders.imagenet import (
     check_pair,
     open_images,
 )
-from data_loaders.packed import PackedImages, stage
 from experiments.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.classification import Counts, evaluate_exactly
 from experiments.image_config import ImageConfig, ImageTrainingConfig
@@ -45,7 +44,7 @@ DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 PATH_VARIABLE = "AADL_IMAGENET_DIR"
 DATA_SETTINGS = (
     "data", "data_path", "num_classes", "images_per_class", "validation_per_class", "data_size", "data_seed",
-    "data_variation", "stage_folder", "stage_seconds",
+    "data_variation", "stage_seconds",
 )  # fmt: skip
 """Of the problem: runs that have them in common share the opened sets."""
 SAMPLE = 32
@@ -116,10 +115,10 @@ def open_sets(config: ImageConfig, ranks: Ranks) -> Sets:
     """The training and the validation set of all ranks, kept for the runs of this process.
 
     Rank 0 makes fractals, lists folders and reads headers, for thousands of ranks that did so would overwhelm a shared
-    file system; the others get what it found. Packed sets that are to be staged are copied once a node.
+    file system; the others get what it found. A job may have copied the sets to a folder on each node.
 
     Raises:
-        ValueError, OSError: as `describe`, or a copy cannot be made; the same on all ranks.
+        ValueError, OSError: as `describe`, or a node does not find the sets; the same on all ranks.
     """
     data = replace(ImageConfig(), **{name: getattr(config, name) for name in DATA_SETTINGS})
     return _open_sets(data, ranks, os.environ.get(PATH_VARIABLE))
@@ -128,26 +127,11 @@ def open_sets(config: ImageConfig, ranks: Ranks) -> Sets:
 @lru_cache(maxsize=2)
 def _open_sets(config: ImageConfig, ranks: Ranks, _: str | None) -> Sets:
     sets = by_first(ranks, lambda: _first_sets(config), "opening the images", config.stage_seconds)
-    folder = by_each(ranks, lambda: _folder_here(config, sets, ranks), "staging the images", config.stage_seconds)
-    here = by_each(ranks, lambda: _sets_at(folder, sets), "looking for the images", config.stage_seconds)
+    here = by_each(ranks, lambda: _sets_at(data_folder(config), sets), "looking for the images", config.stage_seconds)
     # Once a node: another copy of the same names would train in silence, an incomplete one on what replaces the rest.
     sample = _sample_checksum(here) if ranks.local_rank == 0 else None
-    check_same(ranks, sample, f"the checksum of some images in {folder}", config.stage_seconds)
+    check_same(ranks, sample, f"the checksum of some images in {data_folder(config)}", config.stage_seconds)
     return here
-
-
-def _folder_here(config: ImageConfig, sets: Sets, ranks: Ranks) -> Path:
-    """Where this node reads the sets: the job may have copied them to another folder on each, or this does."""
-    folder = data_folder(config)
-    if config.stage_folder is None:
-        return folder
-    if not all(isinstance(images, PackedImages) for images in sets):
-        raise ValueError(
-            f"problem.stage_folder needs packed data, which {folder} is not: pack it with "
-            "python -m data_loaders.imagenet pack"
-        )
-    target = Path(config.stage_folder).expanduser()
-    return stage(folder, target) if ranks.local_rank == 0 else target
 
 
 def _sets_at(folder: Path, sets: Sets) -> Sets:

@@ -363,8 +363,8 @@ def _open_store(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: 
 def _allow_many_files(world_size: int) -> None:
     """Raises the limit of open files, usually 1024, to what this rank may need.
 
-    Each group of gloo takes one connection per rank: the world, where it is gloo's, control, and asynchronous
-    checkpoints. Rank 0 holds one more for each client of its store, and for a moment two.
+    Each group of gloo takes one connection per rank: the world, where it is gloo's, and control. Rank 0 holds one more
+    for each client of its store, and for a moment two.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 5 * world_size + OTHER_FILES

@@ -135,11 +135,6 @@ def first_run(variant: Variant) -> Run:
     return next(iter(variant.runs.values()))
 
 
-def baseline_of(variant: Variant) -> str:
-    """Name of the variant that this one is compared with."""
-    return str(first_run(variant).attributes["baseline"])
-
-
 def _key(run: Run) -> Key:
     """The group of a run."""
     return (run.attributes["baseline"], *solution_of(run))
@@ -261,7 +256,6 @@ class Measures:
             same seed; inf for never, NaN (unknown) if only the baseline diverged or if the baseline has another loss.
             The loss jumps with the points and between steps: the baseline itself may pass its final loss early, and
             leave it again. This and the following over the shared seeds.
-        share: the same over the iterations of the baseline.
         ratio: final loss over the baseline's.
         at_evaluations: the same where both have spent the smaller of the two numbers of evaluations of the loss.
         at_seconds: likewise for training seconds.
@@ -276,7 +270,6 @@ class Measures:
     evaluations: np.ndarray
     seconds: np.ndarray
     iterations: np.ndarray
-    share: np.ndarray
     ratio: np.ndarray
     at_evaluations: np.ndarray
     at_seconds: np.ndarray
@@ -293,15 +286,14 @@ def measure(variant: Variant, group: Group) -> Measures:
     shared = tuple(sorted(set(variant.runs) & set(baseline.runs))) if baseline is not None else ()
     pairs = [(variant.runs[seed], baseline.runs[seed]) for seed in shared] if baseline is not None else []
     other = has_other_loss(variant, group)
-    rows = [(np.nan,) * 5 if other else _against(own, rival) for own, rival in pairs]
-    iterations, share, ratio, at_evaluations, at_seconds = np.array(rows, dtype=float).reshape(-1, 5).T
+    rows = [(np.nan,) * 4 if other else _against(own, rival) for own, rival in pairs]
+    iterations, ratio, at_evaluations, at_seconds = np.array(rows, dtype=float).reshape(-1, 4).T
     return Measures(
         loss=_ends(runs, TRAIN),
         errors={name: np.array([final_error(run, name) for run in runs]) for name in group.predictors},
         evaluations=_ends(runs, EVALUATIONS),
         seconds=_ends(runs, SECONDS),
         iterations=iterations,
-        share=share,
         ratio=ratio,
         at_evaluations=at_evaluations,
         at_seconds=at_seconds,
@@ -331,9 +323,9 @@ def final_error(run: Run, test_set: str) -> float:
 
 
 def _against(own: Run, rival: Run) -> tuple[float, ...]:
-    """Iterations to the rival's final loss, also as a share, and ratios of the losses: at the end, at equal cost."""
+    """Iterations to the rival's final loss, and ratios of the losses: at the end, at equal cost."""
     if own.diverged or rival.diverged:
-        return (np.inf if own.diverged else np.nan,) * 5
+        return (np.inf if own.diverged else np.nan,) * 4
     goal = rival.series[TRAIN][-1]
     above = np.flatnonzero(~(own.series[TRAIN] <= goal))
     first = above[-1] + 1 if above.size else 0
@@ -342,7 +334,7 @@ def _against(own: Run, rival: Run) -> tuple[float, ...]:
     for cost in (EVALUATIONS, SECONDS):
         budget = min(own.series[cost][-1], rival.series[cost][-1])
         ratios.append(_ratio(_loss_at(own, cost, budget), _loss_at(rival, cost, budget)))
-    return (iterations, iterations / rival.places[-1], *ratios)
+    return (iterations, *ratios)
 
 
 def _error_ratio(own: Run, rival: Run, test_set: str | None) -> float:
@@ -369,14 +361,6 @@ def _loss_at(run: Run, cost: str, budget: float) -> float:
     tiny = np.finfo(float).tiny
     logarithms = np.log(np.maximum(run.series[TRAIN], tiny))
     return float(np.exp(np.interp(budget, run.series[cost], logarithms)))
-
-
-def value_within(run: Run, series: str, cost: str, budget: float) -> float:
-    """The last value of a series that was there when not more than the budget was spent; inf for a diverged run."""
-    if run.diverged:
-        return np.inf
-    within = np.flatnonzero(run.series[cost] <= budget)
-    return float(run.series[series][within[-1]]) if within.size else np.inf
 
 
 def diverged_note(variants: Iterable[Variant]) -> str:

@@ -1,35 +1,26 @@
-"""The tables of physics-informed networks and their targets, from HDF5 records alone."""
+"""The tables of physics-informed networks, from HDF5 records alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
-from experiments.compare import SECONDS, TRAIN, Variant
+from experiments.compare import TRAIN, Variant
 from experiments.pinn_compare import (
-    ERROR,
     Group,
     Measures,
     accepted_candidates,
-    baseline_of,
     diverged_note,
     final_error,
     has_other_loss,
     measure,
     settings_line,
-    value_within,
 )
 from experiments.record import Run
 from experiments.summarize import (
-    all_within,
     markdown_table,
-    median,
-    median_within,
     spread,
-    target,
     text_table,
     write_text,
 )
@@ -85,10 +76,6 @@ def summarize_pinn(groups: list[Group]) -> str:
         if diverged:
             markdown += [f"Diverged: {diverged}.", ""]
             text += [f"Diverged: {diverged}.", ""]
-    targets = target_lines(groups)
-    if targets:
-        markdown += ["## Targets", "", *(f"- {line}" for line in targets), ""]
-        text += ["Targets", *(f"  {line}" for line in targets), ""]
     seeds = sorted({seed for group in groups for seed in group.seeds})
     commits = tuple(sorted({commit for group in groups for commit in group.commits}))
     source = f"Source: {replace(groups[0], commits=commits).source_line(seeds)}"
@@ -168,111 +155,3 @@ def _learning_rate_rows(group: Group, runs: list[Run]) -> list[tuple[str, ...]]:
             row.append(spread(errors, "{:.2e}", "diverged"))
         rows.append(tuple(row))
     return rows
-
-
-# ---- targets ---------------------------------------------------------------------------------------------------------
-
-
-def target_lines(groups: list[Group]) -> list[str]:
-    """The targets of the equations with the numbers; empty for equations without any.
-
-    A target is met, NOT MET or unknown: the last where its variants were not run, or where the seeds on which the
-    baseline diverged could decide it.
-    """
-    lines = []
-    for equation in dict.fromkeys(group.equation for group in groups if group.equation in TARGETS):
-        own = [group for group in groups if group.equation == equation]
-        lines += [_never_above(variant, group) for variant, group in _compared(own) if variant.role == "aadl"]
-        lines += [line(own) for line in TARGETS[equation]]
-    return lines
-
-
-def _compared(groups: list[Group]) -> Iterator[tuple[Variant, Group]]:
-    """The variants, each in the group of its baseline; not those that are their own."""
-    for group in groups:
-        for variant in group.variants:
-            if baseline_of(variant) == group.name != variant.name:
-                yield variant, group
-
-
-def _never_above(variant: Variant, group: Group) -> str:
-    what = f"{group.equation}, {variant.label}: never ends more than 2 % above its baseline"
-    measures = measure(variant, group)
-    if not measures.shared:
-        return target(what, None, "the baseline was not run")
-    if has_other_loss(variant, group):
-        return target(what, None, f"{OTHER_LOSS} than the baseline's")
-    above = [seed for seed, ratio in zip(measures.shared, measures.ratio, strict=True) if ratio > TOLERANCE]
-    where = f"above on seeds {above}" if above else f"above on none of {len(measures.shared)} seeds"
-    ratios = f"final loss over the baseline's {spread(measures.ratio, '{:.3g}', 'diverged')}"
-    return target(what, all_within(measures.ratio, TOLERANCE), f"{where}; {ratios}; {_accepted(variant)}")
-
-
-def _accepted(variant: Variant) -> str:
-    return f"{accepted_candidates(variant)} candidates accepted"
-
-
-def _sooner(groups: list[Group], *, name: str, share: float, words: str) -> str:
-    """A variant reaches the baseline's final loss in this share of its iterations, in the median."""
-    what = f"{groups[0].equation}, {name}: the baseline's final loss in at most {words} of its iterations"
-    found = [(variant, measure(variant, group)) for variant, group in _compared(groups) if variant.name == name]
-    if not found or not found[0][1].shared:
-        return target(what, None, "not run")
-    ((variant, measures),) = found
-    numbers = f"share {spread(measures.share, '{:.2f}')}; {_accepted(variant)}"
-    return target(what, median_within(measures.share, share), numbers)
-
-
-def _error(
-    groups: list[Group],
-    *,
-    limit: float,
-    seconds: float = np.inf,
-    only: Callable[[Run], bool] = lambda run: True,
-    words: str = "any variant",
-) -> str:
-    """The best variant has at most this relative L2 error after these training seconds, in the median."""
-    within = f" after at most {seconds:g} s of training" if np.isfinite(seconds) else ""
-    what = f"{groups[0].equation}, relative L2 at most {limit:g}{within}, {words}"
-    main_set = groups[0].main_set
-    series = f"metrics/validation/{ERROR}{main_set}"
-    variants = {variant.name: variant for group in groups for variant in group.variants}
-    found = []
-    for variant in variants.values() if main_set is not None else []:
-        errors = [value_within(run, series, SECONDS, seconds) for run in variant.runs.values() if only(run)]
-        if errors:
-            found.append((median(np.array(errors)), variant.label, np.array(errors)))
-    if not found:
-        return target(what, None, "not run")
-    best, label, values = min(found, key=lambda entry: entry[0])
-    return target(what, best <= limit, f"best is {label} with {spread(values, '{:.2e}', 'diverged')}")
-
-
-HIGHER_ORDER = ("LBFGS", "LevenbergMarquardt", "SSBroyden")
-
-
-def _is_first_order(run: Run) -> bool:
-    definition = run.config["variant"]
-    stages = [definition, *([definition["then"]] if definition.get("then") else [])]
-    return not any(stage["optimizer"]["name"] in HIGHER_ORDER for stage in stages)
-
-
-def _on_gpu(run: Run) -> bool:
-    return not str(run.attributes["devices"]).startswith("cpu")
-
-
-# By equation in words, with its default options; beside them, no variant with the defaults of aadl may end above its
-# baseline.
-TARGETS: dict[str, tuple[Callable[[list[Group]], str], ...]] = {
-    "2d Burgers, nu = 0.01/pi": (
-        partial(_sooner, name="adam_aadl", share=1 / 2, words="half"),
-        partial(_error, limit=0.05, only=_is_first_order, words="any first-order variant (no L-BFGS)"),
-        partial(_error, limit=1e-4, seconds=60),
-        partial(_error, limit=1e-5, seconds=600),
-        partial(_error, limit=1e-7, seconds=600, only=_on_gpu, words="any variant on a GPU"),
-    ),
-    "100d Burgers, two-body solution": (
-        partial(_error, limit=0.2),
-        partial(_error, limit=0.05, seconds=3600),
-    ),
-}

@@ -318,4 +318,5 @@ def identity_of(recorded: Mapping[str, Any]) -> str:
 
 
 OF_THE_MACHINE = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
-"""Settings of images that are no part of a run's identity; the data itself is told apart by its digest."""
+"""Settings of images that are no part of a run's identity; the data itself is told apart by its digest. `stage_folder`
+stands in older records alone."""

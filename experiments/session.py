@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.checkpoint import Checkpoints
-from experiments.checkpoint_folder import names_of_checkpoints, read_manifest
+from experiments.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
 from experiments.departure import Interrupted, RanksDisagree
 from experiments.image_config import ImageTrainingConfig
 from experiments.interruption import Agreement, Interruption
@@ -49,12 +48,13 @@ def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: 
 
     Raises:
         OtherRun: settings, data or the batch over all ranks have changed.
+        ValueError: they are of a former version.
     """
     identity = identity_of_checkpoints(config, data_digest, ranks)
     others = []
     for name in names_of_checkpoints(folder):
         with suppress(ValueError):  # `load` names the damaged ones
-            found = read_manifest(folder / name)["identity"]
+            found = identity_of(folder / name)
             if found == identity:
                 return
             others.append(name)
@@ -127,7 +127,7 @@ class RunSession:
         try:
             self._lock.__enter__()
             if self._anew and self._ranks.rank == 0:
-                self._remove_checkpoints()
+                remove_checkpoints(self.folder)
         except OSError as error:
             failure = error
             self._lock.__exit__(None, None, None)
@@ -146,17 +146,12 @@ class RunSession:
                 self._agreement.read()  # of the last step
                 self._checkpoints.close()
             if kind is None and self._ranks.rank == 0:
-                self._remove_checkpoints()
+                remove_checkpoints(self.folder)
         finally:
             self._lock.__exit__(None, None, None)
         if kind is None and self._ranks.rank == 0:
             with suppress(OSError):  # somebody else is there by now
                 self.folder.rmdir()
-
-    def _remove_checkpoints(self) -> None:
-        for place in self.folder.iterdir():
-            if place.is_dir():
-                shutil.rmtree(place)
 
     def restore(self, run: Training) -> bool:
         """Puts the run where it was saved last; False if it never was.

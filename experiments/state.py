@@ -28,29 +28,6 @@ class Layout(NamedTuple):
     dtype: str
 
 
-class Encoded(NamedTuple):
-    """A state in parts that can be written.
-
-    Attributes:
-        tree: of JSON values; a tensor is its place in `tensors`, a DTensor its name; None for shards only.
-        tensors: on the CPU, each once.
-        sharded: DTensors by name.
-        layouts: of all tensors, in the order of the tree.
-    """
-
-    tree: Any
-    tensors: list[Tensor]
-    sharded: dict[str, Tensor]
-    layouts: list[Layout]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that this process has to write: of the tensors, and about as many as the text of the tree takes."""
-        parts = [*self.tensors, *(local_of(tensor) for tensor in self.sharded.values())]
-        text = 0 if self.tree is None else len(json.dumps(self.tree))
-        return sum(part.numel() * part.element_size() for part in parts) + text
-
-
 def is_sharded(value: object) -> bool:
     """Whether it is a DTensor; the module that defines them is not imported for asking."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -108,62 +85,67 @@ def _type(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def layouts_of(state: Any, name: str) -> list[Layout]:
-    """Name, shape (the global one of DTensors) and dtype of all tensors."""
-    return [layout_of(leaf, value) for leaf, value in leaves(state, name) if isinstance(value, Tensor)]
+def check_state(state: Any, name: str, *, sharded: bool = True) -> None:
+    """Checks that a state holds nothing but tensors and plain values, and where `sharded` is false no DTensors.
+
+    Raises:
+        TypeError: it holds something else; the message names it.
+    """
+    for leaf, value in leaves(state, name):
+        if not sharded and is_sharded(value):
+            raise TypeError(f"{leaf} is a DTensor, which belongs into the shared state")
+
+
+def architecture_of(state: Any, name: str) -> str:
+    """Short hash of names, shapes (the global ones of DTensors) and dtypes of all tensors.
+
+    Raises:
+        TypeError: the state holds something else than tensors and plain values; the message names it.
+    """
+    layouts = sorted(layout_of(leaf, value) for leaf, value in leaves(state, name) if isinstance(value, Tensor))
+    return hashlib.sha256(json.dumps(layouts).encode()).hexdigest()[:16]
 
 
 def layout_of(name: str, tensor: Tensor) -> Layout:
     return Layout(name, tuple(tensor.shape), str(tensor.dtype))
 
 
-def architecture_of(layouts: list[Layout]) -> str:
-    """Short hash of names, shapes and dtypes."""
-    return hashlib.sha256(json.dumps(sorted(layouts)).encode()).hexdigest()[:16]
+def num_bytes_of(state: Any) -> int:
+    """Bytes of all tensors of a state on the CPU, of tied ones once."""
+    tensors = {id(value): value for _, value in leaves(state, "") if isinstance(value, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def encode(state: Any, name: str, *, copy: bool = False, shards_only: bool = False) -> Encoded:
-    """Takes a state apart.
+def on_cpu(state: Any, *, copy: bool = False, keep: bool = True) -> Any:
+    """The same state with plain tensors on the CPU: tied ones once, and DTensors whole.
+
+    All ranks that hold parts of DTensors must call, because these are gathered one after the other.
 
     Args:
         state: see `State`.
-        name: of the whole, for messages and for the names of DTensors.
-        copy: whether the parts must stay as they are while the state changes; tensors of other devices are copied to
-            the CPU (to pinned memory, if asked to copy) in any case.
-        shards_only: whether nothing but DTensors is copied, on a rank that writes no others: `tensors` stays empty,
-            and `tree` is None; `layouts` and `sharded` are those of the whole.
-
-    Raises:
-        TypeError: an entry has another type; the message names it.
+        copy: whether the result must stay as it is while the state changes; tensors of other devices are copied (to
+            pinned memory, if asked to copy) in any case.
+        keep: whether this rank wants the result; else it only does its part of the gathering, and gets None.
     """
-    encoded = Encoded(None, [], {}, [])
-    for _ in leaves(state, name):  # all errors, before the first copy
-        pass
-    places: dict[Any, int] = {}
-    tree = _encode(state, name, encoded, places, copy, shards_only)
+    result = _on_cpu(state, copy, keep, {})
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # the copies to pinned memory are under way
-    return encoded if shards_only else encoded._replace(tree=tree)
+    return result
 
 
-def _encode(value: Any, name: str, into: Encoded, places: dict[Any, int], copy: bool, shards_only: bool) -> Any:
-    def inner(key: Any, entry: Any) -> Any:
-        return _encode(entry, f"{name}[{key!r}]", into, places, copy, shards_only)
-
+def _on_cpu(value: Any, copy: bool, keep: bool, seen: dict[Any, Tensor]) -> Any:
     if isinstance(value, dict):
-        return {"dict": [[key, inner(key, entry)] for key, entry in value.items()]}
+        entries = {key: _on_cpu(entry, copy, keep, seen) for key, entry in value.items()}
+        return entries if keep else None
     if isinstance(value, (list, tuple)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [inner(place, entry) for place, entry in enumerate(value)]}
-    if not isinstance(value, Tensor):
-        return value
-    into.layouts.append(layout_of(name, value))
+        parts = [_on_cpu(entry, copy, keep, seen) for entry in value]
+        return (tuple(parts) if isinstance(value, tuple) else parts) if keep else None
     if is_sharded(value):
-        into.sharded[name] = _copy_of_shards(value) if copy else value.detach()
-        return {"sharded": name, "shape": list(value.shape), "dtype": str(value.dtype)}
-    if shards_only:
-        return None
-    # Tied tensors are written once. Empty ones have no address that could tell them apart.
+        whole = value.detach().full_tensor()
+        return _plain(whole, copy=False) if keep else None
+    if not isinstance(value, Tensor) or not keep:
+        return value if keep else None
+    # Empty tensors have no address that could tell them apart.
     identity = (
         value.device,
         value.data_ptr(),
@@ -173,14 +155,12 @@ def _encode(value: Any, name: str, into: Encoded, places: dict[Any, int], copy: 
         value.is_conj(),
         value.is_neg(),
     )
-    place = places.get(identity) if value.numel() else None
-    if place is None:
-        place = places[identity] = len(into.tensors)
-        into.tensors.append(_on_cpu(value.detach(), copy))
-    return {"tensor": place}
+    if identity not in seen or not value.numel():
+        seen[identity] = _plain(value.detach(), copy)
+    return seen[identity]
 
 
-def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
+def _plain(tensor: Tensor, copy: bool) -> Tensor:
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.device.type == "cpu":
         # torch.save writes the whole storage behind a view.
@@ -190,100 +170,6 @@ def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True)
     return tensor.cpu()
-
-
-def _copy_of_shards(tensor: Any) -> Tensor:
-    """The same DTensor with a copy of the local part on the CPU; its mesh only says where the part belongs."""
-    from torch.distributed.tensor import DTensor
-
-    local = _on_cpu(tensor.detach().to_local(), copy=True)
-    return DTensor(local, tensor._spec, requires_grad=False)
-
-
-def decode(tree: Any, tensors: list[Tensor], sharded: Mapping[str, Tensor]) -> Any:
-    """Puts a state together again.
-
-    Raises:
-        ValueError: the tree is none that `encode` makes.
-    """
-    if not isinstance(tree, dict):
-        if isinstance(tree, list):
-            raise ValueError("its tree holds a bare list")
-        return tree
-    try:
-        if "tensor" in tree:
-            return tensors[tree["tensor"]]
-        if "sharded" in tree:
-            return sharded[tree["sharded"]]
-        if "dict" in tree:
-            return {key: decode(entry, tensors, sharded) for key, entry in tree["dict"]}
-        if "tuple" in tree:
-            return tuple(decode(entry, tensors, sharded) for entry in tree["tuple"])
-        return [decode(entry, tensors, sharded) for entry in tree["list"]]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"its tree has a wrong entry ({error!r})") from None
-
-
-def shards_in(tree: Any) -> Iterator[Layout]:
-    """The DTensors that a tree names."""
-    if isinstance(tree, list):
-        for entry in tree:
-            yield from shards_in(entry)
-    elif isinstance(tree, dict):
-        if "sharded" in tree:
-            yield Layout(tree["sharded"], tuple(tree["shape"]), tree["dtype"])
-        else:
-            for entry in tree.values():
-                yield from shards_in(entry)
-
-
-def targets_of(tree: Any, template: State | None) -> dict[str, Tensor]:
-    """What saved DTensors are loaded into, by name: new DTensors like those of the template, else whole tensors.
-
-    Raises:
-        ValueError: the tree names a dtype that there is not.
-    """
-    known = {name: leaf for name, leaf in leaves(template or {}, "shared") if is_sharded(leaf)}
-    targets = {}
-    for name, shape, dtype in shards_in(tree):
-        like = known.get(name)
-        if like is not None and layout_of(name, like) == Layout(name, shape, dtype):
-            targets[name] = torch.empty_like(like)
-        else:
-            targets[name] = torch.empty(shape, dtype=_dtype(dtype))
-    return targets
-
-
-def _dtype(text: str) -> torch.dtype:
-    dtype = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"its tree names the dtype {text!r}")
-    return dtype
-
-
-def check_template(saved: list[Layout], template: State | None) -> None:
-    """Compares the tensors below each key of a template with those that were saved.
-
-    Raises:
-        ValueError: names, shapes or dtypes differ; the message names the first tensor.
-    """
-    for key in template or {}:
-        prefix = f"shared[{key!r}]"
-        have = {layout.name: layout for layout in layouts_of((template or {})[key], prefix)}
-        found = {
-            layout.name: layout for layout in saved if layout.name == prefix or layout.name.startswith(f"{prefix}[")
-        }
-        for name in [*have, *found]:
-            mine, theirs = have.get(name), found.get(name)
-            if theirs is None:
-                raise ValueError(f"another architecture: {name} is missing in it")
-            if mine is None:
-                raise ValueError(f"another architecture: it has {name}, which is missing here")
-            if mine != theirs:
-                raise ValueError(
-                    f"another architecture: {name} has shape {theirs.shape} and {theirs.dtype} in it, and shape "
-                    f"{mine.shape} and {mine.dtype} here"
-                )
 
 
 def digest(state: Any) -> str:

@@ -1,4 +1,4 @@
-"""The table of an experiment and its targets, from HDF5 records alone."""
+"""The table of an experiment, from HDF5 records alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.compare import CPU_SECONDS, SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
+from experiments.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
 
 HEADER = (
     "variant",
@@ -34,7 +34,6 @@ class Measures:
         validation: final validation loss.
         train_ratio: final training loss over the plain run's; inf and NaN likewise.
         overhead: training seconds (wall clock) over the plain run's, minus 1.
-        cpu_overhead: the same in CPU seconds, which other processes on the machine disturb less.
         seeds: which.
     """
 
@@ -44,7 +43,6 @@ class Measures:
     validation: np.ndarray
     train_ratio: np.ndarray
     overhead: np.ndarray
-    cpu_overhead: np.ndarray
     seeds: tuple[int, ...]
 
 
@@ -77,11 +75,10 @@ def measure(variant: Variant, plain: Variant) -> Measures:
                 _finite(variant.runs[seed].series[VALIDATION])[-1],
                 ratio,
                 own_seconds[-1] / rival_seconds[-1] - 1.0,  # NaN where one of them diverged
-                variant.runs[seed].series[CPU_SECONDS][-1] / plain.runs[seed].series[CPU_SECONDS][-1] - 1.0,
             )
         )
-    epochs, seconds, train, validation, train_ratio, overhead, cpu_overhead = np.array(rows).T
-    return Measures(epochs, seconds, train, validation, train_ratio, overhead, cpu_overhead, seeds)
+    epochs, seconds, train, validation, train_ratio, overhead = np.array(rows).T
+    return Measures(epochs, seconds, train, validation, train_ratio, overhead, seeds)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -105,10 +102,6 @@ def summarize(comparison: Comparison) -> str:
         rows = family_rows(variants)
         markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
         text += [family, *text_table(HEADER, rows), ""]
-    targets = target_lines(comparison)
-    if targets:
-        markdown += ["## Targets", "", *(f"- {line}" for line in targets), ""]
-        text += ["Targets", *(f"  {line}" for line in targets), ""]
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]
@@ -157,99 +150,6 @@ def median(values: np.ndarray) -> float:
     ordered = np.sort(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return float(low) if low == high else float(0.5 * (low + high))
-
-
-def target_lines(comparison: Comparison) -> list[str]:
-    """The targets of the first experiment with the numbers. Empty where its variants were not run.
-
-    A target is met, NOT MET or unknown: the last where the seeds on which plain diverged could decide it.
-    """
-    found: dict[str, tuple[Measures, int]] = {}
-    for variants in comparison.families.values():
-        plain = plain_of(variants)
-        for variant in variants:
-            if variant.name in ("sgd_aadl", "tuned_sgd_aadl") and plain is not None:
-                epochs = next(iter(variant.runs.values())).config["training"]["epochs"]
-                found[variant.name] = measure(variant, plain), epochs
-    lines: list[str] = []
-    for name, settings in (("sgd_aadl", "paper settings"), ("tuned_sgd_aadl", "tuned rate")):
-        if name not in found:
-            continue
-        measures, epochs = found[name]
-        reached = f"{spread(measures.epochs, '{:.0f}')} of {epochs} epochs"
-        ratios = f"final training MSE over plain's {spread(measures.train_ratio, '{:.3f}')}"
-        if name == "sgd_aadl":
-            above = [seed for seed, ratio in zip(measures.seeds, measures.train_ratio, strict=True) if ratio > 1.0]
-            where = f"above on seeds {above}" if above else f"above on none of {len(measures.seeds)} seeds"
-            unknown = [seed for seed, ratio in zip(measures.seeds, measures.train_ratio, strict=True) if ratio != ratio]
-            where += f", unknown on seeds {unknown} where plain diverged" if unknown else ""
-            lines += [
-                target(
-                    f"{settings}: plain's final loss in at most half the epochs",
-                    median_within(measures.epochs, epochs / 2),
-                    reached,
-                ),
-                target(
-                    f"{settings}: in at most a third of the epochs (ambition)",
-                    median_within(measures.epochs, epochs / 3),
-                    reached,
-                ),
-                target(
-                    f"{settings}: ends no higher than plain on any seed",
-                    all_within(measures.train_ratio, 1.0),
-                    f"{where}; {ratios}",
-                ),
-            ]
-        else:
-            lines += [
-                target(
-                    f"{settings}: plain's final loss in at most 0.8 of the epochs",
-                    median_within(measures.epochs, 0.8 * epochs),
-                    reached,
-                ),
-                target(
-                    f"{settings}: never ends more than 2 % above plain",
-                    all_within(measures.train_ratio, 1.02),
-                    ratios,
-                ),
-            ]
-        lines.append(_overhead(settings, measures))
-    return lines
-
-
-def _overhead(settings: str, measures: Measures) -> str:
-    overhead = np.where(np.isfinite(measures.train), measures.overhead, np.inf)  # a diverged run has no time per epoch
-    numbers = f"{spread(measures.overhead, '{:+.1%}')}; in CPU time {spread(measures.cpu_overhead, '{:+.1%}')}"
-    return target(
-        f"{settings}: wall-clock time per epoch less than 15 % above plain's",
-        median_within(overhead, np.nextafter(0.15, 0.0)),
-        numbers,
-    )
-
-
-def median_within(values: np.ndarray, limit: float) -> bool | None:
-    """Whether the median is at most the limit; None if values that are not known (NaN) could decide it.
-
-    An unknown number of epochs or overhead is at best -1.
-    """
-    unknown = np.isnan(values)
-    if not median(np.where(unknown, -1.0, values)) <= limit:
-        return False
-    return None if unknown.any() else True
-
-
-def all_within(values: np.ndarray, limit: float) -> bool | None:
-    """Whether all values are at most the limit; None if none is above and some are not known (NaN)."""
-    unknown = np.isnan(values)
-    if (values > limit).any():
-        return False
-    return None if unknown.any() else True
-
-
-def target(what: str, met: bool | None, numbers: str) -> str:
-    """The line of a target: whether it is met, what it is, and the numbers."""
-    verdict = "unknown" if met is None else "met" if met else "NOT MET"
-    return f"{verdict}: {what}: {numbers}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

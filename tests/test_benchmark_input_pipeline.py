@@ -63,7 +63,7 @@ def test_every_case_does_its_work_on_all_images(forms, monkeypatch):
     for name, case in cases.items():
         case(0)
         kind, _, form = name.partition(" ")
-        expected = [(form, index) for index in range(4)] if kind in ("read", "load", "torchvision", "dali") else []
+        expected = [(form, index) for index in range(4)] if kind in ("read", "load", "torchvision") else []
         assert sorted(read) == expected, name
         read.clear()
     assert {"files", "read folder", "load packed", "load resized", "floor packed", "floor resized"} <= set(cases)
@@ -114,7 +114,7 @@ def test_the_page_shows_what_was_measured():
     assert "| one file an image | open, read, close | 10.0 [10.0 .. 10.0] | - |" in page
     assert "2 workers on this machine: 1,234 images/s" in page and "50 µs an image" in page
     assert "1.5 processes, one of them this one" in page
-    assert "Not run here, because it does not import: torchvision and dali." in page
+    assert "Not run here, because it does not import: torchvision." in page
 
 
 def test_a_quick_run_writes_the_page(tmp_path, capsys):

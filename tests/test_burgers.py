@@ -11,8 +11,6 @@ from experiments.burgers import (
     VISCOSITIES,
     Burgers2d,
     Burgers100d,
-    ColeHopf,
-    DeepBSDE,
     TwoBody,
     cole_hopf,
 )
@@ -206,14 +204,11 @@ def test_two_body_rivals_are_the_least_squares_fits(dimension):
 def test_rivals_do_not_get_worse_with_the_dimension():
     errors = relative_errors(TwoBody(dimension=3000))
     assert errors == {"zero": 1.0, "linear": pytest.approx(0.59, abs=0.01), "quadratic": pytest.approx(0.43, abs=0.01)}
-    linear = {dimension: relative_errors(ColeHopf(dimension))["linear"] for dimension in (3, 100, 1000)}
-    assert linear == {3: pytest.approx(0.617, abs=0.001), 100: pytest.approx(0.451, abs=0.003),
-                      1000: pytest.approx(0.472, abs=0.003)}  # fmt: skip
 
 
 def test_test_points_in_many_dimensions_are_fewer():
-    assert len(DeepBSDE(dimension=3355).test_points()["sobol"]) == 10_000
-    points = DeepBSDE(dimension=10_000).test_points()["sobol"]
+    assert len(TwoBody(dimension=3355).test_points()["sobol"]) == 10_000
+    points = TwoBody(dimension=10_000).test_points()["sobol"]
     assert points.shape == (3355, 10_000) and bool(points.isfinite().all())
 
 
@@ -234,53 +229,8 @@ def test_product_solution_has_a_source_where_a_coordinate_is_one():
     assert float(equation.source(points)[0]) != 0
 
 
-def test_deep_bsde_has_the_published_law_and_values():
-    equation = DeepBSDE(dimension=21, horizon=1.0)
-    uniform = uniform_points("sobol", 4096, 21, 0)
-    points = equation.sample(uniform)
-    t = points[:, -1:]
-    assert float(t.max()) > 0.99 and float(DeepBSDE(21, 0.2).sample(uniform)[:, -1].max()) == pytest.approx(
-        0.2, abs=1e-3
-    )
-    scaled = points[:, :-1] / (20 * t.sqrt())
-    assert float(scaled.std()) == pytest.approx(1.0, abs=0.01)
-    origin, value = equation.reference()["origin"]
-    assert float(value) == 0.5 and not bool(origin.any())
-    conditions, values = equation.conditions(uniform)
-    assert bool((conditions[:, -1] == 1.0).all()) and bool((values == equation.exact(conditions)).all())
-
-
-def test_cole_hopf_learns_a_part_of_the_stated_size():
-    equation = ColeHopf()
-    v = equation.reference()["sobol"][1]
-    assert float(v.std()) == pytest.approx(0.67, abs=0.03)
-    errors = relative_errors(equation)
-    assert errors["zero"] == 1.0 and 0.2 < errors["linear"] < errors["frozen initial condition"] < 1
-    conditions, values = equation.conditions(uniform_points("random", 50, 100, 0))
-    assert bool((conditions[:, -1] == 0).all()) and bool((values == equation.exact(conditions)).all())
-
-
-def test_cole_hopf_potential_with_its_known_part_solves_the_equation_of_phi():
-    """phi_t + |grad phi|^2 / 2 = nu Lap phi in the coordinates x, which the residual of v does not use."""
-    equation = ColeHopf(dimension=6)
-    d, nu = 5, equation.nu
-    xt = torch.randn(4, d + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    xt[:, -1] = torch.rand(4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-    def phi(x, t):
-        s = t + 1
-        v = equation.exact(torch.cat([x / s, t[None]])[None])[0, 0]
-        return x.square().sum() / (2 * s) + d * nu * torch.log(s) + v
-
-    for row in xt:
-        x, t = row[:-1], row[-1]
-        gradient, time = torch.autograd.functional.jacobian(phi, (x, t))
-        laplacian = torch.autograd.functional.hessian(lambda x, t=t: phi(x, t), x).trace()
-        assert abs(float(time + gradient.square().sum() / 2 - nu * laplacian)) < 1e-13 * float(nu * laplacian.abs() + 1)
-
-
 def test_dimension_goes_to_the_sobol_limit_and_no_further():
-    for equation in (TwoBody, Burgers100d, DeepBSDE, ColeHopf):
+    for equation in (TwoBody, Burgers100d):
         points = equation(dimension=1000).sample(uniform_points("sobol", 4, 1000, 0))
         assert points.shape == (4, 1000) and bool(torch.isfinite(equation(dimension=1000).exact(points)).all())
         with pytest.raises(ValueError, match="dimension may be at most 21201, the limit of Sobol points, got 21202"):
@@ -295,7 +245,6 @@ def test_dimension_goes_to_the_sobol_limit_and_no_further():
     [
         (lambda value: TwoBody(amplitude=value), "amplitude"),
         (lambda value: TwoBody(deviation=value), "deviation"),
-        (lambda value: DeepBSDE(horizon=value), "horizon"),
     ],
 )
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1"])

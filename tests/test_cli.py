@@ -234,7 +234,7 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "graduate_admissions: 2 variants, 1 seeds, about 2 minutes" in told.err
     assert told.err.index("This will run") < told.err.index("runs to do")
-    assert "loss.png" in told.out and "Targets" in told.out
+    assert "loss.png" in told.out and "epochs to plain's final loss" in told.out
     monkeypatch.setenv("ONLY", "burgers")
     assert main(["reproduce", "--results", str(tmp_path / "results")]) == 2
 

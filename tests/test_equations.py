@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_loaders.collocation import uniform_points
-from experiments.burgers import EQUATIONS, Burgers2d, Burgers100d, ColeHopf, DeepBSDE, TwoBody
+from experiments.burgers import EQUATIONS, Burgers2d, Burgers100d, TwoBody
 from experiments.models.mlp import Derivatives
 from experiments.pinn import Equation, compose, load_equation
 
@@ -17,10 +17,6 @@ CASES = [
     Burgers100d(dimension=2),
     TwoBody(),
     TwoBody(dimension=3, amplitude=1.0, deviation=1.0),
-    DeepBSDE(),
-    DeepBSDE(dimension=2, horizon=1.0),
-    ColeHopf(),
-    ColeHopf(dimension=2),
 ]
 case = pytest.mark.parametrize("equation", CASES, ids=lambda equation: equation.label)
 
@@ -74,7 +70,7 @@ def test_conditions_are_values_of_the_solution(equation):
 
 @case
 def test_lift_meets_the_conditions_and_leaves_room_for_the_solution(equation):
-    if isinstance(equation, ColeHopf | Burgers100d):
+    if isinstance(equation, Burgers100d):
         assert equation.lift(points_of(equation)) is None
         return
     points = points_of(equation)
@@ -88,7 +84,7 @@ def test_lift_meets_the_conditions_and_leaves_room_for_the_solution(equation):
         given, values = equation.conditions(uniform_points("sobol", 64, 2, 0))
     else:
         given = points.clone()
-        given[:, -1] = equation.horizon if isinstance(equation, DeepBSDE) else 0.0
+        given[:, -1] = 0.0
         values = equation.exact(given)
     a, b = equation.lift(given)
     torch.testing.assert_close(a.value, values, rtol=0, atol=1e-14)
@@ -384,7 +380,7 @@ def test_a_constructor_may_take_any_options(tmp_path):
 
 
 def test_the_solution_is_evaluated_in_blocks(monkeypatch):
-    equation = ColeHopf(dimension=4)
+    equation = TwoBody(dimension=4)
     whole = equation.reference()["sobol"][1]
     sizes, exact = [], equation.exact
     monkeypatch.setattr("experiments.pinn.BLOCK_ELEMENTS", 4 * 3000)
@@ -396,7 +392,7 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("burgers", {}, "must be one of burgers_2d, .*cole_hopf, or the path of a .py file, got 'burgers'"),
+        ("burgers", {}, "must be one of burgers_2d, burgers_100d, two_body, or the path of a .py file, got 'burgers'"),
         ("burgers_2d", {"viscosity": 1}, "unknown option 'viscosity' of the equation; Burgers2d takes nu, graded"),
         ("burgers_2d", {"nu": 0}, "nu must be a finite number"),
         ("heat.py", {"nu": 1}, "unknown option 'nu' of the equation; Heat takes diffusivity, mode"),

@@ -292,16 +292,11 @@ def pack(folder, target):
     return target
 
 
-def test_packed_images_are_the_same_data_and_may_be_staged(folder, tmp_path):
+def test_packed_images_are_the_same_data(folder, tmp_path):
     pack(folder, tmp_path / "packed")
-    plain = build(image_run(folder), Ranks())
-    staged = build(image_run(tmp_path / "packed", problem={"stage_folder": str(tmp_path / "node")}), Ranks())
-    for left, right in zip(plain.epoch_batches(1, 0), staged.epoch_batches(1, 0), strict=True):
+    plain, packed = (build(image_run(place), Ranks()) for place in (folder, tmp_path / "packed"))
+    for left, right in zip(plain.epoch_batches(1, 0), packed.epoch_batches(1, 0), strict=True):
         assert identical(list(left), list(right))
-    assert any((tmp_path / "node").rglob("*.h5"))
-    assert staged.epoch_batches.__self__.images.folder == tmp_path / "node"
-    with pytest.raises(ValueError, match=r"problem\.stage_folder needs packed data, which .* is not: pack it with"):
-        build(image_run(folder, problem={"stage_folder": str(tmp_path / "node")}), Ranks())
 
 
 class Seen(Exception):
@@ -370,23 +365,10 @@ def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
     assert torch.equal(batches[0][1], batches[1][1]) and not torch.equal(batches[0][0], batches[1][0])
 
 
-def test_the_sets_are_staged_once_for_all_runs(folder, tmp_path, monkeypatch):
-    calls = []
-    original = imagenet.stage
-    monkeypatch.setattr(imagenet, "stage", lambda *places: calls.append(places) or original(*places))
-    packed = pack(folder, tmp_path / "packed")
-    for seed, target in ((0, "a"), (1, "a"), (1, "b")):
-        config = image_run(packed, problem={"stage_folder": str(tmp_path / target), "stem": "small"})
-        build(replace(config, seed=seed), Ranks())
-    assert calls == [(packed, tmp_path / "a"), (packed, tmp_path / "b")]
-
-
 def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
     """What two ranks, each with a node of its own, read and are told."""
-    opened, staged = [], []
-    original = imagenet.open_images, imagenet.stage
-    imagenet.open_images = lambda *which: opened.append(which) or original[0](*which)
-    imagenet.stage = lambda *places: staged.append(places) or original[1](*places)
+    opened, original = [], imagenet.open_images
+    imagenet.open_images = lambda *which: opened.append(which) or original(*which)
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}")
     found = {}
     for _ in range(2):  # each node has its copy
@@ -395,9 +377,8 @@ def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
         found["copy"] = train.folder, train.read(40), validation.read(3), train.name(40), train.digest
     del os.environ["AADL_IMAGENET_DIR"]
     found["opened"] = len(opened)
-    staging = ImageConfig(data="folder", data_path=str(packed), stage_folder=str(tmp_path / "local"))
-    train, _ = open_sets(staging, replace(ranks, local_rank=rank))  # on one node
-    found["staged"] = len(staged), train.folder, train.read(40), len(opened)
+    train, _ = open_sets(ImageConfig(data="folder", data_path=str(packed)), ranks)
+    found["packed"] = train.folder, train.read(40), len(opened)
     for name, path in (("missing", tmp_path / "missing"), ("of one", None)):
         if path is None and rank == 0:
             os.environ["AADL_IMAGENET_DIR"] = str(folder)
@@ -446,7 +427,7 @@ def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
         content = images.read(40), validation.read(3), images.name(40), images.digest
         assert each["copy"] == (tmp_path / f"node-{rank}" / "train", *content)
         assert each["opened"] == (2 if rank == 0 else 0)
-        assert each["staged"] == (1 - rank, tmp_path / "local", images.read(40), 4 * (1 - rank))
+        assert each["packed"] == (packed, images.read(40), 4 * (1 - rank))
         assert each["missing"] == f"ImageNet: {tmp_path / 'missing'} does not exist"
         assert re.search(r"some images in \S+odd-\d is \w{8} here and \w{8} on rank 0", each["other copy"])
         for name, value in alone.items():
@@ -585,7 +566,7 @@ def test_a_validation_may_be_left_out_but_for_the_last(folder, tmp_path):
         ({}, {"batch_size": 64}, "batch_size 64 is larger than the set, which has 48 images"),
         ({}, {"sync_batchnorm": True}, "sync_batchnorm must be false on CPUs"),
         ({}, {"accumulate": 3}, "must be a multiple of ranks times accumulate, 1 x 3, got 16"),
-        ({"decoder": "dali"}, {}, "dali"),
+        ({"decoder": "dali"}, {}, "problem.decoder must be one of pillow, torchvision, got 'dali'"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_the_training(folder, tmp_path, capsys, problem, training, message):

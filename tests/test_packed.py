@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from image_sets import UNREADABLE, ListedImages, encoded, read_all, write_folders
 
-from data_loaders import packed, packing, shards
+from data_loaders import packing, shards
 from data_loaders.imagenet import ImageError, open_images
-from data_loaders.packed import PackedImages, info, stage, verify, write_packed
+from data_loaders.packed import PackedImages, info, verify, write_packed
 from data_loaders.packing import Packing, main, pack
 
 CONTENTS = [encoded(seed=seed) for seed in range(25)]
@@ -322,7 +322,7 @@ def test_what_is_no_shard_is_refused(folder, content):
 
 
 def test_missing_folders_are_named(tmp_path):
-    for call in (verify, info, lambda folder: stage(folder, tmp_path / "copy")):
+    for call in (verify, info):
         with pytest.raises(FileNotFoundError, match="missing is not a folder"):
             call(tmp_path / "missing")
         with pytest.raises(FileNotFoundError, match="holds no packed images"):
@@ -477,83 +477,8 @@ def test_settings_outside_their_range_are_refused(settings, message):
         Packing(**settings)
 
 
-# ---- staging ---------------------------------------------------------------------------------------------------------
-
-
 def inodes(folder):
     return {path.name: path.stat().st_ino for path in folder.glob("*.h5")}
-
-
-def test_a_staged_set_is_the_set(folder, tmp_path):
-    write_packed(folder, "validation", items(CONTENTS[:4]), ["a", "b"])
-    copy = stage(folder, tmp_path / "node" / "copy")
-    for split in ("train", "validation"):
-        assert PackedImages(copy, split).digest == PackedImages(folder, split).digest
-    assert not verify(copy) and not list(copy.glob(".*.tmp"))
-
-
-def test_staging_again_copies_what_is_missing_or_differs(folder, tmp_path):
-    copy = stage(folder, tmp_path / "copy")
-    before = inodes(copy)
-    assert inodes(stage(folder, copy)) == before
-    os.truncate(shard(copy, 1), 4000)
-    shard(copy, 0).unlink()
-    (copy / ".staging-left.tmp").write_bytes(b"of a killed process")
-    after = inodes(stage(folder, copy))
-    assert after["train-00002-of-00003.h5"] == before["train-00002-of-00003.h5"]
-    assert not verify(copy) and not list(copy.glob(".*.tmp"))
-
-
-def test_a_damaged_source_is_not_staged(folder, tmp_path):
-    flip(shard(folder), place_of(shard(folder), 4))
-    with pytest.raises(ValueError, match=r"is damaged: train-00001-of-00003.h5: image 4 \(a/14.JPEG\) is damaged"):
-        stage(folder, tmp_path / "copy")
-    assert shard(folder).name not in inodes(tmp_path / "copy")
-
-
-def test_another_set_in_the_target_stays(folder, tmp_path):
-    write_packed(tmp_path / "copy", "train", items(CONTENTS[:3]), ["a", "b"])
-    with pytest.raises(ValueError, match=r"holds another packed set .train-00000-of-00001.h5.: choose another folder"):
-        stage(folder, tmp_path / "copy")
-
-
-def test_too_little_room_is_one_sentence(folder, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"has 0.00 GB free where the packed set needs"):
-        stage(folder, tmp_path / "copy")
-
-
-def test_a_set_is_not_staged_onto_itself(folder):
-    before = inodes(folder)
-    assert stage(folder, folder) == folder and inodes(folder) == before
-
-
-def stage_slowly(source, target, queue):
-    copy = packed._copy
-
-    def counted(path, folder):
-        queue.put(path.name)
-        time.sleep(0.2)
-        copy(path, folder)
-
-    packed._copy = counted
-    stage(source, target)
-    queue.put(verify(target))
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_one_process_copies_and_the_others_wait(folder, tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    workers = [context.Process(target=stage_slowly, args=(folder, tmp_path / "copy", queue)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    answers = [queue.get(timeout=600) for _ in range(6)]
-    for worker in workers:
-        worker.join(60)
-    assert [answer for answer in answers if isinstance(answer, list)] == [[], [], []]
-    assert sorted(answer for answer in answers if isinstance(answer, str)) == sorted(inodes(folder))  # each once
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -570,7 +495,7 @@ def command(*arguments, **options):
     )
 
 
-def test_pack_info_verify_stage_from_the_command_line(tmp_path, monkeypatch, capsys):
+def test_pack_info_verify_from_the_command_line(tmp_path, monkeypatch, capsys):
     pack_here(monkeypatch)
     root = write_folders(tmp_path / "images")
     (root / "train/n02/n02_4.JPEG").write_bytes(UNREADABLE["truncated"])
@@ -582,7 +507,6 @@ def test_pack_info_verify_stage_from_the_command_line(tmp_path, monkeypatch, cap
     assert main(["info", str(target)]) == 0
     assert "29 images of 3 classes in 4 shards" in capsys.readouterr().out
     assert main(["verify", str(target), "--quiet"]) == 0
-    assert main(["stage", str(target), str(tmp_path / "copy"), "--quiet"]) == 0
     flip(shard(target), place_of(shard(target), 2))
     capsys.readouterr()
     assert main(["verify", str(target), "--quiet"]) == 1
@@ -598,7 +522,6 @@ def test_pack_info_verify_stage_from_the_command_line(tmp_path, monkeypatch, cap
         (["pack", "{}/images", "{}/set", "--quality", "500"], "quality must be in 1 to 100, got 500"),
         (["verify", "{}"], "{} holds no packed images (train-00000-of-*.h5)"),
         (["info", "{}/missing"], "{}/missing is not a folder"),
-        (["stage", "{}/missing", "{}/copy"], "{}/missing is not a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):

@@ -199,7 +199,7 @@ def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatc
     capsys.readouterr()
     assert main(["summarize", "--results", results, "--only", "burgers_2d"]) == 0
     told = capsys.readouterr().out
-    assert "compared with plain Adam" in told and "Targets" in told and "100d" not in told
+    assert "compared with plain Adam" in told and "Source: " in told and "100d" not in told
 
 
 def test_an_unreadable_record_is_named(tmp_path, capsys):

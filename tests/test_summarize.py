@@ -7,7 +7,7 @@ from suite_cases import problem, result, run_config
 from experiments.compare import read_comparison
 from experiments.launch import Ranks
 from experiments.record import run_path, write_run
-from experiments.summarize import measure, median, spread, summarize, target_lines
+from experiments.summarize import measure, median, spread, summarize
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 PLAIN = np.linspace(11, 1, 11)  # final loss 1 after 10 epochs
@@ -52,28 +52,17 @@ def test_a_diverged_run_counts_as_infinitely_bad(tmp_path):
     found = variants(tmp_path)
     measures = measure(found["sgd_aadl"], found["sgd"])
     assert measures.epochs.tolist() == [np.inf] and measures.train_ratio.tolist() == [np.inf]
-    assert "NOT MET: paper settings: ends no higher than plain on any seed: above on seeds [0]" in summarize(
-        compare(tmp_path)
-    )
+    assert "1 of 1" in summarize(compare(tmp_path))
 
 
 DIVERGED = [11, np.inf] + [np.nan] * 9
 
 
-@pytest.mark.parametrize("plain_diverged", [False, True])
-def test_a_diverged_accelerated_run_meets_no_target(tmp_path, plain_diverged):
-    for name in ("sgd", "tuned_sgd"):
-        save(tmp_path, name, 0, DIVERGED if plain_diverged else PLAIN)
-        save(tmp_path, f"{name}_aadl", 0, DIVERGED)
-    lines = target_lines(compare(tmp_path))
-    assert len(lines) == 7 and all(line.startswith("NOT MET: ") for line in lines)
-    assert "above on seeds [0]" in lines[2]
-
-
 def test_a_run_that_is_ahead_and_then_diverges_never_arrives(tmp_path):
     save(tmp_path, "sgd", 0, PLAIN)
     save(tmp_path, "sgd_aadl", 0, [11, 0.5, *[np.nan] * 9], diverged_epoch=2)
-    assert target_lines(compare(tmp_path))[0].startswith("NOT MET: ")
+    found = variants(tmp_path)
+    assert measure(found["sgd_aadl"], found["sgd"]).epochs.tolist() == [np.inf]
 
 
 def test_a_seed_on_which_only_plain_diverged_is_unknown(tmp_path):
@@ -81,13 +70,9 @@ def test_a_seed_on_which_only_plain_diverged_is_unknown(tmp_path):
     save(tmp_path, "sgd", 1, DIVERGED, seconds=np.nan)
     save(tmp_path, "sgd_aadl", 0, FAST)
     save(tmp_path, "sgd_aadl", 1, FAST)
-    lines = target_lines(compare(tmp_path))
-    assert [line.partition(":")[0] for line in lines] == ["unknown"] * 4
-    assert "unknown on seeds [1] where plain diverged" in lines[2]
     assert "0 of 2, 1 unknown" in summarize(compare(tmp_path))
     save(tmp_path, "sgd_aadl", 0, PLAIN + 0.1)
-    assert "above on seeds [0], unknown on seeds [1]" in target_lines(compare(tmp_path))[2]
-    assert target_lines(compare(tmp_path))[2].startswith("NOT MET: ")
+    assert "1 of 2, 1 unknown" in summarize(compare(tmp_path))
 
 
 def test_no_seed_in_common(tmp_path):
@@ -95,22 +80,6 @@ def test_no_seed_in_common(tmp_path):
     save(tmp_path, "sgd_aadl", 1, FAST)
     with pytest.raises(ValueError, match="no seed in common"):
         summarize(compare(tmp_path))
-
-
-def test_targets_are_met_or_not(tmp_path):
-    for seed in (0, 1, 2):
-        save(tmp_path, "sgd", seed, PLAIN)
-        save(tmp_path, "sgd_aadl", seed, FAST, seconds=1.1)
-    half, third, no_higher, overhead = target_lines(compare(tmp_path))
-    assert half.startswith("met: ") and half.endswith("4 [4 .. 4] of 10 epochs")
-    assert third.startswith("NOT MET: ")
-    assert no_higher.startswith("met: ") and "none of 3 seeds" in no_higher and "0.900" in no_higher
-    assert overhead.startswith("met: ") and "+10.0%" in overhead
-    for seed in (0, 1, 2):
-        save(tmp_path, "sgd_aadl", seed, PLAIN + 0.01, seconds=1.2)
-    half, third, no_higher, overhead = target_lines(compare(tmp_path))
-    assert all(line.startswith("NOT MET: ") for line in (half, third, no_higher, overhead))
-    assert "never" in half and "seeds [0, 1, 2]" in no_higher
 
 
 @pytest.mark.parametrize("source", ["csv", "surrogate"])

@@ -1,17 +1,20 @@
-"""Where faults are made to happen: small configurations, output folders, runs without faults, and the reckoning."""
+"""Where faults are made to happen: small configurations, output folders, runs without faults, and what must hold."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_jobs import Ended, Place, differences, start_server
+from fault_jobs import Ended, Fault, Place, differences, start_server
+
 from data_loaders import fractals
-from experiments.checkpoint import verify_folder
+from experiments.checkpoint_files import names_of_checkpoints, read
+from experiments.interruption import EXIT_RESUME
 
 SGD = {"name": "SGD", "lr": 1e-2, "momentum": 0.9, "nesterov": True}
 EAGER = {"store_each_nth": 1, "frequency": 2, "wait_iterations": 1, "history_depth": 3}
@@ -24,7 +27,7 @@ TABLE: dict[str, Any] = {
     "training": {"epochs": 6, "batch_size": 40},
     "variants": {"aadl": {"optimizer": SGD, "acceleration": EAGER}},
     "save": {"every_seconds": 0.1, "keep": 2},
-    "launch": {"rendezvous": "file", "start_seconds": 60, "collective_seconds": 60},
+    "launch": {"rendezvous": "file", "start_seconds": 200, "collective_seconds": 200},
 }
 IMAGES: dict[str, Any] = TABLE | {
     "experiment": "imagenet",
@@ -45,74 +48,32 @@ IMAGES: dict[str, Any] = TABLE | {
 NUM_STEPS = 6 * STEPS_PER_EPOCH
 PACE = 0.02
 """Seconds that a job is held up after each step, so that it lasts long enough for several saves."""
+QUICK = os.environ.get("FAULTS") != "all"
+"""Whether some faults of each kind will do."""
+END_SECONDS = 30.0
+"""A job ends within so many seconds after one of its ranks has failed."""
 
 
-class Impossible(Exception):
-    """A fault cannot be made to happen here; the message says why."""
+def failed_in_time(ended: Ended) -> None:
+    """Checks that the fault has happened, and that the job ended soon after it."""
+    faults = ended.entries("fault")
+    assert faults, f"the fault did not happen: {ended.tail()}"
+    assert ended.end - faults[0]["time"] < END_SECONDS
 
 
-@dataclass
-class Outcome:
-    """What the faults of an item led to; of several, the worst is told.
-
-    Attributes:
-        detections: seconds from each fault to the end of its job, or to its next step where it goes on.
-        lost: steps taken before the fault that had to be taken again.
-        recoveries: seconds from each new start to its first new step on all ranks.
-        problems: what was not as it must be.
-        notes: what else to tell.
-        num_compared: comparisons with a run without faults.
-    """
-
-    detections: list[float] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-    recoveries: list[float] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    num_compared: int = 0
-
-    def check(self, good: bool, problem: str) -> None:
-        """Notes a problem unless all is good."""
-        if not good:
-            self.problems.append(problem)
-
-    def failed(self, ended: Ended, what: str = "") -> None:
-        """A job that was ended by a fault: how long that took."""
-        faults = ended.entries("fault")
-        if not faults:
-            self.problems.append(f"{what}: the fault did not happen: {ended.tail()}")
-            return
-        self.detections.append(ended.end - faults[0]["time"])
-
-    def went_on(self, before: Ended, after: Ended, at: int | None = None) -> None:
-        """The job that follows: what was lost, and how long it took."""
-        faults = before.entries("fault")
-        reached = at if at is not None else int(faults[0]["step"]) if faults else before.reached
-        self.lost.append(max(0, reached - max(after.restored, 0)))
-        if after.recovery_seconds is not None:
-            self.recoveries.append(after.recovery_seconds)
-
-    def compare(
-        self,
-        expected: tuple[Place, Ended],
-        found: tuple[Place, Ended],
-        what: str = "",
-        tolerance: float | None = None,
-    ) -> None:
-        """Compares the end with that of a run without faults."""
-        self.num_compared += 1
-        self.problems += [f"{what}: {text}" if what else text for text in differences(expected, found, tolerance)]
+def goes_on(before: Ended, after: Ended) -> None:
+    """Checks that the next job went on from what was saved last, or from a later save that was under way."""
+    assert before.saved <= after.restored <= before.reached, (before.saved, after.restored, before.reached)
 
 
 class Site:
     """Where the jobs of the faults are, and the runs without any, made once each."""
 
-    def __init__(self, folder: Path, *, quick: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         """Args:
         folder: for everything that the jobs write.
-        quick: whether some faults of each kind will do.
         """
-        self.folder, self.quick = folder, quick
+        self.folder = folder
         start_server()
         self._references: dict[tuple[str, int], tuple[Place, Ended]] = {}
         self._count = 0
@@ -140,6 +101,24 @@ class Site:
             self._references[key] = place, ended
         return self._references[key]
 
+    def equals(
+        self,
+        place: Place,
+        ended: Ended,
+        config: Mapping[str, Any] = TABLE,
+        ranks: int = 1,
+        tolerance: float | None = None,
+    ) -> None:
+        """Checks that a run has the end of the uninterrupted one, bit for bit without a tolerance."""
+        assert differences(self.reference(config, ranks), (place, ended), tolerance) == []
+
+    def stopped(self, place: Place, *faults: Fault, ranks: int = 1, **more: Any) -> Ended:
+        """A job that signals stop: all ranks after the same step, which is saved."""
+        first = place.run(*faults, ranks=ranks, **more)
+        failed_in_time(first)
+        was_stopped(place, first, ranks)
+        return first
+
     def images(self) -> str:
         """A small set of images."""
         folder = self.folder / "images"
@@ -157,6 +136,18 @@ def changed(config: Mapping[str, Any], **changes: Mapping[str, Any]) -> dict[str
     return raw
 
 
+def was_stopped(place: Place, ended: Ended, ranks: int) -> None:
+    """Checks that all ranks stopped after the same step, with its state saved."""
+    assert ended.codes == [EXIT_RESUME] * ranks, ended.tail()
+    last = [max((entry["step"] for entry in ended.entries("step", rank)), default=-1) for rank in range(ranks)]
+    assert len(set(last)) == 1, f"the ranks stopped after steps {last}"
+    assert kept(place)[:1] == [last[0]], f"kept {kept(place)}, reached {last[0]}"
+
+
 def kept(place: Place) -> list[int]:
     """Steps of the good checkpoints, newest first."""
-    return [f.step for f in verify_folder(place.run_folder) if not f.problem and f.step is not None]
+    steps = []
+    for name in names_of_checkpoints(place.run_folder):
+        with suppress(ValueError):
+            steps.append(read(place.run_folder / name)["step"])
+    return steps

@@ -1,9 +1,9 @@
 """Jobs that faults happen to: the suite's command in real processes, started again and again on one output folder.
 
-`python -m benchmarks.fault_jobs` is `python -m experiments` with the faults and the diary that the variable
-INSTRUCTIONS asks for: they are injected here, and the suite knows nothing of them. The processes of a job are forked
-from a server that has imported torch already, so that one starts within milliseconds. No launcher stands behind them:
-ranks that are left over must end by themselves.
+`python -m fault_jobs` is `python -m experiments` with the faults and the diary that the variable INSTRUCTIONS asks for:
+they are injected here, and the suite knows nothing of them. The processes of a job are forked from a server that has
+imported torch already, so that one starts within milliseconds. No launcher stands behind them: ranks that are left over
+must end by themselves.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from system_calls import meet_points
 
 from aadl.decisions import Decisions
 from data_loaders import imagenet as loaders
-from experiments import checkpoint_files, train
+from experiments import checkpoint, train
 from experiments.__main__ import main
 from experiments.departure import leave
 from experiments.record import read_run
@@ -44,10 +45,13 @@ from experiments.state import digest
 from experiments.steps import Closure
 from experiments.train import Training
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+"""Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
 LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "JSM", "LSB", "TORCH", "AADL", "MASTER", "GLOO", "MV2", "PRTE")
-LONGEST_SECONDS = 90.0
+LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
 STATE_OF_THE_END = (
     "model",
@@ -69,7 +73,8 @@ class Fault:
 
     Attributes:
         action: a signal's name, or one of the actions of `_Injector`.
-        place: where: "step" (before it), "validation", "acceleration", "worker" (of data), or the name of a kill point.
+        place: where: "step" (before it), "validation", "acceleration", "worker" (of data), "gathering" (the state of
+            all ranks, amid a save), or one of `system_calls.POINTS`.
         step: not before so many steps were taken.
         rank: to whom; -1 for all ranks.
         attempt: number of torchrun's attempt.
@@ -148,7 +153,7 @@ class _Injector:
         """Puts the diary and the faults around the suite's functions, in this process."""
         step, result, restore, save = Training._step, Training.result, RunSession.restore, RunSession._save
         evaluate, accelerate, call = train._evaluate, Decisions.accelerate, Closure.__call__
-        read = loaders._Reader.__getitem__
+        read, on_cpu = loaders._Reader.__getitem__, checkpoint.on_cpu
 
         def stepping(run: Training, batch: Any) -> None:
             self._run, self._steps = run, run.num_steps
@@ -184,6 +189,10 @@ class _Injector:
             self.meet("acceleration")
             accelerate(decisions, *arguments)
 
+        def gathering(*arguments: Any, **options: Any) -> Any:
+            self.meet("gathering")
+            return on_cpu(*arguments, **options)
+
         def skewed(closure: Closure) -> torch.Tensor:
             loss = call(closure)
             return loss * (1 + self._rank * (2 if closure.num_losses % 3 else -0.9))
@@ -200,12 +209,13 @@ class _Injector:
             (RunSession, "_save"): saving,
             (train, "_evaluate"): evaluating,
             (Decisions, "accelerate"): accelerating,
-            (checkpoint_files, "kill_point"): self.meet,
+            (checkpoint, "on_cpu"): gathering,
             (loaders._Reader, "__getitem__"): reading,
             **({(Closure, "__call__"): skewed} if self._skewed else {}),
         }
         for (owner, name), function in replacements.items():
             setattr(owner, name, function)
+        meet_points(self.meet)
 
 
 def _checksums(batch: Any) -> list[int]:
@@ -243,8 +253,8 @@ def _context() -> Any:
     """A server that has imported all that processes forked from it need; it finds modules by PYTHONPATH alone."""
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), *sys.path]))
-    context.set_forkserver_preload(["benchmarks.fault_cases", "benchmarks.machine"])
+    os.environ["PYTHONPATH"] = PYTHONPATH
+    context.set_forkserver_preload(["fault_jobs"])
     multiprocessing.forkserver.ensure_running()
     if before is None:
         del os.environ["PYTHONPATH"]
@@ -310,15 +320,14 @@ class Ended:
         return min((int(entry["step"]) for entry in self.entries("restored")), default=-1)
 
     @property
+    def saved(self) -> int:
+        """The last step that rank 0 has saved, 0 if there is none."""
+        return max((int(entry["step"]) for entry in self.entries("saved", 0)), default=0)
+
+    @property
     def reached(self) -> int:
         """The last step of all ranks."""
         return max((int(entry["step"]) for entry in self.entries("step")), default=max(self.restored, 0))
-
-    @property
-    def recovery_seconds(self) -> float | None:
-        """From the start to the first new step on all ranks."""
-        firsts = [self.entries("step", rank)[:1] for rank in range(len(self.codes))]
-        return max(first[0]["time"] for first in firsts) - self.start if all(firsts) else None
 
     def tail(self) -> str:
         """The end of the log, in one line, for a message."""

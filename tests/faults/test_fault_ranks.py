@@ -1,0 +1,371 @@
+"""Faults of processes: ranks that die, hang, stray and fail, signals, time limits, and other numbers of processes."""
+
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import h5py
+import pytest
+from fault_jobs import PYTHONPATH, ROOT, Ended, Fault, Hung, Job, clean_environment, differences
+from fault_site import (
+    EAGER,
+    IMAGES,
+    NUM_STEPS,
+    PACE,
+    QUICK,
+    SGD,
+    STEPS_PER_EPOCH,
+    TABLE,
+    changed,
+    failed_in_time,
+    goes_on,
+    kept,
+    was_stopped,
+)
+
+from experiments.interruption import EXIT_RESUME
+
+full = pytest.mark.skipif(QUICK, reason="FAULTS=all runs it")
+"""Of the longest ones."""
+
+
+# ---- what the other tests rely on ------------------------------------------------------------------------------------
+
+
+def test_other_ends_are_told_apart(site):
+    """A run with another learning rate is no equal of the reference."""
+    place, ended = site.reference()
+    other = site.place(changed(TABLE, variants={"aadl": {"optimizer": {"name": "SGD", "lr": 0.011, "momentum": 0.9}}}))
+    texts = differences((place, ended), (other, other.run()))
+    assert "2 final states" in texts and "metrics/train/loss differs" in texts
+    assert differences((place, ended), (place, ended)) == []
+    stopped = site.place()
+    first = stopped.run(Fault("SIGTERM", step=3))
+    [text] = differences((place, ended), (stopped, first))
+    assert text.startswith("it ended with [75]: ") and "stopped by SIGTERM after step" in text
+
+
+def test_a_job_that_does_not_end_is_killed(site):
+    job = site.place().start(Fault("hang", step=2))
+    job.wait_for("fault")
+    with pytest.raises(Hung, match=r"did not end within 0\.2 s"):
+        job.wait(0.2)
+    assert not job.lives
+
+
+# ---- ranks that die --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), pytest.param(2, 0, marks=full), (2, 1)])
+def test_sigkill_of_a_rank_amid_the_training(site, ranks, rank):
+    place = site.place()
+    first = place.run(Fault("SIGKILL", step=21, rank=rank), ranks=ranks, pace=PACE)
+    failed_in_time(first)
+    named = ranks == 1 or f"rank {rank} was killed" in first.log or f"because rank {rank} failed" in first.log
+    assert named, first.tail()
+    again = place.run(ranks=ranks)
+    goes_on(first, again)
+    site.equals(place, again, ranks=ranks)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_of_one_run(site):
+    count, epochs, ranks = (5, 16, 2) if QUICK else (50, 96, 2)
+    config = changed(TABLE, training={"epochs": epochs})
+    numbers, place, last = random.Random(7), site.place(config), None
+    for number in range(count):
+        ended = killed_at_random(place, ranks, numbers)
+        assert ended is not None, f"the run was over, or failed, after {number} kills"
+        if ended.restored >= 0:
+            if last is not None:
+                goes_on(last, ended)
+            last = ended
+    again = place.run(ranks=ranks)
+    if last is not None:
+        goes_on(last, again)
+    site.equals(place, again, config, ranks)
+
+
+def killed_at_random(place, ranks, numbers):
+    """A job that is killed at a random moment, None if it ended by itself.
+
+    One rank is killed, or all as when a node fails. Before the first step it is always all of them: of a rank that is
+    gone before it has met the others, only its launcher knows before the deadline for the start.
+    """
+    job = place.start(ranks=ranks, pace=0.005)
+    is_early = numbers.random() < 0.2
+    seconds = numbers.uniform(0.0, 1.0 if is_early else 0.1)
+    if not is_early and not job.wait_for("step", ranks * (1 + int(numbers.expovariate(1 / 6)))):
+        return None
+    time.sleep(seconds)
+    if not job.lives:
+        return None
+    job.send(signal.SIGKILL, None if is_early or numbers.random() < 0.6 else numbers.randrange(ranks))
+    ended = job.wait()
+    return ended if any(code == -signal.SIGKILL for code in ended.codes) else None
+
+
+@pytest.mark.slow
+def test_a_rank_that_crashes_again_and_again_under_torchrun(site):
+    count = 1 if QUICK else 10
+    place = site.place()
+    kinds = ("raise_memory_error", "SIGKILL")
+    faults = [Fault(kinds[n % 2], step=3 + 4 * n, rank=n // 2 % 2, attempt=n) for n in range(count)]
+    log, diary = place.files()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher += [f"--max-restarts={count}", "--monitor-interval=0.1", "-m", "fault_jobs", *place.arguments]
+    environment = clean_environment() | place.instructions(diary, faults, pace=PACE) | {"PYTHONPATH": PYTHONPATH}
+    start = time.monotonic()
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            launcher, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=60 + 40 * count)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    ended = Ended([code], start, time.monotonic(), log.read_text(errors="replace"), Job([], log, diary).diary())
+    assert len(ended.entries("fault")) == count, ended.tail()
+    assert ended.log.count("forcefully exiting via 9") == 0, "a rank did not end before torchrun killed it, after 30 s"
+    assert len(ended.entries("restored")) == 2 * (count + 1)
+    site.equals(place, ended, ranks=2)
+
+
+# ---- signals and the end of the time ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGUSR1"] if QUICK else ["SIGUSR1", "SIGUSR2", "SIGTERM"])
+def test_a_signal_to_one_rank_and_a_second_one_amid_the_save(site, name):
+    place = site.place()
+    faults = (Fault(name, step=21, rank=1), Fault(name, place="gathering", step=21, rank=1))
+    first = site.stopped(place, *faults, ranks=2, pace=PACE)
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, ranks=2)
+
+
+@full
+def test_a_signal_to_all_processes_workers_of_data_included(site):
+    config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 2})
+    place = site.place(config)
+    job = place.start(ranks=2, pace=PACE)
+    job.wait_for("step", 4)
+    job.send(signal.SIGUSR1, with_workers=True)
+    first = job.wait()
+    was_stopped(place, first, 2)
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, config, ranks=2)
+
+
+MOMENTS = {
+    "first step": Fault("SIGUSR1", step=0),
+    "validation": Fault("SIGUSR1", place="validation", step=9),
+    "acceleration": Fault("SIGUSR1", place="acceleration", step=9),
+    "last step of an epoch": Fault("SIGUSR1", step=2 * STEPS_PER_EPOCH - 1),
+    "last step": Fault("SIGUSR1", step=NUM_STEPS - 1),
+    "last validation": Fault("SIGUSR1", place="validation", step=NUM_STEPS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment(site, moment):
+    place, fault = site.place(), MOMENTS[moment]
+    first = place.run(fault)
+    failed_in_time(first)
+    if fault.step >= NUM_STEPS - 1 and not any(first.codes):  # the run may have ended first
+        site.equals(place, first)
+        return
+    was_stopped(place, first, 1)
+    again = place.run()
+    goes_on(first, again)
+    site.equals(place, again)
+
+
+@pytest.mark.slow
+def test_the_end_of_the_jobs_time(site):
+    """It is 62 s after the start, and 60 s are the margin."""
+    config = changed(TABLE, training={"epochs": 100})
+    place, end = site.place(config), time.time() + 62
+    first = place.run(ranks=2, pace=PACE, variables={"AADL_END_TIME": str(end)})
+    assert 0 < end - time.time() < 62 and "stopped by time limit" in first.log
+    was_stopped(place, first, 2)
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, config, ranks=2)
+
+
+# ---- ranks that hang, fail or go astray ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(site):
+    config = changed(TABLE, launch={"collective_seconds": 6})
+    place = site.place(config)
+    first = place.run(Fault("hang", step=21, rank=1), ranks=2, pace=PACE)
+    failed_in_time(first)
+    assert all(code not in (0, EXIT_RESUME) for code in first.codes) and kept(place)
+    named = re.search(r"rank 1( on \S+)? (gave no|did not|does not|hangs|is late|was lost)", first.log)
+    assert named is not None, first.tail()
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, config, ranks=2)
+
+
+STRAYING = {
+    "skip_step": "the ranks are at different steps",
+    "decide_otherwise": "the ranks have taken different decisions",
+    "send_another_shape": "",  # gloo ends one rank or both, in words of its own
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["decide_otherwise"] if QUICK else STRAYING)
+def test_a_rank_that_strays_ends_the_job(site, action):
+    config = changed(TABLE, launch={"collective_seconds": 10})
+    place = site.place(config)
+    first = place.run(Fault(action, step=21, rank=1), ranks=2, pace=PACE)
+    failed_in_time(first)
+    assert all(code not in (0, EXIT_RESUME) for code in first.codes)
+    assert STRAYING[action] in first.log, first.tail()
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, config, ranks=2)
+
+
+@pytest.mark.slow
+def test_ranks_whose_local_losses_disagree_decide_alike(site):
+    acceleration = EAGER | {"safeguard": "loss"}
+    variants = {"aadl": {"optimizer": SGD, "acceleration": acceleration}}
+    place = site.place(changed(TABLE, variants=variants, training={"epochs": 13}))
+    ended = place.run(ranks=2, skewed=True)
+    assert ended.codes == [0, 0], ended.tail()
+    digests = [[entry["digest"] for entry in ended.entries("end", rank)] for rank in (0, 1)]
+    assert len(digests[0]) == 1 and digests[0] == digests[1]
+    with h5py.File(place.record) as file:
+        group = file["acceleration"]
+        assert 0 < int(group["accepted"][-1]) < int(group["attempts"][-1])
+
+
+@pytest.mark.slow
+def test_a_rank_that_stood_still_for_a_while_is_named_and_the_run_goes_on(site):
+    place = site.place()
+    job = place.start(Fault("SIGSTOP", step=21, rank=1), ranks=2, pace=PACE)
+    job.wait_for("fault")
+    time.sleep(3.0)
+    job.send(signal.SIGCONT, 1)
+    ended = job.wait()
+    site.equals(place, ended, ranks=2)
+    told = re.findall(r"rank 1 on \S+ stood still for ([\d.]+) s", ended.log)
+    assert any(float(seconds) >= 2.0 for seconds in told), ended.tail()
+
+
+@pytest.mark.slow
+def test_an_exception_on_one_rank_ends_all_with_one_traceback(site):
+    place = site.place()
+    first = place.run(Fault("raise_memory_error", step=21, rank=1), ranks=2, pace=PACE)
+    failed_with(first, "MemoryError: as if there were none left")
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, ranks=2)
+
+
+@full
+def test_an_exception_in_a_worker_of_data_ends_all_with_one_traceback(site):
+    config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 1})
+    place = site.place(config)
+    first = place.run(Fault("raise_in_worker", place="worker", rank=1), ranks=2, pace=PACE)
+    failed_with(first, "ZeroDivisionError: in a worker")
+    again = place.run(ranks=2)
+    goes_on(first, again)
+    site.equals(place, again, config, ranks=2)
+
+
+def failed_with(ended, message):
+    """Checks that all ranks ended, with the traceback of the one that failed, once."""
+    failed_in_time(ended)
+    assert all(code == 1 for code in ended.codes), ended.tail()
+    assert (ended.log.count(" failed:\nTraceback"), ended.log.count(f"\n{message}")) == (1, 1)
+    assert "ended because rank 1" in ended.log
+
+
+# ---- other numbers of processes, other moments -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_sees_the_same_rows_and_losses(site):
+    plain = changed(TABLE, variants={"aadl": {"optimizer": SGD}})
+    place = site.place(plain)
+    parts = [place.run(Fault("SIGUSR1", step=11), rows=True), place.run(Fault("SIGUSR1", step=29), ranks=2, rows=True)]
+    parts.append(place.run(rows=True))
+    for before, after in itertools.pairwise(parts):
+        assert after.restored == before.reached
+    assert rows_by_step([site.reference(plain)[1]]) == rows_by_step(parts)
+    site.equals(place, parts[-1], plain, tolerance=1e-6)
+
+
+@full
+def test_another_number_of_workers_of_data_changes_nothing(site):
+    config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 0})
+    place = site.place(config)
+    first = site.stopped(place, Fault("SIGUSR1", step=8), pace=PACE)
+    place.configure(changed(config, problem={"num_workers": 2}))
+    again = place.run()
+    goes_on(first, again)
+    site.equals(place, again, config)
+
+
+def rows_by_step(parts):
+    """Checksums of the rows of each step (epoch, number of the step), in the order of the whole batch."""
+    found = {}
+    for part in parts:
+        ranks = len(part.codes)
+        for rank in range(ranks):
+            for entry in part.entries("step", rank):
+                batch = found.setdefault((entry["epoch"], entry["step"]), [0] * len(entry["rows"]) * ranks)
+                batch[rank::ranks] = entry["rows"]
+    return found
+
+
+@pytest.mark.slow
+def test_stops_anywhere_in_an_epoch_show_every_row_once_an_epoch(site):
+    place, epoch, parts = site.place(), STEPS_PER_EPOCH, []
+    for moment in (0, 1, 2 * epoch - 2, 2 * epoch - 1, 3 * epoch, 4 * epoch + 1):
+        parts.append(site.stopped(place, Fault("SIGUSR1", step=moment), rows=True))
+    parts.append(place.run(rows=True))
+    for before, after in itertools.pairwise(parts):
+        assert after.restored == before.reached
+    seen = {}
+    for part in parts:
+        for entry in part.entries("step"):
+            seen.setdefault(entry["epoch"], Counter()).update(entry["rows"])
+    steps = site.reference()[1].entries("step")
+    whole = Counter(row for entry in steps if entry["epoch"] == 1 for row in entry["rows"])
+    assert len(seen) == 6 and all(rows == whole for rows in seen.values())
+    site.equals(place, parts[-1])
+
+
+def test_a_second_job_on_the_folder_is_refused_and_a_third_takes_over_from_a_dead_one(site):
+    place = site.place()
+    job = place.start(pace=0.2)
+    job.wait_for("saved")
+    second = place.run()
+    assert second.codes == [2] and "is in use by process" in second.log, second.tail()
+    assert not second.entries("step") and job.lives
+    job.send(signal.SIGKILL)
+    first = job.wait()
+    again = place.run()
+    assert "its process is gone" in again.log, again.tail()
+    goes_on(first, again)
+    site.equals(place, again)
