@@ -30,7 +30,7 @@ from aadl.decisions import MIXING_VALUES, count, on_host
 from aadl.deferred import Deferred
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
 from aadl.mixing import newest
-from aadl.pace import Pace, lets_go_of_momentum
+from aadl.pace import Pace, is_normalized, lets_go_of_momentum
 from aadl.parameters import (
     MOMENTUM_KEYS,
     all_parameters,
@@ -249,7 +249,7 @@ class ResidualAccelerator(Accelerator):
         self._start_anew()
         self._history, self._statistics, self._damping = books["restored"], books["statistics"], books["damping"]
         pace = Pace(**books["pace"])
-        if pace.longest == self.settings.frequency and pace.adapts == self.settings.paced:
+        if pace.usual == self.settings.frequency and pace.adapts == self.settings.paced:
             self._pace = pace
         else:
             self._pace.due = self._statistics["steps"] + 1
@@ -436,7 +436,7 @@ class ResidualAccelerator(Accelerator):
         """Solve the mixing problem; None, counted by cause, where there is no candidate."""
         look, pace = history.look(), self._pace
         pace.note_jump(look.jump)
-        pace.note_square(look.gram.square)
+        pace.note_square(look.gram.square, is_normalized(self.optimizer))
         if not is_finite(look):
             self._forget("non_finite")
             return None

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 SHORTEST = 2
 """Steps: one step more often costs twice as much and gains nothing (docs/method.md)."""
+MOST_DOUBLINGS = 4
+"""Of the period, where points are learned by heart."""
 HARM = 3.0
 """Growth of the sum of squares over an acceleration and the steps behind it from which the next one comes sooner."""
-JUMP = 1.5
-"""Growth of the mean square at a change of points from which the old points count as learned by heart."""
+JUMP, NO_JUMP = 1.5, 1.2
+"""Growth of the mean square at a change of points above which the old points count as learned by heart, and below
+which they do not."""
 NORMALIZED = ("muon", "lion", "sign")
 """Parts of names of optimizers whose steps are as long whatever the momentum buffer holds."""
 
@@ -20,17 +23,17 @@ class Pace:
     """The period of the accelerations.
 
     Steps of the optimizer can undo what an acceleration has gained, and more: where a rate is stable at the weights
-    before a candidate, it may not be at those after it. Then the next acceleration has to come sooner. Frequent
-    accelerations on points that are soon exchanged learn these by heart: the mean square on the new points tells, and
-    the period is the longest again.
+    before a candidate, it may not be at those after it. Then the next acceleration has to come sooner. Points that are
+    soon exchanged can be learned by heart, by the optimizer or by the accelerations: the mean square on the new points
+    tells. Then a better fit of the present ones is worth little, and accelerations become rare.
 
     Args:
-        longest: steps between two accelerations at the start, >= 1.
+        usual: steps between two accelerations at the start, >= 1.
         adapts: whether the period changes at all.
         due: after this step the next acceleration falls.
     """
 
-    longest: int
+    usual: int
     adapts: bool
     due: int
     period: int = 0
@@ -38,18 +41,28 @@ class Pace:
     """Sum of squares where the last acceleration fell; nan where the points have changed since."""
 
     def __post_init__(self) -> None:
-        self.period = self.period or self.longest
+        self.period = self.period or self.usual
 
-    def note_square(self, square: float) -> None:
-        """Compare the sum of squares before an acceleration with that before the last one."""
-        if self.adapts and square > HARM * self.before:
-            self.period = max(min(SHORTEST, self.longest), self.period // 2)
+    def note_square(self, square: float, normalized: bool) -> None:
+        """Compare the sum of squares before an acceleration with that before the last one.
+
+        Args:
+            square: ||r_k||^2.
+            normalized: whether the optimizer normalizes its steps, which undo gains without being unstable.
+        """
+        if self.adapts and not normalized and self.period <= self.usual and square > HARM * self.before:
+            self.period = max(min(SHORTEST, self.usual), self.period // 2)
         self.before = square
 
     def note_jump(self, jump: float) -> None:
-        """Take note of the mean square on new points over that on the old ones, at about the same weights."""
-        if self.adapts and jump > JUMP:
-            self.period = self.longest
+        """Take note of the mean square on new points over that on the old ones, at about the same weights; 0: none."""
+        if not self.adapts or jump == 0:
+            return
+        if jump > JUMP:
+            longest = 2**MOST_DOUBLINGS * self.usual
+            self.period = min(2 * self.period, longest) if self.period >= self.usual else self.usual
+        elif jump < NO_JUMP and self.period > self.usual:
+            self.period = max(self.period // 2, self.usual)
 
     def go_on(self, step: int) -> None:
         """An acceleration is due at this step; the next one a period later."""
@@ -58,7 +71,13 @@ class Pace:
     @property
     def is_fast(self) -> bool:
         """Whether accelerations come more often than at the start."""
-        return self.period < self.longest
+        return self.period < self.usual
+
+
+def is_normalized(optimizer: object) -> bool:
+    """Whether the steps of an optimizer are as long whatever its momentum buffer holds."""
+    name = type(optimizer).__name__.lower()
+    return any(part in name for part in NORMALIZED)
 
 
 def lets_go_of_momentum(setting: str, pace: Pace, optimizer: object) -> bool:
@@ -69,7 +88,4 @@ def lets_go_of_momentum(setting: str, pace: Pace, optimizer: object) -> bool:
         pace: of the accelerations.
         optimizer: whose steps are accelerated.
     """
-    if setting != "auto":
-        return setting == "zero"
-    name = type(optimizer).__name__.lower()
-    return pace.is_fast and not any(part in name for part in NORMALIZED)
+    return setting == "zero" or (setting == "auto" and pace.is_fast and not is_normalized(optimizer))

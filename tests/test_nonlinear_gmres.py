@@ -508,18 +508,27 @@ def test_steps_that_undo_what_was_gained_make_accelerations_more_frequent():
     assert ends[None] < 0.5 * ends[10]
 
 
-def test_points_learned_by_heart_make_accelerations_rare_again():
+def test_points_learned_by_heart_make_accelerations_rare():
     own = Pace(10, adapts=True, due=10)
     for square in (1.0, 4.0, 16.0, 64.0):
-        own.note_square(square)
+        own.note_square(square, normalized=False)
     assert own.period == pace.SHORTEST and own.is_fast
-    own.note_jump(1.2)
-    assert own.period == pace.SHORTEST
-    own.note_jump(pace.JUMP + 0.1)
-    assert own.period == 10 and not own.is_fast
     own.before = math.nan  # new points
-    own.note_square(1e9)
-    assert own.period == 10
+    periods = []
+    for jump in (1.3, 1.6, 2.0, 9.0, 9.0, 9.0, 9.0, 9.0, 1.3, 1.1, 0.9, 0.0):
+        own.note_jump(jump)
+        own.note_square(1e9, normalized=False)
+        periods.append(own.period)
+        own.before = math.nan
+    assert periods == [2, 10, 20, 40, 80, 160, 160, 160, 160, 80, 40, 40]
+
+
+def test_only_steps_whose_length_is_free_shorten_the_period():
+    for normalized, period in ((True, 10), (False, 5)):
+        own = Pace(10, adapts=True, due=10)
+        for square in (1.0, 4.0):
+            own.note_square(square, normalized)
+        assert own.period == period
 
 
 def test_the_jump_at_a_change_of_points_is_that_of_the_mean_square():
