@@ -81,7 +81,12 @@ def fill_shipped(results, path, overrides=()):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_group_of_the_shipped_configurations_has_its_baseline(tmp_path, path):
-    found = fill_shipped(tmp_path, path)
+    try:
+        found = fill_shipped(tmp_path, path)
+    except ValueError as error:
+        if "needs the package" in str(error):
+            pytest.skip(str(error))
+        raise
     names = {variant.name for group in found for variant in group.variants}
     assert names == set(load_config(path).variants)
     assert all(group.baseline is not None for group in found)

@@ -285,7 +285,7 @@ MISMATCHES = {
     "no dict": (lambda state: [1], "got a list"),
     "empty": (lambda state: {}, "got version None with keys []"),
     "another version": (lambda state: state | {"version": 0}, "got version 0 with keys"),
-    "something missing": (lambda state: {k: v for k, v in state.items() if k != "rows"}, "got version 3 with keys"),
+    "something missing": (lambda state: {k: v for k, v in state.items() if k != "rows"}, "got version 4 with keys"),
     "depth": (
         lambda state: with_map(state, history_depth=9),
         "delta_mapped has shape (4, 6, 3), not (9, 6, 3)",
