@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -252,7 +253,7 @@ def fitted_slope(sizes: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 def draw_acceleration(comparison: Comparison) -> Figure | None:
     """What the acceleration did: accepted and rejected by cause; averaging and the oscillations that switch it."""
     variants = [
-        (f"{variant.label}\n{family}", variant)
+        (f"{fill(variant.label, 36)}\n{fill(family, 36)}", variant)
         for family, group in comparison.families.items()
         for variant in group
         if variant.role.startswith("aadl")

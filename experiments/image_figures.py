@@ -105,7 +105,7 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
         if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
         epochs = _evaluated(variant)[1:]
-        difference = 100 * (variant.series(TOP1) - variant.series(STALE_TOP1))[:, epochs]
+        difference = 100 * (variant.series(TOP1)[:, epochs] - variant.series(STALE_TOP1)[:, epochs])
         if not np.isfinite(difference).all():
             continue
         low, middle, high = quantiles(difference)
