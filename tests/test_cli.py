@@ -187,7 +187,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
             return len(workers) == 2
 
         try:
-            assert wait_until(started, 60)
+            assert wait_until(started, 300)
             assert wait_until(lambda: len(list((tmp_path / "results").rglob(LOCK_NAME))) == 2, 120)  # runs have begun
             parent.send_signal(number)
             assert parent.wait(60) == (75 if number == signal.SIGTERM else -number)
