@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from aadl import advice, kernels, memory
 from aadl import state as saved_state
-from aadl.attached import VERSION, Accelerator, outline, warn_once
+from aadl.attached import VERSION, Accelerator, check_format, warn_once
 from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
 from aadl.layout import Layout
@@ -178,11 +178,7 @@ class AndersonAccelerator(Accelerator):
     @torch.no_grad()
     def _checked(self, state: Any) -> dict[str, Any]:
         """The books of a saved state, parsed, and the layout it fits; raises ValueError if there is none."""
-        if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
-            raise ValueError(
-                f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
-                f"got {outline(state)}"
-            )
+        check_format(state)
         try:
             books = json.loads(state["books"])
             if books["map"].get("acceleration_type", "anderson") != "anderson":

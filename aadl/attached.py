@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -22,7 +23,7 @@ STATE_KEY = "aadl"
 _accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Accelerator]] = weakref.WeakKeyDictionary()
 
 
-class Accelerator:
+class Accelerator(ABC):
     """Base of the accelerators: hooks around the steps, and the state inside that of the optimizer.
 
     A kind of acceleration says what happens before and after a step, what its state is, and how it starts.
@@ -61,14 +62,14 @@ class Accelerator:
         return optimizer
 
     @property
+    @abstractmethod
     def statistics(self) -> dict[str, Any]:
         """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def history_bytes(self) -> int:
         """Bytes that the history takes on this rank, before the first step those that it will take."""
-        raise NotImplementedError
 
     def observe(self, residuals: Tensor) -> None:
         """Hand over the residuals of a least-squares loss at the present weights, see `ResidualAccelerator.observe`.
@@ -82,18 +83,18 @@ class Accelerator:
             f"{self.settings.acceleration_type!r}"
         )
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._detach()
         _accelerators.pop(self.optimizer, None)
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, plain values."""
-        raise NotImplementedError
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the saved accelerator would have.
@@ -123,27 +124,29 @@ class Accelerator:
     # ---- what a kind of acceleration says --------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def _num_columns(self) -> int:
         """Columns that the history holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        raise NotImplementedError
+        """Called before every step with its arguments."""
 
+    @abstractmethod
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        raise NotImplementedError
+        """Called after every step with its arguments."""
 
+    @abstractmethod
     def _start_anew(self) -> None:
         """Be as an accelerator that has seen no step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _checked(self, state: Any) -> dict[str, Any]:
         """The books of a saved state, parsed; raises ValueError if it does not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
         """Continue from a saved state and its checked books."""
-        raise NotImplementedError
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -239,3 +242,12 @@ def outline(state: Any) -> str:
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
     return f"version {state.get('version')!r} with keys {list(state)}"
+
+
+def check_format(state: Any) -> None:
+    """Raise ValueError unless this looks like the state of an accelerator, in the present version."""
+    if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
+        raise ValueError(
+            f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
+            f"got {outline(state)}"
+        )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import advice, memory
-from aadl.attached import VERSION, Accelerator, outline
+from aadl.attached import VERSION, Accelerator, check_format
 from aadl.decisions import MIXING_VALUES, count, on_host
 from aadl.deferred import Deferred
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
@@ -213,11 +213,7 @@ class ResidualAccelerator(Accelerator):
 
     @torch.no_grad()
     def _checked(self, state: Any) -> dict[str, Any]:
-        if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
-            raise ValueError(
-                f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
-                f"got {outline(state)}"
-            )
+        check_format(state)
         try:
             books = json.loads(state["books"])
             for name, value in self._map().items():

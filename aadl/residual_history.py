@@ -212,7 +212,7 @@ class ResidualHistory:
         return Look(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
 
     def _changes(self) -> tuple[Tensor | None, Tensor | None]:
-        """Mean squares before and after a change of points that the next pairs have followed; they are told once."""
+        """Mean squares before and after a change of points that the next pairs have followed, once each."""
         if self._new is None:
             return None, None
         changes, self._old, self._new = (self._old, self._new), None, None

@@ -286,12 +286,12 @@ def _check_residuals_stay(problem: PinnConfig, where: str) -> None:
     """Residuals on other points, or of other weights, do not belong into one history."""
     if problem.slope_weight:
         raise ValueError(
-            f"{where}: problem.slope_weight must be false for nonlinear_gmres, for it weights the residuals anew at "
+            f"{where}: problem.slope_weight must be false with nonlinear_gmres, because it changes the weights at "
             "each linearization, got true"
         )
     if problem.resample_every is not None and problem.history_on_resample != "reset":
         raise ValueError(
-            f"{where}: problem.history_on_resample must be reset for nonlinear_gmres where points are drawn anew, got "
+            f"{where}: problem.history_on_resample must be reset with nonlinear_gmres where points are redrawn, got "
             f"{problem.history_on_resample!r}"
         )
 

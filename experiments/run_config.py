@@ -138,7 +138,7 @@ TRAININGS: dict[type[ProblemConfig], type[AnyTrainingConfig]] = {
 
 # Keys of an acceleration by residuals ("nonlinear_gmres") that are the suite's, integers >= 1: `probe_rows` of the
 # training set are those that it makes small, by default all but those of the check; a candidate must be better on
-# `check_rows` others too, or on `check_points` others, which are drawn anew with the points. By default nothing checks.
+# `check_rows` others too, or on `check_points` others, which are redrawn with the points. By default nothing checks.
 PROBES: dict[type[ProblemConfig], tuple[str, ...]] = {
     GraduateAdmissionsConfig: ("probe_rows", "check_rows"),
     PinnConfig: ("check_points",),

@@ -335,13 +335,13 @@ def with_acceleration(raw, settings, **more):
             PINN,
             {},
             {"problem": {"resample_every": 5, "history_on_resample": "keep"}},
-            r"variants\.adam: problem\.history_on_resample must be reset for nonlinear_gmres .*, got 'keep'",
+            r"variants\.adam: problem\.history_on_resample must be reset with nonlinear_gmres .*, got 'keep'",
         ),
         (
             PINN,
             {},
             {"optimizer": LM, "problem": {"slope_weight": True}},
-            r"variants\.adam: problem\.slope_weight must be false for nonlinear_gmres",
+            r"variants\.adam: problem\.slope_weight must be false with nonlinear_gmres",
         ),
     ],
 )
