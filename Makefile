@@ -13,7 +13,7 @@ help:
 	@echo 'make reproduce   run the experiments on this machine: HDF5 results, figures and a table, in results/'
 	@echo '                   ONLY=graduate_admissions   this experiment alone'
 	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
-	@echo 'make test        run the tests (FAST=1: without the slow ones; TESTS=tests/test_cli.py: these alone)'
+	@echo 'make test        run the tests (FAST=1: without the slow ones; TESTS=tests/cli/test_cli.py: these alone)'
 	@echo 'make test-frameworks   test aadl in Lightning, Fabric, Accelerate, HF Trainer, Ignite and DeepXDE (installs them)'
 	@echo 'make lint        check style, formatting and types'
 	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'

@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 
 from aadl import advice, kernels, memory
 from aadl import state as saved_state
+from aadl.acceptance import Decisions, Step, count
 from aadl.attached import VERSION, Accelerator, check_format, warn_once
-from aadl.decisions import Decisions, Step, count
 from aadl.history import Column, History
-from aadl.layout import Layout
+from aadl.history_layout import Layout
 from aadl.mixing import host_tensor
 from aadl.parameters import (
     Rates,

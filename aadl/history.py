@@ -143,7 +143,7 @@ class History:
         blocks: from `make_block`.
         ranks: those whose sums make the inner products.
         partial: whether this rank holds a part of the vectors only, so that every product needs a sum over the ranks.
-            Complete replicas sum nothing here; they agree on the mixing problem (aadl.decisions).
+            Complete replicas sum nothing here; they agree on the mixing problem (aadl.acceptance).
 
     Columns are addressed oldest first; `order()` gives their ring slots.
     """

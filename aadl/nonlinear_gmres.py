@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import advice, memory
+from aadl.acceptance import MIXING_VALUES, count, on_host
 from aadl.attached import VERSION, Accelerator, check_format
-from aadl.decisions import MIXING_VALUES, count, on_host
 from aadl.deferred import Deferred
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
 from aadl.mixing import newest

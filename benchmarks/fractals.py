@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.machine import facts
-from data_loaders.fractal_images import (
+from data_loaders.fractals.drawing import (
     FILLED,
     NUM_MAPS,
     USUAL,
@@ -43,7 +43,7 @@ from data_loaders.fractal_images import (
     perturbed,
     random_generator,
 )
-from data_loaders.fractals import VALIDATION, Settings, encode
+from data_loaders.fractals.sets import VALIDATION, Settings, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_SIZES = (32, 64, 224)

@@ -29,11 +29,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import ROOT, facts
-from data_loaders.imagenet import Decoding, FolderImages, Images, TrainLoader
-from data_loaders.images import NUM_UNIFORM, check_decoder, random_crop
-from data_loaders.packed import PackedImages, write_packed
-from data_loaders.packing import Packing, encode
-from data_loaders.sampling import epoch_order, sample_seed, uniform
+from data_loaders.imagenet.decode import NUM_UNIFORM, check_decoder, random_crop
+from data_loaders.imagenet.packed import PackedImages, write_packed
+from data_loaders.imagenet.packing import Packing, encode
+from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
+from data_loaders.imagenet.sets import Decoding, FolderImages, Images, TrainLoader
 
 WIDTH, HEIGHT, QUALITY, CONTRAST = 500, 375, 92, 27.0
 SIZE, RESIZE, BATCH = 224, 256, 32

@@ -36,8 +36,8 @@ import aadl
 from benchmarks.fractals import Task, images_of
 from benchmarks.schedules import SCHEDULES
 from data_loaders import graduate_admissions
-from data_loaders.fractal_images import USUAL
-from data_loaders.fractals import VALIDATION
+from data_loaders.fractals.drawing import USUAL
+from data_loaders.fractals.sets import VALIDATION
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "where_it_pays.csv"

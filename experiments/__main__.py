@@ -14,22 +14,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments import doctor
-from experiments.compare import find_folders, read_comparison
-from experiments.config import load_config, read_yaml
-from experiments.departure import Interrupted, end_on_failure, leave
-from experiments.execute import execute_experiment
-from experiments.figures import draw_figures
-from experiments.image_figures import draw_image_figures
-from experiments.image_summary import summarize_images
-from experiments.interruption import EXIT_RESUME, Interruption
-from experiments.launch import Ranks, ranks_from_environment
-from experiments.pinn_compare import read_groups
-from experiments.pinn_figures import draw_pinn_figures
-from experiments.pinn_summary import summarize_pinn
-from experiments.record import Run, read_run
-from experiments.run_config import ExperimentConfig
-from experiments.summarize import summarize
+from experiments.distributed import doctor
+from experiments.distributed.departure import Interrupted, end_on_failure, leave
+from experiments.distributed.interruption import EXIT_RESUME, Interruption
+from experiments.distributed.launch import Ranks, ranks_from_environment
+from experiments.images.figures import draw_image_figures
+from experiments.images.tables import summarize_images
+from experiments.pinn.compare import read_groups
+from experiments.pinn.figures import draw_pinn_figures
+from experiments.pinn.tables import summarize_pinn
+from experiments.records.compare import find_folders, read_comparison
+from experiments.records.figures import draw_figures
+from experiments.records.record import Run, read_run
+from experiments.records.summarize import summarize
+from experiments.runs.execute import execute_experiment
+from experiments.settings.config import load_config, read_yaml
+from experiments.settings.run_config import ExperimentConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 STOPPED_FILE = "AADL_STOPPED_FILE"

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.checks import NAME, SEEDS, parse_value
+from experiments.settings.checks import NAME, SEEDS, parse_value
 from jobs.site import Queue, Site
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-TEMPLATES = Path(__file__).resolve().parent
+TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 # How a job, and the element of an array, calls itself. The last element of a Slurm array has the id of the whole array
 # as its SLURM_JOB_ID: requeueing that would requeue all elements.
@@ -384,7 +384,7 @@ def _stage(job: Job) -> str:
         "jsrun": f"jsrun -n {job.nodes} -r 1 -a 1 -c 1",
         "mpirun": f"mpirun -np {job.nodes} --map-by ppr:1:node",
     }.get(job.site.launcher, "")
-    stage = f"{each} bash jobs/stage.sh".strip()
+    stage = f"{each} bash jobs/templates/stage.sh".strip()
     lines = [
         "# To the disk of each node: thousands of ranks that read the same files are slow on a shared file system."
     ]
@@ -418,7 +418,7 @@ def _launch(job: Job) -> str:
     options = [*_launcher_options(job), *job.site.launch_options]
     options += job.site.gpu_launch_options if job.gpus_per_node else ()
     launcher = " ".join([job.site.launcher, *options]).format(**_fields(job))
-    return f"{launcher} \\\n    bash jobs/rank.sh {python} {experiment}"
+    return f"{launcher} \\\n    bash jobs/templates/rank.sh {python} {experiment}"
 
 
 def _launcher_options(job: Job) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from experiments.checks import (
+from experiments.settings.checks import (
     NAME,
     OPTIONS,
     TEXT,

@@ -21,9 +21,9 @@ ALLOWED = {
 }
 # Where in these folders a package may be imported at all.
 CONFINED = {
-    "mpi4py": ("experiments/launch.py",),
-    "yaml": ("experiments/config.py", "jobs/"),
-    "h5py": ("experiments/record.py", "experiments/doctor.py", "data_loaders/"),
+    "mpi4py": ("experiments/distributed/launch.py",),
+    "yaml": ("experiments/settings/config.py", "jobs/"),
+    "h5py": ("experiments/records/record.py", "experiments/distributed/doctor.py", "data_loaders/"),
 }
 LAZY = {"mpi4py"}  # inside a function only
 
@@ -71,18 +71,22 @@ def test_imports_run_one_way():
     [
         ("aadl/mixing.py", "import math, torch\nfrom . import history\nfrom aadl import flat", []),
         ("aadl/mixing.py", "def f():\n    from numpy.linalg import qr", ["aadl/mixing.py imports numpy"]),
-        ("aadl/mixing.py", "import experiments.train", ["aadl/mixing.py imports experiments"]),
+        ("aadl/mixing.py", "import experiments.training.train", ["aadl/mixing.py imports experiments"]),
         ("aadl/mixing.py", "import importlib\nimportlib.import_module('h5py')", ["aadl/mixing.py imports h5py"]),
         ("data_loaders/a.py", "import aadl", ["data_loaders/a.py imports aadl"]),
         ("experiments/models/mlp.py", "import jobs.submit", ["experiments/models/mlp.py imports jobs"]),
-        ("experiments/launch.py", "def f():\n    from mpi4py import MPI", []),
-        ("experiments/launch.py", "import mpi4py", ["experiments/launch.py imports mpi4py outside a function"]),
+        ("experiments/distributed/launch.py", "def f():\n    from mpi4py import MPI", []),
+        (
+            "experiments/distributed/launch.py",
+            "import mpi4py",
+            ["experiments/distributed/launch.py imports mpi4py outside a function"],
+        ),
         (
             "experiments/a.py",
             "import yaml",
-            ["experiments/a.py imports yaml, which belongs in experiments/config.py or jobs/"],
+            ["experiments/a.py imports yaml, which belongs in experiments/settings/config.py or jobs/"],
         ),
-        ("jobs/submit.py", "import yaml, experiments.config", []),
+        ("jobs/submit.py", "import yaml, experiments.settings.config", []),
         ("jobs/submit.py", "import torch", ["jobs/submit.py imports torch"]),
     ],
 )

@@ -34,20 +34,21 @@ import torch
 import torch.distributed as dist
 from system_calls import meet_points
 
-from aadl.decisions import Decisions
-from data_loaders import imagenet as loaders
-from experiments import checkpoint, train
+from aadl.acceptance import Decisions
+from data_loaders.imagenet import sets as loaders
 from experiments.__main__ import main
-from experiments.departure import leave
-from experiments.record import read_run
-from experiments.session import RunSession
-from experiments.state import digest
-from experiments.steps import Closure
-from experiments.train import Training
+from experiments.distributed.departure import leave
+from experiments.records.record import read_run
+from experiments.runs import checkpoint
+from experiments.runs.session import RunSession
+from experiments.runs.state import digest
+from experiments.training import train
+from experiments.training.steps import Closure
+from experiments.training.train import Training
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-PYTHONPATH = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", HERE)))
 """Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
 LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "JSM", "LSB", "TORCH", "AADL", "MASTER", "GLOO", "MV2", "PRTE")

@@ -12,9 +12,9 @@ from typing import Any
 
 from fault_jobs import Ended, Fault, Place, differences, start_server
 
-from data_loaders import fractals
-from experiments.checkpoint_files import names_of_checkpoints, read
-from experiments.interruption import EXIT_RESUME
+from data_loaders.fractals import sets as fractals
+from experiments.distributed.interruption import EXIT_RESUME
+from experiments.runs.checkpoint_files import names_of_checkpoints, read
 
 SGD = {"name": "SGD", "lr": 1e-2, "momentum": 0.9, "nesterov": True}
 EAGER = {"store_each_nth": 1, "frequency": 2, "wait_iterations": 1, "history_depth": 3}

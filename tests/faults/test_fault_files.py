@@ -21,8 +21,8 @@ from fault_site import PACE, QUICK, STEPS_PER_EPOCH, TABLE, changed, failed_in_t
 from system_calls import POINTS
 from torch import Tensor
 
-from experiments.checkpoint_files import read
-from experiments.state import leaves
+from experiments.runs.checkpoint_files import read
+from experiments.runs.state import leaves
 
 
 @pytest.mark.parametrize("point", ["after fsync", "after replace"] if QUICK else POINTS)

@@ -29,7 +29,7 @@ from fault_site import (
     was_stopped,
 )
 
-from experiments.interruption import EXIT_RESUME
+from experiments.distributed.interruption import EXIT_RESUME
 
 full = pytest.mark.skipif(QUICK, reason="FAULTS=all runs it")
 """Of the longest ones."""

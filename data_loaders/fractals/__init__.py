@@ -1,0 +1,1 @@
+"""A labeled set of fractals for machines without ImageNet."""

@@ -1,0 +1,1 @@
+"""ImageNet1k and every set in its layouts: folders, packed shards, batches of pixels."""

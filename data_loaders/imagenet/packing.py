@@ -1,0 +1,359 @@
+"""The commands of `python -m data_loaders.imagenet`: pack in parallel, verify, info."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_loaders.imagenet import packed
+from data_loaders.imagenet.decode import POLICIES, ImageError, open_image, quiet, to_rgb
+from data_loaders.imagenet.folder import Images
+from data_loaders.imagenet.sets import check_pair, open_images
+from data_loaders.imagenet.shards import (
+    IMAGES_PER_SHARD,
+    SHARD_VERSION,
+    SPLITS,
+    Header,
+    Item,
+    check_writing,
+    digest_of,
+    read_header,
+    shard_path,
+    write_shard,
+)
+from data_loaders.workers import follow_parent, signals_held_back
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How images are packed.
+
+    Attributes:
+        resize: short side in pixels of larger images, which are encoded anew as JPEG; None keeps all bytes.
+        quality: of this JPEG, 1 to 100.
+        images_per_shard: >= 1.
+        on_corrupt: what an unreadable image does: "skip" leaves it out and names it, "stop" ends the packing.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    resize: int | None = None
+    quality: int = 90
+    images_per_shard: int = IMAGES_PER_SHARD
+    on_corrupt: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"resize must be at least 1 pixel, got {self.resize}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be in 1 to 100, got {self.quality}")
+        if self.on_corrupt not in POLICIES:
+            raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
+        check_writing(SPLITS[0], self.images_per_shard)
+
+
+class _Task(NamedTuple):
+    path: Path
+    shard: int
+    num_shards: int
+
+
+# ---- one shard, in a worker ------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """What the tasks of a worker share; set once by `_start_worker`."""
+
+    images: Images
+    header: Header
+    packing: Packing
+    num_done: Any  # images, of all workers
+    stop: Any  # event
+
+
+def _start_worker(images: Images, header: Header, packing: Packing, num_done: Any, stop: Any) -> None:
+    follow_parent()  # which tells by the event
+    _Worker.images, _Worker.header, _Worker.packing = images, header, packing
+    _Worker.num_done, _Worker.stop = num_done, stop
+
+
+def _pack_shard(task: _Task) -> None:
+    left_out: list[str] = []
+    first = task.shard * _Worker.packing.images_per_shard
+    indices = range(first, min(first + _Worker.packing.images_per_shard, len(_Worker.images)))
+    with quiet():
+        write_shard(task.path, _Worker.header, task.shard, task.num_shards, _items(indices, left_out), left_out)
+
+
+def _items(indices: range, left_out: list[str]) -> Iterator[Item]:
+    images, packing = _Worker.images, _Worker.packing
+    for index in indices:
+        if _Worker.stop.is_set():
+            raise InterruptedError
+        try:
+            yield images.name(index), int(images.labels[index]), encode(images.read(index), packing)
+        except (ImageError, OSError) as error:
+            reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
+            if packing.on_corrupt == "stop":
+                raise ImageError(f"image {index} ({images.name(index)}) cannot be read: {reason}") from None
+            left_out.append(f"image {index} ({images.name(index)}): {reason}")
+        with _Worker.num_done.get_lock():
+            _Worker.num_done.value += 1
+
+
+def encode(data: bytes, packing: Packing) -> bytes:
+    """The bytes to pack: those given, or a smaller JPEG. All pixels are decoded, so that damage shows here.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    image = to_rgb(open_image(data))
+    short = min(image.size)
+    if packing.resize is None or short <= packing.resize:
+        return data
+    size = tuple(round(side * packing.resize / short) for side in image.size)
+    buffer = io.BytesIO()
+    image.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=packing.quality)
+    return buffer.getvalue()
+
+
+# ---- all shards ------------------------------------------------------------------------------------------------------
+
+
+def pack(
+    images: Images,
+    folder: str | os.PathLike[str],
+    split: str,
+    packing: Packing,
+    *,
+    num_workers: int = 1,
+    progress: bool = False,
+) -> packed.PackedImages:
+    """Packs a split in parallel; shards that an earlier call finished stay, all others are made anew.
+
+    Args:
+        images: what to pack.
+        folder: made where it is missing.
+        split: "train" or "validation".
+        packing: how.
+        num_workers: processes, >= 1; each writes a shard at a time.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: an argument outside its range, the folder holds shards of other images or settings, or another
+            process is at work there.
+        ImageError: an unreadable image under "stop", or no readable one.
+        OSError: writing failed.
+    """
+    check_writing(split, packing.images_per_shard)
+    if num_workers < 1:
+        raise ValueError(f"workers must be at least 1, got {num_workers}")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    settings = [packing.resize, packing.quality if packing.resize else None, packing.images_per_shard]
+    digest = digest_of([SHARD_VERSION, images.digest, *settings])
+    resized = f", short side {packing.resize}, quality {packing.quality}" if packing.resize else ""
+    header = Header(split, images.class_names, f"packed {images.source}{resized}", digest)
+    num_shards = -(-len(images) // packing.images_per_shard)
+    tasks = [_Task(shard_path(target, split, shard, num_shards), shard, num_shards) for shard in range(num_shards)]
+    with (
+        _alone(target, split),
+        tqdm(total=len(images), desc=split, unit="image", disable=not progress, dynamic_ncols=True) as bar,
+    ):
+        finished = _finished(target, split, tasks, digest)
+        remaining = [task for task in tasks if task.path not in finished]
+        bar.update(min(len(images), len(finished) * packing.images_per_shard))
+        if remaining:
+            _run(remaining, images, header, packing, min(num_workers, len(remaining)), bar)
+    result = packed.PackedImages(target, split)
+    if not len(result):
+        raise ImageError(f"none of the {len(images)} images can be read; the first is {result.left_out[0]}")
+    _check_counts(images, result)
+    return result
+
+
+@contextmanager
+def _alone(folder: Path, split: str) -> Iterator[None]:
+    """Keeps other packings of a split out of a folder, and removes what killed ones left, where it can be locked."""
+    with (folder / f".packing-{split}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is packing {split} into {folder}") from None
+        except OSError:  # a parallel file system that was mounted without locks
+            yield
+            return
+        for leftover in folder.glob(f".{split}-*.tmp"):
+            leftover.unlink()
+        yield
+
+
+def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> set[Path]:
+    """Shards that are there already; ValueError where one belongs to another set."""
+    wanted = {task.path for task in tasks}
+    finished = set()
+    for path in sorted(folder.glob(f"{split}-*-of-*.h5")):
+        try:
+            same = read_header(path).pack_digest == digest
+        except ValueError:  # of another version, or damaged: made anew, unless it is no shard of this set by its name
+            if path in wanted:
+                continue
+            same = False
+        if not same or path not in wanted:
+            raise ValueError(
+                f"{folder} holds {path.name} of other images or settings: choose another folder, or delete its shards"
+            )
+        finished.add(path)
+    return finished
+
+
+def _run(
+    tasks: Sequence[_Task], images: Images, header: Header, packing: Packing, num_workers: int, bar: tqdm[Any]
+) -> None:
+    """Fills shards in processes; after an error or an interruption the others end at their next image."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imported once, for all workers
+    with signals_held_back():  # their helper process is not to die of them either
+        num_done, stop = context.Value("q", 0), context.Event()
+    arguments = (images, header, packing, num_done, stop)
+    with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
+        before = bar.n
+        try:
+            with signals_held_back():
+                waiting: set[Future[None]] = {pool.submit(_pack_shard, task) for task in tasks}
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                if before + num_done.value > bar.n:
+                    bar.update(before + num_done.value - bar.n)
+                for future in done:
+                    future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _check_counts(images: Images, result: packed.PackedImages) -> None:
+    if len(result) + len(result.left_out) != len(images):
+        raise ValueError(
+            f"{result.folder} holds {len(result)} images and left out {len(result.left_out)} of {len(images)}"
+        )
+    before, after = (np.bincount(each.labels, minlength=len(each.class_names)) for each in (images, result))
+    emptied = [images.class_names[label] for label in np.flatnonzero((before > 0) & (after == 0))]
+    if emptied:
+        raise ValueError(f"no image of {', '.join(emptied[:5])} in {result.split} can be read")
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+
+def _pack_command(options: argparse.Namespace) -> int:
+    packing = Packing(options.resize, options.quality, options.images_per_shard, options.on_corrupt)
+    sets = {split: open_images(options.source, split) for split in options.split or SPLITS}
+    if len(sets) == len(SPLITS):
+        check_pair(sets["train"], sets["validation"])
+    try:
+        for split, images in sets.items():
+            result = pack(
+                images, options.target, split, packing, num_workers=options.workers, progress=not options.quiet
+            )
+            for name in result.left_out:
+                print(f"{split}: left out {name}", file=sys.stderr)
+            print(
+                f"{split}: {len(result):,} images of {len(result.class_names):,} classes in {len(result.paths)} "
+                f"shards, {result.num_bytes / 1e9:,.3f} GB; {len(result.left_out)} unreadable images left out"
+            )
+    except KeyboardInterrupt:
+        print("interrupted: finished shards stay, and the same command goes on from them", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _verify_command(options: argparse.Namespace) -> int:
+    damages = packed.verify(options.target, progress=not options.quiet)
+    for damage in damages:
+        print(damage)
+    print(f"{len(damages)} damages" if damages else f"{options.target} is sound")
+    return 1 if damages else 0
+
+
+def _info_command(options: argparse.Namespace) -> int:
+    print(packed.info(options.target))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_loaders.imagenet", description="Pack ImageNet, or any set in its layout, into HDF5 shards."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("pack", _pack_command, "pack folders of images; an interrupted packing goes on where it was")
+    command.add_argument("source", type=Path, metavar="SRC", help="folder with train/ and val/, or a packed set")
+    command.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
+    command.add_argument("--resize", type=int, metavar="N", help="shrink the short side to N pixels (encodes anew)")
+    command.add_argument("--quality", type=int, default=90, metavar="Q", help="of images encoded anew (default: 90)")
+    command.add_argument("--images-per-shard", type=int, default=IMAGES_PER_SHARD, metavar="N")
+    command.add_argument("--workers", type=int, default=_num_cores(), metavar="N", help="processes (default: cores)")
+    command.add_argument("--split", action="append", choices=SPLITS, help="only this one")
+    command.add_argument("--on-corrupt", choices=POLICIES, default="skip", help="unreadable images (default: skip)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command = add("verify", _verify_command, "check every byte of a packed set; exit status 1 where one is wrong")
+    command.add_argument("target", type=Path, metavar="DST")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command = add("info", _info_command, "say what a packed set holds")
+    command.add_argument("target", type=Path, metavar="DST")
+    return parser.parse_args(arguments)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit status is 0, 1 for damages, 2 for an error, 130 after an interruption."""
+    options = parse(arguments)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        status: int = options.run(options)
+        return status
+    except BrokenProcessPool:
+        print("error: a worker was killed, perhaps for want of memory: try fewer --workers", file=sys.stderr)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename and error.strerror else ""
+        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
+    except (ImageError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 2

@@ -1,0 +1,1 @@
+"""Graduate admissions, the first experiment of the paper."""

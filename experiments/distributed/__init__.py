@@ -1,0 +1,1 @@
+"""Which launcher started the ranks, how they meet, agree and leave."""

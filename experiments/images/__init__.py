@@ -1,0 +1,1 @@
+"""Image classification, the third experiment of the paper."""

@@ -1,0 +1,147 @@
+"""Figures of image classification, drawn from HDF5 records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
+from experiments.records.compare import VALIDATION, Comparison, Variant
+from experiments.records.figures import draw_acceleration, draw_batch_size, finish, quantiles, save_figures, styled
+
+COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#56B4E9", "evaluation": "#009E73"}
+"""Of the parts of the time."""
+
+
+def draw_image_figures(comparison: Comparison) -> list[Path]:
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
+    drawings: dict[str, Callable[[Comparison], Figure | None]] = {
+        "validation.png": draw_validation,
+        "cost.png": draw_cost,
+        "statistics.png": draw_statistics,
+        "acceleration.png": draw_acceleration,
+        "batch_size.png": draw_batch_size,
+    }
+    return save_figures(
+        comparison.folder / "figures", [(name, partial(draw, comparison)) for name, draw in drawings.items()]
+    )
+
+
+def draw_validation(comparison: Comparison) -> Figure:
+    """Validation loss and top-1 accuracy against the epoch and against seconds, evaluation included."""
+    figure, grid = plt.subplots(2, 2, figsize=(9.5, 6.8), sharey="row")
+    handles: dict[str, Any] = {}
+    for variant, color, style in _all(comparison):
+        epochs = _evaluated(variant)
+        seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
+        for row, series, factor in zip(grid, (VALIDATION, TOP1), (1.0, 100.0), strict=True):
+            low, middle, high = (factor * values[epochs] for values in quantiles(variant.series(series)))
+            for axis, places in zip(row, (epochs, seconds[epochs]), strict=True):
+                (line,) = axis.plot(places, middle, color=color, linestyle=style)
+                axis.fill_between(places, low, high, color=color, alpha=0.13, linewidth=0)
+                handles.setdefault(_label(comparison, variant), line)
+    for axis, name in zip(grid[:, 0], ("validation loss", "validation top-1 (%)"), strict=True):
+        axis.set_ylabel(name)
+    for axis, name in zip(grid[1], ("epoch", "seconds, evaluation included (median)"), strict=True):
+        axis.set_xlabel(name)
+    _limit(grid[0, 0], comparison)
+    title = f"Validation ({_spread(comparison)})"
+    finish(figure, comparison, title, handles, note="Statistics of BatchNorm computed anew before every validation.")
+    return figure
+
+
+def _limit(axis: Axes, comparison: Comparison) -> None:
+    """Ends the loss axis a little above the highest loss after the first evaluation, but for runs that blew up."""
+    starts = [
+        float(np.median(variant.series(VALIDATION)[:, epochs[1:]], axis=0).max())
+        for variant in _variants(comparison)
+        if len(epochs := _evaluated(variant)) > 1
+    ]
+    finite = [start for start in starts if np.isfinite(start)]
+    if finite:
+        axis.set_ylim(top=1.1 * min(max(finite), 3 * min(finite)))
+
+
+def draw_cost(comparison: Comparison) -> Figure:
+    """Images per second, and where the time goes."""
+    variants = list(_variants(comparison))
+    labels = [_label(comparison, variant) for variant in variants]
+    places = np.arange(len(variants))
+    size = (9.5, 1.6 + 0.42 * len(variants))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1, 1.4]})
+    rates = [np.array([images_per_second(run) for run in variant.runs.values()]) for variant in variants]
+    middle = np.array([np.median(rate) for rate in rates])
+    errors = [middle - [rate.min() for rate in rates], [rate.max() for rate in rates] - middle]
+    left.barh(places, middle, xerr=errors, color="#888888", height=0.6, ecolor="#333333", capsize=2)
+    left.set_yticks(places, labels)
+    left.invert_yaxis()
+    left.set_xlabel("images per second of training")
+    start = np.zeros(len(variants))
+    handles: dict[str, Any] = {}
+    shares = [cost_shares(variant) for variant in variants]
+    for part, color in COLORS.items():
+        widths = np.array([100 * float(np.median(share[part])) for share in shares])
+        handles[part] = right.barh(places, widths, left=start, color=color, height=0.6)
+        start = start + widths
+    right.set_xlabel("share of the time (%, median)")
+    for axis in (left, right):
+        axis.grid(axis="y", visible=False)
+    finish(figure, comparison, "Cost (bars: range of the seeds)", handles)
+    return figure
+
+
+def draw_statistics(comparison: Comparison) -> Figure | None:
+    """Top-1 accuracy with the statistics of BatchNorm that the training left, and with those computed anew."""
+    figure, axis = plt.subplots(figsize=(8.0, 4.6))
+    handles: dict[str, Any] = {}
+    for variant, color, style in _all(comparison):
+        if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
+            continue
+        epochs = _evaluated(variant)[1:]
+        difference = 100 * (variant.series(TOP1)[:, epochs] - variant.series(STALE_TOP1)[:, epochs])
+        if not np.isfinite(difference).all():
+            continue
+        low, middle, high = quantiles(difference)
+        (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
+        axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
+        handles.setdefault(_label(comparison, variant), line)
+    if not handles:
+        plt.close(figure)
+        return None
+    axis.axhline(0, color="#666666", linewidth=0.8)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("top-1 with new statistics minus\ntop-1 with stale ones (percentage points)")
+    finish(figure, comparison, f"What stale statistics of BatchNorm cost ({_spread(comparison)})", handles)
+    return figure
+
+
+def _variants(comparison: Comparison) -> list[Variant]:
+    return [variant for variants in comparison.families.values() for variant in variants]
+
+
+def _all(comparison: Comparison) -> list[tuple[Variant, str, Any]]:
+    """All variants with color and line style."""
+    return [entry for variants in comparison.families.values() for entry in styled(variants)]
+
+
+def _label(comparison: Comparison, variant: Variant) -> str:
+    """The label; with the optimizer in words where there are several."""
+    return variant.label if len(comparison.families) == 1 else f"{variant.label} ({variant.family})"
+
+
+def _evaluated(variant: Variant) -> np.ndarray:
+    """Epochs with a validation."""
+    stacked = np.stack([run.series[VALIDATION] for run in variant.runs.values()])
+    return np.flatnonzero(np.isfinite(stacked).any(axis=0))
+
+
+def _spread(comparison: Comparison) -> str:
+    count = len(comparison.seeds)
+    return "one seed" if count == 1 else f"line: median of {count} seeds, band: 10 to 90 %"

@@ -1,0 +1,1 @@
+"""Physics-informed networks, the second experiment of the paper."""

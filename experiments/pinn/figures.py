@@ -1,0 +1,342 @@
+"""Figures of physics-informed networks, drawn from HDF5 records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
+from experiments.records.compare import SECONDS, TRAIN, Variant
+from experiments.records.figures import acceleration_panels, finish, quantiles, save_figures
+from experiments.records.record import Run, read_fields
+
+# Okabe and Ito, told apart with every kind of color blindness; after all colors the next line style.
+COLORS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#B8A900")
+LINE_STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+SLICES = (0.25, 0.5, 0.75)
+MAX_ACCELERATED = 4
+FLOOR = 1e-16
+"""Least error and residual on logarithmic color scales: zeros have no logarithm."""
+
+
+def draw_pinn_figures(groups: list[Group]) -> list[Path]:
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths.
+
+    The names of the figures of the first group stand alone, those of the others end in the name of their baseline and,
+    where it was not run, of their first variant: several groups may lack the same one.
+    """
+    drawings: list[tuple[str, Callable[[], Figure | None]]] = []
+    for position, group in enumerate(groups):
+        ending = "" if group.baseline is not None else f"+{group.variants[0].name}"  # no name holds a plus
+        ending = f"_of_{group.name}{ending}" if position else ""
+        for name, draw in (
+            ("convergence", draw_convergence),
+            ("solution", draw_best_solution),
+            ("solution_baseline", draw_baseline_solution),
+            ("predictors", draw_predictors),
+            ("acceleration", draw_acceleration),
+        ):
+            drawings.append((f"{name}{ending}.png", partial(draw, group)))
+    return save_figures(groups[0].folder / "figures", drawings)
+
+
+# ---- convergence -----------------------------------------------------------------------------------------------------
+
+
+def draw_convergence(group: Group) -> Figure | None:
+    """Loss and relative L2 error against iterations and against training seconds."""
+    rows = [(TRAIN, "training loss")]
+    if group.main_set is not None:
+        rows.append((f"metrics/validation/{ERROR}{group.main_set}", f"relative L2 error ({group.main_set})"))
+    figure, grid = plt.subplots(
+        len(rows), 2, figsize=(10.5, 1.9 + 2.9 * len(rows)), squeeze=False, sharex="col", sharey="row"
+    )
+    handles: dict[str, Any] = {}
+    for variant, color, style in styled(group.variants):
+        for axes, (series, _) in zip(grid, rows, strict=True):
+            for axis, against in zip(axes, ("iterations", SECONDS), strict=True):
+                places, (low, middle, high) = curve(variant, series, against)
+                if not len(places):
+                    continue
+                (line,) = axis.plot(places, middle, color=color, linestyle=style, linewidth=1.4)
+                axis.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
+                handles[_label(variant) + " (other loss)" * has_other_loss(variant, group)] = line
+    for axes, (_, name) in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(name)
+        axes[0].set_yscale("log")
+        _limit(axes[0])
+    for axis, name in zip(grid[-1], ("iterations", "training seconds"), strict=True):
+        axis.set_xlabel(name)
+        _scale(axis)
+    if group.main_set is not None:
+        for axis in grid[1]:
+            _lines_of_predictors(axis, group, named=axis is grid[1, 1])
+    note = f"{settings_line(group)} (line: median of {len(group.seeds)} seeds, band: 10 to 90 %)"
+    names = "training loss" if group.main_set is None else "training loss and error"
+    finish(figure, group, f"{names} against iterations and time", handles, note=note)
+    return figure
+
+
+def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """A series over the seeds, evaluation by evaluation, from the first one after the start on.
+
+    The place of an evaluation is the median over the seeds. It ends with the shortest run that did not diverge; a
+    diverged run counts as infinitely bad from its last loss on.
+
+    Args:
+        variant: whose runs.
+        series: name.
+        against: "iterations" or the name of a series.
+
+    Returns:
+        Places, and the quantiles of 10, 50 and 90 %, where they are finite; an infinite upper one is NaN.
+    """
+    runs = list(variant.runs.values())
+    length = min((len(run.places) for run in runs if not run.diverged), default=max(len(run.places) for run in runs))
+    values, places = np.full((len(runs), length), np.inf), np.full((len(runs), length), np.nan)
+    for value_row, place_row, run in zip(values, places, runs, strict=True):
+        own = run.series[series][:length]
+        value_row[: len(own)] = np.where(np.isfinite(own), own, np.inf)
+        own = (run.places if against == "iterations" else run.series[against])[:length]
+        place_row[: len(own)] = own
+    low, middle, high = quantiles(values)
+    known = np.isfinite(middle) & np.isfinite(places).any(axis=0)
+    known[0] = False  # a logarithmic axis has no zero
+    return np.nanmedian(places[:, known], axis=0), (low[known], middle[known], _finite(high[known]))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def styled(variants: Sequence[Variant]) -> list[tuple[Variant, str, Any]]:
+    """Variants with color and line style, by their place."""
+    return [
+        (variant, COLORS[place % len(COLORS)], LINE_STYLES[place // len(COLORS) % len(LINE_STYLES)])
+        for place, variant in enumerate(variants)
+    ]
+
+
+def _label(variant: Variant) -> str:
+    """The label, with the number of diverged runs."""
+    diverged = sum(run.diverged for run in variant.runs.values())
+    return f"{variant.label} ({diverged} of {len(variant.runs)} diverged)" if diverged else variant.label
+
+
+def _limit(axis: Axes) -> None:
+    """Ends the axis a little below and above the median lines: a band or a bad start would press the rest flat."""
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    values = np.concatenate([curve[(curve > 0) & np.isfinite(curve)] for curve in curves]) if curves else np.empty(0)
+    if values.size:
+        axis.set_ylim(values.min() / 1.5, values.max() * 1.5)
+
+
+def _scale(axis: Axes) -> None:
+    """A logarithmic axis where the lines end at very different places."""
+    ends = [float(np.max(line.get_xdata())) for line in axis.get_lines() if len(np.asarray(line.get_xdata()))]
+    if ends and max(ends) > 4 * min(ends):
+        axis.set_xscale("log")
+
+
+def _lines_of_predictors(axis: Axes, group: Group, *, named: bool = True) -> None:
+    """Thin horizontal lines with names beside the panel; the axis grows until they can be seen."""
+    low, high = axis.get_ylim()
+    errors = {name: error for name, error in group.predictors[group.main_set or ""].items() if error > 0}
+    for name, error in errors.items():
+        axis.axhline(error, color="#999999", linewidth=0.8, zorder=1)
+        if named:
+            axis.annotate(_wrapped(name, 12), (1.0, error), (3, 0), xycoords=axis.get_yaxis_transform(), ha="left",
+                          textcoords="offset points", va="center", fontsize=7, color="#666666")  # fmt: skip
+    if errors:
+        axis.set_ylim(min(low, min(errors.values()) / 1.5), max(high, max(errors.values()) * 1.8))
+
+
+# ---- solution --------------------------------------------------------------------------------------------------------
+
+
+def draw_best_solution(group: Group) -> Figure | None:
+    """The solution of the best seed of the best variant."""
+    ranked = [(badness(run, group), variant, run) for variant in group.variants for run in variant.runs.values()]
+    _, variant, run = min(ranked, key=lambda entry: entry[0])
+    return _solution(group, variant, run, "the best run")
+
+
+def draw_baseline_solution(group: Group) -> Figure | None:
+    """The solution of the median seed of the baseline: of an even number the better one of the two."""
+    variant = group.baseline
+    if variant is None:
+        return None
+    runs = sorted(variant.runs.values(), key=lambda run: badness(run, group))
+    return _solution(group, variant, runs[(len(runs) - 1) // 2], "the median run of the baseline")
+
+
+def badness(run: Run, group: Group) -> float:
+    """The relative L2 error at the end, or the loss where the solution is not known; inf for a diverged run."""
+    if group.main_set is not None:
+        return final_error(run, group.main_set)
+    return np.inf if run.diverged else float(run.series[TRAIN][-1])
+
+
+def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | None:
+    """Maps of solution, exact solution, error and residual; slices in time with a zoom on the steepest place."""
+    fields = read_fields(run.path)
+    if not {"x", "t", "u", "pde_residual"} <= set(fields) or not np.isfinite(fields["u"]).all():
+        return None
+    x, t, u, exact = fields["x"], fields["t"], fields["u"], fields.get("exact")
+    figure, grid = plt.subplots(2, 4, figsize=(14.0, 6.8))
+    limits, colors = _range(u if exact is None else exact)
+    _map(grid[0, 0], fields, u, "u of the network, with the points", colors, vmin=limits[0], vmax=limits[1])
+    grid[0, 0].plot(fields["collocation_t"], fields["collocation_x"], ".", color="black", markersize=1.2, alpha=0.35,
+                    markeredgewidth=0)  # fmt: skip
+    grid[0, 0].set_xlim(t[0], t[-1])
+    if exact is not None:
+        _map(grid[0, 1], fields, exact, "exact u", colors, vmin=limits[0], vmax=limits[1])
+        _map(grid[0, 2], fields, np.abs(u - exact), "|error|", "viridis", norm=_log_norm(u - exact))
+    else:
+        grid[0, 1].set_axis_off()
+        grid[0, 2].set_axis_off()
+    residual = fields["pde_residual"]
+    _map(grid[0, 3], fields, np.abs(residual), "|pde_residual|", "magma", norm=_log_norm(residual))
+    handles: dict[str, Any] = {}
+    times = slice_places(t)
+    reference = u if exact is None else exact
+    for axis, place in zip(grid[1], times, strict=False):
+        _slice(axis, x, u[:, place], None if exact is None else exact[:, place], handles)
+        axis.set_title(f"t = {t[place]:.3g}", loc="left")
+    bottom, top = (f(axis.get_ylim()[end] for axis in grid[1, :3]) for end, f in ((0, min), (1, max)))
+    for axis in grid[1, :3]:
+        axis.set_ylim(bottom, top)
+    steepest = max(times, key=lambda place: float(np.abs(np.gradient(reference[:, place], x)).max()))
+    axis = grid[1, 3]
+    low, high = front(x, reference[:, steepest])
+    marker = "." if ((x >= low) & (x <= high)).sum() <= 40 else ""
+    _slice(axis, x, u[:, steepest], None if exact is None else exact[:, steepest], {}, marker)
+    axis.set_xlim(low, high)
+    axis.set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
+    grid[1, 0].set_ylabel("u")
+    seed = run.attributes["seed"]
+    error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
+    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], settings_line_of(run))
+    return figure
+
+
+def settings_line_of(run: Run) -> str:
+    """Points and iterations of one run."""
+    problem = run.config["problem"]
+    points = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations"
+    return f"{points}, {run.series[SECONDS][-1]:.1f} s of training; slices: dashes over the exact solution"
+
+
+def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: str, colors: str, **scale: Any) -> None:
+    """A map over time and space with its color bar."""
+    image = axis.pcolormesh(fields["t"], fields["x"], values, cmap=colors, shading="nearest", rasterized=True, **scale)
+    axis.figure.colorbar(image, ax=axis, pad=0.02, aspect=25)
+    axis.set_title(title, loc="left")
+    axis.set_xlabel("t")
+    axis.set_ylabel("x")
+    axis.grid(False)
+
+
+def _slice(
+    axis: Axes, x: np.ndarray, u: np.ndarray, exact: np.ndarray | None, handles: dict[str, Any], marker: str = ""
+) -> None:
+    if exact is not None:
+        (handles["exact"],) = axis.plot(x, exact, color="#333333", linewidth=2.4, alpha=0.55, marker=marker)
+    (handles["network"],) = axis.plot(x, u, color="#D55E00", linestyle=(0, (4, 1.5)), linewidth=1.4, marker=marker)
+    axis.set_xlabel("x")
+
+
+def _range(values: np.ndarray) -> tuple[tuple[float, float], str]:
+    """Limits of a color scale and its colors: around zero, which is white then, where there are both signs."""
+    low, high = float(values.min()), float(values.max())
+    size = max(-low, high)
+    if min(-low, high) > 1e-3 * size:
+        return (-size, size), "RdBu_r"
+    return (low, high if high > low else low + 1.0), "viridis"
+
+
+def _log_norm(values: np.ndarray) -> LogNorm:
+    """From the largest value down over five decades at most, but not beyond the smallest percents."""
+    sizes = np.maximum(np.abs(values), FLOOR)
+    high = float(sizes.max())
+    low = max(float(np.quantile(sizes, 0.02)), 1e-5 * high)
+    return LogNorm(low if low < high else high / 10, high, clip=True)
+
+
+def slice_places(t: np.ndarray) -> list[int]:
+    """Indices of the times 0.25, 0.5 and 0.75, or of these shares of the time, if it does not end at about 1."""
+    horizon = 1.0 if 0.9 < t[-1] <= 1.0 and t[0] == 0 else float(t[-1] - t[0])
+    return [int(np.abs(t - t[0] - share * horizon).argmin()) for share in SLICES]
+
+
+def front(x: np.ndarray, u: np.ndarray) -> tuple[float, float]:
+    """Window around the steepest place: three times the range of u over the steepest slope to either side."""
+    slope = np.abs(np.gradient(u, x))
+    place = int(slope.argmax())
+    width = 3.0 * float(np.ptp(u)) / float(slope[place]) if slope[place] > 0 else float(np.ptp(x))
+    return max(float(x[0]), float(x[place]) - width), min(float(x[-1]), float(x[place]) + width)
+
+
+# ---- errors against trivial predictors, acceleration -----------------------------------------------------------------
+
+
+def draw_predictors(group: Group) -> Figure | None:
+    """Final errors by variant against trivial predictors, for equations whose solution cannot be drawn."""
+    drawn = any(read_fields(run.path) for run in list(group.variants[0].runs.values())[:1])
+    if drawn or group.main_set is None:
+        return None
+    figure, axis = plt.subplots(figsize=(max(7.0, 2.0 + 1.2 * len(group.variants)), 4.8))
+    names = []
+    for place, (variant, color, _) in enumerate(styled(group.variants)):
+        errors = np.array([final_error(run, group.main_set) for run in variant.runs.values()])
+        finite = errors[np.isfinite(errors)]
+        axis.plot(np.full(len(finite), place), finite, "o", color=color, alpha=0.6, markersize=5)
+        if np.isfinite(np.median(errors)):
+            axis.plot([place - 0.25, place + 0.25], [np.median(errors)] * 2, color=color, linewidth=2.4)
+        names.append(_wrapped(_label(variant)))
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low / 1.2, high * 1.2)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    _lines_of_predictors(axis, group)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_ylabel(f"relative L2 error ({group.main_set})")
+    axis.grid(axis="x", visible=False)
+    note = f"dots: {len(group.seeds)} seeds, bar: median, gray lines: predictors without a network"
+    finish(figure, group, "final error", {}, note=f"{settings_line(group)}; {note}")
+    return figure
+
+
+def _wrapped(label: str, width: int = 16) -> str:
+    """The label in lines of at most about `width` letters."""
+    lines = [""]
+    for word in label.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+def draw_acceleration(group: Group) -> Figure | None:
+    """What the acceleration did: that of aadl first, then the published scheme, at most four variants."""
+    accelerated = [variant for variant in group.variants if any(_was_accelerated(run) for run in variant.runs.values())]
+    accelerated.sort(key=lambda variant: not variant.role.startswith("aadl"))
+    if not accelerated:
+        return None
+    shown = accelerated[:MAX_ACCELERATED]
+    figure, handles = acceleration_panels([(variant.label, variant) for variant in shown], "iterations", shared=False)
+    count = f" ({len(shown)} of {len(accelerated)} accelerated variants)" if len(accelerated) > len(shown) else ""
+    finish(figure, group, f"what the acceleration did{count}", handles, note=settings_line(group))
+    return figure
+
+
+def _was_accelerated(run: Run) -> bool:
+    return "acceleration/accepted" in run.series

@@ -1,0 +1,1 @@
+"""HDF5 records: written, read, compared, tabulated and drawn."""

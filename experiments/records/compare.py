@@ -1,0 +1,231 @@
+"""What the figures and the table share: which records belong together, and which variant is whose plain rival."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.records.record import Run, read_runs
+
+TRAIN = "metrics/train/loss"
+VALIDATION = "metrics/validation/loss"
+SECONDS = "timing/training_seconds"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """All seeds of one variant of the main comparison.
+
+    Attributes:
+        name: folder of its records.
+        label: name for people.
+        role: "plain", "ema", "mean", "aadl" (defaults), "aadl settings" or "published", with "average" and
+            "safeguard" if on.
+        family: the base optimizer in words; variants of one family are compared.
+        runs: by seed.
+    """
+
+    name: str
+    label: str
+    role: str
+    family: str
+    runs: dict[int, Run]
+
+    def series(self, name: str) -> np.ndarray:
+        """One series, (num_seeds, epochs + 1); a diverged run counts as infinitely bad."""
+        stacked = np.stack([self.runs[seed].series[name] for seed in sorted(self.runs)])
+        return np.where(np.isfinite(stacked), stacked, np.inf)
+
+
+@dataclass(frozen=True)
+class Records:
+    """What the records of one folder `results/<experiment>/<scale>` have in common.
+
+    Attributes:
+        folder: where they lie.
+        studies: runs by study, "learning_rate" and "batch_size".
+        data_source: "csv", "surrogate" or "computed".
+        seeds: of the main comparison.
+        commits: short commits that made the records, with "+" where the checkout had changes.
+        is_as_configured: whether the configuration's file, if there is one, has the settings of the records.
+    """
+
+    folder: Path
+    studies: dict[str, list[Run]]
+    data_source: str
+    seeds: tuple[int, ...]
+    commits: tuple[str, ...]
+    is_as_configured: bool = field(default=True, kw_only=True)
+
+    @property
+    def is_surrogate(self) -> bool:
+        return "surrogate" in self.data_source
+
+    @property
+    def caution(self) -> str:
+        """What stands first in every title; empty for nothing."""
+        return "SURROGATE DATA" if self.is_surrogate else ""
+
+    @property
+    def explanation(self) -> str:
+        """A second line of every title; empty for none."""
+        return ""
+
+    @property
+    def subject(self) -> str:
+        """What titles call the experiment."""
+        name = self.folder.parent.name.replace("_", " ")
+        return f"{name[:1].upper()}{name[1:]}"
+
+    def source_line(self, seeds: Iterable[int] | None = None) -> str:
+        """Where a figure or a table comes from: configuration, data, seeds (by default the main comparison's), code."""
+        numbers = spans(self.seeds if seeds is None else seeds)
+        data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
+        experiment, scale = self.folder.parts[-2:]
+        config = Path("experiments", "configs", experiment, f"{scale}.yaml")
+        told = self.is_as_configured and (Path(__file__).parents[2] / config).is_file()  # no file: --set scale=NAME
+        settings = config.as_posix() if told else f"scale {scale} (settings in the records)"
+        return f"{settings} · {data} · seeds {numbers} · commit {', '.join(self.commits)}"
+
+
+@dataclass(frozen=True)
+class Comparison(Records):
+    """The records of one folder, the variants by family, the plain one first."""
+
+    families: dict[str, list[Variant]]
+
+
+def grouped(runs: Iterable[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+    """The runs of the main comparison by variant, and the others by study."""
+    main: dict[str, list[Run]] = {}
+    studies: dict[str, list[Run]] = {}
+    for run in runs:
+        study = run.attributes["study"]
+        groups, key = (studies, study) if study else (main, run.attributes["variant"])
+        groups.setdefault(key, []).append(run)
+    return main, studies
+
+
+def seeds_of(runs: Iterable[Run]) -> tuple[int, ...]:
+    """Seeds of the main comparison."""
+    return tuple(sorted({run.attributes["seed"] for run in runs if not run.attributes["study"]}))
+
+
+def commits_of(runs: Iterable[Run]) -> tuple[str, ...]:
+    """Short commits that made the records, with "+" where the checkout had changes."""
+    return tuple(sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in runs}))
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """`(0, 1, 2, 5)` as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def find_folders(results: Path, only: str | None = None) -> list[Path]:
+    """Folders `<experiment>/<scale>` with records.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = sorted({path.parent.parent for path in results.glob("*/*/*/seed-*.h5")})
+    folders = [folder for folder in folders if only is None or folder.parent.name == only]
+    if not folders:
+        raise ValueError(f"no results{f' of {only}' if only else ''} in {results}: make some with 'run' or 'reproduce'")
+    return folders
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Reads and orders all records of a folder.
+
+    Raises:
+        ValueError: records that do not belong together (other settings, other data).
+        OSError: an unreadable record.
+    """
+    runs = read_runs(folder)
+    for what, key in (("data", lambda run: run.attributes["data_digest"]), ("settings", _settings)):
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            groups.setdefault(key(run), []).append(run)
+        if len(groups) > (1 if what == "data" else len({_study(run) for run in runs})):
+            some = " and ".join(str(group[0].path) for group in list(groups.values())[-2:])
+            raise ValueError(
+                f"{folder} holds records with different {what}, for instance {some}: "
+                "run the experiment again, or keep trials apart with --set scale=NAME"
+            )
+    main, studies = grouped(runs)
+    families: dict[str, list[Variant]] = {}
+    for name, group in main.items():
+        definition = group[0].config["variant"]
+        variant = Variant(
+            name=name,
+            label=definition["label"],
+            role=role_of(definition),
+            family=family_of(definition["optimizer"]),
+            runs={run.attributes["seed"]: run for run in group},
+        )
+        families.setdefault(variant.family, []).append(variant)
+    for variants in families.values():
+        variants.sort(key=lambda variant: (_ROLES.index(variant.role.split()[0]), variant.role, variant.name))
+    order = sorted(families, key=lambda family: (not family.startswith("SGD"), -len(families[family]), family))
+    return Comparison(
+        folder=folder,
+        families={family: families[family] for family in order},
+        studies=studies,
+        data_source=", ".join(sorted({run.attributes["data_source"] for run in runs})),
+        seeds=seeds_of(runs),
+        commits=commits_of(runs),
+    )
+
+
+_ROLES = ("plain", "ema", "mean", "published", "aadl")
+
+
+def _study(run: Run) -> str:
+    """What may differ between records of one folder: the batch-size study changes the training settings."""
+    study = run.attributes["study"]
+    return f"{study} {run.attributes['variant']}" if study == "batch_size" else ""
+
+
+def _settings(run: Run) -> str:
+    return _study(run) + json.dumps([run.config["problem"], run.config["training"]], sort_keys=True)
+
+
+def role_of(definition: dict[str, Any]) -> str:
+    """The role of a variant, from its configuration."""
+    if definition["published"] is not None:
+        return "published" + "".join(
+            f" {option}" for option in ("average", "safeguard") if definition["published"][option]
+        )
+    for stage in (definition, definition.get("then") or {}):
+        if stage.get("acceleration") is not None:
+            return "aadl settings" if stage["acceleration"] else "aadl"
+    if definition.get("mean_epochs") is not None:
+        return "mean"
+    return "ema" if definition["ema_decay"] is not None else "plain"
+
+
+def family_of(optimizer: dict[str, Any]) -> str:
+    """The optimizer in words: "SGD, lr 0.001, momentum 0.9, nesterov"."""
+    words = [optimizer["name"]]
+    for key, value in optimizer["arguments"].items():
+        if value is True:
+            words.append(key)
+        elif value is not False and value is not None:
+            words.append(f"{key} {value:g}" if isinstance(value, (int, float)) else f"{key} {value}")
+    return ", ".join(words)
+
+
+def plain_of(variants: list[Variant]) -> Variant | None:
+    """The plain variant of a family, None if it was not run."""
+    return next((variant for variant in variants if variant.role == "plain"), None)

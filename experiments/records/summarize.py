@@ -1,0 +1,174 @@
+"""The table of an experiment, from HDF5 records alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
+
+HEADER = (
+    "variant",
+    "epochs to plain's final loss",
+    "seconds to it",
+    "final training MSE",
+    "final validation MSE",
+    "seeds above plain",
+    "time per epoch against plain",
+)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the table says of one variant; arrays over the seeds that the plain variant has too.
+
+    Attributes:
+        epochs: first epoch with a training loss not above the plain run's final one of the same seed; inf for never
+            and for a diverged run, NaN (unknown) if only the plain run diverged.
+        seconds: training seconds until then; inf and NaN likewise.
+        train: final training loss, inf for a diverged run.
+        validation: final validation loss.
+        train_ratio: final training loss over the plain run's; inf and NaN likewise.
+        overhead: training seconds (wall clock) over the plain run's, minus 1.
+        seeds: which.
+    """
+
+    epochs: np.ndarray
+    seconds: np.ndarray
+    train: np.ndarray
+    validation: np.ndarray
+    train_ratio: np.ndarray
+    overhead: np.ndarray
+    seeds: tuple[int, ...]
+
+
+def measure(variant: Variant, plain: Variant) -> Measures:
+    """Compares a variant with the plain one, seed by seed.
+
+    Raises:
+        ValueError: the two have no seed in common.
+    """
+    seeds = tuple(sorted(set(variant.runs) & set(plain.runs)))
+    if not seeds:
+        raise ValueError(f"{variant.name} and {plain.name} have no seed in common: run both with the same seeds")
+    rows = []
+    for seed in seeds:
+        own, rival = (_finite(source.runs[seed].series[TRAIN]) for source in (variant, plain))
+        reached = np.flatnonzero(own <= rival[-1])
+        if not np.isfinite(own[-1]):
+            epoch = ratio = np.inf
+        elif not np.isfinite(rival[-1]):
+            epoch = ratio = np.nan
+        else:
+            epoch = float(reached[0]) if reached.size else np.inf
+            ratio = 1.0 if own[-1] == rival[-1] else own[-1] / rival[-1]
+        own_seconds, rival_seconds = (source.runs[seed].series[SECONDS] for source in (variant, plain))
+        rows.append(
+            (
+                epoch,
+                float(own_seconds[int(epoch)]) if np.isfinite(epoch) else epoch,
+                own[-1],
+                _finite(variant.runs[seed].series[VALIDATION])[-1],
+                ratio,
+                own_seconds[-1] / rival_seconds[-1] - 1.0,  # NaN where one of them diverged
+            )
+        )
+    epochs, seconds, train, validation, train_ratio, overhead = np.array(rows).T
+    return Measures(epochs, seconds, train, validation, train_ratio, overhead, seeds)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.inf)
+
+
+def summarize(comparison: Comparison) -> str:
+    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
+    markdown: list[str] = [f"# {comparison.folder.parent.name}, {comparison.folder.name}", ""]
+    text: list[str] = [f"{comparison.folder.parent.name}, {comparison.folder.name}", ""]
+    if comparison.is_surrogate:
+        warning = "SURROGATE DATA: random numbers with the statistics of the real file, which was not found."
+        markdown += [f"**{warning}**", ""]
+        text += [warning, ""]
+    legend = (
+        "Median over the seeds [minimum .. maximum]. Seconds are training seconds, without evaluation. "
+        "'Above plain' counts seeds whose final training MSE is higher than plain's or which diverged; a seed on which "
+        "only plain diverged is unknown."
+    )
+    for family, variants in comparison.families.items():
+        rows = family_rows(variants)
+        markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
+        text += [family, *text_table(HEADER, rows), ""]
+    source = f"Source: {comparison.source_line()}"
+    markdown += [legend, "", source, ""]
+    text += [legend, source]
+    write_text(comparison.folder / "summary.md", "\n".join(markdown))
+    return "\n".join(text)
+
+
+def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
+    """Table rows of one family, plain first; without a plain variant only what stands alone is told."""
+    plain = plain_of(variants)
+    rows: list[tuple[str, ...]] = []
+    for variant in variants:
+        measures = measure(variant, plain if plain is not None else variant)
+        compared = plain is not None
+        above = f"{int((measures.train_ratio > 1.0).sum())} of {len(measures.seeds)}"
+        unknown = int(np.isnan(measures.train_ratio).sum())
+        above += f", {unknown} unknown" if unknown else ""
+        rows.append(
+            (
+                variant.label,
+                spread(measures.epochs, "{:.0f}") if compared else "-",
+                spread(measures.seconds, "{:.2f}") if compared else "-",
+                spread(measures.train, "{:.2e}"),
+                spread(measures.validation, "{:.2e}"),
+                above if compared and variant is not plain else "-",
+                spread(measures.overhead, "{:+.0%}") if compared and variant is not plain else "-",
+            )
+        )
+    return rows
+
+
+def spread(values: np.ndarray, form: str, infinite: str = "never") -> str:
+    """ "median [minimum .. maximum]"; `infinite` stands for infinity, and values that are not known are left out."""
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return "unknown"
+
+    def show(value: float) -> str:
+        return form.format(value) if np.isfinite(value) else infinite
+
+    return f"{show(median(known))} [{show(known.min())} .. {show(known.max())}]"
+
+
+def median(values: np.ndarray) -> float:
+    """The median; infinite as soon as the upper one of the two middle values is."""
+    ordered = np.sort(values)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return float(low) if low == high else float(0.5 * (low + high))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The same for a terminal."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, ["-" * width for width in widths], *rows)
+    ]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file at once and whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

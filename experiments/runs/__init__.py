@@ -1,0 +1,1 @@
+"""One run and all runs of a configuration: resumed, saved, locked."""

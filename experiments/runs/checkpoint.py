@@ -1,0 +1,308 @@
+"""Checkpoints: one file a step, written by rank 0 for all ranks, and loaded by all of them.
+
+A killed process, a full disk or a lost permission leaves the checkpoint before untouched: a new one is written under
+another name, synced and renamed. The checksums in the file (those of zip) are compared before it is used, and nothing
+in it is executed (weights_only). The newest file that all ranks can use is taken.
+
+What W ranks ask of the file system: one file is written, and each of them reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from experiments.distributed.departure import control_group
+from experiments.distributed.launch import Ranks
+from experiments.runs.checkpoint_files import FORMAT, names_of_checkpoints, prune, read, write
+from experiments.runs.state import State, architecture_of, check_state, num_bytes_of, on_cpu
+
+# Errors that another attempt may not meet: a quota that was freed, a server that came back.
+TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ENOSPC", "EDQUOT", "EAGAIN", "EINTR", "EBUSY", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO")
+    if hasattr(errno, name)
+)
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none can be used; raised on all ranks."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint.
+
+    Attributes:
+        step: as saved.
+        shared: the same on every rank, tensors on the CPU, those that were sharded whole.
+        own: what this rank saved, None where there was no such rank.
+        world_size_saved: number of ranks that saved it.
+        path: its file.
+        rejected: newer checkpoints that could not be used, (name of the file, reason).
+    """
+
+    step: int
+    shared: State
+    own: State | None
+    world_size_saved: int
+    path: Path
+    rejected: list[tuple[str, str]]
+
+
+class Checkpoints:
+    """The checkpoints of a run in one folder.
+
+    Attributes:
+        write_seconds: the longest that writing one took, on rank 0.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2, asynchronous: bool = False) -> None:
+        """Made by all ranks together; it uses `control_group`.
+
+        Args:
+            folder: on a file system that all ranks see; made when the first checkpoint is saved.
+            ranks: this process.
+            keep: number of newest checkpoints to keep, >= 1; the best one stays as well.
+            asynchronous: whether `save` copies the state and leaves the writing to a thread of rank 0.
+
+        Raises:
+            ValueError: keep is less than 1.
+        """
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep must be an integer >= 1, got {keep!r}")
+        self.folder = Path(folder)
+        self._ranks, self._keep, self._asynchronous = ranks, keep, asynchronous
+        self._group = control_group(ranks)  # gloo: the values live on the CPU
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._is_pending = False  # whether the ranks do not know yet how the last save ended
+        self.write_seconds = 0.0
+        self._unusable: set[str] = set()  # names of checkpoints that were passed over
+
+    # ---- saving
+
+    def save(self, step: int, shared: State, own: State, *, best: bool = False, identity: str = "") -> None:
+        """Saves a state; on all ranks together.
+
+        Args:
+            step: number of the step, >= 0; the checkpoint with the largest one is the newest.
+            shared: the same on every rank, or DTensors, which are gathered.
+            own: of this rank.
+            best: whether this is the best so far, which stays until a later one is.
+            identity: text that must be equal on load, as a hash of the configuration.
+
+        Raises:
+            TypeError: an entry is neither a tensor nor a plain value, on this rank.
+            CheckpointError: the state could not be written, or the one before it, if asynchronous; on all ranks.
+        """
+        self.wait()
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**15:
+            raise ValueError(f"step must be an integer in [0, 10^15), got {step!r}")
+        self._check(step, shared, own)
+        is_first = self._ranks.rank == 0
+        whole = on_cpu(shared, copy=self._asynchronous, keep=is_first)
+        every = self._gathered(on_cpu(own, copy=self._asynchronous))
+        self._is_pending = True
+        if is_first:
+            name = f"step-{step:010d}{'-best' * best}.pt"
+            content = {"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every}
+
+            def write_it() -> None:
+                start = time.monotonic()
+                try:
+                    self._write(name, content)
+                except Exception as error:
+                    self._error = error
+                self.write_seconds = max(self.write_seconds, time.monotonic() - start)
+
+            if self._asynchronous:  # a daemon, because a process that fails must not wait for it
+                self._thread = threading.Thread(target=write_it, name="checkpoint", daemon=True)
+                self._thread.start()
+            else:
+                write_it()
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written; on all ranks together.
+
+        Raises:
+            CheckpointError: it could not be written; on all ranks, and once.
+        """
+        if not self._is_pending:
+            return
+        self._is_pending = False
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        self._from_first(lambda: _raise(error))
+
+    def close(self) -> None:
+        """The same as `wait`; to be called at the end of a run."""
+        self.wait()
+
+    def _check(self, step: int, shared: State, own: State) -> None:
+        """Checks that all ranks save the same kind of state, before anything is gathered."""
+        cause: TypeError | None = None
+        architecture = ""
+        try:
+            check_state(own, "own", sharded=False)
+            architecture = architecture_of(shared, "shared")
+        except TypeError as error:
+            cause = error
+        reports = self._exchange((step, architecture, str(cause or "")))
+        if cause is not None:
+            raise cause
+        first_step, first_architecture, _ = reports[0]
+        for rank, (other_step, other_architecture, problem) in enumerate(reports):
+            if problem:
+                problem = f"{problem} (rank {rank})"
+            elif other_step != first_step:
+                problem = f"rank {rank} saves step {other_step}, unlike rank 0"
+            elif other_architecture != first_architecture:
+                problem = f"rank {rank} saves tensors of other names or shapes, unlike rank 0"
+            if problem:
+                raise CheckpointError(f"the checkpoint of step {first_step} was not written: {problem}")
+
+    def _write(self, name: str, content: State) -> None:
+        """Writes a checkpoint, or nothing; after an error that may be gone once more. Then the old ones go."""
+        for is_last in (False, True):
+            try:
+                write(self.folder / name, content)
+                break
+            except OSError as error:
+                if is_last or error.errno not in TRANSIENT:
+                    raise CheckpointError(self._failure(content, error)) from error
+                note(f"warning: the checkpoint of step {content['step']} failed ({error}) and is written once more")
+        self._unusable.discard(name)
+        try:
+            prune(self.folder, name, self._keep, self._unusable)
+        except OSError as error:
+            note(f"warning: old checkpoints in {self.folder} cannot be removed: {error}")
+
+    def _failure(self, content: State, error: OSError) -> str:
+        free = ""
+        with suppress(OSError):
+            free = f", {shutil.disk_usage(self.folder).free} bytes are free"
+        return (
+            f"the checkpoint of step {content['step']} cannot be written to {self.folder}: {error}; it needs "
+            f"{num_bytes_of(content)} bytes{free}; the checkpoints before it are untouched"
+        )
+
+    # ---- loading
+
+    def load(self, *, identity: str = "") -> Loaded | None:
+        """Loads the newest checkpoint that all ranks can use, on all ranks together; those passed over are named.
+
+        The number of ranks may differ from the one that saved.
+
+        Args:
+            identity: of this run, compared with what was saved.
+
+        Returns:
+            The checkpoint, None where there is none at all.
+
+        Raises:
+            ValueError: all checkpoints belong to runs of another identity.
+            CheckpointError: there are checkpoints, and none can be used.
+        """
+        self.wait()
+        names = self._from_first(lambda: names_of_checkpoints(self.folder))
+        rejected: list[tuple[str, str]] = []
+        num_strangers = 0
+        for name in names:
+            content, reason = None, ""
+            try:
+                content = read(self.folder / name)
+            except ValueError as error:
+                reason = str(error)
+            reasons = self._exchange(reason)
+            if not any(reasons):
+                assert content is not None
+                if content["identity"] == identity:
+                    own, rank = content["own"], self._ranks.rank
+                    mine = own[rank] if rank < len(own) else None
+                    path = self.folder / name
+                    return Loaded(content["step"], content["shared"], mine, len(own), path, rejected)
+                num_strangers += 1
+                reasons = [f"it was saved by another run (identity {content['identity']!r}, not {identity!r})"]
+            rank, reason = next((rank, text) for rank, text in enumerate(reasons) if text)
+            reason += f" (rank {rank})" if len(set(reasons)) > 1 else ""
+            rejected.append((name, reason))
+            self._unusable.add(name)
+            if self._ranks.rank == 0:
+                note(f"checkpoint {name} is not used: {reason}")
+        if not rejected:
+            return None
+        advice = "give the run another folder, or delete them to start from the beginning"
+        if num_strangers == len(rejected):
+            raise ValueError(f"the checkpoints in {self.folder} cannot be used: {rejected[0][1]}; {advice}")
+        every = "; ".join(f"{name}: {reason}" for name, reason in rejected)
+        raise CheckpointError(f"no checkpoint in {self.folder} can be used ({every}); {advice}")
+
+    # ---- agreement between ranks
+
+    def _exchange(self, mine: T) -> list[T]:
+        """What each rank says, by rank."""
+        said: list[Any] = [mine]
+        if self._ranks.world_size > 1:
+            said = [None] * self._ranks.world_size
+            with self._naming_losses():
+                dist.all_gather_object(said, mine, group=self._group)
+        return cast(list[T], said)
+
+    def _gathered(self, mine: T) -> list[T]:
+        """What each rank says, by rank, on rank 0; nothing on the others."""
+        if self._ranks.world_size == 1:
+            return [mine]
+        said: list[Any] | None = [None] * self._ranks.world_size if self._ranks.rank == 0 else None
+        with self._naming_losses():
+            dist.gather_object(mine, said, dst=0, group=self._group)
+        return said or []
+
+    def _from_first(self, action: Callable[[], T]) -> T:
+        """Runs an action on rank 0 and returns its result on all ranks; an error is raised on all."""
+        outcome: list[Any] = [None, ""]
+        cause: Exception | None = None
+        if self._ranks.rank == 0:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = str(error) if isinstance(error, CheckpointError | OSError | ValueError) else repr(error)
+                cause = error
+        if self._ranks.world_size > 1:
+            with self._naming_losses():
+                dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1]:
+            raise CheckpointError(outcome[1]) from cause
+        return cast(T, outcome[0])
+
+    @contextmanager
+    def _naming_losses(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo
+            raise CheckpointError(f"a rank was lost among the checkpoints in {self.folder} ({error})") from error
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

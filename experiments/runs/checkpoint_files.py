@@ -1,0 +1,218 @@
+"""The files of checkpoints in a folder: written whole or not at all, and read without executing anything in them.
+
+step-0000001234.pt             torch.save of plain values and tensors; -best before .pt for the best so far
+.tmp-step-0000001234.pt-...    is being written, or was left behind by a process that was killed
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from experiments.runs.state import State
+
+FORMAT = 2
+KEYS = {"format", "identity", "step", "shared", "own"}
+BLOCK = 1 << 22  # bytes written at once
+
+_NAME = re.compile(r"step-(\d{10,})(-best)?\.pt")
+_LEFTOVER = re.compile(r"\.(tmp|old)-step-.*")
+_FORMER = re.compile(r"step-\d{10,}(\.\d+)?")  # folders, of format 1
+
+
+def names_of_checkpoints(folder: Path) -> list[str]:
+    """Newest first, of a step the best one first.
+
+    Raises:
+        ValueError: there are checkpoints of a former version alone.
+        OSError: the folder cannot be read; a missing one has no checkpoints.
+    """
+    try:
+        present = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    names = sorted(filter(_NAME.fullmatch, present), key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
+    former = [name for name in present if _FORMER.fullmatch(name)]
+    if former and not names:
+        raise ValueError(
+            f"the checkpoints in {folder}, as {former[0]}, are folders, which a former version wrote and this one does "
+            "not read: finish the run with that version, or begin again with --force"
+        )
+    return names
+
+
+def _step_of(name: str) -> int:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1])
+
+
+def _is_best(name: str) -> bool:
+    return name.endswith("-best.pt")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes all checkpoints of a folder, and what killed processes left."""
+    for name in os.listdir(folder):
+        if _NAME.fullmatch(name):
+            os.unlink(folder / name)
+        elif _FORMER.fullmatch(name):
+            shutil.rmtree(folder / name)
+    _remove_leftovers(folder)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left, also folders of a former version."""
+    for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            os.unlink(folder / name)
+
+
+class _Counted:
+    """A file that counts what is written; torch hides the OSError of a full disk, so that is kept as well."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.num_bytes = 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
+        self.num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def write(path: Path, content: State) -> None:
+    """Writes a file whole or not at all, synced; what killed processes left in the folder is removed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb", buffering=0) as raw:
+            file = _Counted(io.BufferedWriter(raw, BLOCK))
+            try:
+                torch.save(content, file)  # type: ignore[arg-type]
+            except RuntimeError:
+                if file.error is None:
+                    raise
+                raise file.error from None
+            file.flush()
+            os.fsync(raw.fileno())
+            size = os.fstat(raw.fileno()).st_size
+        if size != file.num_bytes:
+            raise OSError(errno.EIO, f"{path.name} has {size} bytes after {file.num_bytes} were written")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not sync folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> State:
+    """Compares the checksums of a file and reads it, on the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: it is damaged, of another format, or holds something else; the message names it.
+    """
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            file.seek(0)
+            content = None if damaged else torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from None
+    except MemoryError:  # the file may be good
+        raise
+    except Exception as error:  # zipfile and torch raise whatever the bytes lead to
+        raise ValueError(f"{path.name} is damaged or refused ({_short(error)})") from None
+    if damaged:
+        raise ValueError(f"{path.name} is damaged: the checksum of {damaged} is wrong")
+    version = content.get("format") if isinstance(content, dict) else None
+    if version is not None and version != FORMAT:
+        raise ValueError(f"{path.name} has format {version}, and this program reads format {FORMAT}")
+    if not isinstance(content, dict) or set(content) != KEYS or not isinstance(content["own"], list):
+        raise ValueError(f"{path.name} holds something else than a checkpoint")
+    return cast(State, content)
+
+
+def identity_of(path: Path) -> str:
+    """The identity in a checkpoint, whose tensors are not read.
+
+    Raises:
+        ValueError: it cannot be read; `read` says why.
+    """
+    try:
+        return str(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
+    except Exception as error:
+        raise ValueError(f"{path.name} is damaged or refused ({_short(error)})") from None
+
+
+def _short(error: BaseException) -> str:
+    """What is wrong with the bytes, in one line; torch's own text begins with how to load them all the same."""
+    text = str(error)
+    if asked := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it asks for {asked[1]}"
+    if inner := re.search(r"WeightsUnpickler error: (.+)", text):
+        return inner[1][:200]
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ()) -> None:
+    """Removes old checkpoints: those older than the newest `keep` steps, and not the newest one marked best.
+
+    Later ones than the present were not taken when the run was continued, so they count for nothing, and somebody may
+    want to know why.
+
+    Args:
+        folder: of the checkpoints.
+        present: name of the one that was just written, which replaces others of its step.
+        keep: number that stay.
+        unusable: names of checkpoints known to be damaged, which do not count among those.
+
+    Raises:
+        OSError: a file cannot be removed.
+    """
+    step, names = _step_of(present), names_of_checkpoints(folder)
+    replaced = [name for name in names if _step_of(name) == step and name != present]
+    older = [name for name in names if _step_of(name) < step]
+    kept = [present, *(name for name in older if name not in unusable)][:keep]
+    best = next((name for name in (present, *older) if _is_best(name)), present)
+    oldest = _step_of(kept[-1]) if len(kept) == keep else 0
+    for name in (*replaced, *(name for name in older if _step_of(name) < oldest and name != best)):
+        os.unlink(folder / name)

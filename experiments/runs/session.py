@@ -1,0 +1,284 @@
+"""A run on disk: taken up where it was saved, saved on the way, stopped by all ranks at the same step."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from experiments.distributed.departure import Interrupted, RanksDisagree
+from experiments.distributed.interruption import Agreement, Interruption
+from experiments.distributed.launch import Ranks
+from experiments.images.settings import ImageTrainingConfig
+from experiments.runs.checkpoint import Checkpoints
+from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
+from experiments.runs.lock import FolderInUse, FolderLock
+from experiments.runs.state import rng_state, set_rng_state
+from experiments.settings.run_config import RunConfig, SaveConfig
+from experiments.training.steps import FiniteLosses
+from experiments.training.train import Result, Training
+
+PUBLISH_SECONDS = 10.0
+"""Between two publications of the record of an unfinished run, which is written anew each time."""
+
+BEST_SHARE = 0.05
+"""Of the time that goes into saving a run whenever it is better than before, at most."""
+
+
+class OtherRun(ValueError):
+    """The checkpoints are of a run with other settings or data."""
+
+
+def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -> str:
+    """Hash of what must be the same for a checkpoint to be taken up: settings, data, and the batch over all ranks."""
+    batch = config.training.global_batch(ranks) if isinstance(config.training, ImageTrainingConfig) else ""
+    return hashlib.sha256(f"{config.identity()} {data_digest} {batch}".encode()).hexdigest()[:16]
+
+
+def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: Ranks) -> None:
+    """Refuses checkpoints of which every readable one is of another run, before any run is made.
+
+    Raises:
+        OtherRun: settings, data or the batch over all ranks have changed.
+        ValueError: they are of a former version.
+    """
+    identity = identity_of_checkpoints(config, data_digest, ranks)
+    others = []
+    for name in names_of_checkpoints(folder):
+        with suppress(ValueError):  # `load` names the damaged ones
+            found = identity_of(folder / name)
+            if found == identity:
+                return
+            others.append(name)
+    if others:
+        raise OtherRun(_other_run(f"{folder / others[0]} was saved by another run"))
+
+
+def _other_run(what: str) -> str:
+    return (
+        f"{what}: its settings, its data or its batch over all ranks have changed; go back to them, keep both apart "
+        "with --set scale=NAME, or begin anew with --force"
+    )
+
+
+class RunSession:
+    """The session of one run, made by all ranks together; a context manager.
+
+    A run has a folder beside its record, with its checkpoints and a lock, which is removed when the run is finished.
+
+    Attributes:
+        start: of the run, in the first process that had it; UTC.
+        num_restores: how often it was taken up.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        ranks: Ranks,
+        data_digest: str,
+        save: SaveConfig,
+        interruption: Interruption,
+        publish: Callable[[Result], None],
+        *,
+        anew: bool = False,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            folder: of this run alone.
+            config: what determines the run; a checkpoint of another one is refused.
+            ranks: this process.
+            data_digest: of the data, which determines the run as well.
+            save: how often, and how many are kept.
+            interruption: whether to stop.
+            publish: writes the record of the unfinished run; called on rank 0.
+            anew: whether checkpoints that are there are removed.
+            timeout_seconds: for so long the ranks wait for each other.
+        """
+        self.folder, self._ranks, self._save_settings = folder, ranks, save
+        self._interruption, self._publish, self._anew = interruption, publish, anew
+        self._identity = identity_of_checkpoints(config, data_digest, ranks)
+        self._finite = FiniteLosses()
+        self._is_finite = True
+        self._lock: AbstractContextManager[Any] = nullcontext()
+        if ranks.rank == 0:
+            self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
+        self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
+        self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
+        self._saved_at = self._published_at = time.monotonic()
+        self._last_step = -1  # that was saved
+        self._seen_step = 0
+        self._save_seconds = 0.0  # the longest
+        self._best: float | None = None  # value of the best checkpoint
+        self.start = datetime.now(timezone.utc)
+        self.num_restores = 0
+
+    def __enter__(self) -> RunSession:
+        failure: OSError | None = None
+        try:
+            self._lock.__enter__()
+            if self._anew and self._ranks.rank == 0:
+                remove_checkpoints(self.folder)
+        except OSError as error:
+            failure = error
+            self._lock.__exit__(None, None, None)
+        message = [str(failure) if failure is not None else ""]
+        if self._ranks.world_size > 1:
+            dist.broadcast_object_list(message, src=0)
+        if message[0]:
+            raise FolderInUse(message[0]) from failure
+        if isinstance(self._lock, FolderLock) and self._lock.note:
+            _say(self._lock.note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._agreement.read()  # of the last step
+                self._checkpoints.close()
+            if kind is None and self._ranks.rank == 0:
+                remove_checkpoints(self.folder)
+        finally:
+            self._lock.__exit__(None, None, None)
+        if kind is None and self._ranks.rank == 0:
+            with suppress(OSError):  # somebody else is there by now
+                self.folder.rmdir()
+
+    def restore(self, run: Training) -> bool:
+        """Puts the run where it was saved last; False if it never was.
+
+        Raises:
+            OtherRun: the checkpoints are of another run.
+            CheckpointError: none of them can be used.
+        """
+        try:
+            loaded = self._checkpoints.load(identity=self._identity)
+        except ValueError as error:
+            raise OtherRun(_other_run(str(error))) from None
+        if loaded is None:
+            return False
+        # With other ranks, what each had for itself belongs to another division of the work.
+        own = loaded.own if loaded.world_size_saved == self._ranks.world_size else None
+        run.load_state(loaded.shared["run"], own["run"] if own is not None else None)
+        if own is not None:
+            set_rng_state(own["rng"])
+        self.start = datetime.fromisoformat(loaded.shared["start"])
+        self.num_restores = loaded.shared["num_restores"] + 1
+        self._best = loaded.shared["best"]
+        self._last_step = self._seen_step = loaded.step
+        if self._ranks.rank == 0:
+            other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
+            _say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
+        return True
+
+    def after_step(self, run: Training, loss: Tensor) -> None:
+        """Saves where it is time to, or saves and stops where a rank was asked to; all ranks after the same step.
+
+        Raises:
+            Interrupted: the run was saved and must end.
+            RanksDisagree: the ranks are at different steps, or one is gone.
+        """
+        if run.num_steps != self._seen_step + 1:
+            # The others are in the collectives of a step that this rank left out: no word would reach them.
+            text = f"rank {self._ranks.rank} went from step {self._seen_step} to step {run.num_steps}"
+            raise RanksDisagree(f"the ranks are at different steps: {text}")
+        self._seen_step = run.num_steps
+        word = self._agreement.read()
+        if word is not None and not word.finite:
+            run.is_lost = True  # all ranks end the interval here, and record that the run diverged
+            return
+        if word is not None and word.stop:
+            self._stop(run)
+        if word is not None and word.save:
+            self._save(run)
+        self._is_finite = self._finite(loss)
+        # How often the loss was asked for tells whether the ranks took the same decisions.
+        stop = bool(self._interruption.reason)
+        self._agreement.post(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
+
+    def after_interval(self, run: Training) -> None:
+        """Publishes the record now and then, and saves where it is time to; the best evaluation is kept."""
+        if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
+            self._publish_unfinished(run)
+        # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
+        margin = run.longest_evaluation + 3 * max(self._save_seconds, self._checkpoints.write_seconds)
+        self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
+        self._agreement.read()
+        value = run.best_by  # the same on all ranks
+        is_best = value is not None and (self._best is None or value < self._best)
+        save = self._is_time(or_after=self._pause_before_best() if is_best else None)
+        word = self._agreement.agree_now(
+            run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
+        )
+        if not run.goes_on:
+            return
+        if (word.stop or word.save) and is_best:
+            self._best = value
+        if word.stop:
+            self._stop(run, best=is_best)
+        elif word.save:
+            self._save(run, best=is_best)
+
+    def _is_time(self, or_after: float | None = None) -> bool:
+        """Whether to save, by the clock of rank 0: after the seconds of the settings, or after others if fewer."""
+        seconds = self._save_settings.every_seconds
+        seconds = seconds if or_after is None else min(seconds, or_after)
+        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > seconds
+
+    def _pause_before_best(self) -> float:
+        """Seconds before a better run is saved, for at first almost every evaluation is better than the last."""
+        return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
+
+    def _stop(self, run: Training, *, best: bool = False) -> None:
+        self._save(run, best=best)
+        self._checkpoints.close()
+        reason = self._interruption.reason or "a signal to another rank"
+        raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
+
+    def _save(self, run: Training, *, best: bool = False) -> None:
+        """Saves the run, unless it was saved at this very step; rank 0 publishes the record as well."""
+        start = self._saved_at = time.monotonic()
+        if run.num_steps == self._last_step and not best:
+            return
+        self.check_lock()
+        with run.clock.stopped():
+            shared, own = run.state()
+            self._checkpoints.save(
+                run.num_steps,
+                {"run": shared, "start": self.start.isoformat(), "num_restores": self.num_restores, "best": self._best},
+                {"run": own, "rng": rng_state()},
+                best=best,
+                identity=self._identity,
+            )
+        self._last_step = run.num_steps
+        self._saved_at = time.monotonic()  # the time it takes is no time of training
+        self._save_seconds = max(self._save_seconds, self._saved_at - start)
+        if self._ranks.rank == 0:
+            self._publish_unfinished(run)
+
+    def check_lock(self) -> None:
+        """Raises FolderInUse, on rank 0, where another job has taken the run over meanwhile."""
+        if isinstance(self._lock, FolderLock):
+            self._lock.check()
+
+    def _publish_unfinished(self, run: Training) -> None:
+        """Writes the record so far, on rank 0; a disk that is full for a while does not end the run."""
+        self.check_lock()
+        try:
+            self._publish(run.result(finished=False))
+        except OSError as error:
+            _say(f"warning: the record of the unfinished run cannot be written now: {error}")
+        self._published_at = time.monotonic()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""The problem of an experiment, the training loop, and its optimizers."""

@@ -1,0 +1,265 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from every_experiment import EXPERIMENTS, write_config
+from paths import ROOT
+from processes import children, is_running, wait_until
+from suite_cases import RAW
+
+from experiments import __main__ as suite
+from experiments.__main__ import main
+from experiments.distributed.launch import Ranks
+from experiments.records.record import read_run, read_weights
+from experiments.runs import execute
+from experiments.runs.lock import LOCK_NAME
+from experiments.settings.config import expand_runs, parse_config
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "ONLY", "AADL_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(RAW))
+    return path
+
+
+def run(config, results, *options):
+    return main(["run", str(config), "--results", str(results), "--jobs", "1", *options])
+
+
+def test_run_figures_summarize(config, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert run(config, results, "--set", "training.epochs=3") == 0
+    records = sorted(path.relative_to(results).as_posix() for path in results.rglob("*.h5"))
+    assert records == [
+        f"graduate_admissions/test/{name}/seed-{seed}.h5" for name in ("sgd", "sgd_aadl") for seed in (0, 1)
+    ]
+    assert len(read_run(results / records[0]).series["metrics/train/loss"]) == 4
+    assert "4 of 4 runs to do" in capsys.readouterr().err
+    assert main(["figures", "--results", str(results)]) == 0
+    assert "loss.png" in capsys.readouterr().out
+    assert main(["summarize", "--results", str(results)]) == 0
+    assert "plain SGD" in capsys.readouterr().out
+
+
+def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, capsys):
+    results = tmp_path / "results"
+    run(config, results)
+    records = sorted(results.rglob("*.h5"))
+    before = {path: path.stat().st_mtime_ns for path in records}
+    records[0].write_bytes(b"killed while writing")
+    capsys.readouterr()
+    assert run(config, results) == 0
+    told = capsys.readouterr().err
+    assert "1 records are unreadable or incomplete" in told and "1 of 4 runs to do" in told
+    read_run(records[0])
+    assert all(path.stat().st_mtime_ns == before[path] for path in records[1:])
+    run(config, results, "--set", "seeds=0-2")
+    assert "2 of 6 runs to do" in capsys.readouterr().err
+    run(config, results, "--set", "training.epochs=5", "--set", "variants=sgd")
+    assert "2 records have other settings" in capsys.readouterr().err
+    run(config, results, "--force")
+    assert "4 of 4 runs to do" in capsys.readouterr().err
+
+
+def test_a_run_is_the_same_twice(config, tmp_path):
+    for name in ("one", "two"):
+        run(config, tmp_path / name, "--set", "seeds=3")
+    for path in (tmp_path / "one").rglob("*.h5"):
+        one, two = read_run(path), read_run(tmp_path / "two" / path.relative_to(tmp_path / "one"))
+        assert (one.series["metrics/train/loss"] == two.series["metrics/train/loss"]).all()
+
+
+def test_worker_processes_make_the_same_records(config, tmp_path):
+    experiment = parse_config(RAW)
+    execute.execute_experiment(experiment, Ranks(), tmp_path / "two", num_jobs=2)
+    execute.execute_experiment(experiment, Ranks(), tmp_path / "one", num_jobs=1)
+    paths = sorted((tmp_path / "two").rglob("*.h5"))
+    assert len(paths) == 4
+    for path in paths:
+        other = tmp_path / "one" / path.relative_to(tmp_path / "two")
+        assert (read_run(path).series["metrics/train/loss"] == read_run(other).series["metrics/train/loss"]).all()
+
+
+def test_a_failed_run_is_named(config, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("a mistake of ours")
+
+    monkeypatch.setattr(execute, "train", fail)
+    assert run(config, tmp_path / "results") == 1
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1] == "error: run sgd, seed 0 failed: ZeroDivisionError: a mistake of ours"
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("results", ["FILE", "FILE/below", "/proc/foo"])
+def test_results_that_cannot_be_written_are_refused_before_training(config, monkeypatch, capsys, results):
+    monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("training began"))
+    assert run(config, results.replace("FILE", str(config))) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("error: the results folder ") and "cannot be written" in told[0]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, capsys, experiment):
+    """The averaged ones; of images with the statistics computed anew."""
+    path = write_config(experiment, tmp_path)
+    raw = yaml.safe_load(path.read_text())
+    ((name, variant), *_) = raw["variants"].items()
+    raw |= {"variants": {name: variant | {"ema_decay": 0.9}}}
+    path.write_text(yaml.safe_dump(raw))
+    results = tmp_path / "results"
+    for settings, told in (("false", "1 of 1 runs to do"), ("true", "1 records have no weights"), ("false", "0 of 1")):
+        assert run(path, results, "--set", f"save.weights={settings}") == 0
+        assert told in capsys.readouterr().err
+    [record] = results.rglob("seed-0.h5")
+    [expanded] = expand_runs(parse_config(raw, path.parent))
+    problem = execute.build(expanded, Ranks())
+    with torch.no_grad():
+        if problem.points is not None:
+            problem.points(problem.model, 0)
+        before = problem.evaluate(problem.model)
+        problem.model.load_state_dict(read_weights(record))
+        after = problem.evaluate(problem.model)
+    metrics = [name for name in after if name.startswith("metrics/") and "stale" not in name]
+    recorded = read_run(record).series
+    assert [after[name] for name in metrics] == [recorded[name][-1] for name in metrics]
+    assert before["metrics/train/loss" if experiment != "imagenet" else "metrics/validation/loss"] not in after.values()
+    if experiment == "imagenet":  # where the statistics computed anew are those of the network
+        assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
+        begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
+        begun_weights = execute.build(begun, Ranks()).model.state_dict()
+        assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
+
+
+def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler of ours, nothing happens
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(suite, "_figures", lambda options: signal.raise_signal(signal.SIGTERM))
+            assert main(["figures"]) == 143
+        assert "interrupted" in capsys.readouterr().err
+    finally:
+        ours = signal.signal(signal.SIGTERM, previous)
+    assert ours is not None and ours.__name__ == "<lambda>"  # restored
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["figures", "--results", "nowhere"])))
+    thread.start()
+    thread.join()
+    assert codes == [2]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_signal_while_the_data_is_read_stops_before_the_first_run(config, tmp_path, monkeypatch, capsys, jobs):
+    describe = execute.describe
+
+    def described(problem):
+        signal.raise_signal(signal.SIGUSR1)
+        return describe(problem)
+
+    monkeypatch.setattr(execute, "describe", described)
+    assert main(["run", str(config), "--results", str(tmp_path / "results"), "--jobs", jobs]) == 75
+    assert "stopped by SIGUSR1" in capsys.readouterr().err
+    assert not list((tmp_path / "results").rglob("*.h5"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(config, tmp_path, number):
+    command = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "results"),
+               "--jobs", "2", "--set", "training.epochs=1000000"]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as parent:
+        workers = []
+
+        def started():
+            workers[:] = [pid for pid, line in children(parent.pid).items() if "spawn_main" in line]
+            return len(workers) == 2
+
+        try:
+            assert wait_until(started, 300)
+            assert wait_until(lambda: len(list((tmp_path / "results").rglob(LOCK_NAME))) == 2, 120)  # runs have begun
+            parent.send_signal(number)
+            assert parent.wait(60) == (75 if number == signal.SIGTERM else -number)
+            assert wait_until(lambda: not any(map(is_running, workers)), 10)
+        finally:
+            parent.kill()
+            for pid in filter(is_running, workers):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "missing.yaml"], "missing.yaml"),
+        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be an integer >= 1, got 0"),
+        (["run", "CONFIG", "--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
+        (["run", "CONFIG", "--set", "problem.data_path=missing.csv"], "missing.csv does not exist"),
+        (["run", "CONFIG", "--set", "problem.validation_fraction=0.999"], "leaves none for training"),
+        (["run", "CONFIG", "--set", "training.batch_size=1000"], "a batch of 1000 rows is larger"),
+        (["reproduce", "--only", "imagenets"], "--only must be one of burgers_100d, burgers_2d, graduate_admissions"),
+        (["figures", "--results", "nowhere"], "no results in nowhere"),
+        (["summarize", "--results", "nowhere"], "no results in nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence(config, capsys, arguments, message):
+    assert main([str(config) if argument == "CONFIG" else argument for argument in arguments]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told and told.splitlines()[-1].startswith("error: ") and "Traceback" not in told
+
+
+def test_half_an_environment_of_ranks_is_a_mistake(config, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert run(config, "results") == 2
+    assert "WORLD_SIZE" in capsys.readouterr().err
+
+
+def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
+    configs = tmp_path / "configs" / "graduate_admissions"
+    configs.mkdir(parents=True)
+    (configs / "laptop.yaml").write_text(yaml.safe_dump(RAW | {"expected_minutes": 2, "seeds": 0}))
+    monkeypatch.setattr("experiments.__main__.CONFIGS", configs.parent)
+    monkeypatch.setenv("ONLY", "graduate_admissions")
+    assert main(["reproduce", "--results", str(tmp_path / "results"), "--jobs", "1"]) == 0
+    told = capsys.readouterr()
+    assert "graduate_admissions: 2 variants, 1 seeds, about 2 minutes" in told.err
+    assert told.err.index("This will run") < told.err.index("runs to do")
+    assert "loss.png" in told.out and "epochs to plain's final loss" in told.out
+    monkeypatch.setenv("ONLY", "burgers")
+    assert main(["reproduce", "--results", str(tmp_path / "results")]) == 2
+
+
+def test_figures_are_copied_to_the_docs(config, tmp_path, monkeypatch, capsys):
+    run(config, tmp_path / "results", "--set", "seeds=0")
+    monkeypatch.setattr("experiments.__main__.DOCS_FIGURES", tmp_path / "docs")
+    assert main(["figures", "--results", str(tmp_path / "results"), "--docs"]) == 0
+    assert (tmp_path / "docs" / "graduate_admissions_test_loss.png").exists()
+
+
+def test_the_module_runs_from_the_checkout():
+    command = [sys.executable, "-W", "error", "-m", "experiments", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "reproduce" in done.stdout and not done.stderr
+
+
+def test_torchrun(config, tmp_path):
+    """Two ranks, one record."""
+    env = {key: value for key, value in os.environ.items() if key != "AADL_DATA_DIR"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "experiments",
+               "run", str(config), "--results", str(tmp_path / "results"), "--set", "seeds=0"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=600, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    paths = sorted((tmp_path / "results").rglob("*.h5"))
+    assert [path.parent.name for path in paths] == ["sgd", "sgd_aadl"]
+    attributes = read_run(paths[0]).attributes
+    assert attributes["world_size"] == 2 and attributes["launcher"] == "torchrun"

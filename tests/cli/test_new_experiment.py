@@ -1,0 +1,103 @@
+"""docs/new_experiment.md: its files are written as they stand, and its commands run, with fewer iterations."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from paths import ROOT
+
+from experiments.__main__ import main
+from experiments.pinn.equation import compose, load_equation
+from experiments.records.record import read_run
+
+PAGE = (ROOT / "docs" / "new_experiment.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """Arguments of every `python -m experiments` of the page."""
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert all(line.startswith("python -m experiments ") for line in lines)
+    return [shlex.split(line)[3:] for line in lines]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "ONLY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    equation, check, _ = blocks("python")
+    (settings,) = blocks("yaml")
+    (tmp_path / "heat").mkdir()
+    for name, text in (("heat.py", equation), ("check.py", check), ("heat.yaml", settings)):
+        (tmp_path / "heat" / name).write_text(text, "utf-8")
+    return tmp_path / "heat"
+
+
+def run_check(folder):
+    command = [sys.executable, "-W", "error", str(folder / "check.py")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_the_solution_solves_the_equation_and_a_wrong_sign_is_found(folder):
+    right = run_check(folder)
+    assert right.returncode == 0, right.stderr
+    text = (folder / "heat.py").read_text("utf-8")
+    (folder / "heat.py").write_text(text.replace("u.time - self.kappa", "u.time + self.kappa"), "utf-8")
+    wrong = run_check(folder)
+    assert wrong.returncode == 1 and "assert residual < 1e-12" in wrong.stderr
+
+
+def test_the_lift_meets_the_conditions_with_its_own_derivatives(folder):
+    equation = load_equation("heat.py", {}, folder)
+    points, values = equation.conditions(torch.rand(20, 2, dtype=torch.float64))
+    a, b = equation.lift(points)
+    assert torch.allclose(a.value, values, atol=1e-15) and not b.value.any()
+    points = torch.rand(20, 2, dtype=torch.float64, requires_grad=True)
+    for part in equation.lift(points):
+        (gradient,) = torch.autograd.grad(part.value.sum(), points, create_graph=True)
+        (second,) = torch.autograd.grad(gradient[:, 0].sum(), points)
+        assert torch.allclose(part.gradient_sum, gradient[:, :1]) and torch.allclose(part.time, gradient[:, 1:])
+        assert torch.allclose(part.laplacian, second[:, :1])
+        assert torch.allclose(part.gradient_square, gradient[:, :1].square())
+    assert compose(a, b, a, 1).value.shape == (20, 1)
+
+
+def test_the_commands_of_the_page_learn_and_draw(folder, capsys):
+    run, figures, summarize, hard = commands()
+    few = ["--jobs", "1", "--set", "seeds=0", "--set", "training.iterations=400"]
+    few += ["--set", "training.scheduler.T_max=400"]
+    assert main(run + few) == 0
+    assert main(hard + few) == 0
+    results = folder.parent / "results" / "heat"
+    errors = {path.parts[-3:-1]: read_run(path).attributes["relative_l2_grid"] for path in results.rglob("*.h5")}
+    names = yaml.safe_load((folder / "heat.yaml").read_text("utf-8"))["variants"]
+    assert set(errors) == {*(("laptop", name) for name in names), ("hard", "adam")}
+    assert errors["laptop", "adam"] < 0.05 and errors["laptop", "lbfgs"] < 0.02 and errors["hard", "adam"] < 0.01
+    values = {}
+    exec(blocks("python")[2], values)
+    points = torch.rand(50, 2)
+    solution = load_equation("heat.py", {"kappa": 0.1}, folder).exact(points)
+    assert (values["network"](points) - solution).norm() < 0.1 * solution.norm()
+    assert main(figures) == 0
+    assert main(summarize) == 0
+    told = capsys.readouterr().out
+    assert "heat equation, kappa = 0.1, compared with Adam" in told and "no network: zero" in told
+    drawn = {path.name for path in (results / "laptop" / "figures").iterdir()}
+    named = set(re.findall(r"`figures/(\w+\.png)`", PAGE))
+    assert drawn == named - {"predictors.png"}  # the equation has a grid
+    assert (results / "laptop" / "summary.md").is_file()
+
+
+def test_a_mistake_is_named(folder, capsys):
+    assert main([*commands()[0], "--set", "problem.options.kappa=0"]) == 2
+    assert "kappa must be > 0, got 0" in capsys.readouterr().err

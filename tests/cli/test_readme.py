@@ -1,0 +1,71 @@
+"""Every Python example of README.md and docs/ runs as it stands, except those marked <!-- not run -->.
+
+Those marked <!-- 2 ranks --> run on two ranks of torchrun. Those of docs/frameworks.md run in tests/frameworks.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>not run|2 ranks) -->\s*)?^```python\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE
+)
+
+
+def examples(text):
+    """(line of the fence, code, ranks) of every block that is to run."""
+    for match in BLOCK.finditer(text):
+        if match["mark"] != "not run":
+            yield text.count("\n", 0, match.start()) + 1, match["code"], 2 if match["mark"] else 1
+
+
+def run(code, folder, ranks=1):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    if ranks > 1:
+        # Warnings of torch's own parts are not ours to mend, nor that gloo aborts now and then at the interpreter's end
+        # ("terminate called without an active exception").
+        code += "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+        (folder / "example.py").write_text(code, "utf-8")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *torchrun, "example.py"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if path.is_file()
+}
+EXAMPLES = [
+    pytest.param(code, ranks, id=f"{name}:{line}")
+    for name, text in DOCUMENTS.items()
+    if name != "docs/frameworks.md"
+    for line, code, ranks in examples(text)
+]
+
+
+@pytest.mark.parametrize(("code", "ranks"), EXAMPLES)
+def test_example_runs(code, ranks, tmp_path):
+    result = run(code, tmp_path, ranks)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_has_an_example_and_none_is_overlooked():
+    assert list(examples(DOCUMENTS["README.md"]))
+    for name, text in DOCUMENTS.items():
+        assert len(re.findall(r"```\s*py", text)) == len(BLOCK.findall(text)), f"{name}: indented or not named python"
+
+
+def test_examples_are_found_and_can_fail(tmp_path):
+    text = "a\n```python\nx = 1\nassert x\n```\n```\nno\n```\n"
+    text += "<!-- not run -->\n```python\nno\n```\n```python\n1 / 0\n```\n"
+    text += "<!-- 2 ranks -->\n```python\nimport os\nassert os.environ['RANK'] != '1'\n```\n"
+    found = [(2, "x = 1\nassert x\n", 1), (13, "1 / 0\n", 1), (16, "import os\nassert os.environ['RANK'] != '1'\n", 2)]
+    assert list(examples(text)) == found
+    assert [bool(run(code, tmp_path, ranks).returncode) for _, code, ranks in found] == [False, True, True]
+    assert run("import os\nassert os.environ['WORLD_SIZE'] == '2'", tmp_path, 2).returncode == 0

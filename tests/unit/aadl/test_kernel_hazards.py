@@ -1,0 +1,249 @@
+"""What may befall an accelerated run from outside: modes, threads, blow-ups, refused states, failing compilers."""
+
+import copy
+import json
+import math
+import threading
+import types
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from histories import copied_to_the_host
+from small_runs import ALWAYS, identical, missing_for_compilation, statistics
+from torch.utils.flop_counter import FlopCounterMode
+
+import aadl
+from aadl import kernels
+from aadl.history_layout import Layout
+
+LONG = 5000  # elements; kernels are compiled from 4096 on
+
+
+MODES = {
+    "counting operations": lambda: FlopCounterMode(display=False),
+    "compilation switched off": lambda: torch._dynamo.config.patch(disable=True),
+}
+
+
+@pytest.fixture
+def unbroken(monkeypatch):
+    """As if nothing had been compiled in this process yet."""
+    monkeypatch.setattr(kernels, "_broken", [])
+    monkeypatch.setattr(kernels, "_made", set())
+
+
+def quadratic(numel, *, dtype=torch.float32, momentum=0.0, seed=0, **settings):
+    """(parameter, optimizer, step) of SGD on a quadratic."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.nn.Parameter(torch.randn(numel, generator=generator, dtype=dtype))
+    optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.1, momentum=momentum), **ALWAYS | settings)
+    curvature = torch.linspace(0.1, 2.0, numel, dtype=dtype)
+
+    def step(count=1):
+        for _ in range(count):
+            x.grad = curvature * x.detach()
+            optimizer.step()
+
+    return x, optimizer, step
+
+
+def tensors_of(optimizer):
+    return [dict(block.tensors) for block in aadl.accelerator_of(optimizer)._history.blocks]
+
+
+@pytest.mark.usefixtures("unbroken")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("safeguard", [False, "residual"])
+def test_where_torch_would_run_compiled_kernels_as_they_are_written(mode, safeguard):
+    runs = []
+    for fused, context in ((False, nullcontext()), (True, MODES[mode]())):
+        x, optimizer, step = quadratic(LONG, fused=fused, safeguard=safeguard)
+        with context:
+            step(12)
+        runs.append((x.detach(), tensors_of(optimizer), statistics(optimizer)))
+    (plain, rows, counts), (other, other_rows, other_counts) = runs
+    assert torch.allclose(plain, other, rtol=1e-5, atol=1e-5)
+    for block, twin in zip(rows, other_rows, strict=True):
+        assert block.keys() == twin.keys()
+        for name in block:
+            assert torch.allclose(block[name], twin[name], rtol=1e-5, atol=1e-5), name
+    assert counts["accepted"] == other_counts["accepted"] > 1
+    assert not kernels._made and kernels.compilation_error() == ""
+    x, _, step = quadratic(LONG, fused=False, relaxation=0.5)
+    step(12)
+    assert not torch.allclose(plain, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("unbroken")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pair_is_stored_once(mode):
+    given = torch.randn(3, LONG)
+
+    def stored(fused, times=1):
+        value, residual, mapped = given.clone()
+        rows = torch.zeros(2, LONG)
+        for _ in range(times):
+            kernels.store(value, mapped, residual, mapped, (rows[0], rows[1]), 1.0, None, fused)
+        return [residual, mapped, rows]
+
+    with MODES[mode]():
+        there = stored(True)
+    assert identical(there, stored(False))
+    assert not identical(there, stored(False, times=2))
+
+
+def in_threads(function, arguments, *, at_once):
+    """function(argument) by argument, each in a thread of its own."""
+    results = {}
+    threads = [threading.Thread(target=lambda a=a: results.update({a: function(a)})) for a in arguments]
+    for thread in threads:
+        thread.start()
+        thread.join(None if not at_once else 0)
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_two_threads_with_an_optimizer_each_do_not_share_numbers():
+    def train(seed):
+        x, optimizer, step = quadratic(200_000, seed=seed, fused=False, safeguard="residual")
+        step(24)
+        return x.detach(), statistics(optimizer)
+
+    alone = in_threads(train, (1, 2), at_once=False)
+    assert not torch.equal(alone[1][0], alone[2][0])
+    assert alone[1][1]["accepted"] > 1
+    for _ in range(2):
+        together = in_threads(train, (1, 2), at_once=True)
+        assert all(identical(alone[seed], together[seed]) for seed in (1, 2))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_work_area_belongs_to_a_thread(shared, monkeypatch):
+    if shared:
+        monkeypatch.setattr(kernels, "_local", types.SimpleNamespace())
+    areas = in_threads(lambda _: kernels._scratch(3, 100, torch.device("cpu")), (1, 2), at_once=False)
+    assert (areas[1].data_ptr() == areas[2].data_ptr()) == shared
+
+
+@pytest.mark.skipif(bool(missing_for_compilation()), reason=missing_for_compilation())
+@pytest.mark.usefixtures("unbroken")
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_of_a_blow_up_are_not_read_after_a_reset(fused):
+    x, optimizer, step = quadratic(LONG, fused=fused, frequency=4, wait_iterations=8)
+    step(3)
+    good = x.detach().clone()
+    with torch.no_grad():
+        x[0] = math.inf
+    step(5)
+    assert not all(tensor.isfinite().all() for block in tensors_of(optimizer) for tensor in block.values())
+    with torch.no_grad():
+        x.copy_(good)
+    aadl.reset_history(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler
+        step(4)
+    assert x.isfinite().all() and statistics(optimizer)["attempts"] > 0
+    assert aadl.accelerator_of(optimizer).uses_compiled_kernels == fused
+    assert bool(kernels._made) == fused
+
+
+def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
+    settings = {"store_each_nth": 2, "frequency": 4, "dtype": torch.float64}
+    _, other, step = quadratic(5, momentum=0.9, **settings)
+    step(4)
+    wrong, runs = aadl.accelerator_of(other).state_dict(), []
+    for load in ("nothing", "wrong", "fitting"):
+        x, optimizer, step = quadratic(6, **settings)
+        accelerator = aadl.accelerator_of(optimizer)
+        step(6)
+        fitting = copy.deepcopy(accelerator.state_dict())
+        step(3)  # now in the middle of one
+        before = list(accelerator._history.columns), accelerator._history.has_pair
+        if load == "wrong":
+            with pytest.raises(ValueError, match="shape"):
+                accelerator.load_state_dict(wrong)
+            assert (list(accelerator._history.columns), accelerator._history.has_pair) == before
+            assert before[0] and before[1]
+        elif load == "fitting":
+            accelerator.load_state_dict(fitting)
+        step(7)
+        runs.append((x.detach(), statistics(optimizer), tensors_of(optimizer)))
+    assert identical(runs[0], runs[1])
+    assert not identical(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("average", [False, "always", "auto"])
+def test_what_was_asked_about_averages_stands_above_a_checkpoint(average):
+    _, saved, step = quadratic(6, average=False if average == "always" else "always")
+    step(10)
+    state = copy.deepcopy(saved.state_dict())
+    assert json.loads(state["aadl"]["books"])["averaging"] == (average != "always")
+    _, optimizer, step = quadratic(6, average=average)
+    optimizer.load_state_dict(state)
+    restored = aadl.accelerator_of(optimizer)._decisions
+    assert restored.averaging == (average is not False)
+    step(4)
+    assert average == "auto" or restored.averaging == (average == "always")
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_state_loaded_while_a_store_waits_continues_as_the_saved_run(offloaded, monkeypatch):
+    blocks = Layout._blocks
+    put = copied_to_the_host if offloaded else lambda block: block
+    monkeypatch.setattr(Layout, "_blocks", lambda *args, **more: list(map(put, blocks(*args, **more))))
+    x, optimizer, step = quadratic(6, dtype=torch.float64, store_each_nth=3, frequency=12)
+    step(10)
+    state, there = copy.deepcopy(optimizer.state_dict()), x.detach().clone()
+    step(3)
+    expected = x.detach().clone()
+    assert statistics(optimizer)["accepted"] == 1
+    step(2)
+    assert (aadl.accelerator_of(optimizer)._postponed is not None) == offloaded
+    with torch.no_grad():
+        x.copy_(there)
+    optimizer.load_state_dict(state)
+    step(3)
+    assert torch.equal(x, expected)
+    with torch.no_grad():
+        x.copy_(there)
+    step(3)
+    assert not torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
+def test_weights_of_losses_that_are_none(weight):
+    accelerator = aadl.accelerator_of(quadratic(6)[1])
+    accelerator.loss_weight = 3
+    with pytest.raises(ValueError, match=r"loss_weight.*got"):
+        accelerator.loss_weight = weight
+    assert accelerator.loss_weight == 3.0
+
+
+@pytest.mark.usefixtures("unbroken")
+@pytest.mark.parametrize("failing", [kernels._store, kernels._products, kernels._combination])
+def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, monkeypatch):
+    calls = []
+
+    def compiled(function, variant):
+        calls.append(function)
+        if function is failing:
+            raise RuntimeError("no compiler")
+        return function
+
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+    x, optimizer, step = quadratic(LONG, fused=True, history_depth=3, dtype=torch.float64)
+    y, other, plain_step = quadratic(LONG, fused=False, history_depth=3, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            step()
+            plain_step()
+            assert torch.allclose(x, y, rtol=1e-5, atol=1e-5)
+    assert kernels.compilation_error() == "RuntimeError: no compiler"
+    assert calls.count(failing) == 1 and calls[-1] is failing
+    for rows, twin in zip(tensors_of(optimizer), tensors_of(other), strict=True):
+        assert all(torch.allclose(rows[name], twin[name], rtol=1e-5, atol=1e-5) for name in rows)
+    assert statistics(optimizer)["accepted"] == statistics(other)["accepted"] > 1

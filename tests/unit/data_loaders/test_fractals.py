@@ -1,0 +1,426 @@
+"""data_loaders.fractals.sets: what is drawn, how it is written and taken up, and that a network learns it."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from paths import ROOT
+from PIL import Image
+
+from benchmarks.fractals import VARIANTS, WEAKER, Task, chaos_game, learn, main, own_class_is_nearest
+from data_loaders.fractals import sets as fractals
+from data_loaders.fractals.drawing import (
+    CONTRACTION,
+    FILLED,
+    LARGEST_PROBABILITY,
+    OVERLAP,
+    SIZES,
+    USUAL,
+    System,
+    attractor,
+    circle,
+    class_system,
+    complex_maps,
+    count,
+    draw,
+    num_points,
+    perturbed,
+    random_generator,
+)
+from data_loaders.fractals.sets import VALIDATION, class_names, ensure, write_folder, write_shards
+from data_loaders.imagenet.packed import PackedImages
+
+SMALL = {"num_classes": 3, "images_per_class": 5, "validation_per_class": 2, "size": 16, "num_workers": 0}
+MEANS = [[67.1, 109.8, 75.6], [80.7, 58.6, 53.6], [48.0, 114.3, 105.6]]
+
+
+def files_of(folder):
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != fractals.LOCK)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def images_of(folder):
+    """Names and files of a set in their order, in either form."""
+    if (folder / "train").is_dir():
+        return sorted(files_of(folder / "train").items()) + sorted(files_of(folder / "val").items())
+    images = []
+    for split in ("train", "validation"):
+        packed = PackedImages(folder, split)
+        images += [(packed.name(index), packed.read(index)) for index in range(len(packed))]
+        packed.close()
+    return images
+
+
+# ---- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def sierpinski():
+    """Three maps z -> (z + corner) / 2, as a system."""
+    zeros = np.zeros(3)
+    return System(zeros, zeros, np.full((3, 2), 0.5), np.array([0, 0.5, 0.25 + 0.5j]))
+
+
+def test_the_maps_are_those_of_the_matrices():
+    system = class_system(0, 1)
+    z = complex(0.3, -0.7)
+    for i, (a, b, c) in enumerate(complex_maps(system).T):
+        rotations = [
+            np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]) for t in (system.first[i], system.second[i])
+        ]
+        matrix = rotations[0] @ np.diag(system.stretch[i]) @ rotations[1]
+        x, y = matrix @ [z.real, z.imag]
+        assert a * z + b * z.conjugate() + c == pytest.approx(complex(x, y) + system.shift[i], abs=1e-6)
+        assert abs(np.linalg.det(matrix)) / np.abs(system.stretch.prod(1)).sum() == pytest.approx(
+            system.probabilities[i]
+        )
+
+
+def test_points_lie_on_the_triangle_of_sierpinski_in_equal_parts():
+    points = attractor(sierpinski(), 4096)
+    assert len(points) == 4096
+    # In coordinates along the sides, no binary digit of both is one: the middle triangles are empty.
+    v = points.imag
+    u = points.real - v / 2
+    digits_u, digits_v = ((2**9 * each).astype(int) for each in (u, v))
+    assert not (digits_u & digits_v & ~3).any()  # 7 digits: the last ones are rounded, and what is contracted remains
+    parts = np.histogram2d(u, v, bins=8, range=((0, 1), (0, 1)))[0]
+    assert (parts > 0).sum() == 27
+    assert parts[parts > 0] == pytest.approx(4096 / 27, abs=9)  # at random: deviations of 12
+
+
+def test_expansion_has_the_density_of_the_chaos_game_and_other_systems_have_not():
+    def density(points, center, radius):
+        counts = count((points - center) * (8 / radius), 16)
+        return counts / counts.sum()
+
+    for index in range(4):
+        system, other = class_system(0, index), class_system(0, index + 1)
+        center, radius = circle(attractor(system, 4096))
+        walked = density(chaos_game(system, 1 << 16, np.random.RandomState(0)), center, radius)
+        expanded = density(attractor(system, 1 << 14), center, radius)
+        assert np.abs(walked - expanded).sum() < 0.06
+        assert np.abs(walked - density(attractor(other, 1 << 14), center, radius)).sum() > 0.3
+
+
+def test_classes_keep_their_criteria():
+    for index in range(30):
+        system = class_system(5, index)
+        assert 3 <= len(system.shift) <= 8
+        assert np.abs(system.stretch).max() < 1
+        assert system.probabilities.max() <= LARGEST_PROBABILITY
+        assert OVERLAP[0] <= np.abs(system.stretch.prod(1)).sum() <= OVERLAP[1]
+        center, radius = circle(points := attractor(system, 4096))
+        assert FILLED[0] <= (count((points - center) * (16 / radius), 32) > 0).mean() <= FILLED[1]
+
+
+def test_classes_differ():
+    assert own_class_is_nearest(100) > 0.9
+
+
+def test_a_variation_times_a_factor_moves_the_images_of_a_class_apart():
+    assert USUAL.times(1.0) == USUAL
+    half, twice = USUAL.times(0.5), USUAL.times(2.0)
+    assert half[:4] == tuple(each / 2 for each in USUAL[:4]) and twice.wave == 2 * USUAL.wave
+    assert half.scale == pytest.approx((0.6875, 0.9625)) and twice.scale == pytest.approx((0.275, 1.375))
+    assert twice.background[0] == 0.0 and twice.contrast[0] == 0.02  # colors stay colors, figures stay visible
+    images = np.array([[draw(0, 0, i, 16, USUAL.times(f)) for i in range(30)] for f in (0.1, 1.0, 2.0)], dtype=float)
+    spread = images.var(axis=1).mean(axis=(1, 2, 3))
+    assert spread[0] < spread[1] < spread[2]
+
+
+def test_a_set_is_drawn_with_its_variation(tmp_path):
+    usual, apart = (ensure(tmp_path / str(factor), **SMALL, variation=factor) for factor in (1.0, 2.0))
+    name = "train/fractal_0001/fractal_0001_00004.JPEG"
+    with Image.open(apart / name) as image:
+        assert np.abs(np.asarray(image).astype(int) - draw(0, 1, 4, 16, USUAL.times(2.0))).mean() < 12
+    assert (usual / name).read_bytes() != (apart / name).read_bytes()
+
+
+def test_the_strongest_perturbation_still_contracts():
+    system = perturbed(class_system(0, 0), np.random.RandomState(0), USUAL._replace(stretch=5.0))
+    assert np.abs(system.stretch).max() == CONTRACTION
+    assert np.isfinite(attractor(system, 4096)).all()
+
+
+def test_count_is_a_histogram_without_what_lies_outside():
+    random = np.random.RandomState(0)
+    x, y = random.uniform(-12, 12, (2, 5000)).astype(np.float32)
+    edges = np.arange(-8, 9)
+    expected = np.histogram2d(y[(y < 8) & (x < 8)], x[(y < 8) & (x < 8)], bins=(edges, edges))[0]
+    np.testing.assert_array_equal(count(x + 1j * y, 16), expected)
+    assert 0 < expected.sum() < 5000
+
+
+def test_an_image_depends_on_seed_class_and_instance_alone():
+    first = draw(3, 2, 1, 24)
+    assert first.shape == (24, 24, 3) and first.dtype == np.uint8 and first.flags.c_contiguous
+    class_system.cache_clear()
+    np.random.seed(7)
+    draw(3, 9, 9, 24)
+    np.testing.assert_array_equal(draw(3, 2, 1, 24), first)
+    for other in ((4, 2, 1), (3, 1, 1), (3, 2, 2), (3, 2, VALIDATION + 1), (2, 3, 1)):
+        assert np.abs(draw(*other, 24).astype(int) - first).mean() > 5
+
+
+def test_the_numbers_of_a_class_and_of_its_instances_are_independent():
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1 << 32, 0, 0), (0, 0, VALIDATION)]
+    assert len({tuple(random_generator(*key).uniform(size=2)) for key in keys}) == len(keys)
+
+
+def test_pictures_are_those_of_this_version():
+    """Where this fails on purpose, raise VERSION: folders made before hold other pictures."""
+    means = np.stack([draw(0, index, 0, 32) for index in range(3)]).mean(axis=(1, 2))
+    assert means == pytest.approx(np.array(MEANS), abs=0.5)
+
+
+def test_points_grow_with_the_picture():
+    assert [num_points(size) for size in (8, 32, 64, 224)] == [2048, 2048, 8192, 131072]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (-1, 0, 0, 16),
+        (0, -1, 0, 16),
+        (0, 0, -1, 16),
+        (0, 0, 1 << 32, 16),
+        (0, 0, 0, 7),
+        (True, 0, 0, 16),
+        (0, 0.5, 0, 16),
+    ],
+)
+def test_draw_refuses_what_is_out_of_range(arguments):
+    with pytest.raises(ValueError, match=r"must be an integer in \["):
+        draw(*arguments)
+
+
+def test_class_names_are_in_alphabetical_order():
+    assert class_names(2) == ("fractal_0000", "fractal_0001")
+    names = class_names(10_001)
+    assert list(names) == sorted(names) and len(set(names)) == 10_001
+
+
+# ---- how it is written -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_what_is_drawn(tmp_path):
+    write_folder(tmp_path / "set", **SMALL, seed=4, quality=95)
+    files = files_of(tmp_path / "set")
+    assert len(files) == 3 * 7 + 1
+    for name, instance in (("train/fractal_0001/fractal_0001_00004", 4), ("val/fractal_0001/fractal_0001_00001", None)):
+        image = Image.open(io.BytesIO(files[name + ".JPEG"]))
+        assert (image.format, image.size) == ("JPEG", (16, 16))
+        drawn = draw(4, 1, VALIDATION + 1 if instance is None else instance, 16)
+        assert np.abs(np.asarray(image).astype(int) - drawn).mean() < 12
+        assert np.abs(np.asarray(image).astype(int) - draw(4, 1, 3, 16)).mean() > 12
+    settings = json.loads(files["fractals.json"])
+    assert settings["complete"] and settings["quality"] == 95 and settings["seed"] == 4
+
+
+def test_shards_hold_the_files_of_the_folder(tmp_path):
+    write_folder(tmp_path / "folder", **SMALL)
+    write_shards(tmp_path / "shards", **SMALL)
+    files = files_of(tmp_path / "folder")
+    for split, folder, number in (("train", "train", 15), ("validation", "val", 6)):
+        images = PackedImages(tmp_path / "shards", split)
+        assert len(images) == number and images.class_names == class_names(3)
+        assert images.labels[:3].tolist() == [0, 1, 2]
+        for index in range(number):
+            assert images.read(index) == files[f"{folder}/{images.name(index)}"]
+            assert images.name(index).startswith(class_names(3)[images.labels[index]] + "/")
+        images.close()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_worker_processes_change_nothing(tmp_path, packed):
+    settings = {**SMALL, "images_per_class": 70, "packed": packed}  # more than a worker makes at a time
+    one = images_of(ensure(tmp_path / "one", **settings))
+    two = images_of(ensure(tmp_path / "two", **{**settings, "num_workers": 2}))
+    assert one == two
+    assert images_of(ensure(tmp_path / "other", **settings, seed=1)) != one
+
+
+def test_neither_split_changes_with_the_other_or_with_more_classes(tmp_path):
+    small = files_of(ensure(tmp_path / "small", **SMALL))
+    large = files_of(
+        ensure(tmp_path / "large", **{**SMALL, "num_classes": 4, "images_per_class": 6, "validation_per_class": 3})
+    )
+    assert {name: large[name] for name in small if name != "fractals.json"} == {
+        name: content for name, content in small.items() if name != "fractals.json"
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_complete_set_is_left_alone(tmp_path, monkeypatch, packed):
+    target = ensure(tmp_path / "set", **SMALL, packed=packed)
+    before = files_of(target)
+    monkeypatch.setattr(fractals, "draw", lambda *_: pytest.fail("drawn again"))
+    assert ensure(target, **SMALL, packed=packed) == target
+    assert files_of(target) == before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_interrupted_set_is_taken_up(tmp_path, monkeypatch, packed):
+    whole = images_of(ensure(tmp_path / "whole", **SMALL, packed=packed))
+    drawn = []
+
+    def draw_until(last):
+        def interrupted(*arguments):
+            if len(drawn) == last:
+                raise KeyboardInterrupt
+            drawn.append(arguments)
+            return draw(*arguments)
+
+        return interrupted
+
+    monkeypatch.setattr(fractals, "draw", draw_until(17))  # within the validation set
+    with pytest.raises(KeyboardInterrupt):
+        ensure(tmp_path / "set", **SMALL, packed=packed)
+    assert not json.loads((tmp_path / "set" / "fractals.json").read_text())["complete"]
+    assert not [name for name in files_of(tmp_path / "set") if name.endswith((".partial", ".tmp"))]
+    with pytest.raises(ValueError, match="made with seed 0, not 1"):
+        ensure(tmp_path / "set", **SMALL, packed=packed, seed=1)
+    monkeypatch.setattr(fractals, "draw", draw_until(None))
+    assert images_of(ensure(tmp_path / "set", **SMALL, packed=packed)) == whole
+    assert len(drawn) == (21 if not packed else 17 + 6)  # packed: the validation set again, the training set not
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_damaged_file_of_an_unfinished_set_is_written_again(tmp_path, damage):
+    target = ensure(tmp_path / "set", **SMALL)
+    before = files_of(target)
+    path = target / "train" / "fractal_0002" / "fractal_0002_00003.JPEG"
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(b"" if damage == "empty" else before[path.relative_to(target).as_posix()][:-5])
+    settings = target / "fractals.json"
+    settings.write_text(settings.read_text().replace('"complete": true', '"complete": false'))
+    assert files_of(target) != before
+    assert files_of(ensure(target, **SMALL)) == before
+
+
+def test_two_processes_may_make_a_set_at_once(tmp_path):
+    command = [sys.executable, "-m", "data_loaders.fractals", str(tmp_path / "set"), "--workers", "0"]
+    command += ["--classes", "3", "--images", "60", "--validation", "10", "--size", "32"]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        error = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, error
+    alone = {"num_classes": 3, "images_per_class": 60, "validation_per_class": 10, "size": 32, "num_workers": 0}
+    assert files_of(tmp_path / "set") == files_of(ensure(tmp_path / "alone", **alone))
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_classes", 0),
+        ("images_per_class", 0),
+        ("validation_per_class", 0),
+        ("size", SIZES[0] - 1),
+        ("size", SIZES[1] + 1),
+        ("size", 32.0),
+        ("seed", -1),
+        ("quality", 0),
+        ("quality", 101),
+        ("num_workers", -1),
+        ("num_classes", True),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_made(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be an integer in .*, got {value}$"):
+        ensure(tmp_path / "set", **{**SMALL, name: value})
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 2.5, float("nan")])
+def test_variations_out_of_range_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"^variation must be a number in \(0, 2\], got"):
+        ensure(tmp_path / "set", **SMALL, variation=value)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 4}, "made with num_classes 3, not 4"),
+        ({"size": 17}, "made with size 16, not 17"),
+        ({"quality": 91}, "made with quality 90, not 91"),
+        ({"variation": 2.0}, "made with variation 1.0, not 2.0"),
+        ({"packed": True}, "made with packed False, not True"),
+    ],
+)
+def test_another_set_is_not_mixed_in(tmp_path, change, message):
+    target = ensure(tmp_path / "set", **SMALL)
+    before = files_of(target)
+    with pytest.raises(ValueError, match=message):
+        ensure(target, **{**SMALL, **change})
+    assert files_of(target) == before
+
+
+def test_other_versions_of_the_pictures_are_refused(tmp_path):
+    target = ensure(tmp_path / "set", **SMALL)
+    settings = target / "fractals.json"
+    settings.write_text(settings.read_text().replace('"version": 1', '"version": 0'))
+    with pytest.raises(ValueError, match="made with version 0, not 1"):
+        ensure(target, **SMALL)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"complete": "', "\N{SNOWMAN}"])
+def test_a_file_that_holds_no_settings_is_named(tmp_path, content):
+    (tmp_path / "fractals.json").write_text(content, "utf-16")
+    with pytest.raises(ValueError, match=r"fractals\.json does not hold the settings"):
+        ensure(tmp_path, **SMALL)
+
+
+def test_folders_with_other_files_and_files_are_refused(tmp_path):
+    (tmp_path / "holiday.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has files but no fractals\.json"):
+        ensure(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=r"holiday\.png is not a folder"):
+        ensure(tmp_path / "holiday.png", **SMALL)
+
+
+def test_a_set_that_another_process_is_about_to_begin_is_not_refused(tmp_path):
+    for name in (fractals.LOCK, ".fractals.json.0123.partial"):
+        (tmp_path / name).write_bytes(b"")
+    assert json.loads((ensure(tmp_path, **SMALL) / "fractals.json").read_text())["complete"]
+
+
+def test_the_command_explains_mistakes_in_one_sentence(tmp_path, capsys):
+    assert fractals.main([str(tmp_path / "set"), "--size", "4"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: size must be an integer in [8, 2048], got 4\n"
+    arguments = ["--classes", "2", "--images", "2", "--validation", "1", "--size", "16", "--workers", "0", "--packed"]
+    assert fractals.main([str(tmp_path / "set"), *arguments]) == 0
+    assert len(PackedImages(tmp_path / "set", "train")) == 4
+
+
+# ---- a network learns it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_network_learns_easy_fractals_and_no_shuffled_labels():
+    task = Task(classes=4, images=60, validation=40, size=24, epochs=6, variation=WEAKER)
+    assert max(learn(task, 0)) > 0.6
+    assert max(learn(replace(task, shuffled=True), 0)[-2:]) < 0.45
+
+
+@pytest.mark.slow
+def test_a_network_learns_the_usual_fractals_over_several_epochs():
+    accuracies = learn(Task(epochs=8), 0)
+    assert accuracies[-1] > 0.5
+    assert max(accuracies[:2]) < 0.5
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_page(capsys):
+    main(["--quick"])
+    page = capsys.readouterr().out
+    assert "| 224 | 131,072 |" in page and VARIANTS["usual"][1] in page

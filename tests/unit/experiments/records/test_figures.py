@@ -1,0 +1,105 @@
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+from suite_cases import VARIANTS, problem, result, run_config
+
+from experiments.distributed.launch import Ranks
+from experiments.records.compare import find_folders, read_comparison, spans
+from experiments.records.figures import draw_figures, fitted_slope, oscillation_by_batch_size
+from experiments.records.record import run_path, write_run
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def save(results, config, outcome, source="csv"):
+    write_run(run_path(results, config), config, problem(source), outcome, Ranks(), NOW, NOW)
+
+
+def losses(rate, seed=0):
+    return 0.5 * np.exp(-rate * np.arange(11)) + 0.01 * (1 + seed)
+
+
+def fill(results, source="csv"):
+    """Two seeds of every variant, both studies."""
+    counters = {
+        "acceleration__accepted": np.arange(11),
+        "acceleration__reverted": np.zeros(11),
+        "acceleration__rejected_loss": np.arange(11) // 2,
+        "acceleration__averaging": np.arange(11) > 5,
+        "acceleration__relative_standard_deviation": np.append(np.nan, np.linspace(0.1, 1, 10)),
+    }
+    for rate, name in zip((0.3, 0.25, 0.6, 0.1), VARIANTS, strict=True):
+        for seed in (0, 1):
+            series = counters if name == "sgd_aadl" else {}
+            save(results, run_config(name, seed), result(losses(rate, seed), **series), source)
+    for rate in (1e-3, 1e-2, 1e-1):
+        for name in ("sgd", "sgd_aadl"):
+            config = run_config(f"{name}--lr-{rate:g}", study="learning_rate")
+            optimizer = replace(config.variant.optimizer, arguments={"lr": rate})
+            config = replace(config, variant=replace(config.variant, optimizer=optimizer))
+            diverged = name == "sgd" and rate == 1e-1
+            outcome = result([0.5, np.inf] + [np.nan] * 9, diverged_epoch=1) if diverged else result(losses(rate))
+            save(results, config, outcome, source)
+    for size in (10, 40, 160, 320):
+        config = run_config(f"sgd--batch-{size}", study="batch_size", batch_size=size, measure_updates=True)
+        values = np.append(np.nan, np.full(10, size**-0.5 if size < 320 else 1e-3))
+        save(results, config, result(losses(0.3), updates__relative_standard_deviation=values), source)
+
+
+@pytest.mark.parametrize("source", ["csv", "surrogate"])
+def test_all_figures_are_drawn_and_small(tmp_path, source):
+    fill(tmp_path, source)
+    (folder,) = find_folders(tmp_path)
+    comparison = read_comparison(folder)
+    assert comparison.seeds == (0, 1) and comparison.is_surrogate == (source == "surrogate")
+    assert ("SURROGATE" in comparison.source_line()) == (source == "surrogate")
+    assert (
+        "seeds 0-1" in comparison.source_line() and "scale test (settings in the records)" in comparison.source_line()
+    )
+    laptop = replace(comparison, folder=folder.with_name("laptop"))
+    assert laptop.source_line().startswith("experiments/configs/graduate_admissions/laptop.yaml · ")
+    paths = draw_figures(comparison)
+    assert {path.stem for path in paths} == {
+        "loss", "published_scheme", "batch_size", "acceleration", "learning_rate",
+    }  # fmt: skip
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG") and 10_000 < path.stat().st_size < 200_000
+
+
+def test_only_what_was_run_is_drawn(tmp_path):
+    save(tmp_path, run_config(), result(losses(0.3)))
+    comparison = read_comparison(tmp_path / "graduate_admissions" / "test")
+    assert [path.name for path in draw_figures(comparison)] == ["loss.png"]
+
+
+def test_roles_and_families(tmp_path):
+    fill(tmp_path)
+    comparison = read_comparison(tmp_path / "graduate_admissions" / "test")
+    (family,) = comparison.families
+    assert family == "SGD, lr 0.001, momentum 0.9, nesterov"
+    assert [variant.role for variant in comparison.families[family]] == ["plain", "ema", "published", "aadl"]
+    assert {study: len(runs) for study, runs in comparison.studies.items()} == {"learning_rate": 6, "batch_size": 4}
+
+
+def test_the_slope_is_fitted(tmp_path):
+    fill(tmp_path)
+    runs = read_comparison(tmp_path / "graduate_admissions" / "test").studies["batch_size"]
+    sizes, values = oscillation_by_batch_size(runs, 0.0, 0.25)
+    assert sizes.tolist() == [10, 40, 160, 320] and values.shape == (4, 1)
+    assert fitted_slope(sizes[:-1], values[:-1, 0])[0] == pytest.approx(-0.5)
+    assert fitted_slope(sizes, values[:, 0])[0] != pytest.approx(-0.5)
+
+
+def test_records_that_do_not_belong_together_are_refused(tmp_path):
+    save(tmp_path, run_config(seed=0), result(losses(0.3)))
+    save(tmp_path, run_config(seed=1, epochs=5), result(losses(0.3)))
+    with pytest.raises(ValueError, match=r"records with different settings.*--set scale=NAME"):
+        read_comparison(tmp_path / "graduate_admissions" / "test")
+    with pytest.raises(ValueError, match="no results of burgers"):
+        find_folders(tmp_path, "burgers")
+
+
+def test_spans():
+    assert spans({0, 1, 2, 5, 7, 8}) == "0-2, 5, 7-8"

@@ -1,0 +1,447 @@
+"""Sites are checked, requests are checked against them, and the scripts are those of tests/unit/jobs/golden."""
+
+import ast
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import yaml
+from paths import ROOT
+from suite_cases import RAW, problem, result, run_config
+
+from experiments.distributed.launch import Ranks
+from experiments.records.record import run_path, write_run
+from experiments.settings.config import load_config
+from jobs import scaling, script, site, submit
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
+START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+COMMON = ["--account", "ABC123", "--time", "2:00:00"]
+
+
+@pytest.fixture(autouse=True)
+def somewhere(monkeypatch):
+    """A checkout whose path is the same on every machine."""
+    monkeypatch.setattr(script, "CHECKOUT", Path("/home/me/aadl"))
+
+
+def rendered(name, *options):
+    """The script for the options of a command line."""
+    given = ["config.yaml", "--site", name, "--results", "/scratch/my results", *options]
+    parsed = submit.make_parser().parse_args([*given, "--python", "/home/me/aadl/.venv/bin/python"])
+    request = submit.request_from(parsed, nodes=parsed.nodes, chain=parsed.chain, array=parsed.array)
+    request = replace(request, config=Path("/home/me/aadl/config.yaml"))
+    job = script.make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
+    return script.render(job, job.jobs / "job.sh", ["python", "-m", "jobs.submit", *given])
+
+
+GOLDEN_CASES = {
+    "summit-1": ("summit", *COMMON),
+    "summit-256": ("summit", "--account", "ABC123", "--time", "12:00:00", "--nodes", "256"),
+    "summit-staged-array": ("summit", *COMMON, "--nodes", "2", "--array", "seeds=0-9", "--stage-data", "/scratch/data"),
+    "frontier-4": ("frontier", *COMMON, "--nodes", "4", "--set", "training.epochs=7", "--set", "seeds=0,1"),
+    "frontier-staged": ("frontier", *COMMON, "--nodes", "64", "--stage-environment", "/home/me/env.tar.gz",
+                        "--stage-data", "/scratch/data"),
+    "perlmutter-2-chain": ("perlmutter", *COMMON, "--nodes", "2", "--chain", "3", "--queue", "preempt"),
+    "generic-slurm-cpu": ("generic-slurm", "--time", "1-00:00:00", "--nodes", "2", "--ranks-per-node", "2"),
+    "generic-slurm-gpu-array": ("generic-slurm", *COMMON, "--nodes", "2", "--ranks-per-node", "4", "--cores-per-rank",
+                                "8", "--gpus-per-node", "4", "--queue", "gpu", "--array", "seeds=0,2,4-6"),
+    "generic-lsf-gpu": ("generic-lsf", *COMMON, "--nodes", "2", "--ranks-per-node", "4", "--cores-per-rank", "8",
+                        "--gpus-per-node", "4", "--queue", "normal"),
+    "workstation": ("workstation", "--ranks-per-node", "2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_scripts_are_the_golden_ones(name):
+    """UPDATE_GOLDEN=1 writes them anew, to be read in the diff."""
+    text = rendered(*GOLDEN_CASES[name])
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_every_golden_script_has_a_case():
+    assert {path.stem for path in GOLDEN.glob("*.sh")} == set(GOLDEN_CASES)
+
+
+def test_summit_at_scale_is_1536_ranks():
+    text = rendered(*GOLDEN_CASES["summit-256"])
+    assert "-nnodes 256" in text and "jsrun -n 256 -r 1 -a 6 -c 42 -g 6 -b packed:7" in text and 256 * 6 == 1536
+    assert "#BSUB -W 12:00\n" in text
+
+
+@pytest.mark.parametrize("name", site.site_names())
+def test_every_site_says_what_was_verified_and_where_it_comes_from(name):
+    read = site.read_site(name)
+    assert read.name == name and read.sources
+    assert read.verified.by in ("local Slurm", "fake LSF", "this machine", "never")  # no real machine yet
+    assert (read.verified.date is None) == (read.verified.by == "never")
+
+
+def test_the_sites_of_the_suite():
+    expected = ["frontier", "generic-lsf", "generic-slurm", "perlmutter", "summit", "workstation"]
+    assert site.site_names() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("frontier", ["--time", "2:00:00"], "--account is missing: frontier runs no job without one"),
+        ("frontier", ["--account", "A"], "--time is missing"),
+        ("frontier", ["--account", "A", "--time", "2:00"], "two minutes to Slurm and two hours to LSF, got '2:00'"),
+        ("frontier", ["--account", "A", "--time", "0:04:00"], "--time must be longer than the 300 seconds"),
+        ("frontier", ["--account", "A", "--time", "2:00:01"], "at most 2:00:00 for 1 nodes in queue batch"),
+        ("frontier", ["--account", "A b", "--time", "2:00:00"], "--account must be a word"),
+        ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be an integer >= 1, got 0"),
+        ("frontier", [*COMMON, "--nodes", "9409"], "--nodes must be at most 9408 in queue batch"),
+        ("frontier", [*COMMON, "--queue", "extended", "--nodes", "65"], "--nodes must be at most 64"),
+        ("frontier", [*COMMON, "--queue", "fast"], "--queue must be one of batch, extended, debug on frontier"),
+        ("frontier", [*COMMON, "--ranks-per-node", "9"], "at most the 8 GPUs of a node, one for each rank, got 9"),
+        ("frontier", [*COMMON, "--gpus-per-node", "9"], "--gpus-per-node must be an integer in [0, 8]"),
+        ("frontier", [*COMMON, "--gpus-per-node", "0", "--ranks-per-node", "57"], "at most the 56 cores"),
+        ("frontier", [*COMMON, "--cores-per-rank", "8"], "--cores-per-rank must be at most 7: 8 ranks share the 56"),
+        ("frontier", [*COMMON, "--chain", "0"], "--chain must be an integer >= 1, got 0"),
+        ("frontier", [*COMMON, "--chain", "2", "--array", "seeds=0-1"], "--chain and --array exclude each other"),
+        ("frontier", [*COMMON, "--array", "sizes=1-2"], "--array must be seeds=... as seeds=0-9"),
+        ("frontier", [*COMMON, "--array", "seeds=a"], "--array seeds must be one or several different integers"),
+        ("frontier", [*COMMON, "--name", "two words"], "--name must be a name of letters"),
+        ("summit", ["--account", "A", "--time", "1:00:30"], "--time must be whole minutes, for LSF knows no seconds"),
+        ("summit", ["--account", "A", "--time", "2:01:00"], "at most 2:00:00 for 1 nodes"),
+        ("summit", [*COMMON, "--ranks-per-node", "7"], "at most the 6 GPUs"),
+        ("workstation", ["--nodes", "2"], "--nodes must be 1 on workstation"),
+        ("workstation", ["--account", "A"], "--account must be left out for workstation"),
+        ("workstation", ["--queue", "q"], "--queue must be left out for workstation"),
+        ("workstation", ["--array", "seeds=0-1"], "--array and --chain need a batch system"),
+        ("workstation", ["--stage-data", "/"], "need a disk on each node, and workstation names none"),
+        ("frontier", [*COMMON, "--stage-data", "/no/where"], "--stage-data /no/where does not exist"),
+        ("nowhere", [], "--site must be one of frontier, generic-lsf"),
+        ("missing/file.yaml", [], "file.yaml"),
+    ],
+)
+def test_a_request_that_a_site_cannot_run_is_one_sentence(name, options, message, capsys, tmp_path):
+    arguments = [str(CONFIG), "--site", name, "--results", str(tmp_path / "results"), *options]
+    assert submit.main(arguments) == 2
+    told = capsys.readouterr()
+    assert message in told.err and len(told.err.splitlines()) == 1 and told.err.startswith("error: ")
+    assert not (tmp_path / "results").exists() and not told.out
+
+
+def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path, capsys):
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    assert submit.main([*arguments, "--set", "training.epochs=0"]) == 2
+    assert "training.epochs must be an integer >= 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_runs_in_a_single_process_is_refused_before_it_waits_in_a_queue(tmp_path, capsys):
+    config = ROOT / "experiments" / "configs" / "burgers_2d" / "laptop.yaml"
+    arguments = [str(config), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    variant = next(name for name in load_config(config).variants if name.startswith("lm"))
+    assert submit.main([*arguments, "--set", f"variants={variant}"]) == 2
+    assert f"{variant}: the optimizer runs in a single process, not on several ranks" in capsys.readouterr().err
+
+
+def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
+    results = tmp_path / "results"
+    assert submit.main([str(CONFIG), "--site", "frontier", *COMMON, "--results", str(results), "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=graduate_admissions-laptop\n")
+    assert not results.exists()
+
+
+def test_fewer_cores_for_more_ranks_than_usual():
+    text = rendered("frontier", *COMMON, "--gpus-per-node", "0", "--ranks-per-node", "14")
+    assert "--cpus-per-task=4" in text and "--gpu-bind" not in text
+
+
+def test_everything_is_quoted(tmp_path):
+    """The shell gives the program exactly what the user typed."""
+    awkward = "variants={'a': \"$HOME `id`\"}"
+    text = rendered("workstation", "--set", awkward)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >'{tmp_path}/arguments'\n")
+    program.chmod(0o755)
+    text = text.replace("/home/me/aadl/.venv/bin/python", str(program)).replace("cd /home/me/aadl ", f"cd {tmp_path} ")
+    subprocess.run(["bash"], input=text, text=True, check=True)
+    told = (tmp_path / "arguments").read_text().splitlines()
+    assert told[-4:] == ["--results", "/scratch/my results", "--set", awkward]
+
+
+# --- sites
+
+
+def raw_site(**changes):
+    raw = {"title": "A", "verified": {"by": "never"}, "sources": ["a book"], "scheduler": "slurm", "launcher": "srun"}
+    return {name: value for name, value in {**raw, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 3}, "unknown key nodes; valid keys are: title"),
+        ({"node": {"sockets": 2}}, "unknown key node.sockets"),
+        ({"verified": None}, "verified is missing"),
+        ({"verified": {"by": "hearsay"}}, "verified.by must be one of real machine, local Slurm"),
+        ({"verified": {"by": "real machine"}}, "verified.date must be given"),
+        ({"verified": {"by": "real machine", "date": "soon"}}, "verified.date must be a date"),
+        ({"sources": []}, "site.sources must be a list without repetition"),
+        ({"scheduler": "pbs"}, "site.scheduler must be one of slurm, lsf, none"),
+        ({"launcher": "jsrun"}, "launcher must be one of srun for scheduler slurm, got 'jsrun'"),
+        ({"directives": ["--x={sockets}"]}, "site.directives must be a list of lines"),
+        ({"directives": ["a\nb"]}, "site.directives must be a list of lines"),
+        ({"environment": {"A": "$(id)"}}, "site.environment must be a mapping"),
+        ({"environment": {"A": 'a"b'}}, "site.environment must be a mapping"),
+        ({"environment": {"a-b": "c"}}, "site.environment must be a mapping"),
+        ({"node_local": {"path": "relative"}}, "node_local.path must be an absolute path"),
+        ({"node_local": {"path": "/a b"}}, "node_local.path must be an absolute path"),
+        ({"warning": {"signal": "KILL"}}, "warning.signal must be one of USR1, USR2, TERM"),
+        ({"node": {"cores": 4}, "ranks": {"per_node": 2, "cores": 3}}, "ranks must fit the node of 4 cores"),
+        ({"node": {"gpus": 2}, "ranks": {"gpus_per_node": 3}}, "ranks.gpus_per_node must be at most the 2"),
+        ({"queues": {"q": {"limits": []}}}, "queues.q.directives is missing"),
+        ({"queues": {"q": {"directives": [], "limits": [{"nodes": 2, "minutes": 1}, {"nodes": 1, "minutes": 1}]}}},
+         "ascending nodes"),
+        ({"queues": ["q"]}, "queues must be a mapping"),
+    ],
+)  # fmt: skip
+def test_a_wrong_site_is_one_sentence(tmp_path, changes, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(raw_site(**changes)))
+    with pytest.raises(ValueError, match=r"mine\.yaml: ") as error:
+        site.read_site(str(path))
+    assert message in str(error.value)
+
+
+def test_what_only_lsf_demands(tmp_path):
+    path = tmp_path / "mine.yaml"
+    lsf = {"scheduler": "lsf", "launcher": "jsrun"}
+    path.write_text(yaml.safe_dump(raw_site(**lsf, warning={"seconds": 90})))
+    with pytest.raises(ValueError, match="whole minutes for LSF, got 90"):
+        site.read_site(str(path))
+    path.write_text(yaml.safe_dump(raw_site(**lsf, directives=["-alloc_flags NVME"])))
+    with pytest.raises(ValueError, match="of which LSF honors one line"):
+        site.read_site(str(path))
+    path.write_text(yaml.safe_dump(raw_site(**lsf)))
+    assert site.read_site(str(path)).name == "mine"
+
+
+# --- submission
+
+
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """scheduler(name, text): puts a command on PATH that says this and notes how it was called."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def make(name, text, code=0):
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncat >>{tmp_path}/stdin\n{text}\nexit {code}\n')
+        path.chmod(0o755)
+        return tmp_path / "calls"
+
+    return make
+
+
+def test_a_chain_depends_link_by_link(scheduler, tmp_path, capsys):
+    calls = scheduler("sbatch", f"wc -l <{tmp_path}/calls | tr -d ' '")
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results"), "--chain", "3"]
+    assert submit.main(arguments) == 0
+    assert capsys.readouterr().out.split() == ["1", "2", "3"]
+    lines = calls.read_text().splitlines()
+    [kept] = (tmp_path / "results" / "jobs").glob("graduate_admissions-laptop-*.sh")
+    assert lines == [
+        f"--parsable {kept}",
+        f"--parsable --dependency=afterany:1 {kept}",
+        f"--parsable --dependency=afterany:2 {kept}",
+    ]
+    assert "max_restarts=0" in kept.read_text() and "--no-requeue" in kept.read_text()
+
+
+def test_lsf_takes_a_file_or_stdin_as_its_site_says(scheduler, tmp_path, capsys):
+    calls = scheduler("bsub", "echo 'Job <77> is submitted to queue <batch>.'")
+    results = ["--results", str(tmp_path / "results")]
+    assert submit.main([str(CONFIG), "--site", "summit", *COMMON, *results]) == 0
+    assert calls.read_text().rstrip().endswith(".sh") and not (tmp_path / "stdin").read_text()
+    assert submit.main([str(CONFIG), "--site", "generic-lsf", *COMMON, *results]) == 0
+    assert calls.read_text().splitlines()[1] == "" and (tmp_path / "stdin").read_text().startswith("#!/bin/bash")
+    assert capsys.readouterr().out.split() == ["77", "77"]
+
+
+def test_what_the_scheduler_says_is_passed_on(scheduler, tmp_path, capsys, monkeypatch):
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    scheduler("sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2", 1)
+    assert submit.main(arguments) == 2
+    assert "Invalid account" in capsys.readouterr().err.splitlines()[-1]
+    scheduler("sbatch", "echo nonsense")
+    assert submit.main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: sbatch refused")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit.main(arguments) == 2
+    assert "sbatch was not found: submit on a login node of frontier" in capsys.readouterr().err
+
+
+def test_tmpdir_is_refused_on_summit(scheduler, tmp_path, capsys, monkeypatch):
+    calls = scheduler("bsub", "echo 'Job <77> is submitted to queue <batch>.'")
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert submit.main([str(CONFIG), "--site", "summit", *COMMON, "--results", str(tmp_path / "results")]) == 2
+    assert "TMPDIR must not be set" in capsys.readouterr().err and not calls.exists()
+
+
+def test_results_that_cannot_be_written_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert submit.main([str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_jobs_need_neither_mpi_nor_a_device():
+    code = (
+        "import sys, jobs.submit, jobs.scaling, torch\n"
+        "assert 'mpi4py' not in sys.modules and not torch.cuda.is_initialized()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_site_names_stay_out_of_the_code():
+    names = set(site.site_names()) - {"workstation"}
+    for path in (ROOT / "jobs").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        texts = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert not texts & names, path
+
+
+@pytest.mark.slow
+def test_a_workstation_runs_two_ranks_under_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "CHECKOUT", ROOT)
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(RAW | {"seeds": 0}))
+    arguments = [str(config), "--site", "workstation", "--ranks-per-node", "2", "--results", str(tmp_path / "results")]
+    assert submit.main([*arguments, "--set", "variants=sgd"]) == 0
+    run = scaling.read_run(tmp_path / "results" / "graduate_admissions" / "test" / "sgd" / "seed-0.h5")
+    assert run.attributes["world_size"] == 2 and run.attributes["launcher"] == "torchrun"
+
+
+# --- the shell helpers
+
+
+def test_a_rank_that_stopped_early_looks_like_a_success_and_tells_the_script(tmp_path):
+    for rank, code, expected, told in ((0, 75, 0, True), (1, 75, 0, False), (0, 3, 3, False), (0, 0, 0, False)):
+        mark = tmp_path / f"stopped-{rank}-{code}"
+        env = {"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank), "AADL_STOPPED_FILE": str(mark)}
+        command = ["bash", str(ROOT / "jobs" / "rank.sh"), "bash", "-c", f"exit {code}"]
+        assert subprocess.run(command, env=env, check=False).returncode == expected
+        assert mark.exists() == told
+
+
+def test_staging_leaves_no_half_copies(tmp_path):
+    stage = ["bash", str(ROOT / "jobs" / "stage.sh")]
+    (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a file").write_text("1")
+    local = tmp_path / "local"
+    failed = subprocess.run([*stage, "environment", tmp_path / "bad.tar.gz", local / "env"], capture_output=True)
+    assert failed.returncode != 0 and not list(local.iterdir())
+    for _ in range(2):  # the second time it is there already
+        subprocess.run([*stage, "data", tmp_path / "data", local / "data"], check=True)
+        assert (local / "data" / "a file").read_text() == "1"
+        assert sorted(path.name for path in local.iterdir()) == ["data", "data.staged"]
+
+
+@pytest.mark.parametrize("end", ["exit 1", "kill -KILL $PPID"])
+def test_an_environment_that_was_not_unpacked_to_the_end_is_made_anew(tmp_path, end):
+    """conda-unpack fails, or all is killed while it runs; the next start must not take that for an environment."""
+    local = tmp_path / "local" / "environment"
+    stage = ["bash", str(ROOT / "jobs" / "stage.sh"), "environment", str(tmp_path / "packed.tar.gz"), str(local)]
+    (tmp_path / "bin").mkdir()
+    unpack = tmp_path / "bin" / "conda-unpack"
+    # As the real one, it must run in the final place, and once: it replaces the placeholder by that path.
+    unpack.write_text(
+        '#!/bin/sh\nplace=$(cd "$(dirname "$0")/.." && pwd)\n'
+        f'echo "$place" >>{tmp_path}/calls\necho half >"$place/half"\n[ -e {tmp_path}/go ] || {{ {end}; sleep 1; }}\n'
+        'rm "$place/half"\necho "$place" >"$place/prefix"\n'
+    )
+    unpack.chmod(0o755)
+    subprocess.run(["tar", "-czf", tmp_path / "packed.tar.gz", "-C", tmp_path, "bin"], check=True)
+    assert subprocess.run(stage, check=False).returncode != 0
+    (tmp_path / "go").touch()
+    for _ in range(2):  # the second time it is whole
+        subprocess.run(stage, check=True, timeout=30)
+        assert (local / "prefix").read_text() == f"{local}\n" and not (local / "half").exists()
+    assert (tmp_path / "calls").read_text().split() == [str(local)] * 2
+
+
+# --- scaling
+
+
+def study(tmp_path, mode, *more):
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--dry-run", *more]
+    return scaling.main([*arguments, "--mode", mode, "--nodes", "1,2,4"])
+
+
+def test_a_study_has_one_job_a_number_of_nodes(tmp_path, capsys):
+    assert study(tmp_path, "weak") == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if "--nodes=" in line and "SBATCH" in line] == [
+        f"#SBATCH --nodes={number}" for number in (1, 2, 4)
+    ]
+    assert "training.batch_size=40 " in text.replace("\n", " ") and "training.batch_size=160" in text
+    assert f"{tmp_path}/scaling/weak/nodes-4" in text
+    assert study(tmp_path, "strong") == 0
+    assert "batch_size" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("nodes", ["", "2,1", "1,1", "0,1", "1,two"])
+def test_numbers_of_nodes_are_checked(tmp_path, capsys, nodes):
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--mode", "weak"]
+    assert scaling.main([*arguments, f"--nodes={nodes}"]) == 2
+    assert "--nodes must be rising integers" in capsys.readouterr().err
+
+
+def test_weak_scaling_needs_multiples(tmp_path, capsys):
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--mode", "weak"]
+    assert scaling.main([*arguments, "--nodes", "2,3"]) == 2
+    assert "must be multiples of the smallest number" in capsys.readouterr().err
+
+
+def test_points_of_physics_informed_networks_grow_with_the_ranks():
+    config = load_config(ROOT / "experiments" / "configs" / "burgers_2d" / "laptop.yaml")
+    points, conditions = config.problem.num_points, config.problem.num_conditions
+    assert scaling.work_overrides(config, "weak", 8, 2) == [
+        f"problem.num_points={4 * points}",
+        f"problem.num_conditions={4 * conditions}",
+    ]
+    assert scaling.work_overrides(config, "strong", 8, 2) == []
+
+
+def test_collecting_gives_rates_efficiencies_and_a_figure(tmp_path, capsys):
+    """Twice the ranks in 0.625 of the time: efficiency 80 %."""
+    for (nodes, ranks, seconds), seed in itertools.product([(1, 8, 10.0), (2, 16, 6.25)], (0, 1)):
+        folder = scaling.folder_of(tmp_path, "strong", nodes)
+        ranks_of = Ranks(0, ranks)
+        run = run_config(seed=seed, epochs=4)
+        path = run_path(folder, run)
+        write_run(path, run, problem(), result([1.0] * 5, seconds_per_epoch=seconds), ranks_of, START, START)
+    assert scaling.main(["collect", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    rows = [line.split("|") for line in told.splitlines() if line.startswith("| strong")]
+    assert [row[3].strip() for row in rows] == ["8", "16"]
+    assert [row[7].strip() for row in rows] == ["100 %", "80 %"] and [row[6].strip() for row in rows] == [
+        "1.00",
+        "1.60",
+    ]
+    assert (tmp_path / "scaling" / "strong.png").exists() and not (tmp_path / "scaling" / "weak.png").exists()
+    assert (tmp_path / "scaling" / "scaling.md").read_text() in told
+
+
+def test_collecting_nothing_is_one_sentence(tmp_path, capsys):
+    assert scaling.main(["collect", str(tmp_path)]) == 2
+    assert "no records of a scaling study" in capsys.readouterr().err
