@@ -337,13 +337,13 @@ def test_a_rank_that_stopped_early_looks_like_a_success_and_tells_the_script(tmp
     for rank, code, expected, told in ((0, 75, 0, True), (1, 75, 0, False), (0, 3, 3, False), (0, 0, 0, False)):
         mark = tmp_path / f"stopped-{rank}-{code}"
         env = {"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank), "AADL_STOPPED_FILE": str(mark)}
-        command = ["bash", str(ROOT / "jobs" / "rank.sh"), "bash", "-c", f"exit {code}"]
+        command = ["bash", str(ROOT / "jobs" / "templates" / "rank.sh"), "bash", "-c", f"exit {code}"]
         assert subprocess.run(command, env=env, check=False).returncode == expected
         assert mark.exists() == told
 
 
 def test_staging_leaves_no_half_copies(tmp_path):
-    stage = ["bash", str(ROOT / "jobs" / "stage.sh")]
+    stage = ["bash", str(ROOT / "jobs" / "templates" / "stage.sh")]
     (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a file").write_text("1")
@@ -360,7 +360,7 @@ def test_staging_leaves_no_half_copies(tmp_path):
 def test_an_environment_that_was_not_unpacked_to_the_end_is_made_anew(tmp_path, end):
     """conda-unpack fails, or all is killed while it runs; the next start must not take that for an environment."""
     local = tmp_path / "local" / "environment"
-    stage = ["bash", str(ROOT / "jobs" / "stage.sh"), "environment", str(tmp_path / "packed.tar.gz"), str(local)]
+    stage = ["bash", str(ROOT / "jobs" / "templates" / "stage.sh"), "environment", str(tmp_path / "packed.tar.gz"), str(local)]
     (tmp_path / "bin").mkdir()
     unpack = tmp_path / "bin" / "conda-unpack"
     # As the real one, it must run in the final place, and once: it replaces the placeholder by that path.
