@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from aadl.hooks import StepHooks
 from aadl.parameters import trainable_parameters
 from aadl.settings import Settings
+from aadl.statistics import Statistics
 from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
 VERSION = 4
@@ -42,7 +43,7 @@ class Accelerator(ABC):
             raise ValueError(f"this {type(optimizer).__name__} has no parameter that requires a gradient")
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._loads_by_name = self._lacks_history = False
-        self._start_anew()
+        self._start_over()
         self._handles: list[Any] = []
         try:
             self._attach(target)
@@ -63,8 +64,8 @@ class Accelerator(ABC):
 
     @property
     @abstractmethod
-    def statistics(self) -> dict[str, Any]:
-        """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
+    def statistics(self) -> Statistics:
+        """Counters and last values. Reading them waits for the device."""
 
     @property
     @abstractmethod
@@ -110,7 +111,7 @@ class Accelerator(ABC):
         if not self._handles:
             return f"{name}(removed)"
         done = f"{self.statistics['accepted']} of {self.statistics['attempts']} accepted"
-        return f"{name}({kind}, {self.settings}, {self._num_columns} columns held, {done})"
+        return f"{name}({kind}, {self.settings}, {self.num_columns} columns held, {done})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError(
@@ -125,7 +126,7 @@ class Accelerator(ABC):
 
     @property
     @abstractmethod
-    def _num_columns(self) -> int:
+    def num_columns(self) -> int:
         """Columns that the history holds."""
 
     @abstractmethod
@@ -137,7 +138,7 @@ class Accelerator(ABC):
         """Called after every step with its arguments."""
 
     @abstractmethod
-    def _start_anew(self) -> None:
+    def _start_over(self) -> None:
         """Be as an accelerator that has seen no step."""
 
     @abstractmethod
@@ -189,7 +190,7 @@ class Accelerator(ABC):
         elif self._loads_by_name:
             self._lacks_history = self._num_steps == 0
         else:
-            self._start_anew()
+            self._start_over()
 
     @property
     def _num_steps(self) -> int:

@@ -42,3 +42,8 @@ def handed(numbers: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return numbers.to(device)
     return numbers.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(numbers: Tensor) -> bool:
+    """Whether the host can read the numbers without waiting for a device."""
+    return numbers.device.type == "cpu"

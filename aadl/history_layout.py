@@ -13,7 +13,7 @@ from aadl.history import Block, History, Tensors, make_block
 from aadl.parameters import grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
 from aadl.settings import Settings
-from aadl.watch import Look
+from aadl.watch import Snapshot
 
 
 class Layout:
@@ -46,7 +46,7 @@ class Layout:
     ) -> None:
         self.parameters, self.identity, self.groups = parameters, identity_of(parameters), grouped(parameters)
         self._settings, self._partitioned, self._planned = settings, partitioned, planned
-        self._seen: tuple[Look, list[Tensors]] | None = None
+        self._seen: tuple[Snapshot, list[Tensors]] | None = None
         most = max(map(shards_of, parameters), default=1)
         if not partitioned and ranks.size % most:
             raise ValueError(
@@ -76,12 +76,12 @@ class Layout:
         """Whether these are the parameters, in their shapes."""
         return identity_of(parameters) == self.identity
 
-    def covers(self, look: Look) -> bool:
+    def covers(self, look: Snapshot) -> bool:
         """Whether the trainable ones of the tensors looked at are the parameters (whatever their shapes)."""
         trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
         return len(trainable) == len(self.parameters) and all(map(operator.is_, trainable, self.parameters))
 
-    def tensors(self, optimizer: Optimizer, look: Look) -> list[Tensors]:
+    def tensors(self, optimizer: Optimizer, look: Snapshot) -> list[Tensors]:
         """Values of every block: the parameters, and their momentum buffers (None where there is none yet).
 
         The same lists as long as the same tensors lie in the same places, so that rows need not look again.

@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import advice, memory
-from aadl.acceptance import MIXING_VALUES, count, on_host
+from aadl.acceptance import Cause, cause_of_residuals, count
 from aadl.attached import VERSION, Accelerator, check_format
-from aadl.deferred import Deferred
+from aadl.deferred import Deferred, on_host
+from aadl.learning_rates import is_dry_step
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
 from aadl.mixing import newest
 from aadl.pace import Pace, is_normalized, lets_go_of_momentum
@@ -37,21 +38,17 @@ from aadl.parameters import (
     belongs_to_a_loop,
     closure_of,
     forget_curvature,
-    is_dry_step,
     state_of,
     trainable_parameters,
 )
 from aadl.ranks import local, ranks_of
 from aadl.residual_history import ResidualHistory, is_finite, joined, planned_bytes
 from aadl.settings import Settings
-from aadl.trial_loss import without_trace
+from aadl.statistics import Statistics, residual_statistics
+from aadl.trial import without_trace
 from aadl.watch import versions_of
 from aadl.wrappers import Target
 
-COUNTERS = (
-    "steps", "skipped_steps", "attempts", "accepted", "closure_evaluations", "residual_evaluations",
-)  # fmt: skip
-LAST_VALUES = ("gain", "trust_ratio", "damping", "period", "condition_number", "coefficient_norm")
 FIRST_DAMPING = 1e-2
 ROWS_PER_COLUMN = 8
 """Residuals that a coefficient needs, so that few points are not learned by heart."""
@@ -88,7 +85,7 @@ class ResidualAccelerator(Accelerator):
         check: () -> residuals on other points, on which a candidate must be better too; None for no such points.
     """
 
-    _statistics: dict[str, Any]
+    _statistics: Statistics
     _history: ResidualHistory | None
     _damping: float
     _pace: Pace
@@ -128,10 +125,15 @@ class ResidualAccelerator(Accelerator):
     # ---- public ----------------------------------------------------------------------------------------------------
 
     @property
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
         self._settle()
         return self._statistics
+
+    @property
+    def history(self) -> ResidualHistory | None:
+        """The stored pairs; None before the first residuals. For inspection: nothing may write to it."""
+        return self._history
 
     @property
     def history_bytes(self) -> int:
@@ -176,7 +178,7 @@ class ResidualAccelerator(Accelerator):
     def reset(self) -> None:
         """Forget the pairs: the points have changed. Counters stay."""
         self._settle()
-        self._forget("user")
+        self._forget(Cause.USER)
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -185,7 +187,7 @@ class ResidualAccelerator(Accelerator):
         self._history = None
 
     @property
-    def _num_columns(self) -> int:
+    def num_columns(self) -> int:
         return 0 if self._history is None else self._history.num_columns
 
     # ---- state -----------------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ class ResidualAccelerator(Accelerator):
 
     def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
         del state
-        self._start_anew()
+        self._start_over()
         self._history, self._statistics, self._damping = books["restored"], books["statistics"], books["damping"]
         pace = Pace(**books["pace"])
         if pace.usual == self.settings.frequency and pace.adapts == self.settings.paced:
@@ -255,7 +257,7 @@ class ResidualAccelerator(Accelerator):
         self._known = RESUMED if books["is_known"] and has_pair else None
         self._lacks_history = False
         if books["history"] is not None and books["history"]["has_pair"] and not has_pair:
-            count(self._statistics["resets"], "resumed")
+            count(self._statistics["resets"], Cause.RESUMED)
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -434,17 +436,17 @@ class ResidualAccelerator(Accelerator):
         pace.note_jump(look.jump)
         pace.note_square(look.gram.square, is_normalized(self.optimizer))
         if not is_finite(look):
-            self._forget("non_finite")
+            self._forget(Cause.NON_FINITE)
             return None
         if not look.aligned:
             history.align()
             self._known = None
-            count(self._statistics["resets"], "resumed")
+            count(self._statistics["resets"], Cause.RESUMED)
             return None
         if not look.doubt <= SAME**2 * history.ranks.size:
             self._trusted = False
             history.forget_columns()
-            count(self._statistics["resets"], "points")
+            count(self._statistics["resets"], Cause.POINTS)
             return None
         self._trusted = self._trusted or look.compared
         if not self._trusted or not look.slots:
@@ -454,9 +456,11 @@ class ResidualAccelerator(Accelerator):
         gram = newest(look.gram, len(slots))
         assert history.residuals is not None
         solution = solve(gram, self._damping, torch.finfo(history.residuals.row.dtype).eps)
-        self._statistics |= {name: getattr(solution.mixing, name) for name in MIXING_VALUES}
+        self._statistics["numerical_rank"] = solution.mixing.numerical_rank
+        self._statistics["condition_number"] = solution.mixing.condition_number
+        self._statistics["coefficient_norm"] = solution.mixing.coefficient_norm
         if not solution.mixing.numerical_rank or not solution.predicted < gram.square:
-            count(self._statistics["rejected"], "rank")
+            count(self._statistics["rejected"], Cause.RANK)
             return None
         self._statistics["gain"] = math.sqrt(solution.predicted / gram.square)
         return _Attempt(solution, slots, gram.square)
@@ -506,23 +510,22 @@ class ResidualAccelerator(Accelerator):
         statistics = self._statistics
         ratio = gain_ratio(before, solution.predicted, after) if math.isfinite(after) else -math.inf
         self._damping = next_damping(self._damping, ratio, bool(flag), self.settings.regularization)
-        statistics |= {"trust_ratio": ratio, "damping": self._damping}
+        statistics["trust_ratio"], statistics["damping"] = ratio, self._damping
         statistics["period"] = self._pace.period
         if flag:
             statistics["accepted"] += 1
             return
-        cause = "non_finite" if not math.isfinite(after) else "residuals" if not after < before else "check"
-        count(statistics["rejected"], cause)
+        count(statistics["rejected"], cause_of_residuals(before, after))
         if not at_once and self._history is not None:
             self._history.drop_newest_column()
 
-    def _forget(self, cause: str) -> None:
+    def _forget(self, cause: Cause) -> None:
         count(self._statistics["resets"], cause)
         self._known, self._pace.before = None, math.nan
-        if self._history is not None and cause == "user":
+        if self._history is not None and cause is Cause.USER:
             self._history.change_points()
         elif self._history is not None:
-            self._history.void(wipe=cause == "non_finite")
+            self._history.void(wipe=cause is Cause.NON_FINITE)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -536,7 +539,7 @@ class ResidualAccelerator(Accelerator):
             same = len(known) == len(parameters) and all(map(operator.is_, known, parameters))
             if same and all(map(operator.eq, (p.shape for p in parameters), history.shapes)):
                 return
-            count(self._statistics["resets"], "parameters_changed")
+            count(self._statistics["resets"], Cause.PARAMETERS_CHANGED)
         self._history, refusal = None, None
         ranks = ranks_of(self.process_group)
         try:
@@ -552,9 +555,8 @@ class ResidualAccelerator(Accelerator):
             return self._history.locals
         return [local(p) for p in trainable_parameters(self.optimizer)]
 
-    def _start_anew(self) -> None:
-        self._statistics = dict.fromkeys(COUNTERS, 0) | dict.fromkeys(LAST_VALUES, math.nan)
-        self._statistics |= {"numerical_rank": 0, "rejected": {}, "resets": {}}
+    def _start_over(self) -> None:
+        self._statistics = residual_statistics()
         settings = self.settings
         first = (settings.wait_iterations // settings.frequency + 1) * settings.frequency
         self._pace = Pace(settings.frequency, settings.paced, first)

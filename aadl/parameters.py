@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -147,44 +146,8 @@ def belongs_to_a_loop(closure: Any) -> bool:
     return False
 
 
-class Rates:
-    """Learning rates as numbers; a rate on a device is fetched again only after somebody wrote to it."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, int, float]] = {}
-
-    def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
-        """One rate for every group: 1 where the optimizer has none to read (no "lr", or None: it finds its own)."""
-        rates = [group.get("lr") for group in groups]
-        return [self._number(i, rate) if is_rate(rate) else 1.0 for i, rate in enumerate(rates)]
-
-    def _number(self, place: int, rate: Any) -> float:
-        if not isinstance(rate, Tensor):
-            return float(rate)
-        if rate.device.type == "cpu":
-            return float(rate.detach())
-        tensor, version, number = self._known.get(place, (None, -1, 0.0))
-        if tensor is not rate or version != rate._version:
-            number = float(rate.detach())
-            self._known[place] = rate, rate._version, number
-        return number
-
-
-def is_rate(rate: Any) -> bool:
-    """Whether this is one number."""
-    return type(rate) is float or isinstance(rate, numbers.Real) or (isinstance(rate, Tensor) and rate.numel() == 1)
-
-
 def maximizes(optimizer: Optimizer) -> bool:
     return all(group.get("maximize", False) for group in optimizer.param_groups)
-
-
-def is_dry_step(optimizer: Optimizer) -> bool:
-    """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    if any(not is_rate(rate) or (isinstance(rate, Tensor) and rate.is_cuda) for rate in rates):
-        return False
-    return bool(rates) and all(rate == 0 for rate in rates)
 
 
 def forget_curvature(optimizer: Optimizer, pairs: bool = True) -> None:

@@ -103,8 +103,8 @@ def _part_here(saved: Tensor, target: Tensor) -> Tensor:
     return part
 
 
-def books_of(history: History) -> dict[str, Any]:
-    """What a history knows besides its vectors, as plain values; slots keep their places."""
+def plain_state_of(history: History) -> dict[str, Any]:
+    """What a history knows besides its vectors, as plain values; every slot keeps its place."""
     return {
         "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate] for c in history.columns],
         "has_pair": history.has_pair,
@@ -115,14 +115,18 @@ def books_of(history: History) -> dict[str, Any]:
     }
 
 
-def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a history from its saved books; raises KeyError, TypeError or ValueError where they are damaged."""
-    grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in books["grams"].items()}
+def parsed_plain_state(saved: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a history from its saved plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError: the values are damaged.
+    """
+    grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in saved["grams"].items()}
     return {
-        "columns": [Column(int(m), bool(c), float(r), dict(jump), float(e)) for m, c, r, jump, e in books["columns"]],
-        "has_pair": bool(books["has_pair"]),
-        "next": int(books["next"]),
-        "stale": [int(slot) for slot in books["stale"]],
+        "columns": [Column(int(m), bool(c), float(r), dict(jump), float(e)) for m, c, r, jump, e in saved["columns"]],
+        "has_pair": bool(saved["has_pair"]),
+        "next": int(saved["next"]),
+        "stale": [int(slot) for slot in saved["stale"]],
         "grams": grams,
     }
 
@@ -138,7 +142,7 @@ def slots_kept(fields: dict[str, Any], saved_depth: int, depth: int) -> list[int
     return slots
 
 
-def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:
+def restore_plain_state(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:
     """Continue where the saved history was."""
     for name, value in fields.items():
         setattr(history, name, value)

@@ -20,7 +20,7 @@ _version_of = operator.attrgetter("_version")
 
 
 @dataclass
-class Look:
+class Snapshot:
     """Parameters and momentum buffers of an optimizer at one time."""
 
     tensors: list[Tensor]
@@ -30,7 +30,7 @@ class Look:
     """Address and strides of each tensor or local shard."""
     versions: list[int]
 
-    def same_places(self, other: Look) -> bool:
+    def same_places(self, other: Snapshot) -> bool:
         """Whether these are the same tensors in the same memory."""
         return (
             len(self.tensors) == len(other.tensors)
@@ -39,18 +39,18 @@ class Look:
             and self.places == other.places
         )
 
-    def untouched_since(self, other: Look) -> bool:
+    def untouched_since(self, other: Snapshot) -> bool:
         """Whether nobody wrote in between. In-place changes through `.data` leave no mark."""
         return self.versions == other.versions and self.same_places(other)
 
-    def keeps(self, other: Look) -> bool:
+    def keeps(self, other: Snapshot) -> bool:
         """Whether all tensors of an earlier look are still there, in the same memory; new ones do not matter."""
         here = dict(zip(map(id, self.tensors[-len(self.places) :]), self.places, strict=True))
         known = zip(other.tensors[-len(other.places) :], other.places, strict=True)
         return all(here.get(id(tensor)) == place for tensor, place in known)
 
 
-def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
+def snapshot_of(optimizer: Optimizer, with_momentum: bool) -> Snapshot:
     """Identities, addresses and version counters; no element is read."""
     parameters = all_parameters(optimizer)
     tensors = parameters[:]
@@ -63,7 +63,7 @@ def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
     tensors += [local(tensor) for tensor in tensors] if shards else []
     here = tensors[len(tensors) // 2 :] if shards else tensors
     places = [(t.data_ptr(), t.stride()) if t.layout == torch.strided else (0, ()) for t in here]
-    return Look(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
+    return Snapshot(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
 
 
 def versions_of(tensors: list[Tensor]) -> list[int]:

@@ -229,7 +229,7 @@ class Round:
     @property
     def statistics(self) -> dict[str, Any]:
         """The accelerator's counters, read afresh."""
-        return aadl.accelerator_of(self.optimizer).statistics
+        return dict(aadl.accelerator_of(self.optimizer).statistics)
 
     def plain(self, repeats: int) -> None:
         """Steps without acceleration; the first one makes the momentum."""

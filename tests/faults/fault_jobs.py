@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from system_calls import meet_points
 
-from aadl.acceptance import Decisions
+from aadl.decisions import Decisions
 from data_loaders.imagenet import sets as loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave

@@ -112,7 +112,7 @@ def apart(rank, written_on, with_closure, store_each_nth):
     group = dist.new_group(timeout=timedelta(seconds=20))
     settings = EAGER | {"average": False, "store_each_nth": store_each_nth, "frequency": 3 * store_each_nth}
     aadl.accelerate(optimizer, **settings, process_group=group)
-    decisions = aadl.accelerator_of(optimizer)._decisions
+    decisions = aadl.accelerator_of(optimizer).decisions
     x, y = data(32, 8)[rank::2].float(), data(32, 4, seed=8)[rank::2].float()
 
     def closure():
@@ -127,7 +127,7 @@ def apart(rank, written_on, with_closure, store_each_nth):
         else:
             closure()
             optimizer.step()
-        if decisions.pending is not None and rank in written_on:
+        if decisions.accepted is not None and rank in written_on:
             with torch.no_grad():
                 model[0].weight.mul_(1.01)
     names = ("steps", "macro_steps", "attempts", "accepted", "reverted", "rejected", "suspended", "closure_evaluations")

@@ -50,7 +50,7 @@ def quadratic(numel, *, dtype=torch.float32, momentum=0.0, seed=0, **settings):
 
 
 def tensors_of(optimizer):
-    return [dict(block.tensors) for block in aadl.accelerator_of(optimizer)._history.blocks]
+    return [dict(block.tensors) for block in aadl.accelerator_of(optimizer).history.blocks]
 
 
 @pytest.mark.usefixtures("unbroken")
@@ -161,11 +161,11 @@ def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
         step(6)
         fitting = copy.deepcopy(accelerator.state_dict())
         step(3)  # now in the middle of one
-        before = list(accelerator._history.columns), accelerator._history.has_pair
+        before = list(accelerator.history.columns), accelerator.history.has_pair
         if load == "wrong":
             with pytest.raises(ValueError, match="shape"):
                 accelerator.load_state_dict(wrong)
-            assert (list(accelerator._history.columns), accelerator._history.has_pair) == before
+            assert (list(accelerator.history.columns), accelerator.history.has_pair) == before
             assert before[0] and before[1]
         elif load == "fitting":
             accelerator.load_state_dict(fitting)
@@ -183,7 +183,7 @@ def test_what_was_asked_about_averages_stands_above_a_checkpoint(average):
     assert json.loads(state["aadl"]["books"])["averaging"] == (average != "always")
     _, optimizer, step = quadratic(6, average=average)
     optimizer.load_state_dict(state)
-    restored = aadl.accelerator_of(optimizer)._decisions
+    restored = aadl.accelerator_of(optimizer).decisions
     assert restored.averaging == (average is not False)
     step(4)
     assert average == "auto" or restored.averaging == (average == "always")
@@ -201,7 +201,7 @@ def test_a_state_loaded_while_a_store_waits_continues_as_the_saved_run(offloaded
     expected = x.detach().clone()
     assert statistics(optimizer)["accepted"] == 1
     step(2)
-    assert (aadl.accelerator_of(optimizer)._postponed is not None) == offloaded
+    assert aadl.accelerator_of(optimizer).is_copying == offloaded
     with torch.no_grad():
         x.copy_(there)
     optimizer.load_state_dict(state)

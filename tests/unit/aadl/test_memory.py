@@ -53,7 +53,7 @@ def test_bytes_are_the_same_before_the_first_step_and_after(make, settings):
     optimizer = aadl.accelerate(make(model.parameters()), **settings)
     accelerator = aadl.accelerator_of(optimizer)
     before = accelerator.history_bytes
-    assert accelerator._layout is None and (before > 0) == (settings != SETTINGS["idle"])
+    assert accelerator.history is None and (before > 0) == (settings != SETTINGS["idle"])
     assert statistics(optimizer)["steps"] == 0
 
     def closure():
@@ -64,7 +64,7 @@ def test_bytes_are_the_same_before_the_first_step_and_after(make, settings):
 
     for _ in range(10):
         optimizer.step(closure)
-    held = [tensor for block in accelerator._history.blocks for tensor in block.tensors.values()] if before else []
+    held = [tensor for block in accelerator.history.blocks for tensor in block.tensors.values()] if before else []
     assert accelerator.history_bytes == before == sum(tensor.nbytes for tensor in held)
     aadl.remove_acceleration(optimizer)
     assert accelerator.history_bytes == 0
@@ -192,7 +192,7 @@ def test_a_history_without_room_is_refused_before_anything_is_changed(fail):
         gc.collect()
         assert not MADE
     assert identical(model.state_dict(), start) and not optimizer.state
-    assert statistics(optimizer)["steps"] == 0 and aadl.accelerator_of(optimizer)._layout is None
+    assert statistics(optimizer)["steps"] == 0 and aadl.accelerator_of(optimizer).history is None
 
     twin, unbothered = accelerated()
     for m, o in ((model, optimizer), (twin, unbothered)):
@@ -244,7 +244,7 @@ def test_a_state_of_a_history_without_room_is_refused(monkeypatch):
     for attempt in (fresh.state_dict, lambda: fresh.load_state_dict(state)):
         with pytest.raises(torch.OutOfMemoryError, match=SENTENCE):
             attempt()
-    assert not fresh.state and aadl.accelerator_of(fresh)._layout is None
+    assert not fresh.state and aadl.accelerator_of(fresh).history is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to set a limit that is just too low")
@@ -297,7 +297,7 @@ def without_room_on(rank, size, missing):
                 train(model, optimizer, 1)
             except torch.OutOfMemoryError as error:
                 raised = str(error)
-                assert accelerator._layout is None and not optimizer.state
+                assert accelerator.history is None and not optimizer.state
         train(model, optimizer, 8)
         assert accelerator.history_bytes == before
         outcomes.append((raised, before, model.state_dict(), statistics(optimizer)["steps"]))
