@@ -13,16 +13,27 @@ import torch
 
 from aadl.accelerator import AndersonAccelerator
 from aadl.attached import accelerator_of, find_accelerator
-from aadl.nonlinear_gmres import ResidualAccelerator, Residuals
+from aadl.nonlinear_gmres import ResidualAccelerator
 from aadl.parameters import all_parameters
 from aadl.porting import translated
-from aadl.settings import Settings, history_device_for, with_defaults
+from aadl.residual_pairs import Residuals
+from aadl.settings import (
+    AccelerationType,
+    Average,
+    Momentum,
+    Safeguard,
+    Settings,
+    StateCoupling,
+    history_device_for,
+    with_defaults,
+)
+from aadl.statistics import Statistics
 from aadl.wrappers import target_of
 
 __version__ = "0.1.0"
 __all__ = [
-    "AndersonAccelerator", "ResidualAccelerator", "accelerate", "accelerator_of", "distributed_accelerate",
-    "remove_acceleration", "reset_acceleration_history", "reset_history",
+    "AndersonAccelerator", "ResidualAccelerator", "Statistics", "accelerate", "accelerator_of",
+    "distributed_accelerate", "remove_acceleration", "reset_acceleration_history", "reset_history",
 ]  # fmt: skip
 
 Wrapped = TypeVar("Wrapped")
@@ -31,19 +42,19 @@ Wrapped = TypeVar("Wrapped")
 
 def accelerate(
     optimizer: Wrapped,
-    acceleration_type: str = "anderson",
+    acceleration_type: AccelerationType = "anderson",
     relaxation: float = 1.0,
     wait_iterations: int = 1,
     history_depth: int | None = None,
     store_each_nth: int | None = None,
     frequency: int | None = None,
     reg_acc: float | None = None,
-    average: bool | str | None = None,
+    average: bool | Average | None = None,
     *published: Any,
-    safeguard: bool | str = True,
+    safeguard: bool | Safeguard = True,
     average_tolerance: float = 0.7,
     average_window: int | None = None,
-    state_coupling: str = "full",
+    state_coupling: StateCoupling = "full",
     history_dtype: torch.dtype | None = None,
     shard_history: bool = False,
     process_group: Any = None,
@@ -52,7 +63,7 @@ def accelerate(
     local_sgd: bool = False,
     residuals: Residuals | None = None,
     check: Residuals | None = None,
-    momentum: str = "auto",
+    momentum: Momentum = "auto",
     **published_by_name: Any,
 ) -> Wrapped:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.

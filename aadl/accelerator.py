@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aadl import kernels
+from aadl import compilation
 from aadl import state as saved_state
 from aadl.acceptance import Cause
 from aadl.attached import VERSION, check_format
@@ -109,7 +109,7 @@ class AndersonAccelerator(MacroSteps):
     def uses_compiled_kernels(self) -> bool:
         """Whether the passes over memory run in kernels made by torch.compile."""
         compiled = self._history is not None and any(block.fused for block in self._history.blocks)
-        return compiled and not kernels.compilation_error()
+        return compiled and not compilation.failure()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -173,7 +173,7 @@ class AndersonAccelerator(MacroSteps):
         """The plain values of a saved state, and the layout that it fits; raises ValueError if there is none."""
         check_format(state)
         try:
-            saved = json.loads(state["books"])
+            saved: dict[str, Any] = json.loads(state["books"])
             if saved["map"].get("acceleration_type", "anderson") != "anderson":
                 raise ValueError(
                     f"the saved accelerator has acceleration_type={saved['map']['acceleration_type']!r}, this one "

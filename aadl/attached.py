@@ -146,7 +146,7 @@ class Accelerator(ABC):
         """The books of a saved state, parsed; raises ValueError if it does not fit."""
 
     @abstractmethod
-    def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
+    def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         """Continue from a saved state and its checked books."""
 
     # ---- hooks -----------------------------------------------------------------------------------------------------

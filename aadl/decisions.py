@@ -40,7 +40,7 @@ class Decisions:
     """
 
     settings: Settings
-    statistics: Statistics = field(default_factory=Statistics)
+    statistics: Statistics = field(init=False)
     averaging: bool = False
     pause: Pause = field(default_factory=lambda: Pause(acceptance.LONGEST_PAUSE))
     """After predictions that failed."""

@@ -22,7 +22,7 @@ class Deferred:
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True, device="cpu")
             self._numbers = host.copy_(numbers.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(numbers.device))
 
     def values(self) -> list[float]:

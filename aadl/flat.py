@@ -104,13 +104,13 @@ class FlatRow:
 
     def views(self, row: Tensor) -> list[Tensor]:
         """The parts of a whole row that belong to the tensors, shaped like them in the order of the row."""
-        parts = row.split(self.whole_sizes)
+        parts = torch.split(row, self.whole_sizes)
         return [part.view(shape) for part, shape in zip(parts, self.ordered_shapes, strict=True)]
 
     def logical_views(self, rows: Tensor) -> list[Tensor]:
         """Parts of whole rows, shape (..., whole), shaped like the tensors themselves; complex ones as pairs."""
         lead = rows.shape[:-1]
-        parts = rows.split(self.whole_sizes, -1)
+        parts = torch.split(rows, self.whole_sizes, -1)
         result = []
         for part, shape, order in zip(parts, self.ordered_shapes, self.orders, strict=True):
             view = part.view((*lead, *shape))

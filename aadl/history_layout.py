@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import memory, state
-from aadl.history import Block, History, Tensors, make_block
+from aadl.block import Block, Tensors, make_block
+from aadl.history import History
 from aadl.parameters import grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
 from aadl.settings import Settings

@@ -82,7 +82,7 @@ class StepHooks:
 
 def _uncompiled(hook: Before) -> Before:
     """The hook, kept from the compiler where a compiled step calls it; elsewhere that would cost half a microsecond."""
-    disabled: Before = torch.compiler.disable(hook)
+    disabled: Before = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     compiler = compiler_of_frames
     if compiler is None:
         return disabled

@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 from aadl import advice, memory
 from aadl.acceptance import Cause, count
 from aadl.attached import Accelerator, warn_once
+from aadl.block import Tensors
 from aadl.decisions import Decisions
-from aadl.history import Column, History, Tensors
+from aadl.history import Column, History
 from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
 from aadl.mixing import host_tensor

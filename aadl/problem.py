@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from aadl import mixing
 from aadl.acceptance import Candidate
-from aadl.history import History, Tensors
+from aadl.block import Tensors
+from aadl.history import History
 from aadl.mixing import Gram
 from aadl.ranks import Ranks
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from aadl import kernels, memory
+from aadl.block import Block, Tensors, make_block, push_block
 from aadl.deferred import handed
-from aadl.history import Block, Tensors, make_block, push_block
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import grouped
 from aadl.ranks import Ranks, like, local
@@ -27,7 +27,7 @@ from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
 
 
-class Look(NamedTuple):
+class Products(NamedTuple):
     """What the ranks know together when an acceleration is due."""
 
     gram: Gram
@@ -167,7 +167,7 @@ class ResidualHistory:
 
     # ---- products --------------------------------------------------------------------------------------------------
 
-    def look(self) -> Look:
+    def products(self) -> Products:
         """Products of the columns, summed over the ranks; the host waits for the device.
 
         Columns stored since the last call are multiplied with all others, in one pass. Of several ranks each adds
@@ -201,7 +201,7 @@ class ResidualHistory:
         self.doubt = None
         return self._read(values)
 
-    def _look_here(self, last: Tensor) -> Look:
+    def _look_here(self, last: Tensor) -> Products:
         """What a process on its own knows; everything is on the host."""
         assert self.residuals is not None
         slots, doubt, self.doubt = self._slots(self.valid), self.doubt, None
@@ -209,7 +209,7 @@ class ResidualHistory:
         old, new = (0.0 if number is None else float(number) for number in self._changes())
         doubtful = 0.0 if doubt is None else float(doubt)
         jump = new / old if old > 0 else 0.0
-        return Look(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
+        return Products(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
 
     def _changes(self) -> tuple[Tensor | None, Tensor | None]:
         """Mean squares before and after a change of points that the next pairs have followed, once each."""
@@ -223,7 +223,7 @@ class ResidualHistory:
         newest = [(self.pushed - 1 - age) % self.depth for age in range(self.depth)]
         return [slot for slot in reversed(newest) if valid[slot]]
 
-    def _read(self, word: Tensor) -> Look:
+    def _read(self, word: Tensor) -> Products:
         depth = self.depth
         count = depth * (depth + 1) // 2
         numbers = word[count:].tolist()
@@ -239,7 +239,7 @@ class ResidualHistory:
         projection = host_tensor([numbers[slot] for slot in slots])
         jump = new / old if old > 0 else 0.0
         gram = Gram(matrix, projection, numbers[depth])
-        return Look(gram, slots, doubt, compared, jump, round(num_residuals), aligned)
+        return Products(gram, slots, doubt, compared, jump, round(num_residuals), aligned)
 
     # ---- candidates ------------------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class ResidualHistory:
             rows |= {f"residuals.{name}": block.tensors[name] for name in ("delta_mapped", "mapped")}
         return rows
 
-    def books(self) -> dict[str, Any]:
+    def plain_state(self) -> dict[str, Any]:
         """What is known besides the vectors, as plain values."""
         return {
             "rank": [self.ranks.index, self.ranks.size],
@@ -299,13 +299,13 @@ class ResidualHistory:
             "numbers": [None if number is None else float(number) for number in (self.doubt, self._old, self._new)],
         }
 
-    def fits(self, books: dict[str, Any], rows: dict[str, Tensor]) -> bool:
+    def fits(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> bool:
         """Whether saved pairs can be taken over here: all of their rows are there, of this depth and of this rank.
 
         Raises:
             ValueError: they belong to parameters of other shapes.
         """
-        if len(books["valid"]) != self.depth or books["rank"] != [self.ranks.index, self.ranks.size]:
+        if len(saved["valid"]) != self.depth or saved["rank"] != [self.ranks.index, self.ranks.size]:
             return False
         wanted = self.rows()
         if not wanted.keys() <= rows.keys() or "residuals.mapped" not in rows:
@@ -313,18 +313,18 @@ class ResidualHistory:
         check_rows({name: rows[name] for name in wanted}, wanted)
         return True
 
-    def load(self, books: dict[str, Any], rows: dict[str, Tensor]) -> None:
+    def load(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> None:
         """Continue with saved pairs that fit."""
         residuals = rows["residuals.mapped"]
         device = residuals.device if self.locals[0].device.type == "cpu" else self.locals[0].device
         self._make_room(residuals.to(device))
         load_rows(rows, self.rows())
-        self.pushed, self.has_pair = int(books["pushed"]), bool(books["has_pair"])
-        self.valid, self._stale = list(map(bool, books["valid"])), list(map(int, books["stale"]))
-        self._matrix.copy_(host_tensor(books["matrix"]))
+        self.pushed, self.has_pair = int(saved["pushed"]), bool(saved["has_pair"])
+        self.valid, self._stale = list(map(bool, saved["valid"])), list(map(int, saved["stale"]))
+        self._matrix.copy_(host_tensor(saved["matrix"]))
         self.doubt, self._old, self._new = (
             None if number is None else torch.tensor(number, dtype=torch.float64, device=device)
-            for number in books["numbers"]
+            for number in saved["numbers"]
         )
 
     def _make_room(self, residuals: Tensor) -> Block:
@@ -404,7 +404,7 @@ def _mean_square(residuals: Tensor) -> Tensor:
     return torch.dot(wide, wide) / max(1, wide.numel())
 
 
-def is_finite(look: Look) -> bool:
+def is_finite(products: Products) -> bool:
     """Whether all products are finite."""
-    gram = look.gram
+    gram = products.gram
     return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))

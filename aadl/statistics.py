@@ -6,14 +6,9 @@ import math
 from typing import TypedDict
 
 
-class Statistics(TypedDict, total=False):
-    """`aadl.accelerator_of(optimizer).statistics`: plain numbers, counted from the start of the training.
+class CommonStatistics(TypedDict):
+    """What all kinds of acceleration count. Last values are nan until there is one."""
 
-    All kinds of acceleration have the first group. The second group belongs to Anderson acceleration and "identity",
-    the third to "nonlinear_gmres". Last values are nan until there is one.
-    """
-
-    # All kinds
     steps: int
     """Optimizer steps, without skipped and dry ones."""
     skipped_steps: int
@@ -39,6 +34,13 @@ class Statistics(TypedDict, total=False):
     """Eigenvalues that the last attempt kept."""
     coefficient_norm: float
     """Length of the coefficients in units of unit columns, in the last attempt."""
+
+
+class Statistics(CommonStatistics, total=False):
+    """`aadl.accelerator_of(optimizer).statistics`: plain numbers, counted from the start of the training.
+
+    The first group of these keys belongs to Anderson acceleration and "identity", the second to "nonlinear_gmres".
+    """
 
     # Anderson acceleration and "identity"
     macro_steps: int

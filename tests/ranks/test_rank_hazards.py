@@ -17,7 +17,7 @@ from small_runs import EAGER, identical, missing_for_compilation
 from torch import nn
 
 import aadl
-from aadl import kernels
+from aadl import compilation
 from aadl.history import History
 
 with warnings.catch_warnings():  # torch.jit, which the package compiles with, is deprecated
@@ -159,7 +159,7 @@ def one_element():
 
 def without_compiler_on(missing, rank, *, unaware=False):
     """Ranks in `missing` cannot compile; `unaware`: nobody tells the others."""
-    kernels._broken[:] = ["no compiler on this host"] if rank in missing else []
+    compilation.failures[:] = ["no compiler on this host"] if rank in missing else []
     patch = mock.patch.object(History, "fused", True) if unaware else nullcontext()
     torch.manual_seed(0)
     model = nn.Linear(100, 100)
@@ -167,7 +167,7 @@ def without_compiler_on(missing, rank, *, unaware=False):
     with patch:
         result = training(model, optimizer, 30)
     compiled = aadl.accelerator_of(optimizer).uses_compiled_kernels
-    kernels._broken.clear()
+    compilation.failures.clear()
     return result | {"compiled": compiled}
 
 

@@ -15,7 +15,7 @@ from small_runs import ALWAYS, identical, missing_for_compilation, statistics
 from torch.utils.flop_counter import FlopCounterMode
 
 import aadl
-from aadl import kernels
+from aadl import compilation, kernels
 from aadl.history_layout import Layout
 
 LONG = 5000  # elements; kernels are compiled from 4096 on
@@ -70,7 +70,7 @@ def test_where_torch_would_run_compiled_kernels_as_they_are_written(mode, safegu
         for name in block:
             assert torch.allclose(block[name], twin[name], rtol=1e-5, atol=1e-5), name
     assert counts["accepted"] == other_counts["accepted"] > 1
-    assert not kernels._made and kernels.compilation_error() == ""
+    assert not compilation.variants and compilation.failure() == ""
     x, _, step = quadratic(LONG, fused=False, relaxation=0.5)
     step(12)
     assert not torch.allclose(plain, x, rtol=1e-5, atol=1e-5)
@@ -147,7 +147,7 @@ def test_rows_of_a_blow_up_are_not_read_after_a_reset(fused):
         step(4)
     assert x.isfinite().all() and statistics(optimizer)["attempts"] > 0
     assert aadl.accelerator_of(optimizer).uses_compiled_kernels == fused
-    assert bool(kernels._made) == fused
+    assert bool(compilation.variants) == fused
 
 
 def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
@@ -242,7 +242,7 @@ def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, m
             step()
             plain_step()
             assert torch.allclose(x, y, rtol=1e-5, atol=1e-5)
-    assert kernels.compilation_error() == "RuntimeError: no compiler"
+    assert compilation.failure() == "RuntimeError: no compiler"
     assert calls.count(failing) == 1 and calls[-1] is failing
     for rows, twin in zip(tensors_of(optimizer), tensors_of(other), strict=True):
         assert all(torch.allclose(rows[name], twin[name], rtol=1e-5, atol=1e-5) for name in rows)

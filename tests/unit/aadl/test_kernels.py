@@ -7,7 +7,7 @@ import torch
 from small_runs import ALWAYS, identical, missing_for_compilation
 
 import aadl
-from aadl import kernels
+from aadl import compilation, kernels
 
 DEPTH = 4
 
@@ -177,7 +177,7 @@ def test_compiled_inner_products_are_those_of_the_plain_kernel(dtype):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # those of the compiler
                 fused = kernels.inner_products(ring, residual, DEPTH, slots, True)
-            assert kernels.compilation_error() == ""
+            assert compilation.failure() == ""
             plain = kernels.inner_products(ring, residual, DEPTH, slots, False)
             norms = torch.cat([ring.double().norm(dim=1), residual.double().norm()[None]])
             scales = norms[[*slots, DEPTH]].outer(norms)
@@ -194,7 +194,7 @@ def test_a_compiled_combination_is_that_of_the_plain_kernel(dtype):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (fused, advance), (expected, exact) = combined(given, numel, fused=True)
-        assert kernels.compilation_error() == ""
+        assert compilation.failure() == ""
         (plain, other), _ = combined(given, numel)
         for out in (fused, plain):
             assert torch.allclose(out.double(), expected, rtol=1e-6, atol=1e-5)
@@ -241,7 +241,7 @@ def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message
     with pytest.warns(UserWarning, match=told) as caught:
         fused = kernels.inner_products(ring, residual, DEPTH, [1, 2], True)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
-    assert kernels.compilation_error().startswith(message)
+    assert compilation.failure().startswith(message)
     assert torch.equal(fused, kernels.inner_products(ring, residual, DEPTH, [1, 2], False))
     given = problem(5000, torch.bfloat16, torch.float32)
     assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without a word
@@ -264,7 +264,7 @@ def test_an_accelerated_run_with_compiled_kernels():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused, accelerator, optimizer = quadratic_run(fused=True, safeguard="residual")
-    assert accelerator.uses_compiled_kernels and kernels.compilation_error() == ""
+    assert accelerator.uses_compiled_kernels and compilation.failure() == ""
     plain, other, _ = quadratic_run(fused=False, safeguard="residual")
     assert not other.uses_compiled_kernels
     assert torch.allclose(fused, plain, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,8 @@ from small_runs import EAGER, identical
 
 import aadl
 from aadl.attached import VERSION
-from aadl.history import Column, History, make_block
+from aadl.block import make_block
+from aadl.history import Column, History
 from aadl.state import check_rows, load_rows, parsed_plain_state, plain_state_of, restore_plain_state, rows_of
 
 ONE = [[(0, torch.zeros(50))]]
