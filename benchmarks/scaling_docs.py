@@ -187,7 +187,8 @@ def conclusion(report: Report) -> str:
     return (
         "By a model of thousands of devices, acceleration at the defaults adds "
         f"{', '.join(ranges.values())} to a step. An acceleration needs one short all-reduce of about a kilobyte; "
-        "what costs is reading the history, and gathering it where replicas share one. Accelerating every second step costs about ten times as much."
+        "what costs is reading the history, and gathering it where replicas share one. "
+        "Accelerating every second step costs about ten times as much."
     )
 
 

@@ -122,7 +122,8 @@ def test_a_quick_run_writes_the_page(tmp_path, capsys):
     assert benchmark.main(arguments, docs=tmp_path / "docs") == 0
     page = (tmp_path / "docs" / "reports" / "input_pipeline.md").read_text()
     assert page.strip() in capsys.readouterr().out
-    assert page.startswith("# Input pipeline\n\n-  `python -m benchmarks.input_pipeline --docs`: ")
+    assert page.startswith("# Input pipeline\n\n- ")
+    assert "\nWritten by `python -m benchmarks.input_pipeline --docs`: " in page
     assert [path.name for path in tmp_path.iterdir()] == ["docs"]  # the data are gone
 
 
