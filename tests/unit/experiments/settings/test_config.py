@@ -162,7 +162,7 @@ def test_seeds_with_leading_zeros_are_decimal(tmp_path):
 
 def test_an_acceleration_without_its_settings_is_refused(tmp_path):
     text = MINIMAL + "    acceleration:\n      # relaxation: 0.5\n"
-    with pytest.raises(ValueError, match=r"nothing stands after the key 'acceleration' \(line 10\): write \{\}"):
+    with pytest.raises(ValueError, match=r"nothing stands after the key 'acceleration' \(line 11\): write \{\}"):
         load_config(write(tmp_path, text))
     assert (
         load_config(write(tmp_path, text.replace("acceleration:", "acceleration: {}"))).variants["fast"].acceleration
