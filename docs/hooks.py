@@ -25,7 +25,11 @@ def undocumented() -> list[str]:
     for name in sorted(package.exports or []):
         target = package[str(name)]
         target = target.final_target if target.is_alias else target
-        members = [target, *(m for m in target.members.values() if m.is_public)] if target.is_class else [target]
+        members = (
+            [target, *(m for m in target.members.values() if not m.name.startswith("_"))]
+            if target.is_class
+            else [target]
+        )
         missing += [m.path for m in members if not m.is_attribute and not m.docstring]
     return missing
 
