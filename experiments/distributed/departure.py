@@ -207,7 +207,7 @@ def _fail(ranks: Ranks, error: BaseException) -> NoReturn:
     code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
     met, first, lost = _joined, None, ""
     if met is None:
-        if mistake and ranks.rank > 0:  # most mistakes are everyone's: rank 0 prints them, and the launcher ends the job
+        if mistake and ranks.rank > 0:  # most mistakes are everyone's: rank 0 prints, the launcher ends the job
             time.sleep(WATCH_SECONDS)
     else:
         if _is_lost_connection(error):

@@ -9,7 +9,7 @@ from itertools import product
 
 from experiments.distributed.variables import first
 
-# Slurm's numbers for steps that no srun of the user started: the batch script, an interactive shell, external processes.
+# Slurm's numbers for steps that no srun of the user started: batch script, interactive shell, external processes.
 SHELL_STEPS = {str(2**32 - number) for number in range(1, 16)}
 LOGIN_OR_LAUNCH = re.compile(r"(batch|login|launch)\d*$")
 MAX_NODES = 1_000_000

@@ -172,7 +172,8 @@ def _read(name: str, env: Mapping[str, str], mpi: MpiNumbers) -> Ranks:
         raise ValueError(f"AADL_LAUNCHER={name} needs {step}{launcher.rank} and {launcher.size}, which are not set")
     alone = numbers[1] == 1
     ranks = Ranks(
-        *numbers,
+        numbers[0],
+        numbers[1],
         first(env, launcher.local_rank, 0, 0 if alone or name == "srun" else None),
         launcher=name,
         local_size=first(env, launcher.local_size, 1, 1 if alone and name in OF_MPI else 0),

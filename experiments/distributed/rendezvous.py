@@ -71,7 +71,7 @@ class Deadline:
         return left > 0
 
 
-# --- the announcement in a file
+# --- where rank 0 announces
 
 
 def announcement_path(folder: Path, ranks: Ranks) -> Path:
@@ -120,6 +120,16 @@ def read_announcement(path: Path) -> Announcement | None:
         return Announcement.read(path.read_text("utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def write_board(board: Store, announcement: Announcement) -> None:
+    """Writes the announcement to the store of torchrun's agent, over that of an earlier attempt."""
+    board.set(AGENT_KEY, announcement.as_json())
+
+
+def read_board(board: Store) -> Announcement | None:
+    """Returns the announcement in the store of torchrun's agent, or None while there is none."""
+    return Announcement.read(board.get(AGENT_KEY)) if board.check([AGENT_KEY]) else None
 
 
 # --- the store

@@ -1,4 +1,4 @@
-"""StepVote: all ranks learn the same stop, save and finite flags of a step, so that all of them act at the same step."""
+"""StepVote: all ranks learn the same stop, save and finite flags of a step, so that all act at the same step."""
 
 from __future__ import annotations
 

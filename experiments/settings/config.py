@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from data_loaders.collocation import MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
-from experiments.distributed.launch import LaunchSettings
 from experiments.images.settings import (
     CADENCES,
     NOMINAL_STEPS,
@@ -51,6 +50,7 @@ from experiments.settings.checks import (
     solves_residuals,
     takes,
 )
+from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
     EXPERIMENTS,
     PROBES,
