@@ -30,7 +30,7 @@ from aadl.settings import (
 from aadl.statistics import Statistics
 from aadl.wrappers import target_of
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AndersonAccelerator", "ResidualAccelerator", "Statistics", "accelerate", "accelerator_of",
     "distributed_accelerate", "remove_acceleration", "reset_acceleration_history", "reset_history",
