@@ -1,4 +1,4 @@
-"""Accelerator: what is attached to an optimizer by hooks, whatever it does between the steps, and how it is found."""
+"""Accelerator: attached to an optimizer by hooks, saved with the optimizer's state, and found again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Accelerator]] = 
 class Accelerator(ABC):
     """Base of the accelerators: hooks around the steps, and the state inside that of the optimizer.
 
-    A kind of acceleration says what happens before and after a step, what its state is, and how it starts.
+    Each kind of acceleration implements what happens before and after a step, its state, and its start.
 
     Attributes:
         settings: the validated arguments.
@@ -122,7 +122,7 @@ class Accelerator(ABC):
     def __reduce__(self) -> NoReturn:
         raise TypeError("an accelerator cannot be pickled: save its state_dict() (optimizer.state_dict() carries it)")
 
-    # ---- what a kind of acceleration says --------------------------------------------------------------------------
+    # ---- what each kind of acceleration implements ---------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -143,11 +143,11 @@ class Accelerator(ABC):
 
     @abstractmethod
     def _checked(self, state: Any) -> dict[str, Any]:
-        """The books of a saved state, parsed; raises ValueError if it does not fit."""
+        """The plain values of a saved state; raises ValueError if it does not fit."""
 
     @abstractmethod
     def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
-        """Continue from a saved state and its checked books."""
+        """Continue from a saved state and its checked plain values."""
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ def warn_once(text: str) -> None:
 
 
 def outline(state: Any) -> str:
-    """What a wrong state is, in a few words."""
+    """A short description of a wrong state."""
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
     return f"version {state.get('version')!r} with keys {list(state)}"

@@ -132,7 +132,7 @@ def make_block(
         weight: see `Block`.
         fused: whether kernels that torch.compile makes are used where the row is long enough for them.
         device: of the rows; None for that of the tensors.
-        planned: whether to allocate nothing and leave the rows without values, for the sake of `Block.nbytes`.
+        planned: whether to allocate nothing and leave the rows without values, so that only `Block.nbytes` is asked.
     """
     place = templates[0].device if device is None else device
     numel = sum(template.numel() for template in templates) // part[1]

@@ -30,7 +30,7 @@ ROTATED = 1 << 18
 
 @dataclass
 class Column:
-    """What is known of one stored difference besides its vectors."""
+    """One stored difference, without its vectors."""
 
     macro_step: int
     consecutive: bool
@@ -64,7 +64,7 @@ class History:
     columns: list[Column] = field(default_factory=list)
     has_pair: bool = False
     next: int = 0
-    """The slot that is written next."""
+    """Slot that the next difference is written to."""
     grams: dict[str, list[list[float]]] = field(default_factory=dict)
     """Products of the rows by kind and slot, where they are not stale."""
     stale: list[int] = field(default_factory=list)
@@ -188,16 +188,16 @@ class History:
         """Inner products by kind, unscaled, columns oldest first, see `gram_with`."""
         return self.gram_with([])[0]
 
-    def gram_with(self, words: list[float]) -> tuple[dict[str, Gram], list[float]]:
-        """Inner products by kind, and `words` of this rank, summed over the ranks where the products are (`sums`).
+    def gram_with(self, own: list[float]) -> tuple[dict[str, Gram], list[float]]:
+        """Inner products by kind, and the numbers `own`, summed over the ranks if the products are (`sums`).
 
         One read of DF, one transfer to the host, one sum over the ranks where they hold parts (or lie on devices). Only
-        products with columns stored since the last call are computed: with r of them among m the word has
-        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` a kind, and `words`.
+        products with columns stored since the last call are computed: with r of them among m columns the ranks exchange
+        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` for each kind, and `own`.
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
-        parts, words = self._fresh_products(count, words)
+        parts, own = self._fresh_products(count, own)
         for kind, (products, numbers) in parts.items():
             known = self.grams.setdefault(kind, [[0.0] * self.depth for _ in range(self.depth)])
             *fresh, last = products.tolist()  # Python is faster than tensor calls at this size
@@ -207,11 +207,11 @@ class History:
             matrix = host_tensor([[known[i][j] for j in order] for i in order]).view(count, count)
             result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1], *numbers.tolist())
         self.stale = []
-        return result, words
+        return result, own
 
-    def _fresh_products(self, count: int, words: list[float]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[float]]:
+    def _fresh_products(self, count: int, own: list[float]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[float]]:
         """Per kind, on the host, summed over ranks: products of the stale columns and of f with all columns and f, and
-        what the push has measured besides ||f||^2. Then `words`, summed as well."""
+        what the push has measured besides ||f||^2; and the sums of `own`."""
         kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
         if self.partial:  # ranks without a tensor take part in the sum too
             kinds = list(KINDS)
@@ -227,30 +227,30 @@ class History:
             if block.measured is not None:
                 numbers[kinds.index(block.kind)].add_(block.measured[1:].to(device), alpha=weight)
         if not self.sums:
-            word = torch.cat([sums.flatten(1), numbers], 1).cpu()
-            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, word, strict=True)}
-            return rows, words
+            message = torch.cat([sums.flatten(1), numbers], 1).cpu()
+            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, message, strict=True)}
+            return rows, own
         needed = needed_products(tuple(self.stale), count)
         rows_there = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
-        word = torch.cat([rows_there.view(-1), handed(host_tensor(words), device)])
-        word = self.ranks.total(word).cpu()
-        rows_here = word[: rows_there.numel()].view(rows_there.shape)
+        message = torch.cat([rows_there.view(-1), handed(host_tensor(own), device)])
+        message = self.ranks.total(message).cpu()
+        rows_here = message[: rows_there.numel()].view(rows_there.shape)
         parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in rows_here]
-        return dict(zip(kinds, parts, strict=True)), word[rows_there.numel() :].tolist()
+        return dict(zip(kinds, parts, strict=True)), message[rows_there.numel() :].tolist()
 
     def measurements(self) -> Tensor:
         """`Block.measured` of the newest pair by kind, shape (kinds, 4), on the device; a sum over ranks with parts."""
         sums = self._own_measurements()
         return self.ranks.total(sums) if self.partial else sums
 
-    def measurements_with(self, words: list[float]) -> tuple[Tensor, Tensor]:
-        """The same, agreed upon by replicas as well, and `words` of this rank, summed over the ranks."""
+    def measurements_with(self, own: list[float]) -> tuple[Tensor, Tensor]:
+        """The measurements as a mean over replicas, and the numbers `own` of this rank summed over the ranks."""
         sums = self._own_measurements()
         if self.replicas:
             sums /= self.ranks.size
-        word = torch.cat([sums.view(-1), handed(host_tensor(words), sums.device)])
-        word = self.ranks.total(word)
-        return word[: sums.numel()].view(sums.shape), word[sums.numel() :]
+        message = torch.cat([sums.view(-1), handed(host_tensor(own), sums.device)])
+        message = self.ranks.total(message)
+        return message[: sums.numel()].view(sums.shape), message[sums.numel() :]
 
     def _own_measurements(self) -> Tensor:
         sums = torch.zeros(len(KINDS), 4, dtype=torch.float64, device=self._device())
@@ -310,7 +310,7 @@ class History:
         """Where `flag` holds, put into the tensors what lies in the start (a candidate, or what a push kept).
 
         The tensors hold the newest mapped iterate and keep it where the flag does not hold; the next macro-step
-        starts at what they hold afterwards. A flag on a device decides there, without a word to the host.
+        starts at what they hold afterwards. A flag on a device decides there; the host does not wait.
         """
         if isinstance(flag, bool):
             if flag:

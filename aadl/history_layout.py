@@ -1,4 +1,4 @@
-"""Which tensors a history is made of, and where their parts lie."""
+"""Layout: the tensors that a history is made of, and the part of them that lies on this rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Layout:
         ranks: those whose sums make the inner products.
         partitioned: whether every rank holds other parameters.
         momentum: whether there are momentum buffers by now.
-        planned: whether to allocate nothing, for the sake of `nbytes`.
+        planned: whether to allocate nothing, so that only `nbytes` is asked.
 
     Raises:
         ValueError: `process_group` does not hold every shard of the parameters.
@@ -138,7 +138,9 @@ class Layout:
         except (RuntimeError, MemoryError, OSError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        raise memory.refusal(need, settings)  # here, where no frame holds the rows that there was room for
+        raise memory.no_room(
+            need, settings
+        )  # outside of the except clause, so that no frame keeps the rows that were allocated
 
     def _blocks(self, kind: str, planned: bool = False) -> list[Block]:
         settings, ranks = self._settings, self.history.ranks

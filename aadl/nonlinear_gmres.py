@@ -28,7 +28,7 @@ from aadl.deferred import Deferred, on_host
 from aadl.learning_rates import is_dry_step
 from aadl.least_squares import Solution, gain_ratio, next_damping, solve
 from aadl.mixing import newest
-from aadl.pace import Pace, is_normalized, lets_go_of_momentum
+from aadl.pace import Pace, clears_momentum, is_normalized
 from aadl.parameters import (
     MOMENTUM_KEYS,
     all_parameters,
@@ -309,7 +309,7 @@ class ResidualAccelerator(ResidualPairs):
 
     def _scale_momentum(self, optimizer: Optimizer, flag: Tensor, accepted: bool | None) -> None:
         """Clear the momentum where the candidate was accepted: it was built up at another point."""
-        if accepted is False or not lets_go_of_momentum(self.settings.momentum, self._pace, optimizer):
+        if accepted is False or not clears_momentum(self.settings.momentum, self._pace, optimizer):
             return
         states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
         found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]

@@ -1,4 +1,4 @@
-"""What of an optimizer is extrapolated, and what its steps tell."""
+"""Parameters and momentum buffers of an optimizer, and the closures given to its steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_STATE: Mapping[str, Any] = {}
 
 
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """The tensors of the groups, in their order; what else lies there (names, None) is passed over."""
+    """The tensors of the groups in their order; other entries (names, None) are left out."""
     return [p for group in optimizer.param_groups for p in group.get("params", ()) if isinstance(p, Tensor)]
 
 
@@ -36,14 +36,14 @@ def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
     """
     parameters = [p for p in all_parameters(optimizer) if p.requires_grad]
     for p in parameters:
-        reason = "" if type(p) in PLAIN and p.dtype in DTYPES and p.layout == torch.strided else _refusal(p)
+        reason = "" if type(p) in PLAIN and p.dtype in DTYPES and p.layout == torch.strided else _obstacle(p)
         if reason or p.device.type == "meta" or getattr(p, "_fsdp_flattened", False):
-            raise ValueError(reason or _refusal(p))
+            raise ValueError(reason or _obstacle(p))
         shards_of(p)
     return parameters
 
 
-def _refusal(p: Tensor) -> str:
+def _obstacle(p: Tensor) -> str:
     """Why a parameter cannot be extrapolated; "" if it can."""
     if torch.nn.parameter.is_lazy(p):
         return f"a parameter is an {type(p).__name__} without a shape: run the model once, then make the optimizer"
@@ -69,7 +69,7 @@ def _refusal(p: Tensor) -> str:
 
 
 def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:
-    """What the optimizer keeps for a parameter; empty where it keeps nothing, or no dictionary."""
+    """State of the optimizer for a parameter; empty if there is none, or it is no dictionary."""
     state = optimizer.state.get(p)
     return state if isinstance(state, Mapping) else NO_STATE
 
@@ -77,7 +77,7 @@ def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:
 def momentum_of(state: Any, p: Tensor) -> Tensor | None:
     """The first moment among the state of a parameter, if it can be extrapolated with it.
 
-    None for one in another shape, type or place (factored, quantized, bfloat16, on the host): such a one is left alone.
+    None for a buffer of another shape, dtype or place (factored, quantized, bfloat16, on the host).
     """
     for key in MOMENTUM_KEYS:
         buffer = state.get(key) if isinstance(state, Mapping) else None

@@ -28,7 +28,7 @@ from aadl.state import check_rows, load_rows
 
 
 class Products(NamedTuple):
-    """What the ranks know together when an acceleration is due."""
+    """Products of the columns, which the ranks know together when an acceleration is due."""
 
     gram: Gram
     """DR' DR, DR' r_k and ||r_k||^2, over the columns that every rank has, oldest first."""
@@ -138,7 +138,7 @@ class ResidualHistory:
             self._stale = []
 
     def align(self) -> None:
-        """Start again on all ranks, whose pairs have different slots."""
+        """Start again with slot 0, because the pairs of the ranks have different slots."""
         self.void()
         self.pushed = 0
 
@@ -149,7 +149,7 @@ class ResidualHistory:
         self.void()
 
     def compare(self, residuals: Tensor) -> None:
-        """Note by how much residuals differ from the newest ones, which were seen at the same weights."""
+        """Note the difference of residuals from the newest ones, which were seen at the same weights."""
         block = self.residuals
         if not self.has_pair or block is None or block.row.numel != residuals.numel():
             self.void()
@@ -196,13 +196,13 @@ class ResidualHistory:
         projection[:filled] = last[:filled]
         old, new = (doubt.new_zeros(()) if number is None else number for number in self._changes())
         square = torch.stack([last[-1], doubt, old, new])
-        word = torch.cat([self._matrix.take(upper), projection, square, handed(known, device)])
-        values = self.ranks.total(word).cpu()
+        message = torch.cat([self._matrix.take(upper), projection, square, handed(known, device)])
+        values = self.ranks.total(message).cpu()
         self.doubt = None
         return self._read(values)
 
     def _look_here(self, last: Tensor) -> Products:
-        """What a process on its own knows; everything is on the host."""
+        """The products of a process on its own, everything on the host."""
         assert self.residuals is not None
         slots, doubt, self.doubt = self._slots(self.valid), self.doubt, None
         gram = Gram(self._matrix[slots][:, slots], last[slots], float(last[-1]))
@@ -212,7 +212,7 @@ class ResidualHistory:
         return Products(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
 
     def _changes(self) -> tuple[Tensor | None, Tensor | None]:
-        """Mean squares before and after a change of points that the next pairs have followed, once each."""
+        """Mean squares before and after the last change of points, once the next pair is stored; each change once."""
         if self._new is None:
             return None, None
         changes, self._old, self._new = (self._old, self._new), None, None
@@ -223,17 +223,18 @@ class ResidualHistory:
         newest = [(self.pushed - 1 - age) % self.depth for age in range(self.depth)]
         return [slot for slot in reversed(newest) if valid[slot]]
 
-    def _read(self, word: Tensor) -> Products:
+    def _read(self, message: Tensor) -> Products:
+        """The products, from the sum over the ranks."""
         depth = self.depth
         count = depth * (depth + 1) // 2
-        numbers = word[count:].tolist()
+        numbers = message[count:].tolist()
         doubt, old, new = numbers[depth + 1 : depth + 4]
         *valid, compared = [round(v * 1e6) >= 1e6 for v in numbers[depth + 4 : 2 * depth + 5]]
         mean, mean_square, num_residuals = numbers[2 * depth + 5 :]
         aligned = mean_square - mean**2 < 0.5 / self.ranks.size  # the variance of unequal counts is larger
         slots = self._slots(valid)
         matrix = torch.zeros(depth * depth, dtype=torch.float64, device="cpu")
-        matrix[_upper(depth, torch.device("cpu"))] = word[:count]
+        matrix[_upper(depth, torch.device("cpu"))] = message[:count]
         matrix = matrix.view(depth, depth)
         matrix = (matrix + matrix.triu(1).T)[slots][:, slots]
         projection = host_tensor([numbers[slot] for slot in slots])
@@ -288,7 +289,7 @@ class ResidualHistory:
         return rows
 
     def plain_state(self) -> dict[str, Any]:
-        """What is known besides the vectors, as plain values."""
+        """Everything besides the vectors, as plain values for a checkpoint."""
         return {
             "rank": [self.ranks.index, self.ranks.size],
             "pushed": self.pushed,
@@ -328,7 +329,7 @@ class ResidualHistory:
         )
 
     def _make_room(self, residuals: Tensor) -> Block:
-        """Have rows for residuals like these, shape (M,)."""
+        """Allocate rows for residuals like these, shape (M,)."""
         self.residuals = block = self._allocated("residuals", [[residuals]])[0]
         self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64, device=residuals.device)
         return block
@@ -357,7 +358,7 @@ class ResidualHistory:
         except (RuntimeError, MemoryError, OSError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        raise memory.refusal(need, settings)
+        raise memory.no_room(need, settings)
 
 
 def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Noticing that somebody else wrote to the tensors of an optimizer: almost without reading them."""
+"""Signs that somebody else wrote to the tensors of an optimizer, read almost without reading the tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrappers around optimizers: whose steps are accelerated where somebody wraps an optimizer, and what is refused.
+"""Wrappers around optimizers: which of the optimizers inside is accelerated, and which wrappers cannot be.
 
 No package is imported: wrappers are known by what they hold and by the names of their classes.
 """
@@ -34,7 +34,7 @@ STATE_HOOKS = (
 
 
 class Target(NamedTuple):
-    """What is accelerated."""
+    """The optimizer to accelerate, and how it is wrapped."""
 
     optimizer: Optimizer
     """The one whose step is the map."""
@@ -88,7 +88,7 @@ def target_of(optimizer: Any) -> Target:
 
 
 def warn_of_loads_without_hooks(optimizer: Any) -> None:
-    """Say at a save that a load will leave the history behind: some classes load without the function of torch."""
+    """Warn at a save that a load will not restore the history, because some classes load without torch's function."""
     load = inspect.unwrap(type(optimizer).load_state_dict)
     if load is inspect.unwrap(Optimizer.load_state_dict) or "super" in load.__code__.co_names:
         return
@@ -148,7 +148,7 @@ def _parameters(optimizer: Any) -> set[int]:
 
 
 def _check(link: Any) -> None:
-    """Refuse by name."""
+    """Raise ValueError for classes that cannot be accelerated, by their names."""
     for kind in type(link).__mro__:
         for name, reason in REFUSED.items():
             if name in kind.__name__:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import aadl
 from aadl import advice, nonlinear_gmres, pace
-from aadl.pace import Pace, lets_go_of_momentum
+from aadl.pace import Pace, clears_momentum
 
 DOUBLE = torch.float64
 INPUTS = torch.linspace(-1, 1, 192, dtype=DOUBLE).reshape(64, 3)
@@ -550,9 +550,9 @@ def test_momentum_is_kept_where_steps_are_normalized_and_accelerations_are_rare(
     fast, slow = Pace(10, True, 0, period=2), Pace(10, True, 0)
     model = network()
     adam, muon = ADAM(model.parameters()), torch.optim.Muon([model[0].weight])
-    assert lets_go_of_momentum("auto", fast, adam) and not lets_go_of_momentum("auto", slow, adam)
-    assert not lets_go_of_momentum("auto", fast, muon)
-    assert lets_go_of_momentum("zero", slow, muon) and not lets_go_of_momentum("keep", fast, adam)
+    assert clears_momentum("auto", fast, adam) and not clears_momentum("auto", slow, adam)
+    assert not clears_momentum("auto", fast, muon)
+    assert clears_momentum("zero", slow, muon) and not clears_momentum("keep", fast, adam)
 
 
 # ---- refusals and warnings -------------------------------------------------------------------------------------------
