@@ -244,7 +244,7 @@ def _check_residuals(kind: str, optimizer: Any, residuals: Any, check: Any) -> N
 
 
 def _check_partitioned(settings: Settings) -> None:
-    """Raise ValueError for what a ZeroRedundancyOptimizer excludes: its ranks hold whole candidates only after the step."""
+    """Raise ValueError for what a ZeroRedundancyOptimizer excludes, whose ranks get whole candidates after the step."""
     if settings.safeguard == "loss":
         raise ValueError("safeguard must be True, False or 'residual' for a ZeroRedundancyOptimizer, got 'loss'")
     for name in ("shard_history", "local_sgd"):
