@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ ROOT = Path(acceptance.__file__).parent
 def documented():
     """Names in the enumeration that a docstring follows."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(Cause)).body)
-    pairs = zip(body, body[1:], strict=False)
+    pairs = itertools.pairwise(body)
     return {
         first.targets[0].id
         for first, second in pairs
