@@ -21,6 +21,8 @@ MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 
 
 NO_STATE: Mapping[str, Any] = {}
+_TENSOR: Any = Tensor
+_PLAIN_DISPATCH = _TENSOR.__torch_dispatch__
 
 
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -60,7 +62,8 @@ def _obstacle(p: Tensor) -> str:
         )
     if p.layout != torch.strided or p.device.type == "meta":
         return f"{name} is {p.layout} on {p.device}: only dense ones work"
-    if not is_sharded(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    kind: Any = type(p)
+    if not is_sharded(p) and kind.__torch_dispatch__ is not _PLAIN_DISPATCH:
         return (
             f"{name} is a {type(p).__name__}, which keeps its numbers elsewhere (as a quantized one does): only plain "
             f"tensors and DTensors can be extrapolated"

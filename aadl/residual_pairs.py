@@ -74,7 +74,7 @@ class ResidualPairs(Accelerator):
         super().__init__(target, settings, process_group)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def observe(self, residuals: Tensor) -> None:
+    def observe(self, residuals: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Hand over the residuals of the loss at the present weights, where they are computed anyway.
 
         Call it in the closure of `step`, or before a `step` without a closure, once per evaluation of the loss. With

@@ -1,5 +1,6 @@
 """The arithmetic of the passes over memory against plain formulas, and compiled kernels against uncompiled ones."""
 
+import itertools
 import warnings
 
 import pytest
@@ -79,17 +80,18 @@ def expected_products(ring, residual, filled, slots):
     return wide[[*slots, filled]] @ wide.T
 
 
-@pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("numel", [0, 1, kernels.WIDE_PIECE - 1, kernels.WIDE_PIECE, 2 * kernels.WIDE_PIECE + 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_inner_products_are_those_of_float64(slots, numel, dtype):
-    ring, residual = numbers(6, numel, dtype=dtype), numbers(numel, dtype=torch.float32, seed=1)
-    for filled in (4, 6):
+def test_inner_products_are_those_of_float64(dtype):
+    piece = kernels.WIDE_PIECE
+    for slots, numel, filled in itertools.product(SLOTS, (0, 1, piece - 1, piece, 2 * piece + 5), (4, 6)):
+        ring, residual = numbers(6, numel, dtype=dtype), numbers(numel, dtype=torch.float32, seed=1)
         products = kernels.inner_products(ring, residual, filled, slots, False)
         expected = expected_products(ring, residual, filled, slots)
-        assert products.dtype == torch.float64 and products.shape == expected.shape == (len(slots) + 1, filled + 1)
-        assert torch.allclose(products, expected, rtol=1e-12, atol=1e-9)
-        assert numel < 2 or not torch.allclose(products, expected.flip(1), rtol=1e-3)
+        case = slots, numel, filled
+        assert products.dtype == torch.float64, case
+        assert products.shape == expected.shape == (len(slots) + 1, filled + 1), case
+        assert torch.allclose(products, expected, rtol=1e-12, atol=1e-9), case
+        assert numel < 2 or not torch.allclose(products, expected.flip(1), rtol=1e-3), case
 
 
 def test_products_of_different_lengths_do_not_share_numbers():
