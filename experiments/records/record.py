@@ -25,7 +25,7 @@ import aadl
 from experiments.distributed.launch import Ranks, device_of
 from experiments.settings.run_config import RunConfig, identity_of
 from experiments.training.problem import Field, Problem
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 SCHEMA_VERSION = 1
 
