@@ -28,8 +28,9 @@ from experiments.records.figures import draw_figures
 from experiments.records.record import Run, read_run
 from experiments.records.summarize import summarize
 from experiments.runs.execute import execute_experiment
-from experiments.settings.config import load_config, read_yaml
+from experiments.settings.config import load_config
 from experiments.settings.run_config import ExperimentConfig
+from experiments.settings.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 STOPPED_FILE = "AADL_STOPPED_FILE"
