@@ -674,6 +674,25 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     assert "cold.py" in capsys.readouterr().err
 
 
+def test_an_equation_whose_conditions_yield_no_points_is_refused_before_training(tmp_path, capsys):
+    """Soft conditions of which no point is drawn would not be trained, and nobody would see it."""
+    (tmp_path / "heat.py").write_text(HEAT.replace("x = uniform[:, :1]", "x = uniform[:0, :1]"))
+    raw = copy.deepcopy(PINN) | {"experiment": "my_heat", "seeds": [0]}
+    raw["problem"] |= {"equation": "heat.py"}
+    path, results = tmp_path / "config.yaml", tmp_path / "results"
+    path.write_text(yaml.safe_dump(raw))
+    assert run(path, results) == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1] == (
+        "error: equation Heat: conditions must yield points with soft conditions, got none for "
+        "problem.num_conditions = 8, so that nothing would train them"
+    )
+    assert not list(results.rglob("*.h5"))
+    (expanded,) = expand_runs(load_config(path, ["variants=adam"]))
+    with pytest.raises(ValueError, match="conditions must yield points"):
+        build(expanded, Ranks())
+
+
 def test_stage_defaults():
     stage = Stage(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
     assert stage.after == 0 and stage.statistics is None
