@@ -59,7 +59,7 @@ class Iterations(Plan):
 
     def bar(self, enabled: bool) -> Bar:
         limit = self._max_seconds if self._max_seconds < math.inf else None
-        return Bar(self._num_iterations, "iterations", enabled, limit)
+        return Bar(self._num_iterations, "iterations", enabled, max_seconds=limit, shows_rate=True)
 
     def done(self, run: Training) -> int:
         return run.closure.iterations
@@ -138,7 +138,7 @@ class Iterations(Plan):
         self._steps = []
 
     def following(self, run: Training) -> int:
-        """The interval of the next step, for the last one may have gone beyond several."""
+        """The interval of the next step, because the last step may have gone beyond several."""
         if self._evaluated[-1] >= self._num_iterations:
             return self.num_intervals + 1
         return self._evaluated[-1] // self._evaluate_every + 1

@@ -15,7 +15,7 @@ SHOWN = {
     "metrics/validation/loss": "error",
     "metrics/validation/top1": "top-1",
 }
-"""Values that are told, by series; of several test sets the first one is, as "error"."""
+"""Names of the values that the bar shows, by series; of several test sets it shows the first one, as "error"."""
 
 
 class Bar:
@@ -24,11 +24,12 @@ class Bar:
     A line appears for each tenth of the total count or of `max_seconds` of training, whichever is further.
 
     Args:
-        total: what is counted, in all.
-        unit: its name.
+        total: the final count.
+        unit: name of what the bar counts.
         enabled: whether anything is shown.
-        max_seconds: the training may end by time.
-        images: in each of what is counted; tells images/s and the time that is left.
+        max_seconds: seconds of training after which the run ends at any count; None for no limit.
+        shows_rate: whether a plain line has the count per second.
+        images: images in each count, which adds images/s and the time that is left; None for none.
     """
 
     def __init__(
@@ -36,23 +37,27 @@ class Bar:
         total: int,
         unit: str,
         enabled: bool = True,
+        *,
         max_seconds: float | None = None,
+        shows_rate: bool = False,
         images: int | None = None,
     ) -> None:
         self._total, self._unit, self._count, self._max_seconds, self._images = total, unit, 0, max_seconds, images
+        self._shows_rate = shows_rate
         self._start = self._shown = time.perf_counter()
         self._skipped = 0
         self._lines = enabled and not sys.stderr.isatty()
-        self._told = 0
+        self._tenths_shown = 0
         self._last: dict[str, str] = {}
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
 
     def skip(self, count: int) -> None:
-        """What an earlier process has done."""
+        """Counts what an earlier process has done, which is no part of the rate."""
         self._skipped = count
         self.update(count)
 
     def update(self, count: int) -> None:
+        """Counts on, without showing it on a line."""
         self._count += count
         if self._bar is not None:
             self._bar.update(min(count, self._total - self._bar.n))  # the last step may go beyond
@@ -63,7 +68,7 @@ class Bar:
         return self._bar is not None and time.perf_counter() - self._shown > 1.0
 
     def show(self, values: Mapping[str, float] | None = None) -> None:
-        """Tells the loss and the error; the plain lines appear here."""
+        """Shows the loss and the error; a plain line appears here."""
         self._last |= _headline(values or {})
         shown = dict(self._last)
         self._shown = time.perf_counter()
@@ -74,22 +79,23 @@ class Bar:
         if self._bar is not None:
             self._bar.set_postfix(shown)
         tenths = self._tenths((values or {}).get("timing/training_seconds", 0.0))
-        if self._lines and tenths > self._told:
-            self._told = tenths
+        if self._lines and tenths > self._tenths_shown:
+            self._tenths_shown = tenths
             more = "".join(f", {name} {text}" for name, text in shown.items())
-            if shown and self._unit == "iterations":
-                more += f", {rate:.0f} iterations/s"
+            if shown and self._shows_rate:
+                more += f", {rate:.0f} {self._unit}/s"
             if self._images is not None and rate > 0:
                 more += f", {(self._total - self._count) / rate:.0f} s left"
             count = min(self._count, self._total)
             print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
 
     def _tenths(self, seconds: float) -> int:
-        """0 to 10, after so many seconds of training."""
+        """Tenths of the run, 0 to 10, after so many seconds of training."""
         timed = int(10 * seconds / self._max_seconds) if self._max_seconds is not None else 0
         return min(10, max(self._count * 10 // self._total, timed))
 
     def close(self) -> None:
+        """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -98,9 +104,9 @@ def _headline(values: Mapping[str, float]) -> dict[str, str]:
     """The training loss and the first error on a validation set, as texts."""
     shown: dict[str, str] = {}
     for name, value in values.items():
-        word = SHOWN.get(name) or ("error" if name.startswith("metrics/validation/") else "")
-        if word and word not in shown:
-            shown[word] = f"{value:.1%}" if word == "top-1" else f"{value:.3g}"
+        label = SHOWN.get(name) or ("error" if name.startswith("metrics/validation/") else "")
+        if label and label not in shown:
+            shown[label] = f"{value:.1%}" if label == "top-1" else f"{value:.3g}"
     return shown
 
 

@@ -19,10 +19,10 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 
 @contextlib.contextmanager
 def answering(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within it the parameters are those that the optimizer answers for.
+    """Within the context the parameters are the result of the optimizer.
 
-    Schedule-Free takes gradients at other weights than the average that is its result, and swaps them in its methods
-    `eval` and `train`.
+    Schedule-Free takes gradients at other weights than the average that is its result; its methods `eval` and `train`
+    swap them.
     """
     swaps = is_schedule_free(optimizer)
     if swaps:

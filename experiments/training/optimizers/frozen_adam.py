@@ -12,11 +12,12 @@ from experiments.training.optimizers.evaluation import loss_of
 
 
 class FrozenAdam(torch.optim.Optimizer):
-    """Adam whose second moments v stand still after `freeze_after` steps: from then on a fixed map,
+    """Adam whose second moments v are frozen after `freeze_after` steps; from then on it is a fixed map,
 
         m <- beta1 m + (1 - beta1) grad,        w <- w - lr m_hat / (sqrt(v_hat) + eps),
 
-    gradient descent with momentum and a constant diagonal preconditioner, as the theory of Anderson acceleration wants.
+    gradient descent with momentum and a constant diagonal preconditioner, which the theory of Anderson acceleration
+    assumes.
 
     Args:
         params, lr, betas, eps: as of torch.optim.Adam.

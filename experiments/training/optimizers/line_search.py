@@ -13,7 +13,7 @@ ARMIJO = 1e-4
 
 
 class LinePoint(NamedTuple):
-    """A step length, and what the line has there."""
+    """A step length, and loss, slope and gradient of the line there."""
 
     step: float
     loss: float
@@ -24,10 +24,10 @@ class LinePoint(NamedTuple):
 def wolfe_point(
     evaluate: Callable[[float], LinePoint], start: LinePoint, step: float, curvature: float, max_evaluations: int
 ) -> tuple[LinePoint, int]:
-    """A point that meets the strong Wolfe conditions, and how often it evaluated.
+    """A point that meets the strong Wolfe conditions, and the number of evaluations.
 
-    It interpolates by cubics within a bracket, and beyond while there is none. After `max_evaluations` it is the lowest
-    point that meets the first condition, or the start.
+    The search interpolates by cubics within a bracket, and extrapolates while there is none. After `max_evaluations` it
+    returns the lowest point that meets the first condition, or the start.
 
     Source: Nocedal and Wright, Numerical Optimization, algorithms 3.5 and 3.6.
     """
@@ -53,14 +53,14 @@ def wolfe_point(
 
 
 def _within(step: float, first: LinePoint, second: LinePoint) -> float:
-    """The step, a tenth of the bracket away from its ends at least."""
+    """The step, moved away from the ends of the bracket by at least a tenth of its length."""
     left, right = sorted((first.step, second.step))
     margin = (right - left) / 10
     return min(max(step, left + margin), right - margin)
 
 
 def _cubic_minimum(first: LinePoint, second: LinePoint) -> float:
-    """Where the cubic through both points has its minimum: the middle where it has none, inf for a straight line."""
+    """Minimum of the cubic through both points: the middle where there is none, inf for a straight line."""
     width = second.step - first.step
     mean = first.slope + second.slope - 3 * (first.loss - second.loss) / -width
     root = mean * mean - first.slope * second.slope

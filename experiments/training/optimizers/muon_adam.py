@@ -12,7 +12,7 @@ from experiments.training.optimizers.evaluation import loss_of
 
 
 class MuonAdam(torch.optim.Optimizer):
-    """Muon for the matrices, Adam for biases and matrices of one row or column: torch's, under one roof.
+    """Applies torch's Muon to the matrices and torch's Adam to biases and matrices of one row or column.
 
     Args:
         params: an iterable of parameters.
@@ -49,7 +49,7 @@ class MuonAdam(torch.optim.Optimizer):
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once the optimizer is made, for no part would step the new parameters."""
+        """Refuses parameters after the construction, because no part would step them."""
         if len(self.param_groups) == len(self._parts):
             raise ValueError("MuonAdam takes all parameters when it is made, and no further groups")
         super().add_param_group(param_group)
@@ -62,7 +62,7 @@ class MuonAdam(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Lets the parts work on the groups and the state that everybody else sees."""
+        """Gives the parts the groups and the state of this optimizer."""
         first = 0
         for part in self._parts:
             last = first + len(part.param_groups)

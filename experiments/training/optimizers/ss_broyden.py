@@ -22,8 +22,8 @@ class SSBroyden(torch.optim.Optimizer):
 
     with y the difference of the gradients; see `self_scaled_update` for phi and tau. H starts from I.
 
-    A call of `step` makes up to `max_iter` of these iterations, as that of torch's LBFGS does, and keeps H for the next
-    call. It wants float64, one loss (no batches that change), and memory for parameters^2 numbers.
+    A call of `step` makes up to `max_iter` of these iterations, as torch's LBFGS does, and keeps H for the next call.
+    The method needs float64, one loss (no batches that change), and memory for parameters^2 numbers.
 
     Args:
         params: parameters of one dtype on one device, in one group.
@@ -73,7 +73,7 @@ class SSBroyden(torch.optim.Optimizer):
             if found is None or found.step == 0:
                 if inverse is None or left <= 0:
                     break
-                del state["inverse_hessian"]  # the approximation is of no use here: steepest descent follows
+                del state["inverse_hessian"]  # the approximation gives no descent: steepest descent follows
                 continue
             s, y = found.step * direction, found.gradient - point.gradient
             if float(y @ s) > torch.finfo(y.dtype).eps * float(y.norm() * s.norm()):
