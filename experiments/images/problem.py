@@ -258,7 +258,8 @@ def check_settings(problem: ImageConfig, training: ImageTrainingConfig, ranks: R
     if batch // (ranks.world_size * training.accumulate) < 2 and problem.image_size <= 32:
         raise ValueError(
             f"training.batch_size must leave every rank 2 images or more, because BatchNorm has a single value of an "
-            f"image at the end of the network, got {batch} for {ranks.world_size} ranks and accumulate {training.accumulate}"
+            f"image at the end of the network, got {batch} for {ranks.world_size} ranks and accumulate "
+            f"{training.accumulate}"
         )
     if training.sync_batchnorm and device.type != "cuda":
         raise ValueError("training.sync_batchnorm must be false on CPUs: torch's SyncBatchNorm is for GPUs, got true")
