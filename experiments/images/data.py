@@ -13,7 +13,7 @@ from typing import Any
 
 from data_loaders.fractals import sets as fractals
 from data_loaders.imagenet.sets import ImageError, Images, check_pair, open_images
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_each, by_first, check_same
 from experiments.images.settings import ImageConfig
 from experiments.training.problem import Description

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from data_loaders.imagenet.sets import Decoding, EvaluationLoader, TrainLoader
-from experiments.distributed.launch import Ranks, device_of, safe_start_method
+from experiments.distributed.devices import device_of, safe_start_method
+from experiments.distributed.ranks import Ranks
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.data import description_of, open_sets
 from experiments.images.epochs import ImageEpochs

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
 from experiments.pinn.equation import Equation
 from experiments.pinn.residual import Points, derivatives_at, lifted, residual_at, residual_of, rows_of

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_loaders.collocation import adaptive_points, uniform_points
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.equation import Equation
 from experiments.pinn.residual import Points, prepared, residual_at
 from experiments.settings.run_config import PinnConfig

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.pinn.accuracy import errors_on, fields_of, predictor_errors, reference_sets
 from experiments.pinn.equation import Equation, load_equation

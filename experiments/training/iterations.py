@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import aadl
 from aadl.attached import find_accelerator
-from experiments.distributed.launch import device_of
+from experiments.distributed.devices import device_of
 from experiments.training.optimizers import LINE_SEARCHES
 from experiments.training.plan import Plan, Scheduling
 from experiments.training.progress import Bar

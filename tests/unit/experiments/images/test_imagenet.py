@@ -24,7 +24,7 @@ import aadl
 from data_loaders.imagenet.packed import write_packed
 from data_loaders.imagenet.sets import Decoding, TrainLoader, open_images
 from experiments.__main__ import main
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.images import data as image_data
 from experiments.images import problem as imagenet
 from experiments.images.data import data_folder, describe, open_sets

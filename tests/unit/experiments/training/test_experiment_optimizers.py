@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import aadl
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build
 from experiments.training.optimizers import LARS, FrozenAdam, LevenbergMarquardt, MuonAdam
 from experiments.training.optimizers.levenberg_marquardt import LARGEST_DAMPING, _Damped

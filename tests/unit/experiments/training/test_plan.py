@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.settings.checks import Component
 from experiments.training.epochs import Epochs
 from experiments.training.iterations import Iterations

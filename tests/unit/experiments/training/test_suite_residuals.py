@@ -17,7 +17,7 @@ import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.points import Collocation
 from experiments.pinn.problem import PinnProblem
 from experiments.records.record import read_run
