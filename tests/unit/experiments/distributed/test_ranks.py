@@ -102,7 +102,7 @@ def test_only_mpi_knows_the_number_of_ranks_under_pmix():
         (SRUN | TORCHRUN, "torchrun", 3),  # srun torchrun: one agent a node
         (OPENMPI | TORCHRUN, "torchrun", 3),
         (SRUN | {"PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}, "srun", 1),  # srun --mpi=pmi2 and --mpi=pmix
-        # What srun --pty leaves in its shell, where PMI counts that one task: mpirun, or another srun, spawned the ranks
+        # What srun --pty leaves in its shell, where PMI counts one task: mpirun or another srun spawned the ranks
         (SHELL | OF_SHELL | OPENMPI, "openmpi", 1),
         (SHELL | OF_SHELL | MVAPICH, "mvapich", 1),
         (OF_SHELL | OPENMPI, "openmpi", 1),
@@ -137,7 +137,7 @@ def test_the_innermost_spawner_decides(env, launcher, rank):
         (SRUN | BY_HAND | {"RANK": "1"}, "WORLD_SIZE=4 and SLURM_STEP_NUM_TASKS=2 contradict"),
         (
             SRUN | {"WORLD_SIZE": "8"},
-            "WORLD_SIZE=8 and SLURM_STEP_NUM_TASKS=2 contradict .*unset WORLD_SIZE, because srun",
+            "WORLD_SIZE=8 and SLURM_STEP_NUM_TASKS=2 contradict .*unset WORLD_SIZE, because",
         ),
         (SRUN | {"RANK": "0"}, "WORLD_SIZE, .* is missing although RANK is set; unset RANK, because srun gives"),
         # srun -n 2 mpirun -n 1: which one spawned the ranks, or left its variables, nobody can know
