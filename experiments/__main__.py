@@ -25,7 +25,7 @@ from experiments.pinn.figures import draw_pinn_figures
 from experiments.pinn.tables import summarize_pinn
 from experiments.records.compare import find_folders, read_comparison
 from experiments.records.figures import draw_figures
-from experiments.records.record import Run, read_run
+from experiments.records.reading import Run, read_run
 from experiments.records.summarize import summarize
 from experiments.runs.execute import execute_experiment
 from experiments.settings.config import load_config, read_yaml

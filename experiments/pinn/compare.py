@@ -23,7 +23,7 @@ from experiments.records.compare import (
     role_of,
     seeds_of,
 )
-from experiments.records.record import Run, read_runs
+from experiments.records.reading import Run, read_runs
 from experiments.settings.config import expand_runs, load_config
 from experiments.settings.run_config import identity_of
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
 from experiments.records.compare import SECONDS, TRAIN, Variant
 from experiments.records.figures import acceleration_panels, finish, quantiles, save_figures
-from experiments.records.record import Run, read_fields
+from experiments.records.reading import Run, read_fields
 
 # Okabe and Ito, told apart with every kind of color blindness; after all colors the next line style.
 COLORS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#B8A900")

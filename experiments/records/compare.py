@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.records.record import Run, read_runs
+from experiments.records.reading import Run, read_runs
 
 TRAIN = "metrics/train/loss"
 VALIDATION = "metrics/validation/loss"

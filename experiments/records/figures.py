@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.records.compare import TRAIN, VALIDATION, Comparison, Records, Variant, plain_of, role_of
-from experiments.records.record import Run
+from experiments.records.reading import Run
 
 # One color a role in all figures, told apart with every kind of color blindness (Okabe and Ito), plus a line style.
 STYLES: dict[str, tuple[str, Any]] = {

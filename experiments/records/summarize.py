@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_loaders.files import write_text
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
 
 HEADER = (
@@ -105,7 +106,7 @@ def summarize(comparison: Comparison) -> str:
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]
-    write_text(comparison.folder / "summary.md", "\n".join(markdown))
+    write_summary(comparison.folder, markdown)
     return "\n".join(text)
 
 
@@ -167,8 +168,9 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
     ]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file at once and whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_summary(folder: Path, markdown: Sequence[str]) -> None:
+    """Writes `summary.md` beside the records; where that is not allowed, as in a colleague's folder, it says so."""
+    try:
+        write_text(folder / "summary.md", "\n".join(markdown))
+    except OSError as error:
+        print(f"note: {error}; the table is printed all the same", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,16 +30,10 @@ from experiments.distributed.together import by_first, check_same
 from experiments.images import problem as imagenet
 from experiments.images.settings import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
 from experiments.pinn import problem as collocation_problem
-from experiments.records.record import (
-    git_state,
-    is_finished,
-    note_place,
-    read_run,
-    run_folder,
-    run_path,
-    state_of,
-    write_run,
-)
+from experiments.records.provenance import git_state
+from experiments.records.reading import read_run
+from experiments.records.status import is_finished, run_folder, run_path, state_of
+from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
@@ -301,7 +294,7 @@ def _plan(
         _say(f"left out on {ranks.world_size} ranks, for they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
     descriptions = {key: describe(problem) for key, problem in problems.items()}
-    _probe(results / config.experiment / config.scale)
+    probe_folder(results / config.experiment / config.scale)
     pending = _pending(runs, results, descriptions, ranks, force=anew, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
@@ -329,16 +322,6 @@ def single_process_variants(config: ExperimentConfig) -> list[str]:
     if len(names) == len(config.variants):
         raise ValueError(f"{', '.join(names)}: the optimizer runs in a single process, not on several ranks")
     return names
-
-
-def _probe(folder: Path) -> None:
-    """Makes a folder of records and writes to it, so that a mistake shows before the training and not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
 
 
 def _execute_in_turn(
@@ -402,8 +385,8 @@ def _pending(
             check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     if counts["unfinished"]:
         _say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
-    if counts["unreadable"]:
-        _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
+    if counts["damaged"]:
+        _say(f"{counts['damaged']} records are damaged or incomplete: these runs are made again")
     if counts["changed"]:
         _say(
             f"{counts['changed']} records have other settings, other data or another number of ranks: "

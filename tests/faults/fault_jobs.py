@@ -38,7 +38,7 @@ from aadl.acceptance import Decisions
 from data_loaders.imagenet import sets as loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
 from experiments.runs.state import digest

@@ -15,7 +15,8 @@ from paths import ROOT
 from suite_cases import RAW, problem, result, run_config
 
 from experiments.distributed.launch import Ranks
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 from experiments.settings.config import load_config
 from jobs import scaling, script, site, submit
 
@@ -360,7 +361,13 @@ def test_staging_leaves_no_half_copies(tmp_path):
 def test_an_environment_that_was_not_unpacked_to_the_end_is_made_anew(tmp_path, end):
     """conda-unpack fails, or all is killed while it runs; the next start must not take that for an environment."""
     local = tmp_path / "local" / "environment"
-    stage = ["bash", str(ROOT / "jobs" / "templates" / "stage.sh"), "environment", str(tmp_path / "packed.tar.gz"), str(local)]
+    stage = [
+        "bash",
+        str(ROOT / "jobs" / "templates" / "stage.sh"),
+        "environment",
+        str(tmp_path / "packed.tar.gz"),
+        str(local),
+    ]
     (tmp_path / "bin").mkdir()
     unpack = tmp_path / "bin" / "conda-unpack"
     # As the real one, it must run in the final place, and once: it replaces the placeholder by that path.

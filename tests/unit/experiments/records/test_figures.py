@@ -8,7 +8,8 @@ from suite_cases import VARIANTS, problem, result, run_config
 from experiments.distributed.launch import Ranks
 from experiments.records.compare import find_folders, read_comparison, spans
 from experiments.records.figures import draw_figures, fitted_slope, oscillation_by_batch_size
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 

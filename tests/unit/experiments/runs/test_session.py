@@ -23,7 +23,8 @@ from experiments.__main__ import main
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.launch import Ranks
-from experiments.records.record import read_run, run_folder, run_path, state_of
+from experiments.records.reading import read_run
+from experiments.records.status import run_folder, run_path, state_of
 from experiments.runs import execute
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.execute import execute_run
