@@ -142,7 +142,7 @@ def test_the_library_works_with_torch_alone(tmp_path):
 
 
 def documents():
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def broken_links(document):

@@ -22,6 +22,8 @@ from experiments.runs import execute
 from experiments.runs.lock import LOCK_NAME
 from experiments.settings.config import expand_runs, parse_config
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):

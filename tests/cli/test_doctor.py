@@ -15,6 +15,7 @@ from experiments.distributed.departure import leave
 from experiments.distributed.doctor import Finding
 from experiments.distributed.launch import Ranks
 
+pytestmark = pytest.mark.smoke
 SITE = {
     "title": "a site",
     "scheduler": "slurm",
