@@ -23,6 +23,11 @@ SIGNALS = {
 }
 
 
+def num_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def signals_held_back() -> Iterator[None]:
     """Processes that are started in this block are born with these signals blocked, for `follow_parent`; this thread

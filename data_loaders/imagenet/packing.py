@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import io
 import multiprocessing
 import os
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_loaders.files import locked
 from data_loaders.imagenet import packed
 from data_loaders.imagenet.decode import POLICIES, ImageError, open_image, quiet, to_rgb
 from data_loaders.imagenet.folder import Images
@@ -37,7 +37,7 @@ from data_loaders.imagenet.shards import (
     shard_path,
     write_shard,
 )
-from data_loaders.workers import follow_parent, signals_held_back
+from data_loaders.workers import follow_parent, num_cores, signals_held_back
 
 
 @dataclass(frozen=True)
@@ -192,16 +192,14 @@ def pack(
 @contextmanager
 def _alone(folder: Path, split: str) -> Iterator[None]:
     """Keeps other packings of a split out of a folder, and removes what killed ones left, where it can be locked."""
-    with (folder / f".packing-{split}.lock").open("a") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = stack.enter_context(locked(folder / f".packing-{split}.lock", wait=False))
         except BlockingIOError:
             raise ValueError(f"another process is packing {split} into {folder}") from None
-        except OSError:  # a parallel file system that was mounted without locks
-            yield
-            return
-        for leftover in folder.glob(f".{split}-*.tmp"):
-            leftover.unlink()
+        if is_held:
+            for leftover in folder.glob(f".{split}-*.tmp"):
+                leftover.unlink()
         yield
 
 
@@ -317,7 +315,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--resize", type=int, metavar="N", help="shrink the short side to N pixels (encodes anew)")
     command.add_argument("--quality", type=int, default=90, metavar="Q", help="of images encoded anew (default: 90)")
     command.add_argument("--images-per-shard", type=int, default=IMAGES_PER_SHARD, metavar="N")
-    command.add_argument("--workers", type=int, default=_num_cores(), metavar="N", help="processes (default: cores)")
+    command.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (default: cores)")
     command.add_argument("--split", action="append", choices=SPLITS, help="only this one")
     command.add_argument("--on-corrupt", choices=POLICIES, default="skip", help="unreadable images (default: skip)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -327,10 +325,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     command = add("info", _info_command, "say what a packed set holds")
     command.add_argument("target", type=Path, metavar="DST")
     return parser.parse_args(arguments)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _interrupt(*_: object) -> None:

@@ -28,6 +28,7 @@ from data_loaders.imagenet.sets import (
     check_pair,
     open_images,
 )
+from data_loaders.workers import num_cores
 from experiments.distributed.launch import Ranks, device_of, safe_start_method
 from experiments.distributed.together import by_each, by_first, check_same
 from experiments.images.classification import Counts, evaluate_exactly
@@ -99,7 +100,7 @@ def _first_sets(config: ImageConfig) -> Sets:
     folder = data_folder(config)
     if config.data == "fractals":
         settings = _fractal_settings(config)
-        fractals.ensure(folder, packed=True, num_workers=len(os.sched_getaffinity(0)), **settings)
+        fractals.ensure(folder, packed=True, num_workers=num_cores(), **settings)
     return _open(folder)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.records.reading import Run, read_runs
+from experiments.records.reading import Run, read_runs, say
 
 TRAIN = "metrics/train/loss"
 VALIDATION = "metrics/validation/loss"
@@ -145,14 +145,14 @@ def find_folders(results: Path, only: str | None = None) -> list[Path]:
     return folders
 
 
-def read_comparison(folder: Path) -> Comparison:
-    """Reads and orders all records of a folder.
+def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparison:
+    """Reads and orders all records of a folder; `note` gets a line about each that cannot be read.
 
     Raises:
         ValueError: records that do not belong together (other settings, other data).
-        OSError: an unreadable record.
+        OSError: none of the records can be read.
     """
-    runs = read_runs(folder)
+    runs = read_runs(folder, note)
     for what, key in (("data", lambda run: run.attributes["data_digest"]), ("settings", _settings)):
         groups: dict[str, list[Run]] = {}
         for run in runs:

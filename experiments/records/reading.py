@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,10 @@ def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
     faults: list[str] = []
     for path in sorted(folder.glob("*/seed-*.h5")):
         try:
-            runs.append(read_run(path))
+            run = read_run(path)
+            if runs and _kind(run) != _kind(runs[0]):
+                raise ForeignRecord(f"{path} is of another kind of experiment than {runs[0].path}")
+            runs.append(run)
         except IncompleteRecord:
             unfinished.append(f"{path.parent.name}/{path.stem}")
         except OSError as error:
@@ -180,3 +184,15 @@ def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
     if unfinished:
         say(f"left out, because they are not finished: {', '.join(unfinished)}")
     return sorted(runs, key=lambda run: (run.attributes["variant"], run.attributes["seed"]))
+
+
+def _kind(run: Run) -> tuple[bool, bool]:
+    return run.is_pinn, run.is_classification
+
+
+def first_run_of(folder: Path) -> Run | None:
+    """The first run of a folder that can be read, which says what kind all of them are; None where there is none."""
+    for path in sorted(folder.glob("*/seed-*.h5")):
+        with suppress(OSError):
+            return read_run(path)
+    return None
