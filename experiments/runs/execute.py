@@ -36,6 +36,7 @@ from experiments.records.status import is_finished, run_folder, run_path, state_
 from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
+from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
 from experiments.settings.checks import Component, accelerate, make_optimizer, needs_residuals, solves_residuals
 from experiments.settings.config import expand_runs
@@ -48,7 +49,7 @@ from experiments.settings.run_config import (
     SaveConfig,
 )
 from experiments.training.problem import Description, Problem
-from experiments.training.progress import progress
+from experiments.training.progress import reported_to
 from experiments.training.published import PublishedScheme
 from experiments.training.schedules import scaled_rate
 from experiments.training.steps import HookSeconds, Stage
@@ -333,23 +334,26 @@ def _execute_in_turn(
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
-    tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
-    for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
-        if _is_told_to_stop(interruption, ranks):
-            reason = interruption.reason or "a signal to another rank"
-            raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
-        if tell_each and ranks.rank == 0 and len(pending) > 1:
-            _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
-        execute_run(
-            run,
-            ranks,
-            results,
-            save=config.save,
-            interruption=interruption,
-            anew=anew,
-            timeout_seconds=config.launch.collective_seconds,
-            show_progress=tell_each,
-        )
+    has_own_bar = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+    with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:
+        for number, run in enumerate(pending):
+            if _is_told_to_stop(interruption, ranks):
+                reason = interruption.reason or "a signal to another rank"
+                raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
+            if has_own_bar and ranks.rank == 0 and len(pending) > 1:
+                _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
+            with reported_to(partial(bar.report, number)):
+                execute_run(
+                    run,
+                    ranks,
+                    results,
+                    save=config.save,
+                    interruption=interruption,
+                    anew=anew,
+                    timeout_seconds=config.launch.collective_seconds,
+                    show_progress=has_own_bar,
+                )
+            bar.finish(number)
 
 
 def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:

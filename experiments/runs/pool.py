@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -19,8 +20,9 @@ import torch
 from data_loaders.workers import follow_parent, signals_held_back
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
+from experiments.runs.progress import RunsBar
 from experiments.settings.run_config import RunConfig
-from experiments.training.progress import progress
+from experiments.training.progress import reported_to
 
 POLL_SECONDS = 0.5
 """Between two looks of a process: the parent's at signals, the workers' at what the parent says."""
@@ -59,19 +61,26 @@ def execute_at_a_time(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     told = context.RawValue("b", GO_ON)  # no Event: it hangs where a process that waited for it was killed
+    shown = context.RawArray("d", [math.nan] * (2 * len(runs)))  # share and loss of each run
     futures: list[Future[object]] = []
     with _ctrl_c_noted() as ctrl_c:
         with signals_held_back():  # the helper process of the pool is not to die of them either
-            pool = ProcessPoolExecutor(num_workers, context, _start_worker, (told,))
+            pool = ProcessPoolExecutor(num_workers, context, _start_worker, (told, shown))
         with pool:
             try:
                 with signals_held_back():
-                    for run in runs:
-                        futures.append(pool.submit(_execute, execute, run))
+                    for number, run in enumerate(runs):
+                        futures.append(pool.submit(_execute, execute, run, number))
             except BrokenProcessPool:
                 pass  # the first future tells it
-            for _ in progress(_as_completed(futures, told, ctrl_c, interruption), len(runs), "runs"):
-                pass
+            numbers = {future: number for number, future in enumerate(futures)}
+            with RunsBar(len(runs)) as bar:
+                for done in _as_completed(futures, told, ctrl_c, interruption):
+                    for number in sorted(numbers.pop(future) for future in done):
+                        bar.finish(number)
+                    for number in numbers.values():
+                        if not math.isnan(shown[2 * number]):
+                            bar.report(number, *shown[2 * number : 2 * number + 2])
     errors = [error for future in futures if (error := future.exception())]
     for error in errors:
         if not isinstance(error, (Interrupted, BrokenProcessPool)):
@@ -106,8 +115,8 @@ def _ctrl_c_noted() -> Iterator[list[int]]:
 
 def _as_completed(
     futures: list[Future[object]], told: Any, ctrl_c: list[int], interruption: Interruption
-) -> Iterator[Future[object]]:
-    """Yields the futures as they are done; meanwhile passes signals and Ctrl-C on to the workers."""
+) -> Iterator[set[Future[object]]]:
+    """Yields the futures that are done since the last look; passes signals and Ctrl-C on to the workers."""
     waiting, has_failed = set(futures), False
     while waiting:
         done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -117,26 +126,32 @@ def _as_completed(
         if failed and waiting and not has_failed:
             has_failed = True
             print(f"{failed[0]}; what has begun is finished first", file=sys.stderr, flush=True)
-        yield from done
+        yield done
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------
 
 
 class _Worker:
-    """State of this process: `told` is shared by parent and workers."""
+    """State of this process: `told` and `shown` are shared by parent and workers."""
 
     told: Any = None
+    shown: Any = None
     has_run = False
 
 
-def _execute(execute: Execute, run: RunConfig) -> None:
-    """One run, unless it lay in the queue when the worker was told to begin none."""
+def _execute(execute: Execute, run: RunConfig, number: int) -> None:
+    """Makes one run, unless it lay in the queue when the worker was told to begin none."""
     if _Worker.told.value != GO_ON:
         raise Interrupted(f"stopped before run {run.name}, seed {run.seed}")
     _Worker.has_run = True
+
+    def show(share: float, loss: float) -> None:
+        _Worker.shown[2 * number], _Worker.shown[2 * number + 1] = share, loss
+
     try:
-        execute(run)
+        with reported_to(show):
+            execute(run)
     except BaseException:  # a mistake, or a signal that came here before the parent has said what to do
         if _Worker.told.value == GO_ON:
             _Worker.told.value = BEGIN_NONE
@@ -145,9 +160,9 @@ def _execute(execute: Execute, run: RunConfig) -> None:
         _Worker.has_run = False
 
 
-def _start_worker(told: Any) -> None:
+def _start_worker(told: Any, shown: Any) -> None:
     """One thread of torch, and a watch that stops the run when the parent says so."""
-    _Worker.told = told
+    _Worker.told, _Worker.shown = told, shown
     follow_parent(farewell=_save_run)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
