@@ -29,6 +29,7 @@ from experiments.records.figures import draw_figures
 from experiments.records.reading import first_run_of
 from experiments.records.summarize import summarize
 from experiments.runs.execute import execute_experiment
+from experiments.runs.progress import duration
 from experiments.settings.config import load_config, read_yaml
 from experiments.settings.run_config import ExperimentConfig
 
@@ -169,8 +170,15 @@ def _reproduce(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     start = time.perf_counter()
-    for path, config in chosen:
+    for number, (path, config) in enumerate(chosen, 1):
         _execute(path, config, ranks, options)
+        expected = [config.expected_minutes or 0.0 for config in configs]
+        if ranks.rank == 0 and number < len(chosen):
+            seconds = time.perf_counter() - start
+            # The expected minutes are those of another machine, so the time until now says how fast this one is.
+            made, left = sum(expected[:number]), sum(expected[number:])
+            more = f", about {duration(seconds * left / made)} left" if made and all(expected) else ""
+            print(f"{number} of {len(chosen)} experiments, {duration(seconds)}{more}", file=sys.stderr, flush=True)
     if ranks.rank != 0:
         return 0
 

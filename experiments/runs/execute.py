@@ -34,6 +34,7 @@ from experiments.records.provenance import git_state
 from experiments.records.reading import read_run
 from experiments.records.status import is_finished, run_folder, run_path, state_of
 from experiments.records.writing import note_place, probe_folder, write_run
+from experiments.runs.closing import closing_lines
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.progress import RunsBar
@@ -280,8 +281,9 @@ def execute_experiment(
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
         stop_process_group(ranks)
-    if ranks.rank == 0:
-        _report_diverged(runs, results)
+    if ranks.rank == 0 and runs:
+        for line in closing_lines([read_run(run_path(results, run)) for run in runs], results):
+            _say(line)
     return len(pending)
 
 
@@ -398,7 +400,10 @@ def _pending(
         )
     for run in runs:
         if states[id(run)] == "finished":
-            note_place(run_path(results, run), run)
+            try:
+                note_place(run_path(results, run), run)
+            except OSError as error:  # of a colleague, for instance; the numbers are the same
+                _say(f"warning: the label in a finished record cannot be brought up to date: {error}")
     if counts["without weights"]:
         _say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
     if counts["finished"]:
@@ -412,18 +417,6 @@ def _pending(
         note = f", {other} of them by other or uncommitted code (--force makes them again)" if other else ""
         _say(f"{counts['finished']} runs are finished already{note}")
     return [run for run in runs if states[id(run)] != "finished"]
-
-
-def _report_diverged(runs: list[RunConfig], results: Path) -> None:
-    diverged: dict[str, list[str]] = {}
-    for run in runs:
-        record = read_run(run_path(results, run))
-        if record.diverged:
-            place = f" at iteration {record.diverged_iteration}" if record.diverged_iteration is not None else ""
-            diverged.setdefault(run.name, []).append(f"seed {run.seed}{place}")
-    if diverged:
-        told = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
-        _say("diverged: " + ", ".join(told))
 
 
 def _say(text: str) -> None:
