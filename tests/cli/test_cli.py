@@ -165,8 +165,8 @@ def test_results_of_a_colleague_are_shown(config, tmp_path):
             "import sys; sys.path[:0] = sys.argv[3:]; import test_cli; test_cli.reads_as_a_colleague(*sys.argv[1:3])"
         )
         with log.open("w") as file:
-            command = [sys.executable, "-c", script, str(results), str(own), *sys.path]
-            environment = os.environ | {"MPLCONFIGDIR": str(own), "HOME": str(own)}
+            command = [sys.executable, "-c", script, str(results), str(own)]
+            environment = os.environ | {"MPLCONFIGDIR": str(own), "PYTHONPATH": os.pathsep.join(sys.path)}
             assert subprocess.run(command, stdout=file, stderr=file, env=environment).returncode == 0, log.read_text()
         told = log.read_text()
         assert "plain SGD" in told and "summary.md cannot be written: Permission denied" in told
