@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.distributed.rendezvous import spans
 from experiments.records.reading import Run, read_runs, say
 
 TRAIN = "metrics/train/loss"
@@ -84,7 +85,7 @@ class Records:
 
     def source_line(self, seeds: Iterable[int] | None = None) -> str:
         """Where a figure or a table comes from: configuration, data, seeds (by default the main comparison's), code."""
-        numbers = spans(self.seeds if seeds is None else seeds)
+        numbers = spans(sorted(self.seeds if seeds is None else seeds))
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
         experiment, scale = self.folder.parts[-2:]
         config = Path("experiments", "configs", experiment, f"{scale}.yaml")
@@ -119,17 +120,6 @@ def seeds_of(runs: Iterable[Run]) -> tuple[int, ...]:
 def commits_of(runs: Iterable[Run]) -> tuple[str, ...]:
     """Short commits that made the records, with "+" where the checkout had changes."""
     return tuple(sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in runs}))
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """`(0, 1, 2, 5)` as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 def find_folders(results: Path, only: str | None = None) -> list[Path]:
