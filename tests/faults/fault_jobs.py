@@ -32,6 +32,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from digests import digest
 from system_calls import meet_points
 
 from aadl.acceptance import Decisions
@@ -41,7 +42,6 @@ from experiments.distributed.departure import leave
 from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
-from experiments.runs.state import digest
 from experiments.training import train
 from experiments.training.steps import Closure
 from experiments.training.train import Training
