@@ -82,7 +82,7 @@ def execute_run(
     *,
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
-    anew: bool = False,
+    from_start: bool = False,
     timeout_seconds: float = LaunchSettings.collective_seconds,
     show_progress: bool = False,
 ) -> Path:
@@ -94,7 +94,7 @@ def execute_run(
         results: folder of all results.
         save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
-        anew: whether its checkpoints are removed first.
+        from_start: whether to remove its checkpoints first.
         timeout_seconds: for so long the ranks wait for each other.
         show_progress: progress by epoch.
 
@@ -109,7 +109,12 @@ def execute_run(
     """
     if interruption is None:
         with Interruption() as own:
-            options = {"save": save, "anew": anew, "timeout_seconds": timeout_seconds, "show_progress": show_progress}
+            options = {
+                "save": save,
+                "from_start": from_start,
+                "timeout_seconds": timeout_seconds,
+                "show_progress": show_progress,
+            }
             return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
     save = save or SaveConfig()
     path = run_path(results, config)
@@ -136,7 +141,7 @@ def execute_run(
             save,
             interruption,
             write,
-            anew=anew,
+            from_start=from_start,
             timeout_seconds=timeout_seconds,
         )
         with session:
@@ -264,20 +269,20 @@ def execute_experiment(
         with Interruption() as own:
             return execute_experiment(config, ranks, results, num_jobs=num_jobs, force=force, interruption=own)
     left_out = single_process_variants(config) if ranks.world_size > 1 else []
-    anew = force and ranks.restart_count == 0
-    if force and not anew:
+    from_start = force and ranks.restart_count == 0
+    if force and not from_start:
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
         seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
         runs, pending = by_first(
-            ranks, lambda: _plan(config, ranks, results, anew, left_out), "reading the data", seconds
+            ranks, lambda: _plan(config, ranks, results, from_start, left_out), "reading the data", seconds
         )
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
-            _execute_in_turn(pending, ranks, results, config, anew, interruption)
+            _execute_in_turn(pending, ranks, results, config, from_start, interruption)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, anew=anew)
+            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, from_start=from_start)
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
         stop_process_group(ranks)
@@ -288,7 +293,7 @@ def execute_experiment(
 
 
 def _plan(
-    config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool, left_out: list[str]
+    config: ExperimentConfig, ranks: Ranks, results: Path, from_start: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
     described = describe(config.problem)
@@ -298,7 +303,7 @@ def _plan(
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
     descriptions = {key: describe(problem) for key, problem in problems.items()}
     probe_folder(results / config.experiment / config.scale)
-    pending = _pending(runs, results, descriptions, ranks, force=anew, weights=config.save.weights)
+    pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
@@ -332,7 +337,7 @@ def _execute_in_turn(
     ranks: Ranks,
     results: Path,
     config: ExperimentConfig,
-    anew: bool,
+    from_start: bool,
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
@@ -351,7 +356,7 @@ def _execute_in_turn(
                     results,
                     save=config.save,
                     interruption=interruption,
-                    anew=anew,
+                    from_start=from_start,
                     timeout_seconds=config.launch.collective_seconds,
                     show_progress=has_own_bar,
                 )
