@@ -109,13 +109,16 @@ def execute_run(
     """
     if interruption is None:
         with Interruption() as own:
-            options = {
-                "save": save,
-                "from_start": from_start,
-                "timeout_seconds": timeout_seconds,
-                "show_progress": show_progress,
-            }
-            return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
+            return execute_run(
+                config,
+                ranks,
+                results,
+                save=save,
+                interruption=own,
+                from_start=from_start,
+                timeout_seconds=timeout_seconds,
+                show_progress=show_progress,
+            )
     save = save or SaveConfig()
     path = run_path(results, config)
     torch.set_num_threads(getattr(config.training, "num_threads", 1))

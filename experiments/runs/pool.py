@@ -57,7 +57,7 @@ def execute_at_a_time(
     """
     if interruption.reason:
         raise Interrupted(f"stopped by {interruption.reason} before the first run")
-    # Workers inherit the environment before torch is imported in them; they are spawned, because a forked torch may hang.
+    # Workers are spawned, because a forked torch may hang; they inherit the environment before they import torch.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
     order = context.RawValue("b", GO_ON)  # no Event: it hangs where a process that waited for it was killed

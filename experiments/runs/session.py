@@ -229,7 +229,7 @@ class RunSession:
             self._save(run, best=is_best)
 
     def _is_time(self, or_after: float | None = None) -> bool:
-        """Whether to save, by the clock of rank 0: after `save.every_seconds`, or after `or_after` if that is shorter."""
+        """Whether to save, by the clock of rank 0: after `save.every_seconds`, or after `or_after` if it is less."""
         seconds = self._save_settings.every_seconds
         seconds = seconds if or_after is None else min(seconds, or_after)
         return self._ranks.rank == 0 and time.monotonic() - self._saved_at > seconds

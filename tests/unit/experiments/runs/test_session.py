@@ -168,7 +168,7 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
     other = replace(config, training=replace(config.training, epochs=7))
     with pytest.raises(OtherRun, match=r"its settings, its data or its batch over all ranks have changed; .*--force"):
         execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), anew=True)
+    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), from_start=True)
     assert len(read_run(path).series["metrics/validation/loss"]) == 8
     assert read_run(path).attributes["restart_count"] == 0
 
