@@ -22,7 +22,7 @@ ALLOWED = {
 # Where in these folders a package may be imported at all.
 CONFINED = {
     "mpi4py": ("experiments/distributed/launch.py",),
-    "yaml": ("experiments/settings/config.py", "jobs/"),
+    "yaml": ("experiments/settings/yaml_file.py", "jobs/"),
     "h5py": ("experiments/records/", "experiments/distributed/doctor.py", "data_loaders/"),
 }
 LAZY = {"mpi4py"}  # inside a function only
@@ -84,7 +84,7 @@ def test_imports_run_one_way():
         (
             "experiments/a.py",
             "import yaml",
-            ["experiments/a.py imports yaml, which belongs in experiments/settings/config.py or jobs/"],
+            ["experiments/a.py imports yaml, which belongs in experiments/settings/yaml_file.py or jobs/"],
         ),
         ("jobs/submit.py", "import yaml, experiments.settings.config", []),
         ("jobs/submit.py", "import torch", ["jobs/submit.py imports torch"]),
