@@ -52,7 +52,7 @@ def write_text(path: Path, text: str, *, executable: bool = False) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replacing(path, sync=False) as temporary:
             temporary.write_text(text, encoding="utf-8")
             if executable:
                 mode = temporary.stat().st_mode
