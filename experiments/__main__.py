@@ -29,10 +29,10 @@ from experiments.records.figures import draw_figures
 from experiments.records.reading import first_run_of
 from experiments.records.summarize import summarize
 from experiments.runs.execute import execute_experiment
-from experiments.runs.progress import duration
 from experiments.settings.config import load_config
 from experiments.settings.run_config import ExperimentConfig
 from experiments.settings.yaml_file import read_yaml
+from experiments.training.progress import duration
 
 CONFIGS = Path(__file__).parent / "configs"
 STOPPED_FILE = "AADL_STOPPED_FILE"

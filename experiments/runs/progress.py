@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from experiments.training.progress import duration
+
 FIRST_LINE_SECONDS = 30.0
 """The first line of a log comes after this time; each further one after twice the time, up to LINE_SECONDS."""
 
@@ -94,10 +96,3 @@ class RunsBar:
             return None
         made = self._done + sum(share for share, _ in self._running.values())
         return (self._clock() - self._start) / made * max(0.0, self._total - made)
-
-
-def duration(seconds: float) -> str:
-    """A time for people: "40 s", "12 min", "3.5 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

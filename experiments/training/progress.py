@@ -45,7 +45,7 @@ class Bar:
         unit: its name.
         enabled: whether anything is shown.
         max_seconds: the training may end by time.
-        images: in each of what is counted; tells images/s and the time that is left.
+        images: in each of what is counted, for the images per second.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Bar:
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
 
     def skip(self, count: int) -> None:
-        """What an earlier process has done."""
+        """Counts what an earlier process has done."""
         self._skipped = count
         self.update(count)
 
@@ -101,10 +101,11 @@ class Bar:
             more = "".join(f", {name} {text}" for name, text in shown.items())
             if shown and self._unit == "iterations":
                 more += f", {rate:.0f} iterations/s"
-            if self._images is not None and rate > 0:
-                more += f", {(self._total - self._count) / rate:.0f} s left"
+            made = share - self._skipped / self._total
+            if made > 0 and share < 1:
+                more += f", about {duration(seconds * (1 - share) / made)} left"
             count = min(self._count, self._total)
-            print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
+            print(f"{count}/{self._total} {self._unit}, {duration(seconds)}{more}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -119,3 +120,10 @@ def _headline(values: Mapping[str, float]) -> dict[str, str]:
         if word and word not in shown:
             shown[word] = f"{value:.1%}" if word == "top-1" else f"{value:.3g}"
     return shown
+
+
+def duration(seconds: float) -> str:
+    """A time for people: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from experiments.runs.progress import RunsBar, duration
+from experiments.runs.progress import RunsBar
+from experiments.training.progress import Bar, duration, reported_to
 
 
 class Clock:
@@ -74,3 +75,27 @@ def test_nothing_is_shown_where_it_is_not_wanted(clock, capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (720, "12 min"), (12_600, "3.5 h")])
 def test_times_are_for_people(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_run_reports_its_share_and_loss(capsys):
+    told = []
+    with reported_to(lambda *values: told.append(values)):
+        bar = Bar(10, "epochs", enabled=False)
+        bar.update(5)
+        bar.show({"metrics/train/loss": 0.5, "metrics/validation/loss": 2.0})
+        bar = Bar(1000, "iterations", enabled=False, max_seconds=10.0)
+        bar.update(100)
+        bar.show({"timing/training_seconds": 8.0})
+    bar.show()
+    assert told[0] == (0.5, 0.5) and told[1][0] == 0.8 and math.isnan(told[1][1]) and len(told) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_of_one_run_says_how_much_time_is_left(capsys):
+    bar = Bar(20, "epochs")
+    for _ in range(20):
+        bar.update(1)
+        bar.show({"metrics/train/loss": 0.5})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and lines[-1] == "20/20 epochs, 0 s, loss 0.5"
+    assert all(line.endswith(" left") for line in lines[:-1])
