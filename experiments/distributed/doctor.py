@@ -345,14 +345,14 @@ def _storage(ranks: Ranks, results: Path) -> list[Finding]:
     except OSError as error:
         number = error.errno or _errno_in(str(error))
         cure = without_locks if "lock file" in str(error) else "choose another folder with --results"
-        findings.append(Finding("HDF5", f"{folder}: {os.strerror(number) if number else error}", cure, bad=True))
+        findings.append(Finding("HDF5 files", f"{folder}: {os.strerror(number) if number else error}", cure, bad=True))
     else:
         try:
-            findings.append(Finding("HDF5", f"files can be written; {_probe_hdf5(folder, locking=None)}"))
+            findings.append(Finding("HDF5 files", f"files can be written; {_probe_hdf5(folder, locking=None)}"))
         except OSError as error:
             number = error.errno or _errno_in(str(error))
             text = f"files can be written without locks, but not with them: {os.strerror(number) if number else error}"
-            findings.append(Finding("HDF5", text, f"{without_locks}, if other programs open records there"))
+            findings.append(Finding("HDF5 files", text, f"{without_locks}, if other programs open records there"))
     free = shutil.disk_usage(folder).free
     cure = "make room, or choose another folder with --results" if free < LITTLE_SPACE_BYTES else ""
     findings.append(Finding("free space", f"{free / 2**30:.1f} GiB in {folder.resolve()}", cure, bad=bool(cure)))

@@ -53,7 +53,7 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("the network"))
     assert doctor.main(options("--results", tmp_path / "new")) == 0
     told = capsys.readouterr().out
-    for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 locks", "free space"):
+    for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 files", "free space"):
         assert f"\n   {name}  " in f"\n{told}", name
     assert "a second writer is refused" in told and "nothing to change" in told
     assert not list((tmp_path / "new").iterdir())
