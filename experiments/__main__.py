@@ -24,7 +24,7 @@ from experiments.images.tables import summarize_images
 from experiments.pinn.compare import read_groups
 from experiments.pinn.figures import draw_pinn_figures
 from experiments.pinn.tables import summarize_pinn
-from experiments.records.compare import find_folders, read_comparison
+from experiments.records.compare import closed_folders, find_folders, read_comparison
 from experiments.records.figures import draw_figures
 from experiments.records.reading import first_run_of
 from experiments.records.summarize import summarize
@@ -188,7 +188,8 @@ def _reproduce(options: argparse.Namespace) -> int:
             print(path)
         print(_table(folder, note))
 
-    code = _show((options.results / config.experiment / config.scale for config in configs), show)
+    folders = (options.results / config.experiment / config.scale for config in configs)
+    code = _show(options.results, folders, show)
     print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
     return code
 
@@ -242,7 +243,7 @@ def _table(folder: Path, note: Callable[[str], None]) -> str:
     return summarize(read_comparison(folder, note))
 
 
-def _show(folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]], None]) -> int:
+def _show(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]], None]) -> int:
     """Shows each folder of results; one that cannot be shown, or a record in it, hides no other.
 
     Returns:
@@ -255,6 +256,8 @@ def _show(folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]],
             left_out.append(line)
             print(line, file=sys.stderr, flush=True)
 
+    for folder in closed_folders(results):
+        note(f"left out: {folder} is closed to this account")
     for folder in folders:
         try:
             show(folder, note)
@@ -273,11 +276,12 @@ def _figures(options: argparse.Namespace) -> int:
                 copy.write_bytes(path.read_bytes())
                 print(copy)
 
-    return _show(find_folders(options.results, options.only), show)
+    return _show(options.results, find_folders(options.results, options.only), show)
 
 
 def _summarize(options: argparse.Namespace) -> int:
-    return _show(find_folders(options.results, options.only), lambda folder, note: print(_table(folder, note)))
+    folders = find_folders(options.results, options.only)
+    return _show(options.results, folders, lambda folder, note: print(_table(folder, note)))
 
 
 if __name__ == "__main__":

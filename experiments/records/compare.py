@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,13 @@ def find_folders(results: Path, only: str | None = None) -> list[Path]:
     if not folders:
         raise ValueError(f"no results{f' of {only}' if only else ''} in {results}: make some with 'run' or 'reproduce'")
     return folders
+
+
+def closed_folders(results: Path) -> list[Path]:
+    """Folders of experiments, scales and variants that this account may not look into; `find_folders` passes over them."""
+    levels = ("", "*", "*/*", "*/*/*")
+    folders = [path for level in levels for path in (results.glob(level) if level else [results]) if path.is_dir()]
+    return sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK))
 
 
 def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparison:

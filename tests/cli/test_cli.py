@@ -149,7 +149,7 @@ def reads_as_a_colleague(results, folder):
         os.setuid(65534)
     os.chdir(folder)
     for command in ("summarize", "figures"):
-        assert main([command, "--results", str(results)]) == 0
+        assert main([command, "--results", str(results)]) == 2
 
 
 def test_results_of_a_colleague_are_shown(config, tmp_path):
@@ -157,10 +157,12 @@ def test_results_of_a_colleague_are_shown(config, tmp_path):
         os.chmod(parent, 0o755)
         results, own, log = Path(parent, "results"), Path(parent, "own"), Path(parent, "log")
         assert run(config, results, "--set", "training.epochs=3") == 0
+        closed = results / "closed"
+        closed.mkdir()
         own.mkdir()
         os.chmod(own, 0o777)
         for path in (results, *results.rglob("*")):
-            os.chmod(path, 0o555 if path.is_dir() else 0o444)
+            os.chmod(path, 0 if path == closed else 0o555 if path.is_dir() else 0o444)
         script = (
             "import sys; sys.path[:0] = sys.argv[3:]; import test_cli; test_cli.reads_as_a_colleague(*sys.argv[1:3])"
         )
@@ -169,6 +171,7 @@ def test_results_of_a_colleague_are_shown(config, tmp_path):
             environment = os.environ | {"MPLCONFIGDIR": str(own), "PYTHONPATH": os.pathsep.join(sys.path)}
             assert subprocess.run(command, stdout=file, stderr=file, env=environment).returncode == 0, log.read_text()
         told = log.read_text()
+        assert f"left out: {closed} is closed to this account" in told
         assert "plain SGD" in told and "summary.md cannot be written: Permission denied" in told
         assert (own / "figures" / "graduate_admissions" / "test" / "loss.png").is_file()
         assert "the figures are in figures/graduate_admissions/test" in told
