@@ -263,6 +263,8 @@ def _show(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable
             show(folder, note)
         except (ValueError, OSError) as error:
             note(f"left out: {error}")
+        except LookupError as error:  # records of another version
+            note(f"left out: the records in {folder} have no {error}")
     return 2 if left_out else 0
 
 

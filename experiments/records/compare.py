@@ -137,7 +137,7 @@ def find_folders(results: Path, only: str | None = None) -> list[Path]:
 
 
 def closed_folders(results: Path) -> list[Path]:
-    """Folders of experiments, scales and variants that this account may not look into; `find_folders` passes over them."""
+    """Folders of results that this account may not look into, and that `find_folders` therefore passes over."""
     levels = ("", "*", "*/*", "*/*/*")
     folders = [path for level in levels for path in (results.glob(level) if level else [results]) if path.is_dir()]
     return sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK))
