@@ -30,6 +30,7 @@ import h5py
 import torch
 import torch.distributed as dist
 
+from data_loaders.workers import num_cores
 from experiments.distributed.launch import (
     LaunchSettings,
     Ranks,
@@ -204,7 +205,7 @@ def _facts(ranks: Ranks, results: Path) -> dict[str, Any]:
         },
         "host": ranks.host or socket.gethostname(),
         "gpus": torch.cuda.device_count() if gpu else 0,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": num_cores(),
         "interfaces": interface_addresses(),
         "name": _resolved(socket.gethostname()),
         "start method": _start_methods(),

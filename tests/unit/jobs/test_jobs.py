@@ -360,7 +360,13 @@ def test_staging_leaves_no_half_copies(tmp_path):
 def test_an_environment_that_was_not_unpacked_to_the_end_is_made_anew(tmp_path, end):
     """conda-unpack fails, or all is killed while it runs; the next start must not take that for an environment."""
     local = tmp_path / "local" / "environment"
-    stage = ["bash", str(ROOT / "jobs" / "templates" / "stage.sh"), "environment", str(tmp_path / "packed.tar.gz"), str(local)]
+    stage = [
+        "bash",
+        str(ROOT / "jobs" / "templates" / "stage.sh"),
+        "environment",
+        str(tmp_path / "packed.tar.gz"),
+        str(local),
+    ]
     (tmp_path / "bin").mkdir()
     unpack = tmp_path / "bin" / "conda-unpack"
     # As the real one, it must run in the final place, and once: it replaces the placeholder by that path.
