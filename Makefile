@@ -4,16 +4,20 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 FRAMEWORKS := .venv/frameworks
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-frameworks lint clean
+.PHONY: help reproduce test test-slow test-all test-frameworks lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make reproduce   run the experiments on this machine: HDF5 results, figures and a table, in results/'
 	@echo '                   ONLY=graduate_admissions   this experiment alone'
 	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
-	@echo 'make test        run the tests (FAST=1: without the slow ones; TESTS=tests/cli/test_cli.py: these alone)'
+	@echo 'make test        test all units, and each way to run once'
+	@echo '                   TESTS=tests/cli   all tests of this folder or file instead'
+	@echo '                   WORKERS=8         processes that share the tests (default: 2)'
+	@echo 'make test-slow   run the tests that make test leaves out; make test-all runs both'
 	@echo 'make test-frameworks   test aadl in Lightning, Fabric, Accelerate, HF Trainer, Ignite and DeepXDE (installs them)'
 	@echo 'make lint        check style, formatting and types'
 	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'
@@ -22,8 +26,16 @@ help:
 reproduce: $(INSTALLED)
 	$(VENV_PYTHON) -m experiments reproduce $(if $(ONLY),--only '$(ONLY)')
 
+# Files are shared out whole, in the order of tests/conftest.py: what a file sets up once is not set up twice.
+PYTEST = $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(VENV_PYTHON) -m pytest $(TESTS) $(if $(filter-out 0,$(FAST)),-m 'not slow')
+	$(PYTEST) $(or $(TESTS),-m 'not slow')
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 test-frameworks: $(FRAMEWORKS)/.installed
 	DDE_BACKEND=pytorch $(FRAMEWORKS)/bin/python -m pytest tests/frameworks

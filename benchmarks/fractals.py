@@ -1,7 +1,7 @@
 """The set of fractals: speed, and whether a network learns it: `python -m benchmarks.fractals` (`--quick`: seconds).
 
 Two ways to points of an attractor, images per second of processor time, how far classes are apart, and the accuracy of
-a small residual network against epochs. --docs writes docs/fractals.md and its two figures. All of it takes some
+a small residual network against epochs. --docs writes docs/reports/fractals.md and its figures. It takes some
 three minutes on two cores.
 """
 
@@ -272,6 +272,9 @@ def markdown(
     epochs = [epoch for epoch in (1, 2, 5, 10) if epoch <= len(next(iter(curves.values()))[0])]
     return f"""# Fractals
 
+Fractals stand in for photographs on machines without ImageNet: a core draws hundreds of labeled images a second, and a
+small residual network needs all of some ten epochs to tell the classes apart.
+
 Written by `python -m benchmarks.fractals --docs`: {about["processor"]}, one thread, torch {about["torch"]}, Python
 {about["python"]}, commit {about["commit"]}, {about["date"][:10]}.
 
@@ -281,7 +284,7 @@ a class more alike, which a network learns sooner. A class is one random iterate
 function system of {NUM_MAPS[0]} to {NUM_MAPS[1]} contracting maps, after FractalDB (H. Kataoka et al., ACCV 2020); an
 image depends on seed, class and instance alone.
 
-![ten classes, twelve instances of each](figures/fractals.png)
+![ten classes, twelve instances of each](../figures/fractals.png)
 
 Each row is a class. A system is taken when its attractor meets {FILLED[0]:.0%} to {FILLED[1]:.0%} of the cells of its
 circumscribed square, no map has most of the probability, and the copies w_i(A) neither shrink to dust nor cover each
@@ -301,7 +304,7 @@ numbers, coefficients that are constant over long runs, and no point wasted on c
 
 ## A network learns it
 
-![accuracy against epochs](figures/fractals_learning.png)
+![accuracy against epochs](../figures/fractals_learning.png)
 
 A residual network of eight layers, {task.classes} classes, {task.images} training and {task.validation} validation
 images a class, {task.size} pixels, chance {1 / task.classes:.0%}. Accuracy on the validation images; where there are
@@ -361,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and with --docs writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fractals", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few images, a small task")
-    parser.add_argument("--docs", action="store_true", help="write docs/fractals.md and its figures")
+    parser.add_argument("--docs", action="store_true", help="write docs/reports/fractals.md and its figures")
     options = parser.parse_args(arguments)
     if options.quick and options.docs:
         parser.error("--docs writes about all cases")
@@ -374,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = markdown(speeds, (nearest, share), curves, task, facts("cpu"))
     print(text)
     if options.docs:
-        (ROOT / "docs" / "fractals.md").write_text(text)
+        (ROOT / "docs" / "reports" / "fractals.md").write_text(text)
         draw_figures(curves, ROOT / "docs" / "figures")
 
 

@@ -4,7 +4,7 @@ Makes JPEG files like those of ImageNet (500 x 375 pixels, 1/f spectrum, quality
 are and with a short side of 256 pixels, and measures TrainLoader (crop of 224 pixels, mirrored, uint8 batches of 32) on
 each form, against reading alone and against the floor: Pillow decoding, cropping and resizing of bytes in memory.
 Everything is measured in turn, a batch each; ratios are those of the same batch, images and crops. --docs writes
-docs/input_pipeline.md.
+docs/reports/input_pipeline.md.
 """
 
 from __future__ import annotations
@@ -350,11 +350,13 @@ def findings(report: Report) -> list[str]:
 
 
 def page(report: Report) -> str:
-    """docs/input_pipeline.md."""
+    """docs/reports/input_pipeline.md."""
     machine = ", ".join(f"{name} {each}" for name, each in report.machine.items())
     absent = [name for name in DECODERS if f"{name} packed" not in report.times]
     missing = f" Not run here, because it does not import: {' and '.join(absent)}." if absent else ""
     return f"""# Input pipeline
+
+{chr(10).join(findings(report))}
 
 Written by `python -m benchmarks.input_pipeline --docs`: {machine}. Load of the machine over the last five minutes:
 {report.load:.1f} processes, one of them this one; where there are more than cores, others disturbed the numbers.
@@ -377,8 +379,6 @@ pixels of all images of a batch, without reading, checksums, random numbers, joi
 {reading_table(report)}
 
 Not cached means that the system was asked to drop the files before every round; a virtual disk may cache all the same.
-
-{chr(10).join(findings(report))}
 
 Batches stay uint8 until they are on the device: float32 would be four times as many bytes. Another decoder is chosen by
 name in the configuration; an image that it refuses is read by Pillow and counted. Its pixels differ from Pillow's by a
@@ -408,7 +408,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="default: 256")
     parser.add_argument("--rounds", type=int, help="default: 160, a batch each")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the data are made (default: the system's)")
-    parser.add_argument("--docs", action="store_true", help="write docs/input_pipeline.md")
+    parser.add_argument("--docs", action="store_true", help="write docs/reports/input_pipeline.md")
     options = parser.parse_args(arguments)
     options.images = options.images or (8 if options.quick else 256)
     options.rounds = options.rounds or (2 if options.quick else 160)
@@ -427,8 +427,8 @@ def main(arguments: Sequence[str] | None = None, docs: Path = ROOT / "docs") -> 
     options = parse(arguments)
     text = page(run(options.images, options.rounds, options.folder, options.workers))
     if options.docs:
-        docs.mkdir(parents=True, exist_ok=True)
-        (docs / "input_pipeline.md").write_text(text)
+        (docs / "reports").mkdir(parents=True, exist_ok=True)
+        (docs / "reports" / "input_pipeline.md").write_text(text)
     print(text)
     return 0
 

@@ -1,6 +1,6 @@
 """Seconds and bytes of a training step with Anderson acceleration (AA) on machines described by a few figures.
 
-A model, not a measurement: `python -m benchmarks.scaling` feeds it with counted collectives and writes docs/scaling.md.
+A model. `python -m benchmarks.scaling` feeds it counted collectives and writes docs/reports/scaling.md.
 Symbols: N parameters, P ranks (one per device), m = history_depth, h = bytes of a stored history element. Units are
 bytes, seconds, bytes per second and flop per second throughout.
 """
@@ -17,7 +17,7 @@ LAYOUTS = ("replicated", "sharded", "fsdp2")
 """Data parallelism with whole histories, with `shard_history=True`, and FSDP2 over all ranks."""
 MEMORY_EFFICIENCY = 1 / 1.3
 """Share of the nominal memory bandwidth that AA gets for the floor of its bytes: the project's own goal for kernels
-and passes that are not ideal. The check rows of docs/scaling.md show how far this host is from it."""
+and passes that are not ideal. The check rows of docs/reports/scaling.md show how far this host is from it."""
 NETWORK_EFFICIENCY = 0.85
 """Share of the nominal link bandwidth that a long collective gets. Assumed."""
 OVERLAP = 0.5

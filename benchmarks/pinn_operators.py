@@ -1,8 +1,8 @@
 """Ways to the derivatives of a PINN, loss and backward: `python -m benchmarks.pinn_operators` (`--quick`: seconds).
 
 The residual u_t + u sum_i u_{x_i} - sum_i u_{x_i x_i} - f of a network d-50-50-50-1, tanh, at 4,000 points, its mean
-square and the gradient of that, one thread. Every row in a process of its own. --docs writes docs/pinn_operators.md.
-All of it takes some four minutes and up to 4 GB of memory.
+square and the gradient of that (one thread). Each row has its own process.
+--docs writes docs/reports/pinn_operators.md. It takes some four minutes and up to 4 GB of memory.
 """
 
 # Measured processes start here too: what only the report needs is imported where it is used.
@@ -398,6 +398,11 @@ def markdown(rows: Sequence[Row], quick: bool = False) -> str:
     command = "python -m benchmarks.pinn_operators" + (" --quick" if quick else " --docs")
     return f"""# Derivatives for PINNs
 
+A Laplacian costs as much in 10,000 dimensions as the products with the first layer do: only that layer sees the
+dimension. In numbers:
+
+{chr(10).join("- " + line for line in findings(rows))}
+
 Written by `{command}`: {facts["processor"]}, one thread, torch {facts["torch"]}, Python {facts["python"]}, commit
 {facts["commit"]}, {facts["date"][:10]}. {gpu}
 
@@ -416,10 +421,6 @@ Laplacian; its errors are those of one draw. The points themselves take {4 * POI
 d = 10,000.
 
 {planar}
-## What it says
-
-{chr(10).join("- " + line for line in findings(rows))}
-
 ## Why
 
 A network depends on x through W_1 x alone. With Q an orthonormal basis (d x r, r at most the width of the first
@@ -436,7 +437,7 @@ these shapes. Points come last in memory, the chunks fit the cache, and the adjo
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pinn_operators", description=__doc__)
-    parser.add_argument("--docs", action="store_true", help="write docs/pinn_operators.md")
+    parser.add_argument("--docs", action="store_true", help="write docs/reports/pinn_operators.md")
     parser.add_argument("--quick", action="store_true", help="small cases: seconds")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -456,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = markdown(rows, options.quick)
     print(text)
     if options.docs:
-        (ROOT / "docs" / "pinn_operators.md").write_text(text)
+        (ROOT / "docs" / "reports" / "pinn_operators.md").write_text(text)
 
 
 if __name__ == "__main__":

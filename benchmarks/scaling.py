@@ -2,7 +2,7 @@
 
 One real rank of 1,536 and of 6,144 is run through torch's fake process group, and its collectives and memory are
 counted (`fake_ranks`); the fixed cost of the accelerator's events is measured on this host; `machine_model` predicts
-machines from both. --docs writes docs/scaling.md. All of it takes some minutes on two cores and up to 8 GB of memory.
+machines from both. --docs writes docs/reports/scaling.md. It takes some minutes on two cores and 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def step_seconds(descent: Descent, optimizer: torch.optim.Optimizer) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Counts, measures, predicts, prints, and with --docs writes the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--docs", action="store_true", help="write docs/scaling.md")
+    parser.add_argument("--docs", action="store_true", help="write docs/reports/scaling.md")
     options = parser.parse_args(arguments)
     workloads = list(WORKLOADS.values())
     [overhead] = in_processes(measure_overhead, [()])

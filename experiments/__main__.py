@@ -17,8 +17,9 @@ from pathlib import Path
 from data_loaders.workers import num_cores
 from experiments.distributed import doctor
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
-from experiments.distributed.interruption import EXIT_RESUME, Interruption
-from experiments.distributed.launch import Ranks, ranks_from_environment
+from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
+from experiments.distributed.launch import ranks_from_environment
+from experiments.distributed.ranks import Ranks
 from experiments.images.figures import draw_image_figures
 from experiments.images.tables import summarize_images
 from experiments.pinn.compare import read_groups
@@ -29,12 +30,11 @@ from experiments.records.figures import draw_figures
 from experiments.records.record import Run, read_run
 from experiments.records.summarize import summarize
 from experiments.runs.execute import execute_experiment
-from experiments.settings.config import load_config, read_yaml
+from experiments.settings.config import load_config
 from experiments.settings.run_config import ExperimentConfig
+from experiments.settings.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
-STOPPED_FILE = "AADL_STOPPED_FILE"
-"""Names a file that rank 0 makes when the runs were stopped and saved, for launchers with exit codes of their own."""
 DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
 
@@ -140,8 +140,8 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:
-        if ranks.rank == 0 and os.environ.get(STOPPED_FILE):
-            Path(os.environ[STOPPED_FILE]).touch()
+        if ranks.rank == 0:
+            write_stopped_file()
         raise interrupted
 
 

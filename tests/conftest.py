@@ -1,14 +1,34 @@
-"""Fixtures of all tests: fixed seeds, one thread, and processes joined by gloo."""
+"""Fixtures of all tests, the marks that follow from a test's folder, and one thread for each process."""
 
 import itertools
+import os
 import random
+import signal
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too
 
 import gloo
+import marks
 import numpy as np
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
+
 torch.set_num_threads(1)
+# A shell starts background processes with SIGINT ignored, and their children inherit that: Ctrl-C has to work in tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        given = {mark.name for mark in item.iter_markers()}
+        for mark in marks.marks(item.path.relative_to(TESTS), given, getattr(item, "fixturenames", ())):
+            item.add_marker(mark)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: marks.place(item.path.relative_to(TESTS)))
 
 
 @pytest.fixture(autouse=True)

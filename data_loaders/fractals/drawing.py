@@ -180,7 +180,7 @@ SIZES = (8, 2048)
 
 
 class Variation(NamedTuple):
-    """How far the instances of a class are apart; docs/fractals.md says how the values were chosen.
+    """How far the instances of a class are apart; docs/reports/fractals.md says how the values were chosen.
 
     Attributes:
         angle: standard deviation of both angles of each map, in radians.

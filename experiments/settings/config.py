@@ -7,18 +7,15 @@ key, the value and what is allowed.
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from data_loaders.collocation import MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
-from experiments.distributed.launch import LaunchSettings
 from experiments.images.settings import (
     CADENCES,
     NOMINAL_STEPS,
@@ -51,6 +48,7 @@ from experiments.settings.checks import (
     solves_residuals,
     takes,
 )
+from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
     EXPERIMENTS,
     PROBES,
@@ -68,45 +66,8 @@ from experiments.settings.run_config import (
     TrainingConfig,
     VariantConfig,
 )
+from experiments.settings.yaml_file import parse_setting, read_yaml
 from experiments.training.optimizers import LINE_SEARCHES, is_schedule_free
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loader that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a repeated key."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ValueError(f"key {key.value!r} stands twice in one mapping (line {key.start_mark.line + 1})")
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping of settings in a YAML file; numbers as `1e-3` are read, a repeated key is refused.
-
-    Raises:
-        ValueError: invalid YAML, or no mapping.
-        OSError: the file cannot be read.
-    """
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {raw!r}")
-    return raw
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -125,6 +86,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     """
     raw = read_yaml(path)
     selected = None
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"--set {key} is given {keys.count(key)} times: give it once")
     for text in overrides:
         key, _, value = text.partition("=")
         if key.strip() == "variants" and value.strip() and not value.lstrip().startswith("{"):
@@ -156,9 +121,9 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     if not equals or not all(keys):
         raise ValueError(f"--set needs key=value, as training.epochs=5, got {text!r}")
     try:
-        value = yaml.load(value_text, _Loader)
-    except (yaml.YAMLError, ValueError):
-        raise ValueError(f"--set {key}: {value_text!r} is not a YAML value") from None
+        value = parse_setting(value_text)
+    except ValueError as error:
+        raise ValueError(f"--set {key}: {error}") from None
     result = dict(raw)
     level = result
     for position, part in enumerate(keys[:-1]):

@@ -1,4 +1,4 @@
-"""Every Python example of README.md and docs/ runs as it stands, except those marked <!-- not run -->.
+"""Every Python example of README.md and docs/ that is to run (snippets.py) runs as it stands.
 
 Those marked <!-- 2 ranks --> run on two ranks of torchrun. Those of docs/frameworks.md run in tests/frameworks.
 """
@@ -10,17 +10,7 @@ import sys
 
 import pytest
 from paths import ROOT
-
-BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>not run|2 ranks) -->\s*)?^```python\n(?P<code>.*?)^```$", flags=re.DOTALL | re.MULTILINE
-)
-
-
-def examples(text):
-    """(line of the fence, code, ranks) of every block that is to run."""
-    for match in BLOCK.finditer(text):
-        if match["mark"] != "not run":
-            yield text.count("\n", 0, match.start()) + 1, match["code"], 2 if match["mark"] else 1
+from snippets import BLOCK, examples
 
 
 def run(code, folder, ranks=1):
@@ -38,7 +28,7 @@ def run(code, folder, ranks=1):
 
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if path.is_file()
 }
 EXAMPLES = [

@@ -94,7 +94,6 @@ def end(process):
     return process.returncode, out, err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["fork", "spawn", "forkserver"])
 def test_workers_survive_the_signals_of_a_scheduler(tmp_path, start_method):
     code, out, err = end(start(tmp_path, LOADER + SIGNALED, start_method=start_method))
@@ -109,7 +108,6 @@ def test_a_program_that_loses_a_worker_fails_and_ends(tmp_path):
     assert re.search(r"RuntimeError(: |\(['\"])(a worker that reads images ended|DataLoader worker )", err), err
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_method):
@@ -195,8 +193,10 @@ def kill_worker(results, run):
     os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)]
+)
 def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
     process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
     os.killpg(process.pid, number)
@@ -207,7 +207,6 @@ def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
     assert "resource_tracker" not in err  # nor is the helper process of the pool ended
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_runs_of_jobs_after_one_has_failed(tmp_path, number):
     process, results = start_jobs(tmp_path, "0", {"sgd_aadl 0"}, failing="sgd 0")
@@ -218,7 +217,6 @@ def test_signals_reach_the_runs_of_jobs_after_one_has_failed(tmp_path, number):
     assert saved(results) == {"sgd_aadl 0"}
 
 
-@pytest.mark.slow
 def test_where_a_worker_of_jobs_is_killed_the_other_saves(tmp_path):
     process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
     kill_worker(results, "sgd 0")
@@ -227,7 +225,6 @@ def test_where_a_worker_of_jobs_is_killed_the_other_saves(tmp_path):
     assert saved(results) == {"sgd_aadl 0"}  # and none that lay in the queue has begun
 
 
-@pytest.mark.slow
 def test_jobs_end_where_a_worker_is_killed_after_a_run_has_failed(tmp_path):
     process, results = start_jobs(tmp_path, "0-3", {"sgd_aadl 0"}, failing="sgd 0")
     kill_worker(results, "sgd_aadl 0")

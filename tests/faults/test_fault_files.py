@@ -38,7 +38,6 @@ def test_sigkill_of_rank_0_at_a_point_of_writing_a_checkpoint(site, point):
     site.equals(place, again, ranks=ranks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, -1])
 def test_sigkill_of_a_rank_or_of_both_amid_a_save(site, rank):
     place = site.place()
@@ -92,7 +91,6 @@ def stopped(site):
 DAMAGES = ("weights", "momentum", "history", "RNG", "hole", "0.1", "0.5", "0.99")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGES[:: 3 if QUICK else 1])
 def test_damage_of_the_newest_checkpoint_is_told_and_the_one_before_is_taken(site, stopped, what):
     shutil.rmtree(stopped.results)
@@ -105,7 +103,6 @@ def test_damage_of_the_newest_checkpoint_is_told_and_the_one_before_is_taken(sit
     site.equals(stopped, again)
 
 
-@pytest.mark.slow
 def test_with_no_good_checkpoint_left_the_run_ends_in_one_sentence(stopped):
     shutil.rmtree(stopped.results)
     shutil.copytree(stopped.folder / "original", stopped.results)
@@ -125,7 +122,6 @@ class Command:
         return os.system, (self.command,)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["command", "object"])
 def test_a_forged_checkpoint_is_refused_and_not_executed(site, kind):
     place = site.place()
@@ -163,7 +159,6 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("what", "moment"), [("checkpoint", "step"), ("record", "after unlink")])
 def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, what, moment):
     with small_disk(site.folder / f"disk-{what}", "24m") as disk:
@@ -180,7 +175,6 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, 
         site.equals(place, again)
 
 
-@pytest.mark.slow
 def test_one_eio_from_a_disk_that_works_again_costs_one_warning(site):
     place = site.place()
     ended = place.run(Fault("raise_transient", place="before fsync", step=21), ranks=2, pace=PACE)
@@ -203,7 +197,6 @@ def test_a_folder_without_permission_is_refused_before_the_first_step():
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_sigkill_while_the_record_is_written_and_read_by_others(site):
     count = 4 if QUICK else 20
     config = changed(TABLE, training={"epochs": 12 if QUICK else 40}, save={"every_seconds": 0.0})

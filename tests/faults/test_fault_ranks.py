@@ -62,7 +62,7 @@ def test_a_job_that_does_not_end_is_killed(site):
 # ---- ranks that die --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), pytest.param(2, 0, marks=full), (2, 1)])
 def test_sigkill_of_a_rank_amid_the_training(site, ranks, rank):
     place = site.place()
@@ -75,7 +75,6 @@ def test_sigkill_of_a_rank_amid_the_training(site, ranks, rank):
     site.equals(place, again, ranks=ranks)
 
 
-@pytest.mark.slow
 def test_sigkill_at_random_moments_of_one_run(site):
     count, epochs, ranks = (5, 16, 2) if QUICK else (50, 96, 2)
     config = changed(TABLE, training={"epochs": epochs})
@@ -112,7 +111,6 @@ def killed_at_random(place, ranks, numbers):
     return ended if any(code == -signal.SIGKILL for code in ended.codes) else None
 
 
-@pytest.mark.slow
 def test_a_rank_that_crashes_again_and_again_under_torchrun(site):
     count = 1 if QUICK else 10
     place = site.place()
@@ -143,7 +141,7 @@ def test_a_rank_that_crashes_again_and_again_under_torchrun(site):
 # ---- signals and the end of the time ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["SIGUSR1"] if QUICK else ["SIGUSR1", "SIGUSR2", "SIGTERM"])
 def test_a_signal_to_one_rank_and_a_second_one_amid_the_save(site, name):
     place = site.place()
@@ -178,7 +176,6 @@ MOMENTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_at_any_moment(site, moment):
     place, fault = site.place(), MOMENTS[moment]
@@ -193,7 +190,6 @@ def test_a_signal_at_any_moment(site, moment):
     site.equals(place, again)
 
 
-@pytest.mark.slow
 def test_the_end_of_the_jobs_time(site):
     """It is 62 s after the start, and 60 s are the margin."""
     config = changed(TABLE, training={"epochs": 100})
@@ -209,7 +205,6 @@ def test_the_end_of_the_jobs_time(site):
 # ---- ranks that hang, fail or go astray ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(site):
     config = changed(TABLE, launch={"collective_seconds": 6})
     place = site.place(config)
@@ -230,7 +225,6 @@ STRAYING = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("action", ["decide_otherwise"] if QUICK else STRAYING)
 def test_a_rank_that_strays_ends_the_job(site, action):
     config = changed(TABLE, launch={"collective_seconds": 10})
@@ -244,7 +238,6 @@ def test_a_rank_that_strays_ends_the_job(site, action):
     site.equals(place, again, config, ranks=2)
 
 
-@pytest.mark.slow
 def test_ranks_whose_local_losses_disagree_decide_alike(site):
     acceleration = EAGER | {"safeguard": "loss"}
     variants = {"aadl": {"optimizer": SGD, "acceleration": acceleration}}
@@ -258,7 +251,6 @@ def test_ranks_whose_local_losses_disagree_decide_alike(site):
         assert 0 < int(group["accepted"][-1]) < int(group["attempts"][-1])
 
 
-@pytest.mark.slow
 def test_a_rank_that_stood_still_for_a_while_is_named_and_the_run_goes_on(site):
     place = site.place()
     job = place.start(Fault("SIGSTOP", step=21, rank=1), ranks=2, pace=PACE)
@@ -271,7 +263,6 @@ def test_a_rank_that_stood_still_for_a_while_is_named_and_the_run_goes_on(site):
     assert any(float(seconds) >= 2.0 for seconds in told), ended.tail()
 
 
-@pytest.mark.slow
 def test_an_exception_on_one_rank_ends_all_with_one_traceback(site):
     place = site.place()
     first = place.run(Fault("raise_memory_error", step=21, rank=1), ranks=2, pace=PACE)
@@ -303,7 +294,6 @@ def failed_with(ended, message):
 # ---- other numbers of processes, other moments -----------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_another_number_of_ranks_sees_the_same_rows_and_losses(site):
     plain = changed(TABLE, variants={"aadl": {"optimizer": SGD}})
     place = site.place(plain)
@@ -338,7 +328,6 @@ def rows_by_step(parts):
     return found
 
 
-@pytest.mark.slow
 def test_stops_anywhere_in_an_epoch_show_every_row_once_an_epoch(site):
     place, epoch, parts = site.place(), STEPS_PER_EPOCH, []
     for moment in (0, 1, 2 * epoch - 2, 2 * epoch - 1, 3 * epoch, 4 * epoch + 1):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from problem import framework
-from test_readme import examples
+from snippets import examples
 
 TEXT = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text("utf-8")
 SHARED, *SECTIONS = TEXT.split("\n## ")

@@ -57,6 +57,7 @@ def runs(spawn_ranks):
     return {name: (first[name], second[name]) for name in first}
 
 
+@pytest.mark.smoke
 def test_replicas_judge_together_and_stay_identical(runs):
     (first, verdicts, first_alone), (second, other_verdicts, second_alone) = runs["together"]
     assert torch.equal(first, second)

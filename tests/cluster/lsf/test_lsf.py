@@ -166,6 +166,7 @@ def test_a_killed_job_stays_dead(lsf, tmp_path):
     assert "state saved" in lsf.log(job) and not stand_in.started(tmp_path, job, 1)
 
 
+@pytest.mark.smoke
 def test_a_failing_rank_ends_the_job(lsf, tmp_path):
     [job] = lsf.submit("--nodes", "2", "--ranks-per-node", "2", "--python", stand_in.make(tmp_path))
     wait_for_ranks(tmp_path, job, 4)
@@ -263,12 +264,10 @@ def check_experiment(lsf, tmp_path, monkeypatch, experiment):
     check_against_one_process(lsf.results, tmp_path / "plain", launcher=launcher, world_size=4)
 
 
-@pytest.mark.slow
 def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path, monkeypatch):
     check_experiment(lsf, tmp_path, monkeypatch, "graduate_admissions")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS[1:])
 def test_jsrun_runs_the_other_experiments(summit, tmp_path, monkeypatch, experiment):
     check_experiment(summit, tmp_path, monkeypatch, experiment)

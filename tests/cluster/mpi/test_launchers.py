@@ -54,7 +54,7 @@ def mpiexec(request):
     return request.param, command, {"MPI4PY_LIBMPI": str(library)}
 
 
-@pytest.mark.mpi
+@pytest.mark.smoke
 def test_mpiexec_broadcasts_the_address(mpiexec, tmp_path):
     name, command, variables = mpiexec
     pytest.importorskip("mpi4py", reason="needs mpi4py")
@@ -63,8 +63,6 @@ def test_mpiexec_broadcasts_the_address(mpiexec, tmp_path):
     assert sorted(out.splitlines()) == [f"rank {rank} of 2 by {name} summed" for rank in range(2)]
 
 
-@pytest.mark.slow
-@pytest.mark.mpi
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_mpiexec_runs_every_experiment(mpiexec, tmp_path, monkeypatch, experiment):
     monkeypatch.delenv("AADL_DATA_DIR", raising=False)  # which `run` leaves out too
@@ -79,8 +77,6 @@ def test_mpiexec_runs_every_experiment(mpiexec, tmp_path, monkeypatch, experimen
     check_against_one_process(tmp_path / "two", tmp_path / "one", launcher=name, world_size=2)
 
 
-@pytest.mark.slow
-@pytest.mark.mpi
 def test_mpiexec_without_mpi4py(mpiexec, tmp_path):
     name, command, _ = mpiexec
     code, out, err = run([*command, str(tmp_path), "", "file"], MPI4PY_LIBMPI=str(tmp_path / "none"))
@@ -89,8 +85,6 @@ def test_mpiexec_without_mpi4py(mpiexec, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.mpi
 def test_a_rank_that_fails_ends_the_job_of_mpiexec(mpiexec, tmp_path):
     """The other one sleeps for minutes; mpiexec of MPICH alone would wait for it."""
     _, command, variables = mpiexec
@@ -99,8 +93,6 @@ def test_a_rank_that_fails_ends_the_job_of_mpiexec(mpiexec, tmp_path):
     assert err.count("Traceback") == 1 and "KeyError: 'no such thing'" in err
 
 
-@pytest.mark.slow
-@pytest.mark.mpi
 def test_the_library_of_another_mpiexec_is_told(tmp_path):
     """Each process would be rank 0 of 1 for it."""
     pytest.importorskip("mpi4py", reason="needs mpi4py")

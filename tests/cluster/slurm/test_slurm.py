@@ -20,8 +20,6 @@ from suite_cases import RAW
 from experiments import __main__ as suite
 from experiments.records.record import read_run, read_weights
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
 PLAIN, ACCELERATED = "sgd", "sgd_aadl"
 
 
@@ -94,6 +92,7 @@ def edited(cluster, results, config, old, new, nodes=2):
     return cluster.run("sbatch", "--parsable", str(results / "jobs" / "by_hand.sh")).strip()
 
 
+@pytest.mark.smoke
 def test_two_nodes_give_the_numbers_and_the_figure_of_a_plain_run(cluster, config, tmp_path):
     command = [sys.executable, "-m", "jobs.submit", str(config), "--site", str(cluster.site), "--nodes", "2"]
     told = cluster.run(*command, "--time", "0:10:00", "--results", str(tmp_path / "slurm"))

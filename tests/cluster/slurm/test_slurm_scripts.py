@@ -7,8 +7,6 @@ import pytest
 import stand_in
 from cluster import find, wait_until
 
-pytestmark = pytest.mark.slurm
-
 CONFIG = "experiments/configs/graduate_admissions/laptop.yaml"
 
 

@@ -145,9 +145,33 @@ def test_overrides(tmp_path):
         ("training.epochs=many", "training.epochs must be an integer"),
         ("seeds.a=1", "seeds is a value, not a group"),
         ("variants=slow", "unknown variant 'slow'; there are: plain, fast"),
+        ("training.scheduler=", "--set training.scheduler: a value is missing: write null"),
+        ("training={epochs: 1, epochs: 2}", "--set training: key 'epochs' stands twice"),
     ):
         with pytest.raises(ValueError, match=message):
             load_config(path, [override])
+
+
+def test_seeds_with_leading_zeros_are_decimal(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, ["seeds=008"]).seeds == (8,)
+    assert load_config(path, ["seeds=[008, 009, 010, 011]"]).seeds == (8, 9, 10, 11)
+    with pytest.raises(ValueError, match="--set seeds is given 2 times: give it once"):
+        load_config(path, ["seeds=1", "seeds=2"])
+
+
+def test_an_acceleration_without_its_settings_is_refused(tmp_path):
+    text = MINIMAL + "    acceleration:\n      # relaxation: 0.5\n"
+    with pytest.raises(ValueError, match=r"nothing stands after the key 'acceleration' \(line 11\): write \{\}"):
+        load_config(write(tmp_path, text))
+    assert (
+        load_config(write(tmp_path, text.replace("acceleration:", "acceleration: {}"))).variants["fast"].acceleration
+        == {}
+    )
+    assert (
+        load_config(write(tmp_path, text.replace("acceleration:", "acceleration: null"))).variants["fast"].acceleration
+        is None
+    )
 
 
 def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):

@@ -8,7 +8,7 @@ from suite_cases import run_config
 
 import aadl
 from experiments.admissions import problem as graduate_admissions
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.settings.checks import Component, make_optimizer
 from experiments.settings.run_config import TrainingConfig
@@ -208,6 +208,7 @@ def _train_rank(rank, world_size):
     return train(problem, Stage(optimizer), config.training, ranks).series[TRAIN]
 
 
+@pytest.mark.smoke
 def test_two_ranks_train_as_one(spawn_ranks):
     alone = _train_rank(0, 1)
     first, second = spawn_ranks(_train_rank, 2)
