@@ -17,8 +17,10 @@ from pathlib import Path
 from data_loaders.workers import num_cores
 from experiments.distributed import doctor
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
-from experiments.distributed.interruption import EXIT_RESUME, Interruption
-from experiments.distributed.launch import Ranks, ranks_from_environment
+from experiments.distributed.devices import describe_device, with_device
+from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
+from experiments.distributed.launch import ranks_from_environment
+from experiments.distributed.ranks import Ranks
 from experiments.images.figures import draw_image_figures
 from experiments.images.tables import summarize_images
 from experiments.pinn.compare import read_groups
@@ -35,8 +37,6 @@ from experiments.settings.yaml_file import read_yaml
 from experiments.training.progress import duration
 
 CONFIGS = Path(__file__).parent / "configs"
-STOPPED_FILE = "AADL_STOPPED_FILE"
-"""Names a file that rank 0 makes when the runs were stopped and saved, for launchers with exit codes of their own."""
 DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
 
@@ -137,14 +137,17 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
+        ranks = with_device(ranks, config.launch)
+        if ranks.rank == 0:
+            print(describe_device(ranks), file=sys.stderr, flush=True)
         how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
             execute_experiment(config, ranks, options.results, **how)
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:
-        if ranks.rank == 0 and os.environ.get(STOPPED_FILE):
-            Path(os.environ[STOPPED_FILE]).touch()
+        if ranks.rank == 0:
+            write_stopped_file()
         raise interrupted
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.settings.run_config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
 from experiments.training.problem import Description, Problem, Residuals

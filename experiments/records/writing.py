@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data_loaders.files import replacing
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.hdf5 import RecordError, opened
 from experiments.records.provenance import attributes_of, place_of
 from experiments.records.reading import read_run

@@ -16,16 +16,11 @@ import torch.distributed as dist
 
 import aadl
 from experiments.admissions import problem as graduate_admissions
-from experiments.distributed.departure import Interrupted
+from experiments.distributed.departure import Interrupted, stop_process_group
+from experiments.distributed.devices import binding, device_of
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import (
-    LaunchSettings,
-    Ranks,
-    binding,
-    device_of,
-    start_process_group,
-    stop_process_group,
-)
+from experiments.distributed.launch import start_process_group
+from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
 from experiments.images import problem as imagenet
 from experiments.images.settings import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
@@ -41,6 +36,7 @@ from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
 from experiments.settings.checks import Component, accelerate, make_optimizer, needs_residuals, solves_residuals
 from experiments.settings.config import expand_runs
+from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
     PROBES,
     ExperimentConfig,

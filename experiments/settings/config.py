@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from data_loaders.collocation import MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
-from experiments.distributed.launch import LaunchSettings
 from experiments.images.settings import (
     CADENCES,
     NOMINAL_STEPS,
@@ -49,6 +48,7 @@ from experiments.settings.checks import (
     solves_residuals,
     takes,
 )
+from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
     EXPERIMENTS,
     PROBES,

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_loaders.collocation import KINDS, MAX_POOL
-from experiments.distributed.launch import LaunchSettings
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.models.derivatives import RULES
 from experiments.models.mlp import ACTIVATIONS
@@ -32,6 +31,7 @@ from experiments.settings.checks import (
     sequence,
     setting,
 )
+from experiments.settings.launch_settings import LaunchSettings
 
 # Checked against the signature of the class afterwards.
 SCHEDULER = Kind("a mapping with the name of a scheduler of torch", lambda value: value)
@@ -238,7 +238,7 @@ class SaveConfig:
             often that it takes more than a twentieth of the time. Those of a finished run are removed.
         asynchronous: whether a thread writes them while the training goes on.
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
-            ranks many (`interruption.Agreement` has what one costs).
+            ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
             `ema_decay`; images: with the statistics computed anew), see `record.read_weights`.
     """
@@ -301,6 +301,8 @@ class RunConfig:
         for key in ("then", "overrides", "mean_epochs"):
             if not raw["variant"][key]:
                 del raw["variant"][key]
+        if not raw["problem"].get("exif_orientation"):  # records from before this setting stay the same runs
+            raw["problem"].pop("exif_orientation", None)
         return json.dumps(raw, sort_keys=True)
 
     def identity(self) -> str:

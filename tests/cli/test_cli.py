@@ -21,7 +21,7 @@ from suite_cases import RAW
 
 from experiments import __main__ as suite
 from experiments.__main__ import main
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run, read_weights
 from experiments.runs import execute
 from experiments.runs.lock import LOCK_NAME

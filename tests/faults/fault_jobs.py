@@ -36,7 +36,7 @@ from digests import digest
 from system_calls import meet_points
 
 from aadl.acceptance import Decisions
-from data_loaders.imagenet import sets as loaders
+from data_loaders.imagenet import loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
 from experiments.records.reading import read_run

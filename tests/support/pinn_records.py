@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 import numpy as np
 from suite_cases import PINN, problem
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.equation import load_equation
 from experiments.pinn.problem import describe
 from experiments.records.status import run_path

@@ -14,7 +14,7 @@ import yaml
 from paths import ROOT
 from suite_cases import RAW, problem, result, run_config
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 from experiments.settings.config import load_config

@@ -8,7 +8,7 @@ import torch
 from image_runs import RAW, SGD, raw_config
 from paths import ROOT
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.images.settings import ImageTrainingConfig, in_steps
 from experiments.settings.config import expand_runs, load_config, parse_config
 from experiments.training.schedules import scaled_rate, share, step_scheduler

@@ -18,7 +18,7 @@ from torch.nn.utils import parameters_to_vector
 
 import aadl
 from experiments.__main__ import main
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build, describe
 from experiments.records.reading import read_fields, read_run
 from experiments.records.status import run_path, state_of

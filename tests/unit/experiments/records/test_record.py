@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from suite_cases import problem, result, run_config
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records import provenance, series
 from experiments.records.hdf5 import IncompleteRecord
 from experiments.records.provenance import git_state

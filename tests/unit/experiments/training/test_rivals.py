@@ -12,7 +12,7 @@ from small_runs import through_a_file
 from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
 from torch import nn
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.tuned_rates import HEADER, rows
 from experiments.runs.execute import build
 from experiments.settings.checks import Component, make_optimizer

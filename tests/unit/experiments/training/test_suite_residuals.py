@@ -17,7 +17,7 @@ import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn import problem as collocation_problem
 from experiments.records.reading import read_run
 from experiments.runs.execute import _stage, build, execute_run
