@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_loaders.workers import num_cores
 from experiments.distributed import doctor
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
+from experiments.distributed.devices import describe_device, with_device
 from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
 from experiments.distributed.launch import ranks_from_environment
 from experiments.distributed.ranks import Ranks
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--only", metavar="EXPERIMENT", help="this experiment alone")
     running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--jobs", type=int, default=_num_cores(), metavar="N", help="worker processes (one a core)")
+    running.add_argument("--jobs", type=int, default=num_cores(), metavar="N", help="worker processes (one a core)")
     running.add_argument("--force", action="store_true", help="make finished runs again")
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
@@ -123,10 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.set)
     _execute(Path(options.config), config, ranks_from_environment(os.environ), options)
@@ -137,6 +135,9 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
+        ranks = with_device(ranks, config.launch)
+        if ranks.rank == 0:
+            print(describe_device(ranks), file=sys.stderr, flush=True)
         how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
             execute_experiment(config, ranks, options.results, **how)
