@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_loaders.workers import num_cores
 from experiments.distributed import doctor
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
 from experiments.distributed.devices import describe_device, with_device
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--only", metavar="EXPERIMENT", help="this experiment alone")
     running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--jobs", type=int, default=_num_cores(), metavar="N", help="worker processes (one a core)")
+    running.add_argument("--jobs", type=int, default=num_cores(), metavar="N", help="worker processes (one a core)")
     running.add_argument("--force", action="store_true", help="make finished runs again")
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
@@ -122,10 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_arguments(check)
     check.set_defaults(command=lambda options: doctor.main(options, read_yaml))
     return parser
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ import h5py
 import torch
 import torch.distributed as dist
 
+from data_loaders.workers import num_cores
 from experiments.distributed.departure import end_on_failure, stop_process_group
 from experiments.distributed.devices import binding, device_of, safe_start_method
 from experiments.distributed.interfaces import interface_addresses
@@ -199,7 +200,7 @@ def _facts(ranks: Ranks, results: Path) -> dict[str, Any]:
         },
         "host": ranks.host or socket.gethostname(),
         "gpus": torch.cuda.device_count() if gpu else 0,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": num_cores(),
         "interfaces": {name: ", ".join(entries) for name, entries in interface_addresses().items()},
         "name": _resolved(socket.gethostname()),
         "start method": _start_methods(),

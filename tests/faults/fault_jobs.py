@@ -35,7 +35,7 @@ import torch.distributed as dist
 from system_calls import meet_points
 
 from aadl.acceptance import Decisions
-from data_loaders.imagenet import sets as loaders
+from data_loaders.imagenet import loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
 from experiments.records.record import read_run

@@ -21,8 +21,10 @@ from small_runs import identical
 from torch import nn
 
 import aadl
+from data_loaders.imagenet.decode import Decoding
+from data_loaders.imagenet.loaders import TrainLoader
 from data_loaders.imagenet.packed import write_packed
-from data_loaders.imagenet.sets import Decoding, TrainLoader, open_images
+from data_loaders.imagenet.sets import open_images
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
 from experiments.images import problem as imagenet
