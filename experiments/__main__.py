@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_loaders.workers import num_cores
-from experiments.distributed import doctor
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
 from experiments.distributed.devices import describe_device, with_device
+from experiments.distributed.doctor import command as doctor
 from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
 from experiments.distributed.launch import ranks_from_environment
 from experiments.distributed.ranks import Ranks

@@ -23,7 +23,7 @@ ALLOWED = {
 CONFINED = {
     "mpi4py": ("experiments/distributed/mpi.py",),
     "yaml": ("experiments/settings/yaml_file.py", "jobs/"),
-    "h5py": ("experiments/records/", "experiments/distributed/doctor.py", "data_loaders/"),
+    "h5py": ("experiments/records/", "experiments/distributed/doctor/", "data_loaders/"),
 }
 LAZY = {"mpi4py"}  # inside a function only
 
