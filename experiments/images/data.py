@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_loaders.fractals import sets as fractals
-from data_loaders.imagenet.sets import ImageError, Images, check_pair, open_images
+from data_loaders.imagenet.folder import Images
+from data_loaders.imagenet.pictures import ImageError
+from data_loaders.imagenet.sets import check_pair, open_images
+from data_loaders.workers import num_cores
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_each, by_first, check_same
 from experiments.images.settings import ImageConfig
@@ -99,7 +102,7 @@ def _first_sets(config: ImageConfig) -> Sets:
     folder = data_folder(config)
     if config.data == "fractals":
         settings = _fractal_settings(config)
-        fractals.ensure(folder, packed=True, num_workers=len(os.sched_getaffinity(0)), **settings)
+        fractals.ensure(folder, packed=True, num_workers=num_cores(), **settings)
     return _open(folder)
 
 

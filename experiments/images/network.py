@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiments.images.resnet import MODELS, parameter_groups
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.record import read_weights
+from experiments.records.reading import read_weights
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of the channels of ImageNet1k, in [0, 1]; those that torchvision's weights expect."""

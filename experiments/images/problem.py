@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from data_loaders.imagenet.sets import Decoding, EvaluationLoader, TrainLoader
+from data_loaders.imagenet.decode import Decoding
+from data_loaders.imagenet.loaders import EvaluationLoader, TrainLoader
 from experiments.distributed.devices import device_of, safe_start_method
 from experiments.distributed.ranks import Ranks
 from experiments.images.classification import Counts, evaluate_exactly
@@ -52,7 +53,12 @@ def build(config: RunConfig, ranks: Ranks) -> ImageProblem:
     sets = train_set, validation_set = open_sets(problem, ranks)
     model = make_network(problem, training, config.seed, len(train_set.class_names), device)
     decoding = Decoding(
-        problem.image_size, problem.resize, problem.decoder, problem.on_unreadable, problem.smallest_crop
+        problem.image_size,
+        problem.resize,
+        problem.decoder,
+        problem.on_unreadable,
+        problem.smallest_crop,
+        problem.exif_orientation,
     )
     share: dict[str, Any] = {
         "rank": ranks.rank,

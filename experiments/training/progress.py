@@ -1,11 +1,12 @@
-"""Progress on stderr: a bar on a terminal, a few plain lines elsewhere."""
+"""Progress of one run on stderr: a bar on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -15,7 +16,23 @@ SHOWN = {
     "metrics/validation/loss": "error",
     "metrics/validation/top1": "top-1",
 }
-"""Names of the values that the bar shows, by series; of several test sets it shows the first one, as "error"."""
+"""Values that are shown, by series; of several test sets the first one is, as "error"."""
+
+Report = Callable[[float, float], None]
+_reports: list[Report] = []
+
+
+@contextmanager
+def reported_to(report: Report) -> Iterator[None]:
+    """Calls `report(share, loss)` whenever a run of this process shows its progress, whether or not a bar is seen.
+
+    The share of the run that is done is in [0, 1]; the loss is NaN where it is not known.
+    """
+    _reports.append(report)
+    try:
+        yield
+    finally:
+        _reports.remove(report)
 
 
 class Bar:
@@ -29,7 +46,7 @@ class Bar:
         enabled: whether anything is shown.
         max_seconds: seconds of training after which the run ends at any count; None for no limit.
         shows_rate: whether a plain line has the count per second.
-        images: images in each count, which adds images/s and the time that is left; None for none.
+        images: images in each count, which adds images/s; None for none.
     """
 
     def __init__(
@@ -47,17 +64,16 @@ class Bar:
         self._start = self._shown = time.perf_counter()
         self._skipped = 0
         self._lines = enabled and not sys.stderr.isatty()
-        self._tenths_shown = 0
+        self._told = 0
         self._last: dict[str, str] = {}
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
 
     def skip(self, count: int) -> None:
-        """Counts what an earlier process has done, which is no part of the rate."""
+        """Counts what an earlier process has done."""
         self._skipped = count
         self.update(count)
 
     def update(self, count: int) -> None:
-        """Counts on, without showing it on a line."""
         self._count += count
         if self._bar is not None:
             self._bar.update(min(count, self._total - self._bar.n))  # the last step may go beyond
@@ -68,8 +84,14 @@ class Bar:
         return self._bar is not None and time.perf_counter() - self._shown > 1.0
 
     def show(self, values: Mapping[str, float] | None = None) -> None:
-        """Shows the loss and the error; a plain line appears here."""
-        self._last |= _headline(values or {})
+        """Shows the loss and the error; the plain lines appear here."""
+        values = values or {}
+        self._last |= _headline(values)
+        timed = values.get("timing/training_seconds", 0.0) / self._max_seconds if self._max_seconds is not None else 0.0
+        share = min(1.0, max(self._count / self._total, timed))
+        loss = next((value for name, value in values.items() if SHOWN.get(name) == "loss"), math.nan)
+        for report in _reports:
+            report(share, loss)
         shown = dict(self._last)
         self._shown = time.perf_counter()
         seconds = self._shown - self._start
@@ -78,24 +100,18 @@ class Bar:
             shown = {"images/s": f"{rate * self._images:.0f}"} | shown
         if self._bar is not None:
             self._bar.set_postfix(shown)
-        tenths = self._tenths((values or {}).get("timing/training_seconds", 0.0))
-        if self._lines and tenths > self._tenths_shown:
-            self._tenths_shown = tenths
+        if self._lines and int(10 * share) > self._told:
+            self._told = int(10 * share)
             more = "".join(f", {name} {text}" for name, text in shown.items())
             if shown and self._shows_rate:
                 more += f", {rate:.0f} {self._unit}/s"
-            if self._images is not None and rate > 0:
-                more += f", {(self._total - self._count) / rate:.0f} s left"
+            made = share - self._skipped / self._total
+            if made > 0 and share < 1:
+                more += f", about {duration(seconds * (1 - share) / made)} left"
             count = min(self._count, self._total)
-            print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
-
-    def _tenths(self, seconds: float) -> int:
-        """Tenths of the run, 0 to 10, after so many seconds of training."""
-        timed = int(10 * seconds / self._max_seconds) if self._max_seconds is not None else 0
-        return min(10, max(self._count * 10 // self._total, timed))
+            print(f"{count}/{self._total} {self._unit}, {duration(seconds)}{more}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -104,19 +120,14 @@ def _headline(values: Mapping[str, float]) -> dict[str, str]:
     """The training loss and the first error on a validation set, as texts."""
     shown: dict[str, str] = {}
     for name, value in values.items():
-        label = SHOWN.get(name) or ("error" if name.startswith("metrics/validation/") else "")
-        if label and label not in shown:
-            shown[label] = f"{value:.1%}" if label == "top-1" else f"{value:.3g}"
+        word = SHOWN.get(name) or ("error" if name.startswith("metrics/validation/") else "")
+        if word and word not in shown:
+            shown[word] = f"{value:.1%}" if word == "top-1" else f"{value:.3g}"
     return shown
 
 
-def progress(items: Iterable[Any], total: int, unit: str, enabled: bool = True) -> Iterator[Any]:
-    """Passes the items on, with a bar on a terminal and at most ten plain lines elsewhere, both on stderr."""
-    bar = Bar(total, unit, enabled)
-    try:
-        for item in items:
-            yield item
-            bar.update(1)
-            bar.show()
-    finally:
-        bar.close()
+def duration(seconds: float) -> str:
+    """A time for people: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

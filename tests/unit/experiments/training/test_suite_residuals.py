@@ -20,7 +20,7 @@ from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.points import Collocation
 from experiments.pinn.problem import PinnProblem
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs.execute import build, execute_run
 from experiments.runs.session import RunSession
 from experiments.settings.config import expand_runs, parse_config
