@@ -31,7 +31,7 @@ from experiments.distributed.together import by_each, by_first, check_same
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.resnet import MODELS, parameter_groups
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.record import read_weights
+from experiments.records.reading import read_weights
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.training.problem import Description, Problem, weights_of

@@ -11,7 +11,8 @@ from suite_cases import PINN, problem
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.equation import load_equation
 from experiments.pinn.problem import describe
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 from experiments.settings.config import expand_runs, parse_config
 from experiments.training.problem import Field
 from experiments.training.train import Result

@@ -31,7 +31,7 @@ from experiments.images import problem as imagenet
 from experiments.images.problem import build, data_folder, describe, open_sets
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs.execute import _stage
 from experiments.training.batchnorm import recompute_statistics
 from experiments.training.problem import Problem

@@ -20,7 +20,8 @@ import aadl
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build, describe
-from experiments.records.record import read_fields, read_run, run_path, state_of
+from experiments.records.reading import read_fields, read_run
+from experiments.records.status import run_path, state_of
 from experiments.runs import execute
 from experiments.runs.execute import execute_run
 from experiments.settings.config import expand_runs, load_config, parse_config
