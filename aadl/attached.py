@@ -70,7 +70,7 @@ class Accelerator(ABC):
     @property
     @abstractmethod
     def history_bytes(self) -> int:
-        """Bytes that the history takes on this rank, before the first step those that it will take."""
+        """Bytes of the history on this rank; before the first step the bytes that it will take."""
 
     def observe(self, residuals: Tensor) -> None:
         """Hand over the residuals of a least-squares loss at the present weights, see `ResidualAccelerator.observe`.
@@ -86,7 +86,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay."""
+        """Forget the history, because the map changed: new data, a new loss, restored weights. Counters stay."""
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -131,11 +131,11 @@ class Accelerator(ABC):
 
     @abstractmethod
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called before every step with its arguments."""
+        """Act before a step of the optimizer, whose arguments these are."""
 
     @abstractmethod
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called after every step with its arguments."""
+        """Act after a step of the optimizer, whose arguments these are."""
 
     @abstractmethod
     def _start_over(self) -> None:
@@ -178,7 +178,7 @@ class Accelerator(ABC):
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
-        """After a load: continue from the saved state; without one, see whose state this was.
+        """Continue from the saved state after a load; without one, find out whose state was loaded.
 
         torch.distributed.checkpoint.state_dict names the parameters and drops what it does not know. Its loads are
         changes from outside: the pairs of this process stay true. Any other state is that of a plain optimizer.
@@ -234,7 +234,7 @@ def find_accelerator(optimizer: Any) -> Accelerator | None:
 
 
 def warn_once(text: str) -> None:
-    """A warning that is shown once a process, unless filters say otherwise."""
+    """Warn; Python shows the warning once a process, unless filters say otherwise."""
     warnings.warn(text, stacklevel=3)
 
 

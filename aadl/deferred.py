@@ -32,13 +32,13 @@ class Deferred:
         return self._numbers.view(-1).tolist()
 
     def value(self) -> float:
-        """The number, where it is a single one."""
+        """The number, if it is a single one."""
         (number,) = self.values()
         return float(number)
 
 
 def handed(numbers: Tensor, device: torch.device) -> Tensor:
-    """A few numbers of the host on a device; a copy from memory that is not pinned would wait for the device."""
+    """Copy a few numbers of the host to a device through pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return numbers.to(device)
     return numbers.pin_memory().to(device, non_blocking=True)

@@ -80,7 +80,7 @@ class History:
             block.start = block.own_start
 
     def starts_at(self, tensors: Sequence[Tensors]) -> bool:
-        """Whether the running macro-step starts at these values, compared one by one, on all ranks that hold parts."""
+        """Whether the running macro-step starts at exactly these values, on all ranks that hold parts."""
         if not self.has_pair:
             return False
         same = all(
@@ -90,7 +90,7 @@ class History:
         return same if not self.partial else not float(self.ranks.total(host_tensor(float(not same))))
 
     def continue_from_mapped(self) -> None:
-        """The next macro-step starts at the newest mapped iterate (no copy)."""
+        """Start the next macro-step at the newest mapped iterate (no copy)."""
         self.start_from(kept=False)
 
     def fetch(self, tensors: Sequence[Tensors]) -> None:
@@ -153,7 +153,7 @@ class History:
         self.stale = list(range(kept))
 
     def _start_apart(self) -> None:
-        """Keep the start of the running macro-step apart from the pair."""
+        """Copy the start of the running macro-step to its own row, so that the pair can go."""
         for block in self.blocks:
             if block.start is not block.own_start:
                 block.own_start.copy_(block.start)
@@ -166,7 +166,7 @@ class History:
 
     @property
     def replicas(self) -> bool:
-        """Whether other ranks hold the same vectors."""
+        """Whether other ranks hold the same whole vectors."""
         return self.ranks.size > 1 and not self.partial
 
     @property
@@ -307,7 +307,7 @@ class History:
         return self.ranks.total(advance) / (self.ranks.size if self.replicas else 1)
 
     def take(self, flag: Tensor | bool, tensors: Sequence[Tensors]) -> None:
-        """Where `flag` holds, put into the tensors what lies in the start (a candidate, or what a push kept).
+        """If `flag` holds, copy the start into the tensors (a candidate, or the iterate that a push kept).
 
         The tensors hold the newest mapped iterate and keep it where the flag does not hold; the next macro-step
         starts at what they hold afterwards. A flag on a device decides there; the host does not wait.
@@ -323,11 +323,11 @@ class History:
         self.start_from(kept=True)
 
     def put_back(self, flag: Tensor, tensors: Sequence[Tensors]) -> None:
-        """As `take` with a flag on a device, but what a push kept stays where it is; `start_from` has to follow."""
+        """Do what `take` does with a flag on a device, but leave the kept start; `start_from` has to follow."""
         self._write(list(self._chosen(flag)), tensors)
 
     def start_from(self, kept: bool) -> None:
-        """Have the next macro-step start at what lies in `own_start`, or at the newest mapped iterate (no copy)."""
+        """Start the next macro-step at the values in `own_start`, or at the newest mapped iterate (no copy)."""
         for block in self.blocks:
             block.start = block.own_start if kept else block.mapped
 
@@ -336,7 +336,7 @@ class History:
             yield torch.where(flag.to(block.mapped.device, non_blocking=True), block.own_start, block.mapped)
 
     def average(self, own: bool, ranks: Ranks, tensors: Sequence[Tensors]) -> None:
-        """Average over ranks whose weights differ: the newest mapped iterates into the tensors, and the candidates.
+        """Average the newest mapped iterates (into the tensors) and the candidates over ranks whose weights differ.
 
         Args:
             own: whether this rank has a candidate; without one its mapped iterate stands in.

@@ -63,7 +63,7 @@ class Layout:
         return len(self.history.blocks) > len(self.groups)
 
     def add_momentum(self) -> None:
-        """Have rows for momentum buffers, from zero."""
+        """Allocate rows for momentum buffers, which start at zero."""
         if self._settings.state_coupling != "params":
             self.history.blocks += self._allocated("momentum")
             self._seen = None
@@ -74,11 +74,11 @@ class Layout:
         return sum(block.nbytes for block in self.history.blocks)
 
     def is_of(self, parameters: list[Tensor]) -> bool:
-        """Whether these are the parameters, in their shapes."""
+        """Whether the layout is that of these parameters, in these shapes."""
         return identity_of(parameters) == self.identity
 
     def covers(self, look: Snapshot) -> bool:
-        """Whether the trainable ones of the tensors looked at are the parameters (whatever their shapes)."""
+        """Whether the trainable tensors of a snapshot are the parameters of the layout (in any shapes)."""
         trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
         return len(trainable) == len(self.parameters) and all(map(operator.is_, trainable, self.parameters))
 
@@ -111,7 +111,7 @@ class Layout:
 
     @property
     def asks(self) -> bool:
-        """Whether ranks must ask each other if somebody wrote to a tensor, because each sees its own ones only.
+        """Whether ranks must ask each other if somebody wrote to a tensor, because each sees only its own tensors.
 
         Not about DTensors, which all ranks change together.
         """
@@ -122,7 +122,7 @@ class Layout:
         return state.rows_of(self.history, self.groups, self._settings.shard_history)
 
     def _allocated(self, *kinds: str) -> list[Block]:
-        """Blocks of these kinds, all or none of them."""
+        """Allocate blocks of these kinds, all or none of them."""
         settings = self._settings
         planned = [block for kind in kinds for block in self._blocks(kind, planned=True)]
         if self._planned:

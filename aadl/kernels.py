@@ -201,12 +201,12 @@ def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
 
 
 def free_work_areas() -> None:
-    """Give back what `_scratch` keeps for this thread."""
+    """Free the work areas that `_scratch` keeps for this thread."""
     _local.__dict__.clear()
 
 
 def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Tensor | None:
-    """As `inner_products`, all rows of the ring. Each pass leaves out the rows whose products are known by symmetry."""
+    """`inner_products` over all rows of the ring; each pass leaves out rows whose products are known by symmetry."""
     depth = ring.shape[0]
     right = [depth, *slots]  # f first, numbered as if it were a row behind the others
     products = torch.zeros(len(right), depth + 1, dtype=torch.float64, device=ring.device)
@@ -248,7 +248,7 @@ def _pass(rows: list[Tensor], right: list[Tensor]) -> Tensor | None:
 
 
 def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
-    """See `_pass`; an accumulator for every product."""
+    """The products of `_pass`, with an accumulator for each."""
     wide = [vector.double() for vector in right]
     sums = [(row.double() * vector).sum() for row in rows for vector in wide]
     square = (wide[0] * wide[0]).sum().expand(len(right))
@@ -256,7 +256,7 @@ def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _block_products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
-    """See `_pass`; vectors as matrices with a block in each row."""
+    """The products of `_pass`; the vectors are matrices with a block in each row."""
     wide = [vector.float() for vector in right]
     sums = [(row.float() * vector).sum(1).double().sum() for row in rows for vector in wide]
     square = (wide[0] * wide[0]).sum(1).double().sum().expand(len(right))
@@ -303,7 +303,7 @@ def combine(
 
 
 def _length(coefficients: Tensor) -> int:
-    """Up to the last coefficient that is not zero, and one at least."""
+    """Number of coefficients up to the last one that is not zero, at least 1."""
     nonzero = coefficients.nonzero()
     return int(nonzero[-1]) + 1 if len(nonzero) else 1
 
@@ -348,7 +348,7 @@ def _combination(
     factor: Tensor | None,
     update: tuple[Tensor, list[Tensor], Tensor] | None,
 ) -> Tensor:
-    """One loop over memory."""
+    """`combine` as one loop over memory, for torch.compile."""
     correction = torch.zeros_like(base) if vector is None or factor is None else factor * vector
     for ring, coefficients in zip(rings, numbers, strict=True):
         for row, number in zip(ring.unbind(0), coefficients.unbind(0), strict=True):

@@ -27,7 +27,7 @@ class Need(NamedTuple):
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
-    """A tensor of zeros; a large one on the host takes its memory when it is written to.
+    """A tensor of zeros; a large one on the host takes memory only when it is written to.
 
     torch.zeros writes its zeros at once. For rows of 1e8 elements that takes seconds of the first step, even for rows
     that a short training never fills.
@@ -66,7 +66,7 @@ def no_room(need: Need, settings: Settings, device: torch.device | None = None) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed because there is no room; the host's allocators have no error type of their own."""
+    """Whether an allocation failed for lack of room. (The host's allocators have no error type of their own.)"""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
 
 

@@ -55,7 +55,7 @@ PROGRESS = ("trusted", "observes", "warned")
 """Flags of an accelerator that its state carries."""
 
 
-class _Attempt(NamedTuple):
+class _Candidate(NamedTuple):
     """A candidate, before it is decided."""
 
     solution: Solution
@@ -74,14 +74,14 @@ class ResidualAccelerator(ResidualPairs):
     """Whether residuals at the same weights were seen to be the same, so that they belong to the same points."""
     _warned: bool
     """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
-    _open_attempt: tuple[_Attempt, Deferred, bool] | None
+    _open_attempt: tuple[_Candidate, Deferred, bool] | None
     """The last attempt while it is not counted, the numbers that decide it, and whether the host knew them at once."""
 
     # ---- public ----------------------------------------------------------------------------------------------------
 
     @property
     def statistics(self) -> Statistics:
-        """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
+        """Counters and last values. Reading them waits for the device."""
         self._settle()
         return self._statistics
 
@@ -92,7 +92,7 @@ class ResidualAccelerator(ResidualPairs):
 
     @property
     def history_bytes(self) -> int:
-        """Bytes that the history takes on this rank; before the first residuals those of the rows for weights."""
+        """Bytes of the history on this rank; before the first residuals the bytes of the rows for weights."""
         if self._history is not None:
             return self._history.nbytes
         if not self._handles or self.settings.idle:
@@ -101,7 +101,7 @@ class ResidualAccelerator(ResidualPairs):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget the pairs: the points have changed. Counters stay."""
+        """Forget the pairs, because the points have changed. Counters stay."""
         self._settle()
         self._forget(Cause.USER)
 
@@ -135,7 +135,7 @@ class ResidualAccelerator(ResidualPairs):
         return {"version": VERSION, "books": json.dumps(plain), "rows": rows}
 
     def _map(self) -> dict[str, Any]:
-        """What two accelerators must have in common to exchange their states."""
+        """Settings that two accelerators must have in common to exchange their states."""
         return {"acceleration_type": "nonlinear_gmres", "history_dtype": str(self.settings.history_dtype)}
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class ResidualAccelerator(ResidualPairs):
         return saved
 
     def _restored(self, saved: dict[str, Any] | None, rows: dict[str, Tensor]) -> ResidualHistory | None:
-        """A history with the saved rows; without pairs where these are of another rank, depth, or not in the state."""
+        """A history with the saved rows; without pairs if they are of another rank or depth, or missing."""
         if saved is None:
             return None
         history = ResidualHistory(trainable_parameters(self.optimizer), self.settings, ranks_of(self.process_group))
@@ -233,7 +233,7 @@ class ResidualAccelerator(ResidualPairs):
         source = self._source(closure)
         with without_trace(all_parameters(optimizer), is_closure=self._residuals is None) as rewind:
             self._store(self._evaluated(source))
-            attempt = self._propose(history)
+            attempt = self._attempt(history)
             self._pace.go_on(self._statistics["steps"])
             if attempt is None:
                 return
@@ -250,8 +250,8 @@ class ResidualAccelerator(ResidualPairs):
         numbers = [_square(after)] + [_square(r) for r in (before, checked) if r is not None]
         self._decide(optimizer, attempt, after, history.ranks.total(torch.stack(numbers)))
 
-    def _propose(self, history: ResidualHistory) -> _Attempt | None:
-        """Solve the mixing problem; None, counted by cause, where there is no candidate."""
+    def _attempt(self, history: ResidualHistory) -> _Candidate | None:
+        """Solve the mixing problem; return None, with the cause counted, if there is no candidate."""
         products, pace = history.products(), self._pace
         pace.note_jump(products.jump)
         pace.note_square(products.gram.square, is_normalized(self.optimizer))
@@ -283,10 +283,10 @@ class ResidualAccelerator(ResidualPairs):
             count(self._statistics["rejected"], Cause.RANK)
             return None
         self._statistics["gain"] = math.sqrt(solution.predicted / gram.square)
-        return _Attempt(solution, slots, gram.square)
+        return _Candidate(solution, slots, gram.square)
 
-    def _decide(self, optimizer: Optimizer, attempt: _Attempt, after: Tensor, numbers: Tensor) -> None:
-        """Take the candidate where the sum of squares falls, on the points of `check` too; else put x_k back."""
+    def _decide(self, optimizer: Optimizer, attempt: _Candidate, after: Tensor, numbers: Tensor) -> None:
+        """Accept the candidate if the sum of squares falls, on the points of `check` too; else put x_k back."""
         history = self._history
         assert history is not None
         flag = numbers[0] < attempt.before

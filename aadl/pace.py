@@ -75,13 +75,13 @@ class Pace:
 
 
 def is_normalized(optimizer: object) -> bool:
-    """Whether the steps of an optimizer are as long whatever its momentum buffer holds."""
+    """Whether the length of an optimizer's steps does not depend on its momentum buffer."""
     name = type(optimizer).__name__.lower()
     return any(part in name for part in NORMALIZED)
 
 
 def clears_momentum(setting: str, pace: Pace, optimizer: object) -> bool:
-    """Whether momentum buffers are cleared where a candidate is accepted.
+    """Whether momentum buffers are cleared when a candidate is accepted.
 
     Args:
         setting: "keep", "zero" or "auto": "zero" while accelerations are frequent, unless the optimizer normalizes.

@@ -31,7 +31,7 @@ class Ranks:
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def total(self, message: Tensor) -> Tensor:
-        """Sum over the ranks, in place where the backend can; the same bits on every rank."""
+        """Sum a tensor over the ranks, in place if the backend can; every rank gets the same bits."""
         if self.size == 1:
             return message
         there = message.to(self._device(message))
@@ -61,7 +61,7 @@ class Ranks:
 
 
 def ranks_of(process_group: Any) -> Ranks:
-    """`process_group`, or all ranks of torch.distributed where that is initialized."""
+    """The ranks of `process_group`, or if it is None all ranks of torch.distributed, if any."""
     if process_group is None and dist.is_available() and dist.is_initialized():
         process_group = dist.group.WORLD
     return Ranks(process_group)

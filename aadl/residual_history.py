@@ -219,7 +219,7 @@ class ResidualHistory:
         return changes
 
     def _slots(self, valid: Sequence[bool]) -> list[int]:
-        """Slots that can be used, the one of the oldest column first."""
+        """Usable slots, oldest column first."""
         newest = [(self.pushed - 1 - age) % self.depth for age in range(self.depth)]
         return [slot for slot in reversed(newest) if valid[slot]]
 
@@ -301,7 +301,7 @@ class ResidualHistory:
         }
 
     def fits(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> bool:
-        """Whether saved pairs can be taken over here: all of their rows are there, of this depth and of this rank.
+        """Whether saved pairs fit here: the state has all of their rows, and is of this depth and this rank.
 
         Raises:
             ValueError: they belong to parameters of other shapes.

@@ -155,7 +155,7 @@ class ResidualPairs(Accelerator):
         self._known = None
 
     def _store(self, residuals: Tensor) -> None:
-        """Store the pair of the present weights, which the next step begins with."""
+        """Store the pair of the present weights, at which the next step begins."""
         assert self._history is not None
         self._history.push_weights()
         self._history.push_residuals(residuals)

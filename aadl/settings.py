@@ -158,7 +158,7 @@ def with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def history_device_for(given: Any, parameters: Sequence[torch.Tensor]) -> Any:
-    """None or "cpu" for a device: None where the parameters lie there.
+    """Translate a device into None, if the parameters lie there, or "cpu".
 
     Raises:
         ValueError: another device.

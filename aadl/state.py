@@ -70,7 +70,7 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], depth: int |
 
 @torch.no_grad()
 def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], slots: list[int] | None = None) -> None:
-    """Copy saved tensors into the views of a history; those that are in place already are left alone.
+    """Copy saved tensors into the views of a history, unless they are in place already.
 
     Args:
         slots: which rows of a ring to take, from `slots_kept`; None for all, in their places.
@@ -89,7 +89,7 @@ def _is_ring(name: str) -> bool:
 
 
 def _part_here(saved: Tensor, target: Tensor) -> Tensor:
-    """The part of a saved tensor that lies on this rank: a view, cut as the target is where the saved one is whole.
+    """The part of a saved tensor for this rank: a view, cut like the target if the saved tensor is whole.
 
     Strided shards are not cut, and have another shape than the part.
     """

@@ -55,7 +55,7 @@ def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Ca
 
 
 class _Trial:
-    """Gradients of its own for every tensor, and what of modules and generators is to be put back."""
+    """One trial: its own gradients of all tensors, and the values of modules and generators that it restores."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._own = {id(p) for p in parameters}
@@ -86,7 +86,7 @@ class _Trial:
         return gradient
 
     def _known(self, tensor: Tensor) -> Any:
-        """What the trial says of a gradient that it has touched, or that a backward pass has made unknown."""
+        """The value of a gradient that the trial has touched, or that a backward pass has made unknown."""
         if id(tensor) in self._gradients:
             return self._gradients[id(tensor)][1]
         return _ZEROS if id(tensor) in self._own and tensor.requires_grad else None
@@ -95,14 +95,14 @@ class _Trial:
         self._gradients[id(tensor)] = tensor, gradient
 
     def clear(self, tensors: Iterable[Tensor], to_none: bool) -> None:
-        """As `zero_grad`, without copies of gradients that nobody reads."""
+        """Do what `zero_grad` does, without copies of gradients that nobody reads."""
         for tensor in tensors:
             untouched = id(tensor) not in self._gradients and not self._passed_over
             gradient = _GRADIENT.__get__(tensor) if untouched else self._known(tensor)
             self._gradients[id(tensor)] = tensor, None if to_none or gradient is None else _ZEROS
 
     def pass_over(self) -> None:
-        """A backward pass is due: from here on gradients are unknown, but for the parameters of the optimizer."""
+        """Skip a backward pass: from here on only the gradients of the optimizer's parameters are known."""
         self._passed_over = True
         held = self._gradients.items()
         self._gradients = {key: (t, g) for key, (t, g) in held if key in self._own and g is not None}
@@ -110,7 +110,7 @@ class _Trial:
     # modules
 
     def note(self, module: Module) -> None:
-        """Remember buffers and flags of a module and its parts, where they were not seen before."""
+        """Remember buffers and flags of a module and its parts, unless they were seen before."""
         if id(module) in self._flags:
             return
         for part in module.modules():
@@ -130,7 +130,7 @@ class _Trial:
     # ends
 
     def rewind(self) -> None:
-        """Put back all that a second evaluation would see."""
+        """Restore everything that a second evaluation would see."""
         self._gradients, self._passed_over = {}, False
         for restore, state in self._random:
             restore(state)
@@ -154,7 +154,7 @@ class _Trial:
 
 
 def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
-    """Setter and state of each of torch's generators that is in use."""
+    """Setter and state of each of torch's generators in use."""
     states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
     for devices in (torch.cuda, torch.xpu):
         for index in range(devices.device_count() if devices.is_initialized() else 0):
@@ -165,7 +165,7 @@ def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor behind the wrappers of torch.func, which outlives them."""
+    """The tensor behind the wrappers of torch.func; it outlives them."""
     unwrap: Callable[[Tensor], Tensor] | None = getattr(torch.func, "debug_unwrap", None)
     return tensor if unwrap is None else unwrap(tensor)
 
@@ -186,7 +186,7 @@ _ABSENT = object()
 
 @contextmanager
 def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
-    """Make the trial the one of this thread. A torch function mode would make compiled models compile once more.
+    """Make this the running trial of the thread. (A torch function mode would make compiled models compile once more.)
 
     Args:
         trial: what is asked and noted.
@@ -219,7 +219,7 @@ def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
 
 
 def _nothing_compiled() -> Any:
-    """No trial compiles anything: code that would be compiled, or once more, runs as it is written."""
+    """A context in which nothing is compiled: code that torch would compile (again) runs as it is written."""
     if torch._dynamo.utils.counters.get("frames"):  # what makes every call a bit slower
         return torch.compiler.set_stance("eager_on_recompile")
     return nullcontext()
@@ -230,7 +230,7 @@ def _trial() -> _Trial | None:
 
 
 def _replace() -> None:
-    """Let torch's own entry points ask for the trial of the thread."""
+    """Replace torch's entry points by ones that ask for the trial of the thread."""
     replacements = [
         (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
         (Module, "train", _noting(Module.train)),
@@ -257,7 +257,7 @@ def _put_back() -> None:
 
 
 class _Engine:
-    """The engine of autograd, through which every backward pass of torch's Python interface goes."""
+    """Stands for the engine of autograd, through which every backward pass of torch's Python interface goes."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -310,7 +310,7 @@ def _clearing(original: Callable[..., Any], tensors: Callable[[Any], Iterable[Te
 
 
 def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function on a module, of which the running trial takes note before; a dictionary holds tensors in its place."""
+    """Have the running trial remember a module, and tensors of a given dictionary, before the function runs."""
 
     @functools.wraps(original)
     def call(module: Module, *args: Any, **kwargs: Any) -> Any:

@@ -42,7 +42,7 @@ class Snapshot:
         )
 
     def untouched_since(self, other: Snapshot) -> bool:
-        """Whether nobody wrote in between. In-place changes through `.data` leave no mark."""
+        """Whether nobody wrote since the other snapshot. In-place changes through `.data` leave no mark."""
         return self.versions == other.versions and self.same_places(other)
 
     def keeps(self, other: Snapshot) -> bool:
@@ -90,7 +90,7 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
 
 
 def kind_of_write(before: list[int], after: list[int]) -> str:
-    """What was written between two readings of the counters: how often, and to how many tensors; "" for nothing."""
+    """Kind of the writes between two readings of the counters: how many, to how many tensors; "" for none."""
     if before == after:
         return ""
     changes = list(map(operator.sub, after, before))
@@ -98,7 +98,7 @@ def kind_of_write(before: list[int], after: list[int]) -> str:
 
 
 def is_regular(writes: Writes, kind: str, gap: int, longest: int) -> bool:
-    """Whether writes of this kind come at equal distances, so that they belong to the map; notes this one.
+    """Note a write; return whether writes of this kind come at equal distances, so that they belong to the map.
 
     A projection after every step and the synchronization of an outer optimizer after every few do; loading does not.
 
@@ -116,7 +116,7 @@ def is_regular(writes: Writes, kind: str, gap: int, longest: int) -> bool:
 
 
 class Sample:
-    """The leading elements of one tensor on a CPU, by which one notices that a model is filled through `.data`."""
+    """The leading elements of one tensor on a CPU, which show that a model was filled through `.data`."""
 
     def __init__(self, tensor: Tensor) -> None:
         here = local(tensor).detach()

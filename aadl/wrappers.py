@@ -62,7 +62,7 @@ def chain_of(optimizer: Any) -> list[Any]:
 
 
 def target_of(optimizer: Any) -> Target:
-    """What to accelerate: the outermost optimizer of the chain whose own step runs hooks.
+    """The optimizer to accelerate: the outermost one of the chain whose own step runs hooks.
 
     Raises:
         ValueError: it is no optimizer, or one whose steps cannot be accelerated.
@@ -111,7 +111,7 @@ def _held(wrapper: Any) -> list[Any]:
 
 
 def _trains(thing: Any) -> bool:
-    """Whether this is used as optimizers are (a scheduler, say, has no gradients to zero)."""
+    """Whether an object has the methods of an optimizer (a scheduler has no `zero_grad`)."""
     kind = type(thing)
     return isinstance(thing, Optimizer) or all(callable(getattr(kind, name, None)) for name in ("step", "zero_grad"))
 
@@ -161,7 +161,7 @@ def _check(link: Any) -> None:
 
 
 def _kind(link: Any) -> str:
-    """How torch.distributed.optim wraps; see `Target`."""
+    """The kind of a wrapper of torch.distributed.optim, see `Target`."""
     package: Any = sys.modules.get("torch.distributed.optim")
     if package is None:  # nobody can have made one
         return ""
