@@ -91,6 +91,11 @@ class ResidualAccelerator(ResidualPairs):
         return self._history
 
     @property
+    def pace(self) -> Pace:
+        """The period of the accelerations, and what it adapts to. For inspection."""
+        return self._pace
+
+    @property
     def history_bytes(self) -> int:
         """Bytes of the history on this rank; before the first residuals the bytes of the rows for weights."""
         if self._history is not None:

@@ -536,8 +536,8 @@ def test_the_jump_at_a_change_of_points_is_that_of_the_mean_square():
     optimizer = SGD(model.parameters(), lr=0.01)
     accelerator = accelerated(model, optimizer, **OFTEN)
     jumps, seen = [], []
-    note = accelerator._pace.note_jump
-    accelerator._pace.note_jump = lambda jump: (jumps.append(jump), note(jump))
+    note = accelerator.pace.note_jump
+    accelerator.pace.note_jump = lambda jump: (jumps.append(jump), note(jump))
     for rows in [slice(0, 16)] * 7 + [slice(16, 64)] * 5:
         if len(seen) == 7:
             aadl.reset_history(optimizer)
