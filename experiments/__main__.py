@@ -13,24 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from experiments.distributed import doctor
-from experiments.distributed.departure import Interrupted, end_on_failure, leave
-from experiments.distributed.interruption import EXIT_RESUME, Interruption
-from experiments.distributed.launch import Ranks, ranks_from_environment
-from experiments.images.figures import draw_image_figures
-from experiments.images.tables import summarize_images
-from experiments.pinn.compare import read_groups
-from experiments.pinn.figures import draw_pinn_figures
-from experiments.pinn.tables import summarize_pinn
-from experiments.records.compare import find_folders, read_comparison
-from experiments.records.figures import draw_figures
-from experiments.records.record import Run, read_run
-from experiments.records.summarize import summarize
-from experiments.runs.execute import execute_experiment
-from experiments.settings.config import load_config
-from experiments.settings.run_config import ExperimentConfig
-from experiments.settings.yaml_file import read_yaml
+if TYPE_CHECKING:
+    from experiments.distributed.launch import Ranks
+    from experiments.settings.run_config import ExperimentConfig
+
+# Every command imports what it needs: `--help` waits for neither torch nor matplotlib.
 
 CONFIGS = Path(__file__).parent / "configs"
 STOPPED_FILE = "AADL_STOPPED_FILE"
@@ -47,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after SIGTERM outside of a run.
     """
     options = _parser().parse_args(arguments)
+    from experiments.distributed.departure import Interrupted
+    from experiments.distributed.interruption import EXIT_RESUME
+
     try:
         with _sigterm_interrupts():
             code = options.command(options)
@@ -119,9 +111,28 @@ def _parser() -> argparse.ArgumentParser:
     table.set_defaults(command=_summarize)
     text = "look at this machine, or at all ranks of a job: versions, devices, binding, network, folder of results"
     check = commands.add_parser("doctor", help=text, description=text)
-    doctor.add_arguments(check)
-    check.set_defaults(command=lambda options: doctor.main(options, read_yaml))
+    add_doctor_arguments(check)
+    check.set_defaults(command=_doctor)
     return parser
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `doctor`."""
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
+    parser.add_argument(
+        "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
+    )
+    text = "fail below this bandwidth of all_reduce (no limit)"
+    parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
+    text = "until all ranks have met (60)"
+    parser.add_argument("--start-seconds", type=float, default=60.0, metavar="S", help=text)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from experiments.distributed import doctor
+    from experiments.settings.yaml_file import read_yaml
+
+    return doctor.main(options, read_yaml)
 
 
 def _num_cores() -> int:
@@ -129,12 +140,19 @@ def _num_cores() -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from experiments.catalog import load_config
+    from experiments.distributed.launch import ranks_from_environment
+
     config = load_config(options.config, options.set)
     _execute(Path(options.config), config, ranks_from_environment(os.environ), options)
 
 
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
-    """Makes the runs in this process and its like; a rank that fails ends the others."""
+    """Makes the runs in this process, or as one of the ranks; a rank that fails ends the others."""
+    from experiments.distributed.departure import Interrupted, end_on_failure
+    from experiments.distributed.interruption import Interruption
+    from experiments.runs.execute import execute_experiment
+
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
@@ -156,6 +174,9 @@ def _jobs(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
+    from experiments.catalog import experiment_of, load_config
+    from experiments.distributed.launch import ranks_from_environment
+
     only = options.only or os.environ.get("ONLY") or None
     paths = sorted(CONFIGS.glob("*/laptop.yaml"))
     names = [path.parent.name for path in paths]
@@ -177,14 +198,18 @@ def _reproduce(options: argparse.Namespace) -> None:
     if ranks.rank == 0:
         for config in configs:
             folder = options.results / config.experiment / config.scale
-            for path in _draw(folder):
+            experiment = experiment_of(folder)
+            for path in experiment.draw(folder):
                 print(path)
-            print(_table(folder))
+            print(experiment.table(folder))
         print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
 
 
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
-    """Makes the runs of a configuration; one that wants several ranks is given to torchrun, unless it is by now."""
+    """Makes the runs of a configuration; torchrun starts the ranks of one that wants several, unless there are some."""
+    from experiments.distributed.departure import Interrupted
+    from experiments.distributed.interruption import Interruption
+
     if config.num_ranks == 1 or ranks.launcher != "single process":
         _execute_here(config, ranks, options)
         return
@@ -214,35 +239,12 @@ def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argpar
         raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks, see above")
 
 
-def _first(folder: Path) -> Run | None:
-    """One of the records of a folder, which tells what kind they are."""
-    try:
-        return read_run(min(folder.glob("*/seed-*.h5")))
-    except OSError:
-        return None  # the readers of comparisons come upon it too, and name the file
-
-
-def _draw(folder: Path) -> list[Path]:
-    run = _first(folder)
-    if run is not None and run.is_pinn:
-        return draw_pinn_figures(read_groups(folder))
-    if run is not None and run.is_classification:
-        return draw_image_figures(read_comparison(folder))
-    return draw_figures(read_comparison(folder))
-
-
-def _table(folder: Path) -> str:
-    run = _first(folder)
-    if run is not None and run.is_pinn:
-        return summarize_pinn(read_groups(folder))
-    if run is not None and run.is_classification:
-        return summarize_images(read_comparison(folder))
-    return summarize(read_comparison(folder))
-
-
 def _figures(options: argparse.Namespace) -> None:
+    from experiments.catalog import experiment_of
+    from experiments.records.compare import find_folders
+
     for folder in find_folders(options.results, options.only):
-        for path in _draw(folder):
+        for path in experiment_of(folder).draw(folder):
             print(path)
             if options.docs:
                 DOCS_FIGURES.mkdir(parents=True, exist_ok=True)
@@ -252,9 +254,15 @@ def _figures(options: argparse.Namespace) -> None:
 
 
 def _summarize(options: argparse.Namespace) -> None:
+    from experiments.catalog import experiment_of
+    from experiments.records.compare import find_folders
+
     for folder in find_folders(options.results, options.only):
-        print(_table(folder))
+        print(experiment_of(folder).table(folder))
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    from experiments.distributed.departure import leave
+
+    leave(code)

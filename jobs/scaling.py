@@ -14,9 +14,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from experiments.catalog import load_config
 from experiments.records.figures import save_figures
 from experiments.records.record import Run, read_run
-from experiments.settings.config import load_config
 from experiments.settings.run_config import ExperimentConfig
 from jobs.script import Job, render
 from jobs.site import Site, read_site

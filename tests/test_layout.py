@@ -86,7 +86,7 @@ def test_imports_run_one_way():
             "import yaml",
             ["experiments/a.py imports yaml, which belongs in experiments/settings/yaml_file.py or jobs/"],
         ),
-        ("jobs/submit.py", "import yaml, experiments.settings.config", []),
+        ("jobs/submit.py", "import yaml, experiments.catalog", []),
         ("jobs/submit.py", "import torch", ["jobs/submit.py imports torch"]),
     ],
 )

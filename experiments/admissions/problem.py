@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
+from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
 from experiments.distributed.launch import Ranks, device_of
 from experiments.models.mlp import MLP
-from experiments.settings.run_config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
+from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Description, Problem, Residuals
 
 Batch = tuple[Tensor, Tensor]

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from data_loaders.collocation import adaptive_points, uniform_points
 from experiments.distributed.launch import Ranks, device_of
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient, chunks
-from experiments.pinn.equation import Equation, compose, load_equation
-from experiments.settings.run_config import PinnConfig, RunConfig
+from experiments.pinn.equation import Equation, compose
+from experiments.pinn.equations import load_equation
+from experiments.pinn.settings import PinnConfig
+from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Description, Field, Observer, Problem, Residuals
 
 ADAPTIVE_SHARE = 0.5

@@ -23,7 +23,7 @@ import torch
 
 import aadl
 from experiments.distributed.launch import Ranks, device_of
-from experiments.settings.run_config import RunConfig, identity_of
+from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Field, Problem
 from experiments.training.train import Result
 
@@ -474,7 +474,7 @@ def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size
         return "missing"
     try:
         run = read_run(path)
-        recorded = identity_of(run.config)
+        recorded = config.identity_of(run.config)
     except (OSError, KeyError, ValueError):
         return "unreadable"
     identity = (recorded, run.attributes.get("data_digest"), run.attributes.get("world_size"))

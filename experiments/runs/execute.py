@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 import aadl
-from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.launch import (
@@ -28,9 +27,7 @@ from experiments.distributed.launch import (
     stop_process_group,
 )
 from experiments.distributed.together import by_first, check_same
-from experiments.images import problem as imagenet
-from experiments.images.settings import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
-from experiments.pinn import problem as collocation_problem
+from experiments.images.settings import CADENCES, ImageTrainingConfig, in_steps
 from experiments.records.record import (
     git_state,
     is_finished,
@@ -41,43 +38,24 @@ from experiments.records.record import (
     state_of,
     write_run,
 )
+from experiments.runs.config import expand_runs
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
-from experiments.settings.checks import Component, accelerate, make_optimizer, needs_residuals, solves_residuals
-from experiments.settings.config import expand_runs
+from experiments.settings.checks import Component
 from experiments.settings.run_config import (
-    PROBES,
     ExperimentConfig,
-    GraduateAdmissionsConfig,
     PublishedConfig,
     RunConfig,
     SaveConfig,
 )
+from experiments.training.components import accelerate, make_optimizer, needs_residuals, solves_residuals
 from experiments.training.problem import Description, Problem
 from experiments.training.progress import progress
 from experiments.training.published import PublishedScheme
 from experiments.training.schedules import scaled_rate
 from experiments.training.steps import HookSeconds, Stage
 from experiments.training.train import Result, train
-
-
-def describe(config: Any) -> Description:
-    """What is known of the data of a problem before any run."""
-    if isinstance(config, GraduateAdmissionsConfig):
-        return graduate_admissions.describe(config)
-    if isinstance(config, ImageConfig):
-        return imagenet.describe(config)
-    return collocation_problem.describe(config)
-
-
-def build(config: RunConfig, ranks: Ranks) -> Problem:
-    """The problem of a run."""
-    if isinstance(config.problem, GraduateAdmissionsConfig):
-        return graduate_admissions.build(config, ranks)
-    if isinstance(config.problem, ImageConfig):
-        return imagenet.build(config, ranks)
-    return collocation_problem.build(config, ranks)
 
 
 def execute_run(
@@ -118,8 +96,8 @@ def execute_run(
             return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
     save = save or SaveConfig()
     path = run_path(results, config)
-    torch.set_num_threads(getattr(config.training, "num_threads", 1))
-    problem = build(config, ranks)
+    torch.set_num_threads(config.kind.num_threads(config.training))
+    problem: Problem = config.kind.build(config, ranks)
     variant = config.variant
 
     places = binding(ranks) if ranks.world_size > 1 else []
@@ -208,7 +186,7 @@ def _stage(
     stage = Stage(made, after=after)
     if acceleration is not None:
         steps = in_steps(acceleration, problem.steps_per_epoch) if problem.steps_per_epoch else acceleration
-        _accelerate(problem, made, steps)
+        _accelerate(problem, made, steps, config.kind.probes)
         accelerator = aadl.accelerator_of(made)
         stage = replace(stage, statistics=lambda: accelerator.statistics)
         if isinstance(accelerator, aadl.ResidualAccelerator):
@@ -222,13 +200,14 @@ def _stage(
     return replace(stage, seconds=seconds.enclose()) if seconds is not None else stage
 
 
-def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
+def _accelerate(
+    problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], names: Sequence[str]
+) -> None:
     """Accelerates an optimizer of the problem, by the residuals of its loss if so wanted."""
     if not solves_residuals(arguments):
         accelerate(optimizer, arguments)
         return
     assert problem.least_squares is not None  # checked with the configuration
-    names = [name for names in PROBES.values() for name in names]
     found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
     settings = {name: value for name, value in arguments.items() if name not in names}
     accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
@@ -274,14 +253,14 @@ def execute_experiment(
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
-        seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
+        seconds = config.kind.data_seconds(config.problem) or config.launch.collective_seconds
         runs, pending = by_first(
             ranks, lambda: _plan(config, ranks, results, anew, left_out), "reading the data", seconds
         )
-        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
+        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(config):
             _execute_in_turn(pending, ranks, results, config, anew, interruption)
         else:
-            threads = max(getattr(run.training, "num_threads", 1) for run in pending)
+            threads = max(config.kind.num_threads(run.training) for run in pending)
             execute = partial(execute_run, ranks=ranks, results=results, save=config.save, anew=anew)
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
@@ -295,12 +274,12 @@ def _plan(
     config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
-    described = describe(config.problem)
+    described: Description = config.kind.describe(config.problem)
     runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
     if left_out:
-        _say(f"left out on {ranks.world_size} ranks, for they run in a single process: {', '.join(left_out)}")
+        _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
-    descriptions = {key: describe(problem) for key, problem in problems.items()}
+    descriptions = {key: config.kind.describe(problem) for key, problem in problems.items()}
     _probe(results / config.experiment / config.scale)
     pending = _pending(runs, results, descriptions, ranks, force=anew, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
@@ -310,9 +289,9 @@ def _plan(
     return runs, pending
 
 
-def _shares_a_device(pending: list[RunConfig]) -> bool:
-    """Whether runs at a time would stand in each other's way: on a GPU, or for images, whose runs use all there is."""
-    return torch.cuda.is_available() or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+def _shares_a_device(config: ExperimentConfig) -> bool:
+    """Whether runs in parallel would share a GPU, or a machine of which each uses all."""
+    return torch.cuda.is_available() or bool(config.kind.runs_in_turn)
 
 
 def single_process_variants(config: ExperimentConfig) -> list[str]:
@@ -350,7 +329,7 @@ def _execute_in_turn(
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
-    tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+    tell_each = len(pending) == 1 or config.kind.runs_in_turn
     for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
         if _is_told_to_stop(interruption, ranks):
             reason = interruption.reason or "a signal to another rank"

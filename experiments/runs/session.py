@@ -17,7 +17,6 @@ from torch import Tensor
 from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Agreement, Interruption
 from experiments.distributed.launch import Ranks
-from experiments.images.settings import ImageTrainingConfig
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
 from experiments.runs.lock import FolderInUse, FolderLock
@@ -39,7 +38,7 @@ class OtherRun(ValueError):
 
 def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -> str:
     """Hash of what must be the same for a checkpoint to be taken up: settings, data, and the batch over all ranks."""
-    batch = config.training.global_batch(ranks) if isinstance(config.training, ImageTrainingConfig) else ""
+    batch = config.kind.global_batch(config.training, ranks) or ""
     return hashlib.sha256(f"{config.identity()} {data_digest} {batch}".encode()).hexdigest()[:16]
 
 

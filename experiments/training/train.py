@@ -21,8 +21,8 @@ import aadl
 from aadl.attached import STATE_KEY, find_accelerator
 from experiments.distributed.launch import Ranks, device_of
 from experiments.images.settings import ImageTrainingConfig
-from experiments.settings.checks import make_scheduler
-from experiments.settings.run_config import AnyTrainingConfig, PinnTrainingConfig
+from experiments.pinn.settings import PinnTrainingConfig
+from experiments.training.components import make_scheduler
 from experiments.training.optimizers import LINE_SEARCHES, answering
 from experiments.training.problem import Field, Problem, weights_of
 from experiments.training.progress import Bar
@@ -77,7 +77,7 @@ class Session(Protocol):
 def train(
     problem: Problem,
     first: Stage,
-    training: AnyTrainingConfig,
+    training: Any,
     ranks: Ranks,
     *,
     ema_decay: float | None = None,
@@ -136,7 +136,7 @@ class Training:
         self,
         problem: Problem,
         stages: Sequence[Stage],
-        training: AnyTrainingConfig,
+        training: Any,
         ranks: Ranks,
         ema_decay: float | None,
         mean_epochs: int | None,
@@ -469,7 +469,7 @@ def _state_of(stage: Stage) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return state | {STATE_KEY: own | {"rows": {}}}, own
 
 
-def _closure(problem: Problem, stages: Sequence[Stage], training: AnyTrainingConfig, ranks: Ranks) -> Closure:
+def _closure(problem: Problem, stages: Sequence[Stage], training: Any, ranks: Ranks) -> Closure:
     """The closure of the steps, with the model as it is trained: over ranks, compiled."""
     model, device = problem.model, device_of(ranks)
     if isinstance(training, ImageTrainingConfig):
@@ -501,7 +501,7 @@ def _needs_warm_up(closure: Closure) -> bool:
     return closure.model is not closure.problem.model
 
 
-def _bar(problem: Problem, training: AnyTrainingConfig, show_progress: bool) -> Bar:
+def _bar(problem: Problem, training: Any, show_progress: bool) -> Bar:
     """Progress in epochs, iterations, or steps with images."""
     if isinstance(training, PinnTrainingConfig):
         return Bar(training.iterations, "iterations", show_progress, training.max_seconds)
@@ -511,26 +511,26 @@ def _bar(problem: Problem, training: AnyTrainingConfig, show_progress: bool) -> 
     return Bar(training.epochs, "epochs", show_progress)
 
 
-def _num_intervals(training: AnyTrainingConfig) -> int:
+def _num_intervals(training: Any) -> int:
     if isinstance(training, PinnTrainingConfig):
         return math.ceil(training.iterations / training.evaluate_every)
     return training.epochs
 
 
-def _target(training: AnyTrainingConfig, interval: int) -> int:
+def _target(training: Any, interval: int) -> int:
     """The iteration that ends an interval."""
     assert isinstance(training, PinnTrainingConfig)
     return min(interval * training.evaluate_every, training.iterations)
 
 
-def _is_evaluated(training: AnyTrainingConfig, interval: int) -> bool:
+def _is_evaluated(training: Any, interval: int) -> bool:
     """Whether an evaluation follows the interval."""
     if not isinstance(training, ImageTrainingConfig):
         return True
     return interval % training.evaluate_every == 0 or interval == training.epochs
 
 
-def _prepare(closure: Closure, batch: Any, training: AnyTrainingConfig) -> None:
+def _prepare(closure: Closure, batch: Any, training: Any) -> None:
     """Hands the batch to the closure; the memory of what was seen on other points begins anew, if asked for.
 
     Optimizers with a line search are told what is left of the budget: their last step ends with the search that uses it

@@ -14,9 +14,9 @@ import yaml
 from paths import ROOT
 from suite_cases import RAW, problem, result, run_config
 
+from experiments.catalog import load_config
 from experiments.distributed.launch import Ranks
 from experiments.records.record import run_path, write_run
-from experiments.settings.config import load_config
 from jobs import scaling, script, site, submit
 
 GOLDEN = Path(__file__).parent / "golden"

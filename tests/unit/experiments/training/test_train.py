@@ -8,10 +8,11 @@ from suite_cases import run_config
 
 import aadl
 from experiments.admissions import problem as graduate_admissions
+from experiments.admissions.settings import TrainingConfig
 from experiments.distributed.launch import Ranks
 from experiments.models.mlp import MLP
-from experiments.settings.checks import Component, make_optimizer
-from experiments.settings.run_config import TrainingConfig
+from experiments.settings.checks import Component
+from experiments.training.components import make_optimizer
 from experiments.training.problem import Problem
 from experiments.training.steps import Stage, Updates, moving_average
 from experiments.training.train import train
