@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl.flat import SAMPLE
-from aadl.parameters import MOMENTUM_KEYS, all_parameters, state_of
+from aadl.parameters import MOMENTUM_KEYS, all_parameters
 from aadl.ranks import PLAIN, is_sharded, local
 
 Writes = dict[str, list[int]]
 """By kind of write: the gap between two steps that had it last, and its distance from the one before (0: none)."""
 
+PLAIN_TYPES = frozenset(PLAIN)
 _version_of = operator.attrgetter("_version")
 
 
@@ -53,17 +55,30 @@ class Look:
 def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
     """Identities, addresses and version counters; no element is read."""
     parameters = all_parameters(optimizer)
-    tensors = parameters[:]
-    if with_momentum:
-        for p in parameters:
-            state = state_of(optimizer, p)
-            buffers = [state[key] for key in MOMENTUM_KEYS if isinstance(state.get(key), Tensor)] if state else ()
-            tensors += [buffer for buffer in buffers if type(buffer) in PLAIN or is_sharded(buffer)]
-    shards = any(map(is_sharded, parameters))
+    tensors = parameters + (_momentum_buffers(optimizer, parameters) if with_momentum else [])
+    shards = not PLAIN_TYPES.issuperset(map(type, parameters)) and any(map(is_sharded, parameters))
     tensors += [local(tensor) for tensor in tensors] if shards else []
     here = tensors[len(tensors) // 2 :] if shards else tensors
     places = [(t.data_ptr(), t.stride()) if t.layout == torch.strided else (0, ()) for t in here]
     return Look(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
+
+
+def _momentum_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+    """The buffers in which the optimizer keeps first moments; other entries of its state are left out.
+
+    An event asks three times, so the loop takes the shortest way for plain dictionaries and plain tensors.
+    """
+    states = optimizer.state
+    found: list[Tensor] = []
+    for p in parameters if states else ():
+        state = states.get(p)
+        if not state or (type(state) is not dict and not isinstance(state, Mapping)):
+            continue
+        for key in MOMENTUM_KEYS:
+            buffer = state.get(key)
+            if isinstance(buffer, Tensor) and (type(buffer) in PLAIN or is_sharded(buffer)):
+                found.append(buffer)
+    return found
 
 
 def versions_of(tensors: list[Tensor]) -> list[int]:

@@ -37,7 +37,7 @@ from benchmarks.accelerated_step import (
     textbook_bytes,
 )
 from benchmarks.machine import BandwidthMeter
-from benchmarks.step_report import SMALL, Report, as_json, disagreements, disturbed, draw, name_of, show, tables
+from benchmarks.step_report import SMALL, Report, as_csv, as_json, disagreements, disturbed, draw, name_of, show, tables
 
 SIZES = (1_000, 100_000, 1_000_000, RESNET50)
 
@@ -143,6 +143,10 @@ def write(report: Report, output: Path, docs: Path | None, say: Callable[[str], 
     if docs is not None:
         docs.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output / "step_roofline.png", docs / "step_roofline.png")
+        for table in tables(report, brief=True):
+            name = {"Small": "step_small", "Milliseconds": "step_large"}.get(table[0].split(",")[0].split()[0])
+            if name is not None:
+                (docs.parent / "tables" / f"{name}.csv").write_text(as_csv(table))
     for table in tables(report, brief=docs is not None):
         say(show(table, markdown=docs is not None))
     say(" · ".join(f"{name} {value}" for name, value in report.machine.items()))
@@ -167,7 +171,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), metavar="DIR")
     parser.add_argument("--repeats", type=int, help="accelerations timed in a case (default: 20, large ones 9)")
     parser.add_argument(
-        "--docs", action="store_true", help="shorter tables in Markdown; the figure also to docs/figures"
+        "--docs",
+        action="store_true",
+        help="shorter tables in Markdown; the figure also to docs/figures, tables to docs/tables",
     )
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():

@@ -290,6 +290,12 @@ def show(table: Table, markdown: bool) -> str:
 # ---- figure --------------------------------------------------------------------------------------------------------
 
 
+def as_csv(table: Table) -> str:
+    """The table as comma-separated values, header first; numbers with a thousands comma lose the comma."""
+    _, header, rows = table
+    return "".join(",".join(cell.replace(",", "") for cell in row) + "\n" for row in [header, *rows])
+
+
 def draw(report: Report, path: Path) -> None:
     """Counted bytes over added time against counted bytes, under the bandwidths of copying and reading."""
     import matplotlib

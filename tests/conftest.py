@@ -24,7 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for mark in marks.marks(item.path.relative_to(TESTS), {mark.name for mark in item.iter_markers()}):
+        given = {mark.name for mark in item.iter_markers()}
+        for mark in marks.marks(item.path.relative_to(TESTS), given, getattr(item, "fixturenames", ())):
             item.add_marker(mark)
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: marks.place(item.path.relative_to(TESTS)))

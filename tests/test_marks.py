@@ -24,6 +24,13 @@ def test_marks_follow_from_the_folder(path, given, expected):
     assert marks(PurePosixPath(path), given) == expected
 
 
+def test_ranks_are_slow_wherever_they_are_spawned():
+    path = PurePosixPath("unit/aadl/test_memory.py")
+    assert marks(path, set(), {"spawn_ranks", "tmp_path"}) == ["ranks", "slow"]
+    assert marks(path, {"smoke"}, {"spawn_ranks"}) == ["ranks"]
+    assert marks(path, set(), {"tmp_path"}) == []
+
+
 def test_the_folders_exist_and_their_files_start_first():
     assert all((ROOT / "tests" / name).is_dir() for name in FOLDERS)
     paths = ["ranks/test_a.py", "unit/test_b.py", "cluster/lsf/test_c.py", "cli/test_d.py", "unit/cli.py"]

@@ -174,12 +174,20 @@ def table_schedule(frequency):
     return PURE | {"history_depth": 5, "store_each_nth": 1, "frequency": frequency, "wait_iterations": 0}
 
 
-@pytest.mark.parametrize(("kappa", "frequency"), [(kappa, frequency) for kappa in TABLE for frequency in TABLE[kappa]])
+@pytest.mark.parametrize(
+    ("kappa", "frequency"),
+    [
+        pytest.param(kappa, frequency, marks=() if TABLE[kappa][frequency] < 200 else pytest.mark.slow)
+        for kappa in TABLE
+        for frequency in TABLE[kappa]
+    ],
+)
 def test_the_table_of_schedules(kappa, frequency):
     steps = median_steps(kappa, table_schedule(frequency))
     assert steps == pytest.approx(TABLE[kappa][frequency], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_best_schedule_beats_plain_gradient_descent_by_far():
     assert min(median_steps(1e4, table_schedule(frequency)) for frequency in (2, 3, 5)) <= 400
     assert steps_to_tolerance(quadratic(1e4, 0), limit=10_001) == math.inf
@@ -195,6 +203,7 @@ def plain_heavy_ball():
     return median_steps(1e3, momentum=0.9)
 
 
+@pytest.mark.slow
 def test_heavy_ball_takes_at_most_a_fraction_of_its_steps(plain_heavy_ball):
     """At store_each_nth 1 and frequency 5, with the default coupling."""
     schedule = HEAVY_BALL | {"store_each_nth": 1, "frequency": 5}
@@ -208,8 +217,14 @@ def test_heavy_ball_takes_at_most_a_fraction_of_its_steps(plain_heavy_ball):
         assert uncoupled > factor * coupled  # momentum is part of the state
 
 
-@pytest.mark.parametrize("store_each_nth", [1, 2, 5, 10, 20])
-@pytest.mark.parametrize("multiple", [1, 2, 3, 4, 5, 10])
+@pytest.mark.parametrize(
+    ("store_each_nth", "multiple"),
+    [
+        pytest.param(store_each_nth, multiple, marks=() if store_each_nth * multiple == 10 else pytest.mark.slow)
+        for store_each_nth in (1, 2, 5, 10, 20)
+        for multiple in (1, 2, 3, 4, 5, 10)
+    ],
+)
 def test_heavy_ball_is_never_slower_than_plain(store_each_nth, multiple, plain_heavy_ball):
     schedule = {"store_each_nth": store_each_nth, "frequency": store_each_nth * multiple}
     assert median_steps(1e3, HEAVY_BALL | schedule, momentum=0.9, limit=2000) <= plain_heavy_ball
@@ -220,7 +235,13 @@ def test_heavy_ball_is_never_slower_than_plain(store_each_nth, multiple, plain_h
 
 @pytest.mark.parametrize(
     ("kappa", "momentum", "store_each_nth", "frequency"),
-    [(1e3, 0.0, 1, 2), (1e3, 0.0, 1, 3), (1e3, 0.0, 1, 5), (1e3, 0.9, 1, 5), (1e3, 0.9, 10, 20), (1e4, 0.9, 10, 20)],
+    [
+        (1e3, 0.9, 10, 20),
+        *(
+            pytest.param(*settings, marks=pytest.mark.slow)
+            for settings in [(1e3, 0, 1, 2), (1e3, 0, 1, 3), (1e3, 0, 1, 5), (1e3, 0.9, 1, 5), (1e4, 0.9, 10, 20)]
+        ),
+    ],
 )
 def test_a_bfloat16_history_of_float32_parameters_loses_little(kappa, momentum, store_each_nth, frequency):
     schedule = table_schedule(frequency) | {"store_each_nth": store_each_nth}

@@ -218,6 +218,7 @@ def accelerate_shards(rank, size):
     return outcomes
 
 
+@pytest.mark.smoke
 def test_shards_of_fully_sharded_data_parallel_are_refused_on_every_rank(spawn_ranks):
     outcomes = spawn_ranks(accelerate_shards, 2)
     for outcome in outcomes:

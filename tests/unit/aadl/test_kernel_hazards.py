@@ -130,7 +130,7 @@ def test_a_work_area_belongs_to_a_thread(shared, monkeypatch):
 
 @pytest.mark.skipif(bool(missing_for_compilation()), reason=missing_for_compilation())
 @pytest.mark.usefixtures("unbroken")
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_of_a_blow_up_are_not_read_after_a_reset(fused):
     x, optimizer, step = quadratic(LONG, fused=fused, frequency=4, wait_iterations=8)
     step(3)

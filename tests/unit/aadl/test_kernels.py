@@ -167,6 +167,7 @@ def unbroken(monkeypatch):
     monkeypatch.setattr(kernels, "_broken", [])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler", "unbroken")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_inner_products_are_those_of_the_plain_kernel(dtype):
@@ -186,6 +187,7 @@ def test_compiled_inner_products_are_those_of_the_plain_kernel(dtype):
             assert not ((fused.flip(0) - plain).abs() <= 1e-2 * scales).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler", "unbroken")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_combination_is_that_of_the_plain_kernel(dtype):

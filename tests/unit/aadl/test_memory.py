@@ -248,7 +248,7 @@ def test_a_state_of_a_history_without_room_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to set a limit that is just too low")
-@pytest.mark.parametrize("depth", [20, 1])
+@pytest.mark.parametrize("depth", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_limit_of_the_system_is_met_with_a_sentence(depth):
     """A real one: 10 million elements, 40 MB a vector, in a process that may have 400 MB more than it has."""
     script = f"""

@@ -16,7 +16,8 @@ from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, s
 import aadl
 
 STEPS = 54
-SAVED_AT = range(8, 44)
+SAVED_AT = range(10, 44, 3)
+"""Few steps, among them every situation that test_the_runs_were_interrupted_in_all_situations names."""
 RESIDUAL = {"safeguard": "residual"}
 RUNS = {
     "nesterov": (

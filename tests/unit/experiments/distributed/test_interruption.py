@@ -161,6 +161,7 @@ def agreeing_ranks(rank, world_size):
     return told
 
 
+@pytest.mark.smoke
 def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
     told = spawn_ranks(agreeing_ranks, 3)
     assert told[0] == told[1] == told[2]

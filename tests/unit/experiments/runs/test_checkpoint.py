@@ -603,6 +603,7 @@ def error_of(action):
     return None
 
 
+@pytest.mark.smoke
 def test_ranks_save_load_and_fail_together(spawn_ranks, tmp_path):
     first, second = spawn_ranks(two_ranks, 2, tmp_path / "run")
     assert first["none"] and second["none"]

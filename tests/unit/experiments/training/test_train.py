@@ -209,6 +209,7 @@ def _train_rank(rank, world_size):
     return train(problem, Stage(optimizer), config.training, ranks).series[TRAIN]
 
 
+@pytest.mark.smoke
 def test_two_ranks_train_as_one(spawn_ranks):
     alone = _train_rank(0, 1)
     first, second = spawn_ranks(_train_rank, 2)
