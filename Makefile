@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 FRAMEWORKS := .venv/frameworks
+DOCS := .venv/docs
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-slow test-all test-frameworks lint clean
+.PHONY: help reproduce test test-slow test-all test-frameworks docs test-docs lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo '                   WORKERS=8         processes that share the tests (default: 2)'
 	@echo 'make test-slow   run the tests that make test leaves out; make test-all runs both'
 	@echo 'make test-frameworks   test aadl in Lightning, Fabric, Accelerate, HF Trainer, Ignite and DeepXDE (installs them)'
+	@echo 'make docs        build the documentation site into site/; make test-docs tests it in Chromium, and the package'
 	@echo 'make lint        check style, formatting and types'
 	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'
 	@echo 'PYTHON=python3.12 picks the Python (3.10 or newer) that .venv is made with.'
@@ -39,6 +41,14 @@ test-all: test test-slow
 
 test-frameworks: $(FRAMEWORKS)/.installed
 	DDE_BACKEND=pytorch $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m mkdocs build --strict
+
+# tests/conftest.py needs torch, which the environment of the docs has not: --confcutdir passes it over.
+test-docs: $(DOCS)/.installed
+	AADL_TORCH="$$($(VENV_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(DOCS)/bin/python -m pytest --confcutdir tests/docs tests/docs
 
 lint: $(INSTALLED)
 	$(VENV_PYTHON) -m ruff check .
@@ -70,6 +80,14 @@ $(FRAMEWORKS)/.installed: tests/frameworks/requirements.txt | $(INSTALLED)
 	$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
+# An environment of its own, without torch: mkdocs reads aadl as text.
+$(DOCS)/.installed: docs/requirements.txt | $(INSTALLED)
+	@rm -f $@
+	@echo 'Installing the packages of docs/requirements.txt into $(DOCS) (once)'
+	$(VENV_PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ from aadl.porting import translated
 from aadl.settings import Settings, history_device_for, with_defaults
 from aadl.wrappers import target_of
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AndersonAccelerator", "ResidualAccelerator", "accelerate", "accelerator_of", "distributed_accelerate",
     "remove_acceleration", "reset_acceleration_history", "reset_history",

@@ -141,12 +141,13 @@ def write(report: Report, output: Path, docs: Path | None, say: Callable[[str], 
     (output / "step.json").write_text(as_json(report) + "\n")
     draw(report, output / "step_roofline.png")
     if docs is not None:
-        docs.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output / "step_roofline.png", docs / "step_roofline.png")
+        for folder in ("figures", "tables"):
+            (docs / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(output / "step_roofline.png", docs / "figures" / "step_roofline.png")
         for table in tables(report, brief=True):
             name = {"Small": "step_small", "Milliseconds": "step_large"}.get(table[0].split(",")[0].split()[0])
             if name is not None:
-                (docs.parent / "tables" / f"{name}.csv").write_text(as_csv(table))
+                (docs / "tables" / f"{name}.csv").write_text(as_csv(table))
     for table in tables(report, brief=docs is not None):
         say(show(table, markdown=docs is not None))
     say(" · ".join(f"{name} {value}" for name, value in report.machine.items()))
@@ -188,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print."""
     options = parse(arguments)
     report = measure_all(options)
-    return write(report, options.output, machine.ROOT / "docs" / "figures" if options.docs else None)
+    return write(report, options.output, machine.ROOT / "docs" if options.docs else None)
 
 
 if __name__ == "__main__":

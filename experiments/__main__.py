@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.distributed.launch import Ranks
+    from experiments.distributed.ranks import Ranks
     from experiments.settings.run_config import ExperimentConfig
 
 # Every command imports what it needs: `--help` waits for neither torch nor matplotlib.
 
 CONFIGS = Path(__file__).parent / "configs"
-STOPPED_FILE = "AADL_STOPPED_FILE"
-"""Names a file that rank 0 makes when the runs were stopped and saved, for launchers with exit codes of their own."""
 DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
 
@@ -150,7 +148,7 @@ def _run(options: argparse.Namespace) -> None:
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs in this process, or as one of the ranks; a rank that fails ends the others."""
     from experiments.distributed.departure import Interrupted, end_on_failure
-    from experiments.distributed.interruption import Interruption
+    from experiments.distributed.interruption import Interruption, write_stopped_file
     from experiments.runs.execute import execute_experiment
 
     interrupted: Interrupted | None = None
@@ -162,8 +160,8 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:
-        if ranks.rank == 0 and os.environ.get(STOPPED_FILE):
-            Path(os.environ[STOPPED_FILE]).touch()
+        if ranks.rank == 0:
+            write_stopped_file()
         raise interrupted
 
 
@@ -208,7 +206,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs of a configuration; torchrun starts the ranks of one that wants several, unless there are some."""
     from experiments.distributed.departure import Interrupted
-    from experiments.distributed.interruption import Interruption
+    from experiments.distributed.interruption import STOPPED_FILE, Interruption
 
     if config.num_ranks == 1 or ranks.launcher != "single process":
         _execute_here(config, ranks, options)

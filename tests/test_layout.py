@@ -21,7 +21,7 @@ ALLOWED = {
 }
 # Where in these folders a package may be imported at all.
 CONFINED = {
-    "mpi4py": ("experiments/distributed/launch.py",),
+    "mpi4py": ("experiments/distributed/mpi.py",),
     "yaml": ("experiments/settings/yaml_file.py", "jobs/"),
     "h5py": ("experiments/records/record.py", "experiments/distributed/doctor.py", "data_loaders/"),
 }
@@ -75,11 +75,11 @@ def test_imports_run_one_way():
         ("aadl/mixing.py", "import importlib\nimportlib.import_module('h5py')", ["aadl/mixing.py imports h5py"]),
         ("data_loaders/a.py", "import aadl", ["data_loaders/a.py imports aadl"]),
         ("experiments/models/mlp.py", "import jobs.submit", ["experiments/models/mlp.py imports jobs"]),
-        ("experiments/distributed/launch.py", "def f():\n    from mpi4py import MPI", []),
+        ("experiments/distributed/mpi.py", "def f():\n    from mpi4py import MPI", []),
         (
-            "experiments/distributed/launch.py",
+            "experiments/distributed/mpi.py",
             "import mpi4py",
-            ["experiments/distributed/launch.py imports mpi4py outside a function"],
+            ["experiments/distributed/mpi.py imports mpi4py outside a function"],
         ),
         (
             "experiments/a.py",

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.admissions import problem
 from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import ExperimentConfig, RunConfig
 from experiments.training.problem import Description, Problem

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
 from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Description, Problem, Residuals

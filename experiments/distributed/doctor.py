@@ -30,18 +30,13 @@ import h5py
 import torch
 import torch.distributed as dist
 
-from experiments.distributed.launch import (
-    LaunchSettings,
-    Ranks,
-    binding,
-    device_of,
-    end_on_failure,
-    ranks_from_environment,
-    safe_start_method,
-    start_process_group,
-    stop_process_group,
-)
-from experiments.distributed.rendezvous import Deadline, interface_addresses
+from experiments.distributed.departure import end_on_failure, stop_process_group
+from experiments.distributed.devices import binding, device_of, safe_start_method
+from experiments.distributed.interfaces import interface_addresses
+from experiments.distributed.launch import ranks_from_environment, start_process_group
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.rendezvous import Deadline
+from experiments.settings.launch_settings import LaunchSettings
 
 SITES = Path(__file__).parents[2] / "jobs" / "sites"
 TOKEN_SECONDS = 10.0
@@ -193,7 +188,7 @@ def _facts(ranks: Ranks, results: Path) -> dict[str, Any]:
         "host": ranks.host or socket.gethostname(),
         "gpus": torch.cuda.device_count() if gpu else 0,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "interfaces": interface_addresses(),
+        "interfaces": {name: ", ".join(entries) for name, entries in interface_addresses().items()},
         "name": _resolved(socket.gethostname()),
         "start method": _start_methods(),
         "environment": {name: os.environ[name] for name in names if name in os.environ},

@@ -1,21 +1,19 @@
-"""How the ranks of a job find each other: rank 0 announces an address, all connect to its store, and a roll call.
+"""How the ranks of a job meet: all connect to a store that rank 0 holds, and a roll call names those that are missing.
 
-Rank 0 binds its port before it announces it, so no other process can take it in between. The announcement is a file in
-a shared folder, renamed into place, or whatever the launcher offers. The roll call agrees on a fresh name for this
-attempt, since torchrun's agent keeps the keys of earlier attempts in its store and counts restarts for each node alone.
+Where MASTER_ADDR and MASTER_PORT are given, the store is there, as with torch's env://. Elsewhere rank 0 binds a free
+port and announces it: by MPI's broadcast, in the store of torchrun's agent, or in a file of a folder that all ranks
+see. The first host of the job with a port made from its number would need no announcement, but is not enough: jsrun may
+put rank 0 on another host, and another job may hold the port. torch names no missing ranks either: its store and its
+`monitored_barrier` count those that came ("2/4 clients joined").
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
-import secrets
 import socket
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from experiments.distributed.interfaces import LOOPBACK, as_text, interface_addresses
 from experiments.distributed.ranks import Ranks
 
 PROBE_SECONDS = 3.0  # for one attempt to reach one address
-GRACE_SECONDS = 5.0  # that the others wait longer than rank 0, whose message names the missing ones
+GRACE_SECONDS = 5.0  # the other ranks wait this much longer than rank 0, whose message names the missing ranks
 LONGEST_PAUSE_SECONDS = 1.0
-SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
-NOT_FOR_RANKS = re.compile(
-    r"(lo\d*|docker|br-|virbr|veth|cni|flannel|tun|tap)"
-)  # interfaces that lead to no other node
+AGENT_KEY = "aadl rank 0"
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,16 @@ class Announcement:
     port: int
     token: str
 
+    def as_json(self) -> str:
+        """Returns the announcement as text."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def read(text: str | bytes) -> Announcement:
+        """Reads what `as_json` wrote; raises ValueError, KeyError or TypeError for any other text."""
+        raw = json.loads(text)
+        return Announcement(tuple(raw["addresses"]), int(raw["port"]), str(raw["token"]))
+
 
 class Deadline:
     """A point in time, with growing pauses until then."""
@@ -54,103 +60,25 @@ class Deadline:
         self._end, self.seconds, self._pause = time.monotonic() + seconds, seconds, 0.005
 
     def remaining(self) -> float:
+        """Returns the seconds that are left, negative after the end."""
         return self._end - time.monotonic()
 
     def pause(self) -> bool:
-        """Waits a little; whether there is time left."""
+        """Waits a little; returns False if no time was left."""
         left = self.remaining()
         time.sleep(max(0.0, min(self._pause, left)))
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
         return left > 0
 
 
-# --- addresses and interfaces
-
-
-def interface_addresses() -> dict[str, str]:
-    """IPv4 address of each interface that has one."""
-    addresses = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                packed = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                addresses[name] = socket.inet_ntoa(packed[20:24])
-    return addresses
-
-
-def check_interfaces(names: Sequence[str]) -> None:
-    """Refuses interfaces of which this host has none.
-
-    Raises:
-        ValueError: with those there are.
-    """
-    present = interface_addresses()
-    if not any(name in present for name in names):
-        there = ", ".join(f"{name} ({address})" for name, address in present.items())
-        raise ValueError(
-            f"launch.interface {','.join(names)} has no address on {socket.gethostname()}; there are {there}"
-        )
-
-
-def own_addresses(interfaces: Sequence[str], *, one_host: bool) -> tuple[str, ...]:
-    """Addresses under which this host can be reached, the best first.
-
-    Args:
-        interfaces: names whose addresses come first, or none.
-        one_host: all ranks are here, so the loopback address does, which needs no network.
-    """
-    present = interface_addresses()
-    if one_host and not interfaces:
-        return ("127.0.0.1",)
-    found = [present[name] for name in interfaces if name in present]
-    with contextlib.suppress(OSError):
-        found += [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    found += [address for name, address in present.items() if not NOT_FOR_RANKS.match(name)]
-    outside = [address for address in dict.fromkeys(found) if not address.startswith("127.")]
-    return tuple(outside) or ("127.0.0.1",)
-
-
-def interface_towards(address: str) -> str | None:
-    """The interface through which this host reaches an IPv4 address, if that can be told."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((address, 9))  # sends nothing
-        except OSError:
-            return None
-        own = probe.getsockname()[0]
-    return next((name for name, entry in interface_addresses().items() if entry == own), None)
-
-
-# --- the announcement
-
-
-def listen(port: int, *, loopback: bool = False) -> socket.socket:
-    """A listening socket, on a free port where `port` is 0, for this host alone with `loopback`.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("127.0.0.1" if loopback else "", port))
-        listening.listen(4096)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise OSError(
-                f"port {port} of {socket.gethostname()} is taken: choose another AADL_MASTER_PORT or MASTER_PORT, or "
-                "unset it and let rank 0 pick one"
-            ) from None
-        raise
-    return listening
+# --- where rank 0 announces
 
 
 def announcement_path(folder: Path, ranks: Ranks) -> Path:
-    """The file of this attempt, `.rendezvous-<job>.<step>.<restart>.json`.
+    """Returns the file of this attempt, `.rendezvous-<job>.<step>.<restart>.json`.
 
     Raises:
-        ValueError: nothing tells this job from another one that uses the same folder.
+        ValueError: nothing tells this job from another job that uses the same folder.
     """
     job = ranks.job_id or ranks.step_id
     if not job and ranks.local_size == ranks.world_size:
@@ -160,11 +88,8 @@ def announcement_path(folder: Path, ranks: Ranks) -> Path:
             f"{ranks.launcher} gives the job no name: set AADL_JOB_ID to one text for all of its ranks, or install "
             "mpi4py for this MPI library"
         )
-    return folder / f"{_job_prefix(ranks, job)}{ranks.restart_count}.json"
-
-
-def _job_prefix(ranks: Ranks, job: str) -> str:
-    return ".rendezvous-" + re.sub(r"[^\w-]", "_", job) + "." + re.sub(r"[^\w-]", "_", ranks.step_id or "0") + "."
+    job, step = (re.sub(r"[^\w-]", "_", text) for text in (job, ranks.step_id or "0"))
+    return folder / f".rendezvous-{job}.{step}.{ranks.restart_count}.json"
 
 
 def write_announcement(path: Path, announcement: Announcement) -> None:
@@ -176,7 +101,7 @@ def write_announcement(path: Path, announcement: Announcement) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            json.dump(asdict(announcement), file)
+            file.write(announcement.as_json())
             file.flush()
             os.fsync(file.fileno())
         os.replace(file.name, path)
@@ -189,23 +114,52 @@ def write_announcement(path: Path, announcement: Announcement) -> None:
 
 
 def read_announcement(path: Path) -> Announcement | None:
-    """The announcement, or None while there is none."""
+    """Returns the announcement, or None while there is none."""
     try:
         os.listdir(path.parent)  # makes network file systems look again
-        raw = json.loads(path.read_text("utf-8"))
-        return Announcement(tuple(raw["addresses"]), int(raw["port"]), str(raw["token"]))
+        return Announcement.read(path.read_text("utf-8"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def write_board(board: Store, announcement: Announcement) -> None:
+    """Writes the announcement to the store of torchrun's agent, over that of an earlier attempt."""
+    board.set(AGENT_KEY, announcement.as_json())
+
+
+def read_board(board: Store) -> Announcement | None:
+    """Returns the announcement in the store of torchrun's agent, or None while there is none."""
+    return Announcement.read(board.get(AGENT_KEY)) if board.check([AGENT_KEY]) else None
 
 
 # --- the store
 
 
+def listen(port: int, *, loopback: bool = False) -> socket.socket:
+    """Returns a listening socket for IPv4 and IPv6; a free port if `port` is 0, this host alone with `loopback`.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    both = not loopback and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    address = (LOOPBACK if loopback else "", port)
+    try:
+        return socket.create_server(address, family=family, backlog=4096, dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise OSError(
+                f"port {port} of {socket.gethostname()} is taken: choose another AADL_MASTER_PORT or MASTER_PORT, or "
+                "unset it and let rank 0 pick one"
+            ) from None
+        raise
+
+
 def host_store(listening: socket.socket, token: str, seconds: float) -> Store:
-    """The store of rank 0, on a socket that listens already."""
-    _, port = listening.getsockname()
+    """Returns the store of rank 0, on a socket that listens already, so that no other process can take its port."""
+    port = listening.getsockname()[1]
     store = TCPStore(
-        "127.0.0.1",
+        LOOPBACK,
         port,
         is_master=True,
         wait_for_workers=False,
@@ -216,41 +170,8 @@ def host_store(listening: socket.socket, token: str, seconds: float) -> Store:
     return store
 
 
-def connect(find: Callable[[], Announcement | None], ranks: Ranks, deadline: Deadline, where: str) -> Store:
-    """Connects to the store of rank 0 as soon as it is announced and answers; a stale announcement does neither.
-
-    Args:
-        find: gives the announcement, or None as long as there is none.
-        ranks: this process, for the message.
-        deadline: when to give up.
-        where: where rank 0 announces, for the message.
-
-    Raises:
-        RuntimeError: nothing was announced, or nothing answers there.
-    """
-    tried: Announcement | None = None
-    while True:
-        announcement = find()
-        if announcement is not None:
-            tried = announcement
-            for address in announcement.addresses:
-                store = _try_store(address, announcement.port, announcement.token, deadline)
-                if store is not None:
-                    return store
-        if not deadline.pause():
-            break
-    me = f"rank {ranks.rank} on {host_of(ranks)}"
-    if tried is None:
-        raise RuntimeError(f"{me}: rank 0 announced no address in {where} within {deadline.seconds:g} s")
-    interfaces = ", ".join(f"{name} {address}" for name, address in interface_addresses().items())
-    raise RuntimeError(
-        f"{me}: rank 0 did not answer at {' or '.join(tried.addresses)}, port {tried.port}, within "
-        f"{deadline.seconds:g} s; this host has {interfaces} (launch.interface names the one to use)"
-    )
-
-
-def _try_store(address: str, port: int, token: str | None, deadline: Deadline) -> Store | None:
-    """The store at this address, if one is there and, where a token is given, knows it."""
+def try_store(address: str, port: int, token: str | None, deadline: Deadline) -> Store | None:
+    """Returns the store at this address, or None if there is none or, where a token is given, it has another one."""
     seconds = max(0.1, min(PROBE_SECONDS, deadline.remaining()))
     try:
         with socket.create_connection((address, port), timeout=seconds):
@@ -264,23 +185,53 @@ def _try_store(address: str, port: int, token: str | None, deadline: Deadline) -
     return store
 
 
-def connect_given(ranks: Ranks, deadline: Deadline) -> Store:
-    """The store at an address that the launcher or the user gave; rank 0 holds it, or torchrun's agent.
+def connect(find: Callable[[], Announcement | None], ranks: Ranks, deadline: Deadline, where: str) -> Store:
+    """Connects to the store of rank 0 when it is announced and answers; a stale announcement does neither.
+
+    Args:
+        find: returns the announcement, or None as long as there is none.
+        ranks: this process, for the message.
+        deadline: when to give up.
+        where: where rank 0 announces, for the message.
 
     Raises:
-        OSError: the port is taken on the host of rank 0.
+        RuntimeError: nothing was announced, or nothing answers there.
+    """
+    tried: Announcement | None = None
+    while True:
+        announcement = find()
+        if announcement is not None:
+            tried = announcement
+            for address in announcement.addresses:
+                store = try_store(address, announcement.port, announcement.token, deadline)
+                if store is not None:
+                    return store
+        if not deadline.pause():
+            break
+    me = f"rank {ranks.rank} on {host_of(ranks)}"
+    if tried is None:
+        raise RuntimeError(f"{me}: rank 0 announced no address in {where} within {deadline.seconds:g} s")
+    raise RuntimeError(
+        f"{me}: rank 0 did not answer at {' or '.join(tried.addresses)}, port {tried.port}, within "
+        f"{deadline.seconds:g} s; this host has {as_text(interface_addresses())} (launch.interface names the one to "
+        "use)"
+    )
+
+
+def connect_given(ranks: Ranks, deadline: Deadline, what: str = "rank 0") -> Store:
+    """Connects to the store at the address that the launcher or the user gave, held by rank 0 or torchrun's agent.
+
+    Raises:
         RuntimeError: nothing answers there.
     """
-    if ranks.rank == 0 and not ranks.agent_store:
-        return host_store(listen(ranks.master_port), "", deadline.remaining())
     while True:
-        store = _try_store(ranks.master_address, ranks.master_port, None, deadline)
+        store = try_store(ranks.master_address, ranks.master_port, None, deadline)
         if store is not None:
             return store
         if not deadline.pause():
             raise RuntimeError(
-                f"rank {ranks.rank} on {host_of(ranks)}: rank 0 did not answer at {ranks.master_address}, port "
-                f"{ranks.master_port}, within {deadline.seconds:g} s; does rank 0 run on that host?"
+                f"rank {ranks.rank} on {host_of(ranks)}: {what} did not answer at {ranks.master_address}, port "
+                f"{ranks.master_port}, within {deadline.seconds:g} s; does {what} run on that host?"
             )
 
 
@@ -288,123 +239,77 @@ def connect_given(ranks: Ranks, deadline: Deadline) -> Store:
 
 
 def host_of(ranks: Ranks) -> str:
-    """The name of this host, as the scheduler calls it if it does."""
+    """Returns the name of this host, as the scheduler calls it where there is one."""
     return ranks.host or socket.gethostname()
 
 
 def roll_call(
-    base: Store,
+    store: Store,
     ranks: Ranks,
     facts: Mapping[str, Any],
     judge: Callable[[Sequence[Mapping[str, Any]]], str],
     deadline: Deadline,
-) -> tuple[str, bool]:
-    """Waits for all ranks and agrees on a name for this attempt.
-
-    Each rank says hello with a number of its own, rank 0 welcomes it by that number, and the rank answers: what an
-    earlier attempt left in the store carries other numbers and is not taken for an answer.
+) -> bool:
+    """Waits for all ranks in a store that is new; returns True if they are on several machines.
 
     Args:
-        base: store of all ranks, maybe with the keys of earlier attempts.
+        store: of all ranks.
         ranks: this process.
-        facts: what rank 0 must know of this rank: "host" and "machine" at least.
-        judge: says on rank 0, from the facts by rank, why these ranks cannot work together, or "".
+        facts: what rank 0 must know of this rank, with "host" and "machine".
+        judge: called on rank 0 with the facts by rank; returns why these ranks cannot work together, or "".
         deadline: when to give up.
 
-    Returns:
-        The name, and whether the ranks are on several machines.
-
     Raises:
-        RuntimeError: ranks are missing, which are named, or cannot work together.
+        RuntimeError: ranks are missing, which the message names, or cannot work together.
     """
-    store = PrefixStore("roll call", base)
-    hello = json.dumps({"number": secrets.token_hex(8), "world_size": ranks.world_size, **facts})
-    store.set(f"hello {ranks.rank}", hello)
     try:
+        store.set(f"hello {ranks.rank}", json.dumps({"world_size": ranks.world_size, **facts}))
         if ranks.rank == 0:
-            return _call(store, ranks, hello, judge, deadline)
-        return _answer(store, ranks, hello, deadline)
+            verdict = _call(store, ranks, judge, deadline)
+            store.set("verdict", json.dumps(verdict))
+            if verdict["problem"]:  # the others need a moment to read it
+                end = Deadline(2.0)
+                while store.add("read", 0) < verdict["present"] - 1 and end.pause():
+                    pass
+        else:
+            verdict = _wait_for_verdict(store, ranks, deadline)
     except dist.DistError as error:
         cause = str(error).split("\n")[0]
         raise RuntimeError(
             f"rank {ranks.rank} on {host_of(ranks)}: the store of rank 0 was lost in the roll call: {cause}"
         ) from None
+    if verdict["problem"]:
+        stops = f"rank {ranks.rank} on {host_of(ranks)} stops: " if ranks.rank else ""
+        raise RuntimeError(stops + verdict["problem"])
+    return bool(verdict["several"])
 
 
 def _call(
-    store: Store,
-    ranks: Ranks,
-    own: str,
-    judge: Callable[[Sequence[Mapping[str, Any]]], str],
-    deadline: Deadline,
-) -> tuple[str, bool]:
-    everyone = range(ranks.world_size)
-    hellos: list[str] = []
-    name, several = "", False
-    while deadline.remaining() > 0:
-        if store.check([f"hello {rank}" for rank in everyone]):
-            found = [entry.decode() for entry in store.multi_get([f"hello {rank}" for rank in everyone])]
-            if found != hellos:
-                hellos, name = found, secrets.token_hex(8)
-                facts = [json.loads(entry) for entry in hellos]
-                several = len({fact["machine"] for fact in facts}) > 1
-                problem = _different_worlds(facts) or judge(facts)
-                _welcome(store, facts, {"name": name, "several": several, "problem": problem})
-                if problem:
-                    _linger(store, name, ranks)
-                    raise RuntimeError(problem)
-            if store.check([f"here {name} {rank}" for rank in everyone if rank] or [f"hello {0}"]):
-                store.set(f"begin {name}", "")
-                return name, several
-        deadline.pause()
-    missing = [rank for rank in everyone if rank and not store.check([f"hello {rank}"])]
-    if not missing:  # then those missing have a hello of an earlier attempt
-        missing = [rank for rank in everyone if rank and not store.check([f"here {name} {rank}"])]
-    problem = _missing_text(ranks, missing, deadline)
-    there = [rank for rank in everyone if store.check([f"hello {rank}"])]
-    facts = [json.loads(entry) for entry in store.multi_get([f"hello {rank}" for rank in there])]
-    _welcome(store, facts, {"name": "", "several": False, "problem": problem}, there)
-    time.sleep(min(1.0, GRACE_SECONDS))
-    raise RuntimeError(problem)
+    store: Store, ranks: Ranks, judge: Callable[[Sequence[Mapping[str, Any]]], str], deadline: Deadline
+) -> dict[str, Any]:
+    keys = [f"hello {rank}" for rank in range(ranks.world_size)]
+    while not store.check(keys):
+        if not deadline.pause():
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            if missing:
+                present, problem = ranks.world_size - len(missing), _missing_text(ranks, missing, deadline)
+                return {"several": False, "problem": problem, "present": present}
+    facts = [json.loads(text) for text in store.multi_get(keys)]
+    several = len({fact["machine"] for fact in facts}) > 1
+    return {"several": several, "problem": _different_worlds(facts) or judge(facts), "present": len(facts)}
 
 
-def _welcome(
-    store: Store, facts: Sequence[Mapping[str, Any]], text: Mapping[str, Any], whom: Sequence[int] | None = None
-) -> None:
-    ranks = range(len(facts)) if whom is None else whom
-    store.multi_set(  # type: ignore[attr-defined]
-        [f"welcome {rank}" for rank in ranks],
-        [json.dumps({"number": fact["number"], **text}) for fact in facts],
-    )
-
-
-def _linger(store: Store, name: str, ranks: Ranks) -> None:
-    """Gives the others the time to read why rank 0 stops."""
-    end = Deadline(2.0)
-    others = [f"here {name} {rank}" for rank in range(1, ranks.world_size)]
-    while not store.check(others) and end.pause():
-        pass
-
-
-def _answer(store: Store, ranks: Ranks, own: str, deadline: Deadline) -> tuple[str, bool]:
-    number, name = json.loads(own)["number"], ""
+def _wait_for_verdict(store: Store, ranks: Ranks, deadline: Deadline) -> dict[str, Any]:
     end = Deadline(deadline.remaining() + GRACE_SECONDS)
-    while True:
-        if store.check([f"welcome {ranks.rank}"]):
-            welcome = json.loads(store.get(f"welcome {ranks.rank}"))
-            if welcome["number"] == number:
-                if welcome["name"] != name:
-                    name = welcome["name"]
-                    store.set(f"here {name} {ranks.rank}", "")
-                if welcome["problem"]:
-                    raise RuntimeError(f"rank {ranks.rank} on {host_of(ranks)} stops: {welcome['problem']}")
-                if store.check([f"begin {name}"]):
-                    return name, welcome["several"]
+    while not store.check(["verdict"]):
         if not end.pause():
             raise RuntimeError(
                 f"rank {ranks.rank} on {host_of(ranks)}: rank 0 did not answer in the roll call within "
                 f"{deadline.seconds:g} s"
             )
+    verdict: dict[str, Any] = json.loads(store.get("verdict"))
+    store.add("read", 1)
+    return verdict
 
 
 def _different_worlds(facts: Sequence[Mapping[str, Any]]) -> str:
@@ -431,7 +336,7 @@ def _missing_text(ranks: Ranks, missing: Sequence[int], deadline: Deadline) -> s
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Rising integers as text, "3, 6-8"."""
+    """Returns rising integers as text, "3, 6-8"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and parts[-1][-1] == number - 1:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import Deadline, host_of, spans
 
 T = TypeVar("T")

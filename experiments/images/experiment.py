@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.images import problem
 from experiments.images.settings import (
     NOMINAL_STEPS,

@@ -28,7 +28,8 @@ from data_loaders.imagenet.sets import (
     check_pair,
     open_images,
 )
-from experiments.distributed.launch import Ranks, device_of, safe_start_method
+from experiments.distributed.devices import device_of, safe_start_method
+from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_each, by_first, check_same
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.resnet import MODELS, parameter_groups

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.settings.checks import BOOLEAN, TEXT, Kind, choice, integer, number, optional, sequence, setting
 
 

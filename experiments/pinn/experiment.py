@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data_loaders.collocation import MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn import problem
 from experiments.pinn.equation import Equation
 from experiments.pinn.equations import load_equation

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_loaders.collocation import adaptive_points, uniform_points
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient, chunks
 from experiments.pinn.equation import Equation, compose
 from experiments.pinn.equations import load_equation

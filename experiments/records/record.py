@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 import aadl
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Field, Problem
 from experiments.training.train import Result

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from experiments.distributed.departure import control_group
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.runs.checkpoint_files import FORMAT, names_of_checkpoints, prune, read, write
 from experiments.runs.state import State, architecture_of, check_state, num_bytes_of, on_cpu
 

@@ -12,7 +12,6 @@ from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.distributed.launch import LaunchSettings
 from experiments.runs.experiment import Experiment
 from experiments.settings.checks import (
     NAME,
@@ -28,6 +27,7 @@ from experiments.settings.checks import (
     refuse_unknown,
     settings_of,
 )
+from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
     BatchSizeStudy,
     ExperimentConfig,

@@ -16,16 +16,11 @@ import torch
 import torch.distributed as dist
 
 import aadl
-from experiments.distributed.departure import Interrupted
+from experiments.distributed.departure import Interrupted, stop_process_group
+from experiments.distributed.devices import binding, device_of
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import (
-    LaunchSettings,
-    Ranks,
-    binding,
-    device_of,
-    start_process_group,
-    stop_process_group,
-)
+from experiments.distributed.launch import start_process_group
+from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
 from experiments.images.settings import CADENCES, ImageTrainingConfig, in_steps
 from experiments.records.record import (
@@ -43,6 +38,7 @@ from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
 from experiments.settings.checks import Component
+from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
     ExperimentConfig,
     PublishedConfig,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.settings.checks import read_settings
 from experiments.settings.run_config import ExperimentConfig, RunConfig, VariantConfig
 from experiments.training.components import check_scheduler, needs_residuals, optimizers, read_component, schedulers

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.distributed.departure import Interrupted, RanksDisagree
-from experiments.distributed.interruption import Agreement, Interruption
-from experiments.distributed.launch import Ranks
+from experiments.distributed.interruption import Interruption
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.step_vote import StepVote
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
 from experiments.runs.lock import FolderInUse, FolderLock
@@ -112,7 +113,7 @@ class RunSession:
         if ranks.rank == 0:
             self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
-        self._agreement = Agreement(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
+        self._vote = StepVote(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1  # that was saved
         self._seen_step = 0
@@ -142,7 +143,7 @@ class RunSession:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._agreement.read()  # of the last step
+                self._vote.result()  # of the last step
                 self._checkpoints.close()
             if kind is None and self._ranks.rank == 0:
                 remove_checkpoints(self.folder)
@@ -187,22 +188,22 @@ class RunSession:
             RanksDisagree: the ranks are at different steps, or one is gone.
         """
         if run.num_steps != self._seen_step + 1:
-            # The others are in the collectives of a step that this rank left out: no word would reach them.
+            # The others are in the collectives of a step that this rank left out, so a vote would not reach them.
             text = f"rank {self._ranks.rank} went from step {self._seen_step} to step {run.num_steps}"
             raise RanksDisagree(f"the ranks are at different steps: {text}")
         self._seen_step = run.num_steps
-        word = self._agreement.read()
-        if word is not None and not word.finite:
+        tally = self._vote.result()
+        if tally is not None and not tally.finite:
             run.is_lost = True  # all ranks end the interval here, and record that the run diverged
             return
-        if word is not None and word.stop:
+        if tally is not None and tally.stop:
             self._stop(run)
-        if word is not None and word.save:
+        if tally is not None and tally.save:
             self._save(run)
         self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
-        self._agreement.post(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
+        self._vote.cast(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
         """Publishes the record now and then, and saves where it is time to; the best evaluation is kept."""
@@ -211,20 +212,20 @@ class RunSession:
         # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
         margin = run.longest_evaluation + 3 * max(self._save_seconds, self._checkpoints.write_seconds)
         self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
-        self._agreement.read()
+        self._vote.result()
         value = run.best_by  # the same on all ranks
         is_best = value is not None and (self._best is None or value < self._best)
         save = self._is_time(or_after=self._pause_before_best() if is_best else None)
-        word = self._agreement.agree_now(
+        tally = self._vote.vote_now(
             run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
         )
         if not run.goes_on:
             return
-        if (word.stop or word.save) and is_best:
+        if (tally.stop or tally.save) and is_best:
             self._best = value
-        if word.stop:
+        if tally.stop:
             self._stop(run, best=is_best)
-        elif word.save:
+        elif tally.save:
             self._save(run, best=is_best)
 
     def _is_time(self, or_after: float | None = None) -> bool:

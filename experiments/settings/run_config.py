@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from experiments.distributed.launch import LaunchSettings
 from experiments.settings.checks import (
     BOOLEAN,
     NAME,
@@ -22,6 +21,7 @@ from experiments.settings.checks import (
     setting,
     settings_of,
 )
+from experiments.settings.launch_settings import LaunchSettings
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class SaveConfig:
             often that it takes more than a twentieth of the time. Those of a finished run are removed.
         asynchronous: whether a thread writes them while the training goes on.
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
-            ranks many (`interruption.Agreement` has what one costs).
+            ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
             `ema_decay`; images: with the statistics computed anew), see `record.read_weights`.
     """

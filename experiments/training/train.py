@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import aadl
 from aadl.attached import STATE_KEY, find_accelerator
-from experiments.distributed.launch import Ranks, device_of
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
 from experiments.images.settings import ImageTrainingConfig
 from experiments.pinn.settings import PinnTrainingConfig
 from experiments.training.components import make_scheduler

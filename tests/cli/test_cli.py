@@ -17,7 +17,7 @@ from suite_cases import RAW
 from experiments import __main__ as suite
 from experiments.__main__ import main
 from experiments.catalog import parse_config
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.record import read_run, read_weights
 from experiments.runs import execute
 from experiments.runs.config import expand_runs

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import launched
 import pytest
+import torch
 import yaml
 
 from experiments import __main__ as suite
-from experiments.distributed import doctor, launch
+from experiments.distributed import doctor, mpi
 from experiments.distributed.departure import leave
 from experiments.distributed.doctor import Finding
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.smoke
 SITE = {
@@ -60,8 +61,8 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
 
 def test_the_start_method_of_workers_is_told(single, monkeypatch, tmp_path, capsys):
     for in_use in (False, True):
-        monkeypatch.setattr(launch, "_mpi_was_used", in_use)
-        monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(mpi, "_was_used", in_use)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         doctor.main(options("--results", tmp_path))
         [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
         granted = "mpi4py.MPI" not in sys.modules and not in_use

@@ -1,6 +1,6 @@
 """Every Python example of README.md and docs/ that is to run (snippets.py) runs as it stands.
 
-Those marked <!-- 2 ranks --> run on two ranks of torchrun. Those of docs/frameworks.md run in tests/frameworks.
+Those marked <!-- 2 ranks --> run on two ranks of torchrun.
 """
 
 import os
@@ -34,7 +34,6 @@ DOCUMENTS = {
 EXAMPLES = [
     pytest.param(code, ranks, id=f"{name}:{line}")
     for name, text in DOCUMENTS.items()
-    if name != "docs/frameworks.md"
     for line, code, ranks in examples(text)
 ]
 

@@ -194,7 +194,9 @@ def kill_worker(results, run):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)]
+)
 def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
     process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
     os.killpg(process.pid, number)

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 import aadl
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.runs.execute import execute_run
 from experiments.runs.session import RunSession
 from experiments.training.train import Training

@@ -13,7 +13,7 @@ from suite_cases import PINN, pinn_run
 from torch.nn.utils import parameters_to_vector
 
 import aadl
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build
 from experiments.records.record import read_run
 from experiments.runs.execute import _stage

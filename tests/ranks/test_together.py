@@ -5,7 +5,7 @@ import pytest
 from processes import wait_until
 
 from experiments.distributed import together
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 
 
 def told(action):

@@ -15,15 +15,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from experiments.distributed import launch
-from experiments.distributed.launch import (
-    LaunchSettings,
-    end_on_failure,
-    leave,
-    ranks_from_environment,
-    start_process_group,
-    stop_process_group,
-)
+from experiments.distributed.departure import end_on_failure, leave, stop_process_group
+from experiments.distributed.devices import binding
+from experiments.distributed.launch import ranks_from_environment, start_process_group
+from experiments.settings.launch_settings import LaunchSettings
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "JSM", "LSB", "TORCH", "AADL", "MASTER", "NCCL", "GLOO", "MV2", "PRTE")
@@ -148,7 +143,7 @@ def gather_binding(folder):
     """Writes the binding of all ranks as each rank sees it."""
     ranks = ranks_from_environment(os.environ)
     start_process_group(ranks, LaunchSettings(start_seconds=30.0), Path(folder))
-    places = launch.binding(ranks)
+    places = binding(ranks)
     (Path(folder) / f"binding-{ranks.rank}").write_text(repr(places))
     stop_process_group(ranks)
     leave(0)

@@ -9,7 +9,7 @@ import numpy as np
 from suite_cases import PINN, problem
 
 from experiments.catalog import parse_config
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.equations import load_equation
 from experiments.pinn.problem import describe
 from experiments.records.record import run_path, write_run

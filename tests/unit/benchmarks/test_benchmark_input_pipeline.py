@@ -117,6 +117,7 @@ def test_the_page_shows_what_was_measured():
     assert "Not run here, because it does not import: torchvision." in page
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_the_page(tmp_path, capsys):
     arguments = ["--quick", "--images", "3", "--rounds", "1", "--folder", str(tmp_path), "--docs"]
     assert benchmark.main(arguments, docs=tmp_path / "docs") == 0

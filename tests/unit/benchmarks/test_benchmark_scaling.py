@@ -61,7 +61,9 @@ def test_fsdp2_leaves_rank_zero_more_than_its_part():
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["sharded", *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "sharded")]
+)
 def test_every_layout_is_counted_on_one_rank_of_thousands(layout):
     (count,) = count_all([Case(TINY, layout, RANKS, depth=3)])
     held = local_elements(TINY.units, layout, RANKS)

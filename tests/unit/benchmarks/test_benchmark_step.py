@@ -176,7 +176,9 @@ def test_the_command_leaves_tables_numbers_and_a_figure(tmp_path, monkeypatch, c
     monkeypatch.setattr(step, "draw", lambda report, path: path.write_bytes(figure))
     assert step.write(written[0], tmp_path / "out", docs=tmp_path / "docs") == 0
     assert "| 1,000 | 5 | bfloat16 | 2 | off | params | - |" in capsys.readouterr().out
-    assert (tmp_path / "docs" / "step_roofline.png").read_bytes() == figure
+    assert (tmp_path / "docs" / "figures" / "step_roofline.png").read_bytes() == figure
+    header, first, *_ = (tmp_path / "docs" / "tables" / "step_small.csv").read_text().splitlines()
+    assert header.startswith("parameters,depth,history") and first.startswith("1000,5,")
 
     saved = json.loads((tmp_path / "out" / "step.json").read_text())
     assert saved["machine"].keys() >= {"processor", "threads", "torch", "commit", "date"}

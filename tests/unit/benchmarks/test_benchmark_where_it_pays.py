@@ -32,6 +32,7 @@ def test_ratios_are_steps_to_the_final_loss_of_plain():
     assert middle([entry | {"steps_ratio_of_seeds": "0.2 0.4", "averaging_share": "0.6"} for entry in entries])[1]
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_kept_and_drawn(tmp_path, monkeypatch):
     small = replace(PROBLEMS["admissions"], steps=24)
     monkeypatch.setattr(study, "PROBLEMS", {"admissions": small, "digits": small})

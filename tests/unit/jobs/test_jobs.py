@@ -15,7 +15,7 @@ from paths import ROOT
 from suite_cases import RAW, problem, result, run_config
 
 from experiments.catalog import load_config
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.record import run_path, write_run
 from jobs import scaling, script, site, submit
 

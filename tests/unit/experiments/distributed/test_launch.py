@@ -9,23 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from experiments.distributed import launch
-from experiments.distributed.departure import control_group
-from experiments.distributed.interruption import Agreement
-from experiments.distributed.launch import (
-    LaunchSettings,
-    Ranks,
-    binding,
-    device_of,
-    end_on_failure,
-    leave,
-    ranks_from_environment,
-    safe_start_method,
-    start_process_group,
-    stop_process_group,
-)
+from experiments.distributed import devices, launch, mpi
+from experiments.distributed.departure import control_group, end_on_failure, leave, stop_process_group
+from experiments.distributed.devices import binding, device_of, safe_start_method
+from experiments.distributed.launch import ranks_from_environment, start_process_group
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.step_vote import StepVote
 from experiments.runs.checkpoint import Checkpoints
 from experiments.settings.checks import read_settings
+from experiments.settings.launch_settings import LaunchSettings
 
 BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 
@@ -129,7 +121,7 @@ def test_no_flight_recorder(environment):
 def test_nothing_is_forked_where_mpi_or_a_gpu_is_in_use(monkeypatch, in_use):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: in_use == "a GPU")
     monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-    monkeypatch.setattr(launch, "_mpi_was_used", in_use == "MPI")
+    monkeypatch.setattr(mpi, "_was_used", in_use == "MPI")
     assert safe_start_method("spawn") == "spawn" and safe_start_method("forkserver") == "forkserver"
     assert safe_start_method("fork") == ("fork" if in_use == "nothing" else "forkserver")
     for usual in ("fork", "spawn", "forkserver"):
@@ -164,12 +156,12 @@ def test_more_ranks_than_devices(monkeypatch):
         ValueError, match=r"local rank 2 on n1 has no GPU: this process sees 2 .*DEVICES=4,5.*--gpus-per"
     ):
         device_of(Ranks(2, 4, 2, host="n1"))
-    _, _, problem = launch._device(Ranks(2, 4, 2, host="n1"), LaunchSettings())
+    _, _, problem = devices.choose(Ranks(2, 4, 2, host="n1"), LaunchSettings())
     assert "local rank 2 on n1" in problem  # which the roll call tells to all ranks
     see_gpus(monkeypatch, 0)
-    assert "has no GPU" in launch._device(Ranks(), LaunchSettings(backend="nccl"))[2]
-    assert "launch.debug needs" in launch._device(Ranks(), LaunchSettings(debug=True, backend="gloo"))[2]
-    assert launch._device(Ranks(), LaunchSettings())[::2] == ("gloo", "")
+    assert "has no GPU" in devices.choose(Ranks(), LaunchSettings(backend="nccl"))[2]
+    assert "launch.debug needs" in devices.choose(Ranks(), LaunchSettings(debug=True, backend="gloo"))[2]
+    assert devices.choose(Ranks(), LaunchSettings())[::2] == ("gloo", "")
 
 
 def facts(**different):
@@ -188,14 +180,14 @@ def facts(**different):
     ],
 )
 def test_ranks_that_cannot_work_together(second, settings, problem):
-    told = launch._judge([facts(device="GPU-a"), second], settings)
+    told = devices.judge([facts(device="GPU-a"), second], settings)
     assert problem in told and bool(problem) == bool(told)
 
 
 def test_ranks_may_share_a_device_by_gloo():
     shared = [facts(device="GPU-a", backend="gloo")] * 2
-    assert launch._judge(shared, LaunchSettings(share_devices=True)) == ""
-    assert "use the same GPU" in launch._judge(shared, LaunchSettings())
+    assert devices.judge(shared, LaunchSettings(share_devices=True)) == ""
+    assert "use the same GPU" in devices.judge(shared, LaunchSettings())
 
 
 # --- open files
@@ -267,7 +259,7 @@ def count_groups(folder):
                 checkpoints = Checkpoints(folder / "run", ranks, asynchronous=asynchronous)
                 checkpoints.save(run, {}, {})
                 checkpoints.close()
-            assert Agreement(ranks).agree_now(run, ranks.rank == 1, True).stop
+            assert StepVote(ranks).vote_now(run, ranks.rank == 1, True).stop
             numbers.append(len(dist.distributed_c10d._world.pg_map))
         stop_process_group(ranks)
         told.append(numbers)
@@ -299,27 +291,27 @@ def mpi_of(rank, size):
 
 
 def test_mpi_is_used_where_mpiexec_spawned_the_ranks(monkeypatch):
-    monkeypatch.setattr(launch, "_mpi", lambda: mpi_of(1, 2))
+    monkeypatch.setattr(mpi, "start_mpi", lambda: mpi_of(1, 2))
     ranks = Ranks(1, 2, 1, launcher="mpich")
-    assert launch._mpi_for_rendezvous(ranks, LaunchSettings()) is not None
-    assert launch._mpi_for_rendezvous(ranks, LaunchSettings(rendezvous="file")) is None
+    assert mpi.mpi_for_rendezvous(ranks, LaunchSettings()) is not None
+    assert mpi.mpi_for_rendezvous(ranks, LaunchSettings(rendezvous="file")) is None
     for launcher in ("srun", "jsrun", "torchrun", "env"):
-        assert launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher=launcher), LaunchSettings()) is None
-    assert launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="srun"), LaunchSettings(rendezvous="mpi")) is not None
+        assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher=launcher), LaunchSettings()) is None
+    assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="srun"), LaunchSettings(rendezvous="mpi")) is not None
 
 
 def test_another_mpi_library_is_told(monkeypatch):
-    monkeypatch.setattr(launch, "_mpi", lambda: mpi_of(0, 1))
+    monkeypatch.setattr(mpi, "start_mpi", lambda: mpi_of(0, 1))
     message = r"mpich started rank 1 of 2, but MPI.COMM_WORLD has rank 0 of 1: .*Open MPI v5.0.11.*rendezvous: file"
     with pytest.raises(ValueError, match=message):
-        launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings())
+        mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings())
 
 
 def test_without_mpi4py_the_file_does(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings()) is None
+    assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings()) is None
     with pytest.raises(ValueError, match=r"launch\.rendezvous is mpi, but mpi4py cannot be used"):
-        launch._mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings(rendezvous="mpi"))
+        mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings(rendezvous="mpi"))
 
 
 # --- one process
@@ -415,16 +407,16 @@ def die_within_a_step(folder, doomed):
     with end_on_failure(ranks):
         start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
         try:
-            agreement = Agreement(ranks)
+            vote = StepVote(ranks)
             for step in range(5):
-                agreement.read()
+                vote.result()
                 if step == 3 and ranks.rank == doomed:
                     os.kill(os.getpid(), signal.SIGKILL)
                 try:
-                    agreement.post(step, False, True)
+                    vote.cast(step, False, True)
                 except RuntimeError as error:
                     raise RuntimeError(f"the run failed: {error}") from error
-            agreement.read()
+            vote.result()
         finally:
             stop_process_group(ranks)
     leave(0)

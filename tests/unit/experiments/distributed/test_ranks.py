@@ -1,7 +1,8 @@
 import launched
 import pytest
 
-from experiments.distributed.ranks import Ranks, expand_nodelist, read_ranks, tasks_per_node
+from experiments.distributed.nodes import expand_nodelist, tasks_per_node
+from experiments.distributed.ranks import Ranks, read_ranks
 
 COMMAND = ["python", "-m", "experiments", "run", "my config.yaml"]
 

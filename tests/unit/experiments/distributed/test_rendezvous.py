@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -11,20 +12,24 @@ import pytest
 import torch.distributed as dist
 from processes import wait_until
 
-from experiments.distributed import rendezvous
+from experiments.distributed import interfaces, rendezvous
+from experiments.distributed.interfaces import (
+    check_interfaces,
+    interface_addresses,
+    interface_towards,
+    own_addresses,
+)
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import (
     Announcement,
     Deadline,
     announcement_path,
-    check_interfaces,
-    interface_addresses,
-    interface_towards,
-    own_addresses,
     read_announcement,
+    read_board,
     roll_call,
     spans,
     write_announcement,
+    write_board,
 )
 
 STEP = Ranks(launcher="srun", job_id="7", step_id="0", scheduler="slurm", world_size=4)
@@ -163,18 +168,23 @@ def store():
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
 
 
-def test_attempts_in_one_store_agree_on_different_names(store):
-    """torchrun's agent keeps its store: the second roll call finds all keys of the first one in it."""
-    first, second = call_all(store, [3] * 3), call_all(store, [3] * 3)
-    assert len(set(first)) == len(set(second)) == 1
-    assert first[0][0] != second[0][0]
-
-
-def test_a_rank_of_an_earlier_attempt_is_not_there(store):
-    call_all(store, [3] * 3)
+def test_a_missing_rank_is_named_to_those_that_came(store):
     outcomes = call_all(store, [3] * 3, seconds=2.0, only=[0, 2])
-    assert "rank 1 of 3 never came to rank 0 on host0 within 2 s" in outcomes[0]
-    assert "rank 1 of 3 never came" in outcomes[2]
+    assert outcomes[0] == "rank 1 of 3 never came to rank 0 on host0 within 2 s"
+    assert outcomes[0] in outcomes[2]
+
+
+def test_an_attempt_of_torchrun_does_not_take_the_announcement_of_an_earlier_one(store):
+    """The agent keeps its store: the address of the first attempt is there until rank 0 of the second one writes."""
+    old, new = (dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2))
+    old.set("token", "first")
+    new.set("token", "second")
+    assert read_board(store) is None
+    write_board(store, Announcement(("127.0.0.1",), old.port, "first"))
+    del old
+    threading.Timer(0.5, write_board, (store, Announcement(("127.0.0.1",), new.port, "second"))).start()
+    found = rendezvous.connect(lambda: read_board(store), Ranks(1, 2, 1), Deadline(20.0), "the store of the agent")
+    assert found.get("token") == b"second"
 
 
 def test_ranks_that_count_differently_are_told(store):
@@ -211,20 +221,39 @@ def test_addresses_lead_outside_where_there_are_several_hosts():
     present = interface_addresses()
     assert own_addresses((), one_host=True) == ("127.0.0.1",)
     outside = own_addresses((), one_host=False)
-    others = {address for address in present.values() if not address.startswith("127.")}
-    assert set(outside) >= {address for name, address in present.items() if name.startswith(("eth", "en", "ib", "hsn"))}
-    assert not others or not any(address.startswith("127.") for address in outside)
-    for name, address in present.items():
-        if not address.startswith("127."):
-            assert own_addresses((name,), one_host=False)[0] == address
+    others = {entry for entries in present.values() for entry in entries if entry not in ("127.0.0.1", "::1")}
+    wired = [entries for name, entries in present.items() if name.startswith(("eth", "en", "ib", "hsn"))]
+    assert set(outside) >= {entry for entries in wired for entry in entries}
+    assert not others or not {"127.0.0.1", "::1"} & set(outside)
+    for name, entries in present.items():
+        if entries[0] in others:
+            assert own_addresses((name,), one_host=False)[0] == entries[0]
 
 
 def test_the_interface_of_an_address():
-    for name, address in interface_addresses().items():
-        assert interface_towards(address) == name
-    with pytest.raises(ValueError, match=r"launch.interface ib7,ib8 has no address on .*; there are lo"):
+    for name, entries in interface_addresses().items():
+        for address in entries:
+            assert interface_towards(address) == name
+    with pytest.raises(ValueError, match=r"launch.interface ib7,ib8 has no address on .*; there are lo \("):
         check_interfaces(["ib7", "ib8"])
     check_interfaces(["ib7", "lo"])
+
+
+def test_a_host_with_ipv6_alone_announces_that(monkeypatch):
+    """A link-local address leads to no other node, and getaddrinfo knows the loopback's alone."""
+    monkeypatch.setattr(interfaces, "interface_addresses", lambda: {"lo": ("::1",), "eth0": ("fd00::1",)})
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (entry,)) for entry in ("::1", "fe80::2")])
+    assert own_addresses((), one_host=False) == ("fd00::1",)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_store_of_rank_0_answers_by_both_protocols(address):
+    with contextlib.closing(rendezvous.listen(0)) as listening:
+        port = listening.getsockname()[1]
+        kept = rendezvous.host_store(listening, "token", 20.0)
+    announced = Announcement((address,), port, "token")
+    found = rendezvous.connect(lambda: announced, Ranks(1, 2, 1), Deadline(20.0), "nowhere")
+    assert found.get("token") == kept.get("token") == b"token"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from image_runs import RAW, SGD, raw_config
 from paths import ROOT
 
 from experiments.catalog import load_config, parse_config
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.images.settings import ImageTrainingConfig, in_steps
 from experiments.runs.config import expand_runs
 from experiments.training.schedules import scaled_rate, share, step_scheduler

@@ -24,7 +24,7 @@ import aadl
 from data_loaders.imagenet.packed import write_packed
 from data_loaders.imagenet.sets import Decoding, TrainLoader, open_images
 from experiments.__main__ import main
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.images import problem as imagenet
 from experiments.images.problem import build, data_folder, describe, open_sets
 from experiments.images.resnet import resnet18
@@ -410,6 +410,7 @@ def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
     return found
 
 
+@pytest.mark.slow
 def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
     packed = pack(folder, tmp_path / "packed")
     for name in ("node-0", "node-1", "broken", "odd-0", "odd-1"):
@@ -524,7 +525,13 @@ def test_a_run_is_recorded_drawn_and_summarized(folder, tmp_path, capsys):
     assert "top-1 (%)" in table and "20 validation images" in table and "batches of 16" in table
 
 
-@pytest.mark.parametrize("setting", [{"precision": "float16"}, {"compile": True}, {"accumulate": 2}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"accumulate": 2},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"precision": "float16"}, {"compile": True})),
+    ],
+)
 def test_a_run_learns_with_each_switch(folder, tmp_path, monkeypatch, setting):
     backend = functools.partial(torch.compile, backend="eager")  # code is another package's business
     monkeypatch.setattr(torch, "compile", backend)

@@ -19,7 +19,7 @@ from torch.nn.utils import parameters_to_vector
 import aadl
 from experiments.__main__ import main
 from experiments.catalog import load_config, parse_config
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build, describe
 from experiments.records.record import read_fields, read_run, run_path, state_of
 from experiments.runs import execute
@@ -607,6 +607,7 @@ def test_a_run_with_a_time_limit_tells_its_progress_by_time(monkeypatch, capsys)
     assert 5 <= len(lines) <= 10 and all("/1000000 iterations, " in line and "loss " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_twice_and_in_worker_processes(tmp_path):
     experiment = parse_config(copy.deepcopy(PINN) | {"seeds": [3]})
     for name, jobs in (("one", 1), ("two", 2)):
@@ -623,6 +624,7 @@ def test_a_single_run_tells_loss_error_and_speed(config, tmp_path, capsys):
     assert "loss " in lines[-1] and "error " in lines[-1]
 
 
+@pytest.mark.slow
 def test_figures_and_tables_pass_over_equations(config, tmp_path, monkeypatch, capsys):
     configs = tmp_path / "configs" / "burgers_2d"
     configs.mkdir(parents=True)

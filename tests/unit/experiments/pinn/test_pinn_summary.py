@@ -71,6 +71,10 @@ def test_a_baseline_stands_in_its_own_group_and_in_that_of_its_baseline(tmp_path
 
 
 SHIPPED = sorted(path for path in CONFIGS.glob("burgers_*/*.yaml"))
+CASES = [
+    pytest.param(path, id=f"{path.parent.name}/{path.stem}", marks=() if path.stem == "laptop" else pytest.mark.slow)
+    for path in SHIPPED
+]
 
 
 def fill_shipped(results, path, overrides=()):
@@ -81,7 +85,7 @@ def fill_shipped(results, path, overrides=()):
     return read_groups(results / config.experiment / config.scale, PINN_EXPERIMENT)
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", CASES)
 def test_every_group_of_the_shipped_configurations_has_its_baseline(tmp_path, path):
     try:
         found = fill_shipped(tmp_path, path)

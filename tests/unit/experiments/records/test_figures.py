@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.compare import find_folders, read_comparison, spans
 from experiments.records.figures import draw_figures, fitted_slope, oscillation_by_batch_size
 from experiments.records.record import run_path, write_run

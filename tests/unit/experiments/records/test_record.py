@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from suite_cases import problem, result, run_config
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records import record
 from experiments.records.record import git_state, note_place, read_run, read_runs, run_path, state_of, write_run
 

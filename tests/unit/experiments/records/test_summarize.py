@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from suite_cases import problem, result, run_config
 
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.compare import read_comparison
 from experiments.records.record import run_path, write_run
 from experiments.records.summarize import measure, median, spread, summarize

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from experiments.distributed import departure
-from experiments.distributed.interruption import Agreement, Word
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.step_vote import StepVote, Tally
 from experiments.runs import checkpoint, checkpoint_files
 from experiments.runs import state as experiment_state
 from experiments.runs.checkpoint import CheckpointError, Checkpoints
@@ -671,18 +671,18 @@ def agree_while_saving(rank, world_size, folder):
     """The thread of rank 0 hangs behind while the main threads go on."""
     departure.PATIENCE_SECONDS = 20.0  # of a group, if the thread should use one
     ranks = Ranks(rank, world_size)
-    checkpoints, agreement = Checkpoints(folder, ranks, asynchronous=True), Agreement(ranks, timeout_seconds=20)
+    checkpoints, vote = Checkpoints(folder, ranks, asynchronous=True), StepVote(ranks, timeout_seconds=20)
     goes_on = threading.Event()
     if rank == 0:
         write = checkpoint.write
         checkpoint.write = lambda *arguments: goes_on.wait() and write(*arguments)
     checkpoints.save(1, state_at(1), own_at(1, rank), identity="run")
-    words = [agreement.agree_now(step, step == 3 and rank == 1, True) for step in range(5)]
+    tallies = [vote.vote_now(step, step == 3 and rank == 1, True) for step in range(5)]
     if rank == 0:  # the other one may look when this one has gone on
         assert names_of(folder) == []
     goes_on.set()
     checkpoints.close()
-    return words, outcome(checkpoints, rank), names_of(folder)
+    return tallies, outcome(checkpoints, rank), names_of(folder)
 
 
 def names_of(folder):
@@ -692,8 +692,8 @@ def names_of(folder):
 def test_ranks_agree_while_a_checkpoint_is_written(spawn_ranks, tmp_path):
     first, second = spawn_ranks(agree_while_saving, 2, tmp_path / "run")
     assert first == second
-    words, loaded, files = first
-    assert words == [Word(step, step == 3, True) for step in range(5)]
+    tallies, loaded, files = first
+    assert tallies == [Tally(step, step == 3, True) for step in range(5)]
     assert loaded == (1, 2, []) and files == ["step-0000000001.pt"]
 
 

@@ -22,7 +22,7 @@ from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, 
 from experiments.__main__ import main
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import EXIT_RESUME, Interruption
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.record import read_run, run_folder, run_path, state_of
 from experiments.runs import execute
 from experiments.runs.checkpoint import Checkpoints

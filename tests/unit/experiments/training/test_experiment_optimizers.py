@@ -16,7 +16,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import aadl
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build
 from experiments.training.optimizers import LARGEST_DAMPING, LARS, FrozenAdam, LevenbergMarquardt, MuonAdam, _Damped
 from experiments.training.steps import Stage

@@ -13,7 +13,7 @@ from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, build, 
 from torch import nn
 
 from experiments.catalog import parse_config
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.records.tuned_rates import HEADER, rows
 from experiments.settings.checks import Component
 from experiments.training.components import make_optimizer

@@ -19,7 +19,7 @@ from experiments.admissions.settings import GraduateAdmissionsConfig
 from experiments.catalog import parse_config
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.pinn import problem as collocation_problem
 from experiments.records.record import read_run
 from experiments.runs.config import expand_runs

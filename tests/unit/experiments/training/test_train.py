@@ -9,7 +9,7 @@ from suite_cases import run_config
 import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.admissions.settings import TrainingConfig
-from experiments.distributed.launch import Ranks
+from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.settings.checks import Component
 from experiments.training.components import make_optimizer

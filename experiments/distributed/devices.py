@@ -1,0 +1,197 @@
+"""The device of each rank: which one it is, whether the job was promised another one, and who else uses it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from experiments.distributed.mpi import mpi_is_in_use
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.rendezvous import host_of, spans
+from experiments.settings.launch_settings import LaunchSettings
+
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+# What schedulers set in a job, or a step, that has GPUs.
+GPUS_OF_JOB = (
+    "SLURM_STEP_GPUS",
+    "SLURM_JOB_GPUS",
+    "SLURM_GPUS_ON_NODE",
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_NODE",
+    "SLURM_GPUS_PER_TASK",
+    *VISIBLE_DEVICES,
+)
+
+
+def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] = os.environ) -> Ranks:
+    """Returns the ranks with the device of the configuration, and stops a job that has lost its GPUs.
+
+    Raises:
+        ValueError: the job asked for GPUs, or the configuration does, and this process sees none; or the settings of
+            device and backend contradict each other.
+    """
+    if settings.device == "cpu":
+        if settings.backend == "nccl":
+            raise ValueError("launch.backend nccl needs GPUs, but launch.device is cpu: set launch.backend: gloo")
+        return replace(ranks, device="cpu")
+    if torch.cuda.is_available():
+        return replace(ranks, device=settings.device)
+    why = ""
+    if settings.device == "cuda" or settings.backend == "nccl":
+        why = "launch.device is cuda" if settings.device == "cuda" else "launch.backend is nccl"
+    elif ranks.scheduler != "none":
+        names = [name for name in GPUS_OF_JOB if _counts_gpus(env.get(name, ""))]
+        why = f"{names[0]}={env[names[0]]} gives the job GPUs" if names else ""
+    if why:
+        raise ValueError(
+            f"{why}, but rank {ranks.rank} on {host_of(ranks)} sees no GPU ({_build()}): ask for GPUs on the line that "
+            "starts the ranks, load a torch that is built for them, or set launch.device: cpu"
+        )
+    return replace(ranks, device=settings.device)
+
+
+def _counts_gpus(text: str) -> bool:
+    """Returns whether a variable such as "2", "gpu:a100:4" or "0,1" stands for at least one GPU."""
+    return text.strip() not in ("", "0", "-1", "NoDevFiles", "none", "void") and not re.fullmatch(r"(\D*:)?0", text)
+
+
+def _build() -> str:
+    built = torch.version.cuda or torch.version.hip
+    return f"torch {torch.__version__} is built for {'GPUs' if built else 'CPUs alone'}"
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """Returns the only GPU that this process sees, or the GPU of its local rank, or the CPU.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks on this node.
+    """
+    if ranks.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1:
+        return torch.device("cuda", 0)
+    if ranks.local_rank < count:
+        return torch.device("cuda", ranks.local_rank)
+    visible = ", ".join(f"{name}={os.environ[name]}" for name in VISIBLE_DEVICES if name in os.environ)
+    raise ValueError(
+        f"local rank {ranks.local_rank} on {host_of(ranks)} has no GPU: this process sees {count} "
+        f"({visible or 'no *_VISIBLE_DEVICES is set'}); start at most {count} ranks a node (srun --gpus-per-node, "
+        "jsrun -g, torchrun --nproc-per-node)"
+    )
+
+
+def describe_device(ranks: Ranks) -> str:
+    """Returns one line for the log of every run: the device of this rank, and the number of ranks."""
+    device = device_of(ranks)
+    name = str(device) if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"device: {name}; world size: {ranks.world_size}"
+
+
+def safe_start_method(wish: str = "auto") -> str:
+    """Returns how the workers of data are to start; a forked copy of a process that uses MPI or a GPU may hang.
+
+    Args:
+        wish: "spawn" and "forkserver" are granted, "fork" only where neither MPI nor a GPU is in use, and "auto" is
+            Python's own choice there; otherwise both become "forkserver".
+    """
+    usual = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    method = usual if wish == "auto" else wish
+    in_use = mpi_is_in_use() or torch.cuda.is_available()
+    return "forkserver" if in_use and method == "fork" else method
+
+
+# --- what the roll call compares
+
+
+def choose(ranks: Ranks, settings: LaunchSettings) -> tuple[str, torch.device, str]:
+    """Returns backend, device, and what is wrong with them, which the roll call hands to all ranks at once."""
+    try:
+        device, problem = device_of(ranks), ""
+    except ValueError as error:
+        device, problem = torch.device("cpu"), str(error)
+    backend = settings.backend
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        problem = problem or f"launch.backend is nccl, but {host_of(ranks)} has no GPU that this process sees"
+    if settings.debug and backend == "gloo":  # torch 2.13: a segmentation fault in the first pass of a model
+        problem = problem or "launch.debug needs launch.backend nccl: with gloo torch's checks of collectives crash"
+    return backend, device, problem
+
+
+def facts_of(ranks: Ranks, settings: LaunchSettings) -> dict[str, Any]:
+    """Returns what rank 0 must know of this rank's device."""
+    backend, device, problem = choose(ranks, settings)
+    return {
+        "host": host_of(ranks),
+        "machine": _machine(),
+        "backend": backend,
+        "device": _device_name(device),
+        "problem": problem,
+    }
+
+
+def judge(facts: Sequence[Mapping[str, Any]], settings: LaunchSettings) -> str:
+    """Returns why ranks with these facts cannot work together, or ""."""
+    owners: dict[tuple[str, str], int] = {}
+    for rank, fact in enumerate(facts):
+        if fact["problem"]:
+            return f"rank {rank}: {fact['problem']}"
+        if fact["backend"] != facts[0]["backend"]:
+            return (
+                f"rank 0 on {facts[0]['host']} wants {facts[0]['backend']} and rank {rank} on {fact['host']} wants "
+                f"{fact['backend']}: every rank or none must see a GPU, or set launch.backend"
+            )
+        owner = owners.setdefault((fact["machine"], fact["device"]), rank)
+        if fact["device"] and owner != rank and (fact["backend"] == "nccl" or not settings.share_devices):
+            return (
+                f"ranks {owner} and {rank} on {fact['host']} use the same GPU {fact['device']}: give each rank its own "
+                "(srun --gpus-per-task=1 or --gpus-per-node, jsrun -g), or set launch.share_devices and "
+                "launch.backend: gloo"
+            )
+    return ""
+
+
+def _device_name(device: torch.device) -> str:
+    """Returns what tells this device from all others of its machine, or "" for the CPU."""
+    if device.type != "cuda":
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return str(getattr(properties, "uuid", "") or f"{device} of {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
+
+
+def _machine() -> str:
+    """Returns host name and boot: containers of one machine may share the one, and cloned machines the other."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname() + (" " + boot.read_text().strip() if boot.exists() else "")
+
+
+def binding(ranks: Ranks) -> list[dict[str, Any]]:
+    """Returns where each rank runs: host, process, cores, device; by rank, and the same list on all ranks."""
+    device = device_of(ranks)
+    own = {
+        "rank": ranks.rank,
+        "local_rank": ranks.local_rank,
+        "host": host_of(ranks),
+        "pid": os.getpid(),
+        "cores": spans(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else "",
+        "threads": torch.get_num_threads(),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device_id": _device_name(device),
+        "interface": os.environ.get("NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME", ""),
+    }
+    if ranks.world_size == 1:
+        return [own]
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, own)
+    return found

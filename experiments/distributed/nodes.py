@@ -1,0 +1,120 @@
+"""Which nodes and tasks a job has, in the notations of Slurm and LSF, and what to type in its batch shell."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from experiments.distributed.variables import first
+
+# Slurm's numbers for steps that no srun of the user started: batch script, interactive shell, external processes.
+SHELL_STEPS = {str(2**32 - number) for number in range(1, 16)}
+LOGIN_OR_LAUNCH = re.compile(r"(batch|login|launch)\d*$")
+MAX_NODES = 1_000_000
+
+
+def lsf_hosts(env: Mapping[str, str]) -> tuple[dict[str, int], bool]:
+    """Returns slots by host without the launch node, and whether there is a launch node.
+
+    LSF drops LSB_HOSTS beyond 4096 bytes, so LSB_MCPU_HOSTS comes first.
+    """
+    words = env.get("LSB_MCPU_HOSTS", "").split()
+    hosts: dict[str, int] = {}
+    if words and len(words) % 2 == 0 and all(word.isdigit() for word in words[1::2]):
+        hosts = {host: int(slots) for host, slots in zip(words[::2], words[1::2], strict=True)}
+    else:
+        for host in env.get("LSB_HOSTS", "").split():
+            hosts[host] = hosts.get(host, 0) + 1
+    first = next(iter(hosts), "")
+    launch_node = len(hosts) > 1 and hosts[first] == 1 and LOGIN_OR_LAUNCH.match(first.split(".")[0]) is not None
+    if launch_node:
+        del hosts[first]
+    if not hosts and env.get("LSB_DJOB_NUMPROC", "").isdigit():
+        hosts = {"": int(env["LSB_DJOB_NUMPROC"])}
+    return hosts, launch_node
+
+
+def tasks_per_node(text: str, name: str) -> list[int]:
+    """Returns [4, 1, 1] from Slurm's "4,1(x2)".
+
+    Raises:
+        ValueError: the text is written in another way.
+    """
+    counts: list[int] = []
+    for part in text.split(",") if text else []:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part, re.ASCII)
+        repeats = int(match[2] or 1) if match else 0
+        if match is None or int(match[1]) < 1 or not 0 < repeats <= MAX_NODES:
+            raise ValueError(f"{name} must be counts such as 4,1(x2), got {text!r}")
+        counts += [int(match[1])] * repeats
+    return counts
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """Returns the names in Slurm's compressed list of nodes, such as "r1n[01-02],gpu7" or "p[1-2]q[3-4]", in order.
+
+    Raises:
+        ValueError: the text is written in another way, or names more than a million nodes.
+    """
+    nodes: list[str] = []
+    for word in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
+        parts = [_expand_range(part, text) if part.startswith("[") else [part] for part in re.split(r"(\[.*?\])", word)]
+        number = 1
+        for part in parts:
+            number *= len(part)
+        if number + len(nodes) > MAX_NODES:
+            raise ValueError(f"the list of nodes {text!r} names more than {MAX_NODES} nodes")
+        nodes += ["".join(pieces) for pieces in product(*parts)]
+    if text.count("[") != text.count("]") or re.search(r"\][^,\[]*\]|^,|,,|,$|\[[^\]]*\[", text):
+        raise ValueError(f"{text!r} is no list of nodes")
+    return nodes
+
+
+def _expand_range(part: str, text: str) -> list[str]:
+    names: list[str] = []
+    for piece in part[1:-1].split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece, re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(
+                f"{text!r} is no list of nodes: {part} must hold numbers and ranges such as [1-3,5,008-010]"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first >= MAX_NODES:
+            raise ValueError(f"the list of nodes {text!r} names more than {MAX_NODES} nodes")
+        names += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    return names
+
+
+def refuse_batch_shell(env: Mapping[str, str], command: Sequence[str], name: str) -> None:
+    """Refuses a job's own shell, where one process would run as if it were all tasks, and RANK is the same for all.
+
+    Raises:
+        ValueError: with the line to type instead.
+    """
+    typed = shlex.join(command)
+    where, line = "", ""
+    if "SLURM_JOB_ID" in env and env.get("SLURM_STEP_ID", "4294967291") in SHELL_STEPS:
+        tasks = first(env, ("SLURM_NTASKS", "SLURM_NPROCS"), 1, 1)
+        nodes = first(env, ("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), 1, 1)
+        if tasks > 1 or nodes > 1:
+            where = f"Slurm job {env['SLURM_JOB_ID']} ({max(tasks, nodes)} tasks on {nodes} nodes)"
+            threads = f" -c {env['SLURM_CPUS_PER_TASK']}" if env.get("SLURM_CPUS_PER_TASK") else ""
+            line = f"srun -N {nodes} -n {max(tasks, nodes)}{threads} --kill-on-bad-exit=1 {typed}"
+    elif "LSB_JOBID" in env:
+        hosts, launch_node = lsf_hosts(env)
+        slots = sum(hosts.values())
+        if slots > 1:
+            where = f"LSF job {env['LSB_JOBID']} ({slots} slots on {len(hosts)} hosts)"
+            line = f"mpiexec -n {slots} {typed}"
+            if launch_node:
+                cores = min(hosts.values())
+                each = next(number for number in (6, 4, 2, 1) if cores % number == 0)  # ranks, and GPUs, of a node
+                shape = f"-n {len(hosts)} -r 1 -a {each} -c {cores} -g {each} -b packed:{cores // each} -d packed"
+                line = f"jsrun {shape} {typed}"
+    if where:
+        raise ValueError(
+            f"this is the batch shell of {where}, not one of its tasks: start with `{line}`, or set "
+            + ("AADL_LAUNCHER=single for one process" if name == "single" else "AADL_LAUNCHER=env to trust RANK")
+        )

@@ -1,0 +1,172 @@
+"""StepVote: all ranks get the same flags, stop at the same step, and name the rank that is gone."""
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import wait_until
+
+from experiments.distributed.departure import RanksDisagree
+from experiments.distributed.interruption import Interruption
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.step_vote import StepVote, Tally
+
+
+def quiet(**options):
+    """An Interruption without the environment of this process."""
+    return Interruption(environment={}, **options)
+
+
+def test_a_single_rank_needs_no_process_group():
+    vote = StepVote(Ranks())
+    assert vote.result() is None
+    vote.cast(3, stop=False, finite=True, fingerprint=-5)
+    with pytest.raises(RuntimeError, match="before the result of the previous one"):
+        vote.cast(4, stop=False, finite=True)
+    assert vote.result() == Tally(3, False, True)
+    assert vote.result() is None
+    assert vote.vote_now(4, stop=True, finite=False) == Tally(4, True, False)
+    assert vote.vote_now(4, stop=False, finite=True, save=True) == Tally(4, False, True, True)
+    assert not dist.is_initialized()
+
+
+def test_the_timeout_must_be_positive():
+    with pytest.raises(ValueError, match="timeout_seconds must be > 0, got 0"):
+        StepVote(Ranks(), timeout_seconds=0)
+
+
+def agreeing_ranks(rank, world_size):
+    """Rank 1 is signaled in step 3 and has a NaN in step 2."""
+    vote = StepVote(Ranks(rank, world_size))
+    tallies, done = [], []
+    with quiet() as interruption:
+        for step in range(10):
+            tally = vote.result()
+            tallies.append(tally)
+            if tally is not None and tally.stop:
+                break
+            if rank == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finite = not (rank == 1 and step == 2)
+            vote.cast(step, bool(interruption.reason), finite, fingerprint=1000 + step)
+            done.append(step)
+    told = {"tallies": tallies, "done": done, "now": vote.vote_now(99, rank == 0, True, 2**62 + 1, save=rank == 2)}
+    for name, step, fingerprint in (("steps", 7 + rank, 0), ("fingerprints", 7, 1 - 3 * rank)):
+        try:
+            told[name] = vote.vote_now(step, False, True, fingerprint)
+        except RanksDisagree as error:
+            told[name] = str(error)
+    told["after"] = vote.vote_now(8, False, True, fingerprint=7)
+    return told
+
+
+@pytest.mark.smoke
+def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
+    told = spawn_ranks(agreeing_ranks, 3)
+    assert told[0] == told[1] == told[2]
+    first = told[0]
+    assert first["tallies"] == [None, *(Tally(step, step == 3, step != 2) for step in range(4))]
+    assert first["done"] == [0, 1, 2, 3]
+    assert first["now"] == Tally(99, True, True, True)
+    assert first["steps"] == "the ranks are at different steps: rank 0 at step 7, rank 2 at step 9"
+    assert first["fingerprints"] == "the ranks have taken different decisions at step 7: ranks 0 and 1 differ"
+    assert first["after"] == Tally(8, False, True)
+
+
+@pytest.mark.parametrize("every", [0, -1, True, 1.5])
+def test_the_number_of_steps_between_votes_must_be_a_count(every):
+    with pytest.raises(ValueError, match=f"every must be an integer >= 1, got {every}"):
+        StepVote(Ranks(), every=every)
+
+
+def test_between_votes_what_was_said_is_kept():
+    vote = StepVote(Ranks(), every=4)
+    said = {0: (False, True, False), 2: (True, True, False), 3: (False, False, False), 5: (False, True, True)}
+    tallies = []
+    for step in range(13):
+        stop, finite, save = said.get(step, (False, True, False))
+        vote.cast(step, stop, finite, save=save)
+        tallies.append(vote.result())
+    expected = {
+        0: Tally(0, False, True),
+        4: Tally(4, True, False),
+        8: Tally(8, False, True, True),
+        12: Tally(12, False, True),
+    }
+    assert tallies == [expected.get(step) for step in range(13)]
+    vote.cast(13, stop=True, finite=True)
+    assert vote.vote_now(14, stop=False, finite=True) == Tally(14, True, True)  # at any step, with what was kept
+    assert vote.vote_now(15, stop=False, finite=True) == Tally(15, False, True)
+
+
+def ranks_that_seldom_agree(rank, world_size):
+    """Rank 1 is signaled in step 4 and has a NaN in step 2; the last two tallies are of other decisions or steps."""
+    vote = StepVote(Ranks(rank, world_size), every=3)
+    tallies, done = [], []
+    for step in range(20):
+        tallies.append(vote.result())
+        if tallies[-1] is not None and tallies[-1].stop:
+            break
+        vote.cast(step, rank == 1 and step == 4, not (rank == 1 and step == 2), fingerprint=1000 + step)
+        done.append(step)
+    told = {"tallies": tallies, "done": done}
+    for name, fingerprints in (("between", (7 + rank, 5)), ("order", (5 + rank, 6 - rank)), ("last", (5, 7 + rank))):
+        vote.cast(31, False, True, fingerprints[0])
+        try:
+            told[name] = vote.vote_now(32, False, True, fingerprints[1])
+        except RanksDisagree as error:
+            told[name] = str(error)
+    told["after"] = vote.vote_now(33, False, True, fingerprint=7)
+    return told
+
+
+def test_ranks_that_agree_seldom_stop_together_and_miss_nothing(spawn_ranks):
+    first, second = spawn_ranks(ranks_that_seldom_agree, 2)
+    assert first == second
+    sent = {1: Tally(0, False, True), 4: Tally(3, False, False), 7: Tally(6, True, True)}
+    assert first["tallies"] == [sent.get(step) for step in range(8)]
+    assert first["done"] == list(range(7))
+    for name in ("between", "order", "last"):
+        assert "different decisions at step 32" in first[name]
+    assert first["after"] == Tally(33, False, True)
+
+
+def hanging_ranks(rank, world_size, over):
+    """Rank 1 hangs until the other one has given up."""
+    StepVote(Ranks(rank, world_size), timeout_seconds=60).vote_now(1, False, True)
+    vote = StepVote(Ranks(rank, world_size), timeout_seconds=2)
+    if rank == 1:
+        assert wait_until(over.exists, 60)
+    try:
+        vote.vote_now(2, False, True)
+    except RanksDisagree as error:
+        over.touch()
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(spawn_ranks, tmp_path):
+    first, second = spawn_ranks(hanging_ranks, 2, tmp_path / "over")
+    assert first.startswith("rank 1 did not vote within 2 s at step 2")
+    assert "at step 2" in second
+
+
+def dying_ranks(rank, world_size, folder):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent ends the others as soon as it sees a death
+    vote = StepVote(Ranks(rank, world_size), timeout_seconds=600)
+    vote.vote_now(1, False, True)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RanksDisagree) as caught:
+        vote.vote_now(2, False, True)
+    (folder / "told").write_text(str(caught.value))
+    os._exit(0)
+
+
+def test_a_rank_that_died_is_named_long_before_the_timeout(spawn_ranks, tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        spawn_ranks(dying_ranks, 2, tmp_path)  # which gives the others 30 s
+    assert (tmp_path / "told").read_text().startswith("rank 1 was lost at step 2")
