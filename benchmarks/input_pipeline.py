@@ -29,11 +29,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.machine import ROOT, facts
-from data_loaders.imagenet.decode import NUM_UNIFORM, check_decoder, random_crop
+from data_loaders.imagenet.decode import NUM_UNIFORM, Decoding, check_decoder, random_crop
+from data_loaders.imagenet.folder import FolderImages, Images
+from data_loaders.imagenet.loaders import TrainLoader
 from data_loaders.imagenet.packed import PackedImages, write_packed
 from data_loaders.imagenet.packing import Packing, encode
 from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
-from data_loaders.imagenet.sets import Decoding, FolderImages, Images, TrainLoader
+from data_loaders.workers import num_cores
 
 WIDTH, HEIGHT, QUALITY, CONTRAST = 500, 375, 92, 27.0
 SIZE, RESIZE, BATCH = 224, 256, 32
@@ -416,7 +418,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.folder is not None and not options.folder.is_dir():
         parser.error(f"--folder: {options.folder} is not a folder")
-    options.workers = [] if options.quick else sorted({1, len(os.sched_getaffinity(0))})
+    options.workers = [] if options.quick else sorted({1, num_cores()})
     return options
 
 

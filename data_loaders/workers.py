@@ -23,23 +23,53 @@ SIGNALS = {
 }
 
 
+def num_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Processes that are started in this block are born with these signals blocked, for `follow_parent`; this thread
-    hears them when it ends.
+    """Blocks these signals for processes that are started in the block, until their `follow_parent`; this thread hears
+    them when the block ends.
 
-    A worker would die of one that arrives before its first line of Python. The processes of a forkserver are born as
-    it is. One that starts here stays deaf: a program that ends others of its own by SIGTERM makes them by "spawn". One
-    that has started before hears them, and so do its processes until `follow_parent`.
+    A worker would die of a signal that arrives before its first line of Python. The processes of a forkserver are born
+    as it is. A forkserver that starts here stays deaf: a program that ends others of its own by SIGTERM makes them by
+    "spawn". A forkserver that has started before hears the signals, and so do its processes until `follow_parent`.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # first, for a handler may raise as the next call returns
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # first, because a handler may raise as the next call returns
+    with _handlers_held_back():
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            multiprocessing.resource_tracker.ensure_running()  # which, where it starts, unblocks SIGTERM and SIGINT
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _handlers_held_back() -> Iterator[None]:
+    """Calls the handlers of Python for these signals only when the block has ended.
+
+    The mask of this thread is not enough: another thread may take the signal, and Python then calls the handler here.
+    One that raises KeyboardInterrupt within `ProcessPoolExecutor.submit` leaves a lock behind, and the pool never ends.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        multiprocessing.resource_tracker.ensure_running()  # which, where it starts, unblocks SIGTERM and SIGINT
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for each in came:
+            signal.raise_signal(each)
 
 
 def follow_parent(farewell: Callable[[], None] = lambda: None) -> None:

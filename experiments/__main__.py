@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 75 after
+        0; 2 after a mistake of the user, or results that cannot be shown, and 1 after a failed run, each explained in
+        one sentence on stderr; 75 after
         a signal or a time limit that stopped a run, which is saved: the same command goes on; 130 after Ctrl-C and 143
         after SIGTERM outside of a run.
     """
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--only", metavar="EXPERIMENT", help="this experiment alone")
     running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--jobs", type=int, default=_num_cores(), metavar="N", help="worker processes (one a core)")
+    running.add_argument("--jobs", type=int, metavar="N", help="worker processes (one a core)")
     running.add_argument("--force", action="store_true", help="make finished runs again")
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
@@ -133,10 +134,6 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor.main(options, read_yaml)
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run(options: argparse.Namespace) -> None:
     from experiments.catalog import load_config
     from experiments.distributed.launch import ranks_from_environment
@@ -146,14 +143,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
-    """Makes the runs in this process, or as one of the ranks; a rank that fails ends the others."""
+    """Makes the runs in this process and its like; a rank that fails ends the others."""
     from experiments.distributed.departure import Interrupted, end_on_failure
+    from experiments.distributed.devices import describe_device, with_device
     from experiments.distributed.interruption import Interruption, write_stopped_file
     from experiments.runs.execute import execute_experiment
 
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
+        ranks = with_device(ranks, config.launch)
+        if ranks.rank == 0:
+            print(describe_device(ranks), file=sys.stderr, flush=True)
         how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
             execute_experiment(config, ranks, options.results, **how)
@@ -166,14 +167,20 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
 
 
 def _jobs(options: argparse.Namespace) -> int:
+    """The number of worker processes, by default one a core."""
+    if options.jobs is None:
+        from data_loaders.workers import num_cores
+
+        return num_cores()
     if options.jobs < 1:
         raise ValueError(f"--jobs must be an integer >= 1, got {options.jobs}")
     return int(options.jobs)
 
 
-def _reproduce(options: argparse.Namespace) -> None:
+def _reproduce(options: argparse.Namespace) -> int:
     from experiments.catalog import experiment_of, load_config
     from experiments.distributed.launch import ranks_from_environment
+    from experiments.training.progress import duration
 
     only = options.only or os.environ.get("ONLY") or None
     paths = sorted(CONFIGS.glob("*/laptop.yaml"))
@@ -191,20 +198,31 @@ def _reproduce(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     start = time.perf_counter()
-    for path, config in chosen:
+    for number, (path, config) in enumerate(chosen, 1):
         _execute(path, config, ranks, options)
-    if ranks.rank == 0:
-        for config in configs:
-            folder = options.results / config.experiment / config.scale
-            experiment = experiment_of(folder)
-            for path in experiment.draw(folder):
-                print(path)
-            print(experiment.table(folder))
-        print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+        expected = [config.expected_minutes or 0.0 for config in configs]
+        if ranks.rank == 0 and number < len(chosen):
+            seconds = time.perf_counter() - start
+            # The expected minutes are those of another machine, so the time until now says how fast this one is.
+            made, left = sum(expected[:number]), sum(expected[number:])
+            more = f", about {duration(seconds * left / made)} left" if made and all(expected) else ""
+            print(f"{number} of {len(chosen)} experiments, {duration(seconds)}{more}", file=sys.stderr, flush=True)
+    if ranks.rank != 0:
+        return 0
+
+    def show(folder: Path, note: Callable[[str], None]) -> None:
+        for path in experiment_of(folder).draw(folder, note):
+            print(path)
+        print(experiment_of(folder).table(folder, note))
+
+    folders = (options.results / config.experiment / config.scale for config in configs)
+    code = _show(options.results, folders, show)
+    print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+    return code
 
 
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
-    """Makes the runs of a configuration; torchrun starts the ranks of one that wants several, unless there are some."""
+    """Makes the runs of a configuration; one that wants several ranks is given to torchrun, unless it is by now."""
     from experiments.distributed.departure import Interrupted
     from experiments.distributed.interruption import STOPPED_FILE, Interruption
 
@@ -237,12 +255,39 @@ def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argpar
         raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks, see above")
 
 
-def _figures(options: argparse.Namespace) -> None:
+def _show(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]], None]) -> int:
+    """Shows each folder of results; one that cannot be shown, or a record in it, hides no other.
+
+    Returns:
+        2 where a line on stderr says what was left out, else 0.
+    """
+    from experiments.records.compare import closed_folders
+
+    left_out: list[str] = []
+
+    def note(line: str) -> None:
+        if line not in left_out:
+            left_out.append(line)
+            print(line, file=sys.stderr, flush=True)
+
+    for folder in closed_folders(results):
+        note(f"left out: {folder} is closed to this account")
+    for folder in folders:
+        try:
+            show(folder, note)
+        except (ValueError, OSError) as error:
+            note(f"left out: {error}")
+        except LookupError as error:  # records of another version
+            note(f"left out: the records in {folder} have no {error}")
+    return 2 if left_out else 0
+
+
+def _figures(options: argparse.Namespace) -> int:
     from experiments.catalog import experiment_of
     from experiments.records.compare import find_folders
 
-    for folder in find_folders(options.results, options.only):
-        for path in experiment_of(folder).draw(folder):
+    def show(folder: Path, note: Callable[[str], None]) -> None:
+        for path in experiment_of(folder).draw(folder, note):
             print(path)
             if options.docs:
                 DOCS_FIGURES.mkdir(parents=True, exist_ok=True)
@@ -250,13 +295,15 @@ def _figures(options: argparse.Namespace) -> None:
                 copy.write_bytes(path.read_bytes())
                 print(copy)
 
+    return _show(options.results, find_folders(options.results, options.only), show)
 
-def _summarize(options: argparse.Namespace) -> None:
+
+def _summarize(options: argparse.Namespace) -> int:
     from experiments.catalog import experiment_of
     from experiments.records.compare import find_folders
 
-    for folder in find_folders(options.results, options.only):
-        print(experiment_of(folder).table(folder))
+    folders = find_folders(options.results, options.only)
+    return _show(options.results, folders, lambda folder, note: print(experiment_of(folder).table(folder, note)))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments.records.record import read_run, read_runs
+from experiments.records.reading import first_run_of, read_runs
 from experiments.runs import config as configurations
 from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import ExperimentConfig
@@ -48,12 +47,8 @@ def experiment_of(folder: Path) -> Experiment:
     Raises:
         OSError: none can be read.
     """
-    for path in sorted(folder.glob("*/seed-*.h5")):
-        with suppress(OSError):
-            config = read_run(path).config
-            return find_experiment(config["experiment"], config["problem"])
-    runs = read_runs(folder)  # names what is wrong with them
-    return find_experiment(runs[0].config["experiment"], runs[0].config["problem"])
+    run = first_run_of(folder) or read_runs(folder)[0]  # the second names what is wrong with them
+    return find_experiment(run.config["experiment"], run.config["problem"])
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

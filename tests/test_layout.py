@@ -17,13 +17,13 @@ ALLOWED = {
     "aadl": {"torch"},
     "data_loaders": {"torch", "numpy", "scipy", "h5py", "PIL", "tqdm"},
     "experiments": {"aadl", "data_loaders", "torch", "numpy", "scipy", "matplotlib", "tqdm", "yaml", "h5py", "mpi4py"},
-    "jobs": {"experiments", "yaml", "numpy", "matplotlib"},
+    "jobs": {"experiments", "data_loaders", "yaml", "numpy", "matplotlib"},
 }
 # Where in these folders a package may be imported at all.
 CONFINED = {
     "mpi4py": ("experiments/distributed/mpi.py",),
     "yaml": ("experiments/settings/yaml_file.py", "jobs/"),
-    "h5py": ("experiments/records/record.py", "experiments/distributed/doctor.py", "data_loaders/"),
+    "h5py": ("experiments/records/", "experiments/distributed/doctor.py", "data_loaders/"),
 }
 LAZY = {"mpi4py"}  # inside a function only
 

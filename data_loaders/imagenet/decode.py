@@ -1,13 +1,10 @@
-"""From encoded bytes to pixels: decoders, random and central crops, and what makes an image unreadable."""
+"""From encoded bytes to squares of pixels: decoders, random and central crops."""
 
 from __future__ import annotations
 
 import importlib
-import io
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -15,15 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image
+
+from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: packing and reading start faster without torch
 
 DECODERS = ("pillow", "torchvision")
-POLICIES = ("skip", "stop")
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP", "TIFF")  # of Pillow; others may start programs
-PLUGINS = (TiffImagePlugin, WebPImagePlugin)  # imported to be known; Pillow loads the others itself
 NEEDS = {"pillow": "PIL", "torchvision": "torchvision.io"}
 
 SMALLEST = 0.08  # area of a random crop, as a share of the image's
@@ -33,10 +29,6 @@ NUM_UNIFORM = 2 * ATTEMPTS + 3  # random numbers of an augmentation: area and as
 
 Pixels = NDArray[np.uint8]
 """(height, width, 3)."""
-
-
-class ImageError(Exception):
-    """An image that cannot be read; the message is the reason, or a whole sentence that names the image."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,7 @@ class Decoding:
         decoder: "pillow", or "torchvision" where it imports.
         on_corrupt: what an unreadable image does: "skip" it, count it and go on, or "stop".
         smallest_crop: least area of a random crop, as a share of the image's, in (0, 1].
+        exif_orientation: whether images are turned as their EXIF orientation says.
 
     Raises:
         ValueError: a value outside its range.
@@ -59,6 +52,7 @@ class Decoding:
     decoder: str = "pillow"
     on_corrupt: str = "skip"
     smallest_crop: float = SMALLEST
+    exif_orientation: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -140,9 +134,9 @@ def central_crop(width: int, height: int, size: int, resize: int) -> Crop:
 class Decoder:
     """Decodes, crops and resizes one image after the other.
 
-    Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). Gray, CMYK and
-    palette images become RGB, by Pillow whatever the decoder; alpha is dropped, the first frame counts, EXIF
-    orientation is not applied. Draft decoding is not used: it changes pixels.
+    Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). What an image
+    shows is decided by `data_loaders.imagenet.pictures`; another decoder than Pillow reads only RGB and gray images
+    without transparency. Draft decoding is not used because it changes pixels.
 
     Attributes:
         decoding: what was asked for.
@@ -171,7 +165,7 @@ class Decoder:
         """
         image = open_image(data)
         refused = False
-        if self._first is not None and image.mode in ("RGB", "L"):  # libraries disagree on what other modes mean
+        if self._first is not None and self._is_plain(image):
             try:
                 return self._first(data, *image.size, numbers)
             except Exception:  # whatever a library raises on an image that it does not take: Pillow decides
@@ -180,14 +174,20 @@ class Decoder:
         self.num_fallbacks += refused
         return square
 
+    def _is_plain(self, image: Image.Image) -> bool:
+        """Whether all libraries show the same; they disagree on other modes, transparency and orientation."""
+        plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+        return plain and not (self.decoding.exif_orientation and orientation(image) != 1)
+
     def _with_pillow(self, image: Image.Image, numbers: list[float] | None) -> Pixels:
         size = self.decoding.size
+        picture = to_rgb(image, self.decoding.exif_orientation)
         if numbers is None:
-            crop = central_crop(*image.size, size, self.decoding.resize)
+            crop = central_crop(*picture.size, size, self.decoding.resize)
         else:
-            crop = random_crop(*image.size, numbers, self.decoding.smallest_crop)
+            crop = random_crop(*picture.size, numbers, self.decoding.smallest_crop)
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
-        square = to_rgb(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+        square = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
         if crop.flip:
             square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.frombuffer(square.tobytes(), np.uint8).reshape(size, size, 3)  # asarray takes half as long again
@@ -202,34 +202,6 @@ def check_decoder(name: str) -> ModuleType:
         raise ValueError(
             f"decoder {name!r} needs {NEEDS[name]}, which does not import here ({reason}): install it, or choose pillow"
         ) from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Context in which warnings about rubbish in headers are ignored and images beyond the size limit are errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Image whose header was read; raises ImageError."""
-    if not data:
-        raise ImageError("it is empty")
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:
-        raise ImageError(_reason(error)) from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image in RGB; raises ImageError, also where the file is truncated."""
-    try:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
-    except Exception as error:
-        raise ImageError(_reason(error)) from None
 
 
 class _WithTorchvision:
@@ -262,11 +234,3 @@ def _resized(image: Tensor, width: int, height: int) -> Tensor:
     from torch.nn.functional import interpolate
 
     return interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a known format"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"it announces more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_loaders.imagenet.decode import ImageError
+from data_loaders.imagenet.pictures import ImageError
 from data_loaders.imagenet.shards import (
     SHARD_VERSION,
     SPLITS,
@@ -33,7 +33,7 @@ __all__ = ["SHARD_VERSION", "PackedImages", "info", "packed_splits", "verify", "
 
 
 class PackedImages:
-    """A split of a packed set (see data_loaders.imagenet.sets.Images).
+    """A split of a packed set (see data_loaders.imagenet.folder.Images).
 
     May be pickled, and used by several processes: each opens the shards for itself, on first use.
 

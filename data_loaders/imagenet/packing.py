@@ -1,30 +1,25 @@
-"""The commands of `python -m data_loaders.imagenet`: pack in parallel, verify, info."""
+"""Packs a split into shards, in parallel and resumable."""
 
 from __future__ import annotations
 
-import argparse
-import fcntl
 import io
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from data_loaders.files import locked
 from data_loaders.imagenet import packed
-from data_loaders.imagenet.decode import POLICIES, ImageError, open_image, quiet, to_rgb
 from data_loaders.imagenet.folder import Images
-from data_loaders.imagenet.sets import check_pair, open_images
+from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, quiet, to_rgb
 from data_loaders.imagenet.shards import (
     IMAGES_PER_SHARD,
     SHARD_VERSION,
@@ -38,6 +33,9 @@ from data_loaders.imagenet.shards import (
     write_shard,
 )
 from data_loaders.workers import follow_parent, signals_held_back
+
+PICTURES = 2
+"""Version of what is encoded again: a packing that was begun before a change is not finished with other pictures."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,25 @@ def _items(indices: range, left_out: list[str]) -> Iterator[Item]:
 
 
 def encode(data: bytes, packing: Packing) -> bytes:
-    """The bytes to pack: those given, or a smaller JPEG. All pixels are decoded, so that damage shows here.
+    """Returns the bytes to pack: those given, or a smaller JPEG with the same EXIF orientation.
+
+    All pixels are decoded in either case, so that damage shows here and not in the midst of a training.
 
     Raises:
         ImageError: the image cannot be read.
     """
-    image = to_rgb(open_image(data))
-    short = min(image.size)
+    image = open_image(data)
+    picture = to_rgb(image)
+    short = min(picture.size)
     if packing.resize is None or short <= packing.resize:
         return data
-    size = tuple(round(side * packing.resize / short) for side in image.size)
+    width, height = (round(side * packing.resize / short) for side in picture.size)
+    exif = Image.Exif()
+    if (turn := orientation(image)) != 1:  # kept, because the training decides whether it counts
+        exif[ExifTags.Base.Orientation] = turn
     buffer = io.BytesIO()
-    image.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=packing.quality)
+    smaller = picture.resize((width, height), Image.Resampling.BICUBIC)
+    smaller.save(buffer, "JPEG", quality=packing.quality, exif=exif)
     return buffer.getvalue()
 
 
@@ -167,7 +172,9 @@ def pack(
         raise ValueError(f"workers must be at least 1, got {num_workers}")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    settings = [packing.resize, packing.quality if packing.resize else None, packing.images_per_shard]
+    settings: list[int | None] = [packing.resize, packing.quality if packing.resize else None, packing.images_per_shard]
+    if packing.resize:
+        settings.append(PICTURES)
     digest = digest_of([SHARD_VERSION, images.digest, *settings])
     resized = f", short side {packing.resize}, quality {packing.quality}" if packing.resize else ""
     header = Header(split, images.class_names, f"packed {images.source}{resized}", digest)
@@ -192,16 +199,14 @@ def pack(
 @contextmanager
 def _alone(folder: Path, split: str) -> Iterator[None]:
     """Keeps other packings of a split out of a folder, and removes what killed ones left, where it can be locked."""
-    with (folder / f".packing-{split}.lock").open("a") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = stack.enter_context(locked(folder / f".packing-{split}.lock", wait=False))
         except BlockingIOError:
             raise ValueError(f"another process is packing {split} into {folder}") from None
-        except OSError:  # a parallel file system that was mounted without locks
-            yield
-            return
-        for leftover in folder.glob(f".{split}-*.tmp"):
-            leftover.unlink()
+        if is_held:
+            for leftover in folder.glob(f".{split}-*.tmp"):
+                leftover.unlink()
         yield
 
 
@@ -259,101 +264,3 @@ def _check_counts(images: Images, result: packed.PackedImages) -> None:
     emptied = [images.class_names[label] for label in np.flatnonzero((before > 0) & (after == 0))]
     if emptied:
         raise ValueError(f"no image of {', '.join(emptied[:5])} in {result.split} can be read")
-
-
-# ---- command ---------------------------------------------------------------------------------------------------------
-
-
-def _pack_command(options: argparse.Namespace) -> int:
-    packing = Packing(options.resize, options.quality, options.images_per_shard, options.on_corrupt)
-    sets = {split: open_images(options.source, split) for split in options.split or SPLITS}
-    if len(sets) == len(SPLITS):
-        check_pair(sets["train"], sets["validation"])
-    try:
-        for split, images in sets.items():
-            result = pack(
-                images, options.target, split, packing, num_workers=options.workers, progress=not options.quiet
-            )
-            for name in result.left_out:
-                print(f"{split}: left out {name}", file=sys.stderr)
-            print(
-                f"{split}: {len(result):,} images of {len(result.class_names):,} classes in {len(result.paths)} "
-                f"shards, {result.num_bytes / 1e9:,.3f} GB; {len(result.left_out)} unreadable images left out"
-            )
-    except KeyboardInterrupt:
-        print("interrupted: finished shards stay, and the same command goes on from them", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _verify_command(options: argparse.Namespace) -> int:
-    damages = packed.verify(options.target, progress=not options.quiet)
-    for damage in damages:
-        print(damage)
-    print(f"{len(damages)} damages" if damages else f"{options.target} is sound")
-    return 1 if damages else 0
-
-
-def _info_command(options: argparse.Namespace) -> int:
-    print(packed.info(options.target))
-    return 0
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_loaders.imagenet", description="Pack ImageNet, or any set in its layout, into HDF5 shards."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        return command
-
-    command = add("pack", _pack_command, "pack folders of images; an interrupted packing goes on where it was")
-    command.add_argument("source", type=Path, metavar="SRC", help="folder with train/ and val/, or a packed set")
-    command.add_argument("target", type=Path, metavar="DST", help="folder for the shards")
-    command.add_argument("--resize", type=int, metavar="N", help="shrink the short side to N pixels (encodes anew)")
-    command.add_argument("--quality", type=int, default=90, metavar="Q", help="of images encoded anew (default: 90)")
-    command.add_argument("--images-per-shard", type=int, default=IMAGES_PER_SHARD, metavar="N")
-    command.add_argument("--workers", type=int, default=_num_cores(), metavar="N", help="processes (default: cores)")
-    command.add_argument("--split", action="append", choices=SPLITS, help="only this one")
-    command.add_argument("--on-corrupt", choices=POLICIES, default="skip", help="unreadable images (default: skip)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command = add("verify", _verify_command, "check every byte of a packed set; exit status 1 where one is wrong")
-    command.add_argument("target", type=Path, metavar="DST")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command = add("info", _info_command, "say what a packed set holds")
-    command.add_argument("target", type=Path, metavar="DST")
-    return parser.parse_args(arguments)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit status is 0, 1 for damages, 2 for an error, 130 after an interruption."""
-    options = parse(arguments)
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        status: int = options.run(options)
-        return status
-    except BrokenProcessPool:
-        print("error: a worker was killed, perhaps for want of memory: try fewer --workers", file=sys.stderr)
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename and error.strerror else ""
-        print(f"error: {error.strerror or error}{place}", file=sys.stderr)
-    except (ImageError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 2

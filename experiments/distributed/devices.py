@@ -20,16 +20,9 @@ from experiments.distributed.rendezvous import host_of, spans
 from experiments.settings.launch_settings import LaunchSettings
 
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-# What schedulers set in a job, or a step, that has GPUs.
-GPUS_OF_JOB = (
-    "SLURM_STEP_GPUS",
-    "SLURM_JOB_GPUS",
-    "SLURM_GPUS_ON_NODE",
-    "SLURM_GPUS",
-    "SLURM_GPUS_PER_NODE",
-    "SLURM_GPUS_PER_TASK",
-    *VISIBLE_DEVICES,
-)
+# What schedulers set in a job, or a step, that has GPUs: lists of their numbers, and counts such as "2" or "a100:4".
+LISTS_OF_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", *VISIBLE_DEVICES)
+COUNTS_OF_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
 
 
 def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] = os.environ) -> Ranks:
@@ -49,7 +42,8 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
     if settings.device == "cuda" or settings.backend == "nccl":
         why = "launch.device is cuda" if settings.device == "cuda" else "launch.backend is nccl"
     elif ranks.scheduler != "none":
-        names = [name for name in GPUS_OF_JOB if _counts_gpus(env.get(name, ""))]
+        names = [name for name in LISTS_OF_GPUS if env.get(name, "").strip() not in ("", "-1", "NoDevFiles", "void")]
+        names += [name for name in COUNTS_OF_GPUS if re.fullmatch(r"(.*:)?0*[1-9]\d*", env.get(name, ""))]
         why = f"{names[0]}={env[names[0]]} gives the job GPUs" if names else ""
     if why:
         raise ValueError(
@@ -57,11 +51,6 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
             "starts the ranks, load a torch that is built for them, or set launch.device: cpu"
         )
     return replace(ranks, device=settings.device)
-
-
-def _counts_gpus(text: str) -> bool:
-    """Returns whether a variable such as "2", "gpu:a100:4" or "0,1" stands for at least one GPU."""
-    return text.strip() not in ("", "0", "-1", "NoDevFiles", "none", "void") and not re.fullmatch(r"(\D*:)?0", text)
 
 
 def _build() -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import importlib.metadata
 import os
@@ -30,6 +29,7 @@ import h5py
 import torch
 import torch.distributed as dist
 
+from data_loaders.workers import num_cores
 from experiments.distributed.departure import end_on_failure, stop_process_group
 from experiments.distributed.devices import binding, device_of, safe_start_method
 from experiments.distributed.interfaces import interface_addresses
@@ -187,7 +187,7 @@ def _facts(ranks: Ranks, results: Path) -> dict[str, Any]:
         },
         "host": ranks.host or socket.gethostname(),
         "gpus": torch.cuda.device_count() if gpu else 0,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": num_cores(),
         "interfaces": {name: ", ".join(entries) for name, entries in interface_addresses().items()},
         "name": _resolved(socket.gethostname()),
         "start method": _start_methods(),
@@ -322,25 +322,31 @@ def _storage(ranks: Ranks, results: Path) -> list[Finding]:
     """Locks of HDF5 and free space where the results go."""
     findings = []
     folder = results if results.exists() else Path()
+    without_locks = "export HDF5_USE_FILE_LOCKING=FALSE in the job script, before Python starts"
     try:
-        findings.append(Finding("HDF5 locks", _probe_locks(folder)))
+        _probe_hdf5(folder, locking=False)  # as the suite opens its records
     except OSError as error:
         number = error.errno or _errno_in(str(error))
-        cure = "export HDF5_USE_FILE_LOCKING=BEST_EFFORT in the job script, before Python starts"
-        if number in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EPERM):
-            cure = "choose another folder with --results"
-        findings.append(Finding("HDF5 locks", f"{folder}: {os.strerror(number) if number else error}", cure, bad=True))
+        cure = without_locks if "lock file" in str(error) else "choose another folder with --results"
+        findings.append(Finding("HDF5 files", f"{folder}: {os.strerror(number) if number else error}", cure, bad=True))
+    else:
+        try:
+            findings.append(Finding("HDF5 files", f"files can be written; {_probe_hdf5(folder, locking=None)}"))
+        except OSError as error:
+            number = error.errno or _errno_in(str(error))
+            text = f"files can be written without locks, but not with them: {os.strerror(number) if number else error}"
+            findings.append(Finding("HDF5 files", text, f"{without_locks}, if other programs open records there"))
     free = shutil.disk_usage(folder).free
     cure = "make room, or choose another folder with --results" if free < LITTLE_SPACE_BYTES else ""
     findings.append(Finding("free space", f"{free / 2**30:.1f} GiB in {folder.resolve()}", cure, bad=bool(cure)))
     return findings
 
 
-def _probe_locks(folder: Path) -> str:
-    """Writes a file with a lock, and says whether a second writer is refused."""
+def _probe_hdf5(folder: Path, locking: bool | None) -> str:
+    """Writes a file, with HDF5's default of a lock where `locking` is None; says if a second writer is refused."""
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as inside:
         path = Path(inside) / "probe.h5"
-        with h5py.File(path, "w") as file:
+        with h5py.File(path, "w", locking=locking) as file:
             file["x"] = 1
             file.flush()
             with path.open("rb") as other:
@@ -348,7 +354,7 @@ def _probe_locks(folder: Path) -> str:
                     fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
                     return "a second writer is refused"
-    return "none are taken, so nothing refuses a second writer"
+    return "no lock is taken, so nothing refuses a second writer"
 
 
 def _errno_in(text: str) -> int:

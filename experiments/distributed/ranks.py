@@ -126,7 +126,7 @@ def read_ranks(env: Mapping[str, str], *, command: Sequence[str], mpi: MpiNumber
 
 def _spawner(env: Mapping[str, str]) -> str:
     """Returns the innermost launcher that has set variables."""
-    mpi = next((name for name in ("openmpi", "mpich", "mvapich") if _numbers(name, env)), "")
+    mpi = next((name for name in ("openmpi", "mvapich", "mpich") if _numbers(name, env)), "")
     others = mpi or "JSM_NAMESPACE_RANK" in env or _is_step(env)
     # A lone WORLD_SIZE is an export of a job script, whose tasks have the numbers of srun or mpiexec.
     if "RANK" in env or ("WORLD_SIZE" in env and not others):

@@ -17,7 +17,8 @@ from experiments.images.settings import (
     in_steps,
 )
 from experiments.records.compare import read_comparison
-from experiments.runs.experiment import Experiment
+from experiments.records.reading import say
+from experiments.runs.experiment import Experiment, Note
 from experiments.settings.run_config import RunConfig, VariantConfig
 from experiments.training.optimizers import LINE_SEARCHES
 from experiments.training.problem import Description, Problem
@@ -69,15 +70,15 @@ class ImageExperiment(Experiment):
         study = {"batch_size": size, "batch_size_per_rank": None, "measure_updates": True}
         return replace(training, **study, epochs=epochs, evaluate_every=epochs)  # type: ignore[arg-type]
 
-    def draw(self, folder: Path) -> list[Path]:
+    def draw(self, folder: Path, note: Note = say) -> list[Path]:
         from experiments.images.figures import draw_image_figures  # here, because runs need no matplotlib
 
-        return draw_image_figures(read_comparison(folder))
+        return draw_image_figures(read_comparison(folder, note))
 
-    def table(self, folder: Path) -> str:
+    def table(self, folder: Path, note: Note = say) -> str:
         from experiments.images.tables import summarize_images
 
-        return summarize_images(read_comparison(folder))
+        return summarize_images(read_comparison(folder, note))
 
 
 EXPERIMENT = ImageExperiment()

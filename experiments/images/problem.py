@@ -19,22 +19,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from data_loaders.fractals import sets as fractals
-from data_loaders.imagenet.sets import (
-    Decoding,
-    EvaluationLoader,
-    ImageError,
-    Images,
-    TrainLoader,
-    check_pair,
-    open_images,
-)
+from data_loaders.imagenet.decode import Decoding
+from data_loaders.imagenet.folder import Images
+from data_loaders.imagenet.loaders import EvaluationLoader, TrainLoader
+from data_loaders.imagenet.pictures import ImageError
+from data_loaders.imagenet.sets import check_pair, open_images
+from data_loaders.workers import num_cores
 from experiments.distributed.devices import device_of, safe_start_method
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_each, by_first, check_same
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.resnet import MODELS, parameter_groups
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.record import read_weights
+from experiments.records.reading import read_weights
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.training.problem import Description, Problem, weights_of
@@ -100,7 +97,7 @@ def _first_sets(config: ImageConfig) -> Sets:
     folder = data_folder(config)
     if config.data == "fractals":
         settings = _fractal_settings(config)
-        fractals.ensure(folder, packed=True, num_workers=len(os.sched_getaffinity(0)), **settings)
+        fractals.ensure(folder, packed=True, num_workers=num_cores(), **settings)
     return _open(folder)
 
 
@@ -179,7 +176,12 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     description = _description(problem, sets)
     model = _model(config, len(train_set.class_names), device)
     decoding = Decoding(
-        problem.image_size, problem.resize, problem.decoder, problem.on_unreadable, problem.smallest_crop
+        problem.image_size,
+        problem.resize,
+        problem.decoder,
+        problem.on_unreadable,
+        problem.smallest_crop,
+        problem.exif_orientation,
     )
     share: dict[str, Any] = {
         "rank": ranks.rank,

@@ -39,6 +39,8 @@ class ImageConfig:
         resize: short side at validation before the center is cropped.
         smallest_crop: least area of a random training crop, as a share of the image's; more for small images.
         decoder: what decodes JPEG.
+        exif_orientation: whether images are turned as their EXIF orientation says; published numbers of ImageNet are
+            without it.
         on_unreadable: "skip": broken images are named, counted and left out; "stop": the first one ends the run.
         num_workers: processes that decode, per rank; 0: the rank decodes.
         start_method: of these processes; "auto": forkserver where MPI or a GPU is in use.
@@ -66,6 +68,7 @@ class ImageConfig:
     resize: int = setting(integer(8, 8193), 256)
     smallest_crop: float = setting(_up_to(1.0), 0.08)
     decoder: str = setting(choice("pillow", "torchvision"), "pillow")
+    exif_orientation: bool = setting(BOOLEAN, False)
     on_unreadable: str = setting(choice("skip", "stop"), "skip")
     num_workers: int = setting(integer(0, 257), 0)
     start_method: str = setting(choice("auto", "forkserver", "spawn", "fork"), "auto")

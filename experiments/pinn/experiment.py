@@ -14,7 +14,8 @@ from experiments.pinn import problem
 from experiments.pinn.equation import Equation
 from experiments.pinn.equations import load_equation
 from experiments.pinn.settings import PinnConfig, PinnTrainingConfig
-from experiments.runs.experiment import Experiment
+from experiments.records.reading import say
+from experiments.runs.experiment import Experiment, Note
 from experiments.settings.run_config import RunConfig, VariantConfig
 from experiments.training.components import needs_residuals, optimizers, solves_residuals
 from experiments.training.problem import Description, Problem
@@ -67,17 +68,17 @@ class PinnExperiment(Experiment):
                 f"got {variant.then.after}"
             )
 
-    def draw(self, folder: Path) -> list[Path]:
+    def draw(self, folder: Path, note: Note = say) -> list[Path]:
         from experiments.pinn.compare import read_groups  # here, because runs need no matplotlib
         from experiments.pinn.figures import draw_pinn_figures
 
-        return draw_pinn_figures(read_groups(folder, self))
+        return draw_pinn_figures(read_groups(folder, self, note))
 
-    def table(self, folder: Path) -> str:
+    def table(self, folder: Path, note: Note = say) -> str:
         from experiments.pinn.compare import read_groups
         from experiments.pinn.tables import summarize_pinn
 
-        return summarize_pinn(read_groups(folder, self))
+        return summarize_pinn(read_groups(folder, self, note))
 
 
 def _check_points(config: PinnConfig, equation: Equation, where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,19 +22,15 @@ from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
 from experiments.images.settings import CADENCES, ImageTrainingConfig, in_steps
-from experiments.records.record import (
-    git_state,
-    is_finished,
-    note_place,
-    read_run,
-    run_folder,
-    run_path,
-    state_of,
-    write_run,
-)
+from experiments.records.provenance import git_state
+from experiments.records.reading import read_run
+from experiments.records.status import is_finished, run_folder, run_path, state_of
+from experiments.records.writing import note_place, probe_folder, write_run
+from experiments.runs.closing import closing_lines
 from experiments.runs.config import expand_runs
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
+from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
 from experiments.settings.checks import Component
 from experiments.settings.launch_settings import LaunchSettings
@@ -47,7 +42,7 @@ from experiments.settings.run_config import (
 )
 from experiments.training.components import accelerate, make_optimizer, needs_residuals, solves_residuals
 from experiments.training.problem import Description, Problem
-from experiments.training.progress import progress
+from experiments.training.progress import reported_to
 from experiments.training.published import PublishedScheme
 from experiments.training.schedules import scaled_rate
 from experiments.training.steps import HookSeconds, Stage
@@ -61,7 +56,7 @@ def execute_run(
     *,
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
-    anew: bool = False,
+    from_start: bool = False,
     timeout_seconds: float = LaunchSettings.collective_seconds,
     show_progress: bool = False,
 ) -> Path:
@@ -73,7 +68,7 @@ def execute_run(
         results: folder of all results.
         save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
-        anew: whether its checkpoints are removed first.
+        from_start: whether to remove its checkpoints first.
         timeout_seconds: for so long the ranks wait for each other.
         show_progress: progress by epoch.
 
@@ -88,8 +83,16 @@ def execute_run(
     """
     if interruption is None:
         with Interruption() as own:
-            options = {"save": save, "anew": anew, "timeout_seconds": timeout_seconds, "show_progress": show_progress}
-            return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
+            return execute_run(
+                config,
+                ranks,
+                results,
+                save=save,
+                interruption=own,
+                from_start=from_start,
+                timeout_seconds=timeout_seconds,
+                show_progress=show_progress,
+            )
     save = save or SaveConfig()
     path = run_path(results, config)
     torch.set_num_threads(config.kind.num_threads(config.training))
@@ -115,7 +118,7 @@ def execute_run(
             save,
             interruption,
             write,
-            anew=anew,
+            from_start=from_start,
             timeout_seconds=timeout_seconds,
         )
         with session:
@@ -244,30 +247,31 @@ def execute_experiment(
         with Interruption() as own:
             return execute_experiment(config, ranks, results, num_jobs=num_jobs, force=force, interruption=own)
     left_out = single_process_variants(config) if ranks.world_size > 1 else []
-    anew = force and ranks.restart_count == 0
-    if force and not anew:
+    from_start = force and ranks.restart_count == 0
+    if force and not from_start:
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
         seconds = config.kind.data_seconds(config.problem) or config.launch.collective_seconds
         runs, pending = by_first(
-            ranks, lambda: _plan(config, ranks, results, anew, left_out), "reading the data", seconds
+            ranks, lambda: _plan(config, ranks, results, from_start, left_out), "reading the data", seconds
         )
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(config):
-            _execute_in_turn(pending, ranks, results, config, anew, interruption)
+            _execute_in_turn(pending, ranks, results, config, from_start, interruption)
         else:
             threads = max(config.kind.num_threads(run.training) for run in pending)
-            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, anew=anew)
+            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, from_start=from_start)
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
         stop_process_group(ranks)
-    if ranks.rank == 0:
-        _report_diverged(runs, results)
+    if ranks.rank == 0 and runs:
+        for line in closing_lines([read_run(run_path(results, run)) for run in runs], results):
+            _say(line)
     return len(pending)
 
 
 def _plan(
-    config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool, left_out: list[str]
+    config: ExperimentConfig, ranks: Ranks, results: Path, from_start: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
     described: Description = config.kind.describe(config.problem)
@@ -276,8 +280,8 @@ def _plan(
         _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
     descriptions = {key: config.kind.describe(problem) for key, problem in problems.items()}
-    _probe(results / config.experiment / config.scale)
-    pending = _pending(runs, results, descriptions, ranks, force=anew, weights=config.save.weights)
+    probe_folder(results / config.experiment / config.scale)
+    pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
@@ -306,42 +310,35 @@ def single_process_variants(config: ExperimentConfig) -> list[str]:
     return names
 
 
-def _probe(folder: Path) -> None:
-    """Makes a folder of records and writes to it, so that a mistake shows before the training and not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
-
-
 def _execute_in_turn(
     pending: list[RunConfig],
     ranks: Ranks,
     results: Path,
     config: ExperimentConfig,
-    anew: bool,
+    from_start: bool,
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
-    tell_each = len(pending) == 1 or config.kind.runs_in_turn
-    for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
-        if _is_told_to_stop(interruption, ranks):
-            reason = interruption.reason or "a signal to another rank"
-            raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
-        if tell_each and ranks.rank == 0 and len(pending) > 1:
-            _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
-        execute_run(
-            run,
-            ranks,
-            results,
-            save=config.save,
-            interruption=interruption,
-            anew=anew,
-            timeout_seconds=config.launch.collective_seconds,
-            show_progress=tell_each,
-        )
+    has_own_bar = len(pending) == 1 or config.kind.runs_in_turn
+    with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:
+        for number, run in enumerate(pending):
+            if _is_told_to_stop(interruption, ranks):
+                reason = interruption.reason or "a signal to another rank"
+                raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
+            if has_own_bar and ranks.rank == 0 and len(pending) > 1:
+                _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
+            with reported_to(partial(bar.report, number)):
+                execute_run(
+                    run,
+                    ranks,
+                    results,
+                    save=config.save,
+                    interruption=interruption,
+                    from_start=from_start,
+                    timeout_seconds=config.launch.collective_seconds,
+                    show_progress=has_own_bar,
+                )
+            bar.finish(number)
 
 
 def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
@@ -377,8 +374,8 @@ def _pending(
             check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     if counts["unfinished"]:
         _say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
-    if counts["unreadable"]:
-        _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
+    if counts["damaged"]:
+        _say(f"{counts['damaged']} records are damaged or incomplete: these runs are made again")
     if counts["changed"]:
         _say(
             f"{counts['changed']} records have other settings, other data or another number of ranks: "
@@ -386,7 +383,10 @@ def _pending(
         )
     for run in runs:
         if states[id(run)] == "finished":
-            note_place(run_path(results, run), run)
+            try:
+                note_place(run_path(results, run), run)
+            except OSError as error:  # of a colleague, for instance; the numbers are the same
+                _say(f"warning: the label in a finished record cannot be brought up to date: {error}")
     if counts["without weights"]:
         _say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
     if counts["finished"]:
@@ -400,18 +400,6 @@ def _pending(
         note = f", {other} of them by other or uncommitted code (--force makes them again)" if other else ""
         _say(f"{counts['finished']} runs are finished already{note}")
     return [run for run in runs if states[id(run)] != "finished"]
-
-
-def _report_diverged(runs: list[RunConfig], results: Path) -> None:
-    diverged: dict[str, list[str]] = {}
-    for run in runs:
-        record = read_run(run_path(results, run))
-        if record.diverged:
-            place = f" at iteration {record.diverged_iteration}" if record.diverged_iteration is not None else ""
-            diverged.setdefault(run.name, []).append(f"seed {run.seed}{place}")
-    if diverged:
-        told = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
-        _say("diverged: " + ", ".join(told))
 
 
 def _say(text: str) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments.distributed.ranks import Ranks
+from experiments.records.reading import say
 from experiments.settings.checks import read_settings
 from experiments.settings.run_config import ExperimentConfig, RunConfig, VariantConfig
 from experiments.training.components import check_scheduler, needs_residuals, optimizers, read_component, schedulers
 from experiments.training.problem import Description, Problem
+
+Note = Callable[[str], None]
 
 
 class Experiment(ABC):
@@ -116,16 +119,16 @@ class Experiment(ABC):
 
     # ---- its results ----
 
-    def draw(self, folder: Path) -> list[Path]:
-        """Draws the figures of the records in a folder; returns their paths."""
+    def draw(self, folder: Path, note: Note = say) -> list[Path]:
+        """Draws the figures of the records in a folder; returns their paths. `note` gets a line a record left out."""
         from experiments.records.compare import read_comparison  # here, because runs need no matplotlib
         from experiments.records.figures import draw_figures
 
-        return draw_figures(read_comparison(folder))
+        return draw_figures(read_comparison(folder, note))
 
-    def table(self, folder: Path) -> str:
-        """Writes the tables of the records in a folder to summary.md; returns them."""
+    def table(self, folder: Path, note: Note = say) -> str:
+        """Writes the tables of the records in a folder to summary.md; returns them. `note` is that of `draw`."""
         from experiments.records.compare import read_comparison
         from experiments.records.summarize import summarize
 
-        return summarize(read_comparison(folder))
+        return summarize(read_comparison(folder, note))

@@ -183,6 +183,8 @@ class RunConfig:
         for key in ("then", "overrides", "mean_epochs"):
             if not raw["variant"][key]:
                 del raw["variant"][key]
+        if not raw["problem"].get("exif_orientation"):  # records from before this setting stay the same runs
+            raw["problem"].pop("exif_orientation", None)
         return json.dumps(raw, sort_keys=True)
 
     def identity(self) -> str:

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import h5py
 import launched
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("the network"))
     assert doctor.main(options("--results", tmp_path / "new")) == 0
     told = capsys.readouterr().out
-    for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 locks", "free space"):
+    for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 files", "free space"):
         assert f"\n   {name}  " in f"\n{told}", name
     assert "a second writer is refused" in told and "nothing to change" in told
     assert not list((tmp_path / "new").iterdir())
@@ -231,20 +232,23 @@ def test_places(places, cores, what):
 
 
 @pytest.mark.parametrize(
-    ("error", "cure"),
+    ("error", "fails_without_locks", "cure"),
     [
-        (OSError(errno.ENOLCK, "no locks"), "HDF5_USE_FILE_LOCKING=BEST_EFFORT"),
-        (OSError("unable to lock file, errno = 37, error message = 'No locks available'"), "BEST_EFFORT"),
-        (OSError(errno.ENOSPC, "full"), "choose another folder with --results"),
+        (OSError(errno.ENOLCK, "unable to lock file, errno = 37"), True, "export HDF5_USE_FILE_LOCKING=FALSE"),
+        (OSError("unable to lock file, errno = 524, error message = 'x'"), False, "export HDF5_USE_FILE_LOCKING=FALSE"),
+        (OSError(errno.ENOSPC, "full"), True, "choose another folder with --results"),
     ],
 )
-def test_locks_that_fail(monkeypatch, tmp_path, error, cure):
-    def fails(folder):
-        raise error
+def test_an_hdf5_file_that_cannot_be_written(monkeypatch, tmp_path, error, fails_without_locks, cure):
+    class File(h5py.File):
+        def __init__(self, *arguments, locking=None, **options):
+            if locking is None or fails_without_locks:
+                raise error
+            super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(doctor, "_probe_locks", fails)
+    monkeypatch.setattr(doctor.h5py, "File", File)
     finding = doctor._storage(Ranks(), tmp_path)[0]
-    assert finding.bad and cure in finding.cure
+    assert finding.bad == fails_without_locks and cure in finding.cure
 
 
 def test_little_space(monkeypatch, tmp_path):

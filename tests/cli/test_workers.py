@@ -21,7 +21,7 @@ LOADER = """
 import multiprocessing, os, signal, subprocess, sys, time
 sys.path.insert(0, {tests!r})
 from image_sets import ListedImages, encoded
-from data_loaders.imagenet import sets as imagenet
+from data_loaders.imagenet import loaders as imagenet
 
 def loader():
     images = ListedImages([encoded(seed=seed) for seed in range(24)])

@@ -32,16 +32,16 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from digests import digest
 from system_calls import meet_points
 
 from aadl.acceptance import Decisions
-from data_loaders.imagenet import sets as loaders
+from data_loaders.imagenet import loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
-from experiments.runs.state import digest
 from experiments.training import train
 from experiments.training.steps import Closure
 from experiments.training.train import Training

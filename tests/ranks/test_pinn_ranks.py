@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 import aadl
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs.execute import _stage
 from experiments.training.train import train
 

@@ -9,7 +9,7 @@ from image_runs import image_set, raw_config
 from suite_cases import PINN, RAW
 
 from experiments import __main__ as suite
-from experiments.records.record import read_run, read_weights
+from experiments.records.reading import read_run, read_weights
 
 EXPERIMENTS = ("graduate_admissions", "burgers_2d", "imagenet")
 
@@ -18,14 +18,17 @@ TOLERANCE = 1e-4
 
 
 def write_config(experiment, folder):
-    """Writes a configuration with one seed, whose records hold the weights; returns its path."""
+    """Writes a configuration with one seed, whose records hold the weights; returns its path.
+
+    It asks for the CPU, because the clusters of the tests give every job GPUs that are none.
+    """
     raw = {
         "graduate_admissions": lambda: RAW,
         "burgers_2d": lambda: PINN | {"problem": PINN["problem"] | {"dtype": "float64"}},
         "imagenet": lambda: raw_config(image_set(folder / "images")),
     }[experiment]()
     path = folder / f"{experiment}.yaml"
-    path.write_text(yaml.safe_dump(raw | {"seeds": 0, "save": {"weights": True}}))
+    path.write_text(yaml.safe_dump(raw | {"seeds": 0, "save": {"weights": True}, "launch": {"device": "cpu"}}))
     return path
 
 

@@ -12,7 +12,8 @@ from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.equations import load_equation
 from experiments.pinn.problem import describe
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 from experiments.runs.config import expand_runs
 from experiments.training.problem import Field
 from experiments.training.train import Result

@@ -18,7 +18,7 @@ from every_experiment import EXPERIMENTS, TOLERANCE, check_against_one_process, 
 from suite_cases import RAW
 
 from experiments import __main__ as suite
-from experiments.records.record import read_run, read_weights
+from experiments.records.reading import read_run, read_weights
 
 PLAIN, ACCELERATED = "sgd", "sgd_aadl"
 
@@ -35,6 +35,7 @@ def long_config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "long.yaml"
     variants = {name: RAW["variants"][name] for name in (ACCELERATED,)}
     changes = {"training": {"epochs": 200, "batch_size": 80}, "variants": variants, "save": {"weights": True}}
+    changes["launch"] = {"device": "cpu"}
     path.write_text(yaml.safe_dump(RAW | {"seeds": 0} | changes))
     return path
 
@@ -152,6 +153,18 @@ def test_a_batch_shell_without_srun_is_refused(cluster, config, tmp_path):
     assert cluster.wait_for_end(job) == "FAILED"
     log = log_of(tmp_path, job)
     assert re.search(r"error: this is the batch shell of Slurm job \d+.*start with `srun -N 2 -n 4", log), log
+    assert "Traceback" not in log and not list(tmp_path.rglob("*.h5"))
+
+
+def test_a_job_that_has_lost_its_gpus_is_refused(cluster, config, tmp_path):
+    """Slurm hands out GPUs that torch does not see; the configuration does not ask for the CPU."""
+    promised = tmp_path / "promised.yaml"
+    promised.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"launch": {}}))
+    [job] = cluster.submit(promised, tmp_path, "--nodes", "2")
+    assert cluster.wait_for_end(job) == "FAILED"
+    log = log_of(tmp_path, job)
+    told = r"error: rank 0 on node\d+: SLURM_\w*GPU\w*=\S+ gives the job GPUs, but rank 0 .* set launch.device: cpu"
+    assert re.search(told, log), log
     assert "Traceback" not in log and not list(tmp_path.rglob("*.h5"))
 
 

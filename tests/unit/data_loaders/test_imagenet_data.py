@@ -6,25 +6,27 @@ import shutil
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from image_sets import READABLE, UNREADABLE, ListedImages, encoded, pixels, write_folders
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from data_loaders.imagenet import decode as decoding_module
-from data_loaders.imagenet.decode import NUM_UNIFORM, Decoder, central_crop, central_place, check_decoder, random_crop
-from data_loaders.imagenet.folder import FolderImages
-from data_loaders.imagenet.packed import PackedImages, write_packed
-from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
-from data_loaders.imagenet.sets import (
+from data_loaders.imagenet.decode import (
+    NUM_UNIFORM,
+    Decoder,
     Decoding,
-    EvaluationLoader,
-    ImageError,
-    TrainLoader,
-    check_pair,
-    open_images,
+    central_crop,
+    central_place,
+    check_decoder,
+    random_crop,
 )
+from data_loaders.imagenet.folder import FolderImages
+from data_loaders.imagenet.loaders import EvaluationLoader, TrainLoader
+from data_loaders.imagenet.packed import PackedImages, write_packed
+from data_loaders.imagenet.pictures import ImageError, quiet
+from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
+from data_loaders.imagenet.sets import check_pair, open_images
 
 SMALL = Decoding(16, 20)
 CONTENTS = [encoded(seed=seed) for seed in range(30)]
@@ -143,81 +145,6 @@ def test_pairs_that_do_not_fit_are_named(tmp_path):
         check_pair(open_images(root, "train"), validation)
 
 
-# ---- a flat validation folder ----------------------------------------------------------------------------------------
-
-TRUTH = [3, 1, 2] * 3  # the kit's numbers of the images in the order of names: n01, n02, n03 in turn
-KIT_NAMES = {1: "n02", 2: "n03", 3: "n01"}
-
-
-def write_truth(root, truth=TRUTH, folder="devkit/data"):
-    (root / folder).mkdir(parents=True, exist_ok=True)
-    (root / folder / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{each}\n" for each in truth))
-
-
-def write_meta(root, folder="devkit/data"):
-    rows = [(number, name, "words", 0) for number, name in KIT_NAMES.items()] + [(1001, "n00", "parent", 3)]
-    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
-    scipy.io.savemat(root / folder / "meta.mat", {"synsets": np.array(rows, dtype=kind)})
-
-
-def write_kaggle(root):
-    lines = [f"ILSVRC2012_val_{number + 1:08d},n0{number % 3 + 1} 1 2 3 4" for number in range(9)]
-    (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(lines)]) + "\n")
-
-
-def write_text(root, numbers):
-    names = [str(number % 3) if numbers else f"n0{number % 3 + 1}" for number in range(9)]
-    lines = [f"val/ILSVRC2012_val_{number + 1:08d}.JPEG {name}\n" for number, name in enumerate(names)]
-    (root / "val.txt").write_text("".join(lines))
-
-
-def write_map(root):
-    write_truth(root)
-    (root / "map_clsloc.txt").write_text("".join(f"{name} {number} words\n" for number, name in KIT_NAMES.items()))
-
-
-LISTS = {
-    "kaggle": write_kaggle,
-    "names": lambda root: write_text(root, numbers=False),
-    "numbers": lambda root: write_text(root, numbers=True),
-    "truth and meta.mat": lambda root: (write_truth(root), write_meta(root)),
-    "truth and map": write_map,
-}
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_a_flat_folder_with_a_list_is_the_one_with_folders(tmp_path, kind):
-    folders = FolderImages(write_folders(tmp_path / "folders"), "validation")
-    root = write_folders(tmp_path / "flat", flat=True)
-    LISTS[kind](root)
-    flat = FolderImages(root, "validation")
-    assert flat.class_names == folders.class_names and np.array_equal(flat.labels, folders.labels)
-    assert [flat.read(index) for index in range(9)] == [folders.read(index) for index in range(9)]
-    assert flat.name(1) == "ILSVRC2012_val_00000004.JPEG"
-
-
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (lambda root: None, "no list says what they show: put LOC_val_solution.csv"),
-        (write_truth, "counts classes as the development kit does: put its map_clsloc.txt or meta.mat into"),
-        (lambda root: (write_map(root), write_truth(root, TRUTH[1:])), "has 8 lines for 9 images"),
-        (lambda root: (write_map(root), write_truth(root, [7, *TRUTH[1:]])), "class number '7', which the development"),
-        (lambda root: (root / "val.txt").write_text("a b c\n"), "val.txt, line 1: expected a name and a class"),
-        (lambda root: (root / "val.txt").write_text("a 3\n"), "val.txt, line 1: class 3 where train has 3 folders"),
-        (lambda root: (root / "val.txt").write_text("a n01\n"), "does not list 9 images of .*00000001.JPEG"),
-        (lambda root: (write_kaggle(root), next((root / "val").iterdir()).unlink()), "lacks 1 images that .* lists"),
-        (lambda root: (write_kaggle(root), (root / "train/n02").rename(root / "n02")), "class n02, for which"),
-        (lambda root: (write_truth(root), (root / "meta.mat").write_bytes(b"x" * 200)), "meta.mat cannot be read"),
-    ],
-)
-def test_a_list_that_does_not_fit_is_one_sentence(tmp_path, prepare, message):
-    root = write_folders(tmp_path, flat=True)
-    prepare(root)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        FolderImages(root, "validation")
-
-
 # ---- crops and pixels ------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +222,7 @@ def test_a_random_crop_shows_its_part_of_the_image_and_is_mirrored():
 
 @pytest.mark.parametrize("kind", READABLE)
 def test_unusual_images_are_read(kind):
-    with decoding_module.quiet():
+    with quiet():
         square = Decoder(SMALL)(READABLE[kind], None)
     assert square.shape == (16, 16, 3) and square.dtype == np.uint8
     if kind in ("cmyk", "png_named_jpeg", "alpha", "exif_rubbish", "progressive", "palette"):
@@ -313,7 +240,7 @@ def test_broken_images_have_a_reason(kind):
         "header_only": "",
         "bomb": "it announces more than 89,478,485 pixels",
     }
-    with decoding_module.quiet(), pytest.raises(ImageError, match=reasons[kind]):
+    with quiet(), pytest.raises(ImageError, match=reasons[kind]):
         Decoder(SMALL)(UNREADABLE[kind], None)
 
 
@@ -388,11 +315,11 @@ def test_another_decoder_sees_what_pillow_sees(name):
     data = encoded(seed=4, width=300, height=200)
     numbers = uniform(sample_seed(0, 0, np.arange(12)), NUM_UNIFORM).tolist()
     for each in [None, *numbers]:
-        with decoding_module.quiet():
+        with quiet():
             difference = np.abs(theirs(data, each).astype(int) - ours(data, each))[2:-2, 2:-2]
         assert difference.mean() < 2 and np.quantile(difference, 0.99) < 12
     assert theirs.num_fallbacks == 0
-    with decoding_module.quiet():
+    with quiet():
         for kind, broken in UNREADABLE.items():
             with pytest.raises(ImageError):
                 raise AssertionError(f"{kind}: {theirs(broken, None).mean()}")

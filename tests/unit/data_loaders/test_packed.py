@@ -1,6 +1,7 @@
 """Packed sets: what was written is read, every damage has a name, a broken packing goes on, processes read at once."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -18,9 +19,11 @@ from image_sets import UNREADABLE, ListedImages, encoded, read_all, write_folder
 from paths import ROOT
 
 from data_loaders.imagenet import packing, shards
+from data_loaders.imagenet.__main__ import main
 from data_loaders.imagenet.packed import PackedImages, info, verify, write_packed
-from data_loaders.imagenet.packing import Packing, main, pack
-from data_loaders.imagenet.sets import ImageError, open_images
+from data_loaders.imagenet.packing import Packing, pack
+from data_loaders.imagenet.pictures import ImageError, open_image
+from data_loaders.imagenet.sets import open_images
 
 CONTENTS = [encoded(seed=seed) for seed in range(25)]
 
@@ -359,8 +362,6 @@ def test_packing_keeps_bytes_and_names(tmp_path, monkeypatch):
 
 
 def test_resizing_shrinks_the_short_side_and_never_enlarges(tmp_path, monkeypatch):
-    from data_loaders.imagenet.decode import open_image
-
     pack_here(monkeypatch)
     contents = [encoded(width=90, height=60), encoded(width=60, height=90), encoded(width=20, height=40)]
     result = pack(ListedImages(contents, [0, 1, 1]), tmp_path, "train", Packing(resize=30, quality=85))
@@ -445,7 +446,7 @@ def test_a_folder_that_cannot_be_locked_is_packed_all_the_same(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     pack_here(monkeypatch)
-    monkeypatch.setattr(packing.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     assert len(pack(ListedImages(CONTENTS), tmp_path, "train", Packing())) == 25
 
 

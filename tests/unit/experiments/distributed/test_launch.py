@@ -86,6 +86,7 @@ def test_pmix_without_mpi4py_says_what_is_missing(monkeypatch):
     [
         ({"start_seconds": 0}, "launch.start_seconds must be a finite number"),
         ({"backend": "mpi"}, "launch.backend must be one of auto, nccl, gloo"),
+        ({"device": "gpu"}, "launch.device must be one of auto, cpu, cuda"),
         ({"nccl": {"PATH": "x"}}, "launch.nccl must be a mapping from variables NCCL_"),
         ({"nccl": ["NCCL_DEBUG"]}, "launch.nccl must be a mapping"),
         ({"interface": ""}, "launch.interface must be a text that is not empty, or null"),
@@ -162,6 +163,43 @@ def test_more_ranks_than_devices(monkeypatch):
     assert "has no GPU" in devices.choose(Ranks(), LaunchSettings(backend="nccl"))[2]
     assert "launch.debug needs" in devices.choose(Ranks(), LaunchSettings(debug=True, backend="gloo"))[2]
     assert devices.choose(Ranks(), LaunchSettings())[::2] == ("gloo", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "env", "refused"),
+    [
+        ({}, {}, ""),
+        ({}, {"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1 gives the job GPUs, but rank 2 on n1 sees no GPU"),
+        ({}, {"SLURM_GPUS_PER_NODE": "a100:4"}, "SLURM_GPUS_PER_NODE=a100:4 gives the job GPUs"),
+        ({}, {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0 gives the job GPUs"),
+        ({}, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"device": "cpu"}, {"SLURM_JOB_GPUS": "0"}, ""),
+        ({"device": "cuda"}, {}, "launch.device is cuda, but rank 2 on n1 sees no GPU"),
+        ({"backend": "nccl"}, {}, "launch.backend is nccl, but rank 2 on n1 sees no GPU"),
+        ({"device": "cpu", "backend": "nccl"}, {}, "launch.backend nccl needs GPUs, but launch.device is cpu"),
+    ],
+)
+def test_a_job_that_was_promised_gpus_and_sees_none_stops(monkeypatch, settings, env, refused):
+    see_gpus(monkeypatch, 0)
+    ranks, wanted = Ranks(2, 4, 0, host="n1", scheduler="slurm"), LaunchSettings(**settings)
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            devices.with_device(ranks, wanted, env)
+    else:
+        assert device_of(devices.with_device(ranks, wanted, env)).type == "cpu"
+
+
+def test_a_variable_of_a_shell_without_a_job_promises_nothing(monkeypatch):
+    see_gpus(monkeypatch, 0)
+    assert devices.with_device(Ranks(), LaunchSettings(), {"CUDA_VISIBLE_DEVICES": "0"}).device == "auto"
+
+
+def test_the_cpu_is_taken_where_there_are_gpus(monkeypatch):
+    see_gpus(monkeypatch, 4)
+    ranks = devices.with_device(Ranks(1, 2, 1), LaunchSettings(device="cpu"), {})
+    assert device_of(ranks).type == "cpu"
+    assert devices.choose(ranks, LaunchSettings())[::2] == ("gloo", "")
+    assert devices.describe_device(ranks) == "device: cpu; world size: 2"
 
 
 def facts(**different):

@@ -49,6 +49,7 @@ PMIX = {"PMIX_RANK": "1", "PMIX_NAMESPACE": "space"}
 # What a batch script inherits that was submitted from within mpiexec.
 LEAKED = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
 # A task of an interactive shell, which is a step of one task.
+OF_SHELL = {"PMI_RANK": "0", "PMI_SIZE": "1"}
 SHELL = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 
 
@@ -101,6 +102,15 @@ def test_only_mpi_knows_the_number_of_ranks_under_pmix():
         (SRUN | TORCHRUN, "torchrun", 3),  # srun torchrun: one agent a node
         (OPENMPI | TORCHRUN, "torchrun", 3),
         (SRUN | {"PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}, "srun", 1),  # srun --mpi=pmi2 and --mpi=pmix
+        # What srun --pty leaves in its shell, where PMI counts one task: mpirun or another srun spawned the ranks
+        (SHELL | OF_SHELL | OPENMPI, "openmpi", 1),
+        (SHELL | OF_SHELL | MVAPICH, "mvapich", 1),
+        (OF_SHELL | OPENMPI, "openmpi", 1),
+        (SRUN | OF_SHELL, "srun", 1),
+        # The export of a job script whose ranks have the numbers of srun or mpiexec
+        (SRUN | {"WORLD_SIZE": "2", "MASTER_ADDR": "node02", "MASTER_PORT": "29500"}, "srun", 1),
+        (OPENMPI | {"WORLD_SIZE": "2"}, "openmpi", 1),
+        (JSRUN | {"WORLD_SIZE": "12"}, "jsrun", 7),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "single process", 0),
         (OPENMPI | {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "openmpi", 1),
         ({"LSB_JOBID": "1", "LSB_MCPU_HOSTS": "host7 1"}, "single process", 0),
@@ -125,6 +135,16 @@ def test_the_innermost_spawner_decides(env, launcher, rank):
         (SRUN | {"PMIX_RANK": "0"}, "SLURM_PROCID=1 and PMIX_RANK=0 contradict"),
         (SRUN | BY_HAND | {"RANK": "0", "LOCAL_RANK": "0"}, "RANK=0 and SLURM_PROCID=1 contradict .*inside the task"),
         (SRUN | BY_HAND | {"RANK": "1"}, "WORLD_SIZE=4 and SLURM_STEP_NUM_TASKS=2 contradict"),
+        (
+            SRUN | {"WORLD_SIZE": "8"},
+            "WORLD_SIZE=8 and SLURM_STEP_NUM_TASKS=2 contradict .*unset WORLD_SIZE, because",
+        ),
+        (SRUN | {"RANK": "0"}, "WORLD_SIZE, .* is missing although RANK is set; unset RANK, because srun gives"),
+        # srun -n 2 mpirun -n 1: which one spawned the ranks, or left its variables, nobody can know
+        (
+            SRUN | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PRTE_LAUNCHED": "1"},
+            "contradict each other",
+        ),
         (MPICH | BY_HAND, "RANK=3 and PMI_RANK=1 contradict"),
         (OPENMPI | MPICH | {"PMI_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=2 and PMI_SIZE=4 contradict"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, r"SLURM_STEP_TASKS_PER_NODE=2\(x2\) counts 4 tasks, but .*=2"),

@@ -21,15 +21,17 @@ from small_runs import identical
 from torch import nn
 
 import aadl
+from data_loaders.imagenet.decode import Decoding
+from data_loaders.imagenet.loaders import TrainLoader
 from data_loaders.imagenet.packed import write_packed
-from data_loaders.imagenet.sets import Decoding, TrainLoader, open_images
+from data_loaders.imagenet.sets import open_images
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
 from experiments.images import problem as imagenet
 from experiments.images.problem import build, data_folder, describe, open_sets
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs.execute import _stage
 from experiments.training.batchnorm import recompute_statistics
 from experiments.training.problem import Problem

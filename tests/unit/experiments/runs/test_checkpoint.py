@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digests import digest
 from system_calls import POINTS, meet_points
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +28,7 @@ from experiments.distributed.step_vote import StepVote, Tally
 from experiments.runs import checkpoint, checkpoint_files
 from experiments.runs import state as experiment_state
 from experiments.runs.checkpoint import CheckpointError, Checkpoints
-from experiments.runs.state import digest, num_bytes_of, on_cpu, rng_state, set_rng_state
+from experiments.runs.state import num_bytes_of, on_cpu, rng_state, set_rng_state
 
 
 def state_at(step, size=3000):

@@ -21,7 +21,7 @@ from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.pinn import problem as collocation_problem
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs.config import expand_runs
 from experiments.runs.execute import _stage, execute_run
 from experiments.runs.session import RunSession

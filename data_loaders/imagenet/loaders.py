@@ -1,0 +1,405 @@
+"""Batches of pixels of a set, for training and evaluation on any number of ranks."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data_loaders.imagenet.decode import NUM_UNIFORM, Decoder, Decoding, Pixels, check_decoder
+from data_loaders.imagenet.folder import Images
+from data_loaders.imagenet.pictures import ImageError, quiet
+from data_loaders.imagenet.sampling import (
+    STATISTICS_EPOCH,
+    check_divisible,
+    epoch_order,
+    rank_indices,
+    sample_seed,
+    shard_bounds,
+    uniform,
+)
+from data_loaders.workers import follow_parent, signals_held_back
+
+MAX_REPLACED = 1000  # unreadable images in a row, after which the storage is to blame and not an image
+START_METHODS = ("fork", "spawn", "forkserver")
+
+log = logging.getLogger("data_loaders")
+Self = TypeVar("Self", bound="_Loader")
+
+
+# ---- reading, here or in a worker ------------------------------------------------------------------------------------
+
+
+class _Key(NamedTuple):
+    """What is asked of a worker: images of an epoch; None for evaluation."""
+
+    epoch: int | None
+    indices: NDArray[np.int64]
+
+
+class _Answer(NamedTuple):
+    """What a worker answers.
+
+    Attributes:
+        images: (b, 3, size, size), uint8, in channels-last memory.
+        labels: (b,).
+        unreadable: reasons by index.
+        failed: whether the batch is worthless.
+        num_fallbacks: images that the chosen decoder refused and Pillow read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    unreadable: dict[int, str]
+    failed: bool
+    num_fallbacks: int
+
+
+class _Reader:
+    """Makes a batch from its key alone: the same in every process, whatever it made before."""
+
+    def __init__(self, images: Images, decoding: Decoding, seed: int, augment: bool) -> None:
+        self.images, self.decoding, self.seed, self.augment = images, decoding, seed, augment
+        self._decoder: Decoder | None = None
+
+    def __getitem__(self, key: _Key) -> _Answer:
+        size = self.decoding.size
+        squares = np.empty((len(key.indices), size, size, 3), np.uint8)
+        unreadable: dict[int, str] = {}
+        if self._decoder is None:
+            self._decoder = Decoder(self.decoding)
+        before = self._decoder.num_fallbacks
+        with quiet():
+            make = self._evaluation if key.epoch is None else self._training
+            read = make(self._decoder, key, squares, unreadable)
+        failed = -1 in read or bool(unreadable and self.decoding.on_corrupt == "stop")
+        pixels = torch.from_numpy(squares[: len(read)]).permute(0, 3, 1, 2)
+        labels = self.images.labels[np.array(read, np.int64)]
+        return _Answer(pixels, torch.from_numpy(labels), unreadable, failed, self._decoder.num_fallbacks - before)
+
+    def _training(self, decoder: Decoder, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
+        """An image an entry: the one asked for, or in its place the next one that can be read."""
+        numbers: list[list[float] | None] = [None] * len(key.indices)
+        if self.augment:
+            numbers = uniform(sample_seed(self.seed, key.epoch or 0, key.indices), NUM_UNIFORM).tolist()
+        attempts = 1 if self.decoding.on_corrupt == "stop" else min(len(self.images), MAX_REPLACED)
+        read = []
+        for row, index in enumerate(key.indices.tolist()):
+            target = squares[row : row + 1]
+            candidates = (each % len(self.images) for each in range(index, index + attempts))
+            read.append(next((c for c in candidates if self._reads(decoder, c, numbers[row], target, unreadable)), -1))
+            if read[-1] < 0:
+                break
+        return read
+
+    def _evaluation(self, decoder: Decoder, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
+        """The images that can be read."""
+        read: list[int] = []
+        for index in key.indices.tolist():
+            if self._reads(decoder, index, None, squares[len(read) : len(read) + 1], unreadable):
+                read.append(index)
+            elif self.decoding.on_corrupt == "stop":
+                break
+        return read
+
+    def _reads(
+        self, decoder: Decoder, index: int, numbers: list[float] | None, target: Pixels, unreadable: dict[int, str]
+    ) -> bool:
+        try:
+            target[0] = decoder(self.images.read(index), numbers)
+            return True
+        except ImageError as error:
+            unreadable[index] = str(error)
+        except OSError as error:
+            unreadable[index] = error.strerror or str(error)
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoder": None}  # each process makes its own
+
+
+def _start_worker(_: int) -> None:
+    follow_parent()
+
+
+def _from_workers(answers: Iterator[_Answer]) -> Iterator[_Answer]:
+    """Says what has happened where a worker that died is noticed by a broken connection first."""
+    try:
+        yield from answers
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("a worker that reads images ended unexpectedly: was it killed for memory?") from error
+
+
+def _as_it_is(answer: _Answer) -> _Answer:
+    return answer
+
+
+class _Keys:
+    """What the next pass asks for; the workers stay while it changes."""
+
+    def __init__(self) -> None:
+        self.now: Iterable[_Key] = ()
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self.now)
+
+
+# ---- loaders ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """Passes over a set, in this process or by workers that live until `close`.
+
+    Attributes:
+        unreadable: reasons by index of the images that this rank could not read so far; each was logged once.
+        num_unreadable: how many the present pass met, or the last one.
+        num_fallbacks: images so far that the chosen decoder refused and Pillow read.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        decoding: Decoding,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        start_method: str,
+        pin_memory: bool,
+        seed: int,
+        augment: bool,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0 to {world_size - 1}, got {rank}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        if start_method not in START_METHODS:
+            raise ValueError(f"start_method must be one of {', '.join(START_METHODS)}, got {start_method!r}")
+        if not len(images):
+            raise ValueError("the set has no image")
+        check_decoder(decoding.decoder)
+        self.images, self.decoding = images, decoding
+        self.rank, self.world_size = rank, world_size
+        self.unreadable: dict[int, str] = {}
+        self.num_unreadable = self.num_fallbacks = 0
+        self._pass = 0
+        self._started = False  # the workers
+        self._reader = _Reader(images, decoding, seed, augment)
+        self._keys = _Keys()
+        self._workers: DataLoader[_Answer] | None = None
+        self._pin = pin_memory and not num_workers  # DataLoader pins for itself
+        if num_workers:
+            self._workers = self._start(num_workers, start_method, pin_memory)
+
+    def _start(self, num_workers: int, start_method: str, pin_memory: bool) -> DataLoader[_Answer]:
+        context = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":  # it imports torch once, for all workers; without effect once it runs
+            context.set_forkserver_preload(["__main__", __name__])
+        return DataLoader(
+            self._reader,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            pin_memory=pin_memory,
+            worker_init_fn=_start_worker,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # or the global one, which training uses, would be advanced
+            persistent_workers=True,
+        )
+
+    def _answers(self, keys: Iterable[_Key], count: int) -> Iterator[_Answer]:
+        """Answers in the order of the `count` keys, with what could not be read noted; one pass at a time."""
+        self._pass += 1
+        number, self.num_unreadable = self._pass, 0
+        if self._workers is None:
+            answers: Iterator[_Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
+        else:
+            self._keys.now = keys
+            with nullcontext() if self._started else signals_held_back():
+                answers = _from_workers(iter(self._workers))
+            self._started = True
+        for place, answer in enumerate(answers, start=1):
+            self._note(answer)
+            yield answer
+            if number != self._pass and place < count:
+                raise RuntimeError("another pass over the same loader was begun before this one ended")
+
+    def _pinned(self, key: _Key) -> _Answer:
+        answer = self._reader[key]
+        return answer._replace(images=answer.images.pin_memory(), labels=answer.labels.pin_memory())
+
+    def _note(self, answer: _Answer) -> None:
+        self.num_unreadable += len(answer.unreadable)
+        self.num_fallbacks += answer.num_fallbacks
+        for index, reason in answer.unreadable.items():
+            if index not in self.unreadable:
+                self.unreadable[index] = reason
+                if not (answer.failed and self.decoding.on_corrupt == "stop"):
+                    log.warning("image %d (%s) cannot be read: %s", index, self.images.name(index), reason)
+        if answer.failed:
+            index, reason = next(iter(answer.unreadable.items()))
+            named = f"image {index} ({self.images.name(index)})"
+            if self.decoding.on_corrupt == "stop":
+                raise ImageError(f"{named} cannot be read: {reason}")
+            raise ImageError(f"{len(answer.unreadable)} images in a row cannot be read, from {named} on: {reason}")
+
+    def close(self) -> None:
+        """Ends the workers; later passes are made in this process."""
+        self._pass += 1
+        self._workers = None
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TrainLoader(_Loader):
+    """Shuffled batches of augmented images, determined by (seed, epoch, step): the same images for any number of ranks
+    and workers, and from any step on.
+
+    Each image is cropped at random and mirrored in half of the cases, see data_loaders.imagenet.decode. An image that
+    cannot be read is replaced by the next one in the set that can. Batches are uint8: the device normalizes them.
+
+    Args:
+        images: the set.
+        decoding: size of the crop, decoder, what an unreadable image does.
+        batch_size: images of all ranks together; a multiple of `world_size`.
+        seed: of orders and augmentation.
+        rank: of this process.
+        world_size: number of ranks.
+        num_workers: processes that decode; 0 for this one.
+        start_method: of the workers: "fork", "spawn" or "forkserver". A forkserver that starts here leaves SIGTERM
+            blocked in all processes of the program that come from it later: those it terminates must be of "spawn".
+        augment: False takes the central crop of evaluation.
+        pin_memory: batches in page-locked memory, for asynchronous copies to a GPU, whoever decodes.
+
+    Attributes:
+        steps_per_epoch: full global batches.
+        num_left_out: images that an epoch leaves out, other ones in each: the remainder of the last batch.
+        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
+
+    Raises:
+        ValueError: an argument outside its range, a decoder that does not import, fewer images than a batch.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        decoding: Decoding,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        start_method: str = "forkserver",
+        augment: bool = True,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, seed, augment)
+        check_divisible(batch_size, world_size)
+        if len(images) < batch_size:
+            raise ValueError(f"batch_size {batch_size} is larger than the set, which has {len(images)} images")
+        self.batch_size, self.seed = batch_size, seed
+        self.steps_per_epoch, self.num_left_out = divmod(len(images), batch_size)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (batch_size / world_size, 3, size, size) and labels of this rank, from step `first` on.
+
+        Args:
+            epoch: any number; each has its own order and crops.
+            first: 0 to `steps_per_epoch`; nothing before it is read.
+
+        Raises:
+            ValueError: `first` outside its range.
+            ImageError: an unreadable image where decoding.on_corrupt is "stop", or too many in a row.
+        """
+        if not 0 <= first <= self.steps_per_epoch:
+            raise ValueError(f"first must be in 0 to {self.steps_per_epoch}, got {first}")
+        order = epoch_order(self.seed, epoch, len(self.images))
+        place = (self.batch_size, self.rank, self.world_size)
+        steps = range(first, self.steps_per_epoch)
+        keys = (_Key(epoch, rank_indices(order, step, *place)) for step in steps)
+        return ((answer.images, answer.labels) for answer in self._answers(keys, len(steps)))
+
+    def statistics_batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """Training images to recompute statistics on: always the same ones, with the same crops.
+
+        They are cut into the same batches for any number of ranks; batch b goes to rank b modulo world_size. The last
+        batch may be smaller, and ranks may get different numbers of batches.
+
+        Args:
+            count: 1 to the size of the set.
+            batch_size: >= 1, of one batch.
+
+        Raises:
+            ValueError: an argument outside its range.
+            ImageError: as `batches`.
+        """
+        if not 1 <= count <= len(self.images):
+            raise ValueError(f"count must be in 1 to {len(self.images)}, the size of the set, got {count}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        chosen = epoch_order(self.seed, STATISTICS_EPOCH, len(self.images))[:count]
+        starts = range(self.rank * batch_size, count, self.world_size * batch_size)
+        keys = (_Key(STATISTICS_EPOCH, chosen[start : start + batch_size]) for start in starts)
+        return (answer.images for answer in self._answers(keys, len(starts)))
+
+
+class EvaluationLoader(_Loader):
+    """Every image exactly once over the ranks, in contiguous shards of unequal size: no padding, no repetition.
+
+    Short side resized, central crop. An image that cannot be read is left out and counted: over all ranks, images
+    returned and `num_unreadable` add up to the size of the set. Args as `TrainLoader`, but for `batch_size`, which
+    counts the images of this rank.
+
+    Attributes:
+        num_images: of this rank.
+        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        decoding: Decoding,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        start_method: str = "forkserver",
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, 0, False)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self._bounds = shard_bounds(len(images), rank, world_size)
+        self.num_images = self._bounds[1] - self._bounds[0]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (b, 3, size, size) and labels, b at most batch_size and at least 1.
+
+        Raises:
+            ImageError: an unreadable image where decoding.on_corrupt is "stop", or no readable one in the whole set.
+        """
+        start, stop = self._bounds
+        indices = np.arange(start, stop, dtype=np.int64)
+        starts = range(0, stop - start, self.batch_size)
+        keys = (_Key(None, indices[each : each + self.batch_size]) for each in starts)
+        for answer in self._answers(keys, len(starts)):
+            if len(answer.labels):
+                yield answer.images, answer.labels
+        if self.num_unreadable == len(self.images):
+            reason = next(iter(self.unreadable.values()))
+            raise ImageError(f"none of the {len(self.images)} images can be read, the first because {reason}")
