@@ -128,10 +128,10 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from experiments.distributed import doctor
+    from experiments.distributed.doctor import command
     from experiments.settings.yaml_file import read_yaml
 
-    return doctor.main(options, read_yaml)
+    return command.main(options, read_yaml)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.distributed.ranks import Ranks
-from experiments.images import problem
+from experiments.images import data, problem
 from experiments.images.settings import (
     NOMINAL_STEPS,
     ImageConfig,
@@ -34,7 +34,7 @@ class ImageExperiment(Experiment):
     runs_in_turn = True
 
     def describe(self, settings: ImageConfig) -> Description:
-        return problem.describe(settings)
+        return data.describe(settings)
 
     def build(self, run: RunConfig, ranks: Ranks) -> Problem:
         return problem.build(run, ranks)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import aadl
 from experiments.distributed.departure import Interrupted, stop_process_group
 from experiments.distributed.devices import binding, device_of
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
-from experiments.images.settings import CADENCES, ImageTrainingConfig, in_steps
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_run
 from experiments.records.status import is_finished, run_folder, run_path, state_of
@@ -32,21 +28,14 @@ from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
-from experiments.settings.checks import Component
 from experiments.settings.launch_settings import LaunchSettings
-from experiments.settings.run_config import (
-    ExperimentConfig,
-    PublishedConfig,
-    RunConfig,
-    SaveConfig,
-)
-from experiments.training.components import accelerate, make_optimizer, needs_residuals, solves_residuals
+from experiments.settings.run_config import ExperimentConfig, RunConfig, SaveConfig
+from experiments.training.components import needs_residuals
 from experiments.training.problem import Description, Problem
 from experiments.training.progress import reported_to
-from experiments.training.published import PublishedScheme
-from experiments.training.schedules import scaled_rate
-from experiments.training.steps import HookSeconds, Stage
-from experiments.training.train import Result, train
+from experiments.training.result import Result
+from experiments.training.stage import make_stages
+from experiments.training.train import train
 
 
 def execute_run(
@@ -122,19 +111,12 @@ def execute_run(
             timeout_seconds=timeout_seconds,
         )
         with session:
-            first = _stage(problem, config, ranks, variant.optimizer, variant.acceleration, variant.published)
-            then = None
-            if variant.then is not None:
-                stage = variant.then
-                then = _stage(problem, config, ranks, stage.optimizer, stage.acceleration, after=stage.after)
             result = train(
                 problem,
-                first,
-                config.training,
+                make_stages(problem, variant),
                 ranks,
                 ema_decay=variant.ema_decay,
                 mean_epochs=variant.mean_epochs,
-                then=then,
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
                 save_weights=save.weights,
@@ -148,8 +130,7 @@ def execute_run(
         reason = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())  # of a data loader
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {reason}") from error
     finally:
-        if problem.close is not None:
-            problem.close()
+        problem.close()
     return path
 
 
@@ -163,53 +144,6 @@ def _check_data(problem: Problem, ranks: Ranks, seconds: float) -> None:
         check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", seconds)
     except ValueError as error:
         raise OtherData(str(error)) from None
-
-
-def _stage(
-    problem: Problem,
-    config: RunConfig,
-    ranks: Ranks,
-    optimizer: Component,
-    acceleration: Mapping[str, Any] | None,
-    published: PublishedConfig | None = None,
-    after: int = 0,
-) -> Stage:
-    """An optimizer of the problem, accelerated if so wanted; for images with the rate of the batch, and timed."""
-    training, arguments = config.training, dict(optimizer.arguments)
-    is_image = isinstance(training, ImageTrainingConfig)
-    if isinstance(training, ImageTrainingConfig) and training.reference_batch is not None:
-        arguments["lr"] *= scaled_rate(training, training.global_batch(ranks))
-    parameters = problem.parameters(arguments) if problem.parameters is not None else problem.model.parameters()
-    made = make_optimizer(Component(optimizer.name, arguments), parameters)
-    seconds = HookSeconds(made) if is_image and (acceleration is not None or published is not None) else None
-    stage = Stage(made, after=after)
-    if acceleration is not None:
-        steps = in_steps(acceleration, problem.steps_per_epoch) if problem.steps_per_epoch else acceleration
-        _accelerate(problem, made, steps, config.kind.probes)
-        accelerator = aadl.accelerator_of(made)
-        stage = replace(stage, statistics=lambda: accelerator.statistics)
-        if isinstance(accelerator, aadl.ResidualAccelerator):
-            stage = replace(stage, accelerator=accelerator)
-    elif published is not None:
-        if problem.steps_per_epoch:
-            steps = in_steps(config.variant.published_cadences, problem.steps_per_epoch)
-            published = replace(published, **{name: steps[name] for name in CADENCES if name in steps})
-        scheme = PublishedScheme(made, published)
-        stage = replace(stage, statistics=lambda: scheme.statistics, memory=scheme)
-    return replace(stage, seconds=seconds.enclose()) if seconds is not None else stage
-
-
-def _accelerate(
-    problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], names: Sequence[str]
-) -> None:
-    """Accelerates an optimizer of the problem, by the residuals of its loss if so wanted."""
-    if not solves_residuals(arguments):
-        accelerate(optimizer, arguments)
-        return
-    assert problem.least_squares is not None  # checked with the configuration
-    found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
-    settings = {name: value for name, value in arguments.items() if name not in names}
-    accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
 
 
 def execute_experiment(

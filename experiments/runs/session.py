@@ -23,8 +23,9 @@ from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints,
 from experiments.runs.lock import FolderInUse, FolderLock
 from experiments.runs.state import rng_state, set_rng_state
 from experiments.settings.run_config import RunConfig, SaveConfig
-from experiments.training.steps import FiniteLosses
-from experiments.training.train import Result, Training
+from experiments.training.losses import FiniteLosses
+from experiments.training.result import Result
+from experiments.training.train import Training
 
 PUBLISH_SECONDS = 10.0
 """Least time between two versions of the record of an unfinished run, each of which is a whole file."""

@@ -14,8 +14,9 @@ from experiments.catalog import parse_config
 from experiments.runs.config import expand_runs
 from experiments.settings.checks import Component
 from experiments.settings.run_config import PublishedConfig, RunConfig, VariantConfig
+from experiments.training.epochs import Epochs
 from experiments.training.problem import Problem
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})
 TUNED = Component("SGD", {**SGD.arguments, "lr": 1e-2})
@@ -97,9 +98,21 @@ def build(config, ranks):
     return config.kind.build(config, ranks)
 
 
-def problem(source="csv", digest="abc"):
-    nothing = {"epoch_batches": lambda *_: [], "loss": lambda *_: None, "evaluate": lambda *_: {}}
-    return Problem(torch.nn.Linear(1, 1), **nothing, data_source=source, data_digest=digest)
+class Nothing(Problem):
+    """A problem that records are written of, and nobody trains."""
+
+    def plan(self):
+        return Epochs(lambda *_: [], 1)
+
+    def loss(self, network, batch):
+        raise NotImplementedError
+
+    def evaluate(self, network):
+        return {}
+
+
+def problem(source="csv", digest="abc", attributes=None):
+    return Nothing(torch.nn.Linear(1, 1), data_source=source, data_digest=digest, attributes=attributes)
 
 
 def result(train_losses, seconds_per_epoch=1.0, diverged_epoch=None, **series):

@@ -10,9 +10,9 @@ from paths import ROOT
 
 from experiments.catalog import load_config, parse_config
 from experiments.distributed.ranks import Ranks
+from experiments.images.schedules import scaled_rate, share, step_scheduler
 from experiments.images.settings import ImageTrainingConfig, in_steps
 from experiments.runs.config import expand_runs
-from experiments.training.schedules import scaled_rate, share, step_scheduler
 
 CONFIGS = sorted((ROOT / "experiments" / "configs" / "imagenet").glob("*.yaml"))
 
