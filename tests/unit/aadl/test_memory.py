@@ -15,7 +15,7 @@ from small_runs import identical, network, statistics, train
 from torch import nn
 
 import aadl
-from aadl import history, memory
+from aadl import block, memory
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -104,7 +104,7 @@ def test_momentum_of_an_optimizer_that_torch_does_not_know_counts_when_it_is_the
 
 
 def test_what_waits_on_the_host_of_a_device_counts():
-    plain, there = (history.make_block("parameters", [torch.zeros(10)], 3, True, None, planned=True) for _ in range(2))
+    plain, there = (block.make_block("parameters", [torch.zeros(10)], 3, True, None, planned=True) for _ in range(2))
     there.offloaded = True
     assert there.nbytes == plain.nbytes + 40
 
@@ -168,13 +168,11 @@ SENTENCE = (
 FAILURES = {
     "no room": lambda patch: patch.setattr(memory, "_room", lambda device: 5000),
     "the allocator of torch": lambda patch: patch.setattr(
-        history, "zeros", failing_after(7, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."))
+        block, "zeros", failing_after(7, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."))
     ),
-    "a device": lambda patch: patch.setattr(history, "zeros", failing_after(7, torch.OutOfMemoryError("CUDA ..."))),
-    "Python": lambda patch: patch.setattr(history, "zeros", failing_after(7, MemoryError())),
-    "the system": lambda patch: patch.setattr(
-        history, "zeros", failing_after(7, OSError(12, "Cannot allocate memory"))
-    ),
+    "a device": lambda patch: patch.setattr(block, "zeros", failing_after(7, torch.OutOfMemoryError("CUDA ..."))),
+    "Python": lambda patch: patch.setattr(block, "zeros", failing_after(7, MemoryError())),
+    "the system": lambda patch: patch.setattr(block, "zeros", failing_after(7, OSError(12, "Cannot allocate memory"))),
 }
 
 
@@ -207,7 +205,7 @@ def test_a_history_without_room_is_refused_before_anything_is_changed(fail):
 
 
 def test_another_failure_is_not_taken_for_a_lack_of_room(monkeypatch):
-    monkeypatch.setattr(history, "zeros", failing_after(7, RuntimeError("an illegal instruction")))
+    monkeypatch.setattr(block, "zeros", failing_after(7, RuntimeError("an illegal instruction")))
     with pytest.raises(RuntimeError, match=r"^an illegal instruction$"):
         train(*accelerated(), 1)
 
