@@ -30,8 +30,8 @@ MODES = {
 @pytest.fixture
 def unbroken(monkeypatch):
     """As if nothing had been compiled in this process yet."""
-    monkeypatch.setattr(kernels, "_broken", [])
-    monkeypatch.setattr(kernels, "_made", set())
+    monkeypatch.setattr(compilation, "failures", [])
+    monkeypatch.setattr(compilation, "variants", set())
 
 
 def quadratic(numel, *, dtype=torch.float32, momentum=0.0, seed=0, **settings):
@@ -233,7 +233,7 @@ def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, m
             raise RuntimeError("no compiler")
         return function
 
-    monkeypatch.setattr(kernels, "_compiled", compiled)
+    monkeypatch.setattr(compilation, "_compiled", compiled)
     x, optimizer, step = quadratic(LONG, fused=True, history_depth=3, dtype=torch.float64)
     y, other, plain_step = quadratic(LONG, fused=False, history_depth=3, dtype=torch.float64)
     with warnings.catch_warnings():
