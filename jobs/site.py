@@ -186,8 +186,8 @@ class Site:
         queues: by name, the default first; where there are none, any name goes into `queue_directive`.
         directives: of every job; `gpu_directives` are for jobs with GPUs.
         features: Slurm constraints, or the flags of LSF's -alloc_flags.
-        gpu_order: numbers of the GPUs of a node, that of its first rank first; () for 0, 1, 2 and so on. It holds for jobs
-            with all GPUs of a node, and is set after the launcher, which numbers them in its own way.
+        gpu_order: numbers of the GPUs of a node, that of its first rank first; () for 0, 1, 2 and so on. It holds for
+            jobs with all GPUs of a node, and is set after the launcher, which numbers them in its own way.
         launch_options: of every launch; `gpu_launch_options` for jobs with GPUs.
         python: the interpreter on the nodes, None for the one that submits.
         modules: loaded in the script; `setup` are lines of shell before that.

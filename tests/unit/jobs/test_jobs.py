@@ -247,7 +247,7 @@ def test_a_job_in_a_debug_queue_is_not_started_again(name):
 
 def test_the_order_of_gpus_is_set_after_the_launcher_and_for_whole_nodes_alone():
     whole = rendered("perlmutter", *COMMON)
-    assert "rank.sh env CUDA_VISIBLE_DEVICES=3,2,1,0 python" in whole and "export CUDA_VISIBLE_DEVICES" not in whole
+    assert "rank.sh env CUDA_VISIBLE_DEVICES=3,2,1,0 /home" in whole and "export CUDA_VISIBLE_DEVICES" not in whole
     some = rendered("perlmutter", *COMMON, "--gpus-per-node", "2", "--ranks-per-node", "2")
     assert "CUDA_VISIBLE_DEVICES" not in some
 
@@ -304,7 +304,8 @@ FOREIGN = {
 }  # fmt: skip
 WANTED = {
     "PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "LSF_ENVDIR": "/etc/lsf",
-    "AADL_DATA_DIR": "/d", "OMPI_MCA_btl": "tcp", "OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO", "RANKING": "x", "SLURMISH": "x",
+    "AADL_DATA_DIR": "/d", "OMPI_MCA_btl": "tcp", "OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO",
+    "RANKING": "x", "SLURMISH": "x",
 }  # fmt: skip
 
 
