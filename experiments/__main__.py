@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_loaders.workers import num_cores
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
-from experiments.distributed.devices import describe_device, with_device
+from experiments.distributed.devices import with_device
 from experiments.distributed.doctor import command as doctor
 from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
 from experiments.distributed.launch import ranks_from_environment
@@ -138,8 +138,6 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
         ranks = with_device(ranks, config.launch)
-        if ranks.rank == 0:
-            print(describe_device(ranks), file=sys.stderr, flush=True)
         how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
             execute_experiment(config, ranks, options.results, **how)
