@@ -21,11 +21,12 @@ from suite_cases import RAW
 
 from experiments import __main__ as suite
 from experiments.__main__ import main
+from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run, read_weights
 from experiments.runs import execute
+from experiments.runs.config import expand_runs
 from experiments.runs.lock import LOCK_NAME
-from experiments.settings.config import expand_runs, parse_config
 
 pytestmark = pytest.mark.smoke
 

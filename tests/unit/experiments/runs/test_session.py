@@ -31,7 +31,8 @@ from experiments.runs.execute import execute_run
 from experiments.runs.lock import FolderInUse
 from experiments.runs.session import OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
-from experiments.training.steps import Closure, FiniteLosses
+from experiments.training.closure import Closure
+from experiments.training.losses import FiniteLosses
 from experiments.training.train import Training
 
 TIMES = ("timing/", "metrics/evaluations_per_second")
