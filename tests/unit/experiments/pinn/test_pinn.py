@@ -18,13 +18,14 @@ from torch.nn.utils import parameters_to_vector
 
 import aadl
 from experiments.__main__ import main
+from experiments.catalog import load_config, parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build, describe
 from experiments.records.reading import read_fields, read_run
 from experiments.records.status import run_path, state_of
 from experiments.runs import execute
+from experiments.runs.config import expand_runs
 from experiments.runs.execute import execute_run
-from experiments.settings.config import expand_runs, load_config, parse_config
 from experiments.training.stage import Stage
 from experiments.training.train import train
 
