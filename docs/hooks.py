@@ -9,6 +9,9 @@ from mkdocs.exceptions import Abort
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\]\(((?:\.\./)+(?:examples|experiments|jobs|benchmarks|tests)/[^)#]*)\)")
 
+CELL = re.compile(r"<td>.*?</td>", flags=re.DOTALL)
+UNBROKEN = re.compile(r"\[[^\[\]<>]+ \.\. [^\[\]<>]+\]|\b\d+(?:\.\d+)?e-\d+")
+
 
 def repository() -> str:
     """The address of the repository, which stands once, in pyproject.toml."""
@@ -57,3 +60,9 @@ def on_page_markdown(markdown, page, config, files):
         return f"]({config.repo_url}/blob/main/{target.relative_to(ROOT).as_posix()})"
 
     return OUTSIDE.sub(absolute, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """A range such as [1.2e-3 .. 4] and a number with an exponent stay on one line in a table."""
+    unbroken = r'<span class="unbroken">\g<0></span>'
+    return CELL.sub(lambda cell: UNBROKEN.sub(unbroken, cell[0]), html)

@@ -14,9 +14,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from data_loaders.files import write_text
+from experiments.catalog import load_config
 from experiments.records.figures import save_figures
-from experiments.records.record import Run, read_run
-from experiments.settings.config import load_config
+from experiments.records.reading import Run, read_run
 from experiments.settings.run_config import ExperimentConfig
 from jobs.script import Job, render
 from jobs.site import Site, read_site
@@ -27,7 +28,6 @@ from jobs.submit import (
     request_from,
     script_path,
     submit_script,
-    write_text,
 )
 
 MODES = ("strong", "weak")

@@ -23,14 +23,16 @@ from experiments.__main__ import main
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.ranks import Ranks
-from experiments.records.record import read_run, run_folder, run_path, state_of
+from experiments.records.reading import read_run
+from experiments.records.status import run_folder, run_path, state_of
 from experiments.runs import execute
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.execute import execute_run
 from experiments.runs.lock import FolderInUse
 from experiments.runs.session import OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
-from experiments.training.steps import Closure, FiniteLosses
+from experiments.training.closure import Closure
+from experiments.training.losses import FiniteLosses
 from experiments.training.train import Training
 
 TIMES = ("timing/", "metrics/evaluations_per_second")
@@ -77,7 +79,7 @@ def assert_same(config, tmp_path, stops, monkeypatch):
     stops = stops if isinstance(stops, dict) else {stop: stop + 1 for stop in stops}
     whole, expected = ends(config, tmp_path / "whole", {}, monkeypatch)
     resumed, record = ends(config, tmp_path / "resumed", stops, monkeypatch)
-    parts = ("model", "optimizers", "memories", "scheduler", "ema", "updates", "problem", "num_steps", "iterations")
+    parts = ("model", "stages", "average", "updates", "plan", "problem", "num_steps")
     for name in parts:
         assert identical(whole[name], resumed[name]), name
     assert expected.series.keys() == record.series.keys()
@@ -167,7 +169,7 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
     other = replace(config, training=replace(config.training, epochs=7))
     with pytest.raises(OtherRun, match=r"its settings, its data or its batch over all ranks have changed; .*--force"):
         execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), anew=True)
+    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), from_start=True)
     assert len(read_run(path).series["metrics/validation/loss"]) == 8
     assert read_run(path).attributes["restart_count"] == 0
 
