@@ -105,6 +105,11 @@ def make_job(site: Site, request: Request, experiment: str, python: str) -> Job:
     queue = _queue_name(site, request.queue)
     if queue is not None and site.queues:
         _check_limits(site, site.queues[queue], queue, request.nodes, seconds)
+    repeats = queue is None or not site.queues or site.queues[queue].repeats
+    if request.chain > 1 and not repeats:
+        raise ValueError(
+            f"--chain must be 1 in queue {queue} of {site.name}, where the site allows no chains, got {request.chain}"
+        )
     if request.account is not None and site.account == "none":
         raise ValueError(f"--account must be left out for {site.name}, which has none, got {request.account!r}")
     if request.account is None and site.account == "required":
@@ -135,7 +140,7 @@ def make_job(site: Site, request: Request, experiment: str, python: str) -> Job:
         queue=queue,
         overrides=request.overrides,
         seeds=array_seeds(request.array),
-        max_restarts=site.max_restarts if request.chain == 1 else 0,
+        max_restarts=site.max_restarts if request.chain == 1 and repeats else 0,
         environment=request.environment.resolve() if request.environment else None,
         data=request.data.resolve() if request.data else None,
     )
@@ -412,6 +417,8 @@ def _launch(job: Job) -> str:
     if job.seeds:
         run += ["--set", '"seeds=$seed"']
     experiment = " ".join(run)
+    if job.site.gpu_order and job.gpus_per_node == job.site.node.gpus:
+        python = f"env CUDA_VISIBLE_DEVICES={','.join(map(str, job.site.gpu_order))} {python}"
     if job.site.launcher == "torchrun":
         many = f"-m torch.distributed.run --standalone --nproc-per-node={job.ranks_per_node} "
         return f"{python} {many if job.ranks > 1 else ''}{experiment}"
@@ -425,7 +432,7 @@ def _launcher_options(job: Job) -> list[str]:
     """What every site needs: the shape, and an end of the job when a rank fails."""
     if job.site.launcher == "srun":
         shape = ["--nodes={nodes}", "--ntasks={ranks}", "--ntasks-per-node={ranks_per_node}"]
-        return [*shape, "--cpus-per-task={cores_per_rank}", "--kill-on-bad-exit=1", "--unbuffered"]
+        return [*shape, "--cpus-per-task={cores_per_rank}", "--export=ALL", "--kill-on-bad-exit=1", "--unbuffered"]
     if job.site.launcher == "jsrun":  # one resource set a node, whose ranks see all its GPUs
         shape = ["-n {nodes}", "-r 1", "-a {ranks_per_node}", "-c {cores_per_node}", "-g {gpus_per_node}"]
         threads = f"-E OMP_NUM_THREADS={_variables(job)['OMP_NUM_THREADS']}"

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -136,6 +136,32 @@ def script_path(job: Job) -> Path:
     return job.jobs / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
 
 
+# Variables of the submitting shell that would change the job. To a batch system they count more than the lines of a
+# script (SBATCH_TIMELIMIT), and what another job, step or launcher left there would be taken for this job's.
+INHERITED = re.compile(
+    "(SBATCH|SLURM|SRUN|SALLOC|LSB|PMI|PMI2|PMIX|OMPI_COMM_WORLD|JSM|PALS|MV2_COMM_WORLD|TORCHELASTIC)_.*|MPI_LOCAL.*|"
+    "(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|"
+    "(CUDA|ROCR|HIP)_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|ZE_AFFINITY_MASK|"
+    "AADL_(END_TIME|STOPPED_FILE|RESTART_COUNT|JOB_ID)"
+)
+NEEDED = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # how sbatch finds its controller
+OPTIONS_OF_THE_SHELL = ("SBATCH_", "LSB_DEFAULT")
+
+
+def submission_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what the batch system and the job may know of the submitting shell."""
+    return {name: text for name, text in environment.items() if name in NEEDED or not INHERITED.fullmatch(name)}
+
+
+def _warn_of_options(environment: Mapping[str, str]) -> None:
+    names = sorted(name for name in environment if name.startswith(OPTIONS_OF_THE_SHELL))
+    if names:
+        print(
+            f"note: {', '.join(names)} of this shell do not count; options of the command line and the site's file do",
+            file=sys.stderr,
+        )
+
+
 def submit_script(site: Site, path: Path, after: str | None = None) -> str:
     """Submits a script.
 
@@ -160,6 +186,7 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
         command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     else:
         command = ["bsub", *(["-w", f"ended({after})"] if after else [])]
+    _warn_of_options(os.environ)
     text = path.read_text(encoding="utf-8") if site.submit == "stdin" else None
     try:
         done = subprocess.run(
@@ -169,6 +196,7 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
             capture_output=True,
             text=True,
             check=False,
+            env=submission_environment(os.environ),
         )
     except FileNotFoundError:
         raise OSError(
