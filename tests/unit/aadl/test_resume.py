@@ -172,11 +172,7 @@ def test_every_part_of_the_state_matters(lost):
     name = LOSSES[lost]
     _, blank, settings = start(name)
     fresh = aadl.accelerator_of(aadl.accelerate(blank, **settings)).state_dict()
-<<<<<<< HEAD
-    for step in range(8, 44):  # some parts matter after few steps only
-=======
     for step in range(8, 44):
->>>>>>> main
         ends = []
         for complete in (True, False):
             model, optimizer, settings = start(name)
