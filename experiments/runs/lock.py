@@ -1,4 +1,4 @@
-"""Lets one job at a time use an output folder, by a lock file that names its holder and goes stale when the holder dies.
+"""Lets one job at a time use an output folder, by a lock file that names its holder and goes stale when it dies.
 
 The lock needs neither flock nor a common clock, so that it works on network file systems. A hard link makes the file,
 because that is atomic; the age of a sign of life is measured against a file that is made beside the lock.
@@ -66,7 +66,7 @@ class FolderLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock, also from a dead holder; a holder on another host is found dead after `stale_seconds` at most.
+        """Takes the lock, also from a dead holder, which on another host takes `stale_seconds` at most.
 
         A holder on another host that died a moment ago looks alive, so this method waits for its next sign of life,
         which a living holder gives after a tenth of its `stale_seconds`.
