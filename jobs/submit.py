@@ -12,8 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from data_loaders.files import write_text
+from experiments.catalog import load_config
 from experiments.runs.execute import single_process_variants
-from experiments.settings.config import load_config
 from jobs.script import Job, Request, array_seeds, make_job, render
 from jobs.site import Site, read_site, site_names
 

@@ -23,7 +23,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.series import SCHEMA_VERSION
 from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Problem
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
 """The only environment variables that a record carries: they change the numbers and name no user and no folder."""

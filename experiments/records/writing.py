@@ -22,7 +22,7 @@ from experiments.records.reading import read_run
 from experiments.records.series import SCALES, description_of
 from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Field, Problem
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 
 def write_run(

@@ -21,7 +21,7 @@ import torch
 from data_loaders.files import replacing
 from experiments.runs.state import State
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {"format", "identity", "step", "shared", "own"}
 BLOCK = 1 << 22  # bytes written at once
 

@@ -5,70 +5,37 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import aadl
-from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted, stop_process_group
-from experiments.distributed.devices import binding, device_of
+from experiments.distributed.devices import binding, describe_device, device_of
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
-from experiments.images import problem as imagenet
-from experiments.images.settings import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
-from experiments.pinn import problem as collocation_problem
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_run
 from experiments.records.status import is_finished, run_folder, run_path, state_of
 from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.closing import closing_lines
+from experiments.runs.config import expand_runs
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
-from experiments.settings.checks import Component, accelerate, make_optimizer, needs_residuals, solves_residuals
-from experiments.settings.config import expand_runs
 from experiments.settings.launch_settings import LaunchSettings
-from experiments.settings.run_config import (
-    PROBES,
-    ExperimentConfig,
-    GraduateAdmissionsConfig,
-    PublishedConfig,
-    RunConfig,
-    SaveConfig,
-)
+from experiments.settings.run_config import ExperimentConfig, RunConfig, SaveConfig
+from experiments.training.components import needs_residuals
 from experiments.training.problem import Description, Problem
 from experiments.training.progress import reported_to
-from experiments.training.published import PublishedScheme
-from experiments.training.schedules import scaled_rate
-from experiments.training.steps import HookSeconds, Stage
-from experiments.training.train import Result, train
-
-
-def describe(config: Any) -> Description:
-    """What is known of the data of a problem before any run."""
-    if isinstance(config, GraduateAdmissionsConfig):
-        return graduate_admissions.describe(config)
-    if isinstance(config, ImageConfig):
-        return imagenet.describe(config)
-    return collocation_problem.describe(config)
-
-
-def build(config: RunConfig, ranks: Ranks) -> Problem:
-    """The problem of a run."""
-    if isinstance(config.problem, GraduateAdmissionsConfig):
-        return graduate_admissions.build(config, ranks)
-    if isinstance(config.problem, ImageConfig):
-        return imagenet.build(config, ranks)
-    return collocation_problem.build(config, ranks)
+from experiments.training.result import Result
+from experiments.training.stage import make_stages
+from experiments.training.train import train
 
 
 def execute_run(
@@ -117,8 +84,8 @@ def execute_run(
             )
     save = save or SaveConfig()
     path = run_path(results, config)
-    torch.set_num_threads(getattr(config.training, "num_threads", 1))
-    problem = build(config, ranks)
+    torch.set_num_threads(config.kind.num_threads(config.training))
+    problem: Problem = config.kind.build(config, ranks)
     variant = config.variant
 
     places = binding(ranks) if ranks.world_size > 1 else []
@@ -144,19 +111,12 @@ def execute_run(
             timeout_seconds=timeout_seconds,
         )
         with session:
-            first = _stage(problem, config, ranks, variant.optimizer, variant.acceleration, variant.published)
-            then = None
-            if variant.then is not None:
-                stage = variant.then
-                then = _stage(problem, config, ranks, stage.optimizer, stage.acceleration, after=stage.after)
             result = train(
                 problem,
-                first,
-                config.training,
+                make_stages(problem, variant),
                 ranks,
                 ema_decay=variant.ema_decay,
                 mean_epochs=variant.mean_epochs,
-                then=then,
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
                 save_weights=save.weights,
@@ -170,8 +130,7 @@ def execute_run(
         reason = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())  # of a data loader
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {reason}") from error
     finally:
-        if problem.close is not None:
-            problem.close()
+        problem.close()
     return path
 
 
@@ -185,52 +144,6 @@ def _check_data(problem: Problem, ranks: Ranks, seconds: float) -> None:
         check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", seconds)
     except ValueError as error:
         raise OtherData(str(error)) from None
-
-
-def _stage(
-    problem: Problem,
-    config: RunConfig,
-    ranks: Ranks,
-    optimizer: Component,
-    acceleration: Mapping[str, Any] | None,
-    published: PublishedConfig | None = None,
-    after: int = 0,
-) -> Stage:
-    """An optimizer of the problem, accelerated if so wanted; for images with the rate of the batch, and timed."""
-    training, arguments = config.training, dict(optimizer.arguments)
-    is_image = isinstance(training, ImageTrainingConfig)
-    if isinstance(training, ImageTrainingConfig) and training.reference_batch is not None:
-        arguments["lr"] *= scaled_rate(training, training.global_batch(ranks))
-    parameters = problem.parameters(arguments) if problem.parameters is not None else problem.model.parameters()
-    made = make_optimizer(Component(optimizer.name, arguments), parameters)
-    seconds = HookSeconds(made) if is_image and (acceleration is not None or published is not None) else None
-    stage = Stage(made, after=after)
-    if acceleration is not None:
-        steps = in_steps(acceleration, problem.steps_per_epoch) if problem.steps_per_epoch else acceleration
-        _accelerate(problem, made, steps)
-        accelerator = aadl.accelerator_of(made)
-        stage = replace(stage, statistics=lambda: accelerator.statistics)
-        if isinstance(accelerator, aadl.ResidualAccelerator):
-            stage = replace(stage, accelerator=accelerator)
-    elif published is not None:
-        if problem.steps_per_epoch:
-            steps = in_steps(config.variant.published_cadences, problem.steps_per_epoch)
-            published = replace(published, **{name: steps[name] for name in CADENCES if name in steps})
-        scheme = PublishedScheme(made, published)
-        stage = replace(stage, statistics=lambda: scheme.statistics, memory=scheme)
-    return replace(stage, seconds=seconds.enclose()) if seconds is not None else stage
-
-
-def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
-    """Accelerates an optimizer of the problem, by the residuals of its loss if so wanted."""
-    if not solves_residuals(arguments):
-        accelerate(optimizer, arguments)
-        return
-    assert problem.least_squares is not None  # checked with the configuration
-    names = [name for names in PROBES.values() for name in names]
-    found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
-    settings = {name: value for name, value in arguments.items() if name not in names}
-    accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
 
 
 def execute_experiment(
@@ -273,14 +186,14 @@ def execute_experiment(
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
-        seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
+        seconds = config.kind.data_seconds(config.problem) or config.launch.collective_seconds
         runs, pending = by_first(
             ranks, lambda: _plan(config, ranks, results, from_start, left_out), "reading the data", seconds
         )
-        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
+        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(config):
             _execute_in_turn(pending, ranks, results, config, from_start, interruption)
         else:
-            threads = max(getattr(run.training, "num_threads", 1) for run in pending)
+            threads = max(config.kind.num_threads(run.training) for run in pending)
             execute = partial(execute_run, ranks=ranks, results=results, save=config.save, from_start=from_start)
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
@@ -295,24 +208,25 @@ def _plan(
     config: ExperimentConfig, ranks: Ranks, results: Path, from_start: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
-    described = describe(config.problem)
+    described: Description = config.kind.describe(config.problem)
     runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
     if left_out:
-        _say(f"left out on {ranks.world_size} ranks, for they run in a single process: {', '.join(left_out)}")
+        _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
-    descriptions = {key: describe(problem) for key, problem in problems.items()}
+    descriptions = {key: config.kind.describe(problem) for key, problem in problems.items()}
     probe_folder(results / config.experiment / config.scale)
     pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+    _say(describe_device(ranks))
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
         _say(note)
     return runs, pending
 
 
-def _shares_a_device(pending: list[RunConfig]) -> bool:
-    """Whether runs at a time would stand in each other's way: on a GPU, or for images, whose runs use all there is."""
-    return torch.cuda.is_available() or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+def _shares_a_device(config: ExperimentConfig) -> bool:
+    """Whether runs in parallel would share a GPU, or a machine of which each uses all."""
+    return torch.cuda.is_available() or bool(config.kind.runs_in_turn)
 
 
 def single_process_variants(config: ExperimentConfig) -> list[str]:
@@ -340,7 +254,7 @@ def _execute_in_turn(
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
-    has_own_bar = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+    has_own_bar = len(pending) == 1 or config.kind.runs_in_turn
     with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:
         for number, run in enumerate(pending):
             if _is_told_to_stop(interruption, ranks):

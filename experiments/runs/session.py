@@ -18,14 +18,14 @@ from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
-from experiments.images.settings import ImageTrainingConfig
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
 from experiments.runs.lock import FolderInUse, FolderLock
 from experiments.runs.state import rng_state, set_rng_state
 from experiments.settings.run_config import RunConfig, SaveConfig
-from experiments.training.steps import FiniteLosses
-from experiments.training.train import Result, Training
+from experiments.training.losses import FiniteLosses
+from experiments.training.result import Result
+from experiments.training.train import Training
 
 PUBLISH_SECONDS = 10.0
 """Least time between two versions of the record of an unfinished run, each of which is a whole file."""
@@ -40,7 +40,7 @@ class OtherRun(ValueError):
 
 def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -> str:
     """Hash of what must not change before a run resumes: settings, data, and the batch over all ranks."""
-    batch = config.training.global_batch(ranks) if isinstance(config.training, ImageTrainingConfig) else ""
+    batch = config.kind.global_batch(config.training, ranks) or ""
     return hashlib.sha256(f"{config.identity()} {data_digest} {batch}".encode()).hexdigest()[:16]
 
 

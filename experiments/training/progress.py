@@ -41,11 +41,12 @@ class Bar:
     A line appears for each tenth of the total count or of `max_seconds` of training, whichever is further.
 
     Args:
-        total: what is counted, in all.
-        unit: its name.
+        total: the final count.
+        unit: name of what the bar counts.
         enabled: whether anything is shown.
-        max_seconds: the training may end by time.
-        images: in each of what is counted, for the images per second.
+        max_seconds: seconds of training after which the run ends at any count; None for no limit.
+        shows_rate: whether a plain line has the count per second.
+        images: images in each count, which adds images/s; None for none.
     """
 
     def __init__(
@@ -53,10 +54,13 @@ class Bar:
         total: int,
         unit: str,
         enabled: bool = True,
+        *,
         max_seconds: float | None = None,
+        shows_rate: bool = False,
         images: int | None = None,
     ) -> None:
         self._total, self._unit, self._count, self._max_seconds, self._images = total, unit, 0, max_seconds, images
+        self._shows_rate = shows_rate
         self._start = self._shown = time.perf_counter()
         self._skipped = 0
         self._lines = enabled and not sys.stderr.isatty()
@@ -99,8 +103,8 @@ class Bar:
         if self._lines and int(10 * share) > self._told:
             self._told = int(10 * share)
             more = "".join(f", {name} {text}" for name, text in shown.items())
-            if shown and self._unit == "iterations":
-                more += f", {rate:.0f} iterations/s"
+            if shown and self._shows_rate:
+                more += f", {rate:.0f} {self._unit}/s"
             made = share - self._skipped / self._total
             if made > 0 and share < 1:
                 more += f", about {duration(seconds * (1 - share) / made)} left"

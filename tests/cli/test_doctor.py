@@ -12,9 +12,11 @@ import torch
 import yaml
 
 from experiments import __main__ as suite
-from experiments.distributed import doctor, mpi
+from experiments.distributed import mpi
 from experiments.distributed.departure import leave
-from experiments.distributed.doctor import Finding
+from experiments.distributed.doctor import command as doctor
+from experiments.distributed.doctor import finding, placement, site, storage
+from experiments.distributed.doctor.finding import Finding
 from experiments.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.smoke
@@ -29,7 +31,7 @@ SITE = {
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
+    suite.add_doctor_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
@@ -46,7 +48,7 @@ def sites(monkeypatch, tmp_path):
     folder = tmp_path / "sites"
     folder.mkdir()
     (folder / "mine.yaml").write_text(yaml.safe_dump(SITE))
-    monkeypatch.setattr(doctor, "SITES", folder)
+    monkeypatch.setattr(site, "SITES", folder)
     return folder
 
 
@@ -179,7 +181,7 @@ def facts(**different):
 
 
 def only(findings):
-    return {finding.what: finding for finding in findings if finding.cure}
+    return {entry.what: entry for entry in findings if entry.cure}
 
 
 @pytest.mark.parametrize(
@@ -195,18 +197,18 @@ def only(findings):
     ],
 )
 def test_traps(name, second, bad):
-    found = only(doctor._traps([facts(), second]))
+    found = only(site.traps([facts(), second]))
     assert list(found) == [name] and found[name].bad == bad and "rank 1" in found[name].found
 
 
 def test_no_traps():
     fine = {"SLURM_CPUS_PER_TASK": "4", "TMPDIR": "x", "NCCL_SOCKET_IFNAME": "hsn", "GLOO_SOCKET_IFNAME": "^docker0"}
-    assert not doctor._traps([facts(environment=fine), facts(host="n2")])
+    assert not site.traps([facts(environment=fine), facts(host="n2")])
 
 
 def test_different_versions():
     newer = {"versions": {"torch": "2.14", "NCCL": "2.27"}}
-    found = only(doctor._versions([facts(), facts(**newer)]))
+    found = only(placement.versions([facts(), facts(**newer)]))
     assert list(found) == ["torch"] and found["torch"].found == "2.13 on rank 0, 2.14 on rank 1" and found["torch"].bad
 
 
@@ -228,7 +230,7 @@ def place(rank, **different):
     ],
 )
 def test_places(places, cores, what):
-    assert list(only(doctor._places(places, [facts(cores=cores)] * 2))) == what
+    assert list(only(placement.binding_of(places, [facts(cores=cores)] * 2))) == what
 
 
 @pytest.mark.parametrize(
@@ -246,18 +248,18 @@ def test_an_hdf5_file_that_cannot_be_written(monkeypatch, tmp_path, error, fails
                 raise error
             super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(doctor.h5py, "File", File)
-    finding = doctor._storage(Ranks(), tmp_path)[0]
-    assert finding.bad == fails_without_locks and cure in finding.cure
+    monkeypatch.setattr(storage.h5py, "File", File)
+    told = storage.storage(Ranks(), tmp_path)[0]
+    assert told.bad == fails_without_locks and cure in told.cure
 
 
 def test_little_space(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=10))
-    assert doctor._storage(Ranks(), tmp_path)[1].bad
+    assert storage.storage(Ranks(), tmp_path)[1].bad
 
 
 def test_the_report(capsys):
-    assert doctor._report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
-    assert doctor._report([Finding("a", "1", "do that", bad=True)]) == 1
+    assert finding.print_report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
+    assert finding.print_report([Finding("a", "1", "do that", bad=True)]) == 1
     told = capsys.readouterr().out
     assert "may change: long name: do this" in told and "must change: a: do that" in told

@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from data_loaders.graduate_admissions import surrogate
+from experiments.admissions.experiment import EXPERIMENT as ADMISSIONS
+from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
+from experiments.catalog import parse_config
+from experiments.runs.config import expand_runs
 from experiments.settings.checks import Component
-from experiments.settings.config import expand_runs, parse_config
-from experiments.settings.run_config import (
-    GraduateAdmissionsConfig,
-    PublishedConfig,
-    RunConfig,
-    TrainingConfig,
-    VariantConfig,
-)
+from experiments.settings.run_config import PublishedConfig, RunConfig, VariantConfig
+from experiments.training.epochs import Epochs
 from experiments.training.problem import Problem
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})
 TUNED = Component("SGD", {**SGD.arguments, "lr": 1e-2})
@@ -80,6 +78,7 @@ def run_config(name="sgd", seed=0, study="", **training):
         variant_name=name,
         study=study,
         seed=seed,
+        kind=ADMISSIONS,
         problem=GraduateAdmissionsConfig(hidden_sizes=(8,)),
         training=replace(TrainingConfig(epochs=10, batch_size=80), **training),
         variant=(VARIANTS | TUNED_VARIANTS)[name.partition("--")[0]],
@@ -94,9 +93,26 @@ def pinn_run(variant=None, training=None, **problem):
     return run
 
 
-def problem(source="csv", digest="abc"):
-    nothing = {"epoch_batches": lambda *_: [], "loss": lambda *_: None, "evaluate": lambda *_: {}}
-    return Problem(torch.nn.Linear(1, 1), **nothing, data_source=source, data_digest=digest)
+def build(config, ranks):
+    """The problem of a run."""
+    return config.kind.build(config, ranks)
+
+
+class Nothing(Problem):
+    """A problem that records are written of, and nobody trains."""
+
+    def plan(self):
+        return Epochs(lambda *_: [], 1)
+
+    def loss(self, network, batch):
+        raise NotImplementedError
+
+    def evaluate(self, network):
+        return {}
+
+
+def problem(source="csv", digest="abc", attributes=None):
+    return Nothing(torch.nn.Linear(1, 1), data_source=source, data_digest=digest, attributes=attributes)
 
 
 def result(train_losses, seconds_per_epoch=1.0, diverged_epoch=None, **series):

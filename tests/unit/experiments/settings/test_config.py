@@ -6,7 +6,8 @@ import pytest
 from paths import CONFIGS
 from suite_cases import PINN, RAW
 
-from experiments.settings.config import expand_runs, load_config, parse_config
+from experiments.catalog import load_config, parse_config
+from experiments.runs.config import expand_runs
 
 
 def with_value(path, value):
