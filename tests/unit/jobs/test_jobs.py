@@ -161,6 +161,36 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
     assert not results.exists()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], [str(CONFIG), "--site", "frontier", *COMMON, "--dry-run"]])
+def test_help_and_dry_runs_import_no_torch(arguments):
+    """Login nodes start Python slowly, and some cannot import torch at all."""
+    script = (
+        "import sys; sys.modules['torch'] = None; from jobs import submit\n"
+        f"try:\n    code = submit.main({arguments!r})\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'matplotlib', 'h5py', 'numpy', 'scipy'} & {n for n, m in sys.modules.items() if m}\n"
+        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m jobs.submit" in done.stdout or done.stdout.startswith("#!/bin/bash")
+
+
+def test_a_dry_run_draws_the_script_that_is_submitted(scheduler, tmp_path, capsys, monkeypatch):
+    scheduler("sbatch", "echo 7")
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    arguments += ["--set", "scale=mine", "--array", "seeds=0-1"]
+    assert submit.main([*arguments, "--dry-run"]) == 0
+    drawn = capsys.readouterr().out
+    assert "#SBATCH --job-name=graduate_admissions-mine\n" in drawn
+    assert submit.main(arguments) == 0
+    [kept] = (tmp_path / "results" / "jobs").glob("*.sh")
+
+    def options(text):
+        return [line for line in text.splitlines() if not line.startswith("# ")]
+
+    assert options(kept.read_text()) == options(drawn)
+
+
 def test_fewer_cores_for_more_ranks_than_usual():
     text = rendered("frontier", *COMMON, "--gpus-per-node", "0", "--ranks-per-node", "14")
     assert "--cpus-per-task=4" in text and "--gpu-bind" not in text
@@ -190,7 +220,7 @@ def raw_site(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nodes": 3}, "unknown key nodes; valid keys are: title"),
+        ({"nodes": 3}, "unknown key nodes (did you mean node?); valid keys are: title"),
         ({"node": {"sockets": 2}}, "unknown key node.sockets"),
         ({"verified": None}, "verified is missing"),
         ({"verified": {"by": "hearsay"}}, "verified.by must be one of real machine, local Slurm"),
