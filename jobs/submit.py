@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data_loaders.files import write_text
 from experiments.settings.yaml_file import parse_setting, read_yaml
-from jobs.script import Job, Request, array_seeds, make_job, render
+from jobs.request import Job, Request, array_seeds, make_job
+from jobs.script import render
 from jobs.site import Site, read_site, site_names
 
 

@@ -19,6 +19,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 from jobs import scaling, script, site, submit
+from jobs.request import make_job
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
@@ -38,7 +39,7 @@ def rendered(name, *options):
     parsed = submit.make_parser().parse_args([*given, "--python", "/home/me/aadl/.venv/bin/python"])
     request = submit.request_from(parsed, nodes=parsed.nodes, chain=parsed.chain, array=parsed.array)
     request = replace(request, config=Path("/home/me/aadl/config.yaml"))
-    job = script.make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
+    job = make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
     return script.render(job, job.jobs / "job.sh", ["python", "-m", "jobs.submit", *given])
 
 
