@@ -231,8 +231,9 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
             f"{command[0]} was not found: submit on a login node of {site.name}, where {path} can be submitted by hand "
             "too, or see the script with --dry-run"
         ) from None
-    pattern = r"(\d+)(?:;\S+)?\s*" if site.scheduler == "slurm" else r"(?s).*Job <(\d+)>.*"
-    match = re.fullmatch(pattern, done.stdout)
+    # Around the answer, sites' own wrappers print notes; a cluster of several follows the id of Slurm with its name.
+    pattern = r"(?m)^(\d+)(?:;\S+)?$" if site.scheduler == "slurm" else r"Job <(\d+)>"
+    match = re.search(pattern, done.stdout)
     if done.returncode != 0 or match is None:
         told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise OSError(f"{command[0]} refused {path}: {told}")

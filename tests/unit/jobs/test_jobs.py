@@ -341,6 +341,23 @@ WANTED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("site_name", "answer"),
+    [
+        ("frontier", "77"),
+        ("frontier", "77;cluster"),
+        ("frontier", "note: 3 nodes are free\n77\nhave a nice day"),
+        ("generic-lsf", "project 12 is charged\nJob <77> is submitted to queue <batch>."),
+    ],
+)
+def test_the_id_of_a_job_is_found_among_notes_of_the_site(scheduler, tmp_path, capsys, site_name, answer):
+    for name in ("sbatch", "bsub"):
+        scheduler(name, f"echo 'a warning 5' >&2; printf '%b\\n' {answer!r}")
+    options = COMMON if site_name == "frontier" else ["--time", "2:00:00"]
+    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().out.split() == ["77"]
+
+
 def test_what_the_shell_of_another_job_holds_stays_there():
     assert submit.submission_environment(FOREIGN | WANTED) == WANTED
 
