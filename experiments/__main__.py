@@ -145,7 +145,7 @@ def _run(options: argparse.Namespace) -> None:
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs in this process and its like; a rank that fails ends the others."""
     from experiments.distributed.departure import Interrupted, end_on_failure
-    from experiments.distributed.devices import describe_device, with_device
+    from experiments.distributed.devices import with_device
     from experiments.distributed.interruption import Interruption, write_stopped_file
     from experiments.runs.execute import execute_experiment
 
@@ -153,8 +153,6 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
         ranks = with_device(ranks, config.launch)
-        if ranks.rank == 0:
-            print(describe_device(ranks), file=sys.stderr, flush=True)
         how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
             execute_experiment(config, ranks, options.results, **how)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from experiments.distributed.departure import Interrupted, stop_process_group
-from experiments.distributed.devices import binding, device_of
+from experiments.distributed.devices import binding, describe_device, device_of
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
@@ -218,6 +218,7 @@ def _plan(
     pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+    _say(describe_device(ranks))
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
         _say(note)
     return runs, pending

@@ -83,7 +83,8 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     run(config, results, "--set", "training.epochs=5", "--set", "variants=sgd")
     assert "2 records have other settings" in capsys.readouterr().err
     run(config, results, "--force")
-    assert "4 of 4 runs to do" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 of 4 runs to do" in told and told.count("; world size: 1\n") == 1
 
 
 def test_one_folder_hides_no_other(config, tmp_path, capsys):

@@ -60,12 +60,12 @@ def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
 
 
 def _alone(results: Path) -> list[Finding]:
-    """What one process can tell although its launcher is in disorder."""
+    """Returns what one process finds although the variables of its launcher contradict each other."""
     return [*versions([facts_of(Ranks(), results)]), *storage(Ranks(), results)]
 
 
 def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any]) -> list[Finding]:
-    """All findings, the same on every rank."""
+    """Returns all findings, the same on every rank."""
     facts = gather(ranks, facts_of(ranks, options.results))
     places = binding(ranks)
     findings = [
