@@ -19,6 +19,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 from jobs import scaling, script, site, submit
+from jobs.request import make_job
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
@@ -38,7 +39,7 @@ def rendered(name, *options):
     parsed = submit.make_parser().parse_args([*given, "--python", "/home/me/aadl/.venv/bin/python"])
     request = submit.request_from(parsed, nodes=parsed.nodes, chain=parsed.chain, array=parsed.array)
     request = replace(request, config=Path("/home/me/aadl/config.yaml"))
-    job = script.make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
+    job = make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
     return script.render(job, job.jobs / "job.sh", ["python", "-m", "jobs.submit", *given])
 
 
@@ -161,6 +162,36 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
     assert not results.exists()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], [str(CONFIG), "--site", "frontier", *COMMON, "--dry-run"]])
+def test_help_and_dry_runs_import_no_torch(arguments):
+    """Login nodes start Python slowly, and some cannot import torch at all."""
+    script = (
+        "import sys; sys.modules['torch'] = None; from jobs import submit\n"
+        f"try:\n    code = submit.main({arguments!r})\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'matplotlib', 'h5py', 'numpy', 'scipy'} & {n for n, m in sys.modules.items() if m}\n"
+        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m jobs.submit" in done.stdout or done.stdout.startswith("#!/bin/bash")
+
+
+def test_a_dry_run_draws_the_script_that_is_submitted(scheduler, tmp_path, capsys, monkeypatch):
+    scheduler("sbatch", "echo 7")
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    arguments += ["--set", "scale=mine", "--array", "seeds=0-1"]
+    assert submit.main([*arguments, "--dry-run"]) == 0
+    drawn = capsys.readouterr().out
+    assert "#SBATCH --job-name=graduate_admissions-mine\n" in drawn
+    assert submit.main(arguments) == 0
+    [kept] = (tmp_path / "results" / "jobs").glob("*.sh")
+
+    def options(text):
+        return [line for line in text.splitlines() if not line.startswith("# ")]
+
+    assert options(kept.read_text()) == options(drawn)
+
+
 def test_fewer_cores_for_more_ranks_than_usual():
     text = rendered("frontier", *COMMON, "--gpus-per-node", "0", "--ranks-per-node", "14")
     assert "--cpus-per-task=4" in text and "--gpu-bind" not in text
@@ -190,7 +221,7 @@ def raw_site(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nodes": 3}, "unknown key nodes; valid keys are: title"),
+        ({"nodes": 3}, "unknown key nodes (did you mean node?); valid keys are: title"),
         ({"node": {"sockets": 2}}, "unknown key node.sockets"),
         ({"verified": None}, "verified is missing"),
         ({"verified": {"by": "hearsay"}}, "verified.by must be one of real machine, local Slurm"),
@@ -308,6 +339,23 @@ WANTED = {
     "AADL_DATA_DIR": "/d", "OMPI_MCA_btl": "tcp", "OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO",
     "RANKING": "x", "SLURMISH": "x",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("site_name", "answer"),
+    [
+        ("frontier", "77"),
+        ("frontier", "77;cluster"),
+        ("frontier", "note: 3 nodes are free\n77\nhave a nice day"),
+        ("generic-lsf", "project 12 is charged\nJob <77> is submitted to queue <batch>."),
+    ],
+)
+def test_the_id_of_a_job_is_found_among_notes_of_the_site(scheduler, tmp_path, capsys, site_name, answer):
+    for name in ("sbatch", "bsub"):
+        scheduler(name, f"echo 'a warning 5' >&2; printf '%b\\n' {answer!r}")
+    options = COMMON if site_name == "frontier" else ["--time", "2:00:00"]
+    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().out.split() == ["77"]
 
 
 def test_what_the_shell_of_another_job_holds_stays_there():
