@@ -344,7 +344,7 @@ def draw_figures(curves: Curves, folder: Path) -> None:
         for c in range(10)
     ]
     plt.imsave(folder / "fractals.png", np.concatenate(rows))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     for name, runs in curves.items():
         color, style = STYLES[name]
         epochs = range(1, len(runs[0]) + 1)
@@ -352,7 +352,15 @@ def draw_figures(curves: Curves, folder: Path) -> None:
         axes.plot(epochs, values.mean(axis=0), color=color, linestyle=style, label=VARIANTS[name][1])
         if len(runs) > 1:
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-    axes.set(xlabel="epoch", ylabel="accuracy on validation images, %", ylim=(0, 100))
+    for classes, words in ((Task().classes, "chance"), (20, "chance, 20 classes")):
+        axes.axhline(100 / classes, color="#999999", linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(words, (1, 100 / classes), (0, 2), textcoords="offset points", fontsize=7.5, color="#666666")
+    axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
+    task = Task()
+    axes.set_title(
+        f"A small residual network on fractals of {task.size} pixels, {task.classes} classes\nunless said otherwise; "
+        "line: mean of the seeds, band: minimum to maximum", loc="left", fontsize=9.5,
+    )  # fmt: skip
     axes.grid(color="#E6E6E6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8.5, loc="upper left")

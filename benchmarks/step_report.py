@@ -304,7 +304,7 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.5, 4.5), layout="constrained")
-    colors = {"store": "tab:green", "acceleration": "tab:blue", "both": "tab:purple"}
+    colors = {"store": "#009E73", "acceleration": "#D55E00", "both": "#7B3FA0"}
     for event, color in colors.items():
         for history, marker in (("float32", "o"), ("bfloat16", "^")):
             points = list(_points(report.results, event, history))
@@ -322,13 +322,18 @@ def draw(report: Report, path: Path) -> None:
             [x for x, _ in points],
             [y for _, y in points],
             s=30,
-            c="tab:red",
+            c="#333333",
             marker="x",
-            label="textbook, store + acceleration",
+            label="textbook code, store + acceleration",
         )
     for (name, speed), style in zip(asdict(report.bandwidth).items(), ("-", "--", ":"), strict=True):
         axes.axhline(speed / 1e9, color="black", linestyle=style, linewidth=1, label=f"{name} {speed / 1e9:.1f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="counted bytes of the event", ylabel="counted bytes / added time, GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="bytes that a store or an acceleration must move")
+    axes.set(ylabel="these bytes over the time that it adds to a step (GB/s)")
+    axes.set_title(
+        "How close aadl comes to the speed of the memory\n(points: measured; lines: speed of copying and reading)",
+        loc="left", fontsize=10,
+    )  # fmt: skip
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from experiments.admissions import problem
 from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
 from experiments.distributed.ranks import Ranks
-from experiments.runs.experiment import Experiment
+from experiments.records.compare import read_comparison
+from experiments.records.reading import say
+from experiments.runs.experiment import Experiment, Note
 from experiments.settings.run_config import ExperimentConfig, RunConfig
 from experiments.training.problem import Description, Problem
 
@@ -43,6 +46,11 @@ class AdmissionsExperiment(Experiment):
     def training_of_study(self, training: TrainingConfig, num_rows: int, size: int, steps: int) -> TrainingConfig:
         epochs = max(1, round(steps / math.ceil(num_rows / size)))
         return replace(training, batch_size=size, epochs=epochs, measure_updates=True)
+
+    def draw(self, folder: Path, note: Note = say) -> list[Path]:
+        from experiments.admissions.figures import draw_admissions_figures  # here, because runs need no matplotlib
+
+        return draw_admissions_figures(read_comparison(folder, note))
 
 
 def _check_probe(acceleration: Mapping[str, Any], num_rows: int, where: str) -> None:

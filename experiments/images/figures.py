@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
-from experiments.records.compare import VALIDATION, Comparison, Variant
+from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, total_seconds
+from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant
 from experiments.records.figures import (
+    Coinciding,
     as_text,
-    draw_acceleration,
-    draw_batch_size,
     finish,
-    quantiles,
     save_figures,
-    styled,
+    spread_over_seeds,
+    spread_words,
+    training_line,
 )
+from experiments.records.palette import styled
+from experiments.records.reading import Run
+from experiments.records.shared_figures import draw_acceleration, draw_batch_size
 
-COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#56B4E9", "evaluation": "#009E73"}
+COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#8FB3CC", "evaluation": "#5F5F5F"}
 """Of the parts of the time."""
 
 
@@ -37,20 +41,31 @@ def draw_image_figures(comparison: Comparison) -> list[Path]:
         "acceleration.png": draw_acceleration,
         "batch_size.png": draw_batch_size,
     }
+    comparison = replace(comparison, trained=_trained(comparison))
     return save_figures(
         comparison.folder / "figures", [(name, partial(draw, comparison)) for name, draw in drawings.items()]
     )
+
+
+def _trained(comparison: Comparison) -> str:
+    """ "ResNet18 on fractals (320 images, 10 classes)"."""
+    about = next(iter(next(iter(comparison.families.values()))[0].runs.values())).attributes
+    model = str(about["classification"]).replace("resnet", "ResNet")
+    data = {"fractals": "fractals"}.get(comparison.data_source, f"ImageNet ({comparison.data_source})")
+    return f"{model} on {data}, {about['num_train_images']:,} images of {about['num_classes']:,} classes"
 
 
 def draw_validation(comparison: Comparison) -> Figure:
     """Validation loss and top-1 accuracy against the epoch and against seconds, evaluation included."""
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 6.8), sharey="row")
     handles: dict[str, Any] = {}
+    coinciding = Coinciding()
     for variant, color, style in _all(comparison):
         epochs = _evaluated(variant)
+        style = coinciding.style(_label(comparison, variant), np.median(variant.series(VALIDATION), axis=0), style)
         seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
         for row, series, factor in zip(grid, (VALIDATION, TOP1), (1.0, 100.0), strict=True):
-            low, middle, high = (factor * values[epochs] for values in quantiles(variant.series(series)))
+            low, middle, high = (factor * values[epochs] for values in spread_over_seeds(variant.series(series)))
             for axis, places in zip(row, (epochs, seconds[epochs]), strict=True):
                 (line,) = axis.plot(places, middle, color=color, linestyle=style)
                 axis.fill_between(places, low, high, color=color, alpha=0.13, linewidth=0)
@@ -60,8 +75,8 @@ def draw_validation(comparison: Comparison) -> Figure:
     for axis, name in zip(grid[1], ("epoch", "seconds, evaluation included (median)"), strict=True):
         axis.set_xlabel(name)
     _limit(grid[0, 0], comparison)
-    title = f"Validation ({_spread(comparison)})"
-    finish(figure, comparison, title, handles, note="Statistics of BatchNorm computed anew before every validation.")
+    note = f"{_note(comparison)}; statistics of BatchNorm are computed again before each validation"
+    finish(figure, comparison, "Validation loss and accuracy", handles, note=f"{note}\n{coinciding.note}")
     return figure
 
 
@@ -84,13 +99,13 @@ def draw_cost(comparison: Comparison) -> Figure:
     places = np.arange(len(variants))
     size = (9.5, 1.6 + 0.42 * len(variants))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1, 1.4]})
-    rates = [np.array([images_per_second(run) for run in variant.runs.values()]) for variant in variants]
+    rates = [np.array([overall_rate(run) for run in variant.runs.values()]) for variant in variants]
     middle = np.array([np.median(rate) for rate in rates])
     errors = [middle - [rate.min() for rate in rates], [rate.max() for rate in rates] - middle]
     left.barh(places, middle, xerr=errors, color="#888888", height=0.6, ecolor="#333333", capsize=2)
     left.set_yticks(places, labels)
     left.invert_yaxis()
-    left.set_xlabel("images per second of training")
+    left.set_xlabel("images per second of training,\nmean over the run")
     start = np.zeros(len(variants))
     handles: dict[str, Any] = {}
     shares = [cost_shares(variant) for variant in variants]
@@ -98,17 +113,26 @@ def draw_cost(comparison: Comparison) -> Figure:
         widths = np.array([100 * float(np.median(share[part])) for share in shares])
         handles[part] = right.barh(places, widths, left=start, color=color, height=0.6)
         start = start + widths
-    right.set_xlabel("share of the time (%, median)")
+    right.set_xlabel("share of the time of the run,\nevaluation included (%, median)")
     for axis in (left, right):
         axis.grid(axis="y", visible=False)
-    finish(figure, comparison, "Cost (bars: range of the seeds)", handles)
+    note = f"{training_line(comparison)}; bars: minimum to maximum of {len(comparison.seeds)} seeds"
+    finish(figure, comparison, "Speed and where the time goes", handles, note=note)
     return figure
+
+
+def overall_rate(run: Run) -> float:
+    """Images per second of training over the whole run, the first epoch included, as the shares of the time do."""
+    seconds = run.series[SECONDS]
+    batch = float(run.attributes["batch_images"])
+    return float(run.attributes["num_steps"]) * batch / float(seconds[np.isfinite(seconds)][-1])
 
 
 def draw_statistics(comparison: Comparison) -> Figure | None:
     """Top-1 accuracy with the statistics of BatchNorm that the training left, and with those computed anew."""
-    figure, axis = plt.subplots(figsize=(8.0, 4.6))
+    figure, axis = plt.subplots(figsize=(8.0, 5.0))
     handles: dict[str, Any] = {}
+    coinciding = Coinciding()
     for variant, color, style in _all(comparison):
         if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
@@ -116,7 +140,8 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
         difference = 100 * (variant.series(TOP1)[:, epochs] - variant.series(STALE_TOP1)[:, epochs])
         if not np.isfinite(difference).all():
             continue
-        low, middle, high = quantiles(difference)
+        low, middle, high = spread_over_seeds(difference)
+        style = coinciding.style(_label(comparison, variant), middle, style)
         (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
         axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
         handles.setdefault(_label(comparison, variant), line)
@@ -126,7 +151,8 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
     axis.axhline(0, color="#666666", linewidth=0.8)
     axis.set_xlabel("epoch")
     axis.set_ylabel("top-1 with new statistics minus\ntop-1 with stale ones (percentage points)")
-    finish(figure, comparison, f"What stale statistics of BatchNorm cost ({_spread(comparison)})", handles)
+    note = f"{_note(comparison)}\n{coinciding.note}"
+    finish(figure, comparison, "What stale statistics of BatchNorm cost", handles, note=note)
     return figure
 
 
@@ -150,6 +176,5 @@ def _evaluated(variant: Variant) -> np.ndarray:
     return np.flatnonzero(np.isfinite(stacked).any(axis=0))
 
 
-def _spread(comparison: Comparison) -> str:
-    count = len(comparison.seeds)
-    return "one seed" if count == 1 else f"line: median of {count} seeds, band: 10 to 90 %"
+def _note(comparison: Comparison) -> str:
+    return f"{training_line(comparison)}; {spread_words(len(comparison.seeds))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
+from experiments.pinn.compare import ERROR, Group, final_error, first_run, has_other_loss, settings_line
 from experiments.records.compare import SECONDS, TRAIN, Variant
-from experiments.records.figures import acceleration_panels, as_text, finish, quantiles, save_figures
+from experiments.records.figures import as_text, finish, save_figures, spread_over_seeds, spread_words
+from experiments.records.palette import COLORS, styled
 from experiments.records.reading import Run, read_fields
+from experiments.records.shared_figures import acceleration_panels
 
-# Okabe and Ito, told apart with every kind of color blindness; after all colors the next line style.
-COLORS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#B8A900")
-LINE_STYLES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 SLICES = (0.25, 0.5, 0.75)
 MAX_ACCELERATED = 4
 FLOOR = 1e-16
@@ -62,13 +61,15 @@ def draw_convergence(group: Group) -> Figure | None:
     handles: dict[str, Any] = {}
     for variant, color, style in styled(group.variants):
         for axes, (series, _) in zip(grid, rows, strict=True):
+            if series == TRAIN and has_other_loss(variant, group):
+                continue  # two losses are not compared on one axis
             for axis, against in zip(axes, ("iterations", SECONDS), strict=True):
                 places, (low, middle, high) = curve(variant, series, against)
                 if not len(places):
                     continue
                 (line,) = axis.plot(places, middle, color=color, linestyle=style, linewidth=1.4)
                 axis.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
-                handles[_label(variant) + " (other loss)" * has_other_loss(variant, group)] = line
+                handles[_label(variant) + " (other loss: error alone)" * has_other_loss(variant, group)] = line
     for axes, (_, name) in zip(grid, rows, strict=True):
         axes[0].set_ylabel(name)
         axes[0].set_yscale("log")
@@ -79,8 +80,8 @@ def draw_convergence(group: Group) -> Figure | None:
     if group.main_set is not None:
         for axis in grid[1]:
             _lines_of_predictors(axis, group, named=axis is grid[1, 1])
-    note = f"{settings_line(group)} (line: median of {len(group.seeds)} seeds, band: 10 to 90 %)"
     names = "training loss" if group.main_set is None else "training loss and error"
+    note = f"{_network(group)}, {settings_line(group)}\n{spread_words(len(group.seeds))}"
     finish(figure, group, f"{names} against iterations and time", handles, note=note)
     return figure
 
@@ -97,7 +98,7 @@ def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tupl
         against: "iterations" or the name of a series.
 
     Returns:
-        Places, and the quantiles of 10, 50 and 90 %, where they are finite; an infinite upper one is NaN.
+        Places, and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
     """
     runs = list(variant.runs.values())
     length = min((len(run.places) for run in runs if not run.diverged), default=max(len(run.places) for run in runs))
@@ -107,7 +108,7 @@ def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tupl
         value_row[: len(own)] = np.where(np.isfinite(own), own, np.inf)
         own = (run.places if against == "iterations" else run.series[against])[:length]
         place_row[: len(own)] = own
-    low, middle, high = quantiles(values)
+    low, middle, high = spread_over_seeds(values)
     known = np.isfinite(middle) & np.isfinite(places).any(axis=0)
     known[0] = False  # a logarithmic axis has no zero
     return np.nanmedian(places[:, known], axis=0), (low[known], middle[known], _finite(high[known]))
@@ -117,12 +118,11 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def styled(variants: Sequence[Variant]) -> list[tuple[Variant, str, Any]]:
-    """Variants with color and line style, by their place."""
-    return [
-        (variant, COLORS[place % len(COLORS)], LINE_STYLES[place // len(COLORS) % len(LINE_STYLES)])
-        for place, variant in enumerate(variants)
-    ]
+def _network(group: Group) -> str:
+    """ "MLP of 8 x 20": the hidden layers of the baseline, or of the first variant without one."""
+    sizes = first_run(group.baseline or group.variants[0]).config["problem"]["hidden_sizes"]
+    alike = len(set(sizes)) == 1 and len(sizes) > 1
+    return "MLP of " + (f"{len(sizes)} x {sizes[0]}" if alike else "-".join(map(str, sizes)))
 
 
 def _label(variant: Variant) -> str:
@@ -150,23 +150,30 @@ def _lines_of_predictors(axis: Axes, group: Group, *, named: bool = True) -> Non
     """Thin horizontal lines with names beside the panel; the axis grows until they can be seen."""
     low, high = axis.get_ylim()
     errors = {name: error for name, error in group.predictors[group.main_set or ""].items() if error > 0}
-    for name, error in errors.items():
+    if not errors:
+        return
+    axis.set_ylim(min(low, min(errors.values()) / 1.5), max(high, max(errors.values()) * 1.8))
+    decades = float(np.log10(axis.get_ylim()[1] / axis.get_ylim()[0]))
+    height = -np.inf
+    for name, error in sorted(errors.items(), key=lambda item: item[1]):
         axis.axhline(error, color="#999999", linewidth=0.8, zorder=1)
-        if named:
-            axis.annotate(_wrapped(name, 12), (1.0, error), (3, 0), xycoords=axis.get_yaxis_transform(), ha="left",
+        if named:  # above the name below it, a line of letters being a twelfth of a panel
+            text = _wrapped(name, 14)
+            height = max(float(np.log10(error)), height + decades * (1 + text.count("\n")) / 12)
+            axis.annotate(text, (1.0, 10**height), (3, 0), xycoords=axis.get_yaxis_transform(), ha="left",
                           textcoords="offset points", va="center", fontsize=7, color="#666666")  # fmt: skip
-    if errors:
-        axis.set_ylim(min(low, min(errors.values()) / 1.5), max(high, max(errors.values()) * 1.8))
 
 
 # ---- solution --------------------------------------------------------------------------------------------------------
 
 
 def draw_best_solution(group: Group) -> Figure | None:
-    """The solution of the best seed of the best variant."""
-    ranked = [(badness(run, group), variant, run) for variant in group.variants for run in variant.runs.values()]
+    """The solution of the best seed of aadl's best variant; of all variants where aadl was not run."""
+    finite = [(badness(run, group), variant, run) for variant in group.variants for run in variant.runs.values()]
+    ranked = [entry for entry in finite if entry[1].role.startswith("aadl") and np.isfinite(entry[0])] or finite
     _, variant, run = min(ranked, key=lambda entry: entry[0])
-    return _solution(group, variant, run, "the best run")
+    which = "the best run" + " of aadl" * variant.role.startswith("aadl")
+    return _solution(group, variant, run, which)
 
 
 def draw_baseline_solution(group: Group) -> Figure | None:
@@ -174,8 +181,13 @@ def draw_baseline_solution(group: Group) -> Figure | None:
     variant = group.baseline
     if variant is None:
         return None
+    return _solution(group, variant, median_run(variant, group), "the median run of the baseline")
+
+
+def median_run(variant: Variant, group: Group) -> Run:
+    """The run in the middle; of an even number the better one of the two."""
     runs = sorted(variant.runs.values(), key=lambda run: badness(run, group))
-    return _solution(group, variant, runs[(len(runs) - 1) // 2], "the median run of the baseline")
+    return runs[(len(runs) - 1) // 2]
 
 
 def badness(run: Run, group: Group) -> float:
@@ -206,33 +218,67 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     residual = fields["pde_residual"]
     _map(grid[0, 3], fields, np.abs(residual), "|pde_residual|", "magma", norm=_log_norm(residual))
     handles: dict[str, Any] = {}
-    times = slice_places(t)
-    reference = u if exact is None else exact
-    for axis, place in zip(grid[1], times, strict=False):
-        _slice(axis, x, u[:, place], None if exact is None else exact[:, place], handles)
-        axis.set_title(f"t = {t[place]:.3g}", loc="left")
-    bottom, top = (f(axis.get_ylim()[end] for axis in grid[1, :3]) for end, f in ((0, min), (1, max)))
-    for axis in grid[1, :3]:
-        axis.set_ylim(bottom, top)
-    steepest = max(times, key=lambda place: float(np.abs(np.gradient(reference[:, place], x)).max()))
-    axis = grid[1, 3]
-    low, high = front(x, reference[:, steepest])
-    marker = "." if ((x >= low) & (x <= high)).sum() <= 40 else ""
-    _slice(axis, x, u[:, steepest], None if exact is None else exact[:, steepest], {}, marker)
-    axis.set_xlim(low, high)
-    axis.set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
-    grid[1, 0].set_ylabel("u")
+    if exact is None:
+        _solution_slices(grid[1], x, t, u, handles)
+    else:
+        _error_slices(grid[1], group, variant, run, handles)
     seed = run.attributes["seed"]
     error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
     finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], settings_line_of(run))
     return figure
 
 
+def _solution_slices(axes: np.ndarray, x: np.ndarray, t: np.ndarray, u: np.ndarray, handles: dict[str, Any]) -> None:
+    """Slices of a solution that nothing is known about; the last one zooms in on the steepest place."""
+    times = slice_places(t)
+    steepest = max(times, key=lambda place: float(np.abs(np.gradient(u[:, place], x)).max()))
+    for axis, place in zip(axes, [*times, steepest], strict=True):
+        (handles["network"],) = axis.plot(x, u[:, place], color=COLORS["aadl"])
+        axis.set_xlabel("x")
+        axis.set_ylim(float(u.min()), float(u.max()))
+        axis.set_title(f"t = {t[place]:.3g}", loc="left")
+    axes[-1].set_xlim(*front(x, u[:, steepest]))
+    axes[-1].set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
+    axes[0].set_ylabel("u")
+
+
+def _error_slices(axes: np.ndarray, group: Group, variant: Variant, run: Run, handles: dict[str, Any]) -> None:
+    """Errors of this run, of the median run of the baseline and of the best variant; the last panel zooms in."""
+    shown = [(variant, run, "this run")]
+    best = min(group.variants, key=lambda other: badness(median_run(other, group), group))
+    for other, words in ((group.baseline, "median run"), (best, "median run, the best of all variants")):
+        if other is not None and all(other.name != known.name for known, _, _ in shown):
+            shown.append((other, median_run(other, group), words))
+    colors = {entry.name: (color, style) for entry, color, style in styled(group.variants)}
+    for other, own, words in shown:
+        fields = read_fields(own.path)
+        if not {"x", "t", "u", "exact"} <= set(fields) or not np.isfinite(fields["u"]).all():
+            continue
+        x, t, exact = fields["x"], fields["t"], fields["exact"]
+        errors = np.maximum(np.abs(fields["u"] - exact), FLOOR)
+        times = slice_places(t)
+        steepest = max(times, key=lambda place: float(np.abs(np.gradient(exact[:, place], x)).max()))
+        color, style = colors[other.name]
+        for axis, place in zip(axes, [*times, steepest], strict=True):
+            (line,) = axis.plot(x, errors[:, place], color=color, linestyle=style, linewidth=1.2)
+            axis.set_title(f"t = {t[place]:.3g}", loc="left")
+        handles[f"|error| of {other.label} ({words})"] = line
+        axes[-1].set_xlim(*front(x, exact[:, steepest]))
+        axes[-1].set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.set_xlabel("x")
+    lowest, highest = (f(axis.get_ylim()[end] for axis in axes) for end, f in ((0, min), (1, max)))
+    for axis in axes:
+        axis.set_ylim(max(lowest, 1e-7 * highest), highest)
+    axes[0].set_ylabel("|error|")
+
+
 def settings_line_of(run: Run) -> str:
     """Points and iterations of one run."""
     problem = run.config["problem"]
     points = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations"
-    return f"{points}, {run.series[SECONDS][-1]:.1f} s of training; slices: dashes over the exact solution"
+    return f"{points}, {run.series[SECONDS][-1]:.1f} s of training"
 
 
 def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: str, colors: str, **scale: Any) -> None:
@@ -243,15 +289,6 @@ def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: s
     axis.set_xlabel("t")
     axis.set_ylabel("x")
     axis.grid(False)
-
-
-def _slice(
-    axis: Axes, x: np.ndarray, u: np.ndarray, exact: np.ndarray | None, handles: dict[str, Any], marker: str = ""
-) -> None:
-    if exact is not None:
-        (handles["exact"],) = axis.plot(x, exact, color="#333333", linewidth=2.4, alpha=0.55, marker=marker)
-    (handles["network"],) = axis.plot(x, u, color="#D55E00", linestyle=(0, (4, 1.5)), linewidth=1.4, marker=marker)
-    axis.set_xlabel("x")
 
 
 def _range(values: np.ndarray) -> tuple[tuple[float, float], str]:
@@ -310,8 +347,8 @@ def draw_predictors(group: Group) -> Figure | None:
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylabel(f"relative L2 error ({group.main_set})")
     axis.grid(axis="x", visible=False)
-    note = f"dots: {len(group.seeds)} seeds, bar: median, gray lines: predictors without a network"
-    finish(figure, group, "final error", {}, note=f"{settings_line(group)}; {note}")
+    note = f"dots: {len(group.seeds)} seeds, bar: median; gray lines: guesses without training"
+    finish(figure, group, "final error", {}, note=f"{_network(group)}, {settings_line(group)}\n{note}")
     return figure
 
 
@@ -332,9 +369,10 @@ def draw_acceleration(group: Group) -> Figure | None:
     if not accelerated:
         return None
     shown = accelerated[:MAX_ACCELERATED]
-    figure, handles = acceleration_panels([(variant.label, variant) for variant in shown], "iterations", shared=False)
+    figure, handles = acceleration_panels([(_wrapped(variant.label, 34), variant) for variant in shown], "iterations")
     count = f" ({len(shown)} of {len(accelerated)} accelerated variants)" if len(accelerated) > len(shown) else ""
-    finish(figure, group, f"what the acceleration did{count}", handles, note=settings_line(group))
+    note = f"{_network(group)}, {settings_line(group)}\n{spread_words(len(group.seeds))}"
+    finish(figure, group, f"what the acceleration did{count}", handles, note=note)
     return figure
 
 

@@ -55,6 +55,7 @@ class Records:
         seeds: of the main comparison.
         commits: short commits that made the records, with "+" where the checkout had changes.
         is_as_configured: whether the configuration's file, if there is one, has the settings of the records.
+        trained: what was trained on what, in words, for titles; empty: the name of the experiment.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Records:
     seeds: tuple[int, ...]
     commits: tuple[str, ...]
     is_as_configured: bool = field(default=True, kw_only=True)
+    trained: str = field(default="", kw_only=True)
 
     @property
     def is_surrogate(self) -> bool:
@@ -80,19 +82,22 @@ class Records:
 
     @property
     def subject(self) -> str:
-        """What titles call the experiment."""
+        """What titles say was trained."""
+        if self.trained:
+            return self.trained
         name = self.folder.parent.name.replace("_", " ")
         return f"{name[:1].upper()}{name[1:]}"
 
     def source_line(self, seeds: Iterable[int] | None = None) -> str:
         """Where a figure or a table comes from: configuration, data, seeds (by default the main comparison's), code."""
-        numbers = spans(sorted(self.seeds if seeds is None else seeds))
+        numbers = sorted(self.seeds if seeds is None else seeds)
+        count = f"{len(numbers)} seed{'s' * (len(numbers) != 1)} ({spans(numbers)})"
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
         experiment, scale = self.folder.parts[-2:]
         config = Path("experiments", "configs", experiment, f"{scale}.yaml")
         told = self.is_as_configured and (Path(__file__).parents[2] / config).is_file()  # no file: --set scale=NAME
         settings = config.as_posix() if told else f"scale {scale} (settings in the records)"
-        return f"{settings} · {data} · seeds {numbers} · commit {', '.join(self.commits)}"
+        return f"{settings} · {data} · {count} · commit {', '.join(self.commits)}"
 
 
 @dataclass(frozen=True)

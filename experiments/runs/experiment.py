@@ -119,12 +119,9 @@ class Experiment(ABC):
 
     # ---- its results ----
 
+    @abstractmethod
     def draw(self, folder: Path, note: Note = say) -> list[Path]:
         """Draws the figures of the records in a folder; returns their paths. `note` gets a line a record left out."""
-        from experiments.records.compare import read_comparison  # here, because runs need no matplotlib
-        from experiments.records.figures import draw_figures
-
-        return draw_figures(read_comparison(folder, note))
 
     def table(self, folder: Path, note: Note = say) -> str:
         """Writes the tables of the records in a folder to summary.md; returns them. `note` is that of `draw`."""

@@ -10,8 +10,6 @@ from experiments.__main__ import main
 from experiments.pinn.compare import read_groups
 from experiments.pinn.experiment import EXPERIMENT as PINN_EXPERIMENT
 from experiments.pinn.figures import (
-    COLORS,
-    LINE_STYLES,
     badness,
     curve,
     draw_acceleration,
@@ -22,7 +20,6 @@ from experiments.pinn.figures import (
     draw_predictors,
     front,
     slice_places,
-    styled,
 )
 from experiments.records.figures import save_figures
 
@@ -91,7 +88,7 @@ def test_the_legend_tells_another_loss(tmp_path):
     for name in LAPTOP:
         save(tmp_path, name, PLAIN, changes={"variants": LAPTOP})
     main, second = groups(tmp_path)
-    assert "LM (other loss)" in drawn(main, draw_convergence)[0]
+    assert "LM (other loss: error alone)" in drawn(main, draw_convergence)[0]
     assert "other loss" not in drawn(second, draw_convergence)[0]
 
 
@@ -109,11 +106,11 @@ def test_titles_name_the_equation_the_source_and_what_is_wrong_with_it(tmp_path,
 def test_the_best_run_and_the_median_run_of_the_baseline_are_drawn(tmp_path):
     fill(tmp_path)
     (group,) = groups(tmp_path)
-    assert "the best run: accelerated, seed 0, relative L2 1.00e-02" in drawn(group, draw_best_solution)[0]
+    assert "the best run of aadl: accelerated, seed 0, relative L2 1.00e-02" in drawn(group, draw_best_solution)[0]
     assert "the baseline: plain Adam, seed 2, relative L2 1.20e-01" in drawn(group, draw_baseline_solution)[0]
     save(tmp_path, "adam_aadl", [1.0, np.nan], 0, diverged=3, fields=fields(np.nan))
     (group,) = groups(tmp_path)
-    assert "the best run: accelerated, seed 2" in drawn(group, draw_best_solution)[0]
+    assert "the best run of aadl: accelerated, seed 2" in drawn(group, draw_best_solution)[0]
 
 
 def test_a_solution_that_is_not_known_is_drawn_alone(tmp_path):
@@ -157,12 +154,6 @@ def test_a_variant_of_which_all_runs_diverged_is_no_line(tmp_path):
     texts, _ = drawn(groups(tmp_path)[0], draw_convergence)
     assert "plain Adam" in texts and "accelerated" not in texts
     assert "(1 of 1 diverged)" in drawn(groups(tmp_path)[0], draw_predictors)[0].replace("\n", " ")
-
-
-def test_colors_come_before_line_styles():
-    styles = [style for _, *style in styled([None] * (len(COLORS) + 1))]
-    assert [color for color, _ in styles[: len(COLORS)]] == list(COLORS)
-    assert styles[-1] == [COLORS[0], LINE_STYLES[1]]
 
 
 def test_slices_are_a_quarter_a_half_and_three_quarters_of_the_time():

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
+from experiments.admissions.figures import draw_admissions_figures
 from experiments.distributed.ranks import Ranks
 from experiments.records.compare import find_folders, read_comparison
-from experiments.records.figures import draw_figures, fitted_slope, oscillation_by_batch_size
+from experiments.records.figures import Coinciding, spread_over_seeds
+from experiments.records.palette import COLORS, method_of, styled
+from experiments.records.shared_figures import oscillation_by_batch_size, slopes, threshold_of
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 
@@ -57,11 +60,12 @@ def test_all_figures_are_drawn_and_small(tmp_path, source):
     assert comparison.seeds == (0, 1) and comparison.is_surrogate == (source == "surrogate")
     assert ("SURROGATE" in comparison.source_line()) == (source == "surrogate")
     assert (
-        "seeds 0-1" in comparison.source_line() and "scale test (settings in the records)" in comparison.source_line()
+        "2 seeds (0-1)" in comparison.source_line()
+        and "scale test (settings in the records)" in comparison.source_line()
     )
     laptop = replace(comparison, folder=folder.with_name("laptop"))
     assert laptop.source_line().startswith("experiments/configs/graduate_admissions/laptop.yaml · ")
-    paths = draw_figures(comparison)
+    paths = draw_admissions_figures(comparison)
     assert {path.stem for path in paths} == {
         "loss", "published_scheme", "batch_size", "acceleration", "learning_rate",
     }  # fmt: skip
@@ -72,7 +76,7 @@ def test_all_figures_are_drawn_and_small(tmp_path, source):
 def test_only_what_was_run_is_drawn(tmp_path):
     save(tmp_path, run_config(), result(losses(0.3)))
     comparison = read_comparison(tmp_path / "graduate_admissions" / "test")
-    assert [path.name for path in draw_figures(comparison)] == ["loss.png"]
+    assert [path.name for path in draw_admissions_figures(comparison)] == ["loss.png"]
 
 
 def test_roles_and_families(tmp_path):
@@ -84,13 +88,37 @@ def test_roles_and_families(tmp_path):
     assert {study: len(runs) for study, runs in comparison.studies.items()} == {"learning_rate": 6, "batch_size": 4}
 
 
-def test_the_slope_is_fitted(tmp_path):
+def test_slopes_are_those_between_neighbors(tmp_path):
     fill(tmp_path)
     runs = read_comparison(tmp_path / "graduate_admissions" / "test").studies["batch_size"]
     sizes, values = oscillation_by_batch_size(runs, 0.0, 0.25)
     assert sizes.tolist() == [10, 40, 160, 320] and values.shape == (4, 1)
-    assert fitted_slope(sizes[:-1], values[:-1, 0])[0] == pytest.approx(-0.5)
-    assert fitted_slope(sizes, values[:, 0])[0] != pytest.approx(-0.5)
+    assert slopes(sizes, values[:, 0])[:2] == pytest.approx([-0.5, -0.5])
+    assert slopes(sizes, values[:, 0])[2] < -5
+
+
+def test_a_method_has_one_color_and_its_variants_have_line_styles(tmp_path):
+    fill(tmp_path)
+    ((plain, ema, published, fast),) = read_comparison(tmp_path / "graduate_admissions" / "test").families.values()
+    assert [method_of(variant) for variant in (plain, ema, published, fast)] == ["plain", "ema", "published", "aadl"]
+    (first, second) = [(color, style) for _, color, style in styled([plain, plain])]
+    assert first[0] == second[0] == COLORS["plain"] and first[1] != second[1]
+    assert len(set(COLORS.values())) == len(COLORS)
+    assert threshold_of(fast) == 0.7
+
+
+def test_bands_run_from_the_least_to_the_largest_seed():
+    low, middle, high = spread_over_seeds(np.array([[1.0, 2.0], [3.0, 5.0], [2.0, np.inf]]))
+    assert (low.tolist(), middle.tolist(), high.tolist()) == ([1, 2], [2, 5], [3, np.inf])
+
+
+def test_curves_that_coincide_are_named_and_dashed():
+    coinciding = Coinciding()
+    curve = np.array([np.nan, 1.0, 2.0])
+    assert coinciding.style("A", curve, "-") == coinciding.style("B", curve + 1, "-") == "-"
+    assert coinciding.note == ""
+    assert coinciding.style("C", curve.copy(), "-") != "-"
+    assert coinciding.note == "Curves that coincide: A = C."
 
 
 def test_records_that_do_not_belong_together_are_refused(tmp_path):

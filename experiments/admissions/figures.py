@@ -1,0 +1,153 @@
+"""Figures of graduate admissions, drawn from HDF5 records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.records.compare import TRAIN, VALIDATION, Comparison, Variant, plain_of, role_of
+from experiments.records.figures import (
+    Coinciding,
+    as_text,
+    finish,
+    save_figures,
+    spread_over_seeds,
+    spread_words,
+    training_line,
+)
+from experiments.records.palette import COLORS, styled
+from experiments.records.reading import Run
+from experiments.records.shared_figures import draw_acceleration, draw_batch_size
+
+LABELS = {"plain": "plain optimizer", "ema": "EMA of the weights", "aadl": "aadl, defaults"}
+
+
+def draw_admissions_figures(comparison: Comparison) -> list[Path]:
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
+    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    hidden = "-".join(map(str, run.config["problem"]["hidden_sizes"]))
+    comparison = replace(comparison, trained=f"MLP 7-{hidden}-1 on graduate admissions")
+    folder = comparison.folder / "figures"
+    drawings: dict[str, Callable[[Comparison], Figure | None]] = {
+        "loss.png": draw_loss,
+        "published_scheme.png": draw_published_scheme,
+        "batch_size.png": draw_batch_size,
+        "acceleration.png": draw_acceleration,
+        "learning_rate.png": draw_learning_rate,
+    }
+    return save_figures(folder, [(name, partial(draw, comparison)) for name, draw in drawings.items()])
+
+
+def draw_loss(comparison: Comparison) -> Figure | None:
+    """Training and validation loss against the epoch: one column a base optimizer."""
+    families = {
+        family: [variant for variant in variants if variant.role.split()[-1] not in ("average", "safeguard")]
+        for family, variants in comparison.families.items()
+    }
+    families = {family: variants for family, variants in families.items() if variants}
+    if not families:
+        return None
+    return _loss_figure(comparison, families, "Loss against the epoch", transposed=len(families) == 1)
+
+
+def draw_published_scheme(comparison: Comparison) -> Figure | None:
+    """The published scheme with and without average and safeguard, between plain and aadl at the same settings."""
+    families = {
+        family: [variant for variant in variants if variant.role not in ("ema", "aadl")]
+        for family, variants in comparison.families.items()
+        if any(variant.role.startswith("published") for variant in variants)
+    }
+    return _loss_figure(comparison, families, "The published scheme", transposed=True) if families else None
+
+
+def _loss_figure(
+    comparison: Comparison, families: dict[str, list[Variant]], title: str, *, transposed: bool = False
+) -> Figure:
+    """Two panels a family: training and validation loss, below each other or, `transposed`, beside each other."""
+    count = len(families)
+    shape = (count, 2) if transposed else (2, count)
+    size = (9.5, 1.8 + 3.0 * count) if transposed else (max(6.5, 1.0 + 3.3 * count), 7.0)
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
+    notes = []
+    for column, (family, variants) in enumerate(families.items()):
+        axes = grid[column] if transposed else grid[:, column]
+        for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
+            coinciding = Coinciding()
+            for variant, color, style in styled(variants):
+                low, middle, high = spread_over_seeds(variant.series(series))
+                epochs = np.arange(len(middle))
+                style = coinciding.style(variant.label, middle, style)
+                (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
+                handles.setdefault(LABELS.get(variant.role, variant.label), line)
+                axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
+            axis.set_yscale("log")
+            axis.set_ylabel(name)
+            if transposed or axis is axes[0]:
+                axis.set_title(as_text(family), loc="left")
+            _limit(axis, np.median((plain_of(variants) or variants[0]).series(series), axis=0))
+        notes.append(coinciding.note)
+        axes[-1].set_xlabel("epoch")
+        axes[0].set_xlabel("epoch" if transposed else "")
+    note = f"{training_line(comparison)}; {spread_words(len(comparison.seeds))}"
+    finish(figure, comparison, title, handles, note="\n".join([note, *dict.fromkeys(filter(None, notes))]))
+    return figure
+
+
+def _limit(axis: Axes, plain: np.ndarray) -> None:
+    """Ends the axis a little above the plain loss after 8 % of the epochs: the first fall would press the rest flat."""
+    top = 3.0 * plain[max(1, len(plain) // 12)]
+    curves = [np.asarray(line.get_ydata(), dtype=float) for line in axis.get_lines()]
+    low = min(float(curve[np.isfinite(curve)].min(initial=np.inf)) for curve in curves)
+    if 0 < low < top < np.inf:
+        axis.set_ylim(low * 0.85, top)
+
+
+def draw_learning_rate(comparison: Comparison) -> Figure | None:
+    """Loss at the end of training against the learning rate; where a seed diverged, a cross at the top."""
+    runs = comparison.studies.get("learning_rate", [])
+    groups: dict[str, dict[float, list[Run]]] = {}
+    for run in runs:
+        definition = run.config["variant"]
+        by_rate = groups.setdefault(role_of(definition), {})
+        by_rate.setdefault(definition["optimizer"]["arguments"]["lr"], []).append(run)
+    if not groups:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4))
+    epochs = runs[0].config["training"]["epochs"]
+    handles: dict[str, Any] = {}
+    for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
+        for role in sorted(groups, key=list(COLORS).index):
+            rates = np.array(sorted(groups[role]))
+            finals = [np.array([run.series[series][-1] for run in groups[role][rate]]) for rate in rates]
+            bad = np.array([not np.isfinite(values).all() for values in finals])
+            spread = np.array([(values.min(), np.median(values), values.max()) for values in finals])
+            spread[bad] = np.nan
+            color = COLORS[role]
+            (line,) = axis.plot(rates, spread[:, 1], color=color, marker="o", markersize=4)
+            handles[LABELS.get(role, role)] = line
+            axis.fill_between(rates, spread[:, 0], spread[:, 2], color=color, alpha=0.15, linewidth=0)
+            if bad.any():
+                top = axis.get_xaxis_transform()
+                axis.plot(rates[bad], np.ones(bad.sum()), "x", color=color, transform=top, clip_on=False)
+                axis.annotate("diverged", (rates[bad][0], 1.0), (-6, 0), xycoords=top, textcoords="offset points",
+                              fontsize=8, color=color, ha="right", va="bottom")  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_ylabel(f"{name} after {epochs} epochs")
+    seeds = {int(run.attributes["seed"]) for run in runs}
+    optimizer = runs[0].config["variant"]["optimizer"]
+    kind = "Nesterov " * bool(optimizer["arguments"].get("nesterov")) + optimizer["name"]
+    batch = runs[0].config["training"]["batch_size"]
+    note = f"{kind}, batches of {batch}, {epochs} epochs; {spread_words(len(seeds))}; crosses: a seed diverged"
+    finish(figure, comparison, "Loss at the end against the learning rate", handles, seeds, note)
+    return figure
