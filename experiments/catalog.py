@@ -27,7 +27,7 @@ def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
     """The experiment of a configuration, by its name and the raw settings of its problem.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it needs a package that is not installed.
     """
     module = EXPERIMENTS.get(name)
     if module is None and str(problem.get("equation")).endswith(".py"):
@@ -37,7 +37,12 @@ def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
             f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}; any other name needs a Python file as "
             "problem.equation"
         )
-    experiment: Experiment = import_module(module).EXPERIMENT
+    try:
+        experiment: Experiment = import_module(module).EXPERIMENT
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "experiments":
+            raise  # a mistake in the package of the experiment, whose traceback names the line
+        raise ValueError(f"experiment {name} needs the package {error.name}, which is not installed") from None
     return experiment
 
 

@@ -26,6 +26,7 @@ class AdmissionsExperiment(Experiment):
     studies = ("learning_rate", "batch_size")
     probes = ("probe_rows", "check_rows")
     is_least_squares = True
+    loss_name = "MSE"
 
     def describe(self, settings: GraduateAdmissionsConfig) -> Description:
         return problem.describe(settings)

@@ -63,17 +63,21 @@ RC: dict[Any, Any] = {
 }
 
 
-def draw_figures(comparison: Comparison) -> list[Path]:
-    """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
-    folder = comparison.folder / "figures"
-    drawings: dict[str, Callable[[Comparison], Figure | None]] = {
-        "loss.png": draw_loss,
-        "published_scheme.png": draw_published_scheme,
-        "batch_size.png": draw_batch_size,
-        "acceleration.png": draw_acceleration,
-        "learning_rate.png": draw_learning_rate,
-    }
-    return save_figures(folder, [(name, partial(draw, comparison)) for name, draw in drawings.items()])
+def draw_figures(comparison: Comparison, loss_name: str = "loss") -> list[Path]:
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths.
+
+    Args:
+        comparison: the records.
+        loss_name: what the figures call the loss.
+    """
+    drawings: list[tuple[str, Callable[[], Figure | None]]] = [
+        ("loss.png", partial(draw_loss, comparison, loss_name)),
+        ("published_scheme.png", partial(draw_published_scheme, comparison, loss_name)),
+        ("batch_size.png", partial(draw_batch_size, comparison)),
+        ("acceleration.png", partial(draw_acceleration, comparison)),
+        ("learning_rate.png", partial(draw_learning_rate, comparison, loss_name)),
+    ]
+    return save_figures(comparison.folder / "figures", drawings)
 
 
 def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure | None]]]) -> list[Path]:
@@ -119,7 +123,7 @@ def as_text(label: str) -> str:
     return label.replace("$", r"\$")
 
 
-def draw_loss(comparison: Comparison) -> Figure | None:
+def draw_loss(comparison: Comparison, loss_name: str) -> Figure | None:
     """Training and validation loss against the epoch: one column a base optimizer."""
     families = {
         family: [variant for variant in variants if variant.role.split()[-1] not in ("average", "safeguard")]
@@ -128,21 +132,23 @@ def draw_loss(comparison: Comparison) -> Figure | None:
     families = {family: variants for family, variants in families.items() if variants}
     if not families:
         return None
-    return _loss_figure(comparison, families, "Loss against the epoch", transposed=len(families) == 1)
+    return _loss_figure(comparison, families, loss_name, "Loss against the epoch", transposed=len(families) == 1)
 
 
-def draw_published_scheme(comparison: Comparison) -> Figure | None:
+def draw_published_scheme(comparison: Comparison, loss_name: str) -> Figure | None:
     """The published scheme with and without average and safeguard, between plain and aadl at the same settings."""
     families = {
         family: [variant for variant in variants if variant.role not in ("ema", "aadl")]
         for family, variants in comparison.families.items()
         if any(variant.role.startswith("published") for variant in variants)
     }
-    return _loss_figure(comparison, families, "The published scheme", transposed=True) if families else None
+    if not families:
+        return None
+    return _loss_figure(comparison, families, loss_name, "The published scheme", transposed=True)
 
 
 def _loss_figure(
-    comparison: Comparison, families: dict[str, list[Variant]], title: str, *, transposed: bool = False
+    comparison: Comparison, families: dict[str, list[Variant]], loss_name: str, title: str, *, transposed: bool
 ) -> Figure:
     """Two panels a family: training and validation loss, below each other or, `transposed`, beside each other."""
     count = len(families)
@@ -152,7 +158,7 @@ def _loss_figure(
     handles: dict[str, Any] = {}
     for column, (family, variants) in enumerate(families.items()):
         axes = grid[column] if transposed else grid[:, column]
-        for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
+        for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training", "validation"), strict=True):
             for variant, color, style in styled(variants):
                 values = variant.series(series)
                 epochs = np.arange(values.shape[1])
@@ -162,7 +168,7 @@ def _loss_figure(
                 handles.setdefault(label, line)
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
             axis.set_yscale("log")
-            axis.set_ylabel(name)
+            axis.set_ylabel(f"{name} {loss_name}")
             if transposed or axis is axes[0]:
                 axis.set_title(as_text(family), loc="left")
             _limit(axis, quantiles((plain_of(variants) or variants[0]).series(series))[1])
@@ -361,7 +367,7 @@ def _mean(variant: Variant, name: str) -> np.ndarray:
     return mean
 
 
-def draw_learning_rate(comparison: Comparison) -> Figure | None:
+def draw_learning_rate(comparison: Comparison, loss_name: str) -> Figure | None:
     """Loss at the end of training against the learning rate; where a seed diverged, a cross at the top."""
     runs = comparison.studies.get("learning_rate", [])
     groups: dict[str, dict[float, list[Run]]] = {}
@@ -374,7 +380,7 @@ def draw_learning_rate(comparison: Comparison) -> Figure | None:
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4))
     epochs = runs[0].config["training"]["epochs"]
     handles: dict[str, Any] = {}
-    for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
+    for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training", "validation"), strict=True):
         for role in sorted(groups, key=list(STYLES).index):
             rates = np.array(sorted(groups[role]))
             finals = [np.array([run.series[series][-1] for run in groups[role][rate]]) for rate in rates]
@@ -393,7 +399,7 @@ def draw_learning_rate(comparison: Comparison) -> Figure | None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("learning rate")
-        axis.set_ylabel(f"{name} after {epochs} epochs")
+        axis.set_ylabel(f"{name} {loss_name} after {epochs} epochs")
     seeds = {int(run.attributes["seed"]) for run in runs}
     optimizer = runs[0].config["variant"]["optimizer"]["name"]
     title = f"Sensitivity to the learning rate, {optimizer} (line: median, band: range of {len(seeds)} seeds)"

@@ -14,15 +14,18 @@ import numpy as np
 from data_loaders.files import write_text
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
 
-HEADER = (
-    "variant",
-    "epochs to plain's final loss",
-    "seconds to it",
-    "final training MSE",
-    "final validation MSE",
-    "seeds above plain",
-    "time per epoch against plain",
-)
+
+def header(loss_name: str) -> tuple[str, ...]:
+    """The names of the table's columns."""
+    return (
+        "variant",
+        "epochs to plain's final loss",
+        "seconds to it",
+        f"final training {loss_name}",
+        f"final validation {loss_name}",
+        "seeds above plain",
+        "time per epoch against plain",
+    )
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,13 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.inf)
 
 
-def summarize(comparison: Comparison) -> str:
-    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
+def summarize(comparison: Comparison, loss_name: str = "loss") -> str:
+    """Writes `summary.md` beside the records and returns the same as text for a terminal.
+
+    Args:
+        comparison: the records.
+        loss_name: what the table calls the loss.
+    """
     markdown: list[str] = [f"# {comparison.folder.parent.name}, {comparison.folder.name}", ""]
     text: list[str] = [f"{comparison.folder.parent.name}, {comparison.folder.name}", ""]
     if comparison.is_surrogate:
@@ -98,13 +106,13 @@ def summarize(comparison: Comparison) -> str:
         text += [warning, ""]
     legend = (
         "Median over the seeds [minimum .. maximum]. Seconds are training seconds, without evaluation. "
-        "'Above plain' counts seeds whose final training MSE is higher than plain's or which diverged; a seed on which "
-        "only plain diverged is unknown."
+        f"'Above plain' counts seeds whose final training {loss_name} is higher than plain's or which diverged; a seed "
+        "on which only plain diverged is unknown."
     )
     for family, variants in comparison.families.items():
         rows = family_rows(variants)
-        markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
-        text += [family, *text_table(HEADER, rows), ""]
+        markdown += [f"## {family}", "", *markdown_table(header(loss_name), rows), ""]
+        text += [family, *text_table(header(loss_name), rows), ""]
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]

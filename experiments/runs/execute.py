@@ -199,7 +199,7 @@ def execute_experiment(
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0 and runs:
-        for line in closing_lines([read_run(run_path(results, run)) for run in runs], results):
+        for line in closing_lines(config.kind, [read_run(run_path(results, run)) for run in runs], results):
             _say(line)
     return len(pending)
 

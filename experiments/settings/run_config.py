@@ -17,9 +17,9 @@ from experiments.settings.checks import (
     Component,
     integer,
     number,
+    recorded_settings,
     sequence,
     setting,
-    settings_of,
 )
 from experiments.settings.launch_settings import LaunchSettings
 
@@ -174,7 +174,7 @@ class RunConfig:
         """
         raw = asdict(replace(self, kind=None))
         del raw["kind"]
-        raw["problem"] = {entry.name: raw["problem"][entry.name] for entry in settings_of(self.problem)}
+        raw["problem"] = {name: raw["problem"][name] for name in recorded_settings(self.problem)}
         for key in ("baseline", "index"):
             del raw["variant"][key]
         cadences = raw["variant"].pop("published_cadences")
@@ -183,8 +183,6 @@ class RunConfig:
         for key in ("then", "overrides", "mean_epochs"):
             if not raw["variant"][key]:
                 del raw["variant"][key]
-        if not raw["problem"].get("exif_orientation"):  # records from before this setting stay the same runs
-            raw["problem"].pop("exif_orientation", None)
         return json.dumps(raw, sort_keys=True)
 
     def identity(self) -> str:

@@ -535,7 +535,7 @@ def test_a_record_says_what_it_holds(config, tmp_path, capsys):
     path = results / "burgers_2d" / "test" / "adam_aadl" / "seed-0.h5"
     record = read_run(path)
     attributes = record.attributes
-    assert record.is_pinn and record.places.tolist() == [0, 4, 8, 12]
+    assert record.config["experiment"] == "burgers_2d" and record.places.tolist() == [0, 4, 8, 12]
     assert attributes["data_source"] == "computed" and "Burgers" in attributes["equation"]
     assert (attributes["variant_index"], attributes["baseline"], attributes["degenerate"]) == (1, "adam", "")
     assert (attributes["diverged_epoch"], attributes["diverged_iteration"]) == (-1, -1)
