@@ -10,14 +10,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from data_loaders.workers import num_cores
-from experiments.distributed import doctor
 from experiments.distributed.departure import Interrupted, end_on_failure, leave
 from experiments.distributed.devices import describe_device, with_device
+from experiments.distributed.doctor import command as doctor
 from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
 from experiments.distributed.launch import ranks_from_environment
 from experiments.distributed.ranks import Ranks
@@ -26,14 +26,15 @@ from experiments.images.tables import summarize_images
 from experiments.pinn.compare import read_groups
 from experiments.pinn.figures import draw_pinn_figures
 from experiments.pinn.tables import summarize_pinn
-from experiments.records.compare import find_folders, read_comparison
+from experiments.records.compare import closed_folders, find_folders, read_comparison
 from experiments.records.figures import draw_figures
-from experiments.records.record import Run, read_run
+from experiments.records.reading import first_run_of
 from experiments.records.summarize import summarize
 from experiments.runs.execute import execute_experiment
 from experiments.settings.config import load_config
 from experiments.settings.run_config import ExperimentConfig
 from experiments.settings.yaml_file import read_yaml
+from experiments.training.progress import duration
 
 CONFIGS = Path(__file__).parent / "configs"
 DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a mistake of the user and 1 after a failed run, either explained in one sentence on stderr; 75 after
+        0; 2 after a mistake of the user, or results that cannot be shown, and 1 after a failed run, each explained in
+        one sentence on stderr; 75 after
         a signal or a time limit that stopped a run, which is saved: the same command goes on; 130 after Ctrl-C and 143
         after SIGTERM outside of a run.
     """
@@ -155,7 +157,7 @@ def _jobs(options: argparse.Namespace) -> int:
     return int(options.jobs)
 
 
-def _reproduce(options: argparse.Namespace) -> None:
+def _reproduce(options: argparse.Namespace) -> int:
     only = options.only or os.environ.get("ONLY") or None
     paths = sorted(CONFIGS.glob("*/laptop.yaml"))
     names = [path.parent.name for path in paths]
@@ -172,15 +174,27 @@ def _reproduce(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     start = time.perf_counter()
-    for path, config in chosen:
+    for number, (path, config) in enumerate(chosen, 1):
         _execute(path, config, ranks, options)
-    if ranks.rank == 0:
-        for config in configs:
-            folder = options.results / config.experiment / config.scale
-            for path in _draw(folder):
-                print(path)
-            print(_table(folder))
-        print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+        expected = [config.expected_minutes or 0.0 for config in configs]
+        if ranks.rank == 0 and number < len(chosen):
+            seconds = time.perf_counter() - start
+            # The expected minutes are those of another machine, so the time until now says how fast this one is.
+            made, left = sum(expected[:number]), sum(expected[number:])
+            more = f", about {duration(seconds * left / made)} left" if made and all(expected) else ""
+            print(f"{number} of {len(chosen)} experiments, {duration(seconds)}{more}", file=sys.stderr, flush=True)
+    if ranks.rank != 0:
+        return 0
+
+    def show(folder: Path, note: Callable[[str], None]) -> None:
+        for path in _draw(folder, note):
+            print(path)
+        print(_table(folder, note))
+
+    folders = (options.results / config.experiment / config.scale for config in configs)
+    code = _show(options.results, folders, show)
+    print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+    return code
 
 
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
@@ -214,35 +228,52 @@ def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argpar
         raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks, see above")
 
 
-def _first(folder: Path) -> Run | None:
-    """One of the records of a folder, which tells what kind they are."""
-    try:
-        return read_run(min(folder.glob("*/seed-*.h5")))
-    except OSError:
-        return None  # the readers of comparisons come upon it too, and name the file
-
-
-def _draw(folder: Path) -> list[Path]:
-    run = _first(folder)
+def _draw(folder: Path, note: Callable[[str], None]) -> list[Path]:
+    run = first_run_of(folder)
     if run is not None and run.is_pinn:
-        return draw_pinn_figures(read_groups(folder))
+        return draw_pinn_figures(read_groups(folder, note))
     if run is not None and run.is_classification:
-        return draw_image_figures(read_comparison(folder))
-    return draw_figures(read_comparison(folder))
+        return draw_image_figures(read_comparison(folder, note))
+    return draw_figures(read_comparison(folder, note))
 
 
-def _table(folder: Path) -> str:
-    run = _first(folder)
+def _table(folder: Path, note: Callable[[str], None]) -> str:
+    run = first_run_of(folder)
     if run is not None and run.is_pinn:
-        return summarize_pinn(read_groups(folder))
+        return summarize_pinn(read_groups(folder, note))
     if run is not None and run.is_classification:
-        return summarize_images(read_comparison(folder))
-    return summarize(read_comparison(folder))
+        return summarize_images(read_comparison(folder, note))
+    return summarize(read_comparison(folder, note))
 
 
-def _figures(options: argparse.Namespace) -> None:
-    for folder in find_folders(options.results, options.only):
-        for path in _draw(folder):
+def _show(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]], None]) -> int:
+    """Shows each folder of results; one that cannot be shown, or a record in it, hides no other.
+
+    Returns:
+        2 where a line on stderr says what was left out, else 0.
+    """
+    left_out: list[str] = []
+
+    def note(line: str) -> None:
+        if line not in left_out:
+            left_out.append(line)
+            print(line, file=sys.stderr, flush=True)
+
+    for folder in closed_folders(results):
+        note(f"left out: {folder} is closed to this account")
+    for folder in folders:
+        try:
+            show(folder, note)
+        except (ValueError, OSError) as error:
+            note(f"left out: {error}")
+        except LookupError as error:  # records of another version
+            note(f"left out: the records in {folder} have no {error}")
+    return 2 if left_out else 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    def show(folder: Path, note: Callable[[str], None]) -> None:
+        for path in _draw(folder, note):
             print(path)
             if options.docs:
                 DOCS_FIGURES.mkdir(parents=True, exist_ok=True)
@@ -250,10 +281,12 @@ def _figures(options: argparse.Namespace) -> None:
                 copy.write_bytes(path.read_bytes())
                 print(copy)
 
+    return _show(options.results, find_folders(options.results, options.only), show)
 
-def _summarize(options: argparse.Namespace) -> None:
-    for folder in find_folders(options.results, options.only):
-        print(_table(folder))
+
+def _summarize(options: argparse.Namespace) -> int:
+    folders = find_folders(options.results, options.only)
+    return _show(options.results, folders, lambda folder, note: print(_table(folder, note)))
 
 
 if __name__ == "__main__":

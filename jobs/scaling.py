@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from data_loaders.files import write_text
 from experiments.records.figures import save_figures
-from experiments.records.record import Run, read_run
+from experiments.records.reading import Run, read_run
 from experiments.settings.config import load_config
 from experiments.settings.run_config import ExperimentConfig
 from jobs.script import Job, render
@@ -27,7 +28,6 @@ from jobs.submit import (
     request_from,
     script_path,
     submit_script,
-    write_text,
 )
 
 MODES = ("strong", "weak")

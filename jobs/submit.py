@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from data_loaders.files import write_text
 from experiments.runs.execute import single_process_variants
 from experiments.settings.config import load_config
 from jobs.script import Job, Request, array_seeds, make_job, render
@@ -134,29 +134,6 @@ def checked_job(site: Site, request: Request) -> Job:
 def script_path(job: Job) -> Path:
     """Where a new script of the job is kept: `<results>/jobs/<name>-<UTC>.sh`."""
     return job.jobs / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
-
-
-def write_text(path: Path, text: str, *, executable: bool = False) -> None:
-    """Writes a file at once and whole.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o755 if executable else 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def submit_script(site: Site, path: Path, after: str | None = None) -> str:

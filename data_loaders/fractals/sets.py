@@ -7,18 +7,16 @@ depends on (seed, class, instance) alone: not on the number of classes, of image
 from __future__ import annotations
 
 import argparse
-import fcntl
 import io
 import json
 import math
 import multiprocessing
 import os
-import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,8 +25,9 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
+from data_loaders.files import locked, replacing
 from data_loaders.fractals.drawing import SIZES, USUAL, VERSION, check_integer, draw
-from data_loaders.workers import follow_parent, signals_held_back
+from data_loaders.workers import follow_parent, num_cores, signals_held_back
 
 __all__ = ["Settings", "class_names", "draw", "ensure", "write_folder", "write_shards"]
 
@@ -178,7 +177,7 @@ def _write(
     progress: bool,
 ) -> None:
     """Calls `write` unless the set is complete, in a process at a time."""
-    workers = _num_cores() if num_workers is None else num_workers
+    workers = num_cores() if num_workers is None else num_workers
     check_integer("num_workers", workers, 0, 4096)
     if _is_complete(target, settings):
         return
@@ -219,7 +218,8 @@ def _is_complete(target: Path, settings: Settings) -> bool:
 
 def _write_settings(target: Path, settings: Settings, complete: bool) -> None:
     text = json.dumps({**asdict(settings), "complete": complete}, indent=2, default=int) + "\n"
-    _write_atomically(target / SETTINGS, text.encode())
+    with replacing(target / SETTINGS) as temporary:
+        temporary.write_text(text)
 
 
 @contextmanager
@@ -228,27 +228,13 @@ def _lock(target: Path) -> Iterator[None]:
 
     It saves work; without it, processes that make the same set write the same images, each file or shard in one go.
     """
-    with (target / LOCK).open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(target / LOCK, wait=False))
         except BlockingIOError:
             print(f"{target}: waiting for another process, which makes it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
+            stack.enter_context(locked(target / LOCK, wait=True))
         yield
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 # ---- files and shards ------------------------------------------------------------------------------------------------
@@ -275,7 +261,8 @@ def _write_chunk(target: Path, settings: Settings, split: str, name: str, index:
     for number in numbers:
         path = target / FOLDERS[split] / name / _file_name(name, number)
         if not _is_whole(path):
-            _write_atomically(path, encode(settings, split, index, number))
+            with replacing(path, sync=False) as temporary:
+                temporary.write_bytes(encode(settings, split, index, number))
     return len(numbers)
 
 
@@ -374,10 +361,6 @@ def _in_order(
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from data_loaders.files import locked
 from data_loaders.imagenet import packed
 from data_loaders.imagenet.folder import Images
 from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, quiet, to_rgb
@@ -199,16 +199,14 @@ def pack(
 @contextmanager
 def _alone(folder: Path, split: str) -> Iterator[None]:
     """Keeps other packings of a split out of a folder, and removes what killed ones left, where it can be locked."""
-    with (folder / f".packing-{split}.lock").open("a") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = stack.enter_context(locked(folder / f".packing-{split}.lock", wait=False))
         except BlockingIOError:
             raise ValueError(f"another process is packing {split} into {folder}") from None
-        except OSError:  # a parallel file system that was mounted without locks
-            yield
-            return
-        for leftover in folder.glob(f".{split}-*.tmp"):
-            leftover.unlink()
+        if is_held:
+            for leftover in folder.glob(f".{split}-*.tmp"):
+                leftover.unlink()
         yield
 
 

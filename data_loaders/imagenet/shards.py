@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zlib
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from data_loaders.files import replacing
 
 SHARD_VERSION = 1
 FORMAT = "packed images"
@@ -280,9 +283,7 @@ def write_packed(
     header = Header(split, tuple(class_names), source, "")
     try:
         for first in remaining:
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{split}-", suffix=".tmp")
-            os.close(handle)
-            written.append(Path(temporary))
+            written.append(folder / f".{split}-{secrets.token_hex(4)}.tmp")
             shard = chain([first], islice(remaining, images_per_shard - 1))
             digest.update(_fill(written[-1], header, shard, ()).tobytes())
         if not written:
@@ -319,15 +320,11 @@ def check_writing(split: str, images_per_shard: int) -> None:
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A file in the same folder that takes the place of `path` in the end, or goes away."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # of a write, which knows no name
+        with replacing(path, sync=False) as temporary:  # `_complete` has synced it
+            yield temporary
+    except OSError as error:
+        if error.errno and not error.filename:  # of a write, which knows no name
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise
 
@@ -391,6 +388,5 @@ def _complete(path: Path, shard: int, num_shards: int, pack_digest: str) -> None
         file.attrs["shard"], file.attrs["num_shards"], file.attrs["pack_digest"] = shard, num_shards, pack_digest
         file.attrs["text_crc32"] = _crc32_of_text(file.attrs)
         file.attrs["complete"] = True
-    os.chmod(path, 0o644)  # mkstemp makes the file private
     with path.open("rb+") as written:
         os.fsync(written.fileno())

@@ -14,9 +14,12 @@ from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.settings.run_config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
+from experiments.training.epochs import Epochs
+from experiments.training.plan import schedule_of
 from experiments.training.problem import Description, Problem, Residuals
 
 Batch = tuple[Tensor, Tensor]
+"""Standardized features (rows, 7), and the chance of admission (rows, 1)."""
 
 
 def read_data(path: str | None) -> tuple[GraduateAdmissions, str]:
@@ -37,12 +40,11 @@ def describe(config: GraduateAdmissionsConfig) -> Description:
     return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 
 
-def build(config: RunConfig, ranks: Ranks) -> Problem:
-    """The regression problem of one run.
+def build(config: RunConfig, ranks: Ranks) -> AdmissionsProblem:
+    """The regression problem of one run, on the table that its settings name.
 
     Features are standardized by the mean and the deviation of the training set; the target stays as it is. The seed of
-    the run sets the initial weights and the order of the batches. A rank takes every world_size-th row of a batch, so
-    the mean of the ranks' gradients is the gradient of the whole batch.
+    the run sets the initial weights.
 
     Raises:
         ValueError: the table is not as it must be, or a batch cannot be divided among the ranks.
@@ -53,8 +55,7 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
     data, digest = read_data(problem.data_path)
     train_rows, validation_rows = split(data, problem.validation_fraction, problem.split_seed)
     device = device_of(ranks)
-    batch_size = training.batch_size
-    for size in (batch_size, len(train_rows) % batch_size):
+    for size in (training.batch_size, len(train_rows) % training.batch_size):
         if size % ranks.world_size:
             raise ValueError(f"a batch of {size} rows cannot be divided evenly among {ranks.world_size} ranks")
 
@@ -70,41 +71,87 @@ def build(config: RunConfig, ranks: Ranks) -> Problem:
             torch.as_tensor(target, dtype=torch.float32, device=device),
         )
 
-    train_set, validation_set = tensors(train_rows), tensors(validation_rows)
     torch.manual_seed(config.seed)
-    sizes = (data.features.shape[1], *problem.hidden_sizes, 1)
-    model = MLP(sizes, problem.activation).to(device)
+    model = MLP((data.features.shape[1], *problem.hidden_sizes, 1), problem.activation).to(device)
+    sets = tensors(train_rows), tensors(validation_rows)
+    return AdmissionsProblem(model, *sets, training, config.seed, ranks, data.source, digest)
 
-    def epoch_batches(epoch: int, first: int = 0) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(train_rows), generator=generator).to(device)
-        for indices in order.split(batch_size)[first:]:
-            own = indices[ranks.rank :: ranks.world_size]
-            yield train_set[0][own], train_set[1][own]
 
-    def loss(network: nn.Module, batch: Batch) -> Tensor:
+class AdmissionsProblem(Problem):
+    """The mean squared error of a network on two sets that are in memory.
+
+    A rank takes every world_size-th row of a batch, so the mean of the ranks' gradients is the gradient of the whole
+    batch.
+
+    Args:
+        model: the network, on its device.
+        train_set, validation_set: of all ranks, on the device.
+        training: epochs, batch size and schedule.
+        seed: of the order of the batches.
+        ranks: this process.
+        data_source, data_digest: of the table.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: Batch,
+        validation_set: Batch,
+        training: TrainingConfig,
+        seed: int,
+        ranks: Ranks,
+        data_source: str,
+        data_digest: str,
+    ) -> None:
+        super().__init__(model, data_source=data_source, data_digest=data_digest)
+        self._train_set, self._validation_set, self._training = train_set, validation_set, training
+        self._seed, self._own = seed, slice(ranks.rank, None, ranks.world_size)
+
+    def plan(self) -> Epochs:
+        training = self._training
+        schedule = schedule_of(training.scheduler)
+        return Epochs(self.batches, training.epochs, schedule, measures_updates=training.measure_updates)
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of this rank in an epoch, from a step on; seed and epoch determine their order."""
+        for rows in self._order(self._seed * 1_000_003 + epoch).split(self._training.batch_size)[first:]:
+            yield self._of_this_rank(rows)
+
+    def _order(self, seed: int) -> Tensor:
+        """All rows of the training set in a random order."""
+        features = self._train_set[0]
+        return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
+
+    def _of_this_rank(self, rows: Tensor) -> Batch:
+        features, target = self._train_set
+        return features[rows[self._own]], target[rows[self._own]]
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.mse_loss(network(batch[0]), batch[1])
 
-    def least_squares(probe_rows: int | None = None, check_rows: int | None = None) -> Residuals:
-        order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(config.seed)).to(device)
-        check, probe = order[: check_rows or 0], order[check_rows or 0 :][:probe_rows]
-
-        def on(rows: Tensor) -> Callable[[], Tensor]:
-            features, target = (tensor[rows[ranks.rank :: ranks.world_size]] for tensor in train_set)
-
-            def residuals() -> Tensor:
-                with torch.no_grad():
-                    error: Tensor = model(features) - target
-                return error.flatten()
-
-            return residuals
-
-        return Residuals(on(probe), on(check) if len(check) else None)
-
-    def evaluate(network: nn.Module) -> dict[str, float]:
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
         return {
-            "metrics/train/loss": float(loss(network, train_set)),
-            "metrics/validation/loss": float(loss(network, validation_set)),
+            "metrics/train/loss": float(self.loss(network, self._train_set)),
+            "metrics/validation/loss": float(self.loss(network, self._validation_set)),
         }
 
-    return Problem(model, epoch_batches, loss, evaluate, data.source, digest, least_squares=least_squares)
+    def least_squares(self, probe_rows: int | None = None, check_rows: int | None = None) -> Residuals:
+        """The errors on rows of the training set.
+
+        Args:
+            probe_rows: rows that an acceleration solves for; None for all but those of the check.
+            check_rows: further rows that judge the acceleration; None for no check.
+        """
+        order = self._order(self._seed)
+        check, probe = order[: check_rows or 0], order[check_rows or 0 :][:probe_rows]
+        return Residuals(self._errors_on(probe), self._errors_on(check) if len(check) else None)
+
+    def _errors_on(self, rows: Tensor) -> Callable[[], Tensor]:
+        features, target = self._of_this_rank(rows)
+
+        def errors() -> Tensor:
+            with torch.no_grad():
+                error: Tensor = self.model(features) - target
+            return error.flatten()
+
+        return errors

@@ -124,6 +124,7 @@ def facts_of(ranks: Ranks, settings: LaunchSettings) -> dict[str, Any]:
     return {
         "host": host_of(ranks),
         "machine": _machine(),
+        "network": _network(),
         "backend": backend,
         "device": _device_name(device),
         "problem": problem,
@@ -163,6 +164,11 @@ def _machine() -> str:
     """Returns host name and boot: containers of one machine may share the one, and cloned machines the other."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname() + (" " + boot.read_text().strip() if boot.exists() else "")
+
+
+def _network() -> str:
+    """Returns the network namespace: containers of one machine cannot meet at each other's loopback address."""
+    return os.readlink("/proc/self/ns/net") if os.path.lexists("/proc/self/ns/net") else ""
 
 
 def binding(ranks: Ranks) -> list[dict[str, Any]]:

@@ -24,14 +24,14 @@ END_TIME_VARIABLES = ("AADL_END_TIME", "SLURM_JOB_END_TIME")
 
 
 class Interruption:
-    """While entered, signals and the time limit do nothing but give a reason to stop.
+    """A context manager in which signals and the time limit only give a reason to stop.
 
-    A second signal changes nothing. In a thread other than the main one Python allows no signal handlers, and the time
-    limit alone counts. Schedulers signal every process of a step, workers too: see `data_loaders.workers`.
+    A second signal changes nothing. Python allows signal handlers in the main thread alone; in other threads only the
+    time limit counts. Schedulers signal every process of a step, workers too: see `data_loaders.workers`.
 
     Attributes:
-        margin_seconds: so long before the end of the job the run must stop; may be changed at any time, as when a
-            checkpoint turns out to take long.
+        margin_seconds: how long before the end of the job the run must stop; it may change at any time, for instance
+            when a checkpoint turns out to take long.
     """
 
     def __init__(
@@ -44,11 +44,12 @@ class Interruption:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Args:
-            deadline_seconds: time limit from now on, > 0; None for that of the environment alone. The earlier counts.
+            deadline_seconds: time limit from now on, > 0; None leaves the time limit of the environment, and otherwise
+                the earlier one counts.
             margin_seconds: see above, >= 0.
-            include_interrupt: whether SIGINT (Ctrl-C) is a reason to stop as well, and raises no KeyboardInterrupt.
-            environment: with AADL_END_TIME or SLURM_JOB_END_TIME, in seconds since the epoch.
-            clock: seconds since the epoch.
+            include_interrupt: True if SIGINT (Ctrl-C) is a reason to stop as well, and raises no KeyboardInterrupt.
+            environment: variables; AADL_END_TIME or SLURM_JOB_END_TIME is in seconds since the epoch.
+            clock: returns seconds since the epoch.
 
         Raises:
             ValueError: a time is not a number, or out of its range.
@@ -84,7 +85,7 @@ class Interruption:
 
     @property
     def reason(self) -> str:
-        """Why the run must stop ("SIGUSR1", "time limit"): the first reason stays; "" for none."""
+        """Why the run must stop ("SIGUSR1", "time limit"), or ""; the first reason stays."""
         if not self._reason and self.seconds_left <= 0:
             self._reason = "time limit"
         return self._reason

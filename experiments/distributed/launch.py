@@ -65,6 +65,7 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
     if device.type == "cuda":
         torch.cuda.set_device(device)
     met.groups += 1
+    watch(met)  # before the group, whose start hangs without a rank that has failed meanwhile
     dist.init_process_group(
         backend,
         store=PrefixStore(f"group {met.groups}", met.store),
@@ -73,7 +74,6 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
         timeout=timedelta(seconds=settings.collective_seconds),
         device_id=device if backend == "nccl" else None,
     )
-    watch(met)
     control_group(ranks)
 
 

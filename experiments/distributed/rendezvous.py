@@ -250,12 +250,12 @@ def roll_call(
     judge: Callable[[Sequence[Mapping[str, Any]]], str],
     deadline: Deadline,
 ) -> bool:
-    """Waits for all ranks in a store that is new; returns True if they are on several machines.
+    """Waits for all ranks in a store that is new; returns True if they are on several machines or networks.
 
     Args:
         store: of all ranks.
         ranks: this process.
-        facts: what rank 0 must know of this rank, with "host" and "machine".
+        facts: what rank 0 must know of this rank, with "host", "machine" and maybe "network", a network namespace.
         judge: called on rank 0 with the facts by rank; returns why these ranks cannot work together, or "".
         deadline: when to give up.
 
@@ -295,7 +295,7 @@ def _call(
                 present, problem = ranks.world_size - len(missing), _missing_text(ranks, missing, deadline)
                 return {"several": False, "problem": problem, "present": present}
     facts = [json.loads(text) for text in store.multi_get(keys)]
-    several = len({fact["machine"] for fact in facts}) > 1
+    several = len({(fact["machine"], fact.get("network")) for fact in facts}) > 1
     return {"several": several, "problem": _different_worlds(facts) or judge(facts), "present": len(facts)}
 
 

@@ -1,7 +1,7 @@
-"""What one rank does for all of them, or each for itself, while the others wait longer than a collective may take.
+"""Runs a function on rank 0 or on every rank, and waits without a collective's timeout.
 
-The ranks meet in the store of the process group, not in a collective: its deadline would end the job while a slow file
-system is still being read.
+The ranks meet in the store of the process group, because the deadline of a collective would end the job while a slow
+file system is still being read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from experiments.distributed.rendezvous import Deadline, host_of, spans
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0
-"""That the others give rank 0, which names the ranks that are late, beyond its own deadline."""
+"""The other ranks wait this much longer than rank 0, which names the ranks that are late."""
 SHOWN = 8
 _meetings = itertools.count()  # all ranks come to all meetings, so that their numbers are the same
 
 
 class Outcome(NamedTuple):
-    """What a rank tells the others; kind and text are "" where nothing went wrong."""
+    """What a rank reports to the others; kind and text are "" where nothing went wrong."""
 
     host: str
     kind: str = ""
@@ -33,17 +33,17 @@ class Outcome(NamedTuple):
 
 
 def by_first(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T:
-    """What `make` returns on rank 0, on all ranks; the others wait. Called by all ranks, or by a process without group.
+    """Calls `make` on rank 0, and returns its result on all ranks; all ranks call this, or a process without group.
 
     Args:
         ranks: this process.
-        make: called on rank 0 alone; what it returns is pickled.
-        what: it does, for messages: "opening the data".
-        seconds: that it may take.
+        make: called on rank 0 alone; its result is pickled.
+        what: what `make` does, for messages: "opening the data".
+        seconds: how long `make` may take.
 
     Raises:
         ValueError, OSError: `make` raised it; the same on all ranks.
-        TimeoutError: it took longer.
+        TimeoutError: `make` took longer.
     """
     if not _has_group(ranks):
         return make()
@@ -61,9 +61,9 @@ def by_first(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> 
 
 
 def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T:
-    """What `make` returns on this rank, once it has returned on all of them; arguments and errors as of `by_first`.
+    """Calls `make` on every rank, and returns when it has returned on all; arguments and errors as in `by_first`.
 
-    An error of one rank is raised on all of them, with the rank and its host.
+    The error of one rank is raised on all of them, with the rank and its host.
     """
     if not _has_group(ranks):
         return make()
@@ -77,13 +77,13 @@ def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T
 
 
 def check_same(ranks: Ranks, value: str | None, what: str, seconds: float) -> None:
-    """Refuses a value that is not that of rank 0; called by all ranks.
+    """Refuses a value that differs from the value of rank 0; all ranks call this.
 
     Args:
         ranks: this process.
-        value: of this rank; None, on another rank than 0, where it has none to compare.
-        what: it is, for messages: "the data".
-        seconds: that the first and the last rank may be apart.
+        value: of this rank; None, on another rank than 0, if there is none to compare.
+        what: what the value is, for messages: "the data".
+        seconds: how far apart the first and the last rank may be.
 
     Raises:
         ValueError: a rank has another value; raised on all ranks, with its number, its host and both values.
@@ -100,13 +100,13 @@ def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = No
 
     Args:
         ranks: this process, one of several in a process group.
-        what: they did, for messages.
-        seconds: that the first and the last rank may be apart.
-        failure: of this rank.
+        what: what they did, for messages.
+        seconds: how far apart the first and the last rank may be.
+        failure: the error of this rank, or None.
 
     Raises:
         ValueError, OSError: what the first rank with a failure ran into.
-        TimeoutError: ranks did not come, which are named.
+        TimeoutError: ranks did not come; the message names them.
     """
     store = dist.distributed_c10d._get_default_store()
     name = f"aadl-meeting-{next(_meetings)}"
@@ -126,7 +126,7 @@ def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = No
 
 
 def _verdict(store: Store, name: str, ranks: Ranks, what: str, seconds: float) -> Outcome:
-    """On rank 0: what is to be raised, after all ranks have come or the time is up."""
+    """Returns, on rank 0, what all ranks raise, after all have come or the time is up."""
     keys = [f"{name} {rank}" for rank in range(ranks.world_size)]
     deadline = Deadline(seconds)
     while not store.check(keys):
@@ -135,15 +135,15 @@ def _verdict(store: Store, name: str, ranks: Ranks, what: str, seconds: float) -
             if late:
                 return Outcome("", "TimeoutError", _late_text(ranks, late, what, seconds))
     for rank, text in enumerate(store.multi_get(keys)):
-        told = Outcome(*json.loads(text))
-        if told.kind:
-            where = f"rank {rank} on {told.host}: " if rank > 0 else ""
-            return told._replace(text=where + told.text)
+        outcome = Outcome(*json.loads(text))
+        if outcome.kind:
+            where = f"rank {rank} on {outcome.host}: " if rank > 0 else ""
+            return outcome._replace(text=where + outcome.text)
     return Outcome("")
 
 
 def _wait_for_verdict(store: Store, name: str, ranks: Ranks, what: str, seconds: float) -> Outcome:
-    """On the other ranks. They look now and then: a blocking wait would keep the watch over failed ranks waiting."""
+    """Returns the verdict of rank 0 on another rank, which polls: a blocking wait would block the watcher as well."""
     deadline, is_first_there = Deadline(seconds), False
     while not store.check([f"{name} verdict"]):
         if deadline.pause():

@@ -14,7 +14,15 @@ from matplotlib.figure import Figure
 
 from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
 from experiments.records.compare import VALIDATION, Comparison, Variant
-from experiments.records.figures import draw_acceleration, draw_batch_size, finish, quantiles, save_figures, styled
+from experiments.records.figures import (
+    as_text,
+    draw_acceleration,
+    draw_batch_size,
+    finish,
+    quantiles,
+    save_figures,
+    styled,
+)
 
 COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#56B4E9", "evaluation": "#009E73"}
 """Of the parts of the time."""
@@ -72,7 +80,7 @@ def _limit(axis: Axes, comparison: Comparison) -> None:
 def draw_cost(comparison: Comparison) -> Figure:
     """Images per second, and where the time goes."""
     variants = list(_variants(comparison))
-    labels = [_label(comparison, variant) for variant in variants]
+    labels = [as_text(_label(comparison, variant)) for variant in variants]
     places = np.arange(len(variants))
     size = (9.5, 1.6 + 0.42 * len(variants))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1, 1.4]})

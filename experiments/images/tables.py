@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant, plain_of
-from experiments.records.record import Run
-from experiments.records.summarize import markdown_table, spread, text_table, write_text
+from experiments.records.reading import Run
+from experiments.records.summarize import markdown_table, spread, text_table, write_summary
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))
@@ -80,7 +80,7 @@ def summarize_images(comparison: Comparison) -> str:
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]
-    write_text(comparison.folder / "summary.md", "\n".join(markdown))
+    write_summary(comparison.folder, markdown)
     return "\n".join(text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from experiments.records.compare import (
     role_of,
     seeds_of,
 )
-from experiments.records.record import Run, read_runs
+from experiments.records.reading import Run, read_runs, say
 from experiments.settings.config import expand_runs, load_config
 from experiments.settings.run_config import identity_of
 
@@ -88,16 +88,17 @@ Key = tuple[str, str, str]
 """Of a group: its baseline, its equation in words, and what else tells its solution."""
 
 
-def read_groups(folder: Path) -> list[Group]:
-    """The records of a folder by solution and baseline, in the order of the configuration.
+def read_groups(folder: Path, note: Callable[[str], None] = say) -> list[Group]:
+    """Reads the records of a folder and groups them by solution and baseline, in the order of the configuration.
 
     A variant belongs to the group of its baseline, and to that of its own name, if another one is compared with it.
+    `note` gets a line about each record that cannot be read.
 
     Raises:
         ValueError: records that do not belong together: one variant, or the settings that all variants share, differ.
-        OSError: an unreadable record.
+        OSError: none of the records can be read.
     """
-    runs = read_runs(folder)
+    runs = read_runs(folder, note)
     main, studies = grouped(runs)
     _check_variants(folder, main)
     _check_shared(folder, [run for group in main.values() for run in group])

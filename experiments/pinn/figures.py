@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
 from experiments.records.compare import SECONDS, TRAIN, Variant
-from experiments.records.figures import acceleration_panels, finish, quantiles, save_figures
-from experiments.records.record import Run, read_fields
+from experiments.records.figures import acceleration_panels, as_text, finish, quantiles, save_figures
+from experiments.records.reading import Run, read_fields
 
 # Okabe and Ito, told apart with every kind of color blindness; after all colors the next line style.
 COLORS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#B8A900")
@@ -301,7 +301,7 @@ def draw_predictors(group: Group) -> Figure | None:
         axis.plot(np.full(len(finite), place), finite, "o", color=color, alpha=0.6, markersize=5)
         if np.isfinite(np.median(errors)):
             axis.plot([place - 0.25, place + 0.25], [np.median(errors)] * 2, color=color, linewidth=2.4)
-        names.append(_wrapped(_label(variant)))
+        names.append(as_text(_wrapped(_label(variant))))
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     axis.set_ylim(low / 1.2, high * 1.2)

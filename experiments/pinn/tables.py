@@ -17,13 +17,8 @@ from experiments.pinn.compare import (
     settings_line,
 )
 from experiments.records.compare import TRAIN, Variant
-from experiments.records.record import Run
-from experiments.records.summarize import (
-    markdown_table,
-    spread,
-    text_table,
-    write_text,
-)
+from experiments.records.reading import Run
+from experiments.records.summarize import markdown_table, spread, text_table, write_summary
 
 TOLERANCE = 1.02
 """A final loss of more than this times the baseline's counts as above it."""
@@ -81,7 +76,7 @@ def summarize_pinn(groups: list[Group]) -> str:
     source = f"Source: {replace(groups[0], commits=commits).source_line(seeds)}"
     markdown += [LEGEND, "", source, ""]
     text += [LEGEND, source]
-    write_text(folder / "summary.md", "\n".join(markdown))
+    write_summary(folder, markdown)
     return "\n".join(text)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.records.record import Run, read_runs
+from experiments.distributed.rendezvous import spans
+from experiments.records.reading import Run, read_runs, say
 
 TRAIN = "metrics/train/loss"
 VALIDATION = "metrics/validation/loss"
@@ -84,7 +86,7 @@ class Records:
 
     def source_line(self, seeds: Iterable[int] | None = None) -> str:
         """Where a figure or a table comes from: configuration, data, seeds (by default the main comparison's), code."""
-        numbers = spans(self.seeds if seeds is None else seeds)
+        numbers = spans(sorted(self.seeds if seeds is None else seeds))
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
         experiment, scale = self.folder.parts[-2:]
         config = Path("experiments", "configs", experiment, f"{scale}.yaml")
@@ -121,17 +123,6 @@ def commits_of(runs: Iterable[Run]) -> tuple[str, ...]:
     return tuple(sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in runs}))
 
 
-def spans(numbers: Iterable[int]) -> str:
-    """`(0, 1, 2, 5)` as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-
-
 def find_folders(results: Path, only: str | None = None) -> list[Path]:
     """Folders `<experiment>/<scale>` with records.
 
@@ -145,14 +136,21 @@ def find_folders(results: Path, only: str | None = None) -> list[Path]:
     return folders
 
 
-def read_comparison(folder: Path) -> Comparison:
-    """Reads and orders all records of a folder.
+def closed_folders(results: Path) -> list[Path]:
+    """Folders of results that this account may not look into, and that `find_folders` therefore passes over."""
+    levels = ("", "*", "*/*", "*/*/*")
+    folders = [path for level in levels for path in (results.glob(level) if level else [results]) if path.is_dir()]
+    return sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK))
+
+
+def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparison:
+    """Reads and orders all records of a folder; `note` gets a line about each that cannot be read.
 
     Raises:
         ValueError: records that do not belong together (other settings, other data).
-        OSError: an unreadable record.
+        OSError: none of the records can be read.
     """
-    runs = read_runs(folder)
+    runs = read_runs(folder, note)
     for what, key in (("data", lambda run: run.attributes["data_digest"]), ("settings", _settings)):
         groups: dict[str, list[Run]] = {}
         for run in runs:

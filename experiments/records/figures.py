@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -17,8 +21,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data_loaders.files import replacing
 from experiments.records.compare import TRAIN, VALIDATION, Comparison, Records, Variant, plain_of, role_of
-from experiments.records.record import Run
+from experiments.records.reading import Run
 
 # One color a role in all figures, told apart with every kind of color blindness (Okabe and Ito), plus a line style.
 STYLES: dict[str, tuple[str, Any]] = {
@@ -74,22 +79,44 @@ def draw_figures(comparison: Comparison) -> list[Path]:
 def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure | None]]]) -> list[Path]:
     """Writes what is drawn by file name, returns the paths; what gives no figure is left out.
 
+    Where the folder cannot be written, as in the results of a colleague, `figures/<experiment>/<scale>` below the
+    current folder takes its place, and a line on stderr says so.
+
     Raises:
         ValueError: two figures have the same name: one would overwrite the other.
     """
     twice = sorted(name for name, count in Counter(name for name, _ in drawings).items() if count > 1)
     if twice:
         raise ValueError(f"two figures would have the same name in {folder}: {', '.join(twice)}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _writable(folder)
     paths = []
-    with plt.rc_context(RC):
+    with plt.rc_context(RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
         for name, draw in drawings:
             figure = draw()
             if figure is not None:
-                figure.savefig(folder / name, metadata={"Software": None})
+                with replacing(folder / name, sync=False) as temporary:
+                    figure.savefig(temporary, format=Path(name).suffix[1:], metadata={"Software": None})
                 plt.close(figure)
                 paths.append(folder / name)
     return paths
+
+
+def _writable(folder: Path) -> Path:
+    """Makes the folder of figures, or one below the current folder where the results are read-only."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    instead = Path("figures", *folder.parts[-3:-1])
+    instead.mkdir(parents=True, exist_ok=True)
+    print(f"note: {folder} cannot be written: the figures are in {instead}", file=sys.stderr)
+    return instead
+
+
+def as_text(label: str) -> str:
+    """A label as matplotlib shows it letter by letter: a dollar sign would begin a formula."""
+    return label.replace("$", r"\$")
 
 
 def draw_loss(comparison: Comparison) -> Figure | None:
@@ -122,6 +149,7 @@ def _loss_figure(
     shape = (count, 2) if transposed else (2, count)
     size = (9.5, 1.4 + 3.0 * count) if transposed else (max(5.0, 1.0 + 3.3 * count), 6.6)
     figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, sharex=True)
+    handles: dict[str, Any] = {}
     for column, (family, variants) in enumerate(families.items()):
         axes = grid[column] if transposed else grid[:, column]
         for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
@@ -130,19 +158,16 @@ def _loss_figure(
                 epochs = np.arange(values.shape[1])
                 low, middle, high = quantiles(values)
                 label = LABELS.get(variant.role, variant.label)
-                axis.plot(epochs, middle, color=color, linestyle=style, label=label)
+                (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
+                handles.setdefault(label, line)
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
             axis.set_yscale("log")
             axis.set_ylabel(name)
             if transposed or axis is axes[0]:
-                axis.set_title(family, loc="left")
+                axis.set_title(as_text(family), loc="left")
             _limit(axis, quantiles((plain_of(variants) or variants[0]).series(series))[1])
         axes[-1].set_xlabel("epoch")
         axes[0].set_xlabel("epoch" if transposed else "")
-    handles: dict[str, Any] = {}
-    for axis in grid.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
     spread = f"line: median of {len(comparison.seeds)} seeds, band: 10 to 90 %"
     finish(figure, comparison, f"{title} ({spread})", handles)
     return figure
@@ -297,7 +322,7 @@ def acceleration_panels(
             area = upper.fill_between(places, bottom, bottom + values, color=color, alpha=0.85, linewidth=0)
             handles.setdefault(label, area)
             bottom = bottom + values
-        upper.set_title(title, loc="left", fontsize=8.5)
+        upper.set_title(as_text(title), loc="left", fontsize=8.5)
         share = _mean(variant, "acceleration/averaging")
         area = lower.fill_between(places, 0, share, color="#009E73", alpha=0.3, linewidth=0, step="post")
         handles.setdefault("share of seeds with averaging on", area)
@@ -418,7 +443,11 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> int:
     for columns in range(min(len(handles), int(width // 2.2)), 0, -1):
         anchor = (0.5, 0.26 / height)
         legend = figure.legend(
-            [*handles.values()], [*handles], loc="lower center", ncols=columns, bbox_to_anchor=anchor
+            [*handles.values()],
+            [as_text(label) for label in handles],
+            loc="lower center",
+            ncols=columns,
+            bbox_to_anchor=anchor,
         )
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             return -(-len(handles) // columns)
@@ -428,6 +457,6 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> int:
 
 def _fitted_text(figure: Figure, y: float, text: str, size: float, **style: Any) -> None:
     """A line of text at the left margin, in smaller letters where the figure is too narrow for it."""
-    artist = figure.text(0.012, y, text, fontsize=size, **style)
+    artist = figure.text(0.012, y, as_text(text), fontsize=size, **style)
     share = artist.get_window_extent().width / (0.976 * figure.bbox.width)
     artist.set_fontsize(size / max(1.0, share))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 
+from data_loaders.files import write_text
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
 
 HEADER = (
@@ -105,7 +108,7 @@ def summarize(comparison: Comparison) -> str:
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]
-    write_text(comparison.folder / "summary.md", "\n".join(markdown))
+    write_summary(comparison.folder, markdown)
     return "\n".join(text)
 
 
@@ -153,22 +156,32 @@ def median(values: np.ndarray) -> float:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
+    """Lines of a table in Markdown, which shows the cells letter by letter."""
+    lines = [
+        header,
+        ["---"] * len(header),
+        *([re.sub(r"([\\`*_|<~$])", r"\\\1", cell) for cell in row] for row in rows),
+    ]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The same for a terminal."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    widths = [max(_width(line[column]) for line in (header, *rows)) for column in range(len(header))]
     return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "  " + "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in (header, ["-" * width for width in widths], *rows)
     ]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file at once and whole."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _width(text: str) -> int:
+    """Columns of a terminal: East Asian letters take two, accents that are letters of their own none."""
+    return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
+
+
+def write_summary(folder: Path, markdown: Sequence[str]) -> None:
+    """Writes `summary.md` beside the records; where that is not allowed, as in a colleague's folder, it says so."""
+    try:
+        write_text(folder / "summary.md", "\n".join(markdown))
+    except OSError as error:
+        print(f"note: {error}; the table is printed all the same", file=sys.stderr)

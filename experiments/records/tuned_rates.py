@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.records.record import IncompleteRecord, Run, read_run
+from experiments.records.hdf5 import IncompleteRecord
+from experiments.records.reading import Run, read_run
 
 LOSS = "metrics/train/loss"
 VALUES = {"graduate_admissions": "metrics/validation/loss", "burgers_2d": "metrics/validation/relative_l2_grid"}

@@ -1,7 +1,7 @@
 """The files of checkpoints in a folder: written whole or not at all, and read without executing anything in them.
 
 step-0000001234.pt             torch.save of plain values and tensors; -best before .pt for the best so far
-.tmp-step-0000001234.pt-...    is being written, or was left behind by a process that was killed
+.step-0000001234.pt-....tmp    is being written, or was left behind by a process that was killed
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import errno
 import io
 import os
 import re
-import secrets
 import shutil
 import zipfile
 from collections.abc import Collection
@@ -19,14 +18,15 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
+from data_loaders.files import replacing
 from experiments.runs.state import State
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {"format", "identity", "step", "shared", "own"}
 BLOCK = 1 << 22  # bytes written at once
 
 _NAME = re.compile(r"step-(\d{10,})(-best)?\.pt")
-_LEFTOVER = re.compile(r"\.(tmp|old)-step-.*")
+_LEFTOVER = re.compile(r"\.((tmp|old)-)?step-.*")  # the prefixes are those of former versions
 _FORMER = re.compile(r"step-\d{10,}(\.\d+)?")  # folders, of format 1
 
 
@@ -110,8 +110,7 @@ def write(path: Path, content: State) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
-    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
-    try:
+    with replacing(path) as temporary:
         with open(temporary, "xb", buffering=0) as raw:
             file = _Counted(io.BufferedWriter(raw, BLOCK))
             try:
@@ -125,22 +124,6 @@ def write(path: Path, content: State) -> None:
             size = os.fstat(raw.fileno()).st_size
         if size != file.num_bytes:
             raise OSError(errno.EIO, f"{path.name} has {size} bytes after {file.num_bytes} were written")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not sync folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def read(path: Path) -> State:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted, stop_process_group
 from experiments.distributed.devices import binding, device_of
@@ -23,39 +20,33 @@ from experiments.distributed.interruption import Interruption
 from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
+from experiments.images import data as images
 from experiments.images import problem as imagenet
-from experiments.images.settings import CADENCES, ImageConfig, ImageTrainingConfig, in_steps
+from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.pinn import problem as collocation_problem
-from experiments.records.record import (
-    git_state,
-    is_finished,
-    note_place,
-    read_run,
-    run_folder,
-    run_path,
-    state_of,
-    write_run,
-)
+from experiments.records.provenance import git_state
+from experiments.records.reading import read_run
+from experiments.records.status import is_finished, run_folder, run_path, state_of
+from experiments.records.writing import note_place, probe_folder, write_run
+from experiments.runs.closing import closing_lines
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
+from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
-from experiments.settings.checks import Component, accelerate, make_optimizer, needs_residuals, solves_residuals
+from experiments.settings.checks import needs_residuals
 from experiments.settings.config import expand_runs
 from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import (
-    PROBES,
     ExperimentConfig,
     GraduateAdmissionsConfig,
-    PublishedConfig,
     RunConfig,
     SaveConfig,
 )
 from experiments.training.problem import Description, Problem
-from experiments.training.progress import progress
-from experiments.training.published import PublishedScheme
-from experiments.training.schedules import scaled_rate
-from experiments.training.steps import HookSeconds, Stage
-from experiments.training.train import Result, train
+from experiments.training.progress import reported_to
+from experiments.training.result import Result
+from experiments.training.stage import make_stages
+from experiments.training.train import train
 
 
 def describe(config: Any) -> Description:
@@ -63,7 +54,7 @@ def describe(config: Any) -> Description:
     if isinstance(config, GraduateAdmissionsConfig):
         return graduate_admissions.describe(config)
     if isinstance(config, ImageConfig):
-        return imagenet.describe(config)
+        return images.describe(config)
     return collocation_problem.describe(config)
 
 
@@ -83,7 +74,7 @@ def execute_run(
     *,
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
-    anew: bool = False,
+    from_start: bool = False,
     timeout_seconds: float = LaunchSettings.collective_seconds,
     show_progress: bool = False,
 ) -> Path:
@@ -95,7 +86,7 @@ def execute_run(
         results: folder of all results.
         save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
-        anew: whether its checkpoints are removed first.
+        from_start: whether to remove its checkpoints first.
         timeout_seconds: for so long the ranks wait for each other.
         show_progress: progress by epoch.
 
@@ -110,8 +101,16 @@ def execute_run(
     """
     if interruption is None:
         with Interruption() as own:
-            options = {"save": save, "anew": anew, "timeout_seconds": timeout_seconds, "show_progress": show_progress}
-            return execute_run(config, ranks, results, interruption=own, **options)  # type: ignore[arg-type]
+            return execute_run(
+                config,
+                ranks,
+                results,
+                save=save,
+                interruption=own,
+                from_start=from_start,
+                timeout_seconds=timeout_seconds,
+                show_progress=show_progress,
+            )
     save = save or SaveConfig()
     path = run_path(results, config)
     torch.set_num_threads(getattr(config.training, "num_threads", 1))
@@ -137,23 +136,16 @@ def execute_run(
             save,
             interruption,
             write,
-            anew=anew,
+            from_start=from_start,
             timeout_seconds=timeout_seconds,
         )
         with session:
-            first = _stage(problem, config, ranks, variant.optimizer, variant.acceleration, variant.published)
-            then = None
-            if variant.then is not None:
-                stage = variant.then
-                then = _stage(problem, config, ranks, stage.optimizer, stage.acceleration, after=stage.after)
             result = train(
                 problem,
-                first,
-                config.training,
+                make_stages(problem, variant),
                 ranks,
                 ema_decay=variant.ema_decay,
                 mean_epochs=variant.mean_epochs,
-                then=then,
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
                 save_weights=save.weights,
@@ -167,8 +159,7 @@ def execute_run(
         reason = " ".join(str(error).partition("Traceback (most recent call last)")[0].split())  # of a data loader
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {reason}") from error
     finally:
-        if problem.close is not None:
-            problem.close()
+        problem.close()
     return path
 
 
@@ -182,52 +173,6 @@ def _check_data(problem: Problem, ranks: Ranks, seconds: float) -> None:
         check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", seconds)
     except ValueError as error:
         raise OtherData(str(error)) from None
-
-
-def _stage(
-    problem: Problem,
-    config: RunConfig,
-    ranks: Ranks,
-    optimizer: Component,
-    acceleration: Mapping[str, Any] | None,
-    published: PublishedConfig | None = None,
-    after: int = 0,
-) -> Stage:
-    """An optimizer of the problem, accelerated if so wanted; for images with the rate of the batch, and timed."""
-    training, arguments = config.training, dict(optimizer.arguments)
-    is_image = isinstance(training, ImageTrainingConfig)
-    if isinstance(training, ImageTrainingConfig) and training.reference_batch is not None:
-        arguments["lr"] *= scaled_rate(training, training.global_batch(ranks))
-    parameters = problem.parameters(arguments) if problem.parameters is not None else problem.model.parameters()
-    made = make_optimizer(Component(optimizer.name, arguments), parameters)
-    seconds = HookSeconds(made) if is_image and (acceleration is not None or published is not None) else None
-    stage = Stage(made, after=after)
-    if acceleration is not None:
-        steps = in_steps(acceleration, problem.steps_per_epoch) if problem.steps_per_epoch else acceleration
-        _accelerate(problem, made, steps)
-        accelerator = aadl.accelerator_of(made)
-        stage = replace(stage, statistics=lambda: accelerator.statistics)
-        if isinstance(accelerator, aadl.ResidualAccelerator):
-            stage = replace(stage, accelerator=accelerator)
-    elif published is not None:
-        if problem.steps_per_epoch:
-            steps = in_steps(config.variant.published_cadences, problem.steps_per_epoch)
-            published = replace(published, **{name: steps[name] for name in CADENCES if name in steps})
-        scheme = PublishedScheme(made, published)
-        stage = replace(stage, statistics=lambda: scheme.statistics, memory=scheme)
-    return replace(stage, seconds=seconds.enclose()) if seconds is not None else stage
-
-
-def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
-    """Accelerates an optimizer of the problem, by the residuals of its loss if so wanted."""
-    if not solves_residuals(arguments):
-        accelerate(optimizer, arguments)
-        return
-    assert problem.least_squares is not None  # checked with the configuration
-    names = [name for names in PROBES.values() for name in names]
-    found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
-    settings = {name: value for name, value in arguments.items() if name not in names}
-    accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
 
 
 def execute_experiment(
@@ -265,30 +210,31 @@ def execute_experiment(
         with Interruption() as own:
             return execute_experiment(config, ranks, results, num_jobs=num_jobs, force=force, interruption=own)
     left_out = single_process_variants(config) if ranks.world_size > 1 else []
-    anew = force and ranks.restart_count == 0
-    if force and not anew:
+    from_start = force and ranks.restart_count == 0
+    if force and not from_start:
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
         seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
         runs, pending = by_first(
-            ranks, lambda: _plan(config, ranks, results, anew, left_out), "reading the data", seconds
+            ranks, lambda: _plan(config, ranks, results, from_start, left_out), "reading the data", seconds
         )
         if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
-            _execute_in_turn(pending, ranks, results, config, anew, interruption)
+            _execute_in_turn(pending, ranks, results, config, from_start, interruption)
         else:
             threads = max(getattr(run.training, "num_threads", 1) for run in pending)
-            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, anew=anew)
+            execute = partial(execute_run, ranks=ranks, results=results, save=config.save, from_start=from_start)
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
         stop_process_group(ranks)
-    if ranks.rank == 0:
-        _report_diverged(runs, results)
+    if ranks.rank == 0 and runs:
+        for line in closing_lines([read_run(run_path(results, run)) for run in runs], results):
+            _say(line)
     return len(pending)
 
 
 def _plan(
-    config: ExperimentConfig, ranks: Ranks, results: Path, anew: bool, left_out: list[str]
+    config: ExperimentConfig, ranks: Ranks, results: Path, from_start: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
     described = describe(config.problem)
@@ -297,8 +243,8 @@ def _plan(
         _say(f"left out on {ranks.world_size} ranks, for they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
     descriptions = {key: describe(problem) for key, problem in problems.items()}
-    _probe(results / config.experiment / config.scale)
-    pending = _pending(runs, results, descriptions, ranks, force=anew, weights=config.save.weights)
+    probe_folder(results / config.experiment / config.scale)
+    pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
@@ -327,42 +273,35 @@ def single_process_variants(config: ExperimentConfig) -> list[str]:
     return names
 
 
-def _probe(folder: Path) -> None:
-    """Makes a folder of records and writes to it, so that a mistake shows before the training and not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"the results folder {folder} cannot be written: {error.strerror or error}") from None
-
-
 def _execute_in_turn(
     pending: list[RunConfig],
     ranks: Ranks,
     results: Path,
     config: ExperimentConfig,
-    anew: bool,
+    from_start: bool,
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
-    tell_each = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
-    for number, run in enumerate(progress(pending, len(pending), "runs", ranks.rank == 0 and not tell_each)):
-        if _is_told_to_stop(interruption, ranks):
-            reason = interruption.reason or "a signal to another rank"
-            raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
-        if tell_each and ranks.rank == 0 and len(pending) > 1:
-            _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
-        execute_run(
-            run,
-            ranks,
-            results,
-            save=config.save,
-            interruption=interruption,
-            anew=anew,
-            timeout_seconds=config.launch.collective_seconds,
-            show_progress=tell_each,
-        )
+    has_own_bar = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+    with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:
+        for number, run in enumerate(pending):
+            if _is_told_to_stop(interruption, ranks):
+                reason = interruption.reason or "a signal to another rank"
+                raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
+            if has_own_bar and ranks.rank == 0 and len(pending) > 1:
+                _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
+            with reported_to(partial(bar.report, number)):
+                execute_run(
+                    run,
+                    ranks,
+                    results,
+                    save=config.save,
+                    interruption=interruption,
+                    from_start=from_start,
+                    timeout_seconds=config.launch.collective_seconds,
+                    show_progress=has_own_bar,
+                )
+            bar.finish(number)
 
 
 def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
@@ -398,8 +337,8 @@ def _pending(
             check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     if counts["unfinished"]:
         _say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
-    if counts["unreadable"]:
-        _say(f"{counts['unreadable']} records are unreadable or incomplete: these runs are made again")
+    if counts["damaged"]:
+        _say(f"{counts['damaged']} records are damaged or incomplete: these runs are made again")
     if counts["changed"]:
         _say(
             f"{counts['changed']} records have other settings, other data or another number of ranks: "
@@ -407,7 +346,10 @@ def _pending(
         )
     for run in runs:
         if states[id(run)] == "finished":
-            note_place(run_path(results, run), run)
+            try:
+                note_place(run_path(results, run), run)
+            except OSError as error:  # of a colleague, for instance; the numbers are the same
+                _say(f"warning: the label in a finished record cannot be brought up to date: {error}")
     if counts["without weights"]:
         _say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
     if counts["finished"]:
@@ -421,18 +363,6 @@ def _pending(
         note = f", {other} of them by other or uncommitted code (--force makes them again)" if other else ""
         _say(f"{counts['finished']} runs are finished already{note}")
     return [run for run in runs if states[id(run)] != "finished"]
-
-
-def _report_diverged(runs: list[RunConfig], results: Path) -> None:
-    diverged: dict[str, list[str]] = {}
-    for run in runs:
-        record = read_run(run_path(results, run))
-        if record.diverged:
-            place = f" at iteration {record.diverged_iteration}" if record.diverged_iteration is not None else ""
-            diverged.setdefault(run.name, []).append(f"seed {run.seed}{place}")
-    if diverged:
-        told = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
-        _say("diverged: " + ", ".join(told))
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,8 @@
-"""Makes several runs at a time in worker processes of one thread each; a signal has them save and stop."""
+"""Makes several runs at a time in worker processes of one thread each; a signal makes them save and stop."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -19,17 +20,18 @@ import torch
 from data_loaders.workers import follow_parent, signals_held_back
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
+from experiments.runs.progress import RunsBar
 from experiments.settings.run_config import RunConfig
-from experiments.training.progress import progress
+from experiments.training.progress import reported_to
 
 POLL_SECONDS = 0.5
-"""Between two looks of a process: the parent's at signals, the workers' at what the parent says."""
+"""How often the parent looks at signals, and the workers at the order of the parent."""
 
 SAVE_SECONDS = 30
-"""For a run to stop and save when its pool breaks, because another worker was killed."""
+"""Time that a run has to stop and save when its pool breaks, because another worker was killed."""
 
 GO_ON, BEGIN_NONE, STOP = range(3)
-"""What is said to the workers. No future is canceled: Python up to 3.11 hangs where a pool with one breaks."""
+"""Orders to the workers. No future is canceled: Python up to 3.11 hangs when a pool with a canceled future breaks."""
 
 Execute = Callable[[RunConfig], object]
 
@@ -48,30 +50,37 @@ def execute_at_a_time(
         interruption: whether to stop.
 
     Raises:
-        Interrupted: told to stop; the runs that had begun are finished or saved.
+        Interrupted: a signal came; the runs that had begun are finished or saved.
         KeyboardInterrupt: after Ctrl-C, the same.
         RuntimeError: a worker was killed.
         Exception: what the first run in the list that failed has raised; it comes before the other reasons.
     """
     if interruption.reason:
         raise Interrupted(f"stopped by {interruption.reason} before the first run")
-    # Workers inherit the environment before torch is imported in them; spawn, for a forked torch may hang.
+    # Workers are spawned, because a forked torch may hang; they inherit the environment before they import torch.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    told = context.RawValue("b", GO_ON)  # no Event: it hangs where a process that waited for it was killed
+    order = context.RawValue("b", GO_ON)  # no Event: it hangs where a process that waited for it was killed
+    shown = context.RawArray("d", [math.nan] * (2 * len(runs)))  # share and loss of each run
     futures: list[Future[object]] = []
     with _ctrl_c_noted() as ctrl_c:
         with signals_held_back():  # the helper process of the pool is not to die of them either
-            pool = ProcessPoolExecutor(num_workers, context, _start_worker, (told,))
+            pool = ProcessPoolExecutor(num_workers, context, _start_worker, (order, shown))
         with pool:
             try:
                 with signals_held_back():
-                    for run in runs:
-                        futures.append(pool.submit(_execute, execute, run))
+                    for number, run in enumerate(runs):
+                        futures.append(pool.submit(_execute, execute, run, number))
             except BrokenProcessPool:
                 pass  # the first future tells it
-            for _ in progress(_as_completed(futures, told, ctrl_c, interruption), len(runs), "runs"):
-                pass
+            numbers = {future: number for number, future in enumerate(futures)}
+            with RunsBar(len(runs)) as bar:
+                for done in _as_completed(futures, order, ctrl_c, interruption):
+                    for number in sorted(numbers.pop(future) for future in done):
+                        bar.finish(number)
+                    for number in numbers.values():
+                        if not math.isnan(shown[2 * number]):
+                            bar.report(number, *shown[2 * number : 2 * number + 2])
     errors = [error for future in futures if (error := future.exception())]
     for error in errors:
         if not isinstance(error, (Interrupted, BrokenProcessPool)):
@@ -105,49 +114,55 @@ def _ctrl_c_noted() -> Iterator[list[int]]:
 
 
 def _as_completed(
-    futures: list[Future[object]], told: Any, ctrl_c: list[int], interruption: Interruption
-) -> Iterator[Future[object]]:
-    """Yields the futures as they are done; meanwhile passes signals and Ctrl-C on to the workers."""
+    futures: list[Future[object]], order: Any, ctrl_c: list[int], interruption: Interruption
+) -> Iterator[set[Future[object]]]:
+    """Yields the futures that are done since the last look; passes signals and Ctrl-C on to the workers."""
     waiting, has_failed = set(futures), False
     while waiting:
         done, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-        if ctrl_c or interruption.reason:  # again and again, for a worker may say BEGIN_NONE at the same moment
-            told.value = STOP
+        if ctrl_c or interruption.reason:  # at each look, because a worker may say BEGIN_NONE at the same moment
+            order.value = STOP
         failed = [error for future in done if (error := future.exception()) and not isinstance(error, Interrupted)]
         if failed and waiting and not has_failed:
             has_failed = True
             print(f"{failed[0]}; what has begun is finished first", file=sys.stderr, flush=True)
-        yield from done
+        yield done
 
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------
 
 
 class _Worker:
-    """State of this process: `told` is shared by parent and workers."""
+    """State of this process: `order` and `shown` are shared by parent and workers."""
 
-    told: Any = None
+    order: Any = None
+    shown: Any = None
     has_run = False
 
 
-def _execute(execute: Execute, run: RunConfig) -> None:
-    """One run, unless it lay in the queue when the worker was told to begin none."""
-    if _Worker.told.value != GO_ON:
+def _execute(execute: Execute, run: RunConfig, number: int) -> None:
+    """Makes one run, unless it lay in the queue when the worker was ordered to begin none."""
+    if _Worker.order.value != GO_ON:
         raise Interrupted(f"stopped before run {run.name}, seed {run.seed}")
     _Worker.has_run = True
+
+    def show(share: float, loss: float) -> None:
+        _Worker.shown[2 * number], _Worker.shown[2 * number + 1] = share, loss
+
     try:
-        execute(run)
+        with reported_to(show):
+            execute(run)
     except BaseException:  # a mistake, or a signal that came here before the parent has said what to do
-        if _Worker.told.value == GO_ON:
-            _Worker.told.value = BEGIN_NONE
+        if _Worker.order.value == GO_ON:
+            _Worker.order.value = BEGIN_NONE
         raise
     finally:
         _Worker.has_run = False
 
 
-def _start_worker(told: Any) -> None:
+def _start_worker(order: Any, shown: Any) -> None:
     """One thread of torch, and a watch that stops the run when the parent says so."""
-    _Worker.told = told
+    _Worker.order, _Worker.shown = order, shown
     follow_parent(farewell=_save_run)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # while no run is there to save
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
@@ -159,13 +174,13 @@ def _stop_when_told() -> None:
     """Stops the run by SIGUSR1, again and again: one that has not begun catches it later."""
     while True:
         time.sleep(POLL_SECONDS)
-        if _Worker.told.value == STOP:
+        if _Worker.order.value == STOP:
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def _save_run() -> None:
     """Before this worker, and all of its pool, end since one was killed."""
-    _Worker.told.value = STOP
+    _Worker.order.value = STOP
     end = time.monotonic() + SAVE_SECONDS
     while _Worker.has_run and time.monotonic() < end:
         time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A run on disk: taken up where it was saved, saved on the way, stopped by all ranks at the same step."""
+"""A run on disk: it resumes from its checkpoint, saves itself on the way, and stops on all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints,
 from experiments.runs.lock import FolderInUse, FolderLock
 from experiments.runs.state import rng_state, set_rng_state
 from experiments.settings.run_config import RunConfig, SaveConfig
-from experiments.training.steps import FiniteLosses
-from experiments.training.train import Result, Training
+from experiments.training.losses import FiniteLosses
+from experiments.training.result import Result
+from experiments.training.train import Training
 
 PUBLISH_SECONDS = 10.0
-"""Between two publications of the record of an unfinished run, which is written anew each time."""
+"""Least time between two versions of the record of an unfinished run, each of which is a whole file."""
 
 BEST_SHARE = 0.05
-"""Of the time that goes into saving a run whenever it is better than before, at most."""
+"""At most this share of the run time goes into saving new best checkpoints."""
 
 
 class OtherRun(ValueError):
@@ -39,13 +40,13 @@ class OtherRun(ValueError):
 
 
 def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -> str:
-    """Hash of what must be the same for a checkpoint to be taken up: settings, data, and the batch over all ranks."""
+    """Hash of what must not change before a run resumes: settings, data, and the batch over all ranks."""
     batch = config.training.global_batch(ranks) if isinstance(config.training, ImageTrainingConfig) else ""
     return hashlib.sha256(f"{config.identity()} {data_digest} {batch}".encode()).hexdigest()[:16]
 
 
 def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: Ranks) -> None:
-    """Refuses checkpoints of which every readable one is of another run, before any run is made.
+    """Refuses a folder in which every readable checkpoint belongs to another run. Called before any run is made.
 
     Raises:
         OtherRun: settings, data or the batch over all ranks have changed.
@@ -66,18 +67,18 @@ def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: 
 def _other_run(what: str) -> str:
     return (
         f"{what}: its settings, its data or its batch over all ranks have changed; go back to them, keep both apart "
-        "with --set scale=NAME, or begin anew with --force"
+        "with --set scale=NAME, or start from the beginning with --force"
     )
 
 
 class RunSession:
-    """The session of one run, made by all ranks together; a context manager.
+    """Context manager around one run on disk; all ranks make it together.
 
-    A run has a folder beside its record, with its checkpoints and a lock, which is removed when the run is finished.
+    A run has a folder beside its record, which holds checkpoints and a lock. The folder goes when the run is finished.
 
     Attributes:
-        start: of the run, in the first process that had it; UTC.
-        num_restores: how often it was taken up.
+        start: when the run began, in the first process that had it; UTC.
+        num_restores: how often the run has resumed.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class RunSession:
         interruption: Interruption,
         publish: Callable[[Result], None],
         *,
-        anew: bool = False,
+        from_start: bool = False,
         timeout_seconds: float = 600.0,
     ) -> None:
         """
@@ -99,14 +100,14 @@ class RunSession:
             config: what determines the run; a checkpoint of another one is refused.
             ranks: this process.
             data_digest: of the data, which determines the run as well.
-            save: how often, and how many are kept.
-            interruption: whether to stop.
+            save: how often to save, and how many checkpoints to keep.
+            interruption: says whether to stop.
             publish: writes the record of the unfinished run; called on rank 0.
-            anew: whether checkpoints that are there are removed.
-            timeout_seconds: for so long the ranks wait for each other.
+            from_start: whether to remove the checkpoints that are there.
+            timeout_seconds: how long the ranks wait for each other.
         """
         self.folder, self._ranks, self._save_settings = folder, ranks, save
-        self._interruption, self._publish, self._anew = interruption, publish, anew
+        self._interruption, self._publish, self._from_start = interruption, publish, from_start
         self._identity = identity_of_checkpoints(config, data_digest, ranks)
         self._finite = FiniteLosses()
         self._is_finite = True
@@ -127,7 +128,7 @@ class RunSession:
         failure: OSError | None = None
         try:
             self._lock.__enter__()
-            if self._anew and self._ranks.rank == 0:
+            if self._from_start and self._ranks.rank == 0:
                 remove_checkpoints(self.folder)
         except OSError as error:
             failure = error
@@ -155,7 +156,7 @@ class RunSession:
                 self.folder.rmdir()
 
     def restore(self, run: Training) -> bool:
-        """Puts the run where it was saved last; False if it never was.
+        """Puts the run where it was saved last; returns False if it was never saved.
 
         Raises:
             OtherRun: the checkpoints are of another run.
@@ -182,7 +183,7 @@ class RunSession:
         return True
 
     def after_step(self, run: Training, loss: Tensor) -> None:
-        """Saves where it is time to, or saves and stops where a rank was asked to; all ranks after the same step.
+        """Saves when it is time, or saves and stops when a rank was asked to; all ranks do so after the same step.
 
         Raises:
             Interrupted: the run was saved and must end.
@@ -207,7 +208,7 @@ class RunSession:
         self._vote.cast(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
-        """Publishes the record now and then, and saves where it is time to; the best evaluation is kept."""
+        """Publishes the record now and then, and saves when it is time, or when the evaluation is the best so far."""
         if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self._publish_unfinished(run)
         # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
@@ -230,13 +231,13 @@ class RunSession:
             self._save(run, best=is_best)
 
     def _is_time(self, or_after: float | None = None) -> bool:
-        """Whether to save, by the clock of rank 0: after the seconds of the settings, or after others if fewer."""
+        """Whether to save, by the clock of rank 0: after `save.every_seconds`, or after `or_after` if it is less."""
         seconds = self._save_settings.every_seconds
         seconds = seconds if or_after is None else min(seconds, or_after)
         return self._ranks.rank == 0 and time.monotonic() - self._saved_at > seconds
 
     def _pause_before_best(self) -> float:
-        """Seconds before a better run is saved, for at first almost every evaluation is better than the last."""
+        """Seconds before a better run is saved, because at first almost every evaluation is better than the last."""
         return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
 
     def _stop(self, run: Training, *, best: bool = False) -> None:
@@ -246,7 +247,7 @@ class RunSession:
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
     def _save(self, run: Training, *, best: bool = False) -> None:
-        """Saves the run, unless it was saved at this very step; rank 0 publishes the record as well."""
+        """Saves the run, unless it was saved at this very step. Rank 0 publishes the record as well."""
         start = self._saved_at = time.monotonic()
         if run.num_steps == self._last_step and not best:
             return
@@ -261,7 +262,7 @@ class RunSession:
                 identity=self._identity,
             )
         self._last_step = run.num_steps
-        self._saved_at = time.monotonic()  # the time it takes is no time of training
+        self._saved_at = time.monotonic()  # saving is no time of training
         self._save_seconds = max(self._save_seconds, self._saved_at - start)
         if self._ranks.rank == 0:
             self._publish_unfinished(run)

@@ -34,12 +34,6 @@ def is_sharded(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def local_of(tensor: Any) -> Tensor:
-    """The part of a tensor that this process holds."""
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
-    return local
-
-
 def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Tensors and plain values by name, as `shared['model']['weight']`, and an empty container for each container.
 
@@ -170,27 +164,6 @@ def _plain(tensor: Tensor, copy: bool) -> Tensor:
         pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True)
     return tensor.cpu()
-
-
-def digest(state: Any) -> str:
-    """SHA-256 over all names, types, values and bits of a state; of DTensors the local part. The order of keys is none.
-
-    Raises:
-        TypeError: an entry has another type than a checkpoint holds.
-    """
-    result = hashlib.sha256()
-    for name, value in sorted(leaves(state, "state"), key=lambda leaf: leaf[0]):
-        if isinstance(value, Tensor):
-            result.update(json.dumps(layout_of(name, value)).encode())
-            result.update(_bits(local_of(value)))
-        else:
-            result.update(json.dumps([name, _type(value), value]).encode())
-    return result.hexdigest()
-
-
-def _bits(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def rng_state() -> State:

@@ -1,17 +1,28 @@
-"""What an experiment is for the training loop, and what it knows of its data."""
+"""What an experiment is for the training loop: a class to subclass; and what is known of its data before a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from experiments.distributed.devices import device_of
+from experiments.distributed.ranks import Ranks
+from experiments.settings.checks import Component, make_optimizer
+from experiments.training.closure import Closure
+
+if TYPE_CHECKING:
+    from experiments.training.plan import Plan
+    from experiments.training.stage import Stage
 
 
 class Field(NamedTuple):
-    """Values on a grid, for the record; a field whose only dimension has its own name is a coordinate."""
+    """One array of a record; a field of one dimension that has its own name is a coordinate axis."""
 
     dimensions: tuple[str, ...]
     values: np.ndarray
@@ -23,10 +34,10 @@ class Description(NamedTuple):
     """What is known of the data before a run.
 
     Attributes:
-        source: where it comes from.
-        digest: short hash.
-        num_rows: to train on, None where points are sampled.
-        note: what everybody must know of results on it, "" for nothing.
+        source: where the data comes from.
+        digest: short hash of the data.
+        num_rows: rows to train on, None where points are sampled.
+        note: what everybody must know of results on this data, "" for nothing.
     """
 
     source: str
@@ -35,13 +46,8 @@ class Description(NamedTuple):
     note: str = ""
 
 
-def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of its state_dict on the CPU."""
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-
-
 Observer = Callable[[Tensor], None]
-"""What is handed the residuals of an evaluation."""
+"""A function that receives the residuals of an evaluation."""
 
 
 class Residuals(NamedTuple):
@@ -50,73 +56,168 @@ class Residuals(NamedTuple):
     Their squares, summed over all ranks, are the loss of these rows or points up to a factor.
 
     Attributes:
-        solved: on those that an acceleration makes small.
-        checked: on others, by which it is judged; None for no others.
+        solved: residuals that an acceleration makes small.
+        checked: residuals on other rows or points, which judge the acceleration; None where nothing judges it.
     """
 
     solved: Callable[[], Tensor]
     checked: Callable[[], Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What the loop needs to know of an experiment.
+class Problem(ABC):
+    """One run as the training loop sees it: the model, what to train it on, its loss and its evaluation.
+
+    A new kind of experiment subclasses it and defines three methods; the loop asks nothing else of most of them:
+
+        class Digits(Problem):
+            def __init__(self, images, labels, settings):
+                super().__init__(MLP((64, 32, 10), "relu"), data_source="scikit-learn", data_digest="1797 digits")
+                self.images, self.labels, self.settings = images, labels, settings
+
+            def plan(self):
+                return Epochs(self.batches, self.settings.epochs)
+
+            def batches(self, epoch, first):
+                order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch))
+                for rows in order.split(32)[first:]:
+                    yield self.images[rows], self.labels[rows]
+
+            def loss(self, network, batch):
+                return cross_entropy(network(batch[0]), batch[1])
+
+            def evaluate(self, network):
+                return {"metrics/train/loss": float(self.loss(network, (self.images, self.labels)))}
+
+    Every other method has a default, which fits data that is in memory, torch's optimizers and gradients that
+    DistributedDataParallel averages. A subclass overrides what differs. All ranks build the same problem and call its
+    methods together, so a method may communicate.
 
     Attributes:
         model: the network, on its device, initialized from the run's seed.
-        epoch_batches: (epoch from 1, step from 0) -> batches of this rank, from that step of the epoch on; None where
-            `points` is given.
-        loss: (model, batch) -> scalar, the mean over the batch.
-        evaluate: model -> values by the name of their series, as "metrics/train/loss"; called in eval mode, no grad.
-        data_source: where the data came from, "csv", "surrogate" or "computed".
-        data_digest: short hash of the data, for telling whether two runs saw the same.
-        points: (model, iteration) -> the batch at that iteration; the same object as long as the points are the same.
-        backward: (model, batch, observe) -> loss, with gradients accumulated, both the mean over all ranks; `observe`,
-            where it is not None, is handed the residuals of this evaluation, as `least_squares` has them. None for
-            `loss` and its backward pass, and for DistributedDataParallel where there are several ranks.
-        residuals: (model, batch) -> residuals r, (rows,), weighted so that the loss is sum r^2.
-        linearize: (model, batch, observe) -> r and its Jacobian, (rows,) and (rows, parameters); `observe` as above.
-        least_squares: settings of `run_config.PROBES` -> `Residuals` of this rank; None where the loss is no sum of
-            squares.
-        finish: model -> attributes of the record that are worth one evaluation, at the end.
-        fields: model -> fields of the record.
-        reset_on_new_data: whether L-BFGS and aadl begin anew when `points` gives other points.
-        steps_per_epoch: of image classification.
-        batch_images: images in a step, over all ranks.
-        to_device: a batch as `epoch_batches` gives it -> the batch on the device; None where it is there.
-        parameters: arguments of an optimizer -> what it is given; None for `model.parameters()`.
-        export: model -> its weights for the record, called by all ranks; None for `weights_of`.
-        close: ends what the problem has started.
-        state: what the problem needs to go on, as a nested dictionary of tensors and plain values; None for nothing.
-            All ranks call it.
-        restore: puts such a state back and returns the batch that was the present one, None without `points`.
-        synchronize: makes the ranks' copies of what is not trained (statistics of BatchNorm) the same, before a save.
-        best_by: series by which the best checkpoint is chosen, the smaller the better.
+        data_source: where the data comes from, as "csv", "surrogate" or "computed".
+        data_digest: short hash of the data, which tells whether two runs saw the same.
         attributes: further attributes of the record.
+        best_by: series that chooses the best checkpoint; a smaller value is better.
+        times_acceleration: whether the record has the seconds that the acceleration takes.
     """
 
-    model: nn.Module
-    epoch_batches: Callable[[int, int], Iterable[Any]] | None
-    loss: Callable[[nn.Module, Any], Tensor]
-    evaluate: Callable[[nn.Module], dict[str, float]]
-    data_source: str
-    data_digest: str
-    points: Callable[[nn.Module, int], Any] | None = None
-    backward: Callable[[nn.Module, Any, Observer | None], Tensor] | None = None
-    residuals: Callable[[nn.Module, Any], Tensor] | None = None
-    linearize: Callable[[nn.Module, Any, Observer | None], tuple[Tensor, Tensor]] | None = None
-    least_squares: Callable[..., Residuals] | None = None
-    finish: Callable[[nn.Module], dict[str, Any]] | None = None
-    fields: Callable[[nn.Module], dict[str, Field]] | None = None
-    reset_on_new_data: bool = False
-    steps_per_epoch: int | None = None
-    batch_images: int | None = None
-    to_device: Callable[[Any], Any] | None = None
-    parameters: Callable[[Mapping[str, Any]], Any] | None = None
-    export: Callable[[nn.Module], dict[str, Tensor]] | None = None
-    close: Callable[[], None] | None = None
-    state: Callable[[], dict[str, Any]] | None = None
-    restore: Callable[[Mapping[str, Any]], Any] | None = None
-    synchronize: Callable[[], None] | None = None
-    best_by: str = "metrics/validation/loss"
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    best_by = "metrics/validation/loss"
+    times_acceleration = False
+
+    def __init__(
+        self, model: nn.Module, *, data_source: str, data_digest: str, attributes: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model, self.data_source, self.data_digest = model, data_source, data_digest
+        self.attributes = attributes or {}
+
+    # ---- what every experiment defines ----
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """The division of a run, which also yields the batches: a new `Epochs`, `Iterations` or another `Plan`."""
+
+    @abstractmethod
+    def loss(self, network: nn.Module, batch: Any) -> Tensor:
+        """The loss of a batch of this rank, a differentiable scalar; the mean over the ranks is that of the step."""
+
+    @abstractmethod
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Values by the name of their series, as "metrics/train/loss".
+
+        The loop calls it in eval mode and without gradients. A series that begins with "timing/" holds seconds of this
+        evaluation, which the loop adds up.
+        """
+
+    # ---- the step ----
+
+    def closure(self, stages: Sequence[Stage], ranks: Ranks) -> Closure:
+        """What the optimizers' steps get; by default one pass through the model, averaged over the ranks by torch."""
+        model, device = self.model, device_of(ranks)
+        if ranks.world_size > 1:
+            model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        return Closure(self, model, stages)
+
+    def backward(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> Tensor:
+        """The loss; its gradient is added to that of the parameters.
+
+        Args:
+            network: the model as the closure trains it.
+            batch: of this rank.
+            observe: receives the residuals of this evaluation, as those of `least_squares`; None where nobody asks.
+        """
+        loss = self.loss(network, batch)
+        loss.backward()
+        return loss
+
+    def linearize(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
+        """Residuals r (rows,), weighted so that the loss is sum r^2, and their Jacobian (rows, parameters).
+
+        Raises:
+            ValueError: the loss is no sum of squares.
+        """
+        raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
+
+    def residuals(self, network: nn.Module, batch: Any) -> Tensor:
+        """The residuals of `linearize` alone, without gradients.
+
+        Raises:
+            ValueError: the loss is no sum of squares.
+        """
+        raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
+
+    def to_device(self, batch: Any) -> Any:
+        """A batch of the plan, on the device."""
+        return batch
+
+    # ---- the optimizer and its acceleration ----
+
+    def optimizer(self, component: Component) -> torch.optim.Optimizer:
+        """The optimizer of a configuration over the parameters of the model."""
+        return make_optimizer(component, self.model.parameters())
+
+    def in_steps(self, acceleration: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of an acceleration with every cadence in optimizer steps."""
+        return dict(acceleration)
+
+    def least_squares(self) -> Residuals:
+        """The residuals for an acceleration by residuals; a subclass may add keyword arguments, which become settings.
+
+        Raises:
+            ValueError: the loss is no sum of squares.
+        """
+        raise ValueError(f"{type(self).__name__} has no residuals, which this acceleration needs")
+
+    # ---- a run that stops and goes on ----
+
+    def synchronize(self) -> None:
+        """Makes the ranks' copies of what is not trained (statistics of BatchNorm) the same, before a save."""
+
+    def state(self) -> dict[str, Any]:
+        """What the problem needs to go on: a nested dictionary of tensors and plain values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> Any:
+        """Puts a state back; returns the batch that was the present one where batches last longer than a step."""
+        return None
+
+    # ---- the end ----
+
+    def finish(self, network: nn.Module) -> dict[str, Any]:
+        """Attributes of the record that are worth one evaluation at the end."""
+        return {}
+
+    def fields(self, network: nn.Module) -> dict[str, Field]:
+        """Fields of the record, by name."""
+        return {}
+
+    def export(self, network: nn.Module) -> dict[str, Tensor]:
+        """The weights for the record, on the CPU."""
+        return weights_of(network)
+
+    def close(self) -> None:
+        """Ends what the problem has started, as worker processes."""
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state_dict on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}

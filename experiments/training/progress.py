@@ -1,11 +1,12 @@
-"""Progress on stderr: a bar on a terminal, a few plain lines elsewhere."""
+"""Progress of one run on stderr: a bar on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -15,7 +16,23 @@ SHOWN = {
     "metrics/validation/loss": "error",
     "metrics/validation/top1": "top-1",
 }
-"""Values that are told, by series; of several test sets the first one is, as "error"."""
+"""Values that are shown, by series; of several test sets the first one is, as "error"."""
+
+Report = Callable[[float, float], None]
+_reports: list[Report] = []
+
+
+@contextmanager
+def reported_to(report: Report) -> Iterator[None]:
+    """Calls `report(share, loss)` whenever a run of this process shows its progress, whether or not a bar is seen.
+
+    The share of the run that is done is in [0, 1]; the loss is NaN where it is not known.
+    """
+    _reports.append(report)
+    try:
+        yield
+    finally:
+        _reports.remove(report)
 
 
 class Bar:
@@ -24,11 +41,12 @@ class Bar:
     A line appears for each tenth of the total count or of `max_seconds` of training, whichever is further.
 
     Args:
-        total: what is counted, in all.
-        unit: its name.
+        total: the final count.
+        unit: name of what the bar counts.
         enabled: whether anything is shown.
-        max_seconds: the training may end by time.
-        images: in each of what is counted; tells images/s and the time that is left.
+        max_seconds: seconds of training after which the run ends at any count; None for no limit.
+        shows_rate: whether a plain line has the count per second.
+        images: images in each count, which adds images/s; None for none.
     """
 
     def __init__(
@@ -36,10 +54,13 @@ class Bar:
         total: int,
         unit: str,
         enabled: bool = True,
+        *,
         max_seconds: float | None = None,
+        shows_rate: bool = False,
         images: int | None = None,
     ) -> None:
         self._total, self._unit, self._count, self._max_seconds, self._images = total, unit, 0, max_seconds, images
+        self._shows_rate = shows_rate
         self._start = self._shown = time.perf_counter()
         self._skipped = 0
         self._lines = enabled and not sys.stderr.isatty()
@@ -48,7 +69,7 @@ class Bar:
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
 
     def skip(self, count: int) -> None:
-        """What an earlier process has done."""
+        """Counts what an earlier process has done."""
         self._skipped = count
         self.update(count)
 
@@ -63,8 +84,14 @@ class Bar:
         return self._bar is not None and time.perf_counter() - self._shown > 1.0
 
     def show(self, values: Mapping[str, float] | None = None) -> None:
-        """Tells the loss and the error; the plain lines appear here."""
-        self._last |= _headline(values or {})
+        """Shows the loss and the error; the plain lines appear here."""
+        values = values or {}
+        self._last |= _headline(values)
+        timed = values.get("timing/training_seconds", 0.0) / self._max_seconds if self._max_seconds is not None else 0.0
+        share = min(1.0, max(self._count / self._total, timed))
+        loss = next((value for name, value in values.items() if SHOWN.get(name) == "loss"), math.nan)
+        for report in _reports:
+            report(share, loss)
         shown = dict(self._last)
         self._shown = time.perf_counter()
         seconds = self._shown - self._start
@@ -73,21 +100,16 @@ class Bar:
             shown = {"images/s": f"{rate * self._images:.0f}"} | shown
         if self._bar is not None:
             self._bar.set_postfix(shown)
-        tenths = self._tenths((values or {}).get("timing/training_seconds", 0.0))
-        if self._lines and tenths > self._told:
-            self._told = tenths
+        if self._lines and int(10 * share) > self._told:
+            self._told = int(10 * share)
             more = "".join(f", {name} {text}" for name, text in shown.items())
-            if shown and self._unit == "iterations":
-                more += f", {rate:.0f} iterations/s"
-            if self._images is not None and rate > 0:
-                more += f", {(self._total - self._count) / rate:.0f} s left"
+            if shown and self._shows_rate:
+                more += f", {rate:.0f} {self._unit}/s"
+            made = share - self._skipped / self._total
+            if made > 0 and share < 1:
+                more += f", about {duration(seconds * (1 - share) / made)} left"
             count = min(self._count, self._total)
-            print(f"{count}/{self._total} {self._unit}, {seconds:.0f} s{more}", file=sys.stderr, flush=True)
-
-    def _tenths(self, seconds: float) -> int:
-        """0 to 10, after so many seconds of training."""
-        timed = int(10 * seconds / self._max_seconds) if self._max_seconds is not None else 0
-        return min(10, max(self._count * 10 // self._total, timed))
+            print(f"{count}/{self._total} {self._unit}, {duration(seconds)}{more}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -104,13 +126,8 @@ def _headline(values: Mapping[str, float]) -> dict[str, str]:
     return shown
 
 
-def progress(items: Iterable[Any], total: int, unit: str, enabled: bool = True) -> Iterator[Any]:
-    """Passes the items on, with a bar on a terminal and at most ten plain lines elsewhere, both on stderr."""
-    bar = Bar(total, unit, enabled)
-    try:
-        for item in items:
-            yield item
-            bar.update(1)
-            bar.show()
-    finally:
-        bar.close()
+def duration(seconds: float) -> str:
+    """A time for people: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

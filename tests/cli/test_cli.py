@@ -1,11 +1,16 @@
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
@@ -17,7 +22,7 @@ from suite_cases import RAW
 from experiments import __main__ as suite
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
-from experiments.records.record import read_run, read_weights
+from experiments.records.reading import read_run, read_weights
 from experiments.runs import execute
 from experiments.runs.lock import LOCK_NAME
 from experiments.settings.config import expand_runs, parse_config
@@ -46,7 +51,14 @@ def test_run_figures_summarize(config, tmp_path, capsys):
         f"graduate_admissions/test/{name}/seed-{seed}.h5" for name in ("sgd", "sgd_aadl") for seed in (0, 1)
     ]
     assert len(read_run(results / records[0]).series["metrics/train/loss"]) == 4
-    assert "4 of 4 runs to do" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 of 4 runs to do" in told
+    written, merit, *variants, following = told.splitlines()[-5:]
+    assert written == f"written: 4 records in {results}/graduate_admissions/test"
+    assert merit == "validation loss at the end, the best first:"
+    assert [line.split()[0] for line in sorted(variants)] == ["sgd", "sgd_aadl"] and "median of 2 seeds" in variants[0]
+    summarize = f"python -m experiments summarize --results {results} --only graduate_admissions"
+    assert following == f"next: {summarize}, and the same with figures"
     assert main(["figures", "--results", str(results)]) == 0
     assert "loss.png" in capsys.readouterr().out
     assert main(["summarize", "--results", str(results)]) == 0
@@ -62,7 +74,7 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     capsys.readouterr()
     assert run(config, results) == 0
     told = capsys.readouterr().err
-    assert "1 records are unreadable or incomplete" in told and "1 of 4 runs to do" in told
+    assert "1 records are damaged or incomplete" in told and "1 of 4 runs to do" in told
     read_run(records[0])
     assert all(path.stat().st_mtime_ns == before[path] for path in records[1:])
     run(config, results, "--set", "seeds=0-2")
@@ -71,6 +83,114 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     assert "2 records have other settings" in capsys.readouterr().err
     run(config, results, "--force")
     assert "4 of 4 runs to do" in capsys.readouterr().err
+
+
+def test_one_folder_hides_no_other(config, tmp_path, capsys):
+    """An unfinished one, a damaged one and a foreign one stand before a good one."""
+    results = tmp_path / "results"
+    run(config, results, "--set", "training.epochs=3", "--set", "variants=sgd")
+    good = results / "graduate_admissions" / "test" / "sgd"
+    for name in ("a_unfinished", "b_damaged", "c_foreign"):
+        shutil.copytree(good, results / name / "test" / "sgd")
+    for path in results.rglob("a_unfinished/**/*.h5"):
+        with h5py.File(path, "r+") as file:
+            del file.attrs["complete"]
+    for path in results.rglob("b_damaged/**/*.h5"):
+        os.truncate(path, 3000)
+    for path in results.rglob("c_foreign/**/*.h5"):
+        with h5py.File(path, "w") as file:
+            file["x"] = 1
+    (good / "seed-7.h5").write_bytes(b"")
+    for command, shown in (("summarize", "graduate_admissions, test"), ("figures", "loss.png")):
+        capsys.readouterr()
+        assert main([command, "--results", str(results)]) == 2
+        told = capsys.readouterr()
+        assert shown in told.out and "b_damaged" not in told.out
+        causes = ("a_unfinished/test is finished", "truncated file", "no record of this suite", "seed-7.h5 is damaged")
+        lines = told.err.splitlines()
+        assert len(lines) == 4
+        for line, cause in zip(lines, causes, strict=True):
+            assert line.startswith("left out: ") and cause in line
+
+
+def test_names_and_labels_are_data(config, tmp_path, capsys, monkeypatch):
+    """Dollar signs, bars, underscores and letters that the font lacks."""
+    raw = yaml.safe_load(config.read_text())
+    optimizer = raw["variants"]["sgd"]["optimizer"]
+    plain, accelerated = "$x_1^$ 漢字 | b_c_", r"_a |b| $\frac$ *c*"
+    raw["variants"] = {
+        "sgd": {"label": plain, "optimizer": optimizer},
+        "sgd_aadl": {"label": accelerated, "optimizer": optimizer, "acceleration": {"frequency": 3}},
+    }
+    config.write_text(yaml.safe_dump(raw, allow_unicode=True), encoding="utf-8")
+    results = tmp_path / "results"
+    assert run(config, results, "--set", "training.epochs=3") == 0
+    shown = []
+    original = plt.Figure.legend
+
+    def legend(figure, handles, names, **more):
+        shown.extend(names)
+        return original(figure, handles, names, **more)
+
+    monkeypatch.setattr(plt.Figure, "legend", legend)
+    assert main(["figures", "--results", str(results)]) == 0
+    assert accelerated.replace("$", r"\$") in shown  # which matplotlib draws as a dollar sign
+    capsys.readouterr()
+    assert main(["summarize", "--results", str(results)]) == 0
+    told = capsys.readouterr().out
+    assert plain in told and accelerated in told
+    rows = [line for line in next(results.rglob("summary.md")).read_text("utf-8").splitlines() if line[:2] == "| "]
+    assert len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+
+
+def reads_as_a_colleague(results, folder):
+    """Figures and tables of results that this process may only read."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    os.chdir(folder)
+    for command in ("summarize", "figures"):
+        assert main([command, "--results", str(results)]) == 2
+
+
+def test_results_of_a_colleague_are_shown(config, tmp_path):
+    with tempfile.TemporaryDirectory() as parent:  # that of pytest is closed to others
+        os.chmod(parent, 0o755)
+        results, own, log = Path(parent, "results"), Path(parent, "own"), Path(parent, "log")
+        assert run(config, results, "--set", "training.epochs=3") == 0
+        closed = results / "closed"
+        closed.mkdir()
+        own.mkdir()
+        os.chmod(own, 0o777)
+        for path in (results, *results.rglob("*")):
+            os.chmod(path, 0 if path == closed else 0o555 if path.is_dir() else 0o444)
+        script = (
+            "import sys; sys.path[:0] = sys.argv[3:]; import test_cli; test_cli.reads_as_a_colleague(*sys.argv[1:3])"
+        )
+        with log.open("w") as file:
+            command = [sys.executable, "-c", script, str(results), str(own)]
+            environment = os.environ | {"MPLCONFIGDIR": str(own), "PYTHONPATH": os.pathsep.join(sys.path)}
+            assert subprocess.run(command, stdout=file, stderr=file, env=environment).returncode == 0, log.read_text()
+        told = log.read_text()
+        assert f"left out: {closed} is closed to this account" in told
+        assert "plain SGD" in told and "summary.md cannot be written: Permission denied" in told
+        assert (own / "figures" / "graduate_admissions" / "test" / "loss.png").is_file()
+        assert "the figures are in figures/graduate_admissions/test" in told
+        for path in (results, *results.rglob("*")):
+            os.chmod(path, 0o755)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_all_files_follow_the_umask(config, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert run(config, tmp_path / "results", "--set", "training.epochs=3", "--set", "variants=sgd") == 0
+        for command in ("summarize", "figures"):
+            assert main([command, "--results", str(tmp_path / "results")]) == 0
+    finally:
+        os.umask(before)
+    paths = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert {path.suffix for path in paths} == {".h5", ".md", ".png"}
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o666 & ~umask}
 
 
 def test_a_run_is_the_same_twice(config, tmp_path):

@@ -5,15 +5,18 @@ import re
 import sys
 from pathlib import Path
 
+import h5py
 import launched
 import pytest
 import torch
 import yaml
 
 from experiments import __main__ as suite
-from experiments.distributed import doctor, mpi
+from experiments.distributed import mpi
 from experiments.distributed.departure import leave
-from experiments.distributed.doctor import Finding
+from experiments.distributed.doctor import command as doctor
+from experiments.distributed.doctor import finding, placement, site, storage
+from experiments.distributed.doctor.finding import Finding
 from experiments.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.smoke
@@ -45,7 +48,7 @@ def sites(monkeypatch, tmp_path):
     folder = tmp_path / "sites"
     folder.mkdir()
     (folder / "mine.yaml").write_text(yaml.safe_dump(SITE))
-    monkeypatch.setattr(doctor, "SITES", folder)
+    monkeypatch.setattr(site, "SITES", folder)
     return folder
 
 
@@ -53,7 +56,7 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("the network"))
     assert doctor.main(options("--results", tmp_path / "new")) == 0
     told = capsys.readouterr().out
-    for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 locks", "free space"):
+    for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 files", "free space"):
         assert f"\n   {name}  " in f"\n{told}", name
     assert "a second writer is refused" in told and "nothing to change" in told
     assert not list((tmp_path / "new").iterdir())
@@ -178,7 +181,7 @@ def facts(**different):
 
 
 def only(findings):
-    return {finding.what: finding for finding in findings if finding.cure}
+    return {entry.what: entry for entry in findings if entry.cure}
 
 
 @pytest.mark.parametrize(
@@ -194,18 +197,18 @@ def only(findings):
     ],
 )
 def test_traps(name, second, bad):
-    found = only(doctor._traps([facts(), second]))
+    found = only(site.traps([facts(), second]))
     assert list(found) == [name] and found[name].bad == bad and "rank 1" in found[name].found
 
 
 def test_no_traps():
     fine = {"SLURM_CPUS_PER_TASK": "4", "TMPDIR": "x", "NCCL_SOCKET_IFNAME": "hsn", "GLOO_SOCKET_IFNAME": "^docker0"}
-    assert not doctor._traps([facts(environment=fine), facts(host="n2")])
+    assert not site.traps([facts(environment=fine), facts(host="n2")])
 
 
 def test_different_versions():
     newer = {"versions": {"torch": "2.14", "NCCL": "2.27"}}
-    found = only(doctor._versions([facts(), facts(**newer)]))
+    found = only(placement.versions([facts(), facts(**newer)]))
     assert list(found) == ["torch"] and found["torch"].found == "2.13 on rank 0, 2.14 on rank 1" and found["torch"].bad
 
 
@@ -227,33 +230,36 @@ def place(rank, **different):
     ],
 )
 def test_places(places, cores, what):
-    assert list(only(doctor._places(places, [facts(cores=cores)] * 2))) == what
+    assert list(only(placement.binding_of(places, [facts(cores=cores)] * 2))) == what
 
 
 @pytest.mark.parametrize(
-    ("error", "cure"),
+    ("error", "fails_without_locks", "cure"),
     [
-        (OSError(errno.ENOLCK, "no locks"), "HDF5_USE_FILE_LOCKING=BEST_EFFORT"),
-        (OSError("unable to lock file, errno = 37, error message = 'No locks available'"), "BEST_EFFORT"),
-        (OSError(errno.ENOSPC, "full"), "choose another folder with --results"),
+        (OSError(errno.ENOLCK, "unable to lock file, errno = 37"), True, "export HDF5_USE_FILE_LOCKING=FALSE"),
+        (OSError("unable to lock file, errno = 524, error message = 'x'"), False, "export HDF5_USE_FILE_LOCKING=FALSE"),
+        (OSError(errno.ENOSPC, "full"), True, "choose another folder with --results"),
     ],
 )
-def test_locks_that_fail(monkeypatch, tmp_path, error, cure):
-    def fails(folder):
-        raise error
+def test_an_hdf5_file_that_cannot_be_written(monkeypatch, tmp_path, error, fails_without_locks, cure):
+    class File(h5py.File):
+        def __init__(self, *arguments, locking=None, **options):
+            if locking is None or fails_without_locks:
+                raise error
+            super().__init__(*arguments, **options)
 
-    monkeypatch.setattr(doctor, "_probe_locks", fails)
-    finding = doctor._storage(Ranks(), tmp_path)[0]
-    assert finding.bad and cure in finding.cure
+    monkeypatch.setattr(storage.h5py, "File", File)
+    told = storage.storage(Ranks(), tmp_path)[0]
+    assert told.bad == fails_without_locks and cure in told.cure
 
 
 def test_little_space(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=10))
-    assert doctor._storage(Ranks(), tmp_path)[1].bad
+    assert storage.storage(Ranks(), tmp_path)[1].bad
 
 
 def test_the_report(capsys):
-    assert doctor._report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
-    assert doctor._report([Finding("a", "1", "do that", bad=True)]) == 1
+    assert finding.print_report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
+    assert finding.print_report([Finding("a", "1", "do that", bad=True)]) == 1
     told = capsys.readouterr().out
     assert "may change: long name: do this" in told and "must change: a: do that" in told

@@ -13,7 +13,7 @@ from paths import ROOT
 
 from experiments.__main__ import main
 from experiments.pinn.equation import compose, load_equation
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 
 PAGE = (ROOT / "docs" / "new_experiment.md").read_text("utf-8")
 

@@ -135,20 +135,20 @@ from experiments.runs import pool
 from experiments.__main__ import main
 from experiments.runs.lock import LOCK_NAME
 
-stage = execute._stage
+train = execute.train
 
-def stage_or_fail(problem, config, *arguments, **options):
-    if f"{{config.name}} {{config.seed}}" == {failing!r}:
+def train_or_fail(*arguments, session, **options):
+    if f"{{session.folder.parent.name}} {{session.folder.stem.removeprefix('seed-')}}" == {failing!r}:
         while len(list(pathlib.Path({results!r}).rglob(LOCK_NAME))) < 2:  # another run has begun
             time.sleep(0.05)
         raise ZeroDivisionError("its own")
-    return stage(problem, config, *arguments, **options)
+    return train(*arguments, session=session, **options)
 
 def print_and_note(text, **options):  # the parent has heard of the failure
     print(text, **options)
     pathlib.Path({results!r}, "failed").touch()
 
-execute._stage, pool.print = stage_or_fail, print_and_note
+execute.train, pool.print = train_or_fail, print_and_note
 
 if __name__ == "__main__":
     settings = ["--set", "training.epochs=1000000", "--set", "seeds={seeds}"]

@@ -32,18 +32,18 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from digests import digest
 from system_calls import meet_points
 
 from aadl.acceptance import Decisions
 from data_loaders.imagenet import loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
-from experiments.records.record import read_run
+from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
-from experiments.runs.state import digest
 from experiments.training import train
-from experiments.training.steps import Closure
+from experiments.training.closure import Closure
 from experiments.training.train import Training
 
 HERE = Path(__file__).resolve().parent
@@ -56,10 +56,9 @@ LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
 STATE_OF_THE_END = (
     "model",
-    "optimizers",
-    "memories",
-    "scheduler",
-    "ema",
+    "stages",
+    "plan",
+    "average",
     "updates",
     "problem",
     "num_steps",
@@ -153,7 +152,7 @@ class _Injector:
     def patch(self) -> None:
         """Puts the diary and the faults around the suite's functions, in this process."""
         step, result, restore, save = Training._step, Training.result, RunSession.restore, RunSession._save
-        evaluate, accelerate, call = train._evaluate, Decisions.accelerate, Closure.__call__
+        evaluate, accelerate, call = train.evaluate, Decisions.accelerate, Closure.__call__
         read, on_cpu = loaders._Reader.__getitem__, checkpoint.on_cpu
 
         def stepping(run: Training, batch: Any) -> None:
@@ -208,7 +207,7 @@ class _Injector:
             (Training, "result"): ending,
             (RunSession, "restore"): restoring,
             (RunSession, "_save"): saving,
-            (train, "_evaluate"): evaluating,
+            (train, "evaluate"): evaluating,
             (Decisions, "accelerate"): accelerating,
             (checkpoint, "on_cpu"): gathering,
             (loaders._Reader, "__getitem__"): reading,

@@ -15,8 +15,8 @@ from torch.nn.utils import parameters_to_vector
 import aadl
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build
-from experiments.records.record import read_run
-from experiments.runs.execute import _stage
+from experiments.records.reading import read_run
+from experiments.training.stage import make_stages
 from experiments.training.train import train
 
 ADAM = {"name": "Adam", "lr": 1e-2}
@@ -55,8 +55,8 @@ def _train_rank(rank, world_size, variant, settings):
     ranks = Ranks(rank=rank, world_size=world_size)
     config = pinn_run(variant, {"iterations": 24, "evaluate_every": 6}, resample_every=12, **settings)
     problem = build(config, ranks)
-    stage = _stage(problem, config, ranks, config.variant.optimizer, config.variant.acceleration)
-    result = train(problem, stage, config.training, ranks)
+    (stage,) = make_stages(problem, config.variant)
+    result = train(problem, [stage], ranks)
     accepted = 0
     if config.variant.acceleration is not None:
         accepted = aadl.accelerator_of(stage.optimizer).statistics["accepted"]
@@ -94,8 +94,8 @@ def _stop_rank(rank, world_size):
     training = {"iterations": 10**6, "evaluate_every": 10**6, "max_seconds": 0.2 if rank == 0 else 0.01}
     config = pinn_run({"optimizer": ADAM}, training)
     problem = build(config, ranks)
-    stage = _stage(problem, config, ranks, config.variant.optimizer, None)
-    result = train(problem, stage, config.training, ranks)
+    (stage,) = make_stages(problem, config.variant)
+    result = train(problem, [stage], ranks)
     return result.iterations.tolist(), result.stop_reason
 
 

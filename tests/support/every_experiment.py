@@ -9,7 +9,7 @@ from image_runs import image_set, raw_config
 from suite_cases import PINN, RAW
 
 from experiments import __main__ as suite
-from experiments.records.record import read_run, read_weights
+from experiments.records.reading import read_run, read_weights
 
 EXPERIMENTS = ("graduate_admissions", "burgers_2d", "imagenet")
 

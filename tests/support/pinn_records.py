@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
@@ -11,10 +10,11 @@ from suite_cases import PINN, problem
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.equation import load_equation
 from experiments.pinn.problem import describe
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 from experiments.settings.config import expand_runs, parse_config
 from experiments.training.problem import Field
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ADAM = {"name": "Adam", "lr": 1e-2}
@@ -95,7 +95,7 @@ def save(results, name, losses, seed=0, *, seconds=1.0, evaluations=1, errors=No
     outcome = Result(own, None, len(losses) - 1, places, diverged, "iterations" if diverged is None else "diverged",
                      ends, fields or {})  # fmt: skip
     path = run_path(results, config)
-    write_run(path, config, replace(problem("computed", digest), attributes=attributes), outcome, Ranks(), NOW, NOW)
+    write_run(path, config, problem("computed", digest, attributes), outcome, Ranks(), NOW, NOW)
     return path
 
 

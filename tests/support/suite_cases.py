@@ -17,8 +17,9 @@ from experiments.settings.run_config import (
     TrainingConfig,
     VariantConfig,
 )
+from experiments.training.epochs import Epochs
 from experiments.training.problem import Problem
-from experiments.training.train import Result
+from experiments.training.result import Result
 
 SGD = Component("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True})
 TUNED = Component("SGD", {**SGD.arguments, "lr": 1e-2})
@@ -94,9 +95,21 @@ def pinn_run(variant=None, training=None, **problem):
     return run
 
 
-def problem(source="csv", digest="abc"):
-    nothing = {"epoch_batches": lambda *_: [], "loss": lambda *_: None, "evaluate": lambda *_: {}}
-    return Problem(torch.nn.Linear(1, 1), **nothing, data_source=source, data_digest=digest)
+class Nothing(Problem):
+    """A problem that records are written of, and nobody trains."""
+
+    def plan(self):
+        return Epochs(lambda *_: [], 1)
+
+    def loss(self, network, batch):
+        raise NotImplementedError
+
+    def evaluate(self, network):
+        return {}
+
+
+def problem(source="csv", digest="abc", attributes=None):
+    return Nothing(torch.nn.Linear(1, 1), data_source=source, data_digest=digest, attributes=attributes)
 
 
 def result(train_losses, seconds_per_epoch=1.0, diverged_epoch=None, **series):

@@ -18,7 +18,7 @@ from every_experiment import EXPERIMENTS, TOLERANCE, check_against_one_process, 
 from suite_cases import RAW
 
 from experiments import __main__ as suite
-from experiments.records.record import read_run, read_weights
+from experiments.records.reading import read_run, read_weights
 
 PLAIN, ACCELERATED = "sgd", "sgd_aadl"
 

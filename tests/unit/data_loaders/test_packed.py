@@ -1,6 +1,7 @@
 """Packed sets: what was written is read, every damage has a name, a broken packing goes on, processes read at once."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -445,7 +446,7 @@ def test_a_folder_that_cannot_be_locked_is_packed_all_the_same(tmp_path, monkeyp
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     pack_here(monkeypatch)
-    monkeypatch.setattr(packing.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     assert len(pack(ListedImages(CONTENTS), tmp_path, "train", Packing())) == 25
 
 

@@ -15,7 +15,8 @@ from paths import ROOT
 from suite_cases import RAW, problem, result, run_config
 
 from experiments.distributed.ranks import Ranks
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 from experiments.settings.config import load_config
 from jobs import scaling, script, site, submit
 

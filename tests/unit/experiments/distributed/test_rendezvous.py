@@ -142,7 +142,7 @@ def test_a_rank_0_that_does_not_come_is_named(tmp_path):
     assert "rank 1 on " in told and "rank 0 announced no address in" in told and name_of() in told
 
 
-def call_all(store, worlds, judge=lambda facts: "", seconds=20.0, only=None):
+def call_all(store, worlds, judge=lambda facts: "", seconds=20.0, only=None, facts=lambda rank: {}):
     """The roll call of len(worlds) ranks in threads that begin together: what each returns or raises."""
     outcomes, together = {}, threading.Barrier(len(worlds) if only is None else len(only), timeout=60)
 
@@ -151,7 +151,8 @@ def call_all(store, worlds, judge=lambda facts: "", seconds=20.0, only=None):
         client = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
         together.wait()
         try:
-            outcomes[rank] = roll_call(client, ranks, {**FACTS, "host": f"host{rank}"}, judge, Deadline(seconds))
+            own = {**FACTS, "host": f"host{rank}", **facts(rank)}
+            outcomes[rank] = roll_call(client, ranks, own, judge, Deadline(seconds))
         except RuntimeError as error:
             outcomes[rank] = str(error)
 
@@ -191,6 +192,14 @@ def test_ranks_that_count_differently_are_told(store):
     outcomes = call_all(store, [2, 3])
     assert outcomes[0] == "rank 0 on host0 counts 2 ranks, but rank 1 on host1 counts 3"
     assert outcomes[0] in outcomes[1]
+
+
+def test_ranks_of_one_machine_are_on_one_network(store):
+    assert call_all(store, [2, 2]) == [False, False]
+
+
+def test_containers_of_one_machine_are_on_several_networks(store):
+    assert call_all(store, [2, 2], facts=lambda rank: {"network": f"net:[{rank}]"}) == [True, True]
 
 
 def test_what_rank_0_judges_all_are_told(store):

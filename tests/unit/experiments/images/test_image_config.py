@@ -9,9 +9,9 @@ from image_runs import RAW, SGD, raw_config
 from paths import ROOT
 
 from experiments.distributed.ranks import Ranks
+from experiments.images.schedules import scaled_rate, share, step_scheduler
 from experiments.images.settings import ImageTrainingConfig, in_steps
 from experiments.settings.config import expand_runs, load_config, parse_config
-from experiments.training.schedules import scaled_rate, share, step_scheduler
 
 CONFIGS = sorted((ROOT / "experiments" / "configs" / "imagenet").glob("*.yaml"))
 

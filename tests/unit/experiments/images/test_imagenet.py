@@ -27,15 +27,19 @@ from data_loaders.imagenet.packed import write_packed
 from data_loaders.imagenet.sets import open_images
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
+from experiments.images import data as image_data
 from experiments.images import problem as imagenet
-from experiments.images.problem import build, data_folder, describe, open_sets
+from experiments.images.data import data_folder, describe, open_sets
+from experiments.images.problem import build, check_settings
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.record import read_run
-from experiments.runs.execute import _stage
+from experiments.records.reading import read_run
 from experiments.training.batchnorm import recompute_statistics
+from experiments.training.clock import HookSeconds
+from experiments.training.closure import AccumulatedClosure
+from experiments.training.epochs import Epochs
 from experiments.training.problem import Problem
-from experiments.training.steps import AccumulatedClosure, HookSeconds, Stage
+from experiments.training.stage import Stage, make_stages
 
 TOP1 = "metrics/validation/top1"
 
@@ -52,11 +56,22 @@ def buffers(model):
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-def small_problem(**changes):
-    """A linear classifier of 4 numbers, and its batch of 12 rows."""
-    model = nn.Sequential(nn.Linear(4, 3))
-    loss = nn.functional.cross_entropy
-    problem = Problem(model, None, lambda network, batch: loss(network(batch[0]), batch[1]), lambda network: {}, "", "")
+class Small(Problem):
+    """Cross entropy of three classes, without batches of its own."""
+
+    def plan(self):
+        return Epochs(lambda *_: [], 1)
+
+    def loss(self, network, batch):
+        return nn.functional.cross_entropy(network(batch[0]), batch[1])
+
+    def evaluate(self, network):
+        return {}
+
+
+def small_problem(model=None):
+    """A classifier of 4 numbers, by default a linear one, and its batch of 12 rows."""
+    problem = Small(model or nn.Sequential(nn.Linear(4, 3)), data_source="", data_digest="")
     return problem, (torch.randn(12, 4), torch.randint(0, 3, (12,)))
 
 
@@ -114,7 +129,7 @@ def test_trials_leave_no_trace_in_batchnorm():
     _, batch = small_problem()
     found = []
     for with_trials in (False, True):
-        problem = replace(small_problem()[0], model=copy.deepcopy(model))
+        problem = small_problem(copy.deepcopy(model))[0]
         optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
         closure = closure_of(problem, optimizer, parts=2)
         closure.batch, losses = batch, []
@@ -131,7 +146,7 @@ def test_trials_leave_no_trace_in_batchnorm():
 def accumulated_on_ranks(rank, world_size, model, batch):
     """Three steps in two parts, each rank with every other row."""
     model = copy.deepcopy(model)  # what comes from the parent is shared with it, and with the other rank
-    problem = replace(small_problem()[0], model=model)
+    problem = small_problem(model)[0]
     closure = closure_of(problem, torch.optim.SGD(model.parameters(), lr=0.5), parts=2)
     closure.model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     closure.batch = tuple(tensor[rank::world_size] for tensor in batch)
@@ -171,7 +186,7 @@ def test_a_step_that_overflows_is_skipped_and_no_hook_sees_it():
 
 def test_seconds_of_hooks_are_those_in_between(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("experiments.training.steps.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: clock[0])
 
     def take(seconds):
         def hook(*_):
@@ -200,7 +215,7 @@ def test_seconds_of_hooks_are_those_in_between(monkeypatch):
 def test_a_validation_records_both_statistics_and_leaves_no_trace(folder):
     problem = build(image_run(folder), Ranks())
     problem.model.train()
-    for batch in problem.epoch_batches(1, 0):
+    for batch in problem.batches(1, 0):
         problem.loss(problem.model, batch)  # running statistics move
     before, mode = copy.deepcopy(problem.model.state_dict()), problem.model.training
     random = torch.get_rng_state()
@@ -233,9 +248,9 @@ def forward(model, images):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_ranks_share_the_batches_of_a_single_process(folder, world_size):
     config = image_run(folder)
-    whole = [batch[1] for batch in build(config, Ranks()).epoch_batches(2, 1)]
+    whole = [batch[1] for batch in build(config, Ranks()).batches(2, 1)]
     parts = [
-        [batch[1] for batch in build(config, Ranks(rank=rank, world_size=world_size)).epoch_batches(2, 1)]
+        [batch[1] for batch in build(config, Ranks(rank=rank, world_size=world_size)).batches(2, 1)]
         for rank in range(world_size)
     ]
     for step, labels in enumerate(whole):
@@ -247,7 +262,7 @@ def test_seeds_set_weights_and_order(folder):
     other = build(replace(image_run(folder), seed=1), Ranks())
     assert identical(first.model.state_dict(), again.model.state_dict())
     assert not identical(first.model.state_dict(), other.model.state_dict())
-    labels = [torch.cat([labels for _, labels in problem.epoch_batches(1, 0)]) for problem in (first, again, other)]
+    labels = [torch.cat([labels for _, labels in problem.batches(1, 0)]) for problem in (first, again, other)]
     assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
 
 
@@ -256,7 +271,7 @@ def test_weight_decay_spares_batchnorm_and_biases_if_told(folder):
     for exempt, expected in ((False, [0.01]), (True, [0.01, 0.0])):
         config = image_run(folder, {"optimizer": optimizer}, training={"exempt_norm_and_bias": exempt})
         problem = build(config, Ranks())
-        stage = _stage(problem, config, Ranks(), config.variant.optimizer, None)
+        (stage,) = make_stages(problem, config.variant)
         assert [group["weight_decay"] for group in stage.optimizer.param_groups] == expected
         assert sum(len(group["params"]) for group in stage.optimizer.param_groups) == 62
     assert all(p.ndim == 1 for p in stage.optimizer.param_groups[1]["params"])
@@ -267,13 +282,13 @@ def test_rate_and_cadence_follow_the_batch(folder):
     variant = {"acceleration": {"store_each_nth": "1 epoch", "frequency": "2 epochs", "fused": False}}
     config = image_run(folder, variant, training=training)
     problem = build(config, Ranks())
-    assert problem.steps_per_epoch == 6
-    stage = _stage(problem, config, Ranks(), config.variant.optimizer, config.variant.acceleration)
+    assert problem.attributes["steps_per_epoch"] == 6
+    (stage,) = make_stages(problem, config.variant)
     assert stage.optimizer.param_groups[0]["lr"] == pytest.approx(0.04)
     settings = aadl.accelerator_of(stage.optimizer).settings
     assert (settings.store_each_nth, settings.frequency) == (6, 12)
     published = image_run(folder, {"published": PUBLISHED | {"frequency": "1 epoch"}}, training=training)
-    stage = _stage(problem, published, Ranks(), published.variant.optimizer, None, published.variant.published)
+    (stage,) = make_stages(problem, published.variant)
     assert stage.memory.settings.frequency == 6 and stage.memory.settings.store_each_nth == 1
 
 
@@ -281,7 +296,7 @@ def test_bfloat16_and_channels_last_compute_nearly_the_same(folder):
     losses = []
     for changes in ({}, {"precision": "bfloat16"}, {"channels_last": True}):
         problem = build(image_run(folder, training=changes), Ranks())
-        losses.append(float(problem.loss(problem.model, next(iter(problem.epoch_batches(1, 0)))).detach()))
+        losses.append(float(problem.loss(problem.model, next(iter(problem.batches(1, 0)))).detach()))
     assert losses[2] == pytest.approx(losses[0], rel=1e-4)
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[1] != losses[0]
 
@@ -297,7 +312,7 @@ def pack(folder, target):
 def test_packed_images_are_the_same_data(folder, tmp_path):
     pack(folder, tmp_path / "packed")
     plain, packed = (build(image_run(place), Ranks()) for place in (folder, tmp_path / "packed"))
-    for left, right in zip(plain.epoch_batches(1, 0), packed.epoch_batches(1, 0), strict=True):
+    for left, right in zip(plain.batches(1, 0), packed.batches(1, 0), strict=True):
         assert identical(list(left), list(right))
 
 
@@ -311,7 +326,7 @@ def test_loaders_pin_batches_for_a_gpu_and_start_workers_safely(folder, monkeypa
         raise Seen(settings["pin_memory"], settings["start_method"])
 
     monkeypatch.setattr(imagenet, "device_of", lambda ranks: torch.device(device))
-    monkeypatch.setattr(imagenet, "_model", lambda *_: None)
+    monkeypatch.setattr(imagenet, "make_network", lambda *_: None)
     monkeypatch.setattr(imagenet, "safe_start_method", lambda wish: f"safe {wish}")
     monkeypatch.setattr(imagenet, "TrainLoader", loader)
     with pytest.raises(Seen) as seen:
@@ -321,7 +336,7 @@ def test_loaders_pin_batches_for_a_gpu_and_start_workers_safely(folder, monkeypa
 
 def test_batches_come_as_they_were_read_and_the_problem_brings_them_to_the_device(folder):
     problem = build(image_run(folder), Ranks())
-    batch = next(iter(problem.epoch_batches(1, 0)))
+    batch = next(iter(problem.batches(1, 0)))
     assert batch[0].dtype == torch.uint8 and identical(list(batch), list(problem.to_device(batch)))
 
 
@@ -352,9 +367,9 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(folder, monkeypatch, has_bfl
     if not has_bfloat16:
         expected = pytest.raises(ValueError, match="float32 or float16 on Tesla V100, which has no bfloat16")
     with expected:
-        imagenet._check(problem, training, Ranks(), torch.device("cuda"))
-    imagenet._check(problem, training, Ranks(), torch.device("cpu"))
-    imagenet._check(problem, replace(training, precision="float16"), Ranks(), torch.device("cuda"))
+        check_settings(problem, training, Ranks(), torch.device("cuda"))
+    check_settings(problem, training, Ranks(), torch.device("cpu"))
+    check_settings(problem, replace(training, precision="float16"), Ranks(), torch.device("cuda"))
 
 
 def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
@@ -363,14 +378,14 @@ def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
     )
     assert float(other.model.fc.weight.detach().std()) == pytest.approx(0.5, rel=0.1) and not other.model.fc.bias.any()
     assert float(usual.model.fc.weight.detach().std()) < 0.1 and usual.model.fc.bias.any()
-    batches = [next(iter(problem.epoch_batches(1, 0))) for problem in (usual, other)]
+    batches = [next(iter(problem.batches(1, 0))) for problem in (usual, other)]
     assert torch.equal(batches[0][1], batches[1][1]) and not torch.equal(batches[0][0], batches[1][0])
 
 
 def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
     """What two ranks, each with a node of its own, read and are told."""
-    opened, original = [], imagenet.open_images
-    imagenet.open_images = lambda *which: opened.append(which) or original(*which)
+    opened, original = [], image_data.open_images
+    image_data.open_images = lambda *which: opened.append(which) or original(*which)
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}")
     found = {}
     for _ in range(2):  # each node has its copy
@@ -398,11 +413,11 @@ def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
     found["validation"] = problem.evaluate(problem.model)
     fractal = ImageConfig(data_path=str(tmp_path / "fractals"), num_classes=2, images_per_class=2, data_size=8,
                           validation_per_class=1, data_seed=5)  # fmt: skip
-    made, ensure = [], imagenet.fractals.ensure
-    imagenet.fractals.ensure = lambda *place, **settings: made.append(place) or ensure(*place, **settings)
+    made, ensure = [], image_data.fractals.ensure
+    image_data.fractals.ensure = lambda *place, **settings: made.append(place) or ensure(*place, **settings)
     found["fractals"] = len(open_sets(fractal, ranks)[0]), len(made)
     problem = build(image_run(broken), ranks)
-    for _ in problem.epoch_batches(1, 0):
+    for _ in problem.batches(1, 0):
         pass
     found["unreadable"] = problem.finish(problem.model)
     try:
@@ -551,7 +566,7 @@ def test_images_that_an_earlier_process_could_not_read_are_counted(tmp_path):
     content = broken.read_bytes()
     broken.write_bytes(b"")
     problem = build(image_run(folder), Ranks())
-    for _ in problem.epoch_batches(1, 0):
+    for _ in problem.batches(1, 0):
         pass
     state = problem.state()
     broken.write_bytes(content)

@@ -20,11 +20,12 @@ import aadl
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build, describe
-from experiments.records.record import read_fields, read_run, run_path, state_of
+from experiments.records.reading import read_fields, read_run
+from experiments.records.status import run_path, state_of
 from experiments.runs import execute
 from experiments.runs.execute import execute_run
 from experiments.settings.config import expand_runs, load_config, parse_config
-from experiments.training.steps import Stage
+from experiments.training.stage import Stage
 from experiments.training.train import train
 
 LOSS = "metrics/train/loss"
@@ -81,13 +82,13 @@ def run(config, results, *options):
 
 
 def trained(config):
-    """Result, problem and stages of a run, as `execute_run` makes them."""
+    """Result, problem and first optimizer of a run, as `execute_run` makes them."""
     seen = {}
     original = execute.train
 
-    def keep(problem, first, *args, **kwargs):
-        seen["problem"], seen["optimizer"] = problem, first.optimizer
-        seen["result"] = original(problem, first, *args, **kwargs)
+    def keep(problem, stages, *args, **kwargs):
+        seen["problem"], seen["optimizer"] = problem, stages[0].optimizer
+        seen["result"] = original(problem, stages, *args, **kwargs)
         return seen["result"]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -279,25 +280,24 @@ def test_a_second_stage_goes_on_without_the_scheduler():
 
 def test_a_run_ends_when_its_time_is_up(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("experiments.training.steps.time.perf_counter", lambda: clock[0])
-    config = pinn_run(training={"iterations": 100, "evaluate_every": 4, "max_seconds": 6.5})
-    problem = build(config, Ranks())
-    backward = problem.backward
+    monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: clock[0])
 
-    def slow(model, points, observe):
-        clock[0] += 1.0
-        return backward(model, points, observe)
+    def trained_slowly(**training):
+        clock[0] = 0.0
+        problem = build(pinn_run(training={"iterations": 100, "evaluate_every": 4} | training), Ranks())
+        backward = problem.backward
 
-    optimizer = torch.optim.Adam(problem.model.parameters())
-    result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), config.training, Ranks())
+        def slow(model, points, observe):
+            clock[0] += 1.0
+            return backward(model, points, observe)
+
+        problem.backward = slow
+        return train(problem, [Stage(torch.optim.Adam(problem.model.parameters()))], Ranks())
+
+    result = trained_slowly(max_seconds=6.5)
     assert result.stop_reason == "time" and result.iterations.tolist() == [0, 4, 7]
-    clock[0] = 0.0
-    longer = dataclasses.replace(config.training, max_seconds=1000.0, iterations=8)
-    result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), longer, Ranks())
-    assert result.stop_reason == "iterations"
-    clock[0] = 0.0
-    exact = dataclasses.replace(config.training, max_seconds=8.0)  # up at the end of an interval
-    result = train(dataclasses.replace(problem, backward=slow), Stage(optimizer), exact, Ranks())
+    assert trained_slowly(max_seconds=1000.0, iterations=8).stop_reason == "iterations"
+    result = trained_slowly(max_seconds=8.0)  # up at the end of an interval
     assert result.stop_reason == "time" and result.iterations.tolist() == [0, 4, 8]
 
 
@@ -336,26 +336,27 @@ def test_other_memories_stay():
 
 def failing(problem, iteration):
     """The problem, with a loss that is NaN from an iteration on."""
-    calls = [0]
+    calls, backward = [0], problem.backward
 
-    def backward(model, points, observe):
+    def fail(model, points, observe):
         calls[0] += 1
-        loss = problem.backward(model, points, observe)
+        loss = backward(model, points, observe)
         return loss * math.nan if calls[0] >= iteration else loss
 
-    return dataclasses.replace(problem, backward=backward)
+    problem.backward = fail
+    return problem
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_its_iteration():
     config = pinn_run(training={"iterations": 40, "evaluate_every": 10})
     problem = build(config, Ranks())
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
-    result = train(failing(problem, 13), Stage(optimizer), config.training, Ranks())
+    result = train(failing(problem, 13), [Stage(optimizer)], Ranks())
     assert result.diverged_iteration == 13 and result.stop_reason == "diverged" and result.diverged_epoch is None
     assert result.iterations.tolist() == [0, 10, 20] and np.isfinite(result.series[LOSS][:2]).all()
     problem = build(config, Ranks())
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=1e30)  # the loss is finite, the weights are not
-    assert train(problem, Stage(optimizer), config.training, Ranks()).diverged_iteration in range(1, 11)
+    assert train(problem, [Stage(optimizer)], Ranks()).diverged_iteration in range(1, 11)
 
 
 @pytest.mark.parametrize(
@@ -596,11 +597,11 @@ def test_a_label_or_an_override_that_changes_nothing_is_no_new_run(config, tmp_p
 
 def test_a_run_with_a_time_limit_tells_its_progress_by_time(monkeypatch, capsys):
     seconds = iter(range(10**6))
-    monkeypatch.setattr("experiments.training.steps.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: next(seconds))
     limited = pinn_run(training={"iterations": 10**6, "evaluate_every": 1, "max_seconds": 60})
     problem = build(limited, Ranks())
     optimizer = torch.optim.Adam(problem.model.parameters())
-    result = train(problem, Stage(optimizer), limited.training, Ranks(), show_progress=True)
+    result = train(problem, [Stage(optimizer)], Ranks(), show_progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert result.stop_reason == "time" and len(result.iterations) > 11
     assert 5 <= len(lines) <= 10 and all("/1000000 iterations, " in line and "loss " in line for line in lines)
@@ -674,6 +675,25 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     assert "problem.conditions must be soft, for heat offers no lift" in capsys.readouterr().err
     assert run(path, results, "--set", "problem.equation=cold.py") == 2
     assert "cold.py" in capsys.readouterr().err
+
+
+def test_an_equation_whose_conditions_yield_no_points_is_refused_before_training(tmp_path, capsys):
+    """Soft conditions of which no point is drawn would not be trained, and nobody would see it."""
+    (tmp_path / "heat.py").write_text(HEAT.replace("x = uniform[:, :1]", "x = uniform[:0, :1]"))
+    raw = copy.deepcopy(PINN) | {"experiment": "my_heat", "seeds": [0]}
+    raw["problem"] |= {"equation": "heat.py"}
+    path, results = tmp_path / "config.yaml", tmp_path / "results"
+    path.write_text(yaml.safe_dump(raw))
+    assert run(path, results) == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1] == (
+        "error: equation Heat: conditions must yield points with soft conditions, got none for "
+        "problem.num_conditions = 8, so that nothing would train them"
+    )
+    assert not list(results.rglob("*.h5"))
+    (expanded,) = expand_runs(load_config(path, ["variants=adam"]))
+    with pytest.raises(ValueError, match="conditions must yield points"):
+        build(expanded, Ranks())
 
 
 def test_stage_defaults():

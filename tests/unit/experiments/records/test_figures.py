@@ -6,9 +6,10 @@ import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
 from experiments.distributed.ranks import Ranks
-from experiments.records.compare import find_folders, read_comparison, spans
+from experiments.records.compare import find_folders, read_comparison
 from experiments.records.figures import draw_figures, fitted_slope, oscillation_by_batch_size
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
+from experiments.records.writing import write_run
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
@@ -99,7 +100,3 @@ def test_records_that_do_not_belong_together_are_refused(tmp_path):
         read_comparison(tmp_path / "graduate_admissions" / "test")
     with pytest.raises(ValueError, match="no results of burgers"):
         find_folders(tmp_path, "burgers")
-
-
-def test_spans():
-    assert spans({0, 1, 2, 5, 7, 8}) == "0-2, 5, 7-8"

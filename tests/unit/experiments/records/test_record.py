@@ -9,8 +9,12 @@ import pytest
 from suite_cases import problem, result, run_config
 
 from experiments.distributed.ranks import Ranks
-from experiments.records import record
-from experiments.records.record import git_state, note_place, read_run, read_runs, run_path, state_of, write_run
+from experiments.records import provenance, series
+from experiments.records.hdf5 import IncompleteRecord
+from experiments.records.provenance import git_state
+from experiments.records.reading import read_run, read_runs
+from experiments.records.status import run_path, state_of
+from experiments.records.writing import note_place, write_run
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
 
@@ -52,8 +56,8 @@ def test_every_series_says_what_it_is(tmp_path):
                 assert file[name].attrs["units"] and file[name].attrs["long_name"], name
                 if not name.endswith("epoch"):
                     assert file[name].dims[0][0] == file[name].parent["epoch"], name
-        assert record.DESCRIPTIONS["acceleration/condition_number"][1].endswith("residual differences DF")
-        assert "GradScaler" in record.DESCRIPTIONS["acceleration/skipped_steps"][1]
+        assert series.DESCRIPTIONS["acceleration/condition_number"][1].endswith("residual differences DF")
+        assert "GradScaler" in series.DESCRIPTIONS["acceleration/skipped_steps"][1]
         assert "loss" in file["acceleration/rejected_loss"].attrs["long_name"]
 
 
@@ -99,12 +103,12 @@ def test_what_must_be_run_again(tmp_path):
     assert state_of(path, run_config(epochs=11), "abc", 1) == "changed"
     with h5py.File(path, "r+") as file:
         del file.attrs["complete"]
-    assert state_of(path, config, "abc", 1) == "unreadable"
-    with pytest.raises(OSError, match=r"seed-0\.h5 is incomplete"):
+    assert state_of(path, config, "abc", 1) == "damaged"
+    with pytest.raises(IncompleteRecord, match=r"seed-0\.h5 is incomplete"):
         read_run(path)
     path.write_bytes(b"cut short")
-    assert state_of(path, config, "abc", 1) == "unreadable"
-    with pytest.raises(OSError, match=r"seed-0\.h5 cannot be read .*run its experiment again"):
+    assert state_of(path, config, "abc", 1) == "damaged"
+    with pytest.raises(OSError, match=r"none of the records in .*seed-0\.h5 is damaged .file signature not found."):
         read_runs(path.parent.parent)
 
 
@@ -136,7 +140,7 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(record.subprocess, "run", missing)
+    monkeypatch.setattr(provenance.subprocess, "run", missing)
     git_state.cache_clear()
     try:
         assert git_state() == ("unknown", False)

@@ -6,8 +6,9 @@ from suite_cases import problem, result, run_config
 
 from experiments.distributed.ranks import Ranks
 from experiments.records.compare import read_comparison
-from experiments.records.record import run_path, write_run
+from experiments.records.status import run_path
 from experiments.records.summarize import measure, median, spread, summarize
+from experiments.records.writing import write_run
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 PLAIN = np.linspace(11, 1, 11)  # final loss 1 after 10 epochs

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digests import digest
 from system_calls import POINTS, meet_points
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +28,7 @@ from experiments.distributed.step_vote import StepVote, Tally
 from experiments.runs import checkpoint, checkpoint_files
 from experiments.runs import state as experiment_state
 from experiments.runs.checkpoint import CheckpointError, Checkpoints
-from experiments.runs.state import digest, num_bytes_of, on_cpu, rng_state, set_rng_state
+from experiments.runs.state import num_bytes_of, on_cpu, rng_state, set_rng_state
 
 
 def state_at(step, size=3000):
@@ -226,7 +227,7 @@ def test_damage_is_found_named_and_the_one_before_is_taken(tmp_path, capsys, dam
 def test_whichever_bit_is_flipped_no_other_state_is_loaded(tmp_path):
     """Bits that say nothing, as those of a time, may be flipped; all others are noticed."""
     state = {"model": torch.arange(40.0), "steps": [1, 2.5, "text"]}
-    content = {"format": 2, "identity": "run", "step": 7, "shared": state, "own": [own_at(7)]}
+    content = {"format": 3, "identity": "run", "step": 7, "shared": state, "own": [own_at(7)]}
     path = tmp_path / "step-0000000007.pt"
     checkpoint_files.write(path, content)
     whole, expected = path.read_bytes(), digest(content)
@@ -267,7 +268,7 @@ def test_another_format_is_named(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     forge(tmp_path / "step-0000000002.pt", format=99)
     loaded = assert_loads(checkpoints, 1)
-    text = "step-0000000002.pt has format 99, and this program reads format 2"
+    text = "step-0000000002.pt has format 99, and this program reads format 3"
     assert loaded.rejected == [("step-0000000002.pt", text)]
 
 

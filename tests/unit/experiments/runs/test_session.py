@@ -23,14 +23,16 @@ from experiments.__main__ import main
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.ranks import Ranks
-from experiments.records.record import read_run, run_folder, run_path, state_of
+from experiments.records.reading import read_run
+from experiments.records.status import run_folder, run_path, state_of
 from experiments.runs import execute
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.execute import execute_run
 from experiments.runs.lock import FolderInUse
 from experiments.runs.session import OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
-from experiments.training.steps import Closure, FiniteLosses
+from experiments.training.closure import Closure
+from experiments.training.losses import FiniteLosses
 from experiments.training.train import Training
 
 TIMES = ("timing/", "metrics/evaluations_per_second")
@@ -167,7 +169,7 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
     other = replace(config, training=replace(config.training, epochs=7))
     with pytest.raises(OtherRun, match=r"its settings, its data or its batch over all ranks have changed; .*--force"):
         execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), anew=True)
+    execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), from_start=True)
     assert len(read_run(path).series["metrics/validation/loss"]) == 8
     assert read_run(path).attributes["restart_count"] == 0
 

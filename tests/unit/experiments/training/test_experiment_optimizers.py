@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 import aadl
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build
-from experiments.training.optimizers import LARGEST_DAMPING, LARS, FrozenAdam, LevenbergMarquardt, MuonAdam, _Damped
-from experiments.training.steps import Stage
+from experiments.training.optimizers import LARS, FrozenAdam, LevenbergMarquardt, MuonAdam
+from experiments.training.optimizers.levenberg_marquardt import LARGEST_DAMPING, _Damped
+from experiments.training.stage import Stage
 from experiments.training.train import train as train_loop
 
 LM = {"optimizer": {"name": "LevenbergMarquardt"}}
@@ -676,14 +677,14 @@ def test_recorded_losses_are_without_the_weight():
     problem, plain = build(config, Ranks()), build(pinn_run(LM, dtype="float64"), Ranks())
     optimizer = LevenbergMarquardt(problem.model.parameters())
     start = float(plain.loss(plain.model, plain.points(plain.model, 0)).detach())
-    result = train_loop(problem, Stage(optimizer), config.training, Ranks())
+    result = train_loop(problem, [Stage(optimizer)], Ranks())
     points = problem.points(problem.model, 0)
     plain.model.load_state_dict(problem.model.state_dict())
     end = float(plain.loss(plain.model, points).detach())
     assert result.series[LOSS][[0, -1]] == pytest.approx([start, end], rel=1e-12)
     weighted = float(problem.residuals(problem.model, points).square().sum())
     assert weighted < 0.99 * end
-    trained_plainly = train_loop(plain, Stage(LevenbergMarquardt(plain.model.parameters())), config.training, Ranks())
+    trained_plainly = train_loop(plain, [Stage(LevenbergMarquardt(plain.model.parameters()))], Ranks())
     assert trained_plainly.series[LOSS][-1] < result.series[LOSS][-1]  # it goes on from there, without the weight
 
 

@@ -17,8 +17,10 @@ from experiments.records.tuned_rates import HEADER, rows
 from experiments.runs.execute import build
 from experiments.settings.checks import Component, make_optimizer
 from experiments.settings.config import parse_config
-from experiments.training.optimizers import ARMIJO, SSBroyden, self_scaled_update
-from experiments.training.steps import Stage
+from experiments.training.optimizers import SSBroyden
+from experiments.training.optimizers.line_search import ARMIJO
+from experiments.training.optimizers.ss_broyden import self_scaled_update
+from experiments.training.stage import Stage
 from experiments.training.train import Training, train
 
 LOSS = "metrics/train/loss"
@@ -50,7 +52,7 @@ def trained(config):
     """The result of a run."""
     problem = build(config, Ranks())
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-    return train(problem, Stage(optimizer), config.training, Ranks())
+    return train(problem, [Stage(optimizer)], Ranks())
 
 
 def rosenbrock(w):
@@ -262,14 +264,14 @@ def test_schedule_free_is_evaluated_at_its_average(monkeypatch):
     optimizer = make_optimizer(Component("SGDScheduleFree", {"lr": 0.1}), problem.model.parameters())
     modes = []
     evaluate = problem.evaluate
-    problem = type(problem)(**{**vars(problem), "evaluate": lambda model: modes.append(mode()) or evaluate(model)})
+    problem.evaluate = lambda model: modes.append(mode()) or evaluate(model)
 
     def mode():
         return optimizer.param_groups[0]["train_mode"]
 
     step = Training._step
     monkeypatch.setattr(Training, "_step", lambda run, batch: modes.append(mode()) or step(run, batch))
-    result = train(problem, Stage(optimizer), config.training, Ranks())
+    result = train(problem, [Stage(optimizer)], Ranks())
     steps = modes.count(True)
     assert steps == result.num_steps and modes.count(False) == 11 and mode()  # ten epochs and the start
     with torch.no_grad():

@@ -18,12 +18,14 @@ from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
-from experiments.pinn import problem as collocation_problem
-from experiments.records.record import read_run
-from experiments.runs.execute import _stage, build, execute_run
+from experiments.pinn.points import Collocation
+from experiments.pinn.problem import PinnProblem
+from experiments.records.reading import read_run
+from experiments.runs.execute import build, execute_run
 from experiments.runs.session import RunSession
 from experiments.settings.config import expand_runs, parse_config
 from experiments.settings.run_config import GraduateAdmissionsConfig
+from experiments.training.stage import make_stages
 from experiments.training.train import Training, train
 
 LOSS, UNSEEN = "metrics/train/loss", "metrics/validation/loss"
@@ -36,8 +38,8 @@ LM = {"name": "LevenbergMarquardt"}
 def trained(config, ranks=None):
     ranks = ranks or Ranks()
     problem = build(config, ranks)
-    stage = _stage(problem, config, ranks, config.variant.optimizer, config.variant.acceleration)
-    return train(problem, stage, config.training, ranks), problem, stage
+    (stage,) = make_stages(problem, config.variant)
+    return train(problem, [stage], ranks), problem, stage
 
 
 def admissions_run(settings, **training):
@@ -71,15 +73,16 @@ def test_an_evaluation_is_observed_as_it_is(more):
 def _squares(rank, world_size, config):
     """Sums of squares on this rank, and numbers of residuals, of what is solved and what is checked."""
     problem = build(config, Ranks(rank=rank, world_size=world_size))
-    if problem.points is not None:
+    is_pinn = isinstance(problem, PinnProblem)
+    if is_pinn:
         problem.points(problem.model, 0)
-    probe = {"check_points": 11} if problem.points is not None else {"probe_rows": 33, "check_rows": 15}
+    probe = {"check_points": 11} if is_pinn else {"probe_rows": 33, "check_rows": 15}
     return [(float(r.square().sum()), len(r)) for r in (make() for make in problem.least_squares(**probe))]
 
 
 def test_rows_of_the_check_are_others():
     problem = build(run_config(), Ranks())
-    train_set = torch.cat([torch.cat(batch, dim=1) for batch in problem.epoch_batches(1, 0)])
+    train_set = torch.cat([torch.cat(batch, dim=1) for batch in problem.batches(1, 0)])
 
     def rows_of(make):
         """Rows of the training set with these residuals."""
@@ -111,13 +114,13 @@ def test_points_of_the_check_are_drawn_with_the_others():
 def test_the_loss_on_unseen_points_is_of_one_draw_that_training_does_not_see():
     config = pinn_run(dtype="float64", resample_every=5, condition_weight=3.0)
     draws = []
-    of_this_rank = collocation_problem._Collocation._of_this_rank
+    of_this_rank = Collocation._of_this_rank
 
     def note(self, interior, seed):
         draws.append(of_this_rank(self, interior, seed))
         return draws[-1]
 
-    with mock.patch.object(collocation_problem._Collocation, "_of_this_rank", note):
+    with mock.patch.object(Collocation, "_of_this_rank", note):
         problem = build(config, Ranks())
         for iteration in (0, 5, 10):
             problem.points(problem.model, iteration)
@@ -167,8 +170,9 @@ def test_other_optimizers_hand_nothing_over():
         return backward(model, points, observe)
 
     config = pinn_run({"optimizer": ADAM, "acceleration": {}})
-    stage = _stage(problem, config, Ranks(), config.variant.optimizer, config.variant.acceleration)
-    train(replace(problem, backward=note), stage, config.training, Ranks())
+    (stage,) = make_stages(problem, config.variant)
+    problem.backward = note
+    train(problem, [stage], Ranks())
     assert set(observers) == {None} and stage.accelerator is None
 
 

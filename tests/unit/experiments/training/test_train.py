@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -11,86 +10,96 @@ from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.settings.checks import Component, make_optimizer
-from experiments.settings.run_config import TrainingConfig
+from experiments.training.averaging import moving_average
+from experiments.training.epochs import Epochs
+from experiments.training.plan import schedule_of
 from experiments.training.problem import Problem
-from experiments.training.steps import Stage, Updates, moving_average
+from experiments.training.stage import Stage
 from experiments.training.train import train
+from experiments.training.updates import Updates
 
 TRAIN = "metrics/train/loss"
 
 
-def quadratic(curvature=1.0, start=1.0, num_batches=2, fail_at=None):
+class Quadratic(Problem):
     """Loss 0.5 c x^2 on every batch; evaluation reports x^2."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        model.weight.fill_(start)
 
-    def loss(network, batch):
-        value = 0.5 * curvature * network(torch.ones(1, 1)).square().mean()
-        return value * math.nan if batch == fail_at else value
+    def __init__(self, curvature=1.0, num_batches=2, fail_at=None, epochs=3, scheduler=None):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        super().__init__(model, data_source="csv", data_digest="")
+        self.curvature, self.num_batches, self.fail_at = curvature, num_batches, fail_at
+        self.epochs, self.scheduler = epochs, scheduler
 
-    return Problem(
-        model=model,
-        epoch_batches=lambda epoch, first: [(epoch, step) for step in range(first, num_batches)],
-        loss=loss,
-        evaluate=lambda network: {TRAIN: float(network(torch.ones(1, 1)).square().mean())},
-        data_source="csv",
-        data_digest="",
-    )
+    def plan(self):
+        return Epochs(self.batches, self.epochs, schedule_of(self.scheduler))
+
+    def batches(self, epoch, first):
+        return [(epoch, step) for step in range(first, self.num_batches)]
+
+    def loss(self, network, batch):
+        value = 0.5 * self.curvature * network(torch.ones(1, 1)).square().mean()
+        return value * math.nan if batch == self.fail_at else value
+
+    def evaluate(self, network):
+        return {TRAIN: float(network(torch.ones(1, 1)).square().mean())}
 
 
-def run(problem, epochs=3, lr=0.1, **options):
-    training = TrainingConfig(
-        epochs=epochs, **{k: options.pop(k) for k in ("scheduler", "measure_updates") if k in options}
-    )
+def run(problem, lr=0.1, **options):
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr)
     stage = Stage(optimizer, options.pop("statistics", None))
-    return train(problem, stage, training, Ranks(), **options)
+    return train(problem, [stage], Ranks(), **options)
 
 
 def test_the_loop_is_gradient_descent():
-    result = run(quadratic())
+    result = run(Quadratic())
     assert np.allclose(result.series[TRAIN], 0.9 ** (4 * np.arange(4)), rtol=1e-5)
     assert result.num_steps == 6 and result.diverged_epoch is None
     assert result.series["metrics/train/minibatch_loss"][1] == pytest.approx(0.25 * (1 + 0.81))
 
 
 def test_training_seconds_leave_the_evaluation_out(monkeypatch):
-    problem = quadratic()
     clock = [0.0]
-    monkeypatch.setattr("experiments.training.steps.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: clock[0])
 
-    def loss(network, batch):
-        clock[0] += 1.0
-        return problem.loss(network, batch)
+    class Slow(Quadratic):
+        def loss(self, network, batch):
+            clock[0] += 1.0
+            return super().loss(network, batch)
 
-    def evaluate(network):
-        clock[0] += 100.0
-        assert not network.training and not torch.is_grad_enabled()
-        return problem.evaluate(network)
+        def evaluate(self, network):
+            clock[0] += 100.0
+            assert not network.training and not torch.is_grad_enabled()
+            return super().evaluate(network)
 
-    result = run(dataclasses.replace(problem, loss=loss, evaluate=evaluate))
+    problem = Slow()
+    result = run(problem)
     assert result.series["timing/training_seconds"].tolist() == [0, 2, 4, 6]
     assert problem.model.training
 
 
 def test_a_loss_that_is_not_finite_ends_the_run():
-    result = run(quadratic(fail_at=(2, 1)), epochs=5)
+    result = run(Quadratic(fail_at=(2, 1), epochs=5))
     assert result.diverged_epoch == 2
     assert len(result.series[TRAIN]) == 6 and np.isfinite(result.series[TRAIN][:2]).all()
     assert np.isnan(result.series[TRAIN][3:]).all()
-    exploded = run(quadratic(curvature=1e30), epochs=5)  # finite losses, weights that overflow
+    exploded = run(Quadratic(curvature=1e30, epochs=5))  # finite losses, weights that overflow
     assert exploded.diverged_epoch == 1
 
 
 def test_scheduler_steps_once_an_epoch():
     scheduler = Component("ExponentialLR", {"gamma": 0.0})
-    result = run(quadratic(), scheduler=scheduler)
+    result = run(Quadratic(scheduler=scheduler))
     assert result.series[TRAIN][1] < 1 and result.series[TRAIN][1] == result.series[TRAIN][3]
 
 
+def test_an_epoch_without_batches_is_refused():
+    with pytest.raises(ValueError, match="epoch 1 has no batches, so that nothing is trained"):
+        run(Quadratic(num_batches=0))
+
+
 def test_moving_average_is_evaluated_and_never_written_back():
-    problem, plain_problem = quadratic(), quadratic()
+    problem, plain_problem = Quadratic(), Quadratic()
     averaged = run(problem, ema_decay=0.99)
     plain = run(plain_problem)
     assert torch.equal(problem.model.weight, plain_problem.model.weight)
@@ -103,7 +112,7 @@ def test_moving_average_is_evaluated_and_never_written_back():
 
 
 def test_the_mean_of_the_last_epochs_is_evaluated_in_these_alone():
-    averaged, plain = run(quadratic(), mean_epochs=2).series[TRAIN], run(quadratic()).series[TRAIN]
+    averaged, plain = run(Quadratic(), mean_epochs=2).series[TRAIN], run(Quadratic()).series[TRAIN]
     assert averaged[:2].tolist() == plain[:2].tolist()
     weights = 0.9 ** np.arange(3, 7)  # after each of the last four steps
     assert averaged[2] == pytest.approx(weights[:2].mean() ** 2) and averaged[2] != plain[2]
@@ -119,7 +128,7 @@ def test_statistics_become_series():
             counts["rejected"] = {"loss": 2}
         return counts
 
-    series = run(quadratic(), statistics=statistics).series
+    series = run(Quadratic(), statistics=statistics).series
     assert series["acceleration/accepted"].tolist() == [1, 2, 3, 4]
     assert series["acceleration/rejected_loss"].tolist() == [0, 0, 2, 2]
     assert series["acceleration/averaging"].tolist() == [1, 1, 1, 1]
@@ -157,9 +166,7 @@ def test_the_acceleration_is_driven_by_the_loop():
     problem = graduate_admissions.build(config, Ranks())
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
     aadl.accelerate(optimizer, store_each_nth=1, frequency=2)
-    result = train(
-        problem, Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics), config.training, Ranks()
-    )
+    result = train(problem, [Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics)], Ranks())
     assert result.series["acceleration/attempts"][-1] > 0
     assert result.series["acceleration/steps"][-1] == result.num_steps == 40
 
@@ -168,7 +175,7 @@ def test_the_problem_is_set_by_its_seeds():
     def first_batch(config):
         problem = graduate_admissions.build(config, Ranks())
         weights = torch.nn.utils.parameters_to_vector(problem.model.parameters())
-        return weights, next(iter(problem.epoch_batches(1)))[0], next(iter(problem.epoch_batches(2)))[0]
+        return weights, next(iter(problem.batches(1)))[0], next(iter(problem.batches(2)))[0]
 
     one, same, other = (first_batch(run_config(seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
@@ -178,8 +185,8 @@ def test_the_problem_is_set_by_its_seeds():
 
 def test_features_are_standardized_by_the_training_set():
     problem = graduate_admissions.build(run_config(), Ranks())
-    features = torch.cat([batch[0] for batch in problem.epoch_batches(1)])
-    target = torch.cat([batch[1] for batch in problem.epoch_batches(1)])
+    features = torch.cat([batch[0] for batch in problem.batches(1)])
+    target = torch.cat([batch[1] for batch in problem.batches(1)])
     assert features.shape == (320, 7) and target.shape == (320, 1)
     assert features.mean(dim=0).abs().max() < 1e-5
     assert (features.std(dim=0, correction=0) - 1).abs().max() < 1e-5
@@ -188,9 +195,9 @@ def test_features_are_standardized_by_the_training_set():
 
 def test_ranks_share_a_batch():
     config = run_config()
-    whole = [batch[0] for batch in graduate_admissions.build(config, Ranks()).epoch_batches(1)]
+    whole = [batch[0] for batch in graduate_admissions.build(config, Ranks()).batches(1)]
     parts = [
-        [batch[0] for batch in graduate_admissions.build(config, Ranks(rank=rank, world_size=2)).epoch_batches(1)]
+        [batch[0] for batch in graduate_admissions.build(config, Ranks(rank=rank, world_size=2)).batches(1)]
         for rank in (0, 1)
     ]
     for batch, first, second in zip(whole, *parts, strict=True):
@@ -205,7 +212,7 @@ def _train_rank(rank, world_size):
     ranks = Ranks(rank=rank, world_size=world_size)
     problem = graduate_admissions.build(config, ranks)
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-    return train(problem, Stage(optimizer), config.training, ranks).series[TRAIN]
+    return train(problem, [Stage(optimizer)], ranks).series[TRAIN]
 
 
 @pytest.mark.smoke

@@ -25,7 +25,7 @@ export NCCL_SOCKET_IFNAME="hsn0"
 export GLOO_SOCKET_IFNAME="hsn0"
 export NCCL_NET_GDR_LEVEL="PHB"
 export FI_MR_CACHE_MONITOR="userfaultfd"
-export HDF5_USE_FILE_LOCKING="BEST_EFFORT"
+export HDF5_USE_FILE_LOCKING="FALSE"
 # The ranks save and stop by themselves before this time, in seconds since 1970.
 export AADL_END_TIME=${SLURM_JOB_END_TIME:-$(($(date +%s) + 7200))}
 # Made by rank 0 when the ranks stopped early, to be resumed.

@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, and locks between processes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what the block writes there replaces `path` at once and whole.
+
+    After an error the old file is untouched and there is no temporary file; a killed process may leave
+    `.NAME-XXXXXXXX.tmp` behind. The mode of the file follows the umask, because the block makes the file itself.
+
+    Args:
+        path: of the file; its folder exists.
+        sync: whether the file is on the disk before it gets its name. Without it a power failure may leave an empty
+            file, which is enough for files that are cheap to make again.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, path)
+        if sync:
+            _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str, *, executable: bool = False) -> None:
+    """Writes a text file (UTF-8) at once and whole, and makes its folder.
+
+    Args:
+        path: of the file.
+        text: what it holds.
+        executable: whether all who may read the file may execute it.
+
+    Raises:
+        OSError: the folder or the file cannot be written; the message names the file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, sync=False) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            if executable:
+                mode = temporary.stat().st_mode
+                temporary.chmod(mode | (mode & 0o444) >> 2)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a lock (flock) on a file while the block runs, and makes the file.
+
+    Args:
+        path: of the file.
+        wait: whether to wait for another holder.
+
+    Yields:
+        Whether the lock is held: False on a file system without locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+        OSError: the file cannot be made.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_held = True
+        except BlockingIOError:
+            raise
+        except OSError:
+            is_held = False
+        yield is_held
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems do not sync folders
+            raise
+    finally:
+        os.close(handle)

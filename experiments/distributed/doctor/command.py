@@ -1,0 +1,97 @@
+"""`python -m experiments doctor`: looks in seconds for what makes jobs fail, and says what to change.
+
+Works with one process, which needs no network, and under every launcher, as the job itself would be started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from experiments.distributed.departure import end_on_failure, stop_process_group
+from experiments.distributed.devices import binding
+from experiments.distributed.doctor.facts import facts_of, gather
+from experiments.distributed.doctor.finding import Finding, print_report
+from experiments.distributed.doctor.network import bandwidth, clocks
+from experiments.distributed.doctor.placement import binding_of, launcher, versions
+from experiments.distributed.doctor.site import ReadSite, compare_site, read_site_file, traps
+from experiments.distributed.doctor.storage import probe_folder, shared_folder, storage
+from experiments.distributed.launch import ranks_from_environment, start_process_group
+from experiments.distributed.ranks import Ranks
+from experiments.settings.launch_settings import LaunchSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
+    parser.add_argument(
+        "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
+    )
+    text = "fail below this bandwidth of all_reduce (no limit)"
+    parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
+    text = "until all ranks have met (60)"
+    parser.add_argument("--start-seconds", type=float, default=60.0, metavar="S", help=text)
+
+
+def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
+    """Prints the table on rank 0.
+
+    Args:
+        options: of `add_arguments`.
+        read_site: reads the YAML file of a site; needed with --site alone.
+
+    Returns:
+        0, or 1 if something must change.
+
+    Raises:
+        ValueError: an option is wrong.
+        OSError: the file of the site cannot be read, or the folder of results cannot be written.
+    """
+    site = read_site_file(options.site, read_site)
+    if not options.start_seconds > 0:
+        raise ValueError(f"--start-seconds must be positive, got {options.start_seconds}")
+    settings = LaunchSettings(start_seconds=options.start_seconds, share_devices=True)
+    try:
+        ranks = ranks_from_environment(os.environ)
+    except ValueError as error:
+        return print_report([Finding("launcher", "refused", str(error), bad=True), *_alone(options.results)])
+    with end_on_failure(ranks):
+        if ranks.rank == 0:
+            probe_folder(options.results)
+        start_process_group(ranks, settings, options.results)
+        try:
+            findings = _examine(ranks, options, site)
+        finally:
+            stop_process_group(ranks)
+    return print_report(findings) if ranks.rank == 0 else int(any(finding.bad for finding in findings))
+
+
+def _alone(results: Path) -> list[Finding]:
+    """What one process can tell although its launcher is in disorder."""
+    return [*versions([facts_of(Ranks(), results)]), *storage(Ranks(), results)]
+
+
+def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any]) -> list[Finding]:
+    """All findings, the same on every rank."""
+    facts = gather(ranks, facts_of(ranks, options.results))
+    places = binding(ranks)
+    findings = [
+        *versions(facts),
+        *launcher(ranks, facts),
+        *binding_of(places, facts),
+        *shared_folder(ranks, options.results),
+        *(storage(ranks, options.results) if ranks.rank == 0 else []),
+        *clocks(ranks),
+        *bandwidth(ranks, options.floor),
+        *traps(facts),
+        *compare_site(site, ranks, facts),
+    ]
+    box = [findings]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

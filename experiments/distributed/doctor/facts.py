@@ -1,0 +1,83 @@
+"""What each rank knows of itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+import torch.distributed as dist
+
+from data_loaders.workers import num_cores
+from experiments.distributed.devices import safe_start_method
+from experiments.distributed.interfaces import interface_addresses
+from experiments.distributed.ranks import Ranks
+
+
+def gather(ranks: Ranks, own: Any) -> list[Any]:
+    if ranks.world_size == 1:
+        return [own]
+    found: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(found, own)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def facts_of(ranks: Ranks, results: Path) -> dict[str, Any]:
+    """What one rank knows of itself; plain values, which travel to rank 0."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    names = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "TMPDIR", "LSB_JOBID", "NCCL_SOCKET_IFNAME",
+             "GLOO_SOCKET_IFNAME", "TORCHELASTIC_RUN_ID", "HDF5_USE_FILE_LOCKING")  # fmt: skip
+    gpu = torch.cuda.is_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu and dist.is_nccl_available() else "none"
+    ssh = Path.home() / ".ssh" / "config"
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "CUDA": torch.version.cuda or "none",
+            "ROCm": torch.version.hip or "none",
+            "NCCL": nccl,
+            "mpi4py": _version("mpi4py"),
+            "MPI library": mpi.Get_library_version().split(",")[0].splitlines()[0] if mpi else "not in use",
+            "h5py": h5py.__version__,
+            "HDF5": h5py.version.hdf5_version,
+        },
+        "host": ranks.host or socket.gethostname(),
+        "gpus": torch.cuda.device_count() if gpu else 0,
+        "cores": num_cores(),
+        "interfaces": {name: ", ".join(entries) for name, entries in interface_addresses().items()},
+        "name": _resolved(socket.gethostname()),
+        "start method": _start_methods(),
+        "environment": {name: os.environ[name] for name in names if name in os.environ},
+        "all_environment": sorted(os.environ),
+        "open ssh": ssh.exists() and bool(ssh.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)),
+        "local_size": ranks.local_size,
+    }
+
+
+def _start_methods() -> str:
+    """How workers start here, and whether a wish for fork is granted."""
+    granted = safe_start_method("fork")
+    text = "" if granted == "fork" else f"; {granted} also where fork is wished, for MPI or a GPU is in use"
+    return safe_start_method() + text
+
+
+def _resolved(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return "does not resolve"

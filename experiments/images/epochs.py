@@ -1,0 +1,94 @@
+"""Epochs of many steps with images that are loaded on the way: rates step by step, and the time that goes where."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from experiments.training.epochs import Epochs
+from experiments.training.plan import Scheduling
+from experiments.training.progress import Bar
+
+if TYPE_CHECKING:
+    from experiments.training.train import Training
+
+INPUT, EVALUATION = "timing/input_seconds", "timing/evaluation_seconds"
+
+
+class ImageEpochs(Epochs):
+    """Passes over a set of images; the schedule steps after each step of the optimizer.
+
+    The series have the seconds of waiting for images and of evaluations, images per second, and the learning rate.
+
+    Args:
+        batches, num_epochs, schedule, measures_updates: as of Epochs.
+        steps_per_epoch: >= 1.
+        batch_images: images in a step, over all ranks.
+        evaluate_every: epochs between two evaluations; the last epoch always has one.
+    """
+
+    def __init__(
+        self,
+        batches: Callable[[int, int], Iterable[Any]],
+        num_epochs: int,
+        schedule: Scheduling,
+        *,
+        steps_per_epoch: int,
+        batch_images: int,
+        evaluate_every: int,
+        measures_updates: bool,
+    ) -> None:
+        super().__init__(batches, num_epochs, schedule, measures_updates=measures_updates)
+        self._steps_per_epoch, self._batch_images = steps_per_epoch, batch_images
+        self._evaluate_every = evaluate_every
+
+    def bar(self, enabled: bool) -> Bar:
+        return Bar(self.num_intervals * self._steps_per_epoch, "steps", enabled, images=self._batch_images)
+
+    def done(self, run: Training) -> int:
+        return run.num_steps
+
+    def begin(self, run: Training) -> None:
+        run.seconds[INPUT] = 0.0
+
+    def _loaded(self, run: Training) -> Iterator[Any]:
+        """The batches on the device; the time that this process waits for them is counted."""
+        batches = iter(self._batches(run.interval, run.step))
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            run.add_seconds(INPUT, time.perf_counter() - start)
+            if batch is None:
+                return
+            yield run.problem.to_device(batch)
+
+    def after_step(self, run: Training) -> None:
+        with warnings.catch_warnings():
+            # GradScaler often skips the first step, and the schedule goes on all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.step_scheduler()
+        run.bar.update(1)
+        if run.bar.is_due:
+            run.bar.show({"metrics/train/loss": float(run.losses[-1])})
+
+    def after_steps(self, run: Training) -> None:
+        """Nothing: the schedule has stepped already."""
+
+    def after_evaluation(self, run: Training, seconds: float) -> None:
+        run.add_seconds(EVALUATION, seconds)
+
+    def is_evaluated(self, run: Training) -> bool:
+        return run.interval % self._evaluate_every == 0 or run.interval == self.num_intervals
+
+    def measures(self, run: Training) -> dict[str, float]:
+        values = {"metrics/learning_rate": run.closure.learning_rate}
+        if run.losses:
+            before = run.series["timing/training_seconds"][-1]
+            seconds = run.clock.values()["timing/training_seconds"] - before
+            values["timing/images_per_second"] = len(run.losses) * self._batch_images / seconds
+        return values
+
+    def after_interval(self, run: Training) -> None:
+        """Nothing: the bar counts steps."""

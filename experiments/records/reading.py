@@ -1,0 +1,198 @@
+"""Reads the HDF5 records of runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from experiments.records.hdf5 import ForeignRecord, IncompleteRecord, RecordError, opened
+from experiments.records.series import SCALES, SCHEMA_VERSION
+
+OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
+"""Attributes that every record has, beside its configuration."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recorded run.
+
+    Attributes:
+        path: its file.
+        attributes: of the root.
+        config: its configuration.
+        series: by name ("metrics/train/loss").
+        places: where the series were evaluated: epochs, or iterations of a physics-informed network.
+    """
+
+    path: Path
+    attributes: dict[str, Any]
+    config: dict[str, Any]
+    series: dict[str, np.ndarray]
+    places: np.ndarray
+
+    @property
+    def is_pinn(self) -> bool:
+        """Whether it is a physics-informed network."""
+        return "equation" in self.attributes
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether it is image classification."""
+        return "classification" in self.attributes
+
+    @property
+    def diverged_iteration(self) -> int | None:
+        """First iteration with a loss that is not finite, None for a run that ended well or has epochs."""
+        iteration = int(self.attributes.get("diverged_iteration", -1))
+        return iteration if iteration >= 0 else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended with a loss that is not finite."""
+        return self.diverged_epoch is not None or self.diverged_iteration is not None
+
+    @property
+    def diverged_epoch(self) -> int | None:
+        """First epoch with a loss that is not finite, None for a run that ended well."""
+        epoch = int(self.attributes["diverged_epoch"])
+        return epoch if epoch >= 0 else None
+
+
+def read_run(path: Path) -> Run:
+    """Reads one run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnreadableRecord: it cannot be opened here or now; it may be whole.
+        DamagedRecord: its bytes are damaged.
+        ForeignRecord: it is no record, or one of another schema.
+        IncompleteRecord: the run is not finished.
+    """
+    series: dict[str, np.ndarray] = {}
+    places: list[np.ndarray] = []
+
+    def visit(name: str, item: Any) -> None:
+        if not isinstance(item, h5py.Dataset) or name.startswith(("fields/", "launch/", "weights/")):
+            return
+        if name.rpartition("/")[2] in SCALES:
+            places.append(np.asarray(item))
+        else:
+            series[name] = np.asarray(item)
+
+    with opened(path) as file:
+        attributes = {name: _plain(value) for name, value in file.attrs.items()}
+        _check(path, attributes)
+        file.visititems(visit)
+        config = json.loads(attributes["config"])
+    if not isinstance(config, dict) or not {"variant", "problem", "training"} <= set(config):
+        raise ForeignRecord(f"{path} is no record of this suite: its configuration has no variant, problem or training")
+    return Run(path, attributes, config, series, places[0] if places else np.empty(0))
+
+
+def _check(path: Path, attributes: dict[str, Any]) -> None:
+    """Refuses files that are no finished record of this schema."""
+    if "schema_version" not in attributes or "config" not in attributes:
+        raise ForeignRecord(f"{path} is an HDF5 file, but no record of this suite")
+    if attributes["schema_version"] != SCHEMA_VERSION:
+        raise ForeignRecord(f"{path} has schema version {attributes['schema_version']}, not {SCHEMA_VERSION}")
+    if not attributes.get("complete"):
+        raise IncompleteRecord(f"{path} is incomplete")
+    missing = [name for name in OF_ALL if name not in attributes]
+    if missing:
+        raise ForeignRecord(f"{path} is no record of this suite: it has no attribute {', '.join(missing)}")
+
+
+def read_fields(path: Path) -> dict[str, np.ndarray]:
+    """The fields of a run by name, coordinates included; {} where there are none.
+
+    Raises:
+        RecordError: the file cannot be read, or is damaged.
+    """
+    with opened(path) as file:
+        return {name: np.asarray(item) for name, item in file.get("fields", {}).items()}
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a run, a state_dict; {} where it has none (`save.weights`).
+
+    Raises:
+        RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
+    """
+    with opened(path) as file:
+        if not file.attrs.get("complete"):
+            raise IncompleteRecord(f"{path} is incomplete")
+        return {name: torch.from_numpy(np.asarray(item)) for name, item in file.get("weights", {}).items()}
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a record holds the weights of its run."""
+    with opened(path) as file:
+        return "weights" in file
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
+    """Reads all finished runs below a folder, ordered by variant and seed.
+
+    A record that cannot be read hides no other one: `note` gets a line about it. Those of unfinished runs are named on
+    stderr, because they are no fault.
+
+    Args:
+        folder: `results/<experiment>/<scale>`.
+        note: called with a line about each record that is left out for a fault.
+
+    Raises:
+        RecordError: no run is left; the message says why.
+    """
+    runs: list[Run] = []
+    unfinished: list[str] = []
+    faults: list[str] = []
+    for path in sorted(folder.glob("*/seed-*.h5")):
+        try:
+            run = read_run(path)
+            if runs and _kind(run) != _kind(runs[0]):
+                raise ForeignRecord(f"{path} is of another kind of experiment than {runs[0].path}")
+            runs.append(run)
+        except IncompleteRecord:
+            unfinished.append(f"{path.parent.name}/{path.stem}")
+        except OSError as error:
+            faults.append(str(error))
+    if not runs:
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise RecordError(f"none of the records in {folder} can be read: {faults[0]}{more}")
+        raise RecordError(f"none of the runs in {folder} is finished: {', '.join(unfinished)}")
+    for fault in faults:
+        note(f"left out: {fault}")
+    if unfinished:
+        say(f"left out, because they are not finished: {', '.join(unfinished)}")
+    return sorted(runs, key=lambda run: (run.attributes["variant"], run.attributes["seed"]))
+
+
+def _kind(run: Run) -> tuple[bool, bool]:
+    return run.is_pinn, run.is_classification
+
+
+def first_run_of(folder: Path) -> Run | None:
+    """The first run of a folder that can be read, which says what kind all of them are; None where there is none."""
+    for path in sorted(folder.glob("*/seed-*.h5")):
+        with suppress(OSError):
+            return read_run(path)
+    return None

@@ -1,0 +1,62 @@
+"""Where the record of a run is, and whether the run must be made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.records.hdf5 import DamagedRecord, IncompleteRecord, UnreadableRecord
+from experiments.records.reading import has_weights, read_run
+from experiments.settings.run_config import RunConfig, identity_of
+
+
+def run_path(results: Path, config: RunConfig) -> Path:
+    """`results/<experiment>/<scale>/<name>/seed-<s>.h5`."""
+    return results / config.experiment / config.scale / config.name / f"seed-{config.seed}.h5"
+
+
+def run_folder(path: Path) -> Path:
+    """Where a run that is not finished keeps its checkpoints, beside its record."""
+    return path.with_suffix(".run")
+
+
+def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, *, weights: bool = False) -> str:
+    """Whether the run must be made: "finished", "unfinished", "missing", "changed", "damaged" or "without weights".
+
+    "unfinished" means that the run has checkpoints from which it goes on. "changed" means other settings, other data or
+    another number of ranks: each changes the numbers. A label does not, nor does an override that says what holds for
+    all variants. "damaged" includes a record without an end. "without weights" is a finished run whose record should
+    have them, by `weights`, and has none.
+
+    Raises:
+        RecordError: there is a file, and it cannot be opened here or now, or is none of this suite's records; it may
+            be worth more than a new one, so nothing replaces it.
+    """
+    if any(run_folder(path).glob("step-*")):
+        return "unfinished"
+    state = _state_of_record(path, config, data_digest, world_size)
+    return "without weights" if state == "finished" and weights and not has_weights(path) else state
+
+
+def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int) -> bool:
+    """Whether there is a complete record of this very run, whatever checkpoints there are.
+
+    A record that cannot be opened now counts as one, because the caller asks before it replaces the record by a part.
+    """
+    try:
+        return _state_of_record(path, config, data_digest, world_size) == "finished"
+    except UnreadableRecord:
+        return True
+
+
+def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
+    try:
+        run = read_run(path)
+        recorded = identity_of(run.config)
+    except FileNotFoundError:
+        return "missing"
+    except (DamagedRecord, IncompleteRecord):
+        return "damaged"
+    except (KeyError, ValueError):  # of another version of this program
+        return "changed"
+    identity = (recorded, run.attributes.get("data_digest"), run.attributes.get("world_size"))
+    return "finished" if identity == (config.identity(), data_digest, world_size) else "changed"

@@ -1,0 +1,73 @@
+"""What a command says when its runs are done: what was written, the main figure of merit, and the next command."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.records.reading import Run
+from experiments.records.summarize import median
+
+SHOWN_VARIANTS = 8
+"""Of more variants the best ones are shown."""
+
+
+def closing_lines(runs: Sequence[Run], results: Path) -> list[str]:
+    """Lines about the finished runs of an experiment.
+
+    Args:
+        runs: records of one folder `results/<experiment>/<scale>`, at least one.
+        results: the folder of all results, as given on the command line.
+    """
+    main = [run for run in runs if not run.attributes["study"]] or list(runs)
+    by_variant: dict[str, list[Run]] = {}
+    for run in main:
+        by_variant.setdefault(run.attributes["variant"], []).append(run)
+    name, is_better_above = merit_of(main[0])
+    values = {variant: median_of(own, name, is_better_above) for variant, own in by_variant.items()}
+    best = sorted(values, key=lambda variant: -values[variant] if is_better_above else values[variant])
+    shown = best[:SHOWN_VARIANTS]
+    lines = diverged_lines(runs)
+    lines.append(f"written: {len(runs)} records in {main[0].path.parents[1]}")
+    lines.append(f"{name.partition('/')[2].replace('/', ' ').replace('_', ' ')} at the end, the best first:")
+    width = max(len(variant) for variant in shown)
+    for variant in shown:
+        number = len(by_variant[variant])
+        seeds = f"median of {number} seeds" if number > 1 else "1 seed"
+        text = f"{values[variant]:.4g}" if math.isfinite(values[variant]) else "diverged"
+        lines.append(f"  {variant:<{width}}  {text} ({seeds})")
+    if len(best) > len(shown):
+        lines.append(f"  and {len(best) - len(shown)} more variants")
+    where = "" if results == Path("results") else f" --results {results}"
+    only = f" --only {main[0].attributes['experiment']}"
+    lines.append(f"next: python -m experiments summarize{where}{only}, and the same with figures")
+    return lines
+
+
+def merit_of(run: Run) -> tuple[str, bool]:
+    """The series by which runs of this kind are judged, and whether more of it is better."""
+    if run.is_classification and "metrics/validation/top1" in run.series:
+        return "metrics/validation/top1", True
+    errors = [name for name in run.series if name.startswith("metrics/validation/relative_l2_")]
+    return (errors[0] if errors else "metrics/validation/loss"), False
+
+
+def median_of(runs: Iterable[Run], name: str, is_better_above: bool) -> float:
+    """Median of the last values over the seeds; a diverged run is infinitely bad."""
+    worst = -math.inf if is_better_above else math.inf
+    finals = [worst if run.diverged or name not in run.series else float(run.series[name][-1]) for run in runs]
+    return median(np.array([value if math.isfinite(value) else worst for value in finals]))
+
+
+def diverged_lines(runs: Iterable[Run]) -> list[str]:
+    """A line that names the runs whose loss was lost, if there are any."""
+    diverged: dict[str, list[str]] = {}
+    for run in runs:
+        if run.diverged:
+            place = f" at iteration {run.diverged_iteration}" if run.diverged_iteration is not None else ""
+            diverged.setdefault(run.attributes["variant"], []).append(f"seed {run.attributes['seed']}{place}")
+    told = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
+    return ["diverged: " + ", ".join(told)] if diverged else []

@@ -1,0 +1,62 @@
+"""Adam whose second moments stop moving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.training.optimizers.evaluation import loss_of
+
+
+class FrozenAdam(torch.optim.Optimizer):
+    """Adam whose second moments v are frozen after `freeze_after` steps; from then on it is a fixed map,
+
+        m <- beta1 m + (1 - beta1) grad,        w <- w - lr m_hat / (sqrt(v_hat) + eps),
+
+    gradient descent with momentum and a constant diagonal preconditioner, which the theory of Anderson acceleration
+    assumes.
+
+    Args:
+        params, lr, betas, eps: as of torch.optim.Adam.
+        freeze_after: >= 1 steps of Adam before.
+
+    Raises:
+        ValueError: a `freeze_after` out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        freeze_after: int = 1000,
+    ) -> None:
+        if isinstance(freeze_after, bool) or not isinstance(freeze_after, int) or freeze_after < 1:
+            raise ValueError(f"freeze_after must be an integer >= 1, got {freeze_after!r}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "freeze_after": freeze_after})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what the closure returns."""
+        loss = loss_of(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        if state["step"] <= group["freeze_after"]:
+            state["exp_avg_sq"].lerp_(gradient.square(), 1 - beta2)
+        second = state["exp_avg_sq"] / (1 - beta2 ** min(state["step"], group["freeze_after"]))
+        scale = group["lr"] / (1 - beta1 ** state["step"])
+        parameter.addcdiv_(state["exp_avg"], second.sqrt_().add_(group["eps"]), value=-scale)

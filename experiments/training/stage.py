@@ -1,0 +1,110 @@
+"""A stage of a run: an optimizer with its acceleration, as a variant describes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+import aadl
+from aadl.attached import STATE_KEY
+from experiments.settings.checks import Component, accelerate, solves_residuals
+from experiments.settings.run_config import PublishedConfig, VariantConfig
+from experiments.training.clock import HookSeconds
+from experiments.training.problem import Problem
+from experiments.training.published import PublishedScheme
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An optimizer, accelerated or not, from an iteration on.
+
+    Attributes:
+        optimizer: over the parameters of the problem's model.
+        statistics: reads the counters of the acceleration, None without one.
+        after: first iteration.
+        seconds: reads the time that the acceleration took, None where nothing measures it.
+        accelerator: an acceleration by the residuals of the loss, which observes them; None for any other or none.
+        memory: an acceleration whose state is not in that of the optimizer; has state_dict and load_state_dict.
+    """
+
+    optimizer: torch.optim.Optimizer
+    statistics: Callable[[], Mapping[str, Any]] | None = None
+    after: int = 0
+    seconds: Callable[[], float] | None = None
+    memory: Any = None
+    accelerator: aadl.ResidualAccelerator | None = None
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the ranks have in common, and the state of the accelerator where each rank has residuals of its own.
+
+        What the ranks have in common of an accelerator stays with the optimizer: another number of ranks goes on from
+        it, with an empty history.
+        """
+        memory = self.memory.state_dict() if self.memory is not None else None
+        state = self.optimizer.state_dict()
+        if self.accelerator is None:
+            return {"optimizer": state, "memory": memory}, None
+        own = state[STATE_KEY]
+        return {"optimizer": state | {STATE_KEY: own | {"rows": {}}}, "memory": memory}, own
+
+    def load_state_dict(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        """Continues from a state; `own` is None on ranks that did not take part in the run."""
+        self.optimizer.load_state_dict(dict(shared["optimizer"]))
+        if self.memory is not None:
+            self.memory.load_state_dict(shared["memory"])
+        if self.accelerator is not None and own is not None:
+            self.accelerator.load_state_dict(dict(own))
+
+
+def make_stages(problem: Problem, variant: VariantConfig) -> list[Stage]:
+    """The stages of a variant, over the model of the problem."""
+    first = make_stage(problem, variant.optimizer, variant.acceleration)
+    if variant.published is not None:
+        first = _published(problem, first, variant.published, variant.published_cadences)
+    if variant.then is None:
+        return [first]
+    then = make_stage(problem, variant.then.optimizer, variant.then.acceleration)
+    return [first, replace(then, after=variant.then.after)]
+
+
+def make_stage(problem: Problem, component: Component, acceleration: Mapping[str, Any] | None = None) -> Stage:
+    """An optimizer of the problem, with the acceleration of aadl where there are settings for it."""
+    optimizer = problem.optimizer(component)
+    if acceleration is None:
+        return Stage(optimizer)
+    seconds = HookSeconds(optimizer)
+    _accelerate(problem, optimizer, problem.in_steps(acceleration))
+    accelerator = aadl.accelerator_of(optimizer)
+    return Stage(
+        optimizer,
+        statistics=lambda: accelerator.statistics,
+        seconds=seconds.enclose() if problem.times_acceleration else None,
+        accelerator=accelerator if isinstance(accelerator, aadl.ResidualAccelerator) else None,
+    )
+
+
+def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
+    """Accelerates the optimizer, by the residuals of the problem's loss where the settings ask for it."""
+    if not solves_residuals(arguments):
+        accelerate(optimizer, arguments)
+        return
+    names = inspect.signature(problem.least_squares).parameters
+    found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
+    settings = {name: value for name, value in arguments.items() if name not in names}
+    accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
+
+
+def _published(problem: Problem, stage: Stage, settings: PublishedConfig, cadences: Mapping[str, Any]) -> Stage:
+    """The stage with the published scheme, some of whose cadences may be given in epochs."""
+    seconds = HookSeconds(stage.optimizer)
+    scheme = PublishedScheme(stage.optimizer, replace(settings, **problem.in_steps(cadences)))
+    return replace(
+        stage,
+        statistics=lambda: scheme.statistics,
+        seconds=seconds.enclose() if problem.times_acceleration else None,
+        memory=scheme,
+    )
