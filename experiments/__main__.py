@@ -13,28 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_loaders.workers import num_cores
-from experiments.distributed.departure import Interrupted, end_on_failure, leave
-from experiments.distributed.devices import describe_device, with_device
-from experiments.distributed.doctor import command as doctor
-from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
-from experiments.distributed.launch import ranks_from_environment
-from experiments.distributed.ranks import Ranks
-from experiments.images.figures import draw_image_figures
-from experiments.images.tables import summarize_images
-from experiments.pinn.compare import read_groups
-from experiments.pinn.figures import draw_pinn_figures
-from experiments.pinn.tables import summarize_pinn
-from experiments.records.compare import closed_folders, find_folders, read_comparison
-from experiments.records.figures import draw_figures
-from experiments.records.reading import first_run_of
-from experiments.records.summarize import summarize
-from experiments.runs.execute import execute_experiment
-from experiments.settings.config import load_config
-from experiments.settings.run_config import ExperimentConfig
-from experiments.settings.yaml_file import read_yaml
-from experiments.training.progress import duration
+if TYPE_CHECKING:
+    from experiments.distributed.ranks import Ranks
+    from experiments.settings.run_config import ExperimentConfig
+
+# Every command imports what it needs: `--help` waits for neither torch nor matplotlib.
 
 CONFIGS = Path(__file__).parent / "configs"
 DOCS_FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -50,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after SIGTERM outside of a run.
     """
     options = _parser().parse_args(arguments)
+    from experiments.distributed.departure import Interrupted
+    from experiments.distributed.interruption import EXIT_RESUME
+
     try:
         with _sigterm_interrupts():
             code = options.command(options)
@@ -99,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     several = argparse.ArgumentParser(add_help=False)
     several.add_argument("--only", metavar="EXPERIMENT", help="this experiment alone")
     running = argparse.ArgumentParser(add_help=False)
-    running.add_argument("--jobs", type=int, default=num_cores(), metavar="N", help="worker processes (one a core)")
+    running.add_argument("--jobs", type=int, metavar="N", help="worker processes (one a core)")
     running.add_argument("--force", action="store_true", help="make finished runs again")
 
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
@@ -122,24 +110,49 @@ def _parser() -> argparse.ArgumentParser:
     table.set_defaults(command=_summarize)
     text = "look at this machine, or at all ranks of a job: versions, devices, binding, network, folder of results"
     check = commands.add_parser("doctor", help=text, description=text)
-    doctor.add_arguments(check)
-    check.set_defaults(command=lambda options: doctor.main(options, read_yaml))
+    add_doctor_arguments(check)
+    check.set_defaults(command=_doctor)
     return parser
 
 
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `doctor`."""
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
+    parser.add_argument(
+        "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
+    )
+    text = "fail below this bandwidth of all_reduce (no limit)"
+    parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
+    text = "until all ranks have met (60)"
+    parser.add_argument("--start-seconds", type=float, default=60.0, metavar="S", help=text)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from experiments.distributed.doctor import command
+    from experiments.settings.yaml_file import read_yaml
+
+    return command.main(options, read_yaml)
+
+
 def _run(options: argparse.Namespace) -> None:
+    from experiments.catalog import load_config
+    from experiments.distributed.launch import ranks_from_environment
+
     config = load_config(options.config, options.set)
     _execute(Path(options.config), config, ranks_from_environment(os.environ), options)
 
 
 def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs in this process and its like; a rank that fails ends the others."""
+    from experiments.distributed.departure import Interrupted, end_on_failure
+    from experiments.distributed.devices import with_device
+    from experiments.distributed.interruption import Interruption, write_stopped_file
+    from experiments.runs.execute import execute_experiment
+
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
     with end_on_failure(ranks), Interruption() as interruption:
         ranks = with_device(ranks, config.launch)
-        if ranks.rank == 0:
-            print(describe_device(ranks), file=sys.stderr, flush=True)
         how = {"num_jobs": _jobs(options), "force": options.force, "interruption": interruption}
         try:
             execute_experiment(config, ranks, options.results, **how)
@@ -152,12 +165,21 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
 
 
 def _jobs(options: argparse.Namespace) -> int:
+    """The number of worker processes, by default one a core."""
+    if options.jobs is None:
+        from data_loaders.workers import num_cores
+
+        return num_cores()
     if options.jobs < 1:
         raise ValueError(f"--jobs must be an integer >= 1, got {options.jobs}")
     return int(options.jobs)
 
 
 def _reproduce(options: argparse.Namespace) -> int:
+    from experiments.catalog import experiment_of, load_config
+    from experiments.distributed.launch import ranks_from_environment
+    from experiments.training.progress import duration
+
     only = options.only or os.environ.get("ONLY") or None
     paths = sorted(CONFIGS.glob("*/laptop.yaml"))
     names = [path.parent.name for path in paths]
@@ -187,9 +209,9 @@ def _reproduce(options: argparse.Namespace) -> int:
         return 0
 
     def show(folder: Path, note: Callable[[str], None]) -> None:
-        for path in _draw(folder, note):
+        for path in experiment_of(folder).draw(folder, note):
             print(path)
-        print(_table(folder, note))
+        print(experiment_of(folder).table(folder, note))
 
     folders = (options.results / config.experiment / config.scale for config in configs)
     code = _show(options.results, folders, show)
@@ -199,6 +221,9 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs of a configuration; one that wants several ranks is given to torchrun, unless it is by now."""
+    from experiments.distributed.departure import Interrupted
+    from experiments.distributed.interruption import STOPPED_FILE, Interruption
+
     if config.num_ranks == 1 or ranks.launcher != "single process":
         _execute_here(config, ranks, options)
         return
@@ -228,30 +253,14 @@ def _execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argpar
         raise RuntimeError(f"{config.experiment} failed on {config.num_ranks} ranks, see above")
 
 
-def _draw(folder: Path, note: Callable[[str], None]) -> list[Path]:
-    run = first_run_of(folder)
-    if run is not None and run.is_pinn:
-        return draw_pinn_figures(read_groups(folder, note))
-    if run is not None and run.is_classification:
-        return draw_image_figures(read_comparison(folder, note))
-    return draw_figures(read_comparison(folder, note))
-
-
-def _table(folder: Path, note: Callable[[str], None]) -> str:
-    run = first_run_of(folder)
-    if run is not None and run.is_pinn:
-        return summarize_pinn(read_groups(folder, note))
-    if run is not None and run.is_classification:
-        return summarize_images(read_comparison(folder, note))
-    return summarize(read_comparison(folder, note))
-
-
 def _show(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]], None]) -> int:
     """Shows each folder of results; one that cannot be shown, or a record in it, hides no other.
 
     Returns:
         2 where a line on stderr says what was left out, else 0.
     """
+    from experiments.records.compare import closed_folders
+
     left_out: list[str] = []
 
     def note(line: str) -> None:
@@ -272,8 +281,11 @@ def _show(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable
 
 
 def _figures(options: argparse.Namespace) -> int:
+    from experiments.catalog import experiment_of
+    from experiments.records.compare import find_folders
+
     def show(folder: Path, note: Callable[[str], None]) -> None:
-        for path in _draw(folder, note):
+        for path in experiment_of(folder).draw(folder, note):
             print(path)
             if options.docs:
                 DOCS_FIGURES.mkdir(parents=True, exist_ok=True)
@@ -285,9 +297,15 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _summarize(options: argparse.Namespace) -> int:
+    from experiments.catalog import experiment_of
+    from experiments.records.compare import find_folders
+
     folders = find_folders(options.results, options.only)
-    return _show(options.results, folders, lambda folder, note: print(_table(folder, note)))
+    return _show(options.results, folders, lambda folder, note: print(experiment_of(folder).table(folder, note)))
 
 
 if __name__ == "__main__":
-    leave(main())
+    code = main()
+    from experiments.distributed.departure import leave
+
+    leave(code)

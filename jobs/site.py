@@ -9,9 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments.settings.checks import (
+    BOOLEAN,
     NAME,
     OPTIONS,
     TEXT,
@@ -25,6 +24,7 @@ from experiments.settings.checks import (
     sequence,
     setting,
 )
+from experiments.settings.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parent / "sites"
 # Launchers of each scheduler.
@@ -75,24 +75,35 @@ def _local(value: Any) -> str:
     return value
 
 
-def _date(value: Any) -> date:
-    if type(value) is not date:
+def _numbers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(entry) is not int or entry < 0 for entry in value):
         raise ValueError
-    return value
+    if len(set(value)) < len(value):
+        raise ValueError
+    return tuple(value)
+
+
+def _date(value: Any) -> date:
+    if not isinstance(value, str):
+        raise ValueError
+    return date.fromisoformat(value)
 
 
 TEXTS = Kind("a list of texts", _texts)
 DIRECTIVES = Kind("a list of lines in which braces hold one of " + ", ".join(FIELDS), _directives)
+NUMBERS = Kind("a list of different integers >= 0", _numbers)
 DATE = optional(Kind("a date as 2026-01-31", _date))
 VARIABLES = Kind('a mapping from variables to texts without ", `, \\ and $( )', _variables)
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Where job scripts for the site ran, and when; `note` says what did."""
+    """Where job scripts for the site ran, and when; `note` says what did, `guides` when the file was last compared with
+    the guides among its sources."""
 
     by: str = setting(choice("real machine", "local Slurm", "fake LSF", "this machine", "never"))
     date: Any = setting(DATE, None)  # noqa: RUF009
+    guides: Any = setting(DATE, None)  # noqa: RUF009
     note: str = setting(TEXT, "nothing was run")
 
 
@@ -132,10 +143,17 @@ def _limits(value: Any) -> tuple[Limit, ...]:
 
 @dataclass(frozen=True)
 class Queue:
-    """The directives that name a queue, and its limits, by ascending number of nodes; () for no known limit."""
+    """A queue.
+
+    Attributes:
+        directives: that name it.
+        limits: by ascending number of nodes; () for no known limit.
+        repeats: whether the site allows that a job is started again or followed by the next one of a chain.
+    """
 
     directives: tuple[str, ...] = setting(DIRECTIVES)
     limits: tuple[Limit, ...] = setting(Kind("a list of {nodes, minutes} with ascending nodes", _limits), ())
+    repeats: bool = setting(BOOLEAN, True)
 
 
 @dataclass(frozen=True)
@@ -168,6 +186,8 @@ class Site:
         queues: by name, the default first; where there are none, any name goes into `queue_directive`.
         directives: of every job; `gpu_directives` are for jobs with GPUs.
         features: Slurm constraints, or the flags of LSF's -alloc_flags.
+        gpu_order: numbers of the GPUs of a node, that of its first rank first; () for 0, 1, 2 and so on. It holds for
+            jobs with all GPUs of a node, and is set after the launcher, which numbers them in its own way.
         launch_options: of every launch; `gpu_launch_options` for jobs with GPUs.
         python: the interpreter on the nodes, None for the one that submits.
         modules: loaded in the script; `setup` are lines of shell before that.
@@ -190,6 +210,7 @@ class Site:
     features: tuple[str, ...] = setting(TEXTS, ())
     launch_options: tuple[str, ...] = setting(DIRECTIVES, ())
     gpu_launch_options: tuple[str, ...] = setting(DIRECTIVES, ())
+    gpu_order: tuple[int, ...] = setting(NUMBERS, ())
     python: str | None = setting(optional(TEXT), None)
     modules: tuple[str, ...] = setting(TEXTS, ())
     setup: tuple[str, ...] = setting(TEXTS, ())
@@ -230,12 +251,7 @@ def read_site(name: str) -> Site:
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if path.parent == FOLDER and not path.is_file():
         raise ValueError(f"--site must be one of {', '.join(site_names())}, or a file that ends in .yaml, got {name!r}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"{path} must hold a mapping of settings, got {raw!r}")
+    raw = read_yaml(path)
     try:
         return _site(raw, path.stem)
     except ValueError as error:
@@ -277,6 +293,8 @@ def _check(site: Site) -> None:
     if any("alloc_flags" in text for text in site.directives):
         raise ValueError("directives must not hold -alloc_flags, of which LSF honors one line: use features")
     node, ranks = site.node, site.ranks
+    if site.gpu_order and sorted(site.gpu_order) != list(range(node.gpus or 0)):
+        raise ValueError(f"gpu_order must name each of the {node.gpus} GPUs of a node, got {list(site.gpu_order)}")
     if node.cores is not None and ranks.per_node * ranks.cores > node.cores:
         raise ValueError(f"ranks must fit the node of {node.cores} cores, got {ranks.per_node} ranks of {ranks.cores}")
     if node.gpus is not None and ranks.gpus_per_node > node.gpus:

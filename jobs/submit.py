@@ -7,14 +7,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from data_loaders.files import write_text
-from experiments.runs.execute import single_process_variants
-from experiments.settings.config import load_config
-from jobs.script import Job, Request, array_seeds, make_job, render
+from experiments.settings.yaml_file import parse_setting, read_yaml
+from jobs.request import Job, Request, array_seeds, make_job
+from jobs.script import render
 from jobs.site import Site, read_site, site_names
 
 
@@ -69,7 +69,11 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, repeatable")
     add("--stage-environment", type=Path, metavar="ARCHIVE", help="packed environment, unpacked on each node's disk")
     add("--stage-data", type=Path, metavar="DIR", help="data, copied to each node's disk")
-    add("--dry-run", action="store_true", help="print the script and submit nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the script; submit and check the configuration later",
+    )
 
 
 def request_from(options: argparse.Namespace, **changes: object) -> Request:
@@ -95,7 +99,7 @@ def request_from(options: argparse.Namespace, **changes: object) -> Request:
 def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
     site = read_site(options.site)
     request = request_from(options, nodes=options.nodes, chain=options.chain, array=options.array)
-    job = checked_job(site, request)
+    job = drawn_job(site, request) if options.dry_run else checked_job(site, request)
     path = script_path(job)
     script = render(job, path, command)
     if options.dry_run:
@@ -119,9 +123,10 @@ def checked_job(site: Site, request: Request) -> Job:
         ValueError: the configuration or the request is wrong.
         OSError: the configuration cannot be read.
     """
-    for option, path in (("--stage-environment", request.environment), ("--stage-data", request.data)):
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"{option} {path} does not exist")
+    from experiments.catalog import load_config  # here, because they import torch
+    from experiments.runs.execute import single_process_variants
+
+    _check_files(request)
     array_seeds(request.array)
     array = [request.array] if request.array is not None else []
     config = load_config(request.config, [*request.overrides, *array])
@@ -131,9 +136,58 @@ def checked_job(site: Site, request: Request) -> Job:
     return job
 
 
+def drawn_job(site: Site, request: Request) -> Job:
+    """The job of a request for a dry run: of the configuration, only the names are read, so that torch is not imported.
+
+    Raises:
+        ValueError: the request is wrong, or the configuration is not valid YAML.
+        OSError: the configuration cannot be read.
+    """
+    _check_files(request)
+    array_seeds(request.array)
+    names = read_yaml(request.config)
+    for override in request.overrides:
+        key, _, text = override.partition("=")
+        if key.strip() in ("experiment", "scale"):
+            names[key.strip()] = parse_setting(text)
+    return make_job(site, request, f"{names.get('experiment')}-{names.get('scale')}", sys.executable)
+
+
+def _check_files(request: Request) -> None:
+    for option, path in (("--stage-environment", request.environment), ("--stage-data", request.data)):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{option} {path} does not exist")
+
+
 def script_path(job: Job) -> Path:
     """Where a new script of the job is kept: `<results>/jobs/<name>-<UTC>.sh`."""
     return job.jobs / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
+
+
+# Variables of the submitting shell that would change the job. To a batch system they count more than the lines of a
+# script (SBATCH_TIMELIMIT), and what another job, step or launcher left there would be taken for this job's.
+INHERITED = re.compile(
+    "(SBATCH|SLURM|SRUN|SALLOC|LSB|PMI|PMI2|PMIX|OMPI_COMM_WORLD|JSM|PALS|MV2_COMM_WORLD|TORCHELASTIC)_.*|MPI_LOCAL.*|"
+    "(LOCAL_|GROUP_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|"
+    "(CUDA|ROCR|HIP)_VISIBLE_DEVICES|GPU_DEVICE_ORDINAL|ZE_AFFINITY_MASK|"
+    "AADL_(END_TIME|STOPPED_FILE|RESTART_COUNT|JOB_ID)"
+)
+NEEDED = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # how sbatch finds its controller
+OPTIONS_OF_THE_SHELL = ("SBATCH_", "LSB_DEFAULT")
+
+
+def submission_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what the batch system and the job may know of the submitting shell."""
+    return {name: text for name, text in environment.items() if name in NEEDED or not INHERITED.fullmatch(name)}
+
+
+def _warn_of_options(environment: Mapping[str, str]) -> None:
+    names = sorted(name for name in environment if name.startswith(OPTIONS_OF_THE_SHELL))
+    if names:
+        print(
+            f"note: {', '.join(names)} of this shell do not count; options of the command line and the site's file do",
+            file=sys.stderr,
+        )
 
 
 def submit_script(site: Site, path: Path, after: str | None = None) -> str:
@@ -160,6 +214,7 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
         command = ["sbatch", "--parsable", *([f"--dependency=afterany:{after}"] if after else [])]
     else:
         command = ["bsub", *(["-w", f"ended({after})"] if after else [])]
+    _warn_of_options(os.environ)
     text = path.read_text(encoding="utf-8") if site.submit == "stdin" else None
     try:
         done = subprocess.run(
@@ -169,14 +224,16 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
             capture_output=True,
             text=True,
             check=False,
+            env=submission_environment(os.environ),
         )
     except FileNotFoundError:
         raise OSError(
             f"{command[0]} was not found: submit on a login node of {site.name}, where {path} can be submitted by hand "
             "too, or see the script with --dry-run"
         ) from None
-    pattern = r"(\d+)(?:;\S+)?\s*" if site.scheduler == "slurm" else r"(?s).*Job <(\d+)>.*"
-    match = re.fullmatch(pattern, done.stdout)
+    # Around the answer, sites' own wrappers print notes; a cluster of several follows the id of Slurm with its name.
+    pattern = r"(?m)^(\d+)(?:;\S+)?$" if site.scheduler == "slurm" else r"Job <(\d+)>"
+    match = re.search(pattern, done.stdout)
     if done.returncode != 0 or match is None:
         told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise OSError(f"{command[0]} refused {path}: {told}")

@@ -86,7 +86,7 @@ def test_imports_run_one_way():
             "import yaml",
             ["experiments/a.py imports yaml, which belongs in experiments/settings/yaml_file.py or jobs/"],
         ),
-        ("jobs/submit.py", "import yaml, experiments.settings.config", []),
+        ("jobs/submit.py", "import yaml, experiments.catalog", []),
         ("jobs/submit.py", "import torch", ["jobs/submit.py imports torch"]),
     ],
 )
@@ -94,6 +94,70 @@ def test_a_wrong_import_is_found(tmp_path, path, code, found):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text(code)
     assert list(wrong_imports(tmp_path)) == found
+
+
+# The rooms of experiments/, lower ones first: each imports only from those above it in this list, and those of one line
+# do not import each other.
+ROOMS = (
+    ("settings", "models"),
+    ("distributed",),
+    ("training",),
+    ("records",),
+    ("runs",),
+    ("admissions", "pinn", "images"),
+    ("catalog",),
+    ("__main__",),
+)
+PLACES = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def upward_imports(root):
+    """Imports between rooms of experiments/ that do not lead downwards, wherever in a file they stand."""
+    for path in sorted((root / "experiments").rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        room = name.removeprefix("experiments/").partition("/")[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        if room not in PLACES:
+            yield f"{name} is in no room"
+            continue
+        for module in modules_of(ast.parse(path.read_text("utf-8"))):
+            package, _, rest = module.partition(".")
+            other = rest.partition(".")[0]
+            if package == "experiments" and other != room and not PLACES.get(other, len(ROOMS)) < PLACES[room]:
+                yield f"{name} imports {module}"
+
+
+def modules_of(tree):
+    """The full names of all imported modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "experiments":
+            yield from (f"experiments.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+
+
+def test_the_rooms_of_the_experiments_import_downwards():
+    assert not list(upward_imports(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "found"),
+    [
+        ("pinn/compare.py", "from experiments.runs.config import load_config", []),
+        ("pinn/compare.py", "import experiments.images.tables", ["imports experiments.images.tables"]),
+        ("settings/a.py", "def f():\n    from experiments import catalog", ["imports experiments.catalog"]),
+        ("models/a.py", "import experiments.settings.checks", ["imports experiments.settings.checks"]),
+        ("training/train.py", "from experiments.training import steps\nimport aadl", []),
+        ("other/a.py", "", ["is in no room"]),
+    ],
+)
+def test_an_upward_import_is_found(tmp_path, path, code, found):
+    (tmp_path / "experiments" / path).parent.mkdir(parents=True)
+    (tmp_path / "experiments" / path).write_text(code)
+    assert list(upward_imports(tmp_path)) == [f"experiments/{path} {text}" for text in found]
 
 
 def test_the_library_neither_prints_nor_opens_files_nor_reads_the_environment():

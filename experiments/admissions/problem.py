@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from data_loaders.graduate_admissions import GraduateAdmissions, load, split
+from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
 from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
-from experiments.settings.run_config import GraduateAdmissionsConfig, RunConfig, TrainingConfig
+from experiments.settings.run_config import RunConfig
 from experiments.training.epochs import Epochs
 from experiments.training.plan import schedule_of
 from experiments.training.problem import Description, Problem, Residuals

@@ -101,12 +101,16 @@ def _open_store(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: 
     Under torchrun, the store at the given address is that of its agent, which keeps the keys of earlier attempts and
     counts restarts for each node alone. It serves as a notice board for a store that is new in each attempt.
     """
-    given = bool(ranks.master_address and ranks.master_port)
-    if given and not ranks.agent_store:
-        if ranks.rank > 0:
-            return rendezvous.connect_given(ranks, deadline), None
-        return rendezvous.host_store(rendezvous.listen(ranks.master_port), "", deadline.remaining()), None
-    board = rendezvous.connect_given(ranks, deadline, "the agent of torchrun") if given else None
+    board = None
+    if ranks.master_address and ranks.master_port:
+        if ranks.rank == 0 and not ranks.agent_store:
+            return rendezvous.host_store(rendezvous.listen(ranks.master_port), "", deadline.remaining()), None
+        given = Announcement((ranks.master_address,), ranks.master_port)
+        what = "the agent of torchrun" if ranks.agent_store else "rank 0"
+        store = rendezvous.connect(lambda: given, ranks, deadline, "MASTER_ADDR", what)
+        if not ranks.agent_store:
+            return store, None
+        board = store
     mpi = None if board is not None else mpi_for_rendezvous(ranks, settings)
     path = None if board is not None or mpi is not None else rendezvous.announcement_path(folder, ranks)
     if ranks.rank > 0:
@@ -138,8 +142,9 @@ def _host(ranks: Ranks, settings: LaunchSettings, wanted: str) -> tuple[Announce
         addresses = (wanted, *addresses)
     port = 0 if ranks.agent_store else ranks.master_port
     listening = rendezvous.listen(port, loopback=addresses == (interfaces.LOOPBACK,))
-    announcement = Announcement(addresses, listening.getsockname()[1], secrets.token_hex(16))
-    return announcement, rendezvous.host_store(listening, announcement.token, settings.start_seconds)
+    token = secrets.token_hex(16)
+    announcement = Announcement(addresses, listening.getsockname()[1], token)
+    return announcement, rendezvous.host_store(listening, token, settings.start_seconds)
 
 
 # --- variables and limits that the libraries read

@@ -36,11 +36,14 @@ AGENT_KEY = "aadl rank 0"
 
 @dataclass(frozen=True)
 class Announcement:
-    """Where the store of rank 0 listens: addresses in order of preference, and a token that only this store knows."""
+    """Where the store of rank 0 listens: addresses in order of preference, and a token that only this store knows.
+
+    There is no token where the launcher or the user gave the address.
+    """
 
     addresses: tuple[str, ...]
     port: int
-    token: str
+    token: str | None = None
 
     def as_json(self) -> str:
         """Returns the announcement as text."""
@@ -170,7 +173,7 @@ def host_store(listening: socket.socket, token: str, seconds: float) -> Store:
     return store
 
 
-def try_store(address: str, port: int, token: str | None, deadline: Deadline) -> Store | None:
+def _try_store(address: str, port: int, token: str | None, deadline: Deadline) -> Store | None:
     """Returns the store at this address, or None if there is none or, where a token is given, it has another one."""
     seconds = max(0.1, min(PROBE_SECONDS, deadline.remaining()))
     try:
@@ -185,7 +188,9 @@ def try_store(address: str, port: int, token: str | None, deadline: Deadline) ->
     return store
 
 
-def connect(find: Callable[[], Announcement | None], ranks: Ranks, deadline: Deadline, where: str) -> Store:
+def connect(
+    find: Callable[[], Announcement | None], ranks: Ranks, deadline: Deadline, where: str, what: str = "rank 0"
+) -> Store:
     """Connects to the store of rank 0 when it is announced and answers; a stale announcement does neither.
 
     Args:
@@ -193,6 +198,7 @@ def connect(find: Callable[[], Announcement | None], ranks: Ranks, deadline: Dea
         ranks: this process, for the message.
         deadline: when to give up.
         where: where rank 0 announces, for the message.
+        what: what holds the store, for the message.
 
     Raises:
         RuntimeError: nothing was announced, or nothing answers there.
@@ -203,36 +209,19 @@ def connect(find: Callable[[], Announcement | None], ranks: Ranks, deadline: Dea
         if announcement is not None:
             tried = announcement
             for address in announcement.addresses:
-                store = try_store(address, announcement.port, announcement.token, deadline)
+                store = _try_store(address, announcement.port, announcement.token, deadline)
                 if store is not None:
                     return store
         if not deadline.pause():
             break
     me = f"rank {ranks.rank} on {host_of(ranks)}"
     if tried is None:
-        raise RuntimeError(f"{me}: rank 0 announced no address in {where} within {deadline.seconds:g} s")
+        raise RuntimeError(f"{me}: {what} announced no address in {where} within {deadline.seconds:g} s")
     raise RuntimeError(
-        f"{me}: rank 0 did not answer at {' or '.join(tried.addresses)}, port {tried.port}, within "
+        f"{me}: {what} did not answer at {' or '.join(tried.addresses)}, port {tried.port}, within "
         f"{deadline.seconds:g} s; this host has {as_text(interface_addresses())} (launch.interface names the one to "
         "use)"
     )
-
-
-def connect_given(ranks: Ranks, deadline: Deadline, what: str = "rank 0") -> Store:
-    """Connects to the store at the address that the launcher or the user gave, held by rank 0 or torchrun's agent.
-
-    Raises:
-        RuntimeError: nothing answers there.
-    """
-    while True:
-        store = try_store(ranks.master_address, ranks.master_port, None, deadline)
-        if store is not None:
-            return store
-        if not deadline.pause():
-            raise RuntimeError(
-                f"rank {ranks.rank} on {host_of(ranks)}: {what} did not answer at {ranks.master_address}, port "
-                f"{ranks.master_port}, within {deadline.seconds:g} s; does {what} run on that host?"
-            )
 
 
 # --- the roll call

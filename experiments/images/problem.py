@@ -25,10 +25,11 @@ from experiments.images.epochs import ImageEpochs
 from experiments.images.network import forward_pass, make_network, parameters_of
 from experiments.images.schedules import scaled_rate, step_scheduler
 from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
-from experiments.settings.checks import Component, make_optimizer
+from experiments.settings.checks import Component
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.training.closure import AccumulatedClosure
+from experiments.training.components import make_optimizer
 from experiments.training.plan import Plan
 from experiments.training.problem import Description, Problem, weights_of
 from experiments.training.stage import Stage

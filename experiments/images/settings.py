@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.distributed.ranks import Ranks
 from experiments.settings.checks import BOOLEAN, TEXT, Kind, choice, integer, number, optional, sequence, setting
@@ -76,6 +76,9 @@ class ImageConfig:
     statistics_images: int = setting(integer(2), 2048)
     statistics_batch: int = setting(integer(2), 64)
     evaluation_batch: int = setting(integer(1), 256)
+
+    of_the_machine: ClassVar = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
+    """Settings that change no number: the data is told apart by its digest. `stage_folder` stands in older records."""
 
 
 @dataclass(frozen=True)

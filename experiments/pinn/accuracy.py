@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.pinn.equation import Equation, load_equation
+from experiments.pinn.equation import Equation
+from experiments.pinn.equations import load_equation
 from experiments.pinn.residual import Lift, cast, lifted, prepared, residual_at
-from experiments.settings.run_config import PinnConfig
+from experiments.pinn.settings import PinnConfig
 from experiments.training.problem import Field
 
 TEST_CHUNK = 8192

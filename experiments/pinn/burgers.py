@@ -335,13 +335,6 @@ class Burgers100d(_NormalLaw):
         return torch.exp(-points[:, -1:]) * (points[:, :-1].square() - 1).prod(dim=1, keepdim=True)
 
 
-EQUATIONS: dict[str, type[Equation]] = {
-    "burgers_2d": Burgers2d,
-    "burgers_100d": Burgers100d,
-    "two_body": TwoBody,
-}
-
-
 def _number(
     name: str, value: float, expected: str, lowest: float, highest: float = math.inf, inclusive: bool = True
 ) -> float:

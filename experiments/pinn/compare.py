@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pinn.burgers import EQUATIONS
+from experiments.pinn.equations import EQUATIONS
 from experiments.records.compare import (
     SECONDS,
     TRAIN,
@@ -24,7 +24,8 @@ from experiments.records.compare import (
     seeds_of,
 )
 from experiments.records.reading import Run, read_runs, say
-from experiments.settings.config import expand_runs, load_config
+from experiments.runs.config import expand_runs, load_config
+from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import identity_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -88,11 +89,15 @@ Key = tuple[str, str, str]
 """Of a group: its baseline, its equation in words, and what else tells its solution."""
 
 
-def read_groups(folder: Path, note: Callable[[str], None] = say) -> list[Group]:
+def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None] = say) -> list[Group]:
     """Reads the records of a folder and groups them by solution and baseline, in the order of the configuration.
 
     A variant belongs to the group of its baseline, and to that of its own name, if another one is compared with it.
-    `note` gets a line about each record that cannot be read.
+
+    Args:
+        folder: results/<experiment>/<scale>.
+        experiment: reads the configuration that the records are compared with.
+        note: gets a line about each record that cannot be read.
 
     Raises:
         ValueError: records that do not belong together: one variant, or the settings that all variants share, differ.
@@ -114,7 +119,7 @@ def read_groups(folder: Path, note: Callable[[str], None] = say) -> list[Group]:
                 runs={run.attributes["seed"]: run for run in of_variant},
             )
         )
-    is_as_configured = _are_as_configured(folder, runs)
+    is_as_configured = _are_as_configured(folder, runs, experiment)
     groups = []
     for key in dict.fromkeys(_key(first_run(variant)) for variant in variants):
         members = [variant for variant in variants if key in _keys(variant)]
@@ -207,13 +212,15 @@ def _last(run: Run, counter: str) -> float:
     return float(values.max(where=np.isfinite(values), initial=0.0))
 
 
-def _are_as_configured(folder: Path, runs: list[Run]) -> bool:
+def _are_as_configured(folder: Path, runs: list[Run], experiment: Experiment) -> bool:
     """Whether the configuration's file has the settings of all runs, seeds apart; True if there is no such file."""
     path = CONFIGS / folder.parent.name / f"{folder.name}.yaml"
     if not path.is_file():
         return True
     try:
-        known = {_without_seed(json.loads(run.as_json())) for run in expand_runs(load_config(path))}
+        known = {
+            _without_seed(json.loads(run.as_json())) for run in expand_runs(load_config(path, lambda *_: experiment))
+        }
     except ValueError:  # not of this version
         return False
     return all(_without_seed(run.config) in known for run in runs)

@@ -12,7 +12,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
 from experiments.pinn.equation import Equation
 from experiments.pinn.residual import Points, derivatives_at, lifted, residual_at, residual_of, rows_of
-from experiments.settings.run_config import PinnConfig
+from experiments.pinn.settings import PinnConfig
 from experiments.training.problem import Observer
 
 

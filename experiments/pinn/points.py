@@ -15,7 +15,7 @@ from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.equation import Equation
 from experiments.pinn.residual import Points, prepared, residual_at
-from experiments.settings.run_config import PinnConfig
+from experiments.pinn.settings import PinnConfig
 
 ADAPTIVE_SHARE = 0.5
 """Share of the interior points that `adaptive_pool` gives; the others stay spread over the domain."""

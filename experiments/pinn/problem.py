@@ -15,11 +15,13 @@ from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.pinn.accuracy import errors_on, fields_of, predictor_errors, reference_sets
-from experiments.pinn.equation import Equation, load_equation
+from experiments.pinn.equation import Equation
+from experiments.pinn.equations import load_equation
 from experiments.pinn.loss import Loss
 from experiments.pinn.points import Collocation
 from experiments.pinn.residual import Points
-from experiments.settings.run_config import PinnConfig, PinnTrainingConfig, RunConfig
+from experiments.pinn.settings import PinnConfig, PinnTrainingConfig
+from experiments.settings.run_config import RunConfig
 from experiments.training.closure import Closure
 from experiments.training.iterations import Iterations
 from experiments.training.plan import schedule_of

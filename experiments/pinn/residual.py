@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from experiments.models.mlp import MLP, Derivatives, chunks
 from experiments.pinn.equation import Equation, compose
-from experiments.settings.run_config import PinnConfig
+from experiments.pinn.settings import PinnConfig
 
 Lift = tuple[Derivatives, Derivatives]
 """a and b of hard conditions, u = a + b N."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.records.hdf5 import DamagedRecord, IncompleteRecord, UnreadableRecord
 from experiments.records.reading import has_weights, read_run
-from experiments.settings.run_config import RunConfig, identity_of
+from experiments.settings.run_config import RunConfig
 
 
 def run_path(results: Path, config: RunConfig) -> Path:
@@ -51,7 +51,7 @@ def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int
 def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size: int) -> str:
     try:
         run = read_run(path)
-        recorded = identity_of(run.config)
+        recorded = config.identity_of(run.config)
     except FileNotFoundError:
         return "missing"
     except (DamagedRecord, IncompleteRecord):

@@ -8,63 +8,34 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.departure import Interrupted, stop_process_group
-from experiments.distributed.devices import binding, device_of
+from experiments.distributed.devices import binding, describe_device, device_of
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
-from experiments.images import data as images
-from experiments.images import problem as imagenet
-from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.pinn import problem as collocation_problem
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_run
 from experiments.records.status import is_finished, run_folder, run_path, state_of
 from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.closing import closing_lines
+from experiments.runs.config import expand_runs
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
-from experiments.settings.checks import needs_residuals
-from experiments.settings.config import expand_runs
 from experiments.settings.launch_settings import LaunchSettings
-from experiments.settings.run_config import (
-    ExperimentConfig,
-    GraduateAdmissionsConfig,
-    RunConfig,
-    SaveConfig,
-)
+from experiments.settings.run_config import ExperimentConfig, RunConfig, SaveConfig
+from experiments.training.components import needs_residuals
 from experiments.training.problem import Description, Problem
 from experiments.training.progress import reported_to
 from experiments.training.result import Result
 from experiments.training.stage import make_stages
 from experiments.training.train import train
-
-
-def describe(config: Any) -> Description:
-    """What is known of the data of a problem before any run."""
-    if isinstance(config, GraduateAdmissionsConfig):
-        return graduate_admissions.describe(config)
-    if isinstance(config, ImageConfig):
-        return images.describe(config)
-    return collocation_problem.describe(config)
-
-
-def build(config: RunConfig, ranks: Ranks) -> Problem:
-    """The problem of a run."""
-    if isinstance(config.problem, GraduateAdmissionsConfig):
-        return graduate_admissions.build(config, ranks)
-    if isinstance(config.problem, ImageConfig):
-        return imagenet.build(config, ranks)
-    return collocation_problem.build(config, ranks)
 
 
 def execute_run(
@@ -113,8 +84,8 @@ def execute_run(
             )
     save = save or SaveConfig()
     path = run_path(results, config)
-    torch.set_num_threads(getattr(config.training, "num_threads", 1))
-    problem = build(config, ranks)
+    torch.set_num_threads(config.kind.num_threads(config.training))
+    problem: Problem = config.kind.build(config, ranks)
     variant = config.variant
 
     places = binding(ranks) if ranks.world_size > 1 else []
@@ -215,14 +186,14 @@ def execute_experiment(
         _say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
-        seconds = getattr(config.problem, "stage_seconds", config.launch.collective_seconds)
+        seconds = config.kind.data_seconds(config.problem) or config.launch.collective_seconds
         runs, pending = by_first(
             ranks, lambda: _plan(config, ranks, results, from_start, left_out), "reading the data", seconds
         )
-        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(pending):
+        if ranks.world_size > 1 or num_jobs == 1 or len(pending) <= 1 or _shares_a_device(config):
             _execute_in_turn(pending, ranks, results, config, from_start, interruption)
         else:
-            threads = max(getattr(run.training, "num_threads", 1) for run in pending)
+            threads = max(config.kind.num_threads(run.training) for run in pending)
             execute = partial(execute_run, ranks=ranks, results=results, save=config.save, from_start=from_start)
             execute_at_a_time(execute, pending, min(max(1, num_jobs // threads), len(pending)), interruption)
     finally:
@@ -237,24 +208,25 @@ def _plan(
     config: ExperimentConfig, ranks: Ranks, results: Path, from_start: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
-    described = describe(config.problem)
+    described: Description = config.kind.describe(config.problem)
     runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
     if left_out:
-        _say(f"left out on {ranks.world_size} ranks, for they run in a single process: {', '.join(left_out)}")
+        _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
-    descriptions = {key: describe(problem) for key, problem in problems.items()}
+    descriptions = {key: config.kind.describe(problem) for key, problem in problems.items()}
     probe_folder(results / config.experiment / config.scale)
     pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+    _say(describe_device(ranks))
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
         _say(note)
     return runs, pending
 
 
-def _shares_a_device(pending: list[RunConfig]) -> bool:
-    """Whether runs at a time would stand in each other's way: on a GPU, or for images, whose runs use all there is."""
-    return torch.cuda.is_available() or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+def _shares_a_device(config: ExperimentConfig) -> bool:
+    """Whether runs in parallel would share a GPU, or a machine of which each uses all."""
+    return torch.cuda.is_available() or bool(config.kind.runs_in_turn)
 
 
 def single_process_variants(config: ExperimentConfig) -> list[str]:
@@ -282,7 +254,7 @@ def _execute_in_turn(
     interruption: Interruption,
 ) -> None:
     """One run after the other, in this process."""
-    has_own_bar = len(pending) == 1 or any(isinstance(run.training, ImageTrainingConfig) for run in pending)
+    has_own_bar = len(pending) == 1 or config.kind.runs_in_turn
     with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:
         for number, run in enumerate(pending):
             if _is_told_to_stop(interruption, ranks):

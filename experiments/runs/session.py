@@ -18,7 +18,6 @@ from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
-from experiments.images.settings import ImageTrainingConfig
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
 from experiments.runs.lock import FolderInUse, FolderLock
@@ -41,7 +40,7 @@ class OtherRun(ValueError):
 
 def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -> str:
     """Hash of what must not change before a run resumes: settings, data, and the batch over all ranks."""
-    batch = config.training.global_batch(ranks) if isinstance(config.training, ImageTrainingConfig) else ""
+    batch = config.kind.global_batch(config.training, ranks) or ""
     return hashlib.sha256(f"{config.identity()} {data_digest} {batch}".encode()).hexdigest()[:16]
 
 

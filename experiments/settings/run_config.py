@@ -1,157 +1,27 @@
 """What determines a run, and an experiment of many: frozen dataclasses, with the allowed range of each setting.
 
-`experiments.settings.config` reads them from YAML.
+`experiments.runs.config` reads them from YAML.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from data_loaders.collocation import KINDS, MAX_POOL
-from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.models.derivatives import RULES
-from experiments.models.mlp import ACTIVATIONS
 from experiments.settings.checks import (
     BOOLEAN,
     NAME,
-    OPTIONS,
     SEEDS,
-    SIZES,
-    SOME_SIZES,
-    TEXT,
     Component,
-    Kind,
-    choice,
     integer,
     number,
-    optional,
     sequence,
     setting,
+    settings_of,
 )
 from experiments.settings.launch_settings import LaunchSettings
-
-# Checked against the signature of the class afterwards.
-SCHEDULER = Kind("a mapping with the name of a scheduler of torch", lambda value: value)
-
-
-@dataclass(frozen=True)
-class GraduateAdmissionsConfig:
-    """The regression problem: data, split and network."""
-
-    split_seed: int = setting(integer(0, 2**32), 42)
-    validation_fraction: float = setting(number(0.0, 1.0), 0.2)
-    hidden_sizes: tuple[int, ...] = setting(SIZES, (64, 64, 64))
-    activation: str = setting(choice(*ACTIVATIONS), "relu")
-    data_path: str | None = setting(optional(TEXT), None)
-
-
-@dataclass(frozen=True)
-class PinnConfig:
-    """A physics-informed network: the equation, the network, and the points where the equation is asked for.
-
-    Attributes:
-        equation: a key of `experiments.pinn.burgers.EQUATIONS`, or a Python file, relative to the configuration's.
-        options: arguments of the equation.
-        hidden_sizes: widths of the hidden layers; the inputs are those of the equation, the output is one.
-        activation: smooth, for the equation differentiates it twice.
-        dtype: of weights and points. Points, sources and solutions are computed in float64 and rounded to it.
-        conditions: "soft": the mean squared error on `num_conditions` points of the initial and boundary conditions is
-            added to the loss, times `condition_weight`; "hard": the equation's lift meets them for every network.
-        sampler: of the points.
-        num_points: interior points, over all ranks.
-        num_conditions: points of the conditions, over all ranks; 0 with hard conditions only.
-        condition_weight: see `conditions`.
-        resample_every: iterations after which all points are drawn anew; null: never.
-        adaptive_pool: from the first resampling on, half of the interior points are drawn from this many fresh ones,
-            more of them where the residual of the network is large (`adaptive_points`); null: none are.
-        history_on_resample: "reset": the memories of L-BFGS and of aadl begin anew with the points; "keep": they stay.
-            Neither the moments of Adam nor the window of the published scheme is touched.
-        slope_weight: divides the residuals by 1 + |sum_i u_{x_i}| of the network at the last linearization, which keeps
-            steep fronts from ruling the sum of squares; for optimizers that linearize. Recorded losses are without it.
-        chunk_points: interior points that are differentiated at a time, which bounds the memory; null: a cache full.
-        compile: whether torch.compile compiles the residual.
-    """
-
-    equation: str = setting(TEXT)
-    options: dict[str, Any] = setting(OPTIONS, {})  # noqa: RUF009
-    hidden_sizes: tuple[int, ...] = setting(SOME_SIZES, (20,) * 8)
-    activation: str = setting(choice(*RULES), "tanh")
-    dtype: str = setting(choice("float32", "float64"), "float32")
-    conditions: str = setting(choice("soft", "hard"), "soft")
-    sampler: str = setting(choice(*KINDS), "latin_hypercube")
-    num_points: int = setting(integer(1), 4096)
-    num_conditions: int = setting(integer(0), 400)
-    condition_weight: float = setting(number(0.0), 1.0)
-    resample_every: int | None = setting(optional(integer(1)), None)
-    adaptive_pool: int | None = setting(optional(integer(1, MAX_POOL + 1)), None)
-    history_on_resample: str = setting(choice("reset", "keep"), "reset")
-    slope_weight: bool = setting(BOOLEAN, False)
-    chunk_points: int | None = setting(optional(integer(1)), None)
-    compile: bool = setting(BOOLEAN, False)
-    folder: str = ""
-    """Where the configuration's file is. No setting, and no part of a run's identity."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Training by epochs. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
-
-    epochs: int = setting(integer(1), 100)
-    batch_size: int = setting(integer(1), 40)
-    scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
-    measure_updates: bool = setting(BOOLEAN, False)
-
-
-@dataclass(frozen=True)
-class PinnTrainingConfig:
-    """Training by iterations, which are evaluations of the gradient, however many of them a step takes.
-
-    Attributes:
-        iterations: the run ends with the step that reaches them.
-        evaluate_every: iterations between two evaluations.
-        scheduler: steps once an iteration.
-        max_seconds: of training; the run ends with the step that reaches them. null: no limit.
-        num_threads: of torch.
-        measure_updates: whether the relative standard deviation of consecutive updates is recorded.
-    """
-
-    iterations: int = setting(integer(1), 2000)
-    evaluate_every: int = setting(integer(1), 100)
-    scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
-    max_seconds: float | None = setting(optional(number(0.0)), None)
-    num_threads: int = setting(integer(1), 1)
-    measure_updates: bool = setting(BOOLEAN, False)
-
-
-ProblemConfig = GraduateAdmissionsConfig | PinnConfig | ImageConfig
-AnyTrainingConfig = TrainingConfig | PinnTrainingConfig | ImageTrainingConfig
-
-# The training settings of a kind of problem.
-TRAININGS: dict[type[ProblemConfig], type[AnyTrainingConfig]] = {
-    GraduateAdmissionsConfig: TrainingConfig,
-    PinnConfig: PinnTrainingConfig,
-    ImageConfig: ImageTrainingConfig,
-}
-
-# Keys of an acceleration by residuals ("nonlinear_gmres") that are the suite's, integers >= 1: `probe_rows` of the
-# training set are those that it makes small, by default all but those of the check; a candidate must be better on
-# `check_rows` others too, or on `check_points` others, which are redrawn with the points. By default nothing checks.
-PROBES: dict[type[ProblemConfig], tuple[str, ...]] = {
-    GraduateAdmissionsConfig: ("probe_rows", "check_rows"),
-    PinnConfig: ("check_points",),
-    ImageConfig: (),
-}
-
-# The experiments of the suite. Any other name is a user's equation, see `parse_config`.
-EXPERIMENTS: dict[str, type[ProblemConfig]] = {
-    "graduate_admissions": GraduateAdmissionsConfig,
-    "burgers_2d": PinnConfig,
-    "burgers_100d": PinnConfig,
-    "imagenet": ImageConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -255,14 +125,17 @@ class ExperimentConfig:
     """A whole experiment: every variant with every seed, and the studies.
 
     Attributes:
+        kind: the `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are.
+        folder: where the configuration's file is, from which paths in it start.
         num_ranks: processes that `reproduce` starts for it on one machine.
     """
 
     experiment: str
     scale: str
     seeds: tuple[int, ...]
-    problem: ProblemConfig
-    training: AnyTrainingConfig
+    kind: Any
+    problem: Any
+    training: Any
     variants: dict[str, VariantConfig]
     learning_rate: LearningRateStudy | None = None
     batch_size: BatchSizeStudy | None = None
@@ -270,11 +143,18 @@ class ExperimentConfig:
     num_ranks: int = 1
     save: SaveConfig = field(default_factory=SaveConfig)
     launch: LaunchSettings = field(default_factory=LaunchSettings)
+    folder: str = "."
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that determines one run. `name` is its folder; `study` is "" for the main comparison."""
+    """Everything that determines one run.
+
+    Attributes:
+        name: folder of the run.
+        study: the study that it belongs to, "" for the main comparison.
+        kind: the `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are.
+    """
 
     experiment: str
     scale: str
@@ -282,17 +162,19 @@ class RunConfig:
     variant_name: str
     study: str
     seed: int
-    problem: ProblemConfig
-    training: AnyTrainingConfig
+    kind: Any
+    problem: Any
+    training: Any
     variant: VariantConfig
 
     def as_json(self) -> str:
         """The configuration as JSON with sorted keys, for the record.
 
-        Left out is where the file is, which variant the run is compared with, and its place. See `identity`.
+        It leaves out the kind, what is no setting, the variant that the run is compared with, and its place.
         """
-        raw = asdict(self)
-        raw["problem"].pop("folder", None)
+        raw = asdict(replace(self, kind=None))
+        del raw["kind"]
+        raw["problem"] = {entry.name: raw["problem"][entry.name] for entry in settings_of(self.problem)}
         for key in ("baseline", "index"):
             del raw["variant"][key]
         cadences = raw["variant"].pop("published_cadences")
@@ -306,19 +188,23 @@ class RunConfig:
         return json.dumps(raw, sort_keys=True)
 
     def identity(self) -> str:
-        """What determines the run: two runs are the same if these texts are."""
-        return identity_of(json.loads(self.as_json()))
+        """What determines the run: two runs are the same if these texts are equal."""
+        return self.identity_of(json.loads(self.as_json()))
+
+    def identity_of(self, recorded: Mapping[str, Any]) -> str:
+        """The identity of a recorded configuration, as comparable with this run's."""
+        return identity_of(recorded, getattr(self.problem, "of_the_machine", ()))
 
 
-def identity_of(recorded: Mapping[str, Any]) -> str:
-    """The same of a recorded configuration: without the label and the overrides, whose effect the settings hold."""
+def identity_of(recorded: Mapping[str, Any], of_the_machine: Sequence[str] = ()) -> str:
+    """What determines a recorded run.
+
+    It leaves out the label, the overrides, whose effect the settings hold, and what changes no number.
+
+    Args:
+        recorded: the configuration, as `RunConfig.as_json` writes it.
+        of_the_machine: settings of the problem that say where data lies and who reads it.
+    """
     variant = {key: value for key, value in recorded["variant"].items() if key not in ("label", "overrides")}
-    problem = recorded["problem"]
-    if "statistics_images" in problem:  # images: where they lie and who decodes them changes no number
-        problem = {key: value for key, value in problem.items() if key not in OF_THE_MACHINE}
+    problem = {key: value for key, value in recorded["problem"].items() if key not in of_the_machine}
     return json.dumps({**recorded, "variant": variant, "problem": problem}, sort_keys=True)
-
-
-OF_THE_MACHINE = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
-"""Settings of images that are no part of a run's identity; the data itself is told apart by its digest. `stage_folder`
-stands in older records alone."""

@@ -54,7 +54,7 @@ class Iterations(Plan):
         self._points, self._num_iterations, self._evaluate_every = points, num_iterations, evaluate_every
         self._max_seconds = math.inf if max_seconds is None else max_seconds
         self._resets_history = resets_history
-        self._evaluated = [0]  # iterations of the entries in the series
+        self._evaluated = [0]  # iteration of each entry in the series
         self._steps: list[int] = []  # iteration after each step of the present interval
 
     def bar(self, enabled: bool) -> Bar:
@@ -113,8 +113,10 @@ class Iterations(Plan):
             self.step_scheduler(self._steps[-1] - before)
         run.bar.update(self._steps[-1] - before)
 
+    def after_steps(self, run: Training) -> None:
+        self._evaluated += self._steps[-1:]  # none where the time was up before a step
+
     def judge(self, run: Training, losses: Tensor) -> tuple[dict[str, float], bool]:
-        self._evaluated.append(self._steps[-1])
         return {}, bool(losses.isfinite().all())
 
     def diverged_at(self, run: Training, losses: Tensor) -> int:

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
-from experiments.settings.checks import Component, make_optimizer
+from experiments.settings.checks import Component
 from experiments.training.closure import Closure
+from experiments.training.components import make_optimizer
 
 if TYPE_CHECKING:
     from experiments.training.plan import Plan

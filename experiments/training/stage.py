@@ -11,9 +11,10 @@ import torch
 
 import aadl
 from aadl.attached import STATE_KEY
-from experiments.settings.checks import Component, accelerate, solves_residuals
+from experiments.settings.checks import Component
 from experiments.settings.run_config import PublishedConfig, VariantConfig
 from experiments.training.clock import HookSeconds
+from experiments.training.components import accelerate, solves_residuals
 from experiments.training.problem import Problem
 from experiments.training.published import PublishedScheme
 

@@ -5,6 +5,8 @@
 # Written by: @{command}
 # By hand: bsub @{script}
 
+# What another launcher left in the shell that submitted would be taken for this job's.
+unset "${!PMI@@}" "${!OMPI_COMM_WORLD@@}" "${!JSM_@@}"
 cd @{checkout} || exit 1
 @{setup}
 # The ranks save and stop by themselves before this time, in seconds since 1970.

@@ -5,6 +5,8 @@
 # Written by: @{command}
 # By hand: sbatch @{script}
 
+# What a step or another launcher left in the shell that submitted would change the step of this job.
+unset "${!SLURM_CPU_BIND@@}" "${!SLURM_STEP@@}" "${!SRUN_@@}" "${!PMI@@}"
 cd @{checkout} || exit 1
 @{setup}
 # The ranks save and stop by themselves before this time, in seconds since 1970.

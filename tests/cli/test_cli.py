@@ -21,11 +21,12 @@ from suite_cases import RAW
 
 from experiments import __main__ as suite
 from experiments.__main__ import main
+from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run, read_weights
 from experiments.runs import execute
+from experiments.runs.config import expand_runs
 from experiments.runs.lock import LOCK_NAME
-from experiments.settings.config import expand_runs, parse_config
 
 pytestmark = pytest.mark.smoke
 
@@ -82,7 +83,8 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     run(config, results, "--set", "training.epochs=5", "--set", "variants=sgd")
     assert "2 records have other settings" in capsys.readouterr().err
     run(config, results, "--force")
-    assert "4 of 4 runs to do" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "4 of 4 runs to do" in told and told.count("; world size: 1\n") == 1
 
 
 def test_one_folder_hides_no_other(config, tmp_path, capsys):

@@ -31,7 +31,7 @@ SITE = {
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
+    suite.add_doctor_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 

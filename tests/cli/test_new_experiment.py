@@ -12,7 +12,8 @@ import yaml
 from paths import ROOT
 
 from experiments.__main__ import main
-from experiments.pinn.equation import compose, load_equation
+from experiments.pinn.equation import compose
+from experiments.pinn.equations import load_equation
 from experiments.records.reading import read_run
 
 PAGE = (ROOT / "docs" / "new_experiment.md").read_text("utf-8")

@@ -3,7 +3,8 @@
 import copy
 
 from data_loaders.fractals import sets as fractals
-from experiments.settings.config import expand_runs, parse_config
+from experiments.catalog import parse_config
+from experiments.runs.config import expand_runs
 
 SGD = {"name": "SGD", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}
 AADL = {"store_each_nth": 1, "frequency": 2, "wait_iterations": 1, "history_depth": 2, "fused": False}

@@ -7,12 +7,13 @@ from datetime import datetime, timezone
 import numpy as np
 from suite_cases import PINN, problem
 
+from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
-from experiments.pinn.equation import load_equation
+from experiments.pinn.equations import load_equation
 from experiments.pinn.problem import describe
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
-from experiments.settings.config import expand_runs, parse_config
+from experiments.runs.config import expand_runs
 from experiments.training.problem import Field
 from experiments.training.result import Result
 

@@ -8,15 +8,12 @@ import pytest
 import torch
 
 from data_loaders.graduate_admissions import surrogate
+from experiments.admissions.experiment import EXPERIMENT as ADMISSIONS
+from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
+from experiments.catalog import parse_config
+from experiments.runs.config import expand_runs
 from experiments.settings.checks import Component
-from experiments.settings.config import expand_runs, parse_config
-from experiments.settings.run_config import (
-    GraduateAdmissionsConfig,
-    PublishedConfig,
-    RunConfig,
-    TrainingConfig,
-    VariantConfig,
-)
+from experiments.settings.run_config import PublishedConfig, RunConfig, VariantConfig
 from experiments.training.epochs import Epochs
 from experiments.training.problem import Problem
 from experiments.training.result import Result
@@ -81,6 +78,7 @@ def run_config(name="sgd", seed=0, study="", **training):
         variant_name=name,
         study=study,
         seed=seed,
+        kind=ADMISSIONS,
         problem=GraduateAdmissionsConfig(hidden_sizes=(8,)),
         training=replace(TrainingConfig(epochs=10, batch_size=80), **training),
         variant=(VARIANTS | TUNED_VARIANTS)[name.partition("--")[0]],
@@ -93,6 +91,11 @@ def pinn_run(variant=None, training=None, **problem):
     raw |= {"problem": PINN["problem"] | problem, "training": PINN["training"] | (training or {})}
     (run,) = expand_runs(parse_config(raw))
     return run
+
+
+def build(config, ranks):
+    """The problem of a run."""
+    return config.kind.build(config, ranks)
 
 
 class Nothing(Problem):

@@ -26,23 +26,11 @@ from experiments.distributed.ranks import Ranks
 from experiments.settings.launch_settings import LaunchSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
-    parser.add_argument(
-        "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
-    )
-    text = "fail below this bandwidth of all_reduce (no limit)"
-    parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
-    text = "until all ranks have met (60)"
-    parser.add_argument("--start-seconds", type=float, default=60.0, metavar="S", help=text)
-
-
 def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
     """Prints the table on rank 0.
 
     Args:
-        options: of `add_arguments`.
+        options: of the command line, see `experiments.__main__.add_doctor_arguments`.
         read_site: reads the YAML file of a site; needed with --site alone.
 
     Returns:
@@ -72,12 +60,12 @@ def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
 
 
 def _alone(results: Path) -> list[Finding]:
-    """What one process can tell although its launcher is in disorder."""
+    """Returns what one process finds although the variables of its launcher contradict each other."""
     return [*versions([facts_of(Ranks(), results)]), *storage(Ranks(), results)]
 
 
 def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any]) -> list[Finding]:
-    """All findings, the same on every rank."""
+    """Returns all findings, the same on every rank."""
     facts = gather(ranks, facts_of(ranks, options.results))
     places = binding(ranks)
     findings = [

@@ -22,6 +22,7 @@ from experiments.distributed.ranks import Ranks
 
 
 def gather(ranks: Ranks, own: Any) -> list[Any]:
+    """Returns the values of all ranks, by rank, on every rank."""
     if ranks.world_size == 1:
         return [own]
     found: list[Any] = [None] * ranks.world_size
@@ -37,7 +38,7 @@ def _version(package: str) -> str:
 
 
 def facts_of(ranks: Ranks, results: Path) -> dict[str, Any]:
-    """What one rank knows of itself; plain values, which travel to rank 0."""
+    """Returns what one rank knows of itself, as plain values that travel to the other ranks."""
     mpi = sys.modules.get("mpi4py.MPI")
     names = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "TMPDIR", "LSB_JOBID", "NCCL_SOCKET_IFNAME",
              "GLOO_SOCKET_IFNAME", "TORCHELASTIC_RUN_ID", "HDF5_USE_FILE_LOCKING")  # fmt: skip
@@ -70,7 +71,7 @@ def facts_of(ranks: Ranks, results: Path) -> dict[str, Any]:
 
 
 def _start_methods() -> str:
-    """How workers start here, and whether a wish for fork is granted."""
+    """Returns how workers start here, and whether a wish for fork is granted."""
     granted = safe_start_method("fork")
     text = "" if granted == "fork" else f"; {granted} also where fork is wished, for MPI or a GPU is in use"
     return safe_start_method() + text

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table; with a cure where something should change, which fails the examination if it is `bad`."""
+    """One row of the table. It has a cure if something should change, and fails the examination if it is `bad`."""
 
     what: str
     found: str
@@ -19,10 +19,12 @@ class Finding:
 
 
 def who(ranks: Sequence[int], total: int) -> str:
+    """Returns "all ranks" or "rank 1, 2"."""
     return "all ranks" if len(ranks) == total and total > 1 else f"rank {', '.join(map(str, ranks[:8]))}"
 
 
 def groups(keys: Any) -> dict[Any, list[int]]:
+    """Returns the ranks by key."""
     groups: dict[Any, list[int]] = {}
     for rank, key in enumerate(keys):
         groups.setdefault(key, []).append(rank)
@@ -30,7 +32,7 @@ def groups(keys: Any) -> dict[Any, list[int]]:
 
 
 def print_report(findings: Sequence[Finding]) -> int:
-    """Prints the table and what to change; 1 if something must."""
+    """Prints the table and what to change; returns 1 if something must change."""
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         mark = "!!" if finding.bad else " !" if finding.cure else "  "

@@ -17,6 +17,7 @@ SIZES_BYTES = (2**12, 2**20, 2**24)
 
 
 def clocks(ranks: Ranks) -> list[Finding]:
+    """Reports how far apart the clocks of the ranks are."""
     if ranks.world_size == 1:
         return []
     skews = []
@@ -30,7 +31,7 @@ def clocks(ranks: Ranks) -> list[Finding]:
 
 
 def bandwidth(ranks: Ranks, floor: float | None) -> list[Finding]:
-    """Bus bandwidth of all_reduce, 2 (n - 1) / n bytes / seconds, which does not depend on the number of ranks."""
+    """Reports the bus bandwidth of all_reduce, 2 (n - 1) / n bytes / seconds, which depends on no number of ranks."""
     if ranks.world_size == 1:
         return []
     device, best, parts = device_of(ranks), 0.0, []

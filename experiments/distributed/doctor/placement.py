@@ -14,6 +14,7 @@ ROWS = 16  # of a list by rank, before it is cut
 
 
 def versions(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Compares the versions of all ranks."""
     findings = []
     for name in facts[0]["versions"]:
         values = [fact["versions"][name] for fact in facts]
@@ -33,6 +34,7 @@ def versions(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def launcher(ranks: Ranks, facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Reports the launcher, the job and the backend."""
     by_host: dict[str, int] = {}
     for fact in facts:
         by_host[fact["host"]] = by_host.get(fact["host"], 0) + 1
@@ -48,7 +50,7 @@ def launcher(ranks: Ranks, facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def binding_of(places: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Where each rank is, and ranks that take each other's cores or GPU."""
+    """Reports where each rank is, and ranks that take each other's cores or GPU."""
     findings = [
         Finding(
             f"rank {place['rank']}",

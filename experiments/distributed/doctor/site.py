@@ -16,6 +16,7 @@ ReadSite = Callable[[Path], Mapping[str, Any]]
 
 
 def read_site_file(name: str | None, read_site: ReadSite | None) -> Mapping[str, Any]:
+    """Reads the file of a site, by its name or path; {} for None."""
     if name is None:
         return {}
     assert read_site is not None  # of the command line
@@ -39,7 +40,7 @@ def read_site_file(name: str | None, read_site: ReadSite | None) -> Mapping[str,
 
 
 def traps(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What is known to fail on some sites."""
+    """Reports what is known to fail on some sites."""
     findings: list[Finding] = []
 
     def trap(what: str, cure: str, is_trap: Callable[[Mapping[str, Any]], str], *, bad: bool = True) -> None:
@@ -92,7 +93,7 @@ def _no_interface(fact: Mapping[str, Any], variable: str) -> str:
 
 
 def compare_site(site: Mapping[str, Any], ranks: Ranks, facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """What the file of the site says, where this job differs."""
+    """Reports where this job differs from the file of the site."""
     if not site:
         return []
     findings = [Finding("site", str(site.get("title", "")))]

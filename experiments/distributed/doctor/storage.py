@@ -25,6 +25,7 @@ LITTLE_SPACE_BYTES = 2**30
 
 
 def probe_folder(results: Path) -> None:
+    """Makes the folder of results and writes to it; raises OSError with one sentence if that fails."""
     try:
         results.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=results):
@@ -34,7 +35,7 @@ def probe_folder(results: Path) -> None:
 
 
 def shared_folder(ranks: Ranks, results: Path) -> list[Finding]:
-    """Rank 0 writes a token, which all others must read: a folder of one node alone shows only here."""
+    """Writes a token on rank 0 that all others must read, because a folder of one node alone shows only in this way."""
     if ranks.world_size == 1:
         return []
     token = secrets.token_hex(8)
@@ -58,7 +59,7 @@ def shared_folder(ranks: Ranks, results: Path) -> list[Finding]:
 
 
 def storage(ranks: Ranks, results: Path) -> list[Finding]:
-    """Locks of HDF5 and free space where the results go."""
+    """Reports whether HDF5 files can be written where the results go, and the free space there."""
     findings = []
     folder = results if results.exists() else Path()
     without_locks = "export HDF5_USE_FILE_LOCKING=FALSE in the job script, before Python starts"

@@ -39,6 +39,14 @@ def test_torchrun_restarts_in_the_store_of_the_first_attempt(tmp_path):
     assert err.count("KeyError: 'the first attempt fails'") == 1  # so there was one
 
 
+def test_torchrun_names_the_error_of_the_rank_that_failed_first(tmp_path):
+    """In the summary of its agent, which reads what torch.distributed.elastic's `record` writes too."""
+    code, _, err = run([*torchrun(), str(tmp_path), "raises"])
+    assert code == 1 and err.count(" failed:\nTraceback") == 1
+    summary = err[err.index("Root Cause (first observed failure)") :]
+    assert "KeyError: 'no such thing'" in summary, err
+
+
 # --- mpiexec
 
 
@@ -77,10 +85,12 @@ def test_mpiexec_runs_every_experiment(mpiexec, tmp_path, monkeypatch, experimen
     check_against_one_process(tmp_path / "two", tmp_path / "one", launcher=name, world_size=2)
 
 
-def test_mpiexec_without_mpi4py(mpiexec, tmp_path):
+@pytest.mark.parametrize("rendezvous", ["file", "auto"])
+def test_mpiexec_without_mpi4py(mpiexec, tmp_path, rendezvous):
     name, command, _ = mpiexec
-    code, out, err = run([*command, str(tmp_path), "", "file"], MPI4PY_LIBMPI=str(tmp_path / "none"))
+    code, out, err = run([*command, str(tmp_path), "", rendezvous], MPI4PY_LIBMPI=str(tmp_path / "none"))
     assert code == 0, err
+    assert err.count("mpi4py cannot be used") == (rendezvous == "auto") and "Traceback" not in err
     assert sorted(out.splitlines()) == [f"rank {rank} of 2 by {name} summed" for rank in range(2)]
     assert not list(tmp_path.iterdir())
 

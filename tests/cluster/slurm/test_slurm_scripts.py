@@ -2,9 +2,11 @@
 
 import re
 import tarfile
+from pathlib import Path
 
 import pytest
 import stand_in
+import yaml
 from cluster import find, wait_until
 
 CONFIG = "experiments/configs/graduate_admissions/laptop.yaml"
@@ -19,6 +21,11 @@ def submit(cluster, tmp_path):
 
 def wait_for_ranks(folder, job, number, count=0):
     wait_until(lambda: len(stand_in.started(folder, job, count)) == number, 60, f"job {job}: no {number} ranks")
+
+
+def environment_of(process):
+    entries = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def log_of(folder, job):
@@ -104,6 +111,52 @@ def test_one_element_of_an_array_is_requeued_alone(cluster, submit, tmp_path):
         assert cluster.job(f"{job}_{index}")["Restarts"] == ("1" if number == job else "0")
     logs = [log_of(tmp_path, f"{job}_{index}") for index in range(3)]
     assert [re.findall(r"seeds=(\d+)", log)[0] for log in logs] == ["3", "5", "6"]
+
+
+def test_the_submitting_shell_changes_nothing(cluster, submit, tmp_path, monkeypatch):
+    """Its options lose against the command line, and what its own step left reaches no rank."""
+    shell = {"SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1", "SBATCH_EXPORT": "NONE", "SBATCH_JOB_NAME": "other",
+             "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_STEP_ID": "7", "SLURM_NTASKS": "9", "PMI_RANK": "0",
+             "PMI_SIZE": "1", "WORLD_SIZE": "9", "CUDA_VISIBLE_DEVICES": "7", "OWN": "kept"}  # fmt: skip
+    for name, text in shell.items():
+        monkeypatch.setitem(cluster.env, name, text)
+    [job] = submit("--nodes", "2", "--name", "mine")
+    wait_for_ranks(tmp_path, job, 4)
+    told = cluster.job(job)
+    assert (told["TimeLimit"], told["Requeue"], told["JobName"]) == ("00:10:00", "1", "mine")
+    process = next(iter(stand_in.started(tmp_path, job).values()))
+    environment = environment_of(process)
+    assert environment["OWN"] == "kept" and environment["SLURM_NTASKS"] == "4"
+    assert not environment.keys() & {"PMI_RANK", "PMI_SIZE", "WORLD_SIZE"}
+    assert environment.get("SLURM_CPU_BIND") != shell["SLURM_CPU_BIND"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    (tmp_path / "go").touch()
+    assert cluster.wait_for_end(job) == "COMPLETED"
+
+
+def test_a_script_that_is_submitted_by_hand_loses_what_a_step_left(cluster, submit, tmp_path, monkeypatch):
+    for name, text in {"SLURM_CPU_BIND": "none", "PMI_RANK": "0", "PMI_SIZE": "1", "SBATCH_EXPORT": "NONE"}.items():
+        monkeypatch.setitem(cluster.env, name, text)
+    [first] = submit("--nodes", "1")
+    cluster.run("scancel", first)
+    script = next((tmp_path / "my results" / "jobs").glob("*.sh"))
+    job = cluster.run("sbatch", "--parsable", str(script)).strip()
+    wait_for_ranks(tmp_path, job, 2)
+    environment = environment_of(next(iter(stand_in.started(tmp_path, job).values())))
+    assert not environment.keys() & {"PMI_RANK", "PMI_SIZE"} and "AADL_END_TIME" in environment
+    (tmp_path / "go").touch()
+    assert cluster.wait_for_end(job) == "COMPLETED"
+
+
+def test_ranks_see_the_gpus_in_the_order_of_the_site(cluster, submit, tmp_path):
+    site = yaml.safe_load(cluster.site.read_text()) | {"gpu_order": [1, 0]}
+    (tmp_path / "ordered.yaml").write_text(yaml.safe_dump(site))
+    [job] = submit("--nodes", "1", "--site", str(tmp_path / "ordered.yaml"))
+    wait_for_ranks(tmp_path, job, 2)
+    processes = stand_in.started(tmp_path, job).values()
+    assert {environment_of(process)["CUDA_VISIBLE_DEVICES"] for process in processes} == {"1,0"}
+    (tmp_path / "go").touch()
+    assert cluster.wait_for_end(job) == "COMPLETED"
 
 
 def test_a_chain_goes_on_without_requeueing(cluster, submit, tmp_path):

@@ -14,11 +14,12 @@ import yaml
 from paths import ROOT
 from suite_cases import RAW, problem, result, run_config
 
+from experiments.catalog import load_config
 from experiments.distributed.ranks import Ranks
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
-from experiments.settings.config import load_config
 from jobs import scaling, script, site, submit
+from jobs.request import make_job
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
@@ -38,7 +39,7 @@ def rendered(name, *options):
     parsed = submit.make_parser().parse_args([*given, "--python", "/home/me/aadl/.venv/bin/python"])
     request = submit.request_from(parsed, nodes=parsed.nodes, chain=parsed.chain, array=parsed.array)
     request = replace(request, config=Path("/home/me/aadl/config.yaml"))
-    job = script.make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
+    job = make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
     return script.render(job, job.jobs / "job.sh", ["python", "-m", "jobs.submit", *given])
 
 
@@ -103,7 +104,7 @@ def test_the_sites_of_the_suite():
         ("frontier", ["--account", "A", "--time", "2:00:01"], "at most 2:00:00 for 1 nodes in queue batch"),
         ("frontier", ["--account", "A b", "--time", "2:00:00"], "--account must be a word"),
         ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be an integer >= 1, got 0"),
-        ("frontier", [*COMMON, "--nodes", "9409"], "--nodes must be at most 9408 in queue batch"),
+        ("frontier", [*COMMON, "--nodes", "9473"], "--nodes must be at most 9472 in queue batch"),
         ("frontier", [*COMMON, "--queue", "extended", "--nodes", "65"], "--nodes must be at most 64"),
         ("frontier", [*COMMON, "--queue", "fast"], "--queue must be one of batch, extended, debug on frontier"),
         ("frontier", [*COMMON, "--ranks-per-node", "9"], "at most the 8 GPUs of a node, one for each rank, got 9"),
@@ -115,6 +116,9 @@ def test_the_sites_of_the_suite():
         ("frontier", [*COMMON, "--array", "sizes=1-2"], "--array must be seeds=... as seeds=0-9"),
         ("frontier", [*COMMON, "--array", "seeds=a"], "--array seeds must be one or several different integers"),
         ("frontier", [*COMMON, "--name", "two words"], "--name must be a name of letters"),
+        ("frontier", [*COMMON, "--queue", "debug", "--chain", "3"], "--chain must be 1 in queue debug of frontier"),
+        ("perlmutter", [*COMMON, "--queue", "debug", "--chain", "2"], "--chain must be 1 in queue debug of perlmutter"),
+        ("summit", [*COMMON, "--queue", "debug", "--chain", "2"], "--chain must be 1 in queue debug of summit"),
         ("summit", ["--account", "A", "--time", "1:00:30"], "--time must be whole minutes, for LSF knows no seconds"),
         ("summit", ["--account", "A", "--time", "2:01:00"], "at most 2:00:00 for 1 nodes"),
         ("summit", [*COMMON, "--ranks-per-node", "7"], "at most the 6 GPUs"),
@@ -158,6 +162,36 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
     assert not results.exists()
 
 
+@pytest.mark.parametrize("arguments", [["--help"], [str(CONFIG), "--site", "frontier", *COMMON, "--dry-run"]])
+def test_help_and_dry_runs_import_no_torch(arguments):
+    """Login nodes start Python slowly, and some cannot import torch at all."""
+    script = (
+        "import sys; sys.modules['torch'] = None; from jobs import submit\n"
+        f"try:\n    code = submit.main({arguments!r})\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'matplotlib', 'h5py', 'numpy', 'scipy'} & {n for n, m in sys.modules.items() if m}\n"
+        "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m jobs.submit" in done.stdout or done.stdout.startswith("#!/bin/bash")
+
+
+def test_a_dry_run_draws_the_script_that_is_submitted(scheduler, tmp_path, capsys, monkeypatch):
+    scheduler("sbatch", "echo 7")
+    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    arguments += ["--set", "scale=mine", "--array", "seeds=0-1"]
+    assert submit.main([*arguments, "--dry-run"]) == 0
+    drawn = capsys.readouterr().out
+    assert "#SBATCH --job-name=graduate_admissions-mine\n" in drawn
+    assert submit.main(arguments) == 0
+    [kept] = (tmp_path / "results" / "jobs").glob("*.sh")
+
+    def options(text):
+        return [line for line in text.splitlines() if not line.startswith("# ")]
+
+    assert options(kept.read_text()) == options(drawn)
+
+
 def test_fewer_cores_for_more_ranks_than_usual():
     text = rendered("frontier", *COMMON, "--gpus-per-node", "0", "--ranks-per-node", "14")
     assert "--cpus-per-task=4" in text and "--gpu-bind" not in text
@@ -187,7 +221,7 @@ def raw_site(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nodes": 3}, "unknown key nodes; valid keys are: title"),
+        ({"nodes": 3}, "unknown key nodes (did you mean node?); valid keys are: title"),
         ({"node": {"sockets": 2}}, "unknown key node.sockets"),
         ({"verified": None}, "verified is missing"),
         ({"verified": {"by": "hearsay"}}, "verified.by must be one of real machine, local Slurm"),
@@ -210,6 +244,9 @@ def raw_site(**changes):
         ({"queues": {"q": {"directives": [], "limits": [{"nodes": 2, "minutes": 1}, {"nodes": 1, "minutes": 1}]}}},
          "ascending nodes"),
         ({"queues": ["q"]}, "queues must be a mapping"),
+        ({"queues": {"q": {"directives": [], "repeats": 0}}}, "queues.q.repeats must be true or false"),
+        ({"node": {"gpus": 4}, "gpu_order": [3, 2, 1]}, "gpu_order must name each of the 4 GPUs of a node"),
+        ({"node": {"gpus": 2}, "gpu_order": [1, 1]}, "site.gpu_order must be a list of different integers >= 0"),
     ],
 )  # fmt: skip
 def test_a_wrong_site_is_one_sentence(tmp_path, changes, message):
@@ -231,6 +268,20 @@ def test_what_only_lsf_demands(tmp_path):
         site.read_site(str(path))
     path.write_text(yaml.safe_dump(raw_site(**lsf)))
     assert site.read_site(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize("name", ["frontier", "perlmutter", "summit"])
+def test_a_job_in_a_debug_queue_is_not_started_again(name):
+    debug = rendered(name, *COMMON, "--queue", "debug")
+    assert "max_restarts=0" in debug and "--requeue" not in debug
+    assert "max_restarts=20" in rendered(name, *COMMON)
+
+
+def test_the_order_of_gpus_is_set_after_the_launcher_and_for_whole_nodes_alone():
+    whole = rendered("perlmutter", *COMMON)
+    assert "rank.sh env CUDA_VISIBLE_DEVICES=3,2,1,0 /home" in whole and "export CUDA_VISIBLE_DEVICES" not in whole
+    some = rendered("perlmutter", *COMMON, "--gpus-per-node", "2", "--ranks-per-node", "2")
+    assert "CUDA_VISIBLE_DEVICES" not in some
 
 
 # --- submission
@@ -274,6 +325,58 @@ def test_lsf_takes_a_file_or_stdin_as_its_site_says(scheduler, tmp_path, capsys)
     assert submit.main([str(CONFIG), "--site", "generic-lsf", *COMMON, *results]) == 0
     assert calls.read_text().splitlines()[1] == "" and (tmp_path / "stdin").read_text().startswith("#!/bin/bash")
     assert capsys.readouterr().out.split() == ["77", "77"]
+
+
+FOREIGN = {
+    "SBATCH_ACCOUNT": "other", "SBATCH_TIMELIMIT": "1", "SBATCH_NO_REQUEUE": "1", "SBATCH_EXPORT": "NONE",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SRUN_CPUS_PER_TASK": "9",
+    "LSB_JOBID": "1", "LSB_DEFAULTQUEUE": "other", "PMI_RANK": "0", "PMI_SIZE": "1", "PMIX_RANK": "0", "PMI2_FD": "3",
+    "OMPI_COMM_WORLD_RANK": "0", "JSM_NAMESPACE_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here",
+    "CUDA_VISIBLE_DEVICES": "1", "AADL_RESTART_COUNT": "7", "TORCHELASTIC_RUN_ID": "none", "MPI_LOCALRANKID": "0",
+}  # fmt: skip
+WANTED = {
+    "PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "LSF_ENVDIR": "/etc/lsf",
+    "AADL_DATA_DIR": "/d", "OMPI_MCA_btl": "tcp", "OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO",
+    "RANKING": "x", "SLURMISH": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("site_name", "answer"),
+    [
+        ("frontier", "77"),
+        ("frontier", "77;cluster"),
+        ("frontier", "note: 3 nodes are free\n77\nhave a nice day"),
+        ("generic-lsf", "project 12 is charged\nJob <77> is submitted to queue <batch>."),
+    ],
+)
+def test_the_id_of_a_job_is_found_among_notes_of_the_site(scheduler, tmp_path, capsys, site_name, answer):
+    for name in ("sbatch", "bsub"):
+        scheduler(name, f"echo 'a warning 5' >&2; printf '%b\\n' {answer!r}")
+    options = COMMON if site_name == "frontier" else ["--time", "2:00:00"]
+    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().out.split() == ["77"]
+
+
+def test_what_the_shell_of_another_job_holds_stays_there():
+    assert submit.submission_environment(FOREIGN | WANTED) == WANTED
+
+
+@pytest.mark.parametrize(("site_name", "command"), [("frontier", "sbatch"), ("generic-lsf", "bsub")])
+def test_options_of_the_shell_do_not_count_and_are_named(scheduler, tmp_path, capsys, monkeypatch, site_name, command):
+    answer = {"sbatch": "7", "bsub": "Job <7> is submitted"}[command]
+    scheduler(command, f"env >{tmp_path}/environment; echo '{answer}'")
+    for name, text in FOREIGN.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    options = COMMON if command == "sbatch" else ["--time", "2:00:00"]
+    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
+    told = capsys.readouterr()
+    assert "note: LSB_DEFAULTQUEUE, SBATCH_ACCOUNT, SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT of" in told.err
+    environment = dict(
+        line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line
+    )
+    assert not environment.keys() & FOREIGN.keys() and environment["SLURM_CONF"] == "/etc/slurm.conf"
 
 
 def test_what_the_scheduler_says_is_passed_on(scheduler, tmp_path, capsys, monkeypatch):

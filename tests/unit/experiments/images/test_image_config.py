@@ -8,10 +8,11 @@ import torch
 from image_runs import RAW, SGD, raw_config
 from paths import ROOT
 
+from experiments.catalog import load_config, parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.images.schedules import scaled_rate, share, step_scheduler
 from experiments.images.settings import ImageTrainingConfig, in_steps
-from experiments.settings.config import expand_runs, load_config, parse_config
+from experiments.runs.config import expand_runs
 
 CONFIGS = sorted((ROOT / "experiments" / "configs" / "imagenet").glob("*.yaml"))
 
@@ -114,7 +115,7 @@ def test_the_ends_of_ranges_are_allowed():
 
 
 def test_a_rate_that_is_scaled_must_be_given():
-    with pytest.raises(ValueError, match=r"optimizer\.lr must be given, for training\.reference_batch scales it"):
+    with pytest.raises(ValueError, match=r"optimizer\.lr must be given, because training\.reference_batch scales it"):
         parse_config(raw_config("folder", {"optimizer": {"name": "SGD"}}, training={"reference_batch": 8}))
 
 

@@ -7,8 +7,9 @@ import torch
 
 from data_loaders.collocation import uniform_points
 from experiments.models.mlp import Derivatives
-from experiments.pinn.burgers import EQUATIONS, Burgers2d, Burgers100d, TwoBody
-from experiments.pinn.equation import Equation, compose, load_equation
+from experiments.pinn.burgers import Burgers2d, Burgers100d, TwoBody
+from experiments.pinn.equation import Equation, compose
+from experiments.pinn.equations import EQUATIONS, load_equation
 
 CASES = [
     Burgers2d(),

@@ -18,13 +18,14 @@ from torch.nn.utils import parameters_to_vector
 
 import aadl
 from experiments.__main__ import main
+from experiments.catalog import load_config, parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.problem import build, describe
 from experiments.records.reading import read_fields, read_run
 from experiments.records.status import run_path, state_of
 from experiments.runs import execute
+from experiments.runs.config import expand_runs
 from experiments.runs.execute import execute_run
-from experiments.settings.config import expand_runs, load_config, parse_config
 from experiments.training.stage import Stage
 from experiments.training.train import train
 
@@ -415,7 +416,7 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
     left_out = execute.single_process_variants(config)
     runs, _ = execute._plan(config, Ranks(world_size=2), tmp_path, False, left_out)
     assert left_out == ["second"] and {run.name for run in runs} == {"adam"}
-    assert "left out on 2 ranks, for they run in a single process: second" in capsys.readouterr().err
+    assert "left out on 2 ranks, because they run in a single process: second" in capsys.readouterr().err
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -672,7 +673,7 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "diffusivity must be > 0, got -1" in told and len(told.splitlines()) == 1
     assert run(path, results, "--set", "problem.conditions=hard") == 2
-    assert "problem.conditions must be soft, for heat offers no lift" in capsys.readouterr().err
+    assert "problem.conditions must be soft, because heat offers no lift" in capsys.readouterr().err
     assert run(path, results, "--set", "problem.equation=cold.py") == 2
     assert "cold.py" in capsys.readouterr().err
 

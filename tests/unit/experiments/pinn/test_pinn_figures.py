@@ -8,6 +8,7 @@ from suite_cases import PINN
 
 from experiments.__main__ import main
 from experiments.pinn.compare import read_groups
+from experiments.pinn.experiment import EXPERIMENT as PINN_EXPERIMENT
 from experiments.pinn.figures import (
     COLORS,
     LINE_STYLES,
@@ -34,7 +35,7 @@ COUNTERS = {
 
 
 def groups(results):
-    return read_groups(results / "burgers_2d" / "test")
+    return read_groups(results / "burgers_2d" / "test", PINN_EXPERIMENT)
 
 
 def drawn(group, draw):

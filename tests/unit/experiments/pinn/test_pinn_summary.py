@@ -2,16 +2,18 @@ import numpy as np
 import pytest
 from pinn_records import LABEL, LAPTOP, PLAIN, RAW, SECOND_ORDER, save
 
+from experiments.catalog import load_config, parse_config
 from experiments.pinn.compare import CONFIGS, accepted_candidates, measure, read_groups, settings_line
+from experiments.pinn.experiment import EXPERIMENT as PINN_EXPERIMENT
 from experiments.pinn.figures import draw_pinn_figures
 from experiments.pinn.tables import summarize_pinn
-from experiments.settings.config import expand_runs, load_config, parse_config
+from experiments.runs.config import expand_runs
 
 FAST = np.append(PLAIN[::2], [0.009] * 5)  # below 0.01 from iteration 50 on, ends at 0.009
 
 
 def groups(results, experiment="burgers_2d"):
-    return read_groups(results / experiment / "test")
+    return read_groups(results / experiment / "test", PINN_EXPERIMENT)
 
 
 def counters(accepted, attempts, reverted=0):
@@ -80,7 +82,7 @@ def fill_shipped(results, path, overrides=()):
     for run in expand_runs(config):
         if run.seed == config.seeds[0]:
             save(results, run.name, PLAIN, config=run)
-    return read_groups(results / config.experiment / config.scale)
+    return read_groups(results / config.experiment / config.scale, PINN_EXPERIMENT)
 
 
 @pytest.mark.parametrize("path", CASES)

@@ -79,7 +79,7 @@ def assert_same(config, tmp_path, stops, monkeypatch):
     stops = stops if isinstance(stops, dict) else {stop: stop + 1 for stop in stops}
     whole, expected = ends(config, tmp_path / "whole", {}, monkeypatch)
     resumed, record = ends(config, tmp_path / "resumed", stops, monkeypatch)
-    parts = ("model", "optimizers", "memories", "scheduler", "ema", "updates", "problem", "num_steps", "iterations")
+    parts = ("model", "stages", "average", "updates", "plan", "problem", "num_steps")
     for name in parts:
         assert identical(whole[name], resumed[name]), name
     assert expected.series.keys() == record.series.keys()

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from small_runs import through_a_file
-from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
+from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, build, needs, pinn_run, run_config
 from torch import nn
 
+from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.records.tuned_rates import HEADER, rows
-from experiments.runs.execute import build
-from experiments.settings.checks import Component, make_optimizer
-from experiments.settings.config import parse_config
+from experiments.settings.checks import Component
+from experiments.training.components import make_optimizer
 from experiments.training.optimizers import SSBroyden
 from experiments.training.optimizers.line_search import ARMIJO
 from experiments.training.optimizers.ss_broyden import self_scaled_update

@@ -11,20 +11,21 @@ import pytest
 import torch
 from image_runs import raw_config
 from small_runs import identical
-from suite_cases import PINN, RAW, pinn_run, run_config
+from suite_cases import PINN, RAW, build, pinn_run, run_config
 
 import aadl
 from experiments.admissions import problem as graduate_admissions
+from experiments.admissions.settings import GraduateAdmissionsConfig
+from experiments.catalog import parse_config
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.pinn.points import Collocation
 from experiments.pinn.problem import PinnProblem
 from experiments.records.reading import read_run
-from experiments.runs.execute import build, execute_run
+from experiments.runs.config import expand_runs
+from experiments.runs.execute import execute_run
 from experiments.runs.session import RunSession
-from experiments.settings.config import expand_runs, parse_config
-from experiments.settings.run_config import GraduateAdmissionsConfig
 from experiments.training.stage import make_stages
 from experiments.training.train import Training, train
 

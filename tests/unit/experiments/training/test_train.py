@@ -9,8 +9,9 @@ import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
-from experiments.settings.checks import Component, make_optimizer
+from experiments.settings.checks import Component
 from experiments.training.averaging import moving_average
+from experiments.training.components import make_optimizer
 from experiments.training.epochs import Epochs
 from experiments.training.plan import schedule_of
 from experiments.training.problem import Problem

@@ -17,6 +17,8 @@
 # Written by: python -m jobs.submit config.yaml --site frontier --results '/scratch/my results' --account ABC123 --time 2:00:00 --nodes 64 --stage-environment /home/me/env.tar.gz --stage-data /scratch/data
 # By hand: sbatch '/scratch/my results/jobs/job.sh'
 
+# What a step or another launcher left in the shell that submitted would change the step of this job.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_STEP@}" "${!SRUN_@}" "${!PMI@}"
 cd /home/me/aadl || exit 1
 module load PrgEnv-gnu/8.7.0 cpe/26.03 rocm/7.1.1 craype-accel-amd-gfx90a miniforge3 rccl-net-plugin
 export OMP_NUM_THREADS="7"
@@ -64,7 +66,7 @@ patiently() {
 }
 
 echo "job $SLURM_JOB_ID, start $((restarts + 1)), nodes $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
-srun --nodes=64 --ntasks=512 --ntasks-per-node=8 --cpus-per-task=7 --kill-on-bad-exit=1 --unbuffered --gpus-per-task=1 --gpu-bind=closest \
+srun --nodes=64 --ntasks=512 --ntasks-per-node=8 --cpus-per-task=7 --export=ALL --kill-on-bad-exit=1 --unbuffered --gpus-per-task=1 --gpu-bind=closest \
     bash jobs/templates/rank.sh "/mnt/bb/$USER/environment/bin/python" -m experiments run /home/me/aadl/config.yaml --results '/scratch/my results' &
 step=$!
 trapped=yes

@@ -14,6 +14,8 @@
 # Written by: python -m jobs.submit config.yaml --site generic-lsf --results '/scratch/my results' --account ABC123 --time 2:00:00 --nodes 2 --ranks-per-node 4 --cores-per-rank 8 --gpus-per-node 4 --queue normal
 # By hand: bsub < '/scratch/my results/jobs/job.sh'
 
+# What another launcher left in the shell that submitted would be taken for this job's.
+unset "${!PMI@}" "${!OMPI_COMM_WORLD@}" "${!JSM_@}"
 cd /home/me/aadl || exit 1
 export OMP_NUM_THREADS="8"
 # The ranks save and stop by themselves before this time, in seconds since 1970.

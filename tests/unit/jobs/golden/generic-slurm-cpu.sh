@@ -13,6 +13,8 @@
 # Written by: python -m jobs.submit config.yaml --site generic-slurm --results '/scratch/my results' --time 1-00:00:00 --nodes 2 --ranks-per-node 2
 # By hand: sbatch '/scratch/my results/jobs/job.sh'
 
+# What a step or another launcher left in the shell that submitted would change the step of this job.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_STEP@}" "${!SRUN_@}" "${!PMI@}"
 cd /home/me/aadl || exit 1
 export OMP_NUM_THREADS="1"
 # The ranks save and stop by themselves before this time, in seconds since 1970.
@@ -45,7 +47,7 @@ patiently() {
 }
 
 echo "job $SLURM_JOB_ID, start $((restarts + 1)), nodes $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
-srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --kill-on-bad-exit=1 --unbuffered \
+srun --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=1 --export=ALL --kill-on-bad-exit=1 --unbuffered \
     bash jobs/templates/rank.sh /home/me/aadl/.venv/bin/python -m experiments run /home/me/aadl/config.yaml --results '/scratch/my results' &
 step=$!
 trapped=yes

@@ -17,6 +17,8 @@
 # Written by: python -m jobs.submit config.yaml --site generic-slurm --results '/scratch/my results' --account ABC123 --time 2:00:00 --nodes 2 --ranks-per-node 4 --cores-per-rank 8 --gpus-per-node 4 --queue gpu --array seeds=0,2,4-6
 # By hand: sbatch '/scratch/my results/jobs/job.sh'
 
+# What a step or another launcher left in the shell that submitted would change the step of this job.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_STEP@}" "${!SRUN_@}" "${!PMI@}"
 cd /home/me/aadl || exit 1
 export OMP_NUM_THREADS="8"
 # The ranks save and stop by themselves before this time, in seconds since 1970.
@@ -51,7 +53,7 @@ patiently() {
 }
 
 echo "job $SLURM_JOB_ID, start $((restarts + 1)), nodes $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
-srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=8 --kill-on-bad-exit=1 --unbuffered --gpus-per-node=4 \
+srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=8 --export=ALL --kill-on-bad-exit=1 --unbuffered --gpus-per-node=4 \
     bash jobs/templates/rank.sh /home/me/aadl/.venv/bin/python -m experiments run /home/me/aadl/config.yaml --results '/scratch/my results' --set "seeds=$seed" &
 step=$!
 trapped=yes

@@ -17,10 +17,11 @@
 # Written by: python -m jobs.submit config.yaml --site perlmutter --results '/scratch/my results' --account ABC123 --time 2:00:00 --nodes 2 --chain 3 --queue preempt
 # By hand: sbatch '/scratch/my results/jobs/job.sh'
 
+# What a step or another launcher left in the shell that submitted would change the step of this job.
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_STEP@}" "${!SRUN_@}" "${!PMI@}"
 cd /home/me/aadl || exit 1
 module load pytorch
 export OMP_NUM_THREADS="16"
-export CUDA_VISIBLE_DEVICES="3,2,1,0"
 export NCCL_SOCKET_IFNAME="hsn0"
 export GLOO_SOCKET_IFNAME="hsn0"
 export NCCL_NET_GDR_LEVEL="PHB"
@@ -56,8 +57,8 @@ patiently() {
 }
 
 echo "job $SLURM_JOB_ID, start $((restarts + 1)), nodes $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
-srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=32 --kill-on-bad-exit=1 --unbuffered --gpus-per-node=4 --gpu-bind=none \
-    bash jobs/templates/rank.sh /home/me/aadl/.venv/bin/python -m experiments run /home/me/aadl/config.yaml --results '/scratch/my results' &
+srun --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=32 --export=ALL --kill-on-bad-exit=1 --unbuffered --gpus-per-node=4 --gpu-bind=none \
+    bash jobs/templates/rank.sh env CUDA_VISIBLE_DEVICES=3,2,1,0 /home/me/aadl/.venv/bin/python -m experiments run /home/me/aadl/config.yaml --results '/scratch/my results' &
 step=$!
 trapped=yes
 while [ -n "$trapped" ]; do # a trap ends wait early

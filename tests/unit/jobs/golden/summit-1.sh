@@ -13,6 +13,8 @@
 # Written by: python -m jobs.submit config.yaml --site summit --results '/scratch/my results' --account ABC123 --time 2:00:00
 # By hand: bsub '/scratch/my results/jobs/job.sh'
 
+# What another launcher left in the shell that submitted would be taken for this job's.
+unset "${!PMI@}" "${!OMPI_COMM_WORLD@}" "${!JSM_@}"
 cd /home/me/aadl || exit 1
 source /etc/profile
 module load open-ce/1.10.0-py39-ibm

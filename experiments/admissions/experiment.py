@@ -1,0 +1,58 @@
+"""Graduate admissions as an experiment of the suite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from experiments.admissions import problem
+from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
+from experiments.distributed.ranks import Ranks
+from experiments.runs.experiment import Experiment
+from experiments.settings.run_config import ExperimentConfig, RunConfig
+from experiments.training.problem import Description, Problem
+
+
+class AdmissionsExperiment(Experiment):
+    """Regression of the chance of admission: `probe_rows` of the training set are those whose residuals are made small.
+
+    A candidate must be better on `check_rows` others too; by default all other rows are solved for and nothing checks.
+    """
+
+    problem_settings = GraduateAdmissionsConfig
+    training_settings = TrainingConfig
+    studies = ("learning_rate", "batch_size")
+    probes = ("probe_rows", "check_rows")
+    is_least_squares = True
+
+    def describe(self, settings: GraduateAdmissionsConfig) -> Description:
+        return problem.describe(settings)
+
+    def build(self, run: RunConfig, ranks: Ranks) -> Problem:
+        return problem.build(run, ranks)
+
+    def check_rows(self, config: ExperimentConfig, num_rows: int) -> None:
+        largest = max(config.training.batch_size, *(config.batch_size.sizes if config.batch_size else (1,)))
+        if largest > num_rows:
+            raise ValueError(f"a batch of {largest} rows is larger than the training set of {num_rows}")
+        for name, variant in config.variants.items():
+            _check_probe(variant.acceleration or {}, num_rows, f"variants.{name}.acceleration")
+
+    def training_of_study(self, training: TrainingConfig, num_rows: int, size: int, steps: int) -> TrainingConfig:
+        epochs = max(1, round(steps / math.ceil(num_rows / size)))
+        return replace(training, batch_size=size, epochs=epochs, measure_updates=True)
+
+
+def _check_probe(acceleration: Mapping[str, Any], num_rows: int, where: str) -> None:
+    """Rows on which residuals are solved for, and others that check, out of the training set."""
+    probe, check = (acceleration.get(name) for name in AdmissionsExperiment.probes)
+    if (probe or 1) + (check or 0) > num_rows:
+        raise ValueError(
+            f"{where}: probe_rows and check_rows must be at most the {num_rows} rows of the training set together, got "
+            f"{probe} and {check}"
+        )
+
+
+EXPERIMENT = AdmissionsExperiment()

@@ -1,0 +1,84 @@
+"""Image classification as an experiment of the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments.distributed.ranks import Ranks
+from experiments.images import data, problem
+from experiments.images.settings import (
+    NOMINAL_STEPS,
+    ImageConfig,
+    ImageTrainingConfig,
+    check_image_settings,
+    in_steps,
+)
+from experiments.records.compare import read_comparison
+from experiments.records.reading import say
+from experiments.runs.experiment import Experiment, Note
+from experiments.settings.run_config import RunConfig, VariantConfig
+from experiments.training.optimizers import LINE_SEARCHES
+from experiments.training.problem import Description, Problem
+
+
+class ImageExperiment(Experiment):
+    """ResNets on ImageNet, or on fractals; a run uses all processors or devices that there are."""
+
+    problem_settings = ImageConfig
+    training_settings = ImageTrainingConfig
+    studies = ("learning_rate", "batch_size")
+    variant_keys = ("mean_epochs",)
+    runs_in_turn = True
+
+    def describe(self, settings: ImageConfig) -> Description:
+        return data.describe(settings)
+
+    def build(self, run: RunConfig, ranks: Ranks) -> Problem:
+        return problem.build(run, ranks)
+
+    def global_batch(self, training: ImageTrainingConfig, ranks: Ranks) -> int:
+        return training.global_batch(ranks)
+
+    def data_seconds(self, settings: ImageConfig) -> float:
+        return settings.stage_seconds
+
+    def optimizers(self) -> dict[str, Any]:
+        """Line searches need gradients where no batch was differentiated."""
+        line_searches = {kind.__name__ for kind in LINE_SEARCHES}
+        return {name: kind for name, kind in super().optimizers().items() if name not in line_searches}
+
+    def in_steps(self, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return in_steps(settings, NOMINAL_STEPS, where)
+
+    def check(self, settings: ImageConfig, training: ImageTrainingConfig, variant: VariantConfig, where: str) -> None:
+        check_image_settings(settings, training)
+        if training.reference_batch is not None and "lr" not in variant.optimizer.arguments:
+            raise ValueError(f"{where}.optimizer.lr must be given, because training.reference_batch scales it")
+        if training.precision == "float16" and variant.optimizer.arguments.get("fused"):
+            # It skips an overflow within the step, unseen: an acceleration would take it for a step of length zero.
+            raise ValueError(f"{where}.optimizer.fused must be false with precision float16, got true")
+
+    def training_of_study(
+        self, training: ImageTrainingConfig, num_rows: int, size: int, steps: int
+    ) -> ImageTrainingConfig:
+        if size > num_rows:
+            raise ValueError(f"a batch of {size} images is larger than the training set of {num_rows}")
+        epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
+        study = {"batch_size": size, "batch_size_per_rank": None, "measure_updates": True}
+        return replace(training, **study, epochs=epochs, evaluate_every=epochs)  # type: ignore[arg-type]
+
+    def draw(self, folder: Path, note: Note = say) -> list[Path]:
+        from experiments.images.figures import draw_image_figures  # here, because runs need no matplotlib
+
+        return draw_image_figures(read_comparison(folder, note))
+
+    def table(self, folder: Path, note: Note = say) -> str:
+        from experiments.images.tables import summarize_images
+
+        return summarize_images(read_comparison(folder, note))
+
+
+EXPERIMENT = ImageExperiment()

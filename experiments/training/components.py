@@ -1,0 +1,169 @@
+"""The classes that a configuration may name: optimizers, schedules of the learning rate, and accelerations."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from functools import cache
+from typing import Any
+
+import torch
+
+import aadl
+from experiments.settings.checks import Component, as_mapping, integer, parse_value, refuse_unknown
+from experiments.training import optimizers as own
+
+PACKAGES = {"SOAP": "pytorch_optimizer", "AdamWScheduleFree": "schedulefree", "SGDScheduleFree": "schedulefree"}
+"""Optimizers of packages that need not be there, and are imported when a configuration names one."""
+
+
+@cache
+def optimizers() -> dict[str, type[torch.optim.Optimizer] | str]:
+    """Optimizers that a configuration may name: those of torch, of this suite, and of optional packages."""
+    return _with_step(torch.optim) | _with_step(own) | PACKAGES
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of an optimizer that a configuration may name.
+
+    Raises:
+        ValueError: its package is not there.
+    """
+    return _imported(name, optimizers()[name])
+
+
+def _imported(name: str, found: Any) -> Any:
+    """The class, or that of this name in a package."""
+    if not isinstance(found, str):
+        return found
+    try:
+        return getattr(importlib.import_module(found), name)
+    except ImportError:
+        raise ValueError(f"{name} needs the package {found}, which is not installed: pip install {found}") from None
+
+
+def needs_residuals(name: str) -> bool:
+    """Whether the optimizer asks the closure for residuals and their Jacobian, which only some problems have."""
+    return getattr(optimizers()[name], "needs_residuals", False)
+
+
+@cache
+def schedulers() -> dict[str, type[torch.optim.lr_scheduler.LRScheduler]]:
+    """The learning-rate schedulers of torch."""
+    return _with_step(torch.optim.lr_scheduler)
+
+
+def takes(name: str, argument: str) -> bool:
+    """Whether the constructor of the optimizer has this argument."""
+    return argument in inspect.signature(optimizer_class(name)).parameters
+
+
+def _with_step(module: Any) -> dict[str, Any]:
+    return {
+        name: member
+        for name, member in vars(module).items()
+        if inspect.isclass(member) and hasattr(member, "step") and name not in ("Optimizer", "LRScheduler")
+    }
+
+
+def read_component(raw: Any, classes: Mapping[str, Any], where: str) -> Component:
+    """One of the classes, by name, its arguments checked against its signature; a text is the package that has it."""
+    raw = dict(as_mapping(raw, where))
+    name = raw.pop("name", None)
+    if name not in classes:
+        raise ValueError(f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}")
+    try:
+        parameters = list(inspect.signature(_imported(name, classes[name])).parameters.values())[1:]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    refuse_unknown(raw, {"name": MISSING} | {entry.name: entry.default for entry in parameters}, where)
+    _refuse_not_finite(raw, where)
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    return Component(name, arguments)
+
+
+def _refuse_not_finite(raw: Mapping[str, Any], where: str) -> None:
+    for key, value in raw.items():
+        for entry in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(entry, float) and not math.isfinite(entry):
+                raise ValueError(f"{where}.{key} must be finite, got {value!r}")
+
+
+def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer over the given parameters, ready to train."""
+    optimizer = optimizer_class(component.name)(parameters, **component.arguments)
+    if own.is_schedule_free(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate scheduler of torch over the given optimizer."""
+    return schedulers()[component.name](optimizer, **component.arguments)
+
+
+def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
+    """Builds the optimizer on one dummy weight, so that what torch refuses is refused before training."""
+    for key in ("lr", "momentum", "weight_decay", "eps"):
+        value = component.arguments.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}.{key} must be a number, got {value!r}")
+    try:
+        return make_optimizer(component, [torch.nn.Parameter(torch.zeros(2))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_scheduler(component: Component, where: str) -> None:
+    """Builds the scheduler on a dummy optimizer and steps once, so that what torch refuses is refused before training.
+
+    Some classes look at their arguments only in `step`, and one needs an argument there that the training has not.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    try:
+        scheduler = make_scheduler(component, optimizer)
+        optimizer.step()  # torch warns of a scheduler that steps first
+        scheduler.step()
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], **functions: Any) -> None:
+    """`aadl.accelerate` with arguments from YAML, in which `history_dtype` is the name of a dtype of torch."""
+    dtype = arguments.get("history_dtype")
+    if isinstance(dtype, str):
+        arguments = {**arguments, "history_dtype": getattr(torch, dtype, dtype)}
+    aadl.accelerate(optimizer, **arguments, **functions)
+
+
+def solves_residuals(arguments: Mapping[str, Any] | None) -> bool:
+    """Whether an acceleration is that by the residuals of the loss."""
+    kind = (arguments or {}).get("acceleration_type")
+    return isinstance(kind, str) and kind.lower() == "nonlinear_gmres"
+
+
+def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where: str, probes: Sequence[str]) -> None:
+    """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values.
+
+    Args:
+        optimizer, arguments: its settings.
+        where: its key, for messages.
+        probes: keys of the suite that go with residuals.
+    """
+    parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
+    # These are no settings: the library takes the process group of the launch, the suite the functions of the problem.
+    others = ("process_group", "residuals", "check")
+    defaults = {entry.name: entry.default for entry in parameters if entry.name not in others}
+    if solves_residuals(arguments):
+        defaults |= dict.fromkeys(probes)
+        for name in probes:
+            if arguments.get(name) is not None:
+                parse_value(arguments[name], integer(1), f"{where}.{name}")
+    refuse_unknown(arguments, defaults, where)
+    try:
+        accelerate(check_optimizer(optimizer, where), {k: v for k, v in arguments.items() if k not in probes})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
