@@ -106,6 +106,7 @@ ROOMS = (
     ("runs",),
     ("admissions", "pinn", "images"),
     ("catalog",),
+    ("commands",),
     ("__main__",),
 )
 PLACES = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}

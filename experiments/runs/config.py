@@ -376,12 +376,13 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
             for variant in config.learning_rate.variants:
                 for rate in config.learning_rate.rates:
                     definition = _with_rate(config.variants[variant], rate)
-                    runs.append(run(variant, seed, f"{variant}--lr-{rate:g}", "learning_rate", definition=definition))
+                    name = config.learning_rate.run_name(variant, rate)
+                    runs.append(run(variant, seed, name, "learning_rate", definition=definition))
     if config.batch_size is not None:
         assert num_rows is not None  # points are sampled where there is no such study
         study = config.batch_size
         for seed in study.seeds:
             for size in study.sizes:
                 training = config.kind.training_of_study(config.training, num_rows, size, study.steps)
-                runs.append(run(study.variant, seed, f"{study.variant}--batch-{size}", "batch_size", training=training))
+                runs.append(run(study.variant, seed, study.run_name(size), "batch_size", training=training))
     return runs

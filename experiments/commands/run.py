@@ -1,0 +1,27 @@
+"""`run`: makes the runs of one configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from experiments.catalog import load_config
+from experiments.commands.running import execute, resumable
+from experiments.distributed.launch import ranks_from_environment
+from experiments.settings.config_files import find_config
+
+
+def main(options: argparse.Namespace) -> int:
+    """Makes the runs that are not finished yet.
+
+    Returns:
+        0, or 75 after a signal or a time limit.
+
+    Raises:
+        ValueError: a setting is wrong, or no configuration has this name.
+        OSError: a file cannot be read or written.
+        RuntimeError: a run failed.
+    """
+    path = find_config(options.config)
+    config = load_config(path, options.set)
+    return resumable(lambda: execute(path, config, ranks_from_environment(os.environ), options))
