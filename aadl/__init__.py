@@ -13,16 +13,27 @@ import torch
 
 from aadl.accelerator import AndersonAccelerator
 from aadl.attached import accelerator_of, find_accelerator
-from aadl.nonlinear_gmres import ResidualAccelerator, Residuals
+from aadl.nonlinear_gmres import ResidualAccelerator
 from aadl.parameters import all_parameters
 from aadl.porting import translated
-from aadl.settings import Settings, history_device_for, with_defaults
+from aadl.residual_pairs import Residuals
+from aadl.settings import (
+    AccelerationType,
+    Average,
+    Momentum,
+    Safeguard,
+    Settings,
+    StateCoupling,
+    history_device_for,
+    with_defaults,
+)
+from aadl.statistics import Statistics
 from aadl.wrappers import target_of
 
 __version__ = "0.2.0"
 __all__ = [
-    "AndersonAccelerator", "ResidualAccelerator", "accelerate", "accelerator_of", "distributed_accelerate",
-    "remove_acceleration", "reset_acceleration_history", "reset_history",
+    "AndersonAccelerator", "ResidualAccelerator", "Statistics", "accelerate", "accelerator_of",
+    "distributed_accelerate", "remove_acceleration", "reset_acceleration_history", "reset_history",
 ]  # fmt: skip
 
 Wrapped = TypeVar("Wrapped")
@@ -31,19 +42,19 @@ Wrapped = TypeVar("Wrapped")
 
 def accelerate(
     optimizer: Wrapped,
-    acceleration_type: str = "anderson",
+    acceleration_type: AccelerationType = "anderson",
     relaxation: float = 1.0,
     wait_iterations: int = 1,
     history_depth: int | None = None,
     store_each_nth: int | None = None,
     frequency: int | None = None,
     reg_acc: float | None = None,
-    average: bool | str | None = None,
+    average: bool | Average | None = None,
     *published: Any,
-    safeguard: bool | str = True,
+    safeguard: bool | Safeguard = True,
     average_tolerance: float = 0.7,
     average_window: int | None = None,
-    state_coupling: str = "full",
+    state_coupling: StateCoupling = "full",
     history_dtype: torch.dtype | None = None,
     shard_history: bool = False,
     process_group: Any = None,
@@ -52,21 +63,21 @@ def accelerate(
     local_sgd: bool = False,
     residuals: Residuals | None = None,
     check: Residuals | None = None,
-    momentum: str = "auto",
+    momentum: Momentum = "auto",
     **published_by_name: Any,
 ) -> Wrapped:
     """Accelerate an optimizer in place; every later `optimizer.step()` may end in an Anderson candidate.
 
     Over macro-steps of `store_each_nth` optimizer steps, x_k -> g_k = G(x_k) with residual f_k = g_k - x_k, the
-    history keeps the differences DF = [f_{j+1} - f_j], DG = [g_{j+1} - g_j] of the last pairs and proposes
+    history keeps the differences DF = [f_{j+1} - f_j], DG = [g_{j+1} - g_j] of the last pairs and makes the candidate
 
         x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),   gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
 
-    With "nonlinear_gmres", for losses ||r(x)||^2, the history keeps pairs (x_j, r_j = r(x_j)) and proposes
+    With "nonlinear_gmres", for losses ||r(x)||^2, the history keeps pairs (x_j, r_j = r(x_j)) and makes the candidate
 
         x+ = x_k + sum_j gamma_j (x_j - x_k),   gamma = argmin ||r_k + sum_j gamma_j (r_j - r_k)||^2 + damping,
 
-    which is accepted where ||r(x+)||^2 < ||r_k||^2. The residuals come from `residuals`, or from the closure of `step`,
+    which is accepted if ||r(x+)||^2 < ||r_k||^2. The residuals come from `residuals`, or from the closure of `step`,
     which calls `aadl.accelerator_of(optimizer).observe(r)`.
 
     Args:
@@ -77,25 +88,25 @@ def accelerate(
             "nonlinear_gmres" (residuals of a least-squares loss instead of updates). In capitals or not.
         relaxation: in (0, 1]; 1 is undamped.
         wait_iterations: >= 0 optimizer steps before the first acceleration.
-        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone. None for 10, and 20 with "nonlinear_gmres".
-        store_each_nth: >= 1 optimizer steps in a macro-step, or between two pairs. None for 10, and 1 with
-            "nonlinear_gmres".
+        history_depth: >= 0 columns kept; 0 leaves the base optimizer alone. None means 10, with "nonlinear_gmres" 20.
+        store_each_nth: >= 1 optimizer steps in a macro-step, or between two pairs. None means 10, with
+            "nonlinear_gmres" 1.
         frequency: >= 1 optimizer steps between two accelerations, rounded up to macro-steps (not with
-            "nonlinear_gmres"). None for 20; with "nonlinear_gmres" for 10, and down to 2 where the steps in between
+            "nonlinear_gmres"). None means 20. With "nonlinear_gmres" it means 10, and down to 2 if the steps in between
             undo what an acceleration has gained (`aadl.pace`).
-        reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None for 1e-8. With "nonlinear_gmres" the
-            smallest damping, None for 0.1; 0 for no damping at all.
+        reg_acc: Tikhonov factor >= 0, relative to columns of unit length; None means 1e-8. With "nonlinear_gmres" it is
+            the smallest damping: None means 0.1, 0 no damping at all.
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
-            consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always"; None for
-            True, and False with "identity".
-        safeguard: which candidates are taken. "residual": those that do not point back against the update; acceleration
-            pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put back when the
-            residual doubles or later updates point back along the step. "loss": these, and the loss of the closure
-            given to `step` must fall (two evaluations without a trace). True: "loss" where `step` gets a closure of
-            the user that returns the loss, else "residual" (also for closures of Lightning, whose metrics would count
-            trials). False: all of them.
+            consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always". None means
+            True, with "identity" False.
+        safeguard: which candidates are accepted (`aadl.acceptance`). "residual": those that do not point back against
+            the update; acceleration pauses when the next residual exceeds the predicted one by 1.2, and the plain
+            iterate is put back when the residual doubles or later updates point back along the step. "loss": these, if
+            the loss of the closure given to `step` falls too (two evaluations without a trace). True: "loss" if `step`
+            gets a closure of the user that returns the loss, else "residual" (also for closures of Lightning, whose
+            metrics would count trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
-        average_window: >= 2 pairs to average; None for 3.
+        average_window: >= 2 pairs to average; None means 3.
         state_coupling: what is extrapolated. "params": parameters (of
             optimizers with momentum only where store_each_nth > 1); "combine": also momentum buffers, with the same
             coefficients; "full": also, and their residuals enter the least-squares problem.
@@ -106,21 +117,22 @@ def accelerate(
             of torch.distributed, if any. Ranks that train models of their own need groups of their own.
         history_device: None or the device of the parameters (rows lie there), or "cpu": rows in pinned memory of the
             host, which the host combines itself (docs/performance.md has the price).
-        fused: whether the passes over memory run in kernels that torch.compile makes, which takes a C++ compiler on a
-            CPU and half a minute at the first accelerations; docs/performance.md says how many events earn that.
-        local_sgd: the ranks hold weights of their own that somebody averages now and then. Every rank keeps a history
-            of its own, forgotten when its weights were averaged; candidates are taken by vote, or where safeguard is
-            "loss" by the mean loss at their average. All ranks must make the same number of steps (no GradScaler).
+        fused: whether the passes over memory run in kernels that torch.compile makes. That takes a C++ compiler on a
+            CPU, and half a minute at the first accelerations; docs/performance.md says after how many it pays.
+        local_sgd: whether the ranks hold weights of their own that somebody averages now and then. Every rank keeps a
+            history of its own and forgets it when its weights were averaged. Candidates are accepted by vote, or with
+            safeguard="loss" by the mean loss at their average. All ranks must make the same number of steps (no
+            GradScaler).
         residuals: () -> r, a tensor or a list of tensors: the residuals of the loss at the present weights, on points
             that stay (docs/method.md says what else they must be). It runs no backward pass into the weights. Only with
-            "nonlinear_gmres", and None there where closures hand them over.
-        check: () -> residuals on other points, whose sum of squares must fall too; None for no such points.
-        momentum: whether momentum buffers stay as they are where "nonlinear_gmres" accepts a candidate ("keep"), or are
+            "nonlinear_gmres", and None there if closures hand them over.
+        check: () -> residuals on other points, whose sum of squares must fall too; None if there are no such points.
+        momentum: whether momentum buffers stay as they are when "nonlinear_gmres" accepts a candidate ("keep"), or are
             cleared ("zero"). "auto": cleared while accelerations come more often than `frequency`, unless the optimizer
             normalizes its steps (Muon, Lion, sign methods).
 
-    `torch.distributed.optim.ZeroRedundancyOptimizer` and `PostLocalSGDOptimizer` are accelerated inside, by "residual"
-    the one and with local_sgd the other.
+    Inside `torch.distributed.optim.ZeroRedundancyOptimizer` the optimizer is accelerated with safeguard "residual",
+    inside `PostLocalSGDOptimizer` with local_sgd.
 
     Memory: 2 history_depth + 3 vectors for the parameters, as many for their momentum with "full", history_depth + 2
     with "combine": 46 parameter vectors with momentum at the defaults, of sharded parameters the local shards only.
@@ -128,19 +140,8 @@ def accelerate(
     history_depth=5, history_dtype=torch.bfloat16, state_coupling="params": 8 vectors.
 
     Returns:
-        The same optimizer. Its counters are in `aadl.accelerator_of(optimizer).statistics`: steps, skipped_steps (by a
-        fused GradScaler), macro_steps, attempts, accepted, rejected (by cause: backward, loss, closure, stopped,
-        rank, coefficients, non_finite, averaging_off, vote), reverted, suspensions, suspended (attempts that fell
-        into a pause), stops (for the sake of the long run), closure_evaluations, moved (macro-steps that began
-        elsewhere than the last one ended, or were abandoned because somebody wrote within them), resets (by cause:
-        user, learning_rate, parameters_changed, averaged, non_finite); of the last attempt gain ||r|| / ||f||,
-        condition_number (of the column-equilibrated DF), numerical_rank, coefficient_norm,
-        relative_standard_deviation, averaging; of the last accepted candidate that was judged trust_ratio
-        ||f_{k+1}|| / ||r||. With "nonlinear_gmres": steps, skipped_steps, attempts, accepted, rejected (by cause:
-        residuals, check, rank, non_finite), resets (by cause: user, points, non_finite, parameters_changed, resumed),
-        closure_evaluations, residual_evaluations (of `residuals` and `check`), gain ||r_k - E gamma|| / ||r_k||,
-        trust_ratio (gained over predicted decrease of ||r||^2), damping, period, condition_number, numerical_rank,
-        coefficient_norm.
+        The same optimizer. `aadl.accelerator_of(optimizer)` is its accelerator: `statistics` count what happened
+        (`aadl.Statistics` lists them), and `repr` names the optimizer, the settings and the accepted candidates.
 
     Raises:
         ValueError: an argument out of its range, an optimizer that is accelerated already or has nothing to train, a
@@ -153,7 +154,7 @@ def accelerate(
 
     Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813; Washio and
     Oosterlee, ETNA 6 (1997); He, arXiv 2506.01081. docs/method.md
-    tells what is done differently here, and why.
+    says what is done differently here, and why.
     """
     if find_accelerator(optimizer) is not None:
         raise ValueError("this optimizer is accelerated already: call aadl.remove_acceleration(optimizer) first")
@@ -231,7 +232,7 @@ def _check_group(process_group: Any) -> None:
 
 
 def _check_residuals(kind: str, optimizer: Any, residuals: Any, check: Any) -> None:
-    """What does not go with the acceleration by residuals."""
+    """Raise ValueError for what "nonlinear_gmres" does not work with."""
     if kind:
         raise ValueError(
             f"acceleration_type='nonlinear_gmres' does not work with a {type(optimizer).__name__}: the weights of its "
@@ -243,7 +244,7 @@ def _check_residuals(kind: str, optimizer: Any, residuals: Any, check: Any) -> N
 
 
 def _check_partitioned(settings: Settings) -> None:
-    """What does not go with a ZeroRedundancyOptimizer: its ranks hold whole candidates only after the step."""
+    """Raise ValueError for what a ZeroRedundancyOptimizer excludes, whose ranks get whole candidates after the step."""
     if settings.safeguard == "loss":
         raise ValueError("safeguard must be True, False or 'residual' for a ZeroRedundancyOptimizer, got 'loss'")
     for name in ("shard_history", "local_sgd"):

@@ -1,50 +1,54 @@
-"""What a user can do where nothing is accepted: one warning, from the counters."""
+"""What a user can do where no candidate is accepted: one warning, made from the counters."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+
+from aadl.acceptance import Cause
+from aadl.statistics import Statistics
 
 EVENTS = 20
-"""Times that acceleration was due, none of them with an accepted candidate, before the warning."""
+"""Periods without an accepted candidate before the warning."""
 
-CURES = {
-    "backward": "the updates of a macro-step are dominated by noise or have no common direction: try larger batches, a "
-    "larger store_each_nth (an epoch), or a smaller learning rate",
-    "loss": "candidates raise the loss of the closure: try a larger store_each_nth, or relaxation below 1",
-    "stopped": "the training loss has risen on the whole: look at the training first",
-    "closure": "the closure gives no loss in a trial: return the loss from it, or pass safeguard='residual'",
-    "rank": "the updates are constant or zero up to rounding: there is nothing to extrapolate",
-    "coefficients": "the columns of the history are nearly dependent: try a smaller history_depth or a larger reg_acc",
-    "non_finite": "updates are not finite: look at the training first",
-    "averaging_off": "the updates oscillate too little for an average: pass average='always' to have it all the same",
-    "vote": "the ranks do not agree: see local_sgd",
-    "learning_rate": "the learning rates of the parameter groups change by different factors, or by more than fourfold "
-    "at once: the history starts again each time",
-    "parameters_changed": "the parameters of the optimizer come and go: the history starts again each time",
-    "averaged": "the weights are averaged over the ranks before the history is long enough: try a smaller frequency",
-    "user": "aadl.reset_history is called before the history is long enough",
-    "residuals": "candidates raise the sum of squares: try a larger reg_acc, or a smaller frequency",
-    "check": "candidates fit the residuals and not those of check: hand over more residuals, or a larger reg_acc",
-    "points": "the residuals differ where the weights are the same: take points that stay (residuals=fn), "
+CURES: dict[str, str] = {
+    Cause.BACKWARD: "the updates of a macro-step are dominated by noise or have no common direction: try larger "
+    "batches, a larger store_each_nth (an epoch), or a smaller learning rate",
+    Cause.LOSS: "candidates raise the loss of the closure: try a larger store_each_nth, or relaxation below 1",
+    Cause.STOPPED: "the training loss has risen on the whole: look at the training first",
+    Cause.CLOSURE: "the closure gives no loss in a trial: return the loss from it, or pass safeguard='residual'",
+    Cause.RANK: "the updates are constant or zero up to rounding: there is nothing to extrapolate",
+    Cause.COEFFICIENTS: "the columns of the history are nearly dependent: try a smaller history_depth or a larger "
+    "reg_acc",
+    Cause.NON_FINITE: "updates are not finite: look at the training first",
+    Cause.AVERAGING_OFF: "the updates oscillate too little for an average: pass average='always' to have it all the "
+    "same",
+    Cause.VOTE: "the ranks do not agree: see local_sgd",
+    Cause.LEARNING_RATE: "the learning rates of the parameter groups change by different factors, or by more than "
+    "fourfold at once: the history starts again each time",
+    Cause.PARAMETERS_CHANGED: "the parameters of the optimizer come and go: the history starts again each time",
+    Cause.AVERAGED: "the weights are averaged over the ranks before the history is long enough: try a smaller "
+    "frequency",
+    Cause.USER: "aadl.reset_history is called before the history is long enough",
+    Cause.RESIDUALS: "candidates raise the sum of squares: try a larger reg_acc, or a smaller frequency",
+    Cause.CHECK: "candidates fit the residuals and not those of check: hand over more residuals, or a larger reg_acc",
+    Cause.POINTS: "the residuals differ where the weights are the same: take points that stay (residuals=fn), "
     "call aadl.reset_history when the points change, and have no dropout in them",
-    "resumed": "the pairs of another rank or depth were loaded: the history starts again each time",
-    "moved": "the weights are written to between steps: the history starts again each time",
+    Cause.RESUMED: "the pairs of another rank or depth were loaded: the history starts again each time",
+    Cause.MOVED: "the weights are written to between steps: the history starts again each time",
 }
-"""By cause, as the counters name it."""
+"""What to do about each cause."""
 
 
-def main_cause(statistics: Mapping[str, Any]) -> str:
-    """The cause with the largest count among rejections, resets and changes from outside; "" where nothing counts."""
-    counts = {**statistics["resets"], **statistics["rejected"]} | {"moved": statistics.get("moved", 0)}
+def main_cause(statistics: Statistics) -> str:
+    """The cause with the largest count among rejections, resets and changes from outside; "" if all counts are zero."""
+    counts = {**statistics["resets"], **statistics["rejected"], Cause.MOVED.value: statistics.get("moved", 0)}
     cause = max(counts, key=lambda name: counts[name])
     return cause if counts[cause] else ""
 
 
-def warn_of_idleness(statistics: Mapping[str, Any]) -> None:
-    """One warning that names the cause and the cure; where warnings are errors, it must not end a step halfway."""
+def warn_of_idleness(statistics: Statistics) -> None:
+    """Warn once, and name the main cause and its cure. Where warnings are errors, this must not end a step halfway."""
     cause = main_cause(statistics)
     counts = f"{statistics['attempts']} attempts, rejected {statistics['rejected']}, resets {statistics['resets']}"
     with suppress(Warning):

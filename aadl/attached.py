@@ -1,4 +1,4 @@
-"""Accelerator: what is attached to an optimizer by hooks, whatever it does between the steps, and how it is found."""
+"""Accelerator: attached to an optimizer by hooks, saved with the optimizer's state, and found again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from aadl.hooks import StepHooks
 from aadl.parameters import trainable_parameters
 from aadl.settings import Settings
+from aadl.statistics import Statistics
 from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
 VERSION = 4
@@ -26,7 +27,7 @@ _accelerators: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Accelerator]] = 
 class Accelerator(ABC):
     """Base of the accelerators: hooks around the steps, and the state inside that of the optimizer.
 
-    A kind of acceleration says what happens before and after a step, what its state is, and how it starts.
+    Each kind of acceleration implements what happens before and after a step, its state, and its start.
 
     Attributes:
         settings: the validated arguments.
@@ -42,7 +43,7 @@ class Accelerator(ABC):
             raise ValueError(f"this {type(optimizer).__name__} has no parameter that requires a gradient")
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._loads_by_name = self._lacks_history = False
-        self._start_anew()
+        self._start_over()
         self._handles: list[Any] = []
         try:
             self._attach(target)
@@ -63,13 +64,13 @@ class Accelerator(ABC):
 
     @property
     @abstractmethod
-    def statistics(self) -> dict[str, Any]:
-        """Counters and last values, see `aadl.accelerate`. Reading them waits for the device."""
+    def statistics(self) -> Statistics:
+        """Counters and last values. Reading them waits for the device."""
 
     @property
     @abstractmethod
     def history_bytes(self) -> int:
-        """Bytes that the history takes on this rank, before the first step those that it will take."""
+        """Bytes of the history on this rank; before the first step the bytes that it will take."""
 
     def observe(self, residuals: Tensor) -> None:
         """Hand over the residuals of a least-squares loss at the present weights, see `ResidualAccelerator.observe`.
@@ -85,7 +86,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the history (after the map changed: new data, new loss, restored weights). Counters stay."""
+        """Forget the history, because the map changed: new data, a new loss, restored weights. Counters stay."""
 
     def remove(self) -> None:
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
@@ -110,7 +111,7 @@ class Accelerator(ABC):
         if not self._handles:
             return f"{name}(removed)"
         done = f"{self.statistics['accepted']} of {self.statistics['attempts']} accepted"
-        return f"{name}({kind}, {self.settings}, {self._num_columns} columns held, {done})"
+        return f"{name}({kind}, {self.settings}, {self.num_columns} columns held, {done})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TypeError(
@@ -121,32 +122,32 @@ class Accelerator(ABC):
     def __reduce__(self) -> NoReturn:
         raise TypeError("an accelerator cannot be pickled: save its state_dict() (optimizer.state_dict() carries it)")
 
-    # ---- what a kind of acceleration says --------------------------------------------------------------------------
+    # ---- what each kind of acceleration implements ---------------------------------------------------------------
 
     @property
     @abstractmethod
-    def _num_columns(self) -> int:
+    def num_columns(self) -> int:
         """Columns that the history holds."""
 
     @abstractmethod
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called before every step with its arguments."""
+        """Act before a step of the optimizer, whose arguments these are."""
 
     @abstractmethod
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called after every step with its arguments."""
+        """Act after a step of the optimizer, whose arguments these are."""
 
     @abstractmethod
-    def _start_anew(self) -> None:
+    def _start_over(self) -> None:
         """Be as an accelerator that has seen no step."""
 
     @abstractmethod
     def _checked(self, state: Any) -> dict[str, Any]:
-        """The books of a saved state, parsed; raises ValueError if it does not fit."""
+        """The plain values of a saved state; raises ValueError if it does not fit."""
 
     @abstractmethod
-    def _take_over(self, state: dict[str, Any], books: dict[str, Any]) -> None:
-        """Continue from a saved state and its checked books."""
+    def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Continue from a saved state and its checked plain values."""
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class Accelerator(ABC):
         return {key: value for key, value in state.items() if key != STATE_KEY}
 
     def _restore_state(self, optimizer: Optimizer) -> None:
-        """After a load: continue from the saved state; without one, see whose state this was.
+        """Continue from the saved state after a load; without one, find out whose state was loaded.
 
         torch.distributed.checkpoint.state_dict names the parameters and drops what it does not know. Its loads are
         changes from outside: the pairs of this process stay true. Any other state is that of a plain optimizer.
@@ -189,7 +190,7 @@ class Accelerator(ABC):
         elif self._loads_by_name:
             self._lacks_history = self._num_steps == 0
         else:
-            self._start_anew()
+            self._start_over()
 
     @property
     def _num_steps(self) -> int:
@@ -233,12 +234,12 @@ def find_accelerator(optimizer: Any) -> Accelerator | None:
 
 
 def warn_once(text: str) -> None:
-    """A warning that is shown once a process, unless filters say otherwise."""
+    """Warn; Python shows the warning once a process, unless filters say otherwise."""
     warnings.warn(text, stacklevel=3)
 
 
 def outline(state: Any) -> str:
-    """What a wrong state is, in a few words."""
+    """A short description of a wrong state."""
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
     return f"version {state.get('version')!r} with keys {list(state)}"

@@ -22,7 +22,7 @@ class Deferred:
         if numbers.device.type == "cuda":
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True, device="cpu")
             self._numbers = host.copy_(numbers.detach(), non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(numbers.device))
 
     def values(self) -> list[float]:
@@ -32,13 +32,18 @@ class Deferred:
         return self._numbers.view(-1).tolist()
 
     def value(self) -> float:
-        """The number, where it is a single one."""
+        """The number, if it is a single one."""
         (number,) = self.values()
         return float(number)
 
 
 def handed(numbers: Tensor, device: torch.device) -> Tensor:
-    """A few numbers of the host on a device; a copy from memory that is not pinned would wait for the device."""
+    """Copy a few numbers of the host to a device through pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return numbers.to(device)
     return numbers.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(numbers: Tensor) -> bool:
+    """Whether the host can read the numbers without waiting for a device."""
+    return numbers.device.type == "cpu"

@@ -86,7 +86,7 @@ class FlatRow:
             yield slice(start, min(start + piece, self.numel))
 
     def read(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (range of the row, its values); None stands for zeros. Values are valid until the next piece."""
+        """Yield (range of the row, values) in pieces; None stands for zeros. Values are valid until the next piece."""
         flat = self._flat(tensors)
         for span in self._spans:
             part = slice(span.start, span.stop)
@@ -104,13 +104,13 @@ class FlatRow:
 
     def views(self, row: Tensor) -> list[Tensor]:
         """The parts of a whole row that belong to the tensors, shaped like them in the order of the row."""
-        parts = row.split(self.whole_sizes)
+        parts = torch.split(row, self.whole_sizes)
         return [part.view(shape) for part, shape in zip(parts, self.ordered_shapes, strict=True)]
 
     def logical_views(self, rows: Tensor) -> list[Tensor]:
         """Parts of whole rows, shape (..., whole), shaped like the tensors themselves; complex ones as pairs."""
         lead = rows.shape[:-1]
-        parts = rows.split(self.whole_sizes, -1)
+        parts = torch.split(rows, self.whole_sizes, -1)
         result = []
         for part, shape, order in zip(parts, self.ordered_shapes, self.orders, strict=True):
             view = part.view((*lead, *shape))
@@ -121,7 +121,7 @@ class FlatRow:
         return result
 
     def write(self, views: Sequence[Tensor], tensors: Sequence[Tensor | None], non_blocking: bool = False) -> None:
-        """Copy `views` of a whole row into the tensors, in place; None is passed over."""
+        """Copy `views` of a whole row into the tensors, in place; None is left out."""
         ordered = self._seen(tensors).ordered
         pairs = [(target, view) for target, view in zip(ordered, views, strict=True) if target is not None]
         if pairs:
@@ -142,7 +142,7 @@ class FlatRow:
         return ordered.reshape(-1)[inside]
 
     def _seen(self, tensors: Sequence[Tensor | None]) -> _Views:
-        """Views of the tensors, kept for the list they came in: making them costs more than short vectors do."""
+        """Views of the tensors, cached for this list: making views costs more than the passes over short vectors."""
         places = [None if tensor is None else (tensor.data_ptr(), tensor.stride()) for tensor in tensors]
         known = self._views
         if known is not None and known.tensors is tensors and known.places == places:
@@ -167,7 +167,7 @@ class FlatRow:
 
 
 def _spans(sizes: Sequence[int], piece: int, cut: bool) -> list[_Span]:
-    """Cut the row: runs of small tensors together, large tensors into pieces or, without `cut`, alone."""
+    """Cut the row: small tensors are joined, large ones are cut into pieces or, without `cut`, stand alone."""
     spans: list[_Span] = []
     start, first, filled = 0, 0, 0
     for index, size in enumerate(sizes):
@@ -194,7 +194,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Dimensions by falling stride, or None where that is the order they have (the pair of a complex stays last)."""
+    """Dimensions by falling stride, or None if they are in this order (the pair of a complex number stays last)."""
     real = _real(tensor.detach())
     strides = real.stride()
     order = tuple(sorted(range(real.dim()), key=lambda d: -strides[d]))

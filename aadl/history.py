@@ -1,12 +1,8 @@
 """History of true pairs (x_j, g_j = G(x_j)) in difference form, and the two passes over memory that use it.
 
-Per block of tensors: ring rows DF, DG of shape (depth, numel) and three vectors, the iterate x the running
-macro-step starts from, and residual f and mapped iterate g of the newest stored pair. Storing writes one row of each
-ring, Df = f_new - f and Dg = g_new - g. Differences cancel no digits, are exactly zero for what does not move, and
-survive rounding to bfloat16.
-
-A block of kind "momentum" follows the parameters with the same coefficients; its residuals enter the inner products
-only when it has rows for them (state_coupling "full").
+The vectors lie in blocks (`aadl.block`), one for each kind, dtype and device. A block of kind "momentum" follows the
+parameters with the same coefficients; its residuals enter the inner products only when it has rows for them
+(state_coupling "full").
 
 On several ranks a block holds the part of the tensors that lies here: all of them (replicas), the local shards of
 DTensors, or a window of the flat row (sharded history). Inner products are sums over the ranks, each copy weighted by
@@ -21,107 +17,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aadl import kernels
+from aadl import compilation, kernels
+from aadl.block import Block, Tensors, push_block
 from aadl.deferred import handed
-from aadl.flat import FlatRow
-from aadl.memory import zeros
 from aadl.mixing import Gram, filled_products, host_tensor, needed_products
 from aadl.ranks import Ranks
 
-Tensors = Sequence[Tensor | None]
 KINDS = ("parameters", "momentum")
 ROTATED = 1 << 18
 """Elements of a row that are moved at a time."""
 
 
 @dataclass
-class Block:
-    """Rows of the tensors of one kind, dtype, device and number of copies."""
-
-    kind: str
-    """"parameters" or "momentum"."""
-    row: FlatRow
-    weight: float
-    """Of its products in a sum over the ranks that hold parts: one over the number of copies."""
-    fused: bool
-    delta_mapped: Tensor
-    delta_residual: Tensor | None
-    mapped: Tensor
-    residual: Tensor | None
-    own_start: Tensor
-    start: Tensor
-    """Where the running macro-step began: `own_start`, or `mapped` itself after a plain macro-step."""
-    measured: Tensor | None = None
-    """||f||^2, (eps ||g||)^2, ||s||^2 and <f, s> of the newest pair, where its push was asked for them. The jump s
-    leads from the last mapped iterate to the start of the pair; eps is that of the tensors."""
-    offloaded: bool = False
-    """Whether the rows live on the host and the tensors do not."""
-    _stage: Tensor | None = None
-    """Where the tensors of a device arrive on the host."""
-    _arrival: torch.cuda.Event | None = None
-    _fetched: bool = False
-
-    def __post_init__(self) -> None:
-        whole = not self.is_window
-        self.views = {
-            "own_start": self.row.views(self.own_start) if whole else [],
-            "mapped": self.row.views(self.mapped) if whole else [],
-        }
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is kept, by name."""
-        named = {
-            "delta_mapped": self.delta_mapped,
-            "delta_residual": self.delta_residual,
-            "mapped": self.mapped,
-            "residual": self.residual,
-            "start": self.own_start,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that is kept."""
-        stage = self.mapped.nbytes if self.offloaded else 0
-        return sum(tensor.nbytes for tensor in self.tensors.values()) + stage
-
-    @property
-    def is_window(self) -> bool:
-        return self.row.is_window
-
-    def forget_fetch(self) -> None:
-        """What was on its way to the host is of no use any more."""
-        self._fetched, self._arrival = False, None
-
-    def read(self, values: Tensors) -> Iterator[tuple[slice, Tensor]]:
-        """Pieces of the tensors, on the device of the rows."""
-        if not self.offloaded:
-            yield from self.row.read(values)
-            return
-        if not self._fetched:
-            self.fetch(values)
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        self._fetched = False
-        assert self._stage is not None
-        for part in self.row.ranges(kernels.HOST_PIECE):
-            yield part, self._stage[part]
-
-    def fetch(self, values: Tensors) -> None:
-        """Queue the copy of the tensors to the host; `read` waits for it."""
-        assert self._stage is not None
-        for part, value in self.row.read(values):
-            self._stage[part].copy_(value, non_blocking=True)
-        if self.row.device.type == "cuda":
-            self._arrival = torch.cuda.Event()
-            self._arrival.record(torch.cuda.current_stream(self.row.device))
-        self._fetched = True
-
-
-@dataclass
 class Column:
-    """What is known of one stored difference besides its vectors."""
+    """One stored difference, without its vectors."""
 
     macro_step: int
     consecutive: bool
@@ -155,7 +64,7 @@ class History:
     columns: list[Column] = field(default_factory=list)
     has_pair: bool = False
     next: int = 0
-    """The slot that is written next."""
+    """Slot that the next difference is written to."""
     grams: dict[str, list[list[float]]] = field(default_factory=dict)
     """Products of the rows by kind and slot, where they are not stale."""
     stale: list[int] = field(default_factory=list)
@@ -171,7 +80,7 @@ class History:
             block.start = block.own_start
 
     def starts_at(self, tensors: Sequence[Tensors]) -> bool:
-        """Whether the running macro-step starts at these values, compared one by one, on all ranks that hold parts."""
+        """Whether the running macro-step starts at exactly these values, on all ranks that hold parts."""
         if not self.has_pair:
             return False
         same = all(
@@ -181,7 +90,7 @@ class History:
         return same if not self.partial else not float(self.ranks.total(host_tensor(float(not same))))
 
     def continue_from_mapped(self) -> None:
-        """The next macro-step starts at the newest mapped iterate (no copy)."""
+        """Start the next macro-step at the newest mapped iterate (no copy)."""
         self.start_from(kept=False)
 
     def fetch(self, tensors: Sequence[Tensors]) -> None:
@@ -244,7 +153,7 @@ class History:
         self.stale = list(range(kept))
 
     def _start_apart(self) -> None:
-        """Keep the start of the running macro-step apart from the pair."""
+        """Copy the start of the running macro-step to its own row, so that the pair can go."""
         for block in self.blocks:
             if block.start is not block.own_start:
                 block.own_start.copy_(block.start)
@@ -253,11 +162,11 @@ class History:
     @property
     def fused(self) -> bool:
         """Whether compiled kernels are used."""
-        return any(block.fused for block in self.blocks) and not kernels.compilation_error()
+        return any(block.fused for block in self.blocks) and not compilation.failure()
 
     @property
     def replicas(self) -> bool:
-        """Whether other ranks hold the same vectors."""
+        """Whether other ranks hold the same whole vectors."""
         return self.ranks.size > 1 and not self.partial
 
     @property
@@ -279,16 +188,16 @@ class History:
         """Inner products by kind, unscaled, columns oldest first, see `gram_with`."""
         return self.gram_with([])[0]
 
-    def gram_with(self, words: list[float]) -> tuple[dict[str, Gram], list[float]]:
-        """Inner products by kind, and `words` of this rank, summed over the ranks where the products are (`sums`).
+    def gram_with(self, own: list[float]) -> tuple[dict[str, Gram], list[float]]:
+        """Inner products by kind, and the numbers `own`, summed over the ranks if the products are (`sums`).
 
         One read of DF, one transfer to the host, one sum over the ranks where they hold parts (or lie on devices). Only
-        products with columns stored since the last call are computed: with r of them among m the word has
-        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` a kind, and `words`.
+        products with columns stored since the last call are computed: with r of them among m columns the ranks exchange
+        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` for each kind, and `own`.
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
-        parts, words = self._fresh_products(count, words)
+        parts, own = self._fresh_products(count, own)
         for kind, (products, numbers) in parts.items():
             known = self.grams.setdefault(kind, [[0.0] * self.depth for _ in range(self.depth)])
             *fresh, last = products.tolist()  # Python is faster than tensor calls at this size
@@ -298,11 +207,11 @@ class History:
             matrix = host_tensor([[known[i][j] for j in order] for i in order]).view(count, count)
             result[kind] = Gram(matrix, host_tensor([last[i] for i in order]), last[-1], *numbers.tolist())
         self.stale = []
-        return result, words
+        return result, own
 
-    def _fresh_products(self, count: int, words: list[float]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[float]]:
+    def _fresh_products(self, count: int, own: list[float]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[float]]:
         """Per kind, on the host, summed over ranks: products of the stale columns and of f with all columns and f, and
-        what the push has measured besides ||f||^2. Then `words`, summed as well."""
+        what the push has measured besides ||f||^2; and the sums of `own`."""
         kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
         if self.partial:  # ranks without a tensor take part in the sum too
             kinds = list(KINDS)
@@ -318,30 +227,30 @@ class History:
             if block.measured is not None:
                 numbers[kinds.index(block.kind)].add_(block.measured[1:].to(device), alpha=weight)
         if not self.sums:
-            word = torch.cat([sums.flatten(1), numbers], 1).cpu()
-            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, word, strict=True)}
-            return rows, words
+            message = torch.cat([sums.flatten(1), numbers], 1).cpu()
+            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, message, strict=True)}
+            return rows, own
         needed = needed_products(tuple(self.stale), count)
         rows_there = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
-        word = torch.cat([rows_there.view(-1), handed(host_tensor(words), device)])
-        word = self.ranks.total(word).cpu()
-        rows_here = word[: rows_there.numel()].view(rows_there.shape)
+        message = torch.cat([rows_there.view(-1), handed(host_tensor(own), device)])
+        message = self.ranks.total(message).cpu()
+        rows_here = message[: rows_there.numel()].view(rows_there.shape)
         parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in rows_here]
-        return dict(zip(kinds, parts, strict=True)), word[rows_there.numel() :].tolist()
+        return dict(zip(kinds, parts, strict=True)), message[rows_there.numel() :].tolist()
 
     def measurements(self) -> Tensor:
         """`Block.measured` of the newest pair by kind, shape (kinds, 4), on the device; a sum over ranks with parts."""
         sums = self._own_measurements()
         return self.ranks.total(sums) if self.partial else sums
 
-    def measurements_with(self, words: list[float]) -> tuple[Tensor, Tensor]:
-        """The same, agreed upon by replicas as well, and `words` of this rank, summed over the ranks."""
+    def measurements_with(self, own: list[float]) -> tuple[Tensor, Tensor]:
+        """The measurements as a mean over replicas, and the numbers `own` of this rank summed over the ranks."""
         sums = self._own_measurements()
         if self.replicas:
             sums /= self.ranks.size
-        word = torch.cat([sums.view(-1), handed(host_tensor(words), sums.device)])
-        word = self.ranks.total(word)
-        return word[: sums.numel()].view(sums.shape), word[sums.numel() :]
+        message = torch.cat([sums.view(-1), handed(host_tensor(own), sums.device)])
+        message = self.ranks.total(message)
+        return message[: sums.numel()].view(sums.shape), message[sums.numel() :]
 
     def _own_measurements(self) -> Tensor:
         sums = torch.zeros(len(KINDS), 4, dtype=torch.float64, device=self._device())
@@ -398,10 +307,10 @@ class History:
         return self.ranks.total(advance) / (self.ranks.size if self.replicas else 1)
 
     def take(self, flag: Tensor | bool, tensors: Sequence[Tensors]) -> None:
-        """Where `flag` holds, put into the tensors what lies in the start (a candidate, or what a push kept).
+        """If `flag` holds, copy the start into the tensors (a candidate, or the iterate that a push kept).
 
         The tensors hold the newest mapped iterate and keep it where the flag does not hold; the next macro-step
-        starts at what they hold afterwards. A flag on a device decides there, without a word to the host.
+        starts at what they hold afterwards. A flag on a device decides there; the host does not wait.
         """
         if isinstance(flag, bool):
             if flag:
@@ -414,11 +323,11 @@ class History:
         self.start_from(kept=True)
 
     def put_back(self, flag: Tensor, tensors: Sequence[Tensors]) -> None:
-        """As `take` with a flag on a device, but what a push kept stays where it is; `start_from` has to follow."""
+        """Do what `take` does with a flag on a device, but leave the kept start; `start_from` has to follow."""
         self._write(list(self._chosen(flag)), tensors)
 
     def start_from(self, kept: bool) -> None:
-        """Have the next macro-step start at what lies in `own_start`, or at the newest mapped iterate (no copy)."""
+        """Start the next macro-step at the values in `own_start`, or at the newest mapped iterate (no copy)."""
         for block in self.blocks:
             block.start = block.own_start if kept else block.mapped
 
@@ -427,7 +336,7 @@ class History:
             yield torch.where(flag.to(block.mapped.device, non_blocking=True), block.own_start, block.mapped)
 
     def average(self, own: bool, ranks: Ranks, tensors: Sequence[Tensors]) -> None:
-        """Average over ranks whose weights differ: the newest mapped iterates into the tensors, and the candidates.
+        """Average the newest mapped iterates (into the tensors) and the candidates over ranks whose weights differ.
 
         Args:
             own: whether this rank has a candidate; without one its mapped iterate stands in.
@@ -454,102 +363,6 @@ class History:
         if row is block.own_start or row is block.mapped:
             return block.views["own_start" if row is block.own_start else "mapped"]
         return block.row.views(row)
-
-
-def make_block(
-    kind: str,
-    templates: Sequence[Tensor],
-    depth: int,
-    residuals: bool,
-    dtype: torch.dtype | None,
-    *,
-    part: tuple[int, int] = (0, 1),
-    weight: float = 1.0,
-    fused: bool = False,
-    device: torch.device | None = None,
-    planned: bool = False,
-) -> Block:
-    """Allocate the rows of one block: (1 or 2) depth numel + (2 or 3) numel elements, numel more if not on its device.
-
-    Args:
-        kind: "parameters" or "momentum".
-        templates: tensors of one dtype and device.
-        depth: rows of each ring.
-        residuals: whether residual differences are kept, i.e. whether the block enters the inner products.
-        dtype: of the ring rows; None for that of the tensors. The three vectors keep the tensors' dtype.
-        part: (index, count) of the window of the flat row to keep.
-        weight: see `Block`.
-        fused: whether kernels that torch.compile makes are used where the row is long enough for them.
-        device: of the rows; None for that of the tensors.
-        planned: whether to allocate nothing and leave the rows without values, for the sake of `Block.nbytes`.
-    """
-    place = templates[0].device if device is None else device
-    numel = sum(template.numel() for template in templates) // part[1]
-    compiled = fused and numel >= kernels.SHORTEST_ROW
-    row = FlatRow(templates, part, cut=not compiled and not planned)
-    offloaded = place.type != row.device.type
-    pinned = place.type == "cpu" and row.device.type == "cuda" and not planned
-    there = torch.device("meta") if planned else place
-
-    def vector() -> Tensor:
-        return zeros((row.numel,), row.dtype, there, pinned)
-
-    def ring() -> Tensor:
-        return zeros((depth, row.numel), dtype or row.dtype, there, pinned)
-
-    own_start = vector()
-    return Block(
-        kind,
-        row,
-        weight,
-        compiled,
-        delta_mapped=ring(),
-        delta_residual=ring() if residuals else None,
-        mapped=vector(),
-        residual=vector() if residuals else None,
-        own_start=own_start,
-        start=own_start,
-        offloaded=offloaded,
-        _stage=vector() if offloaded else None,
-    )
-
-
-def push_block(
-    block: Block,
-    values: Tensors,
-    slot: int | None,
-    ratio: float = 1.0,
-    keep_last: bool = False,
-    measure: str = "",
-    alone: bool = True,
-) -> None:
-    """Store the newest pair of one block, see `History.push`.
-
-    Args:
-        slot: row of the rings that takes the differences, None for the first pair.
-        alone: whether compiled kernels may measure, which round differently on ranks without a compiler.
-    """
-    from_mapped = block.start is block.mapped
-    delta_mapped = None if slot is None else block.delta_mapped[slot]
-    delta_residual = None if slot is None or block.delta_residual is None else block.delta_residual[slot]
-    total: Tensor | None = None
-    for part, value in block.read(values):
-        mapped = block.mapped[part]
-        start = mapped if from_mapped else block.start[part]
-        residual = None if block.residual is None else block.residual[part]
-        rows = None
-        if delta_mapped is not None:
-            rows = None if delta_residual is None else delta_residual[part], delta_mapped[part]
-        kept = start if keep_last and not from_mapped else block.own_start[part] if keep_last else None
-        origin = {"": None, "jump": mapped, "kept": block.own_start[part]}[measure]
-        numbers = None if origin is None or alone else kernels.measured(value, start, origin)
-        origin = origin if alone else None
-        made = kernels.store(value, start, residual, mapped, rows, ratio, kept, block.fused, origin)
-        numbers = made if numbers is None else numbers
-        total = numbers if total is None or numbers is None else total + numbers
-    if total is not None:
-        total[1] *= torch.finfo(block.row.dtype).eps ** 2
-    block.measured = total
 
 
 def _by_slot(coefficients: Tensor, slots: Sequence[int], depth: int) -> Tensor:

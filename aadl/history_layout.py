@@ -1,4 +1,4 @@
-"""Which tensors a history is made of, and where their parts lie."""
+"""Layout: the tensors that a history is made of, and the part of them that lies on this rank."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl import memory, state
-from aadl.history import Block, History, Tensors, make_block
+from aadl.block import Block, Tensors, make_block
+from aadl.history import History
 from aadl.parameters import grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
 from aadl.settings import Settings
-from aadl.watch import Look
+from aadl.watch import Snapshot
 
 
 class Layout:
@@ -25,7 +26,7 @@ class Layout:
         ranks: those whose sums make the inner products.
         partitioned: whether every rank holds other parameters.
         momentum: whether there are momentum buffers by now.
-        planned: whether to allocate nothing, for the sake of `nbytes`.
+        planned: whether to allocate nothing, so that only `nbytes` is asked.
 
     Raises:
         ValueError: `process_group` does not hold every shard of the parameters.
@@ -46,7 +47,7 @@ class Layout:
     ) -> None:
         self.parameters, self.identity, self.groups = parameters, identity_of(parameters), grouped(parameters)
         self._settings, self._partitioned, self._planned = settings, partitioned, planned
-        self._seen: tuple[Look, list[Tensors]] | None = None
+        self._seen: tuple[Snapshot, list[Tensors]] | None = None
         most = max(map(shards_of, parameters), default=1)
         if not partitioned and ranks.size % most:
             raise ValueError(
@@ -62,7 +63,7 @@ class Layout:
         return len(self.history.blocks) > len(self.groups)
 
     def add_momentum(self) -> None:
-        """Have rows for momentum buffers, from zero."""
+        """Allocate rows for momentum buffers, which start at zero."""
         if self._settings.state_coupling != "params":
             self.history.blocks += self._allocated("momentum")
             self._seen = None
@@ -73,15 +74,15 @@ class Layout:
         return sum(block.nbytes for block in self.history.blocks)
 
     def is_of(self, parameters: list[Tensor]) -> bool:
-        """Whether these are the parameters, in their shapes."""
+        """Whether the layout is that of these parameters, in these shapes."""
         return identity_of(parameters) == self.identity
 
-    def covers(self, look: Look) -> bool:
-        """Whether the trainable ones of the tensors looked at are the parameters (whatever their shapes)."""
+    def covers(self, look: Snapshot) -> bool:
+        """Whether the trainable tensors of a snapshot are the parameters of the layout (in any shapes)."""
         trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
         return len(trainable) == len(self.parameters) and all(map(operator.is_, trainable, self.parameters))
 
-    def tensors(self, optimizer: Optimizer, look: Look) -> list[Tensors]:
+    def tensors(self, optimizer: Optimizer, look: Snapshot) -> list[Tensors]:
         """Values of every block: the parameters, and their momentum buffers (None where there is none yet).
 
         The same lists as long as the same tensors lie in the same places, so that rows need not look again.
@@ -110,7 +111,7 @@ class Layout:
 
     @property
     def asks(self) -> bool:
-        """Whether ranks must ask each other if somebody wrote to a tensor, because each sees its own ones only.
+        """Whether ranks must ask each other if somebody wrote to a tensor, because each sees only its own tensors.
 
         Not about DTensors, which all ranks change together.
         """
@@ -121,7 +122,7 @@ class Layout:
         return state.rows_of(self.history, self.groups, self._settings.shard_history)
 
     def _allocated(self, *kinds: str) -> list[Block]:
-        """Blocks of these kinds, all or none of them."""
+        """Allocate blocks of these kinds, all or none of them."""
         settings = self._settings
         planned = [block for kind in kinds for block in self._blocks(kind, planned=True)]
         if self._planned:
@@ -137,7 +138,9 @@ class Layout:
         except (RuntimeError, MemoryError, OSError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        raise memory.refusal(need, settings)  # here, where no frame holds the rows that there was room for
+        raise memory.no_room(
+            need, settings
+        )  # outside of the except clause, so that no frame keeps the rows that were allocated
 
     def _blocks(self, kind: str, planned: bool = False) -> list[Block]:
         settings, ranks = self._settings, self.history.ranks

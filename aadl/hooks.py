@@ -49,7 +49,7 @@ class StepHooks:
             post_hooks.move_to_end(self._post.id, last=False)
 
     def remove(self) -> None:
-        """Detach."""
+        """Detach both hooks."""
         self._pre.remove()
         self._post.remove()
 
@@ -73,7 +73,7 @@ class StepHooks:
         self._after(optimizer, args, kwargs)
 
     def _move_behind(self, optimizer: Optimizer) -> None:
-        """Be the last of the pre-hooks again after others came or went; not while torch goes through them."""
+        """Move behind pre-hooks that others have registered since, unless torch iterates over them now."""
         movable = hasattr(self._pre_hooks, "move_to_end") and self._pre.id in self._pre_hooks
         if movable and not _is_inside_a_step(optimizer):
             self._pre_hooks.move_to_end(self._pre.id)
@@ -81,8 +81,8 @@ class StepHooks:
 
 
 def _uncompiled(hook: Before) -> Before:
-    """The hook, kept from the compiler where a compiled step calls it; elsewhere that would cost half a microsecond."""
-    disabled: Before = torch.compiler.disable(hook)
+    """Hide the hook from the compiler if a compiled step calls it; hiding it always would cost half a microsecond."""
+    disabled: Before = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     compiler = compiler_of_frames
     if compiler is None:
         return disabled
@@ -95,7 +95,7 @@ def _uncompiled(hook: Before) -> Before:
 
 
 def _is_inside_a_step(optimizer: Optimizer) -> bool:
-    """Whether the call of `step` whose hooks run now was made during another one of the same optimizer."""
+    """Whether the `step` whose hooks run now was called within another `step` of the same optimizer."""
     frame, calls = sys._getframe(), 0
     while frame is not None and calls < 2:
         calls += frame.f_code.co_filename == _WRAPPER and frame.f_locals.get("self") is optimizer

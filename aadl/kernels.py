@@ -10,16 +10,13 @@ as good as an orthogonal factorization (docs/method.md).
 from __future__ import annotations
 
 import threading
-import types
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from aadl.compilation import run_compiled
 from aadl.deferred import handed
 
 WIDE_PIECE = 16_384
@@ -70,7 +67,7 @@ def store(
         own_start = None if start is mapped else start
         known = None if origin is mapped else origin
         options = kept is not None, origin is not None
-        result = _run_compiled(_store, value, own_start, residual, mapped, *rows, known, *options)
+        result = run_compiled(_store, value, own_start, residual, mapped, *rows, known, *options)
         if result is not None:
             return None if origin is None else result
     numbers = None if origin is None else measured(value, start, origin)
@@ -204,12 +201,12 @@ def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
 
 
 def free_work_areas() -> None:
-    """Give back what `_scratch` keeps for this thread."""
+    """Free the work areas that `_scratch` keeps for this thread."""
     _local.__dict__.clear()
 
 
 def _fused_products(ring: Tensor, residual: Tensor, slots: Sequence[int]) -> Tensor | None:
-    """As `inner_products`, all rows of the ring. Each pass leaves out the rows whose products are known by symmetry."""
+    """`inner_products` over all rows of the ring; each pass leaves out rows whose products are known by symmetry."""
     depth = ring.shape[0]
     right = [depth, *slots]  # f first, numbered as if it were a row behind the others
     products = torch.zeros(len(right), depth + 1, dtype=torch.float64, device=ring.device)
@@ -237,13 +234,13 @@ def _pass(rows: list[Tensor], right: list[Tensor]) -> Tensor | None:
     sums, good to 1e-6: beyond what such rows resolve, and what a CPU can do at the speed of memory.
     """
     if not rows or rows[0].dtype != torch.bfloat16:
-        return _run_compiled(_products, rows, right)
+        return run_compiled(_products, rows, right)
     main = right[0].numel() // SUM_BLOCK * SUM_BLOCK
 
     def blocks(vector: Tensor) -> Tensor:
         return vector[:main].view(-1, SUM_BLOCK)
 
-    sums = _run_compiled(_block_products, list(map(blocks, rows)), list(map(blocks, right)))
+    sums = run_compiled(_block_products, list(map(blocks, rows)), list(map(blocks, right)))
     if sums is None or main == right[0].numel():
         return sums
     ends = torch.stack([row[main:].double() for row in rows]), torch.stack([v[main:].double() for v in right])
@@ -251,7 +248,7 @@ def _pass(rows: list[Tensor], right: list[Tensor]) -> Tensor | None:
 
 
 def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
-    """See `_pass`; an accumulator for every product."""
+    """The products of `_pass`, with an accumulator for each."""
     wide = [vector.double() for vector in right]
     sums = [(row.double() * vector).sum() for row in rows for vector in wide]
     square = (wide[0] * wide[0]).sum().expand(len(right))
@@ -259,7 +256,7 @@ def _products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _block_products(rows: list[Tensor], right: list[Tensor]) -> Tensor:
-    """See `_pass`; vectors as matrices with a block in each row."""
+    """The products of `_pass`; the vectors are matrices with a block in each row."""
     wide = [vector.float() for vector in right]
     sums = [(row.float() * vector).sum(1).double().sum() for row in rows for vector in wide]
     square = (wide[0] * wide[0]).sum(1).double().sum().expand(len(right))
@@ -298,7 +295,7 @@ def combine(
         if residual is not None:
             factor = handed(torch.tensor(residual[1], dtype=out.dtype, device="cpu"), out.device)
         update = None if along is None else (along[0], along[1], handed(along[2].to(out.dtype), out.device))
-        result = _run_compiled(_combination, out, base, rings, numbers, vector, factor, update)
+        result = run_compiled(_combination, out, base, rings, numbers, vector, factor, update)
         if result is not None:
             return result if along is not None else None
     used = [(ring, number[: _length(given)]) for (ring, given), number in zip(terms, numbers, strict=True)]
@@ -306,7 +303,7 @@ def combine(
 
 
 def _length(coefficients: Tensor) -> int:
-    """Up to the last coefficient that is not zero, and one at least."""
+    """Number of coefficients up to the last one that is not zero, at least 1."""
     nonzero = coefficients.nonzero()
     return int(nonzero[-1]) + 1 if len(nonzero) else 1
 
@@ -351,7 +348,7 @@ def _combination(
     factor: Tensor | None,
     update: tuple[Tensor, list[Tensor], Tensor] | None,
 ) -> Tensor:
-    """One loop over memory."""
+    """`combine` as one loop over memory, for torch.compile."""
     correction = torch.zeros_like(base) if vector is None or factor is None else factor * vector
     for ring, coefficients in zip(rings, numbers, strict=True):
         for row, number in zip(ring.unbind(0), coefficients.unbind(0), strict=True):
@@ -363,55 +360,3 @@ def _combination(
     for row, number in zip(rows, mean.unbind(0), strict=True):
         direction = direction - number * row.to(base.dtype)
     return -(correction.double() * direction.double()).sum()
-
-
-# ---- compilation ---------------------------------------------------------------------------------------------------
-
-
-_broken: list[str] = []
-"""Why the compiled kernels do not work here, once that is known."""
-_made: set[tuple[Any, ...]] = set()
-"""Variants that were compiled: one per kernel, number of rows and right sides, type of the rows, and option."""
-
-
-def compilation_error() -> str:
-    """Why compiled kernels were given up in this process; "" while they were not."""
-    return _broken[0] if _broken else ""
-
-
-@cache
-def _compiled(function: Callable[..., Tensor], variant: tuple[Any, ...]) -> Callable[..., Tensor]:
-    """A compiled copy of the function for one variant: torch counts recompilations, and gives up, by code object."""
-    del variant
-    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, dynamic=True)
-
-
-def _run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
-    """The result of the compiled function, or None where it cannot be compiled."""
-    # with compilation switched off or a dispatch mode on, torch would run the function as it is written, row by row
-    if _broken or torch._dynamo.config.disable or torch._C._len_torch_dispatch_stack():
-        return None
-    variant = function, *map(_kind_of, arguments)
-    try:
-        if variant in _made:
-            return _compiled(function, variant)(*arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what compilers say of themselves
-            result = _compiled(function, variant)(*arguments)
-        _made.add(variant)
-        return result
-    except Exception as error:  # whatever compilers, headers and caches can do to us; the plain kernels always work
-        _broken.append(f"{type(error).__name__}: {error}".splitlines()[0][:300])
-    with suppress(Warning):  # where warnings are errors, a notice must not end a step halfway
-        warnings.warn(f"aadl goes on with uncompiled kernels, torch.compile failed: {_broken[0]}", stacklevel=2)
-    return None
-
-
-def _kind_of(argument: Any) -> Any:
-    """What makes torch compile another variant."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.device.type, argument.dim()
-    if isinstance(argument, list | tuple):
-        return tuple(map(_kind_of, argument))
-    return argument

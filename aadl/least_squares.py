@@ -22,7 +22,7 @@ LARGEST_DAMPING = 1e3
 GOOD, BAD = 0.75, 0.25
 """Gain ratios above and below which the damping falls and rises."""
 NOISE = 16
-"""Units of rounding of r below which a column is nothing but that."""
+"""Length of a column, in units of rounding of r, below which the column is nothing but rounding."""
 CUTOFF = 1e-14
 """Smallest eigenvalue of the products of unit columns, relative to the largest, that is not rounding of float64."""
 
@@ -57,9 +57,9 @@ def solve(gram: Gram, damping: float, rounding: float) -> Solution:
 
 
 def gain_ratio(before: float, predicted: float, after: float) -> float:
-    """(||r_k||^2 - ||r+||^2) / (||r_k||^2 - ||r_k - E gamma||^2): what a candidate gained of what was promised."""
-    promised = before - predicted
-    return (before - after) / promised if promised > 0 else 0.0
+    """(||r_k||^2 - ||r+||^2) / (||r_k||^2 - ||r_k - E gamma||^2): gained over predicted decrease."""
+    decrease = before - predicted
+    return (before - after) / decrease if decrease > 0 else 0.0
 
 
 def next_damping(damping: float, ratio: float, accepted: bool, floor: float) -> float:

@@ -1,4 +1,4 @@
-"""Where the rows of a history come from, and the one sentence about a history that there is no room for."""
+"""Memory for the rows of a history, and the error that is raised if there is no room for it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP
 
 
 class Need(NamedTuple):
-    """What a history needs on this rank."""
+    """Memory that a history needs on this rank."""
 
     nbytes: dict[torch.device, int]
     elements: dict[str, int]
-    """Of a vector, by kind."""
+    """Elements of one vector, by kind."""
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinned: bool = False) -> Tensor:
-    """A tensor of zeros; a large one on the host takes its memory when it is written to.
+    """A tensor of zeros; a large one on the host takes memory only when it is written to.
 
-    torch.zeros writes its zeros, which for rows of 1e8 elements takes seconds of the first step, also for rows that a
-    short training never fills.
+    torch.zeros writes its zeros at once. For rows of 1e8 elements that takes seconds of the first step, even for rows
+    that a short training never fills.
     """
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if device.type != "cpu" or pinned or nbytes < MAPPED_FROM:
@@ -39,10 +39,10 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pinn
 
 
 def check_room(need: Need, settings: Settings) -> None:
-    """Refuse a history that cannot fit, before any of it is allocated.
+    """Raise an error for a history that cannot fit, before any of it is allocated.
 
-    Of a CUDA device its free memory is known. Of the host only its size is: what other processes take, and limits of a
-    container or a batch system, are not.
+    The free memory of a CUDA device is known. Of the host only the size is known, not what other processes take, nor
+    the limits of a container or a batch system.
 
     Raises:
         torch.OutOfMemoryError: naming the bytes and what makes them fewer.
@@ -50,10 +50,10 @@ def check_room(need: Need, settings: Settings) -> None:
     for device, count in need.nbytes.items():
         room = _room(device)
         if room is not None and count > room:
-            raise refusal(need, settings, device)
+            raise no_room(need, settings, device)
 
 
-def refusal(need: Need, settings: Settings, device: torch.device | None = None) -> torch.OutOfMemoryError:
+def no_room(need: Need, settings: Settings, device: torch.device | None = None) -> torch.OutOfMemoryError:
     """The error about a history that cannot be allocated (on `device`, or on the one that needs most)."""
     device = device or max(need.nbytes, key=need.nbytes.__getitem__)
     room = _room(device)
@@ -66,7 +66,7 @@ def refusal(need: Need, settings: Settings, device: torch.device | None = None) 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed because there is no room; the host's allocators have no error type of their own."""
+    """Whether an allocation failed for lack of room. (The host's allocators have no error type of their own.)"""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error)
 
 
@@ -83,7 +83,7 @@ def agree(ranks: Ranks, error: torch.OutOfMemoryError | None) -> None:
 
 
 def size(count: int) -> str:
-    """Bytes as a person writes them, with three digits."""
+    """Bytes with three digits and a unit, as 1.23 GB."""
     number, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB", "EB"]
     while number >= 999.5 and len(units) > 1:
         number /= 1e3
@@ -92,7 +92,7 @@ def size(count: int) -> str:
 
 
 def _room(device: torch.device) -> int | None:
-    """Bytes that a history can have at most; None where that is not known."""
+    """Most bytes that a history can have; None if that is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -102,7 +102,7 @@ def _room(device: torch.device) -> int | None:
 
 
 def _cures(need: Need, settings: Settings, device: torch.device) -> str:
-    """Arguments that make the history smaller or put it elsewhere, as far as they are not in use."""
+    """Arguments that make the history smaller or put it elsewhere, without those that are in use already."""
     cures = [f"history_depth={settings.history_depth // 2}"] if settings.history_depth > 1 else []
     cures += ["history_dtype=torch.bfloat16"] if settings.history_dtype != torch.bfloat16 else []
     cures += ["state_coupling='combine'"] if "momentum" in need.elements and settings.state_coupling == "full" else []

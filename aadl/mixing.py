@@ -87,13 +87,12 @@ def packed(gram: Gram, others: list[float]) -> Tensor:
     return torch.cat([gram.matrix[upper], gram.projection, host_tensor([*gram[2:], *others])])
 
 
-def unpacked(word: Tensor, columns: int) -> tuple[Gram, list[float]]:
-    """What `packed` packed."""
+def unpacked(message: Tensor, columns: int) -> tuple[Gram, list[float]]:
+    """The Gram record and the other numbers that `packed` joined."""
     matrix = torch.zeros(columns, columns, dtype=torch.float64, device="cpu")
     upper = torch.ones(columns, columns, dtype=torch.bool, device="cpu").triu()
-    products, projection, numbers = word.split(
-        [columns * (columns + 1) // 2, columns, word.numel() - columns * (columns + 3) // 2]
-    )
+    lengths = [columns * (columns + 1) // 2, columns, message.numel() - columns * (columns + 3) // 2]
+    products, projection, numbers = torch.split(message, lengths)
     matrix[upper] = products
     values = numbers.tolist()
     return Gram(matrix + matrix.triu(1).T, projection, *values[:4]), values[4:]
@@ -109,7 +108,7 @@ def needed_products(stale: tuple[int, ...], count: int) -> Tensor:
 
 
 def filled_products(part: Tensor, needed: Tensor, shape: tuple[int, int], stale: Sequence[int]) -> Tensor:
-    """The products again, with what symmetry tells."""
+    """All products, those known by symmetry filled in."""
     products = torch.zeros(shape, dtype=torch.float64, device="cpu")
     products.view(-1)[needed] = part
     for i, slot in enumerate(stale):

@@ -1,4 +1,4 @@
-"""How many steps lie between two accelerations by residuals, and whether momentum survives them."""
+"""The period of nonlinear GMRES: steps between two accelerations, and whether momentum survives an acceleration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Pace:
         self.before = square
 
     def note_jump(self, jump: float) -> None:
-        """Take note of the mean square on new points over that on the old ones, at about the same weights; 0: none."""
+        """Adapt to the mean square on new points over that on the old ones, at about the same weights; 0: no change."""
         if not self.adapts or jump == 0:
             return
         if jump > JUMP:
@@ -65,7 +65,7 @@ class Pace:
             self.period = max(self.period // 2, self.usual)
 
     def go_on(self, step: int) -> None:
-        """An acceleration is due at this step; the next one a period later."""
+        """Note that an acceleration was made at this step; the next one is due a period later."""
         self.due = step + self.period
 
     @property
@@ -75,13 +75,13 @@ class Pace:
 
 
 def is_normalized(optimizer: object) -> bool:
-    """Whether the steps of an optimizer are as long whatever its momentum buffer holds."""
+    """Whether the length of an optimizer's steps does not depend on its momentum buffer."""
     name = type(optimizer).__name__.lower()
     return any(part in name for part in NORMALIZED)
 
 
-def lets_go_of_momentum(setting: str, pace: Pace, optimizer: object) -> bool:
-    """Whether momentum buffers are cleared where a candidate is accepted.
+def clears_momentum(setting: str, pace: Pace, optimizer: object) -> bool:
+    """Whether momentum buffers are cleared when a candidate is accepted.
 
     Args:
         setting: "keep", "zero" or "auto": "zero" while accelerations are frequent, unless the optimizer normalizes.

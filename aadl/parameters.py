@@ -1,9 +1,8 @@
-"""What of an optimizer is extrapolated, and what its steps tell."""
+"""Parameters and momentum buffers of an optimizer, and the closures given to its steps."""
 
 from __future__ import annotations
 
 import functools
-import numbers
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,10 +21,12 @@ MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 
 
 NO_STATE: Mapping[str, Any] = {}
+_TENSOR: Any = Tensor
+_PLAIN_DISPATCH = _TENSOR.__torch_dispatch__
 
 
 def all_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """The tensors of the groups, in their order; what else lies there (names, None) is passed over."""
+    """The tensors of the groups in their order; other entries (names, None) are left out."""
     return [p for group in optimizer.param_groups for p in group.get("params", ()) if isinstance(p, Tensor)]
 
 
@@ -37,14 +38,14 @@ def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
     """
     parameters = [p for p in all_parameters(optimizer) if p.requires_grad]
     for p in parameters:
-        reason = "" if type(p) in PLAIN and p.dtype in DTYPES and p.layout == torch.strided else _refusal(p)
+        reason = "" if type(p) in PLAIN and p.dtype in DTYPES and p.layout == torch.strided else _obstacle(p)
         if reason or p.device.type == "meta" or getattr(p, "_fsdp_flattened", False):
-            raise ValueError(reason or _refusal(p))
+            raise ValueError(reason or _obstacle(p))
         shards_of(p)
     return parameters
 
 
-def _refusal(p: Tensor) -> str:
+def _obstacle(p: Tensor) -> str:
     """Why a parameter cannot be extrapolated; "" if it can."""
     if torch.nn.parameter.is_lazy(p):
         return f"a parameter is an {type(p).__name__} without a shape: run the model once, then make the optimizer"
@@ -61,7 +62,8 @@ def _refusal(p: Tensor) -> str:
         )
     if p.layout != torch.strided or p.device.type == "meta":
         return f"{name} is {p.layout} on {p.device}: only dense ones work"
-    if not is_sharded(p) and type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+    kind: Any = type(p)
+    if not is_sharded(p) and kind.__torch_dispatch__ is not _PLAIN_DISPATCH:
         return (
             f"{name} is a {type(p).__name__}, which keeps its numbers elsewhere (as a quantized one does): only plain "
             f"tensors and DTensors can be extrapolated"
@@ -70,7 +72,7 @@ def _refusal(p: Tensor) -> str:
 
 
 def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:
-    """What the optimizer keeps for a parameter; empty where it keeps nothing, or no dictionary."""
+    """State of the optimizer for a parameter; empty if there is none, or it is no dictionary."""
     state = optimizer.state.get(p)
     return state if isinstance(state, Mapping) else NO_STATE
 
@@ -78,7 +80,7 @@ def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:
 def momentum_of(state: Any, p: Tensor) -> Tensor | None:
     """The first moment among the state of a parameter, if it can be extrapolated with it.
 
-    None for one in another shape, type or place (factored, quantized, bfloat16, on the host): such a one is left alone.
+    None for a buffer of another shape, dtype or place (factored, quantized, bfloat16, on the host).
     """
     for key in MOMENTUM_KEYS:
         buffer = state.get(key) if isinstance(state, Mapping) else None
@@ -147,44 +149,8 @@ def belongs_to_a_loop(closure: Any) -> bool:
     return False
 
 
-class Rates:
-    """Learning rates as numbers; a rate on a device is fetched again only after somebody wrote to it."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, int, float]] = {}
-
-    def of(self, groups: Sequence[dict[str, Any]]) -> list[float]:
-        """One rate for every group: 1 where the optimizer has none to read (no "lr", or None: it finds its own)."""
-        rates = [group.get("lr") for group in groups]
-        return [self._number(i, rate) if is_rate(rate) else 1.0 for i, rate in enumerate(rates)]
-
-    def _number(self, place: int, rate: Any) -> float:
-        if not isinstance(rate, Tensor):
-            return float(rate)
-        if rate.device.type == "cpu":
-            return float(rate.detach())
-        tensor, version, number = self._known.get(place, (None, -1, 0.0))
-        if tensor is not rate or version != rate._version:
-            number = float(rate.detach())
-            self._known[place] = rate, rate._version, number
-        return number
-
-
-def is_rate(rate: Any) -> bool:
-    """Whether this is one number."""
-    return type(rate) is float or isinstance(rate, numbers.Real) or (isinstance(rate, Tensor) and rate.numel() == 1)
-
-
 def maximizes(optimizer: Optimizer) -> bool:
     return all(group.get("maximize", False) for group in optimizer.param_groups)
-
-
-def is_dry_step(optimizer: Optimizer) -> bool:
-    """Whether the step was a dry one (distributed checkpoints make such steps to create state)."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    if any(not is_rate(rate) or (isinstance(rate, Tensor) and rate.is_cuda) for rate in rates):
-        return False
-    return bool(rates) and all(rate == 0 for rate in rates)
 
 
 def forget_curvature(optimizer: Optimizer, pairs: bool = True) -> None:

@@ -29,7 +29,7 @@ SKETCH = "every element enters the inner products, in one pass over memory"
 
 
 def translated(positional: tuple[Any, ...], named: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with what the published package takes after `average`; one warning names all that has no effect.
+    """Add the published package's arguments after `average` to `settings`; warn once of all that have no effect.
 
     Args:
         positional: safeguard (True or False), or history_device and those that follow it.
@@ -52,7 +52,7 @@ def translated(positional: tuple[Any, ...], named: dict[str, Any], settings: dic
 
 
 def _warn_of(named: dict[str, Any]) -> None:
-    """Warn of the arguments that ask for something else than what happens."""
+    """Warn of arguments that ask for something that does not happen here."""
     whole = named.get("sketch_fraction", 1) == 1
     ignored = []
     for name, value in named.items():

@@ -1,4 +1,4 @@
-"""Which ranks share a run, what part of the vectors each holds, and the few words they exchange."""
+"""Ranks that decide together: their sums, and the part of the vectors that each of them holds."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Ranks:
     def index(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def total(self, word: Tensor) -> Tensor:
-        """Sum over the ranks, in place where the backend can; the same bits on every rank."""
+    def total(self, message: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place if the backend can; every rank gets the same bits."""
         if self.size == 1:
-            return word
-        there = word.to(self._device(word))
+            return message
+        there = message.to(self._device(message))
         dist.all_reduce(there, group=self.group)
-        return there.to(word.device)
+        return there.to(message.device)
 
     def gathered(self, part: Tensor, length: int) -> Tensor:
-        """Parts of at most `length` elements, laid end to end; shape (size * length,)."""
+        """Parts of at most `length` elements from all ranks, laid end to end; shape (size * length,)."""
         if self.size == 1:
             return part
         device = self._device(part)
@@ -53,15 +53,15 @@ class Ranks:
         gather(whole, own, group=self.group)
         return whole
 
-    def _device(self, word: Tensor) -> torch.device:
-        """Where the backend takes tensors: NCCL needs CUDA ones."""
-        if word.device.type == "cpu" and dist.get_backend(self.group) == "nccl":
+    def _device(self, message: Tensor) -> torch.device:
+        """The device on which the backend takes tensors: NCCL needs CUDA tensors."""
+        if message.device.type == "cpu" and dist.get_backend(self.group) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
-        return word.device
+        return message.device
 
 
 def ranks_of(process_group: Any) -> Ranks:
-    """`process_group`, or all ranks of torch.distributed where that is initialized."""
+    """The ranks of `process_group`, or if it is None all ranks of torch.distributed, if any."""
     if process_group is None and dist.is_available() and dist.is_initialized():
         process_group = dist.group.WORLD
     return Ranks(process_group)
@@ -78,7 +78,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def shards_of(tensor: Tensor) -> int:
-    """Into how many parts a tensor is cut: 1 for plain and for replicated ones."""
+    """Number of parts into which a tensor is cut: 1 for plain and for replicated tensors."""
     if not is_sharded(tensor):
         return 1
     count, mesh = 1, tensor.device_mesh  # type: ignore[attr-defined]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from aadl import kernels, memory
+from aadl.block import Block, Tensors, make_block, push_block
 from aadl.deferred import handed
-from aadl.history import Block, Tensors, make_block, push_block
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import grouped
 from aadl.ranks import Ranks, like, local
@@ -27,8 +27,8 @@ from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
 
 
-class Look(NamedTuple):
-    """What the ranks know together when an acceleration is due."""
+class Products(NamedTuple):
+    """Products of the columns, which the ranks know together when an acceleration is due."""
 
     gram: Gram
     """DR' DR, DR' r_k and ||r_k||^2, over the columns that every rank has, oldest first."""
@@ -138,7 +138,7 @@ class ResidualHistory:
             self._stale = []
 
     def align(self) -> None:
-        """Start again on all ranks, whose pairs have different slots."""
+        """Start again with slot 0, because the pairs of the ranks have different slots."""
         self.void()
         self.pushed = 0
 
@@ -149,7 +149,7 @@ class ResidualHistory:
         self.void()
 
     def compare(self, residuals: Tensor) -> None:
-        """Note by how much residuals differ from the newest ones, which were seen at the same weights."""
+        """Note the difference of residuals from the newest ones, which were seen at the same weights."""
         block = self.residuals
         if not self.has_pair or block is None or block.row.numel != residuals.numel():
             self.void()
@@ -167,7 +167,7 @@ class ResidualHistory:
 
     # ---- products --------------------------------------------------------------------------------------------------
 
-    def look(self) -> Look:
+    def products(self) -> Products:
         """Products of the columns, summed over the ranks; the host waits for the device.
 
         Columns stored since the last call are multiplied with all others, in one pass. Of several ranks each adds
@@ -196,50 +196,51 @@ class ResidualHistory:
         projection[:filled] = last[:filled]
         old, new = (doubt.new_zeros(()) if number is None else number for number in self._changes())
         square = torch.stack([last[-1], doubt, old, new])
-        word = torch.cat([self._matrix.take(upper), projection, square, handed(known, device)])
-        values = self.ranks.total(word).cpu()
+        message = torch.cat([self._matrix.take(upper), projection, square, handed(known, device)])
+        values = self.ranks.total(message).cpu()
         self.doubt = None
         return self._read(values)
 
-    def _look_here(self, last: Tensor) -> Look:
-        """What a process on its own knows; everything is on the host."""
+    def _look_here(self, last: Tensor) -> Products:
+        """The products of a process on its own, everything on the host."""
         assert self.residuals is not None
         slots, doubt, self.doubt = self._slots(self.valid), self.doubt, None
         gram = Gram(self._matrix[slots][:, slots], last[slots], float(last[-1]))
         old, new = (0.0 if number is None else float(number) for number in self._changes())
         doubtful = 0.0 if doubt is None else float(doubt)
         jump = new / old if old > 0 else 0.0
-        return Look(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
+        return Products(gram, slots, doubtful, doubt is not None, jump, self.residuals.row.numel)
 
     def _changes(self) -> tuple[Tensor | None, Tensor | None]:
-        """Mean squares before and after a change of points that the next pairs have followed, once each."""
+        """Mean squares before and after the last change of points, once the next pair is stored; each change once."""
         if self._new is None:
             return None, None
         changes, self._old, self._new = (self._old, self._new), None, None
         return changes
 
     def _slots(self, valid: Sequence[bool]) -> list[int]:
-        """Slots that can be used, the one of the oldest column first."""
+        """Usable slots, oldest column first."""
         newest = [(self.pushed - 1 - age) % self.depth for age in range(self.depth)]
         return [slot for slot in reversed(newest) if valid[slot]]
 
-    def _read(self, word: Tensor) -> Look:
+    def _read(self, message: Tensor) -> Products:
+        """The products, from the sum over the ranks."""
         depth = self.depth
         count = depth * (depth + 1) // 2
-        numbers = word[count:].tolist()
+        numbers = message[count:].tolist()
         doubt, old, new = numbers[depth + 1 : depth + 4]
         *valid, compared = [round(v * 1e6) >= 1e6 for v in numbers[depth + 4 : 2 * depth + 5]]
         mean, mean_square, num_residuals = numbers[2 * depth + 5 :]
         aligned = mean_square - mean**2 < 0.5 / self.ranks.size  # the variance of unequal counts is larger
         slots = self._slots(valid)
         matrix = torch.zeros(depth * depth, dtype=torch.float64, device="cpu")
-        matrix[_upper(depth, torch.device("cpu"))] = word[:count]
+        matrix[_upper(depth, torch.device("cpu"))] = message[:count]
         matrix = matrix.view(depth, depth)
         matrix = (matrix + matrix.triu(1).T)[slots][:, slots]
         projection = host_tensor([numbers[slot] for slot in slots])
         jump = new / old if old > 0 else 0.0
         gram = Gram(matrix, projection, numbers[depth])
-        return Look(gram, slots, doubt, compared, jump, round(num_residuals), aligned)
+        return Products(gram, slots, doubt, compared, jump, round(num_residuals), aligned)
 
     # ---- candidates ------------------------------------------------------------------------------------------------
 
@@ -287,8 +288,8 @@ class ResidualHistory:
             rows |= {f"residuals.{name}": block.tensors[name] for name in ("delta_mapped", "mapped")}
         return rows
 
-    def books(self) -> dict[str, Any]:
-        """What is known besides the vectors, as plain values."""
+    def plain_state(self) -> dict[str, Any]:
+        """Everything besides the vectors, as plain values for a checkpoint."""
         return {
             "rank": [self.ranks.index, self.ranks.size],
             "pushed": self.pushed,
@@ -299,13 +300,13 @@ class ResidualHistory:
             "numbers": [None if number is None else float(number) for number in (self.doubt, self._old, self._new)],
         }
 
-    def fits(self, books: dict[str, Any], rows: dict[str, Tensor]) -> bool:
-        """Whether saved pairs can be taken over here: all of their rows are there, of this depth and of this rank.
+    def fits(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> bool:
+        """Whether saved pairs fit here: the state has all of their rows, and is of this depth and this rank.
 
         Raises:
             ValueError: they belong to parameters of other shapes.
         """
-        if len(books["valid"]) != self.depth or books["rank"] != [self.ranks.index, self.ranks.size]:
+        if len(saved["valid"]) != self.depth or saved["rank"] != [self.ranks.index, self.ranks.size]:
             return False
         wanted = self.rows()
         if not wanted.keys() <= rows.keys() or "residuals.mapped" not in rows:
@@ -313,22 +314,22 @@ class ResidualHistory:
         check_rows({name: rows[name] for name in wanted}, wanted)
         return True
 
-    def load(self, books: dict[str, Any], rows: dict[str, Tensor]) -> None:
+    def load(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> None:
         """Continue with saved pairs that fit."""
         residuals = rows["residuals.mapped"]
         device = residuals.device if self.locals[0].device.type == "cpu" else self.locals[0].device
         self._make_room(residuals.to(device))
         load_rows(rows, self.rows())
-        self.pushed, self.has_pair = int(books["pushed"]), bool(books["has_pair"])
-        self.valid, self._stale = list(map(bool, books["valid"])), list(map(int, books["stale"]))
-        self._matrix.copy_(host_tensor(books["matrix"]))
+        self.pushed, self.has_pair = int(saved["pushed"]), bool(saved["has_pair"])
+        self.valid, self._stale = list(map(bool, saved["valid"])), list(map(int, saved["stale"]))
+        self._matrix.copy_(host_tensor(saved["matrix"]))
         self.doubt, self._old, self._new = (
             None if number is None else torch.tensor(number, dtype=torch.float64, device=device)
-            for number in books["numbers"]
+            for number in saved["numbers"]
         )
 
     def _make_room(self, residuals: Tensor) -> Block:
-        """Have rows for residuals like these, shape (M,)."""
+        """Allocate rows for residuals like these, shape (M,)."""
         self.residuals = block = self._allocated("residuals", [[residuals]])[0]
         self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64, device=residuals.device)
         return block
@@ -357,7 +358,7 @@ class ResidualHistory:
         except (RuntimeError, MemoryError, OSError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-        raise memory.refusal(need, settings)
+        raise memory.no_room(need, settings)
 
 
 def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:
@@ -404,7 +405,7 @@ def _mean_square(residuals: Tensor) -> Tensor:
     return torch.dot(wide, wide) / max(1, wide.numel())
 
 
-def is_finite(look: Look) -> bool:
+def is_finite(products: Products) -> bool:
     """Whether all products are finite."""
-    gram = look.gram
+    gram = products.gram
     return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))

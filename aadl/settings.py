@@ -7,15 +7,20 @@ import numbers
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-TYPES = ("anderson", "anderson_normal_equation", "identity", "nonlinear_gmres")
+AccelerationType = Literal["anderson", "anderson_normal_equation", "identity", "nonlinear_gmres"]
+Average = Literal["auto", "always"]
+Safeguard = Literal["loss", "residual"]
+StateCoupling = Literal["params", "combine", "full"]
+Momentum = Literal["auto", "keep", "zero"]
+
+TYPES = get_args(AccelerationType)
 DEFAULTS = {"history_depth": 10, "store_each_nth": 10, "frequency": 20, "regularization": 1e-8}
 RESIDUAL_DEFAULTS = {"history_depth": 20, "store_each_nth": 1, "frequency": 10, "regularization": 0.1}
 """Of 'nonlinear_gmres'."""
-MOMENTUM = ("auto", "keep", "zero")
 ONLY_WITH_RESIDUALS: dict[str, tuple[tuple[Any, ...], str]] = {
     "relaxation": ((1,), "1"),
     "average": ((None, False), "False"),
@@ -25,10 +30,7 @@ ONLY_WITH_RESIDUALS: dict[str, tuple[tuple[Any, ...], str]] = {
     "history_device": ((None,), "None"),
     "local_sgd": ((False,), "False"),
 }
-"""Arguments of which 'nonlinear_gmres' takes one value only, in numbers and in words."""
-AVERAGES = (False, True, "auto", "always")
-SAFEGUARDS = (True, False, "loss", "residual")
-COUPLINGS = ("params", "combine", "full")
+"""Arguments of which 'nonlinear_gmres' takes one value only: the values, and how an error names them."""
 HISTORY_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -40,46 +42,46 @@ class Settings:
         ValueError: naming the argument, its value and its range.
     """
 
-    acceleration_type: str
+    acceleration_type: AccelerationType
     relaxation: float
     wait_iterations: int
     history_depth: int
     store_each_nth: int
     frequency: int
     regularization: float
-    average: bool | str | None
-    safeguard: bool | str
+    average: bool | Average | None
+    safeguard: bool | Safeguard
     average_tolerance: float
     average_window: int | None
-    state_coupling: str
+    state_coupling: StateCoupling
     history_dtype: torch.dtype | None
     shard_history: bool = False
     history_device: str | None = None
     fused: bool = False
     local_sgd: bool = False
-    momentum: str = "auto"
+    momentum: Momentum = "auto"
     paced: bool = False
-    """Whether the period of 'nonlinear_gmres' follows what is seen; else it is `frequency`."""
+    """Whether the period of 'nonlinear_gmres' adapts; else it is `frequency`."""
 
     def __post_init__(self) -> None:
-        kind = self.acceleration_type
-        kind = kind.lower() if isinstance(kind, str) and kind.lower() in TYPES else kind
+        given: Any = self.acceleration_type
+        kind = given.lower() if isinstance(given, str) and given.lower() in TYPES else given
         _one_of("acceleration_type", kind, TYPES)
         average = kind not in ("identity", "nonlinear_gmres") if self.average is None else self.average
-        _one_of("average", average, AVERAGES)
-        _one_of("safeguard", self.safeguard, SAFEGUARDS)
-        _one_of("state_coupling", self.state_coupling, COUPLINGS)
+        _one_of("average", average, (False, True, *get_args(Average)))
+        _one_of("safeguard", self.safeguard, (True, False, *get_args(Safeguard)))
+        _one_of("state_coupling", self.state_coupling, get_args(StateCoupling))
         _one_of("history_dtype", self.history_dtype, HISTORY_DTYPES)
         _one_of("shard_history", self.shard_history, (True, False))
         _one_of("history_device", self.history_device, (None, "cpu"))
         _one_of("fused", self.fused, (True, False))
         _one_of("local_sgd", self.local_sgd, (True, False))
-        _one_of("momentum", self.momentum, MOMENTUM)
+        _one_of("momentum", self.momentum, get_args(Momentum))
         self._check_kind(kind)
         if self.shard_history and self.local_sgd:
             raise ValueError("shard_history must be False with local_sgd: the weights of the ranks differ, got True")
         window = self.average_window
-        plain = {  # numbers of Python, which state dicts may hold, whatever kind came in
+        plain = {  # plain numbers of Python, which state dicts may hold, whatever type was given
             "acceleration_type": kind,
             "relaxation": _number("relaxation", self.relaxation, "in (0, 1]", lambda v: 0 < v <= 1),
             "wait_iterations": _integer("wait_iterations", self.wait_iterations, 0),
@@ -95,7 +97,7 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_kind(self, kind: str) -> None:
-        """Refuse what has no meaning for the acceleration by residuals, or for the others."""
+        """Raise ValueError for arguments that have no meaning for this kind of acceleration."""
         if kind != "nonlinear_gmres":
             if self.momentum != "auto":
                 raise ValueError(f"momentum must be 'auto' with acceleration_type={kind!r}, got {self.momentum!r}")
@@ -112,7 +114,7 @@ class Settings:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do at all."""
+        """Whether these settings accelerate nothing at all."""
         return self.history_depth == 0 or (self.acceleration_type == "identity" and self.average is False)
 
     def eigenvalue_cutoff(self, stored: torch.dtype) -> float:
@@ -148,7 +150,7 @@ class Settings:
 
 
 def with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with the defaults of this kind of acceleration where they are None."""
+    """Replace None by the defaults of this kind of acceleration."""
     is_of_residuals = isinstance(kind, str) and kind.lower() == "nonlinear_gmres"
     defaults: dict[str, Any] = RESIDUAL_DEFAULTS if is_of_residuals else DEFAULTS
     paced = is_of_residuals and given.get("frequency") is None
@@ -156,7 +158,7 @@ def with_defaults(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def history_device_for(given: Any, parameters: Sequence[torch.Tensor]) -> Any:
-    """None or "cpu" for a device: None where the parameters lie there.
+    """Translate a device into None, if the parameters lie there, or "cpu".
 
     Raises:
         ValueError: another device.

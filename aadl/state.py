@@ -70,7 +70,7 @@ def check_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], depth: int |
 
 @torch.no_grad()
 def load_rows(saved: dict[str, Tensor], wanted: dict[str, Tensor], slots: list[int] | None = None) -> None:
-    """Copy saved tensors into the views of a history; those that are in place already are left alone.
+    """Copy saved tensors into the views of a history, unless they are in place already.
 
     Args:
         slots: which rows of a ring to take, from `slots_kept`; None for all, in their places.
@@ -89,7 +89,7 @@ def _is_ring(name: str) -> bool:
 
 
 def _part_here(saved: Tensor, target: Tensor) -> Tensor:
-    """The part of a saved tensor that lies on this rank: a view, cut as the target is where the saved one is whole.
+    """The part of a saved tensor for this rank: a view, cut like the target if the saved tensor is whole.
 
     Strided shards are not cut, and have another shape than the part.
     """
@@ -103,8 +103,8 @@ def _part_here(saved: Tensor, target: Tensor) -> Tensor:
     return part
 
 
-def books_of(history: History) -> dict[str, Any]:
-    """What a history knows besides its vectors, as plain values; slots keep their places."""
+def plain_state_of(history: History) -> dict[str, Any]:
+    """What a history knows besides its vectors, as plain values; every slot keeps its place."""
     return {
         "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate] for c in history.columns],
         "has_pair": history.has_pair,
@@ -115,14 +115,18 @@ def books_of(history: History) -> dict[str, Any]:
     }
 
 
-def parsed_books(books: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a history from its saved books; raises KeyError, TypeError or ValueError where they are damaged."""
-    grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in books["grams"].items()}
+def parsed_plain_state(saved: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a history from its saved plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError: the values are damaged.
+    """
+    grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in saved["grams"].items()}
     return {
-        "columns": [Column(int(m), bool(c), float(r), dict(jump), float(e)) for m, c, r, jump, e in books["columns"]],
-        "has_pair": bool(books["has_pair"]),
-        "next": int(books["next"]),
-        "stale": [int(slot) for slot in books["stale"]],
+        "columns": [Column(int(m), bool(c), float(r), dict(jump), float(e)) for m, c, r, jump, e in saved["columns"]],
+        "has_pair": bool(saved["has_pair"]),
+        "next": int(saved["next"]),
+        "stale": [int(slot) for slot in saved["stale"]],
         "grams": grams,
     }
 
@@ -138,7 +142,7 @@ def slots_kept(fields: dict[str, Any], saved_depth: int, depth: int) -> list[int
     return slots
 
 
-def restore_books(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:
+def restore_plain_state(history: History, fields: dict[str, Any], starts_at_mapped: bool) -> None:
     """Continue where the saved history was."""
     for name, value in fields.items():
         setattr(history, name, value)

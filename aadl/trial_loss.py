@@ -1,44 +1,121 @@
-"""Losses without a trace: the value of a closure at the plain iterate and at a candidate.
-
-A trial calls the closure that a user wrote for training. Only its value is wanted, and everything that torch's Python
-interface reaches is afterwards as before:
-
-- *Gradients.* Every attribute `.grad` that a trial reads or writes, of whatever tensor, is the trial's own. Backward
-  passes that accumulate into leaves, which all enter the engine at one call, are passed over. Derivatives that are
-  values (torch.autograd.grad, torch.func) are computed as ever.
-- *Modules.* Buffers and train/eval flags of the modules that are called.
-- *Random numbers* of torch on all devices, which are the same in both evaluations.
-- *Autocast.* Its cache of weights is emptied around each evaluation, since the weights change in between.
-
-What a closure writes to on its own account (Python objects, its own tensors in place, generators of its own) is
-written in a trial too, and code in C++ that runs backward passes itself cannot be seen (docs/method.md).
-"""
+"""The training loss as a judge: the closure is evaluated at the plain iterate and at a candidate, without a trace."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import threading
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Variable
-from torch.nn import Module
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.utils import stateless
 from torch.optim import Optimizer
 
-from aadl.parameters import all_parameters
+from aadl.acceptance import MOST_FAILED_TRIALS, Cause, LossRecord, cause_of_losses
+from aadl.parameters import all_parameters, belongs_to_a_loop, maximizes
 from aadl.ranks import Ranks
+from aadl.settings import Settings
+from aadl.statistics import Statistics
+from aadl.trial import without_trace
 from aadl.watch import versions_of
 
 
 class NoLossError(ValueError):
     """The closure returned something else than one number."""
+
+
+@dataclass
+class LossTrials:
+    """The trials of one accelerator: which closures are tried, and what the losses have shown so far."""
+
+    settings: Settings
+    statistics: Statistics
+    record: LossRecord = field(default_factory=LossRecord)
+    failed: int = 0
+    """Trials in a row that gave no loss; from MOST_FAILED_TRIALS on there are no more trials."""
+
+    def closure_for(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """The closure whose loss judges candidates, or None where the residual judges them."""
+        asked = self.settings.safeguard
+        if asked == "loss":
+            return closure
+        failing = self.failed >= MOST_FAILED_TRIALS
+        return None if asked is not True or failing or belongs_to_a_loop(closure) else closure
+
+    def cause_of_rejection(
+        self,
+        closure: Callable[[], Any],
+        optimizer: Optimizer,
+        place_candidate: Callable[[], None],
+        weight: float,
+        ranks: Ranks,
+    ) -> Cause | None:
+        """Evaluate both losses; return why they reject the candidate, or None where the loss improves.
+
+        The weights hold the candidate afterwards, or the plain iterate where the closure failed early.
+
+        Args:
+            closure: as for `optimizer.step`.
+            optimizer: whose parameters the candidate is for.
+            place_candidate: writes the candidate into the parameters.
+            weight: of the losses of this rank in their mean over the ranks, > 0.
+            ranks: those that decide together.
+
+        Raises:
+            Exception: with safeguard="loss", whatever the closure raised; `NoLossError` where it returned no loss.
+        """
+        losses = math.nan, math.nan
+        failure: Exception | None = None
+        try:
+            losses = trial_losses(
+                self._counted(closure), all_parameters(optimizer), place_candidate, together=ranks.size > 1
+            )
+        except NoLossError as error:
+            failure, weight = error, math.inf  # the weight tells the other ranks
+        except Exception as error:  # the closure cannot be evaluated for its value alone, or not now
+            failure, weight = error, math.nan
+        plain, candidate, weight = mean_over_ranks(*losses, weight, ranks)
+        maximize = maximizes(optimizer)
+        cause = cause_of_losses(plain, candidate, maximize, weight)
+        if self.record.note(-plain if maximize else plain):
+            cause = Cause.STOPPED  # better losses on single batches have led back on the whole: do not believe this one
+        if failure is not None and self.settings.safeguard == "loss":
+            raise failure
+        self._note_failure(weight, failure)
+        return cause
+
+    def _counted(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with its calls counted."""
+
+        def evaluate() -> Any:
+            self.statistics["closure_evaluations"] += 1
+            return closure()
+
+        return evaluate
+
+    def _note_failure(self, weight: float, failure: Exception | None) -> None:
+        """Give trials up where the closure returns no loss, or failed again and again; the same on all ranks.
+
+        Args:
+            weight: of the losses; inf where a closure returned none, nan where one raised an error.
+            failure: the error, if it was raised on this rank.
+        """
+        if math.isfinite(weight):
+            self.failed = 0
+            return
+        self.failed = MOST_FAILED_TRIALS if math.isinf(weight) else self.failed + 1
+        if self.failed < MOST_FAILED_TRIALS or self.settings.safeguard == "loss":
+            return
+        reason = "it failed on another rank" if failure is None else f"{type(failure).__name__}: {failure}"
+        with suppress(Warning):  # where warnings are errors, a warning must not end a step halfway
+            warnings.warn(
+                f"aadl judges candidates by the residual from now on, since the closure given to step cannot be "
+                f"evaluated for its loss ({reason}); return the loss from the closure, as one number that takes no "
+                f"gradients to compute, or pass safeguard='residual'",
+                stacklevel=2,
+            )
 
 
 def trial_losses(
@@ -47,67 +124,50 @@ def trial_losses(
     place_candidate: Callable[[], None],
     together: bool = False,
 ) -> tuple[float, float]:
-    """Loss at the parameters as they are and at the candidate, both on the same random numbers.
+    """Return the loss at the present parameters and at the candidate, both on the same random numbers.
 
-    The candidate is left in place.
+    The candidate stays in place.
 
     Args:
         closure: as for `optimizer.step`.
-        parameters: those of the optimizer; their gradients are zeros after a backward pass that was passed over.
+        parameters: parameters of the optimizer. After a skipped backward pass their gradients are zeros.
         place_candidate: writes the candidate into the parameters.
-        together: whether other ranks make the same two evaluations. They may have to talk to this one in both, so that
-            a closure that fails is called a second time too.
+        together: whether other ranks make the same two evaluations. A closure may exchange data with them in both, so
+            one that fails is called a second time too.
 
     Raises:
-        NoLossError: the closure returned no loss. What the closure raises is passed on.
+        NoLossError: the closure returned no loss. Errors of the closure are passed on.
     """
-    with _running(_Trial(parameters)) as trial:
+    with without_trace(parameters, is_closure=True) as rewind:
         try:
             plain = _value(closure())
         except Exception:
             place_candidate()
             if together:
-                trial.rewind()
+                rewind()
                 with suppress(Exception):
                     closure()
             raise
-        trial.rewind()
+        rewind()
         place_candidate()
         placed = versions_of(list(parameters))
         candidate = _value(closure())
-    if versions_of(list(parameters)) != placed:  # the closure projects weights, say; it does so in the next step too
+    if versions_of(list(parameters)) != placed:  # a closure may project weights; it does so in the next step too
         place_candidate()
     return plain, candidate
 
 
-@contextmanager
-def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Callable[[], None]]:
-    """Evaluations inside leave no trace, as those of `trial_losses`.
-
-    Args:
-        parameters: those of the optimizer.
-        is_closure: whether a closure for training is evaluated, which runs backward passes and sets gradients; for
-            functions that do neither, torch stays as it is.
-
-    Yields:
-        A function that puts back all that the next evaluation would see of the last one, so that both are made on the
-        same random numbers.
-    """
-    with _running(_Trial(parameters), is_closure) as trial:
-        yield trial.rewind
-
-
 def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks) -> tuple[float, float, float]:
-    """Weighted means of both losses, sum of weight * loss over sum of weight, and the latter.
+    """Return the weighted means of both losses, sum of weight * loss over sum of weight, and that sum.
 
     One all-reduce of three numbers. A rank without a finite loss makes the means non-finite, so that all ranks reject
-    together. A rank without any loss has a weight that is not finite: inf where the closure returns none, nan where it
-    failed (which counts for more).
+    together. A rank without any loss has a weight that is not finite: inf where the closure returned none, nan where it
+    failed. Nan prevails over inf.
     """
     if ranks.size == 1:
         return plain, candidate, weight
-    word = torch.tensor([weight * plain, weight * candidate, weight], dtype=torch.float64, device="cpu")
-    plain, candidate, weight = ranks.total(word).tolist()
+    message = torch.tensor([weight * plain, weight * candidate, weight], dtype=torch.float64, device="cpu")
+    plain, candidate, weight = ranks.total(message).tolist()
     return plain / weight, candidate / weight, weight
 
 
@@ -122,277 +182,3 @@ def _value(loss: Any) -> float:
         pass
     kind = f"a {type(loss).__name__}" if not isinstance(loss, Tensor) else f"a tensor of shape {tuple(loss.shape)}"
     raise NoLossError(f"the closure must return the training loss, got {'None' if loss is None else kind}")
-
-
-# ---- what a trial sees and puts back -------------------------------------------------------------------------------
-
-
-class _Trial:
-    """Gradients of its own for every tensor, and what of modules and generators is to be put back."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._own = {id(p) for p in parameters}
-        self._gradients: dict[int, tuple[Tensor, Any]] = {}
-        self._passed_over = False
-        self._flags: dict[int, tuple[Module, bool]] = {}
-        self._buffers: list[tuple[Module, str, Tensor]] = []
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        self._random = _random_states()
-        self._caches_weights = torch.is_autocast_cache_enabled()
-        torch.clear_autocast_cache()  # it holds the weights from before the step
-
-    # gradients
-
-    def gradient(self, tensor: Tensor) -> Tensor | None:
-        """A copy of the gradient; after a backward pass zeros for parameters of the optimizer, which closures may clip.
-
-        No zeros for other tensors: a closure that needs the gradient of an input for its value has to fail.
-        """
-        if id(tensor) not in self._gradients and not self._passed_over:
-            real = _GRADIENT.__get__(tensor)
-            gradient = None if real is None else real.detach().clone()
-        else:
-            gradient = self._known(tensor)
-        if gradient is _ZEROS:
-            gradient = torch.zeros_like(tensor)
-        self._gradients[id(tensor)] = tensor, gradient
-        return gradient
-
-    def _known(self, tensor: Tensor) -> Any:
-        """What the trial says of a gradient that it has touched, or that a backward pass has made unknown."""
-        if id(tensor) in self._gradients:
-            return self._gradients[id(tensor)][1]
-        return _ZEROS if id(tensor) in self._own and tensor.requires_grad else None
-
-    def set_gradient(self, tensor: Tensor, gradient: Any) -> None:
-        self._gradients[id(tensor)] = tensor, gradient
-
-    def clear(self, tensors: Iterable[Tensor], to_none: bool) -> None:
-        """As `zero_grad`, without copies of gradients that nobody reads."""
-        for tensor in tensors:
-            untouched = id(tensor) not in self._gradients and not self._passed_over
-            gradient = _GRADIENT.__get__(tensor) if untouched else self._known(tensor)
-            self._gradients[id(tensor)] = tensor, None if to_none or gradient is None else _ZEROS
-
-    def pass_over(self) -> None:
-        """A backward pass is due: from here on gradients are unknown, but for the parameters of the optimizer."""
-        self._passed_over = True
-        held = self._gradients.items()
-        self._gradients = {key: (t, g) for key, (t, g) in held if key in self._own and g is not None}
-
-    # modules
-
-    def note(self, module: Module) -> None:
-        """Remember buffers and flags of a module and its parts, where they were not seen before."""
-        if id(module) in self._flags:
-            return
-        for part in module.modules():
-            if id(part) not in self._flags:
-                self._flags[id(part)] = part, part.training
-                held = [(part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None]
-                self._buffers += held
-                for _, _, buffer in held:
-                    self.keep(buffer)
-
-    def keep(self, tensor: Tensor) -> None:
-        """Remember the values of a tensor that a module may write to."""
-        tensor = _unwrapped(tensor)
-        if id(tensor) not in self._values:
-            self._values[id(tensor)] = tensor, tensor.detach().clone()
-
-    # ends
-
-    def rewind(self) -> None:
-        """Put back all that a second evaluation would see."""
-        self._gradients, self._passed_over = {}, False
-        for restore, state in self._random:
-            restore(state)
-        with torch.no_grad():
-            for tensor, value in self._values.values():
-                tensor.copy_(value)
-        for module, name, buffer in self._buffers:
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
-        for module, training in self._flags.values():
-            if module.training != training:
-                module.training = training
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard):  # FSDP2: no backward pass drops the gathered weights
-                reshard()
-        torch.clear_autocast_cache()
-
-    def end(self) -> None:
-        self.rewind()
-        torch.set_autocast_cache_enabled(self._caches_weights)
-
-
-def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
-    """Setter and state of each of torch's generators that is in use."""
-    states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
-    for devices in (torch.cuda, torch.xpu):
-        for index in range(devices.device_count() if devices.is_initialized() else 0):
-            states.append((functools.partial(devices.set_rng_state, device=index), devices.get_rng_state(index)))
-    if torch.backends.mps.is_available():
-        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    return states
-
-
-def _unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor behind the wrappers of torch.func, which outlives them."""
-    unwrap: Callable[[Tensor], Tensor] | None = getattr(torch.func, "debug_unwrap", None)
-    return tensor if unwrap is None else unwrap(tensor)
-
-
-# ---- where torch asks the running trial ----------------------------------------------------------------------------
-
-_GRADIENT: Any = inspect.getattr_static(Tensor, "grad")
-"""The attribute as torch defines it."""
-_ZEROS = object()
-"""Stands for zeros until somebody reads them."""
-_lock = threading.Lock()
-_trials: dict[int, _Trial] = {}
-"""The running trials, by thread; other threads see torch as it is."""
-_replaced: list[tuple[Any, str, Any]] = []
-"""Owner, name and original of what is replaced while any trial runs; `_ABSENT` for what the owner inherits."""
-_ABSENT = object()
-
-
-@contextmanager
-def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
-    """Make the trial the one of this thread. A torch function mode would make compiled models compile once more.
-
-    Args:
-        trial: what is asked and noted.
-        is_closure: see `without_trace`.
-    """
-    thread = threading.get_ident()
-    with _lock:
-        if not _trials and is_closure:
-            _replace()
-        outer = _trials.get(thread)
-        if is_closure:
-            _trials[thread] = trial
-    handle = register_module_forward_pre_hook(
-        lambda module, arguments: trial.note(module) if threading.get_ident() == thread else None
-    )
-    try:
-        with torch.enable_grad(), _nothing_compiled(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
-            yield trial
-    finally:
-        handle.remove()
-        with _lock:
-            if outer is not None:
-                _trials[thread] = outer
-            else:
-                _trials.pop(thread, None)
-            if not _trials:
-                _put_back()
-        trial.end()
-
-
-def _nothing_compiled() -> Any:
-    """No trial compiles anything: code that would be compiled, or once more, runs as it is written."""
-    if torch._dynamo.utils.counters.get("frames"):  # what makes every call a bit slower
-        return torch.compiler.set_stance("eager_on_recompile")
-    return nullcontext()
-
-
-def _trial() -> _Trial | None:
-    return _trials.get(threading.get_ident())
-
-
-def _replace() -> None:
-    """Let torch's own entry points ask for the trial of the thread."""
-    replacements = [
-        (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
-        (Module, "train", _noting(Module.train)),
-        (stateless, "_functional_call", _noting(stateless._functional_call)),
-        (Tensor, "grad", _OWN_GRADIENT),
-        (Tensor, "_grad", _OWN_GRADIENT),
-        # the usual ways, for speed alone
-        (Tensor, "backward", _passing_over(Tensor.backward)),
-        (Module, "zero_grad", _clearing(Module.zero_grad, Module.parameters)),
-        (Optimizer, "zero_grad", _clearing(Optimizer.zero_grad, all_parameters)),
-    ]
-    for owner, name, replacement in replacements:
-        _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
-        setattr(owner, name, replacement)
-
-
-def _put_back() -> None:
-    while _replaced:
-        owner, name, original = _replaced.pop()
-        if original is _ABSENT:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
-
-
-class _Engine:
-    """The engine of autograd, through which every backward pass of torch's Python interface goes."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        trial = _trial()
-        accumulates = kwargs.get("accumulate_grad", args[6] if len(args) > 6 else False)
-        if trial is None or not accumulates:
-            return self._engine.run_backward(*args, **kwargs)
-        trial.pass_over()
-        return ()
-
-
-def _get(tensor: Tensor) -> Tensor | None:
-    trial = _trial()
-    return _GRADIENT.__get__(tensor) if trial is None else trial.gradient(tensor)
-
-
-def _set(tensor: Tensor, gradient: Tensor | None) -> None:
-    trial = _trial()
-    if trial is None:
-        _GRADIENT.__set__(tensor, gradient)
-    else:
-        trial.set_gradient(tensor, gradient)
-
-
-_OWN_GRADIENT = property(_get, _set, lambda tensor: _set(tensor, None))
-"""`Tensor.grad` that belongs to the trial, where one runs."""
-
-
-def _passing_over(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        trial = _trial()
-        return original(tensor, *args, **kwargs) if trial is None else trial.pass_over()
-
-    return call
-
-
-def _clearing(original: Callable[..., Any], tensors: Callable[[Any], Iterable[Tensor]]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(owner: Any, set_to_none: bool = True) -> Any:
-        trial = _trial()
-        return original(owner, set_to_none) if trial is None else trial.clear(tensors(owner), set_to_none)
-
-    return call
-
-
-def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A function on a module, of which the running trial takes note before; a dictionary holds tensors in its place."""
-
-    @functools.wraps(original)
-    def call(module: Module, *args: Any, **kwargs: Any) -> Any:
-        trial = _trial()
-        if trial is not None:
-            trial.note(module)
-            given = args[0] if args and isinstance(args[0], dict) else {}
-            for name in given.keys() & dict(module.named_buffers(remove_duplicate=False)).keys():
-                trial.keep(given[name])
-        return original(module, *args, **kwargs)
-
-    return call

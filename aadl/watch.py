@@ -1,4 +1,4 @@
-"""Noticing that somebody else wrote to the tensors of an optimizer: almost without reading them."""
+"""Signs that somebody else wrote to the tensors of an optimizer, read almost without reading the tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _version_of = operator.attrgetter("_version")
 
 
 @dataclass
-class Look:
+class Snapshot:
     """Parameters and momentum buffers of an optimizer at one time."""
 
     tensors: list[Tensor]
@@ -32,7 +32,7 @@ class Look:
     """Address and strides of each tensor or local shard."""
     versions: list[int]
 
-    def same_places(self, other: Look) -> bool:
+    def same_places(self, other: Snapshot) -> bool:
         """Whether these are the same tensors in the same memory."""
         return (
             len(self.tensors) == len(other.tensors)
@@ -41,18 +41,18 @@ class Look:
             and self.places == other.places
         )
 
-    def untouched_since(self, other: Look) -> bool:
-        """Whether nobody wrote in between. In-place changes through `.data` leave no mark."""
+    def untouched_since(self, other: Snapshot) -> bool:
+        """Whether nobody wrote since the other snapshot. In-place changes through `.data` leave no mark."""
         return self.versions == other.versions and self.same_places(other)
 
-    def keeps(self, other: Look) -> bool:
+    def keeps(self, other: Snapshot) -> bool:
         """Whether all tensors of an earlier look are still there, in the same memory; new ones do not matter."""
         here = dict(zip(map(id, self.tensors[-len(self.places) :]), self.places, strict=True))
         known = zip(other.tensors[-len(other.places) :], other.places, strict=True)
         return all(here.get(id(tensor)) == place for tensor, place in known)
 
 
-def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
+def snapshot_of(optimizer: Optimizer, with_momentum: bool) -> Snapshot:
     """Identities, addresses and version counters; no element is read."""
     parameters = all_parameters(optimizer)
     tensors = parameters + (_momentum_buffers(optimizer, parameters) if with_momentum else [])
@@ -60,7 +60,7 @@ def look_at(optimizer: Optimizer, with_momentum: bool) -> Look:
     tensors += [local(tensor) for tensor in tensors] if shards else []
     here = tensors[len(tensors) // 2 :] if shards else tensors
     places = [(t.data_ptr(), t.stride()) if t.layout == torch.strided else (0, ()) for t in here]
-    return Look(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
+    return Snapshot(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
 
 
 def _momentum_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
@@ -90,7 +90,7 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
 
 
 def kind_of_write(before: list[int], after: list[int]) -> str:
-    """What was written between two readings of the counters: how often, and to how many tensors; "" for nothing."""
+    """Kind of the writes between two readings of the counters: how many, to how many tensors; "" for none."""
     if before == after:
         return ""
     changes = list(map(operator.sub, after, before))
@@ -98,7 +98,7 @@ def kind_of_write(before: list[int], after: list[int]) -> str:
 
 
 def is_regular(writes: Writes, kind: str, gap: int, longest: int) -> bool:
-    """Whether writes of this kind come at equal distances, so that they belong to the map; notes this one.
+    """Note a write; return whether writes of this kind come at equal distances, so that they belong to the map.
 
     A projection after every step and the synchronization of an outer optimizer after every few do; loading does not.
 
@@ -116,7 +116,7 @@ def is_regular(writes: Writes, kind: str, gap: int, longest: int) -> bool:
 
 
 class Sample:
-    """The leading elements of one tensor on a CPU, by which one notices that a model is filled through `.data`."""
+    """The leading elements of one tensor on a CPU, which show that a model was filled through `.data`."""
 
     def __init__(self, tensor: Tensor) -> None:
         here = local(tensor).detach()

@@ -1,4 +1,4 @@
-"""Wrappers around optimizers: whose steps are accelerated where somebody wraps an optimizer, and what is refused.
+"""Wrappers around optimizers: which of the optimizers inside is accelerated, and which wrappers cannot be.
 
 No package is imported: wrappers are known by what they hold and by the names of their classes.
 """
@@ -34,7 +34,7 @@ STATE_HOOKS = (
 
 
 class Target(NamedTuple):
-    """What is accelerated."""
+    """The optimizer to accelerate, and how it is wrapped."""
 
     optimizer: Optimizer
     """The one whose step is the map."""
@@ -62,7 +62,7 @@ def chain_of(optimizer: Any) -> list[Any]:
 
 
 def target_of(optimizer: Any) -> Target:
-    """What to accelerate: the outermost optimizer of the chain whose own step runs hooks.
+    """The optimizer to accelerate: the outermost one of the chain whose own step runs hooks.
 
     Raises:
         ValueError: it is no optimizer, or one whose steps cannot be accelerated.
@@ -88,7 +88,7 @@ def target_of(optimizer: Any) -> Target:
 
 
 def warn_of_loads_without_hooks(optimizer: Any) -> None:
-    """Say at a save that a load will leave the history behind: some classes load without the function of torch."""
+    """Warn at a save that a load will not restore the history, because some classes load without torch's function."""
     load = inspect.unwrap(type(optimizer).load_state_dict)
     if load is inspect.unwrap(Optimizer.load_state_dict) or "super" in load.__code__.co_names:
         return
@@ -111,7 +111,7 @@ def _held(wrapper: Any) -> list[Any]:
 
 
 def _trains(thing: Any) -> bool:
-    """Whether this is used as optimizers are (a scheduler, say, has no gradients to zero)."""
+    """Whether an object has the methods of an optimizer (a scheduler has no `zero_grad`)."""
     kind = type(thing)
     return isinstance(thing, Optimizer) or all(callable(getattr(kind, name, None)) for name in ("step", "zero_grad"))
 
@@ -148,7 +148,7 @@ def _parameters(optimizer: Any) -> set[int]:
 
 
 def _check(link: Any) -> None:
-    """Refuse by name."""
+    """Raise ValueError for classes that cannot be accelerated, by their names."""
     for kind in type(link).__mro__:
         for name, reason in REFUSED.items():
             if name in kind.__name__:
@@ -161,7 +161,7 @@ def _check(link: Any) -> None:
 
 
 def _kind(link: Any) -> str:
-    """How torch.distributed.optim wraps; see `Target`."""
+    """The kind of a wrapper of torch.distributed.optim, see `Target`."""
     package: Any = sys.modules.get("torch.distributed.optim")
     if package is None:  # nobody can have made one
         return ""

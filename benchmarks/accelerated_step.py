@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import aadl
 from aadl import kernels
+from aadl.settings import StateCoupling
 from benchmarks import machine
 from benchmarks.machine import Spread, spread, time_call
 from benchmarks.shapes import resnet50_shapes
@@ -45,7 +46,7 @@ class Case:
     frequency: int = 2
     store_every: int = 1
     average: bool = False
-    coupling: str = "params"
+    coupling: StateCoupling = "params"
     safeguard: bool = True
     fused: bool = False
 
@@ -169,7 +170,7 @@ class Problem:
         self.gradient()
         return time_call(step, self.device)
 
-    def optimizer(self, coupling: str = "params") -> torch.optim.SGD:
+    def optimizer(self, coupling: StateCoupling = "params") -> torch.optim.SGD:
         """SGD on the problem, with momentum where that is coupled; rarely is a candidate refused at this rate."""
         return torch.optim.SGD(self.parameters, lr=0.01, momentum=0.9 if coupling == "full" else 0.0)
 
@@ -229,7 +230,7 @@ class Round:
     @property
     def statistics(self) -> dict[str, Any]:
         """The accelerator's counters, read afresh."""
-        return aadl.accelerator_of(self.optimizer).statistics
+        return dict(aadl.accelerator_of(self.optimizer).statistics)
 
     def plain(self, repeats: int) -> None:
         """Steps without acceleration; the first one makes the momentum."""

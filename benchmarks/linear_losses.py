@@ -164,7 +164,7 @@ def train(case: Case, seed: int, steps: int, settings: dict[str, Any] | None) ->
             evaluate(rows, True)
             optimizer.step()
         losses.append(float(evaluate(everything, False)))
-    return losses, {} if settings is None else aadl.accelerator_of(optimizer).statistics
+    return losses, {} if settings is None else dict(aadl.accelerator_of(optimizer).statistics)
 
 
 def ratios(plain: list[float], accelerated: list[float]) -> tuple[float, float]:

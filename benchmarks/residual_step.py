@@ -46,14 +46,14 @@ def passes(weights: int, residuals: int) -> dict[str, float]:
     r = torch.randn(residuals)
     for _ in range(DEPTH + 1):
         _store(history, parameters, r)
-    history.look()
+    history.products()
     times: dict[str, list[float]] = {"store": [], "products": [], "candidate": []}
     coefficients = torch.full((DEPTH,), 1e-3, dtype=torch.float64)
     for _ in range(ROUNDS):
         for _ in range(FRESH):
             parameters[0].data.mul_(0.999)
             times["store"].append(time_call(lambda: _store(history, parameters, r), "cpu"))
-        times["products"].append(time_call(history.look, "cpu"))
+        times["products"].append(time_call(history.products, "cpu"))
         times["candidate"].append(time_call(lambda: history.place(range(DEPTH), coefficients), "cpu"))
         history.put_back()
     return {name: median(values) for name, values in times.items()}

@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def measure_overhead() -> Overhead:
     seconds: dict[str, list[float]] = {"store": [], "acceleration": [], "judgment": []}
     kind = "store"
     for done in range(PERIOD * PERIODS):
-        before = dict(aadl.accelerator_of(optimizer).statistics)
+        before: dict[str, Any] = dict(aadl.accelerator_of(optimizer).statistics)
         passed = step_seconds(descent, optimizer) - step_seconds(plain_descent, plain)
         after = aadl.accelerator_of(optimizer).statistics
         now = "acceleration" if after["attempts"] > before["attempts"] else kind

@@ -190,7 +190,7 @@ def train(
     statistics: dict[str, Any] = {"attempts": 0, "accepted": 0}
     if settings is not None:
         aadl.accelerate(optimizer, **settings)
-        statistics = aadl.accelerator_of(optimizer).statistics
+        statistics = dict(aadl.accelerator_of(optimizer).statistics)
     scheduler = SCHEDULES[schedule](optimizer, problem.steps, rate)
     losses: list[float] = []
     validation_losses: list[float] = []

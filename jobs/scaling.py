@@ -19,7 +19,8 @@ from experiments.catalog import load_config
 from experiments.records.figures import save_figures
 from experiments.records.reading import Run, read_run
 from experiments.settings.run_config import ExperimentConfig
-from jobs.script import Job, render
+from jobs.request import Job
+from jobs.script import render
 from jobs.site import Site, read_site
 from jobs.submit import (
     add_job_options,

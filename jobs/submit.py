@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data_loaders.files import write_text
 from experiments.settings.yaml_file import parse_setting, read_yaml
-from jobs.script import Job, Request, array_seeds, make_job, render
+from jobs.request import Job, Request, array_seeds, make_job
+from jobs.script import render
 from jobs.site import Site, read_site, site_names
 
 
@@ -230,8 +231,9 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
             f"{command[0]} was not found: submit on a login node of {site.name}, where {path} can be submitted by hand "
             "too, or see the script with --dry-run"
         ) from None
-    pattern = r"(\d+)(?:;\S+)?\s*" if site.scheduler == "slurm" else r"(?s).*Job <(\d+)>.*"
-    match = re.fullmatch(pattern, done.stdout)
+    # Around the answer, sites' own wrappers print notes; a cluster of several follows the id of Slurm with its name.
+    pattern = r"(?m)^(\d+)(?:;\S+)?$" if site.scheduler == "slurm" else r"Job <(\d+)>"
+    match = re.search(pattern, done.stdout)
     if done.returncode != 0 or match is None:
         told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise OSError(f"{command[0]} refused {path}: {told}")

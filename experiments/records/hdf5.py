@@ -56,19 +56,23 @@ def opened(path: Path, mode: str = "r") -> Iterator[h5py.File]:
     try:
         with h5py.File(path, mode, locking=False) as file:
             yield file
-    except (RecordError, FileNotFoundError):
+    except RecordError:
+        raise
+    except FileNotFoundError as error:
+        if path.is_symlink():  # into a store, as those of git-annex and DVC, which may have the file elsewhere
+            raise UnreadableRecord(f"{path} is a link to {os.readlink(path)}, which is not here: fetch it") from error
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py raises whatever the bytes lead to
         if mode == "r" or _is_about_locks(str(error)):
             raise _sorted(path, error) from error
+        if number := _number_of(error):  # a full disk may show as a RuntimeError when the file is closed
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 
 def _sorted(path: Path, error: Exception) -> RecordError:
-    """The error with its cause in one sentence. HDF5 hands on the number of an error of the system in its text."""
-    text = str(error)
-    found = re.search(r"errno = (\d+)", text)
-    number = (error.errno if isinstance(error, OSError) else None) or (int(found[1]) if found else 0)
+    """Returns the error with its cause in one sentence."""
+    text, number = str(error), _number_of(error)
     if _is_about_locks(text):
         if number in (errno.EAGAIN, errno.EACCES):
             return UnreadableRecord(f"{path} is locked by another program, as a notebook: close it there, or {CURE}")
@@ -77,12 +81,21 @@ def _sorted(path: Path, error: Exception) -> RecordError:
             f"{path} cannot be locked ({os.strerror(number)}), and HDF5_USE_FILE_LOCKING={asked} asks for it: {CURE}"
         )
     if "already open" in text or "locking flag" in text:
-        return UnreadableRecord(f"{path} is open for writing in another program: close it there")
+        return UnreadableRecord(
+            f"{path} is open for writing in another program: close it there, or run h5clear -s on the file where the "
+            "program was killed"
+        )
     if number in (errno.EACCES, errno.EPERM):
         return UnreadableRecord(f"{path} is closed to this account ({os.strerror(number)}): ask its owner to open it")
     if number:
         return UnreadableRecord(f"{path} cannot be read ({os.strerror(number)}); it may be whole")
     return DamagedRecord(f"{path} is damaged ({_short(error)}): delete it, or make its run again")
+
+
+def _number_of(error: Exception) -> int:
+    """The number of the error of the system behind an error of HDF5; 0 for none."""
+    found = re.search(r"errno = (\d+)", str(error))
+    return (error.errno if isinstance(error, OSError) else None) or (int(found[1]) if found else 0)
 
 
 def _is_about_locks(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def closing_lines(runs: Sequence[Run], results: Path) -> list[str]:
     best = sorted(values, key=lambda variant: -values[variant] if is_better_above else values[variant])
     shown = best[:SHOWN_VARIANTS]
     lines = diverged_lines(runs)
-    lines.append(f"written: {len(runs)} records in {main[0].path.parents[1]}")
+    lines.append(f"written: {len(runs)} record{'s' * (len(runs) > 1)} in {main[0].path.parents[1]}")
     lines.append(f"{name.partition('/')[2].replace('/', ' ').replace('_', ' ')} at the end, the best first:")
     width = max(len(variant) for variant in shown)
     for variant in shown:
@@ -41,7 +42,7 @@ def closing_lines(runs: Sequence[Run], results: Path) -> list[str]:
         lines.append(f"  {variant:<{width}}  {text} ({seeds})")
     if len(best) > len(shown):
         lines.append(f"  and {len(best) - len(shown)} more variants")
-    where = "" if results == Path("results") else f" --results {results}"
+    where = "" if results == Path("results") else f" --results {quote(str(results))}"
     only = f" --only {main[0].attributes['experiment']}"
     lines.append(f"next: python -m experiments summarize{where}{only}, and the same with figures")
     return lines

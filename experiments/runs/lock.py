@@ -1,7 +1,7 @@
-"""One job per output folder: a lock file that names its holder, refuses others, and outlives nobody for long.
+"""Lets one job at a time use an output folder, by a lock file that names its holder and goes stale when it dies.
 
-It needs neither flock nor a common clock, so that it works on network file systems: the file is made by a hard link,
-which is atomic, and the age of a sign of life is measured against a file that is made beside it.
+The lock needs neither flock nor a common clock, so that it works on network file systems. A hard link makes the file,
+because that is atomic; the age of a sign of life is measured against a file that is made beside the lock.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class FolderInUse(OSError):
 
 
 class FolderLock:
-    """Held by one job; a context manager for its rank 0, whose success the caller tells the other ranks.
+    """Context manager for rank 0 of the job that holds the folder; the caller reports its success to the other ranks.
 
     Attributes:
-        note: what was taken over from a dead holder, for the caller to tell; "" for nothing.
+        note: what was taken over from a dead holder, which the caller prints; "" for nothing.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class FolderLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock; from a holder that cannot be asked from here after `stale_seconds` at most.
+        """Takes the lock, also from a dead holder, which on another host takes `stale_seconds` at most.
 
-        A dead holder on another host looks like a living one that gave a sign of life a moment ago, so its next one is
-        waited for: a living one gives it after a tenth of its `stale_seconds`.
+        A holder on another host that died a moment ago looks alive, so this method waits for its next sign of life,
+        which a living holder gives after a tenth of its `stale_seconds`.
 
         Raises:
             FolderInUse: another job holds it; the message names that job.
@@ -92,7 +92,7 @@ class FolderLock:
         self._heart.start()
 
     def check(self) -> None:
-        """To be called before anything is written: a process that slept for long may have lost its lock.
+        """Checks the lock; call it before each write, because a process that slept for long may have lost its lock.
 
         Raises:
             FolderInUse: another job has taken the folder over.
@@ -104,7 +104,7 @@ class FolderLock:
             raise FolderInUse(f"{self.folder} was taken over by {_name(holder)}; nothing more is written here")
 
     def release(self) -> None:
-        """Gives the lock back; another process, as a forked one, cannot, and a lock that was taken over stays."""
+        """Gives the lock back, in the process that took it; a lock that another job has taken over stays."""
         if self._pid != os.getpid():
             return
         self._pid = -1
@@ -117,8 +117,8 @@ class FolderLock:
     def _remove_stale(self, mine: Path) -> None:
         """Removes the lock of a dead holder, or raises FolderInUse.
 
-        Only one process at a time may do so, the one that has made the guard file: else a slow one could remove the
-        new lock of a quick one, having seen the old one.
+        Only the process that has made the guard file may do so. Without it a slow process, which has seen the old lock,
+        could remove the new lock of a quick one.
         """
         if not self.path.exists():
             return  # it was given back
@@ -144,7 +144,7 @@ class FolderLock:
             guard.unlink(missing_ok=True)
 
     def _wait_for_sign(self, holder: Mapping[str, Any], mine: Path) -> str:
-        """Waits until a holder that cannot be asked gives a sign of life or has given none for too long.
+        """Waits until a holder on another host gives a sign of life, or has given none for too long.
 
         Returns:
             Why it is dead; "" if it lives, if another one has come, or if it has given the lock back.
@@ -257,7 +257,7 @@ def _link(source: Path, target: Path) -> bool:
         return False
     except OSError:  # a file system without hard links: the content follows the name after a moment
         try:
-            handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         with os.fdopen(handle, "wb") as file:

@@ -213,8 +213,8 @@ def refuse_unknown(raw: Mapping[str, Any], defaults: Mapping[str, Any], where: s
                 for name, default in defaults.items()
             )
             close = difflib.get_close_matches(str(key), defaults, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ValueError(f"unknown key {f'{where}.' if where else ''}{key}{hint}; valid keys are: {valid}")
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"unknown key {f'{where}.' if where else ''}{key}; valid keys are: {valid}{hint}")
 
 
 @dataclass(frozen=True)

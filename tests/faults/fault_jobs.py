@@ -35,7 +35,7 @@ import torch.distributed as dist
 from digests import digest
 from system_calls import meet_points
 
-from aadl.acceptance import Decisions
+from aadl.decisions import Decisions
 from data_loaders.imagenet import loaders
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
@@ -254,7 +254,10 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = PYTHONPATH
-    context.set_forkserver_preload(["fault_jobs"])
+    # Commands import what they need when they run, which another user may not be allowed to.
+    commands = ["experiments.catalog", "experiments.distributed.launch", "experiments.runs.execute"]
+    kinds = ["experiments.admissions.experiment", "experiments.images.experiment", "experiments.pinn.experiment"]
+    context.set_forkserver_preload(["fault_jobs", *commands, *kinds])
     multiprocessing.forkserver.ensure_running()
     if before is None:
         del os.environ["PYTHONPATH"]

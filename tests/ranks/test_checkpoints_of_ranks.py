@@ -241,12 +241,12 @@ def test_within_a_macro_step_a_live_optimizer_loses_the_running_pair_at_most(aga
     optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
     accelerator = aadl.accelerator_of(optimizer)
     go_on(0, 1, model, optimizer, 1, 21)
-    columns, counts = list(accelerator._history.columns), dict(accelerator.statistics)
+    columns, counts = list(accelerator.history.columns), dict(accelerator.statistics)
     again(model, optimizer)
     assert identical(accelerator.statistics, counts)
     go_on(0, 1, model, optimizer, 22, 24)
     assert accelerator.statistics["moved"] <= 1 and accelerator.statistics["resets"] == {}
-    assert columns[-1] in accelerator._history.columns and len(accelerator._history.columns) == len(columns)
+    assert columns[-1] in accelerator.history.columns and len(accelerator.history.columns) == len(columns)
 
 
 def saved_by_torch():

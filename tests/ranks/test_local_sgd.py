@@ -11,8 +11,8 @@ from parallel_runs import CALM, LOSS, RESIDUAL, gentle_adam, part_of_batch, run,
 from torch.distributed.algorithms.model_averaging import averagers
 
 import aadl
-from aadl import acceptance as decisions
-from aadl.acceptance import Decisions
+from aadl import acceptance, trial_loss
+from aadl.decisions import Decisions
 from aadl.history import History
 
 with warnings.catch_warnings():  # torch.jit, which the package compiles with, is deprecated
@@ -40,7 +40,7 @@ def averaging(rank, settings, *, post_local=False, **more):
     columns = []
 
     def average(step, model, optimizer):
-        history = aadl.accelerator_of(optimizer)._history
+        history = aadl.accelerator_of(optimizer).history
         columns.append(0 if history is None else len(history.columns))
         if not post_local:
             beside.average_parameters(model.parameters())
@@ -63,8 +63,8 @@ def opinions(willing):
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(History, "combine", decide))
-        stack.enter_context(mock.patch.object(Decisions, "is_suspended", lambda self: False))
-        stack.enter_context(mock.patch.object(decisions.safeguard, "must_revert", lambda *_: False))
+        stack.enter_context(mock.patch.object(Decisions, "is_paused", lambda self: False))
+        stack.enter_context(mock.patch.object(acceptance, "must_revert", lambda *_: False))
         yield
 
 
@@ -85,13 +85,13 @@ def vote(rank):
 
 @contextmanager
 def losses(plain, candidate):
-    trial = decisions.trial_loss.trial_losses
+    trial = trial_loss.trial_losses
 
     def give(*args, **more):
         trial(*args, **more)
         return plain, candidate
 
-    with mock.patch.object(decisions.trial_loss, "trial_losses", give):
+    with mock.patch.object(trial_loss, "trial_losses", give):
         yield
 
 

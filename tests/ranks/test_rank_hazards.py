@@ -17,7 +17,7 @@ from small_runs import EAGER, identical, missing_for_compilation
 from torch import nn
 
 import aadl
-from aadl import kernels
+from aadl import compilation
 from aadl.history import History
 
 with warnings.catch_warnings():  # torch.jit, which the package compiles with, is deprecated
@@ -112,7 +112,7 @@ def apart(rank, written_on, with_closure, store_each_nth):
     group = dist.new_group(timeout=timedelta(seconds=20))
     settings = EAGER | {"average": False, "store_each_nth": store_each_nth, "frequency": 3 * store_each_nth}
     aadl.accelerate(optimizer, **settings, process_group=group)
-    decisions = aadl.accelerator_of(optimizer)._decisions
+    decisions = aadl.accelerator_of(optimizer).decisions
     x, y = data(32, 8)[rank::2].float(), data(32, 4, seed=8)[rank::2].float()
 
     def closure():
@@ -127,7 +127,7 @@ def apart(rank, written_on, with_closure, store_each_nth):
         else:
             closure()
             optimizer.step()
-        if decisions.pending is not None and rank in written_on:
+        if decisions.accepted is not None and rank in written_on:
             with torch.no_grad():
                 model[0].weight.mul_(1.01)
     names = ("steps", "macro_steps", "attempts", "accepted", "reverted", "rejected", "suspended", "closure_evaluations")
@@ -159,7 +159,7 @@ def one_element():
 
 def without_compiler_on(missing, rank, *, unaware=False):
     """Ranks in `missing` cannot compile; `unaware`: nobody tells the others."""
-    kernels._broken[:] = ["no compiler on this host"] if rank in missing else []
+    compilation.failures[:] = ["no compiler on this host"] if rank in missing else []
     patch = mock.patch.object(History, "fused", True) if unaware else nullcontext()
     torch.manual_seed(0)
     model = nn.Linear(100, 100)
@@ -167,7 +167,7 @@ def without_compiler_on(missing, rank, *, unaware=False):
     with patch:
         result = training(model, optimizer, 30)
     compiled = aadl.accelerator_of(optimizer).uses_compiled_kernels
-    kernels._broken.clear()
+    compilation.failures.clear()
     return result | {"compiled": compiled}
 
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from aadl.history import Column, History, make_block
+from aadl.block import make_block
+from aadl.history import Column, History
 
 
 def make_history(depth=3, size=50, dtype=torch.float64, ring=None, kinds=("parameters",), residuals=True):
@@ -12,7 +13,7 @@ def make_history(depth=3, size=50, dtype=torch.float64, ring=None, kinds=("param
 
 def copied_to_the_host(block):
     """The block, as if the tensors were on a device and its rows on the host."""
-    block.offloaded, block._stage = True, torch.empty_like(block.mapped)
+    block.offloaded, block.stage = True, torch.empty_like(block.mapped)
     return block
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import aadl
-from aadl import acceptance as decisions
+from aadl import acceptance, decisions, trial_loss
 
 INPUTS = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(16, 3)
 TARGETS = torch.sin(3 * INPUTS).sum(1, keepdim=True)
@@ -131,18 +131,18 @@ class Watch:
             for name in COLLECTIVES:
                 if hasattr(dist, name):
                     stack.enter_context(mock.patch.object(dist, name, self._counted(name)))
-            propose, accelerate = decisions.propose, decisions.Decisions.accelerate
+            solve, accelerate = decisions.coefficients_of, decisions.Decisions.accelerate
 
-            def keep_gamma(*args):
-                proposal = propose(*args)
-                self.gammas.append(proposal.mixing.gamma.clone())
-                return proposal
+            def keep_gamma(*args, **more):
+                coefficients = solve(*args, **more)
+                self.gammas.append(coefficients.mixing.gamma.clone())
+                return coefficients
 
             def keep_event(*args):
                 self.events[-1] += 1
                 return accelerate(*args)
 
-            stack.enter_context(mock.patch.object(decisions, "propose", keep_gamma))
+            stack.enter_context(mock.patch.object(decisions, "coefficients_of", keep_gamma))
             stack.enter_context(mock.patch.object(decisions.Decisions, "accelerate", keep_event))
             yield self
 
@@ -164,24 +164,24 @@ class Watch:
 
 
 class Alternating:
-    """A stand-in for aadl.safeguard.must_revert: takes every third judged candidate back, whatever it promised."""
+    """A stand-in for aadl.acceptance.must_revert: takes every third judged candidate back, whatever it predicted."""
 
     def __init__(self):
         self.judged, self.last = 0, None
 
-    def __call__(self, square, along, pending):
-        if pending is not self.last:
-            self.judged, self.last = self.judged + 1, pending
+    def __call__(self, square, along, candidate):
+        if candidate is not self.last:
+            self.judged, self.last = self.judged + 1, candidate
         return self.judged % 3 == 1
 
 
 def reverting():
-    return mock.patch.object(decisions.safeguard, "must_revert", Alternating())
+    return mock.patch.object(acceptance, "must_revert", Alternating())
 
 
 def refusing():
     """The loss safeguard takes no candidate, so that the pairs are those of the plain run, bit for bit."""
-    return mock.patch.object(decisions.trial_loss, "mean_over_ranks", lambda *_: (1.0, 2.0, 1.0))
+    return mock.patch.object(trial_loss, "mean_over_ranks", lambda *_: (1.0, 2.0, 1.0))
 
 
 def run(

@@ -132,6 +132,6 @@ class Pairs:
 
 def stored_columns(accelerator):
     """The same, as the accelerator holds them; for parameters of one dtype."""
-    history = accelerator._history
+    history = accelerator.history
     block, order = history.blocks[0], history.order()
     return block.delta_residual[order], block.delta_mapped[order]

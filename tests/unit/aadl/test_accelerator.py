@@ -62,7 +62,7 @@ def test_statistics_are_read_only_and_always_the_same_dictionary():
     accelerator = aadl.accelerator_of(optimizer)
     counts = accelerator.statistics
     train(model, optimizer, 12)
-    assert counts is accelerator.statistics is accelerator._decisions.statistics
+    assert counts is accelerator.statistics is accelerator.decisions.statistics
     assert counts["steps"] == 12 and counts["accepted"] > 0
     with pytest.raises(AttributeError):
         accelerator.statistics = {}
@@ -252,7 +252,7 @@ def test_a_group_that_comes_within_a_macro_step_leaves_the_rates_as_they_are():
     train(model, optimizer, 24)
     optimizer.add_param_group({"params": [frozen], "lr": 0.1})
     train(model, optimizer, 26)
-    assert {column.learning_rate for column in aadl.accelerator_of(optimizer)._history.columns} == {1.0}
+    assert {column.learning_rate for column in aadl.accelerator_of(optimizer).history.columns} == {1.0}
     assert statistics(optimizer)["resets"] == {}
 
 

@@ -32,7 +32,7 @@ from aadl.watch import is_regular, kind_of_write
 def step_with_true_pairs(model, optimizer, pairs):
     """One step, after which the stored columns are those of the pairs that were seen, reverted ones among them."""
     train(model, optimizer, 1)
-    held = len(aadl.accelerator_of(optimizer)._history.columns)
+    held = len(aadl.accelerator_of(optimizer).history.columns)
     if held:
         assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(held))
 
@@ -92,18 +92,18 @@ def test_reset_abandons_the_running_macro_step():
     optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": 3, "frequency": 300})
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, 10)
-    assert len(accelerator._history.columns) == 2
+    assert len(accelerator.history.columns) == 2
     overwrite(model)
     aadl.reset_history(optimizer)
     assert accelerator.statistics["resets"] == {"user": 1}
     assert accelerator.statistics["steps"] == 10
     start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     train(model, optimizer, 2)
-    assert not accelerator._history.has_pair
+    assert not accelerator.history.has_pair
     train(model, optimizer, 1)
     end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    assert torch.equal(accelerator._history.blocks[0].residual, end - start)
-    assert accelerator._history.columns == []
+    assert torch.equal(accelerator.history.blocks[0].residual, end - start)
+    assert accelerator.history.columns == []
 
 
 # ---- changes from outside ------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_weights_restored_through_data_are_not_reverted():
     for value in other.values():
         value.mul_(30)
     accelerator = aadl.accelerator_of(optimizer)
-    while accelerator._decisions.pending is None:
+    while accelerator.decisions.accepted is None:
         train(model, optimizer, 1)
     for name, p in model.named_parameters():
         p.data.copy_(other[name])
@@ -138,7 +138,7 @@ def test_a_cleared_momentum_buffer_starts_a_new_macro_step():
         if step == 4:
             for state in optimizer.state.values():
                 state["momentum_buffer"].zero_()
-    history = aadl.accelerator_of(optimizer)._history
+    history = aadl.accelerator_of(optimizer).history
     buffers = torch.cat([optimizer.state[p]["momentum_buffer"].reshape(-1) for p in model.parameters()])
     momentum = next(block for block in history.blocks if block.kind == "momentum")
     assert torch.equal(momentum.residual, buffers)  # from zero to here
@@ -225,12 +225,12 @@ def test_what_is_noticed(which, change, part, noticed, store_each_nth):
     step()
     assert accelerator.statistics["moved"] == noticed
     end = x.detach(), optimizer.state[x]["momentum_buffer"]
-    for block, before, after in zip(accelerator._history.blocks, start, end, strict=True):
+    for block, before, after in zip(accelerator.history.blocks, start, end, strict=True):
         if noticed or (block.kind == "parameters") != (which == "parameter"):
             assert torch.equal(block.residual, after - before)
         else:
             assert not torch.equal(block.residual, after - before)
-    assert accelerator._history.columns[-1].consecutive != noticed
+    assert accelerator.history.columns[-1].consecutive != noticed
     for _ in range(2):
         step()
     assert accelerator.statistics["moved"] == noticed  # it starts again where the last one ended
@@ -294,7 +294,7 @@ def test_a_reset_within_a_macro_step_begins_where_the_parameters_are(safeguard, 
     start = x.detach().clone()
     for _ in range(3):
         optimizer.step()
-    assert torch.equal(aadl.accelerator_of(optimizer)._history.blocks[0].residual, x.detach() - start)
+    assert torch.equal(aadl.accelerator_of(optimizer).history.blocks[0].residual, x.detach() - start)
 
 
 # ---- within a macro-step -------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_no_candidate_is_taken_back_over_a_change(change, at):
     optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **MACRO)
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, at)
-    assert accelerator.statistics["accepted"] > 0 and accelerator._decisions.pending is not None
+    assert accelerator.statistics["accepted"] > 0 and accelerator.decisions.accepted is not None
     change(model, optimizer, weights)
     plain = sgd(plain_model, 0.02, momentum=0.5)
     plain_model.load_state_dict(model.state_dict())
@@ -352,8 +352,8 @@ def test_no_candidate_is_taken_back_over_a_change(change, at):
     assert identical(snapshot(model, optimizer)["model"], snapshot(plain_model, plain)["model"])
     assert accelerator.statistics["reverted"] == 0
     if change is not load_both:  # which starts everything again
-        assert accelerator.statistics["moved"] == 1 and accelerator._decisions.pending is None
-        assert len(accelerator._history.columns) == 3
+        assert accelerator.statistics["moved"] == 1 and accelerator.decisions.accepted is None
+        assert len(accelerator.history.columns) == 3
 
 
 def test_a_change_without_a_pending_candidate_starts_the_macro_step_again():
@@ -364,7 +364,7 @@ def test_a_change_without_a_pending_candidate_starts_the_macro_step_again():
     load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
     start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     train(model, optimizer, 10)
-    history = aadl.accelerator_of(optimizer)._history
+    history = aadl.accelerator_of(optimizer).history
     end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert torch.equal(history.blocks[0].residual, end - start)
     assert len(history.columns) == 3 and statistics(optimizer)["moved"] == 1 and not history.columns[-1].consecutive
@@ -450,7 +450,7 @@ def test_what_comes_regularly_belongs_to_the_map(name):
     optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
     train(model, optimizer, 400, after=lambda step: change(model, step))
     counts = statistics(optimizer)
-    stored = len(aadl.accelerator_of(optimizer)._history.columns) + 1
+    stored = len(aadl.accelerator_of(optimizer).history.columns) + 1
     assert counts["macro_steps"] >= 40 - lost and stored == 11
     assert counts["accepted"] > 0 and counts["resets"] == {}
 
@@ -468,7 +468,7 @@ def test_values_that_are_put_back_cost_the_running_pair_at_most(through):
     train(model, optimizer, 5)
     look_elsewhere(1, through)(model, 1)
     train(model, optimizer, 15)
-    assert len(aadl.accelerator_of(optimizer)._history.columns) == 10
+    assert len(aadl.accelerator_of(optimizer).history.columns) == 10
     assert statistics(optimizer)["moved"] == (through is load)
 
 
@@ -508,7 +508,7 @@ def test_a_load_within_the_first_macro_step_leaves_no_false_pair(store_each_nth,
     history = None
     for step in range(1, 14):
         train(model, optimizer, 1)
-        history = aadl.accelerator_of(optimizer)._history
+        history = aadl.accelerator_of(optimizer).history
         pairs.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
         if step == steps:
             load(model, optimizer, {name: 3 * value for name, value in model.state_dict().items()})
@@ -525,11 +525,7 @@ def test_a_load_is_noticed_beside_regular_writes():
     load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
     train(model, optimizer, 1)
     assert statistics(optimizer)["moved"] == moved + 1
-    assert json_progress(optimizer)["in_macro_step"] == 1
-
-
-def json_progress(optimizer):
-    return aadl.accelerator_of(optimizer)._progress
+    assert aadl.accelerator_of(optimizer).steps_in_macro_step == 1
 
 
 @pytest.mark.parametrize("change", [clamp, clamp_elsewhere, synchronize(3)], ids=["clamp", "elsewhere", "outer steps"])
@@ -618,7 +614,7 @@ def load_while_pending(rank):
 
     def change(step, model, optimizer):
         accelerator = aadl.accelerator_of(optimizer)
-        if change.at == 0 and accelerator._decisions.pending and accelerator._progress["in_macro_step"] == 2:
+        if change.at == 0 and accelerator.decisions.accepted and accelerator.steps_in_macro_step == 2:
             model.load_state_dict({name: 20 * value for name, value in model.state_dict().items()})
             change.at, change.there = step, parallel_runs.values_of(model)
         if change.at and step == change.at + 3:

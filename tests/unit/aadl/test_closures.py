@@ -31,6 +31,7 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vjp
 import aadl
 from aadl import trial_loss
 from aadl.parameters import belongs_to_a_loop
+from aadl.trial import without_trace
 
 LOSS = EAGER | {"safeguard": "loss", "average": False, "frequency": 1}
 CAST = functools.partial(torch.autocast, "cpu", torch.bfloat16)
@@ -261,7 +262,7 @@ def test_the_gradient_that_a_closure_finds_is_a_copy_and_zero_after_a_backward_p
     model = network()
     weight, other = model[0].weight, torch.ones(2, requires_grad=True)
     weight.grad, other.grad = torch.full_like(weight, 2.0), torch.ones(2)
-    with trial_loss._running(trial_loss._Trial([weight])):
+    with without_trace([weight], is_closure=True):
         assert torch.equal(weight.grad, torch.full_like(weight, 2.0)) and weight.grad is weight.grad
         weight.grad.add_(1)
         other.grad = None
@@ -287,9 +288,8 @@ def test_generators_of_all_devices_are_put_back():
         get_rng_state=states.get,
         set_rng_state=lambda state, device: written.append((device, state)),
     )
-    with mock.patch.object(torch, "xpu", devices):
-        for restore, state in trial_loss._random_states():
-            restore(state)
+    with mock.patch.object(torch, "xpu", devices), without_trace([], is_closure=False):
+        pass
     assert written == [(0, 10), (1, 11)]
 
 

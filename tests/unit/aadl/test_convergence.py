@@ -260,5 +260,5 @@ def test_a_bfloat16_history_is_another_history():
             x.grad = quadratic(1e3, 0, dtype=torch.float32).gradient(x.detach())
             optimizer.step()
         runs.append(x.detach())
-        assert aadl.accelerator_of(optimizer)._history.blocks[0].delta_mapped.dtype == (dtype or torch.float32)
+        assert aadl.accelerator_of(optimizer).history.blocks[0].delta_mapped.dtype == (dtype or torch.float32)
     assert 1e-6 < (runs[0] - runs[1]).norm() / runs[0].norm() < 1e-1

@@ -22,20 +22,20 @@ def test_on_a_cpu_the_number_is_there_at_once(number):
 def test_verdicts_are_noted_in_their_order_once_and_before_anybody_reads_the_statistics():
     optimizer = aadl.accelerate(torch.optim.SGD(network().parameters(), lr=0.1))
     accelerator = aadl.accelerator_of(optimizer)
-    decisions, noted = accelerator._decisions, []
+    decisions, noted = accelerator.decisions, []
     for number in (1.0, 2.0):
-        decisions._defer(torch.tensor(number), lambda values, number=number: noted.append((number, values)))
+        decisions.defer(torch.tensor(number), lambda values, number=number: noted.append((number, values)))
     assert noted == []
     assert accelerator.statistics["steps"] == 0
     assert noted == [(1.0, [1.0]), (2.0, [2.0])]
     decisions.settle()
-    assert len(noted) == 2 and decisions.words == []
+    assert len(noted) == 2 and decisions.deferred == []
 
 
 @pytest.mark.parametrize("use", ["state_dict", "reset", "remove", "step"])
 def test_whoever_needs_the_verdicts_waits_for_them(use):
     optimizer = aadl.accelerate(torch.optim.SGD(network().parameters(), lr=0.1))
     accelerator, noted = aadl.accelerator_of(optimizer), []
-    accelerator._decisions._defer(torch.tensor(3.0), noted.append)
+    accelerator.decisions.defer(torch.tensor(3.0), noted.append)
     {"step": optimizer.step}.get(use, getattr(accelerator, use, None))()
     assert noted == [[3.0]]

@@ -12,7 +12,7 @@ from histories import copied_to_the_host
 from small_runs import identical, network, train
 
 import aadl
-from aadl import acceptance as decisions
+from aadl import decisions
 from aadl.history_layout import Layout
 
 SCHEDULES = {
@@ -56,7 +56,7 @@ def test_deferred_verdicts_take_the_same_path(schedule, average, monkeypatch):
 
 
 def test_rejected_reverted_and_suspended_ones_are_among_them(monkeypatch):
-    monkeypatch.setattr("aadl.safeguard.REVERT_ABOVE", 0.9)
+    monkeypatch.setattr("aadl.acceptance.REVERT_ABOVE", 0.9)
     total = {"accepted": 0, "reverted": 0, "suspended": 0, "backward": 0}
     for schedule in SCHEDULES.values():
         for rate in (0.1, 0.4, 0.8):
@@ -76,16 +76,16 @@ def test_a_verdict_waits_for_the_next_step_or_for_who_asks(monkeypatch):
     aadl.accelerate(optimizer, store_each_nth=1, frequency=1, history_depth=4, safeguard="residual")
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, 2)
-    raw = accelerator._decisions
-    assert raw.words and raw.statistics["accepted"] + sum(raw.statistics["rejected"].values()) == 0
+    raw = accelerator.decisions
+    assert raw.deferred and raw.statistics["accepted"] + sum(raw.statistics["rejected"].values()) == 0
     assert raw.statistics["attempts"] == 1
     told = accelerator.statistics
-    assert not raw.words and told["accepted"] + sum(told["rejected"].values()) == 1
-    while not raw.words:
+    assert not raw.deferred and told["accepted"] + sum(told["rejected"].values()) == 1
+    while not raw.deferred:
         train(model, optimizer, 1)
     verdicts = raw.statistics["accepted"] + sum(raw.statistics["rejected"].values())
     accelerator.state_dict()  # nothing is left open in a saved state
-    assert not raw.words
+    assert not raw.deferred
     assert raw.statistics["accepted"] + sum(raw.statistics["rejected"].values()) == verdicts + 1
 
 
@@ -133,12 +133,12 @@ def test_a_store_is_postponed_until_the_copy_had_time(monkeypatch):
     aadl.accelerate(optimizer, store_each_nth=1, frequency=100, history_depth=4)
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, 3)
-    assert accelerator._postponed is not None and len(accelerator._history.columns) == 1
+    assert accelerator.is_copying and len(accelerator.history.columns) == 1
     state = accelerator.state_dict()  # stores first
-    assert accelerator._postponed is None and len(accelerator._history.columns) == 2
+    assert not accelerator.is_copying and len(accelerator.history.columns) == 2
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     rows = [state["rows"][f"parameters.{index}.mapped"].reshape(-1) for index in range(4)]
     assert torch.equal(torch.cat(rows), after)
     train(model, optimizer, 1)
     aadl.reset_history(optimizer)
-    assert accelerator._postponed is None and accelerator._history.columns == []
+    assert not accelerator.is_copying and accelerator.history.columns == []

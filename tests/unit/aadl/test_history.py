@@ -8,7 +8,8 @@ import pytest
 import torch
 from histories import explicit, filled_history, make_history, orthogonal_solution, push_pair, random_pairs
 
-from aadl.history import KINDS, Column, History, make_block
+from aadl.block import make_block
+from aadl.history import KINDS, Column, History
 from aadl.mixing import mixing_coefficients
 
 CUTOFF = 1e-14

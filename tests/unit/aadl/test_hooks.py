@@ -119,12 +119,12 @@ def test_a_step_that_fails_after_it_wrote_is_a_change():
     train(model, optimizer, 4)
     end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert statistics(optimizer)["moved"] == 1 and statistics(optimizer)["steps"] == 10
-    assert torch.equal(aadl.accelerator_of(optimizer)._history.blocks[0].residual, end - start)
+    assert torch.equal(aadl.accelerator_of(optimizer).history.blocks[0].residual, end - start)
 
 
 @pytest.mark.parametrize("steps_taken_back", [False, True], ids=["accepted", "taken back"])
 def test_hooks_of_others_see_the_weights_that_step_leaves(steps_taken_back, monkeypatch):
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: steps_taken_back)
+    monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: steps_taken_back)
     model = network()
     optimizer, seen, calls = sgd(model), {}, []
 

@@ -15,7 +15,7 @@ from small_runs import ALWAYS, identical, missing_for_compilation, statistics
 from torch.utils.flop_counter import FlopCounterMode
 
 import aadl
-from aadl import kernels
+from aadl import compilation, kernels
 from aadl.history_layout import Layout
 
 LONG = 5000  # elements; kernels are compiled from 4096 on
@@ -30,8 +30,8 @@ MODES = {
 @pytest.fixture
 def unbroken(monkeypatch):
     """As if nothing had been compiled in this process yet."""
-    monkeypatch.setattr(kernels, "_broken", [])
-    monkeypatch.setattr(kernels, "_made", set())
+    monkeypatch.setattr(compilation, "failures", [])
+    monkeypatch.setattr(compilation, "variants", set())
 
 
 def quadratic(numel, *, dtype=torch.float32, momentum=0.0, seed=0, **settings):
@@ -50,7 +50,7 @@ def quadratic(numel, *, dtype=torch.float32, momentum=0.0, seed=0, **settings):
 
 
 def tensors_of(optimizer):
-    return [dict(block.tensors) for block in aadl.accelerator_of(optimizer)._history.blocks]
+    return [dict(block.tensors) for block in aadl.accelerator_of(optimizer).history.blocks]
 
 
 @pytest.mark.usefixtures("unbroken")
@@ -70,7 +70,7 @@ def test_where_torch_would_run_compiled_kernels_as_they_are_written(mode, safegu
         for name in block:
             assert torch.allclose(block[name], twin[name], rtol=1e-5, atol=1e-5), name
     assert counts["accepted"] == other_counts["accepted"] > 1
-    assert not kernels._made and kernels.compilation_error() == ""
+    assert not compilation.variants and compilation.failure() == ""
     x, _, step = quadratic(LONG, fused=False, relaxation=0.5)
     step(12)
     assert not torch.allclose(plain, x, rtol=1e-5, atol=1e-5)
@@ -147,7 +147,7 @@ def test_rows_of_a_blow_up_are_not_read_after_a_reset(fused):
         step(4)
     assert x.isfinite().all() and statistics(optimizer)["attempts"] > 0
     assert aadl.accelerator_of(optimizer).uses_compiled_kernels == fused
-    assert bool(kernels._made) == fused
+    assert bool(compilation.variants) == fused
 
 
 def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
@@ -161,11 +161,11 @@ def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
         step(6)
         fitting = copy.deepcopy(accelerator.state_dict())
         step(3)  # now in the middle of one
-        before = list(accelerator._history.columns), accelerator._history.has_pair
+        before = list(accelerator.history.columns), accelerator.history.has_pair
         if load == "wrong":
             with pytest.raises(ValueError, match="shape"):
                 accelerator.load_state_dict(wrong)
-            assert (list(accelerator._history.columns), accelerator._history.has_pair) == before
+            assert (list(accelerator.history.columns), accelerator.history.has_pair) == before
             assert before[0] and before[1]
         elif load == "fitting":
             accelerator.load_state_dict(fitting)
@@ -183,7 +183,7 @@ def test_what_was_asked_about_averages_stands_above_a_checkpoint(average):
     assert json.loads(state["aadl"]["books"])["averaging"] == (average != "always")
     _, optimizer, step = quadratic(6, average=average)
     optimizer.load_state_dict(state)
-    restored = aadl.accelerator_of(optimizer)._decisions
+    restored = aadl.accelerator_of(optimizer).decisions
     assert restored.averaging == (average is not False)
     step(4)
     assert average == "auto" or restored.averaging == (average == "always")
@@ -201,7 +201,7 @@ def test_a_state_loaded_while_a_store_waits_continues_as_the_saved_run(offloaded
     expected = x.detach().clone()
     assert statistics(optimizer)["accepted"] == 1
     step(2)
-    assert (aadl.accelerator_of(optimizer)._postponed is not None) == offloaded
+    assert aadl.accelerator_of(optimizer).is_copying == offloaded
     with torch.no_grad():
         x.copy_(there)
     optimizer.load_state_dict(state)
@@ -233,7 +233,7 @@ def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, m
             raise RuntimeError("no compiler")
         return function
 
-    monkeypatch.setattr(kernels, "_compiled", compiled)
+    monkeypatch.setattr(compilation, "_compiled", compiled)
     x, optimizer, step = quadratic(LONG, fused=True, history_depth=3, dtype=torch.float64)
     y, other, plain_step = quadratic(LONG, fused=False, history_depth=3, dtype=torch.float64)
     with warnings.catch_warnings():
@@ -242,7 +242,7 @@ def test_a_compiler_that_fails_ends_no_step_where_warnings_are_errors(failing, m
             step()
             plain_step()
             assert torch.allclose(x, y, rtol=1e-5, atol=1e-5)
-    assert kernels.compilation_error() == "RuntimeError: no compiler"
+    assert compilation.failure() == "RuntimeError: no compiler"
     assert calls.count(failing) == 1 and calls[-1] is failing
     for rows, twin in zip(tensors_of(optimizer), tensors_of(other), strict=True):
         assert all(torch.allclose(rows[name], twin[name], rtol=1e-5, atol=1e-5) for name in rows)

@@ -1,5 +1,6 @@
 """The arithmetic of the passes over memory against plain formulas, and compiled kernels against uncompiled ones."""
 
+import itertools
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from small_runs import ALWAYS, identical, missing_for_compilation
 
 import aadl
-from aadl import kernels
+from aadl import compilation, kernels
 
 DEPTH = 4
 
@@ -79,17 +80,18 @@ def expected_products(ring, residual, filled, slots):
     return wide[[*slots, filled]] @ wide.T
 
 
-@pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("numel", [0, 1, kernels.WIDE_PIECE - 1, kernels.WIDE_PIECE, 2 * kernels.WIDE_PIECE + 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_inner_products_are_those_of_float64(slots, numel, dtype):
-    ring, residual = numbers(6, numel, dtype=dtype), numbers(numel, dtype=torch.float32, seed=1)
-    for filled in (4, 6):
+def test_inner_products_are_those_of_float64(dtype):
+    piece = kernels.WIDE_PIECE
+    for slots, numel, filled in itertools.product(SLOTS, (0, 1, piece - 1, piece, 2 * piece + 5), (4, 6)):
+        ring, residual = numbers(6, numel, dtype=dtype), numbers(numel, dtype=torch.float32, seed=1)
         products = kernels.inner_products(ring, residual, filled, slots, False)
         expected = expected_products(ring, residual, filled, slots)
-        assert products.dtype == torch.float64 and products.shape == expected.shape == (len(slots) + 1, filled + 1)
-        assert torch.allclose(products, expected, rtol=1e-12, atol=1e-9)
-        assert numel < 2 or not torch.allclose(products, expected.flip(1), rtol=1e-3)
+        case = slots, numel, filled
+        assert products.dtype == torch.float64, case
+        assert products.shape == expected.shape == (len(slots) + 1, filled + 1), case
+        assert torch.allclose(products, expected, rtol=1e-12, atol=1e-9), case
+        assert numel < 2 or not torch.allclose(products, expected.flip(1), rtol=1e-3), case
 
 
 def test_products_of_different_lengths_do_not_share_numbers():
@@ -164,7 +166,7 @@ def compiler():
 @pytest.fixture
 def unbroken(monkeypatch):
     """As if nothing had been compiled in this process yet."""
-    monkeypatch.setattr(kernels, "_broken", [])
+    monkeypatch.setattr(compilation, "failures", [])
 
 
 @pytest.mark.slow
@@ -178,7 +180,7 @@ def test_compiled_inner_products_are_those_of_the_plain_kernel(dtype):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # those of the compiler
                 fused = kernels.inner_products(ring, residual, DEPTH, slots, True)
-            assert kernels.compilation_error() == ""
+            assert compilation.failure() == ""
             plain = kernels.inner_products(ring, residual, DEPTH, slots, False)
             norms = torch.cat([ring.double().norm(dim=1), residual.double().norm()[None]])
             scales = norms[[*slots, DEPTH]].outer(norms)
@@ -196,7 +198,7 @@ def test_a_compiled_combination_is_that_of_the_plain_kernel(dtype):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (fused, advance), (expected, exact) = combined(given, numel, fused=True)
-        assert kernels.compilation_error() == ""
+        assert compilation.failure() == ""
         (plain, other), _ = combined(given, numel)
         for out in (fused, plain):
             assert torch.allclose(out.double(), expected, rtol=1e-6, atol=1e-5)
@@ -237,13 +239,13 @@ class Failing:
 )
 def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message, monkeypatch, unbroken):
     failing = Failing(when)
-    monkeypatch.setattr(kernels, "_compiled", failing)
+    monkeypatch.setattr(compilation, "_compiled", failing)
     ring, residual = numbers(DEPTH, 5000, dtype=torch.float32), numbers(5000, dtype=torch.float32, seed=1)
     told = f"goes on with uncompiled kernels, torch.compile failed: {message}"
     with pytest.warns(UserWarning, match=told) as caught:
         fused = kernels.inner_products(ring, residual, DEPTH, [1, 2], True)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
-    assert kernels.compilation_error().startswith(message)
+    assert compilation.failure().startswith(message)
     assert torch.equal(fused, kernels.inner_products(ring, residual, DEPTH, [1, 2], False))
     given = problem(5000, torch.bfloat16, torch.float32)
     assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without a word
@@ -251,7 +253,7 @@ def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message
 
 
 def test_an_accelerated_run_goes_on_where_compilation_fails(monkeypatch, unbroken):
-    monkeypatch.setattr(kernels, "_compiled", Failing("at once"))
+    monkeypatch.setattr(compilation, "_compiled", Failing("at once"))
     with pytest.warns(UserWarning, match="uncompiled kernels") as caught:
         broken, accelerator, _ = quadratic_run(fused=True)
     assert len(caught) == 1 and not accelerator.uses_compiled_kernels
@@ -266,7 +268,7 @@ def test_an_accelerated_run_with_compiled_kernels():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused, accelerator, optimizer = quadratic_run(fused=True, safeguard="residual")
-    assert accelerator.uses_compiled_kernels and kernels.compilation_error() == ""
+    assert accelerator.uses_compiled_kernels and compilation.failure() == ""
     plain, other, _ = quadratic_run(fused=False, safeguard="residual")
     assert not other.uses_compiled_kernels
     assert torch.allclose(fused, plain, rtol=1e-4, atol=1e-5)
@@ -281,7 +283,7 @@ def test_an_accelerated_run_with_compiled_kernels():
 def test_kernels_are_compiled_only_where_that_was_asked_for(numel, arguments, monkeypatch, unbroken):
     """Nobody waits for a compiler who did not ask for one, and short rows would never earn it."""
     calls = []
-    monkeypatch.setattr(kernels, "_compiled", lambda function, variant: calls.append(function) or function)
+    monkeypatch.setattr(compilation, "_compiled", lambda function, variant: calls.append(function) or function)
     x = torch.nn.Parameter(torch.ones(numel))
     optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.5), **ALWAYS | {"history_depth": 2} | arguments)
     for _ in range(4):

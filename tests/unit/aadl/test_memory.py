@@ -15,7 +15,7 @@ from small_runs import identical, network, statistics, train
 from torch import nn
 
 import aadl
-from aadl import history, memory
+from aadl import block, memory
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -53,7 +53,7 @@ def test_bytes_are_the_same_before_the_first_step_and_after(make, settings):
     optimizer = aadl.accelerate(make(model.parameters()), **settings)
     accelerator = aadl.accelerator_of(optimizer)
     before = accelerator.history_bytes
-    assert accelerator._layout is None and (before > 0) == (settings != SETTINGS["idle"])
+    assert accelerator.history is None and (before > 0) == (settings != SETTINGS["idle"])
     assert statistics(optimizer)["steps"] == 0
 
     def closure():
@@ -64,7 +64,7 @@ def test_bytes_are_the_same_before_the_first_step_and_after(make, settings):
 
     for _ in range(10):
         optimizer.step(closure)
-    held = [tensor for block in accelerator._history.blocks for tensor in block.tensors.values()] if before else []
+    held = [tensor for block in accelerator.history.blocks for tensor in block.tensors.values()] if before else []
     assert accelerator.history_bytes == before == sum(tensor.nbytes for tensor in held)
     aadl.remove_acceleration(optimizer)
     assert accelerator.history_bytes == 0
@@ -104,7 +104,7 @@ def test_momentum_of_an_optimizer_that_torch_does_not_know_counts_when_it_is_the
 
 
 def test_what_waits_on_the_host_of_a_device_counts():
-    plain, there = (history.make_block("parameters", [torch.zeros(10)], 3, True, None, planned=True) for _ in range(2))
+    plain, there = (block.make_block("parameters", [torch.zeros(10)], 3, True, None, planned=True) for _ in range(2))
     there.offloaded = True
     assert there.nbytes == plain.nbytes + 40
 
@@ -168,13 +168,11 @@ SENTENCE = (
 FAILURES = {
     "no room": lambda patch: patch.setattr(memory, "_room", lambda device: 5000),
     "the allocator of torch": lambda patch: patch.setattr(
-        history, "zeros", failing_after(7, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."))
+        block, "zeros", failing_after(7, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."))
     ),
-    "a device": lambda patch: patch.setattr(history, "zeros", failing_after(7, torch.OutOfMemoryError("CUDA ..."))),
-    "Python": lambda patch: patch.setattr(history, "zeros", failing_after(7, MemoryError())),
-    "the system": lambda patch: patch.setattr(
-        history, "zeros", failing_after(7, OSError(12, "Cannot allocate memory"))
-    ),
+    "a device": lambda patch: patch.setattr(block, "zeros", failing_after(7, torch.OutOfMemoryError("CUDA ..."))),
+    "Python": lambda patch: patch.setattr(block, "zeros", failing_after(7, MemoryError())),
+    "the system": lambda patch: patch.setattr(block, "zeros", failing_after(7, OSError(12, "Cannot allocate memory"))),
 }
 
 
@@ -192,7 +190,7 @@ def test_a_history_without_room_is_refused_before_anything_is_changed(fail):
         gc.collect()
         assert not MADE
     assert identical(model.state_dict(), start) and not optimizer.state
-    assert statistics(optimizer)["steps"] == 0 and aadl.accelerator_of(optimizer)._layout is None
+    assert statistics(optimizer)["steps"] == 0 and aadl.accelerator_of(optimizer).history is None
 
     twin, unbothered = accelerated()
     for m, o in ((model, optimizer), (twin, unbothered)):
@@ -207,7 +205,7 @@ def test_a_history_without_room_is_refused_before_anything_is_changed(fail):
 
 
 def test_another_failure_is_not_taken_for_a_lack_of_room(monkeypatch):
-    monkeypatch.setattr(history, "zeros", failing_after(7, RuntimeError("an illegal instruction")))
+    monkeypatch.setattr(block, "zeros", failing_after(7, RuntimeError("an illegal instruction")))
     with pytest.raises(RuntimeError, match=r"^an illegal instruction$"):
         train(*accelerated(), 1)
 
@@ -244,7 +242,7 @@ def test_a_state_of_a_history_without_room_is_refused(monkeypatch):
     for attempt in (fresh.state_dict, lambda: fresh.load_state_dict(state)):
         with pytest.raises(torch.OutOfMemoryError, match=SENTENCE):
             attempt()
-    assert not fresh.state and aadl.accelerator_of(fresh)._layout is None
+    assert not fresh.state and aadl.accelerator_of(fresh).history is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to set a limit that is just too low")
@@ -297,7 +295,7 @@ def without_room_on(rank, size, missing):
                 train(model, optimizer, 1)
             except torch.OutOfMemoryError as error:
                 raised = str(error)
-                assert accelerator._layout is None and not optimizer.state
+                assert accelerator.history is None and not optimizer.state
         train(model, optimizer, 8)
         assert accelerator.history_bytes == before
         outcomes.append((raised, before, model.state_dict(), statistics(optimizer)["steps"]))

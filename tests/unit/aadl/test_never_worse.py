@@ -11,9 +11,9 @@ from small_runs import EAGER, Pairs, closure_of, identical, network, sgd, snapsh
 from torch import nn
 
 import aadl
-from aadl import advice, safeguard
+from aadl import acceptance, advice
+from aadl.candidate import step_fraction
 from aadl.mixing import Gram, host_tensor, mixing_coefficients
-from aadl.proposal import step_fraction
 from benchmarks import linear_losses
 
 # ---- columns that are rounding ---------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
     accelerator = aadl.accelerator_of(optimizer)
     longest = last = 0.0
     for _ in range(80):
-        accepted, reach = statistics(optimizer)["accepted"], accelerator._decisions.reach
+        accepted, reach = statistics(optimizer)["accepted"], accelerator.decisions.reach
         train(model, optimizer, 1)
         if statistics(optimizer)["accepted"] == accepted:
             continue
@@ -143,7 +143,7 @@ def test_the_step_of_a_candidate_keeps_to_its_reach_while_the_learning_rate_chan
     pairs, rates, bounded = Pairs(optimizer), [], 0
     settings = EAGER | {"history_depth": 3, "safeguard": "residual", "average": False}
     aadl.accelerate(optimizer, **settings, relaxation=relaxation)
-    decisions = aadl.accelerator_of(optimizer)._decisions
+    decisions = aadl.accelerator_of(optimizer).decisions
     for number in range(120):
         rates.append(0.02 * 1.2 ** ((-number if falling else number) % 3))
         optimizer.param_groups[0]["lr"] = rates[-1]
@@ -169,7 +169,7 @@ class Slope:
         self.x, self.turn = nn.Parameter(torch.zeros(2, dtype=torch.float64)), turn
         self.optimizer = torch.optim.SGD([self.x], lr=0.1)
         aadl.accelerate(self.optimizer, **EAGER | {"safeguard": "residual", "average": False} | settings)
-        self.decisions = aadl.accelerator_of(self.optimizer)._decisions
+        self.decisions = aadl.accelerator_of(self.optimizer).decisions
 
     def step(self):
         """The second coordinate makes columns that are no rounding: it shrinks slowly and says nothing of the first."""
@@ -197,14 +197,14 @@ def test_a_step_across_a_kink_is_taken_back_and_the_next_ones_are_shorter():
 
 
 def test_a_record_of_losses_tells_a_rise_from_noise():
-    record = safeguard.LossRecord()
+    record = acceptance.LossRecord()
     assert not any(record.note(loss) for loss in (4, 3, 2, 1, 1, 1, 1, 1, 2.5, 0.5, 1.4, 0.9))
     assert [record.note(loss) for loss in (2, 2.2, 2.4, 2.6, 2.8)].index(True) > 1
-    negative = safeguard.LossRecord()
+    negative = acceptance.LossRecord()
     assert not any(negative.note(loss) for loss in (-1.0, -2.0, -3.0, -4.0, -5.0, -5.0, -5.0))
     assert any(negative.note(1.0) for _ in range(8))
-    assert not any(safeguard.LossRecord().note(math.nan) for _ in range(9))
-    near_zero = safeguard.LossRecord()
+    assert not any(acceptance.LossRecord().note(math.nan) for _ in range(9))
+    near_zero = acceptance.LossRecord()
     assert not any(near_zero.note(loss) for loss in (1.0,) * 5 + (1e-9,) * 5 + (1e-3,) * 5)
 
 
@@ -224,7 +224,7 @@ def test_a_mean_of_iterates_is_no_overshoot():
 
 
 def test_promises_are_brought_to_the_present_learning_rate():
-    pending = safeguard.Pending(4.0, 16.0, 1.0, {}, advance=3.0, rate=2.0)
+    pending = acceptance.Candidate(4.0, 16.0, 1.0, {}, advance=3.0, rate=2.0)
     halved = pending.at(1.0)
     assert (halved.predicted, halved.before, halved.noise, halved.advance, halved.rate) == (1.0, 4.0, 0.25, 1.5, 1.0)
 
@@ -254,7 +254,7 @@ def test_the_candidate_whose_trial_stops_acceleration_is_refused():
         if counts["stops"] > stops:
             stops = counts["stops"]
             assert (counts["accepted"], counts["attempts"]) == (before[0], before[1] + 1)
-            assert aadl.accelerator_of(optimizer)._decisions.pending is None
+            assert aadl.accelerator_of(optimizer).decisions.accepted is None
     assert counts["rejected"]["stopped"] == stops > 0
 
 
@@ -296,14 +296,14 @@ def test_stops_survive_a_checkpoint():
 
 def test_overshoots_without_end_stop_acceleration():
     optimizer = aadl.accelerate(sgd(network()), **EAGER)
-    decisions = aadl.accelerator_of(optimizer)._decisions
+    decisions = aadl.accelerator_of(optimizer).decisions
     decisions.statistics["macro_steps"] = 50
     for number in range(1, 10):
-        decisions._change_reach(math.inf, overshot=True)
+        decisions.change_reach(math.inf, overshot=True)
         if decisions.statistics["stops"]:
             break
-        assert decisions.reach == max(safeguard.SHORTEST_REACH, safeguard.FIRST_REACH / 4**number)
-    assert decisions.pause.until == 100 and decisions.reach == safeguard.FIRST_REACH
+        assert decisions.reach == max(acceptance.SHORTEST_REACH, acceptance.FIRST_REACH / 4**number)
+    assert decisions.pause.until == 100 and decisions.reach == acceptance.FIRST_REACH
     decisions.pause.extend(60)
     assert decisions.pause.until == 100
 

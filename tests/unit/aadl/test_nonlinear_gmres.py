@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import aadl
 from aadl import advice, nonlinear_gmres, pace
-from aadl.pace import Pace, lets_go_of_momentum
+from aadl.pace import Pace, clears_momentum
 
 DOUBLE = torch.float64
 INPUTS = torch.linspace(-1, 1, 192, dtype=DOUBLE).reshape(64, 3)
@@ -326,7 +326,7 @@ def test_points_of_another_number_start_the_history_again():
     for rows in [slice(0, 32)] * 7 + [slice(0, 48)] * 7:
         optimizer.step(closure_of(model, optimizer, rows))
     assert accelerator.statistics["accepted"] > 2
-    assert accelerator._history.residuals.row.numel == 48
+    assert accelerator.history.residuals.row.numel == 48
 
 
 def test_reset_forgets_the_pairs():
@@ -334,9 +334,9 @@ def test_reset_forgets_the_pairs():
     optimizer = SGD(model.parameters(), lr=0.05)
     accelerator = accelerated(model, optimizer, **OFTEN)
     train(model, optimizer, 7)
-    assert accelerator._num_columns > 4
+    assert accelerator.num_columns > 4
     aadl.reset_history(optimizer)
-    assert accelerator._num_columns == 0 and accelerator.statistics["resets"] == {"user": 1}
+    assert accelerator.num_columns == 0 and accelerator.statistics["resets"] == {"user": 1}
     train(model, optimizer, 7)
     assert accelerator.statistics["attempts"] > 4
 
@@ -352,11 +352,11 @@ def test_weights_that_somebody_moves_between_observation_and_step_make_no_pair()
         with torch.no_grad():
             model[0].weight.add_(0.1)
         optimizer.step()
-    assert accelerator._num_columns == 0
+    assert accelerator.num_columns == 0
     for _ in range(5):
         closure()
         optimizer.step()
-    assert accelerator._num_columns == 4
+    assert accelerator.num_columns == 4
 
 
 def test_a_line_search_observes_many_points_and_the_first_counts():
@@ -471,7 +471,7 @@ def test_float32_weights_have_products_in_float64_and_bfloat16_rows_save_memory(
             residuals[0]().square().mean().backward()
             optimizer.step()
         accelerator = aadl.accelerator_of(optimizer)
-        assert accelerator._history._matrix.dtype == torch.float64
+        assert accelerator.history._matrix.dtype == torch.float64
         ends[dtype] = accelerator.history_bytes, accelerator.statistics["accepted"]
     elements = 41 + 64
     assert ends[None][0] == (6 + 2) * 4 * elements
@@ -536,8 +536,8 @@ def test_the_jump_at_a_change_of_points_is_that_of_the_mean_square():
     optimizer = SGD(model.parameters(), lr=0.01)
     accelerator = accelerated(model, optimizer, **OFTEN)
     jumps, seen = [], []
-    note = accelerator._pace.note_jump
-    accelerator._pace.note_jump = lambda jump: (jumps.append(jump), note(jump))
+    note = accelerator.pace.note_jump
+    accelerator.pace.note_jump = lambda jump: (jumps.append(jump), note(jump))
     for rows in [slice(0, 16)] * 7 + [slice(16, 64)] * 5:
         if len(seen) == 7:
             aadl.reset_history(optimizer)
@@ -550,9 +550,9 @@ def test_momentum_is_kept_where_steps_are_normalized_and_accelerations_are_rare(
     fast, slow = Pace(10, True, 0, period=2), Pace(10, True, 0)
     model = network()
     adam, muon = ADAM(model.parameters()), torch.optim.Muon([model[0].weight])
-    assert lets_go_of_momentum("auto", fast, adam) and not lets_go_of_momentum("auto", slow, adam)
-    assert not lets_go_of_momentum("auto", fast, muon)
-    assert lets_go_of_momentum("zero", slow, muon) and not lets_go_of_momentum("keep", fast, adam)
+    assert clears_momentum("auto", fast, adam) and not clears_momentum("auto", slow, adam)
+    assert not clears_momentum("auto", fast, muon)
+    assert clears_momentum("zero", slow, muon) and not clears_momentum("keep", fast, adam)
 
 
 # ---- refusals and warnings -------------------------------------------------------------------------------------------
@@ -668,7 +668,7 @@ def test_states_that_do_not_fit_are_refused_or_start_the_history_again():
     deeper = SGD(model.parameters(), lr=0.02)
     other = accelerated(model, deeper, frequency=4, history_depth=9)
     other.load_state_dict(state)
-    assert other._num_columns == 0 and other.statistics["resets"] == {"resumed": 1}
+    assert other.num_columns == 0 and other.statistics["resets"] == {"resumed": 1}
     train(model, deeper, 8)
     assert other.statistics["attempts"] > state_attempts(state)
     plain = aadl.accelerate(SGD(model.parameters(), lr=0.02))
@@ -818,7 +818,7 @@ def loads_of_rank_zero(rank, world_size, steps):
     dist.broadcast_object_list(saved, src=0)
     model.load_state_dict(saved[0][0])
     optimizer.load_state_dict(saved[0][1])
-    columns = accelerator._num_columns
+    columns = accelerator.num_columns
     for _ in range(12):
         optimizer.step(closure)
     return whole(model), columns, accelerator.statistics

@@ -14,6 +14,7 @@ from paths import ROOT, SUPPORT
 from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, snapshot, train
 
 import aadl
+from aadl.acceptance import Cause, count
 
 STEPS = 54
 SAVED_AT = range(10, 44, 3)
@@ -233,7 +234,7 @@ def test_a_saved_state_is_no_view_of_the_counters():
     kept = state["books"]
     for _ in range(2):
         aadl.reset_history(optimizer)
-        accelerator._decisions._reject("loss")
+        count(accelerator.statistics["rejected"], Cause.LOSS)
         assert accelerator.state_dict()["books"] != kept
         accelerator.load_state_dict(state)
     assert state["books"] == accelerator.state_dict()["books"] == kept
@@ -371,4 +372,4 @@ def test_a_state_of_other_weights_gives_no_false_pair():
     start_values = torch.cat([p.detach().reshape(-1) for p in other.parameters()])
     train(other, again, 1)
     end_values = torch.cat([p.detach().reshape(-1) for p in other.parameters()])
-    assert torch.equal(aadl.accelerator_of(again)._history.blocks[0].residual, end_values - start_values)
+    assert torch.equal(aadl.accelerator_of(again).history.blocks[0].residual, end_values - start_values)

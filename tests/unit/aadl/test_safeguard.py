@@ -21,7 +21,7 @@ from small_runs import (
 from torch import nn
 
 import aadl
-from aadl import safeguard
+from aadl import acceptance
 
 
 def adam(model, **settings):
@@ -79,7 +79,7 @@ def test_the_pair_that_broke_a_promise_stays_in_the_history(frequency):
         before = accelerator.statistics["accepted"], accelerator.statistics["reverted"]
         train(model, optimizer, 1, loss=kinked)
         model.scale = 1e4 if accelerator.statistics["accepted"] > before[0] else 1.0
-        columns = len(accelerator._history.columns)
+        columns = len(accelerator.history.columns)
         if columns:
             assert identical(stored_columns(accelerator), pairs.columns(columns))
         if accelerator.statistics["reverted"] > before[1]:
@@ -87,8 +87,8 @@ def test_the_pair_that_broke_a_promise_stays_in_the_history(frequency):
             start, mapped = pairs.pairs[-1]
             here = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
             assert torch.equal(here, pairs.pairs[-2][1]) and not torch.equal(here, mapped)
-            assert torch.equal(accelerator._history.blocks[0].mapped, mapped)
-            assert torch.equal(accelerator._history.blocks[0].residual, mapped - start)
+            assert torch.equal(accelerator.history.blocks[0].mapped, mapped)
+            assert torch.equal(accelerator.history.blocks[0].residual, mapped - start)
     assert reverts > 0 and accelerator.statistics["resets"] == {}
 
 
@@ -105,7 +105,7 @@ def test_a_residual_that_is_not_finite_resets_the_history(value, frequency):
     train(model, optimizer, 1, loss=lambda m: value * squared_error(m))
     assert accelerator.statistics["reverted"] == 1 and accelerator.statistics["resets"] == {"non_finite": 1}
     assert accelerator.statistics["trust_ratio"] == math.inf
-    history = accelerator._history
+    history = accelerator.history
     assert history.columns == [] and not history.has_pair
     for block in history.blocks:
         assert not any(tensor.any() for name, tensor in block.tensors.items() if name.startswith("delta"))
@@ -132,7 +132,7 @@ def test_a_revert_never_undoes_what_the_user_wrote():
 
 
 def test_pauses_double_up_to_a_limit_and_halve():
-    pause = safeguard.Pause(longest=64)
+    pause = acceptance.Pause(longest=64)
     lengths = []
     for step in range(9):
         pause.extend(step)
@@ -182,21 +182,21 @@ def test_noise_is_expected_of_the_next_residual_where_averages_are_mixed(average
     accelerator = aadl.accelerator_of(optimizer)
     for _ in range(100):
         train(model, optimizer, 1)
-        if accelerator._decisions.pending is not None:
+        if accelerator.decisions.accepted is not None:
             break
-    assert accelerator._decisions.pending is not None
-    assert (accelerator._decisions.pending.noise > 0) == (average == "always")
+    assert accelerator.decisions.accepted is not None
+    assert (accelerator.decisions.accepted.noise > 0) == (average == "always")
 
 
 def test_trust_ratio_and_revert_rule():
-    pending = safeguard.Pending(predicted=1.0, before=4.0, noise=0.0, weights={})
-    assert safeguard.trust_ratio(4.0, pending) == 2.0
-    assert safeguard.trust_ratio(math.nan, pending) == math.inf
+    pending = acceptance.Candidate(predicted=1.0, before=4.0, noise=0.0, weights={})
+    assert acceptance.trust_ratio(4.0, pending) == 2.0
+    assert acceptance.trust_ratio(math.nan, pending) == math.inf
     pending.advance = 2.0
-    assert not safeguard.must_revert(16.0, -1.0, pending)
-    assert safeguard.must_revert(16.1, -1.0, pending)
-    assert safeguard.must_revert(16.0, -1.1, pending)
-    assert safeguard.must_revert(math.nan, 0.0, pending) and safeguard.must_revert(0.0, math.nan, pending)
-    calm = safeguard.Pending(predicted=0.0, before=0.0, noise=0.0, weights={})
-    assert safeguard.trust_ratio(0.0, calm) == 0.0
-    assert safeguard.trust_ratio(1.0, calm) == math.inf
+    assert not acceptance.must_revert(16.0, -1.0, pending)
+    assert acceptance.must_revert(16.1, -1.0, pending)
+    assert acceptance.must_revert(16.0, -1.1, pending)
+    assert acceptance.must_revert(math.nan, 0.0, pending) and acceptance.must_revert(0.0, math.nan, pending)
+    calm = acceptance.Candidate(predicted=0.0, before=0.0, noise=0.0, weights={})
+    assert acceptance.trust_ratio(0.0, calm) == 0.0
+    assert acceptance.trust_ratio(1.0, calm) == math.inf

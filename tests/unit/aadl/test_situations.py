@@ -89,7 +89,7 @@ def test_learning_rate_zero_is_no_step():
     optimizer.param_groups[0]["lr"] = 0.02
     start = [entry["exp_avg"].clone() for entry in optimizer.state.values()]
     train(model, optimizer, 1)
-    history = aadl.accelerator_of(optimizer)._history
+    history = aadl.accelerator_of(optimizer).history
     end = [entry["exp_avg"] for entry in optimizer.state.values()]
     moved = torch.cat([(b - a).reshape(-1) for a, b in zip(start, end, strict=True)])
     assert torch.equal(history.blocks[1].residual, moved)  # momentum had been gathered at rate 0
@@ -140,7 +140,7 @@ def test_frozen_parameters_and_those_without_gradient_keep_their_bits():
     descend([x], optimizer, 40, gradient)
     assert statistics(optimizer)["accepted"] > 0
     assert identical((frozen.detach(), idle.detach()), (kept[0].detach(), kept[1]))
-    assert aadl.accelerator_of(optimizer)._history.blocks[0].row.numel == 7
+    assert aadl.accelerator_of(optimizer).history.blocks[0].row.numel == 7
     descend([x, idle], optimizer, 5, lambda x: x)
     assert not identical(idle.detach(), kept[1])
 
@@ -156,7 +156,7 @@ def test_groups_may_come_and_parameters_freeze_and_thaw():
         accepted = accelerator.statistics["accepted"]
         descend(parameters, optimizer, 9, gradient)
         assert accelerator.statistics["resets"].get("parameters_changed", 0) == expected_resets
-        assert sum(block.row.numel for block in accelerator._history.blocks if block.kind == "parameters") == numel
+        assert sum(block.row.numel for block in accelerator.history.blocks if block.kind == "parameters") == numel
         assert accelerator.statistics["accepted"] > accepted or numel == 0
 
     go([x], 0, 3)
@@ -303,7 +303,7 @@ def test_parameters_of_mixed_dtypes_share_one_problem():
         ends.append(torch.cat([part.detach().double() for part in parts]))
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
     assert ends[0][:2].max() < 0.5 < (1 - 0.5 * values[:2]).pow(10).min()  # what plain steps leave
-    assert len(aadl.accelerator_of(optimizer)._history.blocks) == 2
+    assert len(aadl.accelerator_of(optimizer).history.blocks) == 2
     assert statistics(optimizer)["accepted"] == 4
 
 

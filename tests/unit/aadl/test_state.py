@@ -11,8 +11,9 @@ from small_runs import EAGER, identical
 
 import aadl
 from aadl.attached import VERSION
-from aadl.history import Column, History, make_block
-from aadl.state import books_of, check_rows, load_rows, parsed_books, restore_books, rows_of
+from aadl.block import make_block
+from aadl.history import Column, History
+from aadl.state import check_rows, load_rows, parsed_plain_state, plain_state_of, restore_plain_state, rows_of
 
 ONE = [[(0, torch.zeros(50))]]
 """Groups of a history of one vector."""
@@ -21,7 +22,7 @@ ONE = [[(0, torch.zeros(50))]]
 def saved(history):
     """Rows and books on their way through a file."""
     rows = {name: row.clone() for name, row in rows_of(history, ONE, False).items()}
-    return rows, json.dumps(books_of(history))
+    return rows, json.dumps(plain_state_of(history))
 
 
 def restore(history, rows, books):
@@ -29,7 +30,7 @@ def restore(history, rows, books):
     check_rows(rows, wanted)
     load_rows(rows, wanted)
     parsed = json.loads(books)
-    restore_books(history, parsed_books(parsed), parsed["starts_at_mapped"])
+    restore_plain_state(history, parsed_plain_state(parsed), parsed["starts_at_mapped"])
     return history
 
 
@@ -68,16 +69,16 @@ def test_books_survive_json_bit_for_bit():
     history.grams["parameters"][0][1] = math.nan
     history.grams["parameters"][1][0] = math.inf
     history.columns[0].learning_rate = 1.1
-    fields = parsed_books(json.loads(json.dumps(books_of(history))))
+    fields = parsed_plain_state(json.loads(json.dumps(plain_state_of(history))))
     assert identical(fields["grams"], history.grams)
     assert fields["columns"] == history.columns and fields["next"] == history.next == 0
-    assert fields["stale"] == [] and books_of(filled_history(random_pairs(3)))["stale"] == [0, 1]
+    assert fields["stale"] == [] and plain_state_of(filled_history(random_pairs(3)))["stale"] == [0, 1]
 
 
 @pytest.mark.parametrize("books", [{}, {"grams": 1}, {"grams": {}, "columns": [[1]]}])
 def test_damaged_books_are_found_before_anything_is_changed(books):
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
-        parsed_books(books)
+        parsed_plain_state(books)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_state_continues_in_another_memory_format(first):
         *(aadl.accelerator_of(o).state_dict()["rows"].values() for o in (optimizer, again)), strict=True
     ):
         assert torch.equal(row, view)
-    rows = [aadl.accelerator_of(o)._history.blocks[0].mapped for o in (optimizer, again)]
+    rows = [aadl.accelerator_of(o).history.blocks[0].mapped for o in (optimizer, again)]
     assert not torch.equal(*rows) and torch.equal(rows[0].sort().values, rows[1].sort().values)
     before = accelerator.statistics["accepted"], accelerator.statistics["moved"]
     for p, o in ((parameters, optimizer), (other, again), (bare, without)):
@@ -259,7 +260,7 @@ def test_a_state_continues_at_another_depth(depth, steps, through_file, tmp_path
             p.copy_(q)
     again = adam(others, EAGER | {"history_depth": depth})
     again.load_state_dict(state)
-    old, new = aadl.accelerator_of(optimizer)._history, aadl.accelerator_of(again)._history
+    old, new = aadl.accelerator_of(optimizer).history, aadl.accelerator_of(again).history
     kept = min(depth, len(old.columns))
     assert new.columns == old.columns[-kept:] and kept > 0
     for one, two in zip(old.blocks, new.blocks, strict=True):
@@ -291,10 +292,10 @@ def test_a_state_without_columns_to_keep_continues_too():
     assert aadl.accelerator_of(idle).history_bytes == 0
     back = adam(convolution())
     back.load_state_dict(copy.deepcopy(idle.state_dict()))
-    assert aadl.accelerator_of(back)._history is None and aadl.accelerator_of(back).statistics["steps"] == 9
+    assert aadl.accelerator_of(back).history is None and aadl.accelerator_of(back).statistics["steps"] == 9
     early = adam(convolution(), EAGER | {"history_depth": 2})
     early.load_state_dict(copy.deepcopy(adam(convolution()).state_dict()))
-    assert aadl.accelerator_of(early)._history.columns == []
+    assert aadl.accelerator_of(early).history.columns == []
 
 
 @pytest.mark.parametrize("version", [1, VERSION + 1, None])

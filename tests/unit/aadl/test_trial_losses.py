@@ -11,7 +11,7 @@ from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, s
 from torch import nn
 
 import aadl
-from aadl import trial_loss
+from aadl.trial import without_trace
 
 BACKWARD = torch.Tensor.backward
 LOSS = EAGER | {"safeguard": "loss", "average": False, "frequency": 1}
@@ -303,11 +303,11 @@ def test_backward_of_other_threads_goes_on():
     leaf = torch.ones(1, requires_grad=True)
 
     def trial():
-        with trial_loss._running(trial_loss._Trial([])):
+        with without_trace([], is_closure=True):
             inside.set()
             done.wait(10)
 
-    with trial_loss._running(trial_loss._Trial([leaf])):
+    with without_trace([leaf], is_closure=True):
         thread = threading.Thread(target=trial)
         thread.start()
         inside.wait(10)

@@ -45,11 +45,11 @@ class Map:
 def stored_pairs(optimizer):
     """(x_j, v_j, g_j, w_j, lr factor) newest first, reconstructed from the rows of the history."""
     accelerator = aadl.accelerator_of(optimizer)
-    history = accelerator._history
+    history = accelerator.history
     blocks = {block.kind: block for block in history.blocks}
     own, momentum = blocks["parameters"], blocks.get("momentum")
     columns = [(history.order()[i], history.columns[i].learning_rate) for i in range(len(history.columns))]
-    rate = accelerator._progress.get("pair_learning_rate", 1.0)
+    rate = accelerator.pair_learning_rate
     g, f = own.mapped.clone(), own.residual.clone()
     w, e = (momentum.mapped.clone(), momentum.residual.clone()) if momentum else (torch.zeros(()), torch.zeros(()))
     pairs = []
@@ -119,7 +119,7 @@ def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monk
     statistics = aadl.accelerator_of(optimizer).statistics
     evaluate.run(x, optimizer, 4 * store_each_nth)
     statistics["accepted"] = statistics["reverted"] = 0
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
+    monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: True)
     for number in range(5, 11):
         evaluate.run(x, optimizer, store_each_nth)
         assert_true_pairs(evaluate, optimizer, min(number, 5))  # those of the candidates that were reverted stay
@@ -131,7 +131,7 @@ def test_a_reverted_candidate_leaves_the_plain_iterate(monkeypatch):
     evaluate = Map(momentum=0.5)
     x, optimizer = evaluate.accelerated(safeguard="residual", frequency=8)
     plain, base = sgd(evaluate.problem, lr=0.3, momentum=0.5)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
+    monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: True)
     evaluate.run(x, optimizer, 8)
     evaluate.run(plain, base, 8)
     assert not torch.equal(x, plain)  # accelerated
@@ -197,7 +197,7 @@ def test_mixing_after_a_change_of_the_learning_rate_is_mixing_at_the_new_rate():
 def test_the_pair_of_a_reverted_candidate_stays(due, monkeypatch):
     evaluate = Map(momentum=0.5)
     x, optimizer = evaluate.accelerated(safeguard="residual", frequency=1 if due else 4)
-    monkeypatch.setattr("aadl.safeguard.must_revert", lambda *_: True)
+    monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: True)
     accelerator = aadl.accelerator_of(optimizer)
     while not accelerator.statistics["accepted"]:
         evaluate.run(x, optimizer, 1)
@@ -211,7 +211,7 @@ def test_the_pair_of_a_reverted_candidate_stays(due, monkeypatch):
     assert not torch.allclose(x, candidate) and not torch.allclose(x, mapped)
     assert accelerator.statistics["resets"] == {}
     evaluate.run(x, optimizer, 1)
-    columns = accelerator._history.columns
+    columns = accelerator.history.columns
     assert [column.consecutive for column in columns][-2:] == [False, False]  # to the candidate, and back
     assert_true_pairs(evaluate, optimizer, len(stored_pairs(optimizer)))
 
@@ -242,7 +242,7 @@ def test_columns_of_other_learning_rates_leave_the_mixing_problem_and_not_the_hi
         optimizer.param_groups[0]["lr"] /= 3
     assert accelerator.statistics["resets"] == {}
     evaluate.run(x, optimizer, 2)
-    assert len(accelerator._history.columns) == 4  # of two rates, which differ by three
+    assert len(accelerator.history.columns) == 4  # of two rates, which differ by three
     optimizer.param_groups[0]["lr"] /= 3
     evaluate.run(x, optimizer, 2)
     assert accelerator.statistics["attempts"] > 4 and accelerator.statistics["resets"] == {}

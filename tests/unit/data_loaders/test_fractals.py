@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.fractals import VARIANTS, WEAKER, Task, chaos_game, learn, main, own_class_is_nearest
 from data_loaders.fractals import sets as fractals
+from data_loaders.fractals.__main__ import main as command
 from data_loaders.fractals.drawing import (
     CONTRACTION,
     FILLED,
@@ -394,11 +395,11 @@ def test_a_set_that_another_process_is_about_to_begin_is_not_refused(tmp_path):
 
 
 def test_the_command_explains_mistakes_in_one_sentence(tmp_path, capsys):
-    assert fractals.main([str(tmp_path / "set"), "--size", "4"]) == 2
+    assert command([str(tmp_path / "set"), "--size", "4"]) == 2
     error = capsys.readouterr().err
     assert error == "error: size must be an integer in [8, 2048], got 4\n"
     arguments = ["--classes", "2", "--images", "2", "--validation", "1", "--size", "16", "--workers", "0", "--packed"]
-    assert fractals.main([str(tmp_path / "set"), *arguments]) == 0
+    assert command([str(tmp_path / "set"), *arguments]) == 0
     assert len(PackedImages(tmp_path / "set", "train")) == 4
 
 

@@ -19,6 +19,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 from jobs import scaling, script, site, submit
+from jobs.request import make_job
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
@@ -38,7 +39,7 @@ def rendered(name, *options):
     parsed = submit.make_parser().parse_args([*given, "--python", "/home/me/aadl/.venv/bin/python"])
     request = submit.request_from(parsed, nodes=parsed.nodes, chain=parsed.chain, array=parsed.array)
     request = replace(request, config=Path("/home/me/aadl/config.yaml"))
-    job = script.make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
+    job = make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
     return script.render(job, job.jobs / "job.sh", ["python", "-m", "jobs.submit", *given])
 
 
@@ -338,6 +339,23 @@ WANTED = {
     "AADL_DATA_DIR": "/d", "OMPI_MCA_btl": "tcp", "OMP_NUM_THREADS": "2", "NCCL_DEBUG": "INFO",
     "RANKING": "x", "SLURMISH": "x",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("site_name", "answer"),
+    [
+        ("frontier", "77"),
+        ("frontier", "77;cluster"),
+        ("frontier", "note: 3 nodes are free\n77\nhave a nice day"),
+        ("generic-lsf", "project 12 is charged\nJob <77> is submitted to queue <batch>."),
+    ],
+)
+def test_the_id_of_a_job_is_found_among_notes_of_the_site(scheduler, tmp_path, capsys, site_name, answer):
+    for name in ("sbatch", "bsub"):
+        scheduler(name, f"echo 'a warning 5' >&2; printf '%b\\n' {answer!r}")
+    options = COMMON if site_name == "frontier" else ["--time", "2:00:00"]
+    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().out.split() == ["77"]
 
 
 def test_what_the_shell_of_another_job_holds_stays_there():

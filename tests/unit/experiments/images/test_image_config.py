@@ -115,7 +115,7 @@ def test_the_ends_of_ranges_are_allowed():
 
 
 def test_a_rate_that_is_scaled_must_be_given():
-    with pytest.raises(ValueError, match=r"optimizer\.lr must be given, for training\.reference_batch scales it"):
+    with pytest.raises(ValueError, match=r"optimizer\.lr must be given, because training\.reference_batch scales it"):
         parse_config(raw_config("folder", {"optimizer": {"name": "SGD"}}, training={"reference_batch": 8}))
 
 

@@ -416,7 +416,7 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
     left_out = execute.single_process_variants(config)
     runs, _ = execute._plan(config, Ranks(world_size=2), tmp_path, False, left_out)
     assert left_out == ["second"] and {run.name for run in runs} == {"adam"}
-    assert "left out on 2 ranks, for they run in a single process: second" in capsys.readouterr().err
+    assert "left out on 2 ranks, because they run in a single process: second" in capsys.readouterr().err
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -673,7 +673,7 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "diffusivity must be > 0, got -1" in told and len(told.splitlines()) == 1
     assert run(path, results, "--set", "problem.conditions=hard") == 2
-    assert "problem.conditions must be soft, for heat offers no lift" in capsys.readouterr().err
+    assert "problem.conditions must be soft, because heat offers no lift" in capsys.readouterr().err
     assert run(path, results, "--set", "problem.equation=cold.py") == 2
     assert "cold.py" in capsys.readouterr().err
 

@@ -104,6 +104,29 @@ def test_what_somebody_else_wrote_is_named_and_not_replaced(tmp_path):
         read_run(path)
 
 
+def test_a_link_whose_file_is_elsewhere_is_named_and_not_replaced(tmp_path):
+    """git-annex and DVC keep links into a store that need not have all files."""
+    path = write(tmp_path)
+    store = tmp_path / "store.h5"
+    path.rename(store)
+    path.symlink_to(store)
+    assert state_of(path, run_config(), "abc", 1) == "finished"
+    store.unlink()
+    with pytest.raises(UnreadableRecord, match=r"seed-0\.h5 is a link to .*store\.h5, which is not here: fetch it"):
+        state_of(path, run_config(), "abc", 1)
+
+
+def test_errors_of_the_disk_while_a_record_is_written_have_their_number(tmp_path):
+    """HDF5 hands on a full disk as a RuntimeError when the file is closed; the run may go on without that version."""
+    for error in (
+        RuntimeError("Can't decrement id ref count (errno = 28, error message = 'x')"),
+        OSError("errno = 122"),
+    ):
+        with pytest.raises(OSError, match=r"a\.h5") as caught, hdf5.opened(tmp_path / "a.h5", "w"):
+            raise error
+        assert caught.value.errno == int(str(error).partition("errno = ")[2].partition(",")[0])
+
+
 def test_a_record_that_cannot_be_read_hides_no_other_one(tmp_path, capsys):
     good = write(tmp_path)
     folder = good.parent.parent

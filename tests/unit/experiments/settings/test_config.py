@@ -58,6 +58,7 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
     [
         (["epochs"], 5, r"unknown key epochs; valid keys are: experiment, scale, seeds, problem \(default"),
         (["training", "epoch"], 5, r"unknown key training\.epoch; valid keys are: epochs \(default 100\), batch_size"),
+        (["training", "epoch"], 5, r"; did you mean epochs\?$"),
         (["training", "epochs"], True, r"training\.epochs must be an integer >= 1, got True"),
         (["training", "epochs"], 2.0, r"training\.epochs must be an integer >= 1, got 2\.0"),
         (["training", "epochs"], 0, r"training\.epochs must be an integer >= 1, got 0"),

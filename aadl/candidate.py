@@ -1,4 +1,4 @@
-"""From inner products to the coefficients of a candidate: which columns, averaged or not, and whether they will do."""
+"""From inner products to the coefficients of a candidate: which columns, whether averaged, and how long a step."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ import torch
 from torch import Tensor
 
 from aadl import mixing, smoothing
+from aadl.acceptance import MAXIMAL_COEFFICIENT_NORM, Cause
 from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.settings import Settings
 
-MAXIMAL_COEFFICIENT_NORM = 1e8
 LEARNING_RATE_BAND = 4.0
 """Factor within which a column may be brought to the present learning rate."""
 MAXIMAL_AGE = 3
-"""In units of history_depth macro-steps."""
+"""Age of the oldest usable column, in units of history_depth macro-steps."""
 MAXIMAL_GROWTH = 1e4
-"""Of an older residual over the newest one."""
+"""Largest quotient of an older residual over the newest one."""
 
 
-class Proposal(NamedTuple):
-    """What the mixing problem gave; `refused` names the cause why it is not to be used, "" if it is."""
+class Coefficients(NamedTuple):
+    """Solution of the mixing problem."""
 
     mixing: Mixing
     predicted: float
     """||f_k - DF gamma||^2."""
-    refused: str
+    rejected: Cause | None
+    """Why the coefficients make no candidate; None where they do."""
 
 
-def propose(
+def coefficients_of(
     gram: Gram,
+    *,
     factors: list[float],
     changes: list[float],
     jumps: list[float],
@@ -40,21 +42,20 @@ def propose(
     ages: list[int],
     averaging: bool,
     settings: Settings,
-    stored: torch.dtype,
-) -> Proposal:
-    """Coefficients for all columns, zero for those left out.
+) -> Coefficients:
+    """Coefficients for all columns, zero for those that are left out.
 
     Args:
         gram: inner products at the present learning rate, columns oldest first.
-        factors: of the learning rate now over that of each column.
+        factors: quotient of the learning rate now over that of each column.
         changes: l_j / l' - 1 for every column, with the learning rate l_j of its first update and the present one l'.
-        jumps: length of the way from the end of the first update of each column to the start of the second one.
-        last_jump: length of the last candidate's step, where it kept its promise; else 0.
+        jumps: length of the way from the end of each column's first update to the start of its second one.
+        last_jump: length of the last candidate's step, if its prediction held; else 0.
         reach: longest step, in units of the way that the pairs behind it have made.
         ages: macro-steps since each column was stored.
         averaging: whether the moving average is on.
-        settings: acceleration_type, average_window, regularization; without safeguard all columns are used.
-        stored: dtype of the history, which bounds the eigenvalues that mean anything.
+        settings: acceleration_type, average_window, regularization, history_dtype; without safeguard all columns are
+            used, and the step has any length.
     """
     used = len(ages)
     if settings.safeguard:
@@ -63,7 +64,7 @@ def propose(
         ages = [age if flag else oldest + 1 for age, flag in zip(ages, near, strict=True)]
         used = mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH)
     part = mixing.newest(gram, used)
-    cutoff = settings.eigenvalue_cutoff(stored)
+    cutoff = settings.eigenvalue_cutoff(settings.history_dtype or torch.float32)
     window = settings.average_window or smoothing.DEFAULT_WINDOW
     start = len(ages) - used
     noise = rounding_bounds(gram, factors, settings.store_each_nth)[start:]
@@ -74,21 +75,26 @@ def propose(
         solution = smoothing.smoothed_coefficients(part, window, settings.regularization, cutoff, noise)
     else:
         solution = mixing.mixing_coefficients(part, settings.regularization, cutoff, noise)
-    refused = ""
-    if solution.numerical_rank == 0 or not gram.square > settings.store_each_nth**2 * gram.rounding:
-        refused = "rank"  # nothing is left to extrapolate, or the update itself is rounding
-    elif settings.safeguard and not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
-        refused = "coefficients"
     left_out = host_tensor([0.0] * start)
     gamma = torch.cat([left_out, solution.gamma])
     if settings.safeguard and settings.acceleration_type != "identity":
         gamma = gamma * step_fraction(gram, gamma, changes, jumps, last_jump, start, reach)
+    rejected = _cause_of(solution, gram, settings)
     solution = solution._replace(gamma=gamma, mean=torch.cat([left_out, solution.mean]))
-    return Proposal(solution, mixing.predicted_square(gram, gamma), refused)
+    return Coefficients(solution, mixing.predicted_square(gram, gamma), rejected)
+
+
+def _cause_of(solution: Mixing, gram: Gram, settings: Settings) -> Cause | None:
+    """Why a solution makes no candidate; None where it does."""
+    if solution.numerical_rank == 0 or not gram.square > settings.store_each_nth**2 * gram.rounding:
+        return Cause.RANK  # nothing is left to extrapolate, or the update itself is rounding
+    if settings.safeguard and not solution.coefficient_norm <= MAXIMAL_COEFFICIENT_NORM:
+        return Cause.COEFFICIENTS
+    return None
 
 
 def rounding_bounds(gram: Gram, factors: list[float], steps: int) -> Tensor:
-    """(n eps ||g||)^2 for every column, at the present learning rate, with n = `steps` of a macro-step."""
+    """(n eps ||g||)^2 for every column at the present learning rate, with n = `steps` of a macro-step."""
     return host_tensor([steps**2 * gram.rounding * factor**2 for factor in factors])
 
 
@@ -101,9 +107,9 @@ def step_fraction(
     start: int,
     reach: float,
 ) -> float:
-    """How much of a candidate is taken: its step is at most `reach` times the way that the used pairs have made.
+    """Factor in (0, 1] that shortens a candidate: its step is at most `reach` times the way of the used pairs.
 
-    The last candidate's step is a part of that way also where the used pairs are all younger.
+    The last candidate's step counts as a part of that way even if all used pairs are younger.
 
     The step is sum_j gamma_j Dg_j with Dg_j = f_{j+1} + c_j f_j + s_j at the present learning rate, where s_j is the
     jump inside column j and c_j its entry of `changes`, so that its length is at most

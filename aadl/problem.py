@@ -1,0 +1,101 @@
+"""The mixing problem of an acceleration: what the ranks know together when one is due."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch.optim import Optimizer
+
+from aadl import mixing
+from aadl.acceptance import Candidate
+from aadl.block import Tensors
+from aadl.history import History
+from aadl.mixing import Gram
+from aadl.ranks import Ranks
+
+
+class MacroStep(NamedTuple):
+    """A macro-step that has ended and whose pair is stored."""
+
+    optimizer: Optimizer
+    history: History
+    tensors: Sequence[Tensors]
+    closure: Callable[[], Any] | None
+    """Given where the loss judges candidates."""
+    ranks: Ranks
+    """Those that decide together."""
+    quorum: int
+    """How many ranks must have seen a write: of whole replicas all, because what fewer saw was put back."""
+    loss_weight: float
+    """Weight of this rank's losses in their mean over the ranks."""
+    rate: float
+    """Factor of the learning rate."""
+    written: bool = False
+    """Whether this rank saw somebody write to the tensors within a macro-step since the last acceleration."""
+    doubtful: bool = False
+    """Whether this macro-step's residual may be such a write, so that no iterate is put back because of it."""
+    since: int = 0
+    """Number of the macro-step of the last acceleration, accepted or not."""
+
+
+class Problem(NamedTuple):
+    """What the ranks know together."""
+
+    gram: Gram
+    """Inner products in the weighted norm, at the present learning rate."""
+    weights: dict[str, float]
+    """Weight of each kind of vector in that norm."""
+    square: float
+    """||f||^2 of the newest residual in the norm of the candidate that it judges; 0 without one."""
+    along: float
+    """<f, s> over the parameters, with the jump s that led to the start of the newest pair."""
+    jump: dict[str, float]
+    """||s||^2 by kind, on this rank."""
+    is_written: bool
+    """Whether somebody wrote to the tensors of at least `quorum` ranks, or moved the starts of some ranks only."""
+    is_doubtful: bool
+    """Whether at least `quorum` ranks doubt the newest residual."""
+    is_finite: bool
+    """Whether all products are finite."""
+    fused: bool
+    """Whether all ranks have compiled kernels (or none needs them)."""
+
+
+def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Problem:
+    """Set up the mixing problem; replicas agree upon it, so that all of them decide alike.
+
+    Args:
+        step: the macro-step that has ended.
+        accepted: the candidate that its residual judges, if any.
+        moves: `Decisions.moves` of this rank.
+    """
+    history, ranks = step.history, step.history.ranks
+    own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2]
+    parts, sums = history.gram_with(own)
+    weights = mixing.balancing_weights(parts)
+    gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in history.columns])
+    square = sum(accepted.weights[kind] * part.square for kind, part in parts.items()) if accepted else 0.0
+    along, fused = parts["parameters"].along, 1.0
+    if history.replicas and not history.sums:
+        # they made the same numbers; a mean over them makes sure that all decide alike
+        others = [square, along, weights.get("momentum", 1.0), float(history.fused)]
+        message = ranks.total(mixing.packed(gram, [*others, *sums]))
+        sums = message[-len(sums) :].tolist()
+        columns = len(history.columns)
+        gram, (square, along, weight, fused, *_) = mixing.unpacked(message / ranks.size, columns)
+        weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
+    written, doubts, sum_of_moves, squares_of_moves = sums
+    differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
+    return Problem(
+        gram,
+        weights,
+        square,
+        along,
+        {kind: part.jump for kind, part in parts.items()},
+        is_written=written >= step.quorum or differ,
+        is_doubtful=doubts >= step.quorum,
+        is_finite=math.isfinite(gram.square + square + float(gram.matrix.sum())),
+        fused=fused == 1,  # else some rank has no compiler, and compiled kernels would round differently
+    )

@@ -1,0 +1,246 @@
+"""The pairs (x_j, r_j) of nonlinear GMRES: where the residuals of a step come from, and when a pair is stored.
+
+Residuals come from `residuals=fn`, or the closure of `step` hands them over (`observe`). In the second case the
+residuals of a step's own evaluation make its pair, which costs no forward pass.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from aadl import memory
+from aadl.acceptance import Cause, count
+from aadl.attached import Accelerator
+from aadl.parameters import all_parameters, belongs_to_a_loop, trainable_parameters
+from aadl.ranks import local, ranks_of
+from aadl.residual_history import ResidualHistory, joined
+from aadl.settings import Settings
+from aadl.statistics import Statistics
+from aadl.watch import versions_of
+from aadl.wrappers import Target
+
+Residuals = Callable[[], "Tensor | Sequence[Tensor]"]
+"""Returns the residuals r at the present weights, as one tensor or several."""
+
+RESUMED = "resumed"
+"""Stands for version counters that a checkpoint does not carry."""
+
+
+class ResidualPairs(Accelerator):
+    """The pairs of `aadl.nonlinear_gmres.ResidualAccelerator`, which makes the candidates.
+
+    Args:
+        target: the optimizer.
+        settings: the validated arguments.
+        process_group: ranks whose residuals make the loss together.
+        residuals: () -> r at the present weights; None where closures hand them over.
+        check: () -> residuals on other points, on which a candidate must be better too; None for no such points.
+    """
+
+    _statistics: Statistics
+    _history: ResidualHistory | None
+    _observes: bool
+    """Whether residuals are handed over by `observe`."""
+    _inside: bool
+    """Whether a step is running."""
+    _is_repeated: bool
+    """Whether the running step began at the weights of the newest pair."""
+    _has_begun: bool
+    """Whether the weights of a pair are stored whose residuals are not stored yet."""
+    _parts: list[Tensor]
+    """Residuals that were observed for the running step, or for the next one."""
+    _trial_parts: list[Tensor] | None
+    """Residuals that a trial evaluation has observed; None while none runs."""
+    _versions: list[int]
+    """Version counters of the weights at which `_parts` were observed."""
+    _known: list[int] | str | None
+    """Version counters at which the weights are those of the newest pair; None where nothing is known."""
+
+    def __init__(
+        self,
+        target: Target,
+        settings: Settings,
+        process_group: Any = None,
+        residuals: Residuals | None = None,
+        check: Residuals | None = None,
+    ) -> None:
+        self._residuals, self._check = residuals, check
+        super().__init__(target, settings, process_group)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def observe(self, residuals: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Hand over the residuals of the loss at the present weights, where they are computed anyway.
+
+        Call it in the closure of `step`, or before a `step` without a closure, once per evaluation of the loss. With
+        gradient accumulation call it once per micro-batch, and with several terms once per term: the parts are joined
+        in this order. The loss is the sum of squares of all parts, up to a factor; the weight of a term goes into r as
+        its square root.
+
+        Args:
+            residuals: r, of any shape; float64, float32 or lower, real or complex. It is read at the end of the step,
+                and must not be changed in place before.
+        """
+        residuals = residuals.detach()
+        if self._trial_parts is not None:
+            self._trial_parts.append(residuals)
+            return
+        if self.settings.idle:
+            return
+        self._observes = True
+        versions = versions_of(self._tensors())
+        if self._inside:
+            if versions != self._versions:
+                return  # a line search asks for the loss at another point
+            if not self._parts:
+                self._begin_pair()
+        elif versions != self._versions:
+            self._parts, self._versions = [], versions
+        self._parts.append(residuals)
+
+    def _check_closure(self, closure: Callable[[], Any] | None) -> None:
+        """Raise ValueError if nobody can evaluate the residuals."""
+        if closure is None:
+            raise ValueError(
+                "acceleration_type='nonlinear_gmres' needs residuals=fn, or a closure given to step that calls "
+                "aadl.accelerator_of(optimizer).observe(r): step was called without a closure"
+            )
+        if not self._statistics["steps"] and belongs_to_a_loop(closure):
+            raise ValueError(
+                "acceleration_type='nonlinear_gmres' needs residuals=fn here: the closure belongs to the loop of a "
+                "framework, whose metrics would count the trials"
+            )
+
+    def _watch(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """Note the weights at which residuals are observed in this step, or before one without a closure."""
+        self._lay_out(optimizer)
+        if self._has_begun and self._history is not None:  # the last step ended with an exception
+            self._history.void()
+            self._known = None
+        self._has_begun = False
+        versions = versions_of(self._tensors())
+        if has_closure or versions != self._versions:
+            self._parts = []
+        self._versions = versions
+        if self._parts:
+            self._begin_pair()
+
+    # ---- pairs -----------------------------------------------------------------------------------------------------
+
+    def _begin_pair(self) -> None:
+        """Store the weights at which this step sees its residuals, unless they are those of the newest pair."""
+        history = self._history
+        self._is_repeated = history is not None and self._is_known()
+        if history is None or self._is_repeated or self._statistics["steps"] % self.settings.store_each_nth:
+            return
+        with torch.no_grad():
+            history.push_weights()
+        self._has_begun = True
+
+    def _end_pair(self) -> None:
+        """Store the residuals that this step has seen."""
+        history, parts, self._parts = self._history, self._parts, []
+        if history is None or not parts:
+            return
+        if self._has_begun:
+            history.push_residuals(joined(parts))
+            self._has_begun = False
+        elif self._is_repeated:
+            history.compare(joined(parts))
+        self._known = None
+
+    def _store(self, residuals: Tensor) -> None:
+        """Store the pair of the present weights, at which the next step begins."""
+        assert self._history is not None
+        self._history.push_weights()
+        self._history.push_residuals(residuals)
+        self._known = versions_of(self._tensors())
+
+    def _is_known(self) -> bool:
+        """Whether this step begins at the weights of the newest pair."""
+        return self._known is not None and self._is_at(self._known, self._versions)
+
+    def _is_at(self, known: list[int] | str, versions: list[int] | None = None) -> bool:
+        """Whether nobody has written to the weights since these version counters were read."""
+        if known == RESUMED:
+            assert self._history is not None
+            return self._history.is_at_newest()
+        return known == (versions_of(self._tensors()) if versions is None else versions)
+
+    # ---- evaluations -----------------------------------------------------------------------------------------------
+
+    def _source(self, closure: Callable[[], Any] | None) -> Callable[[], Any]:
+        """A function that evaluates the residuals at the present weights."""
+        if self._residuals is not None:
+            return self._residuals
+        assert closure is not None
+
+        def observed() -> list[Tensor]:
+            self._trial_parts = []
+            try:
+                closure()
+                return self._trial_parts
+            finally:
+                self._trial_parts = None
+
+        return observed
+
+    def _evaluated(self, source: Callable[[], Any]) -> Tensor:
+        """Evaluate the residuals at the present weights, shape (M,), and count the evaluation.
+
+        Raises:
+            ValueError: the function returned no tensors, or the closure observed none.
+        """
+        given = source is self._residuals or source is self._check
+        self._statistics["residual_evaluations" if given else "closure_evaluations"] += 1
+        made = source()
+        parts = list(made) if isinstance(made, list | tuple) else [made]
+        if parts and all(isinstance(part, Tensor) for part in parts):
+            return joined(parts)
+        if given:
+            name = "residuals" if source is self._residuals else "check"
+            raise ValueError(f"{name} must return a tensor, or a list of tensors, got {type(made).__name__}")
+        raise ValueError(
+            "the closure must call aadl.accelerator_of(optimizer).observe(r) with the residuals r of its loss, or "
+            "aadl.accelerate needs residuals=fn: this closure called no observe"
+        )
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _lay_out(self, optimizer: Optimizer) -> None:
+        """Allocate rows for the trainable parameters of the optimizer, unless there are rows for them."""
+        history, parameters = self._history, [p for p in all_parameters(optimizer) if p.requires_grad]
+        if history is not None:
+            known = history.parameters
+            same = len(known) == len(parameters) and all(map(operator.is_, known, parameters))
+            if same and all(map(operator.eq, (p.shape for p in parameters), history.shapes)):
+                return
+            count(self._statistics["resets"], Cause.PARAMETERS_CHANGED)
+        self._history, error = None, None
+        ranks = ranks_of(self.process_group)
+        try:
+            self._history = ResidualHistory(trainable_parameters(optimizer), self.settings, ranks)
+        except torch.OutOfMemoryError as out_of_memory:
+            error = out_of_memory
+        memory.agree(ranks, error)
+        self._known = None
+
+    def _tensors(self) -> list[Tensor]:
+        """The parameters, or their shards here, whose version counters show changes."""
+        if self._history is not None:
+            return self._history.locals
+        return [local(p) for p in trainable_parameters(self.optimizer)]
+
+    def _start_over(self) -> None:
+        """Be as an accelerator that has seen no step."""
+        self._history = None
+        self._observes = self._inside = self._has_begun = self._is_repeated = False
+        self._parts, self._versions = [], []
+        self._trial_parts = self._known = None

@@ -1,0 +1,325 @@
+"""Trials: a user's function is evaluated for its value, and leaves no trace.
+
+The function was written for training. After a trial everything that torch's Python interface reaches is as before:
+
+- *Gradients.* A trial has its own value of every attribute `.grad` that it reads or writes, on any tensor. Backward
+  passes that accumulate into leaves are skipped; all of them enter the engine through one call. Derivatives that are
+  values (torch.autograd.grad, torch.func) are computed as always.
+- *Modules.* A trial restores the buffers and the train/eval flags of the modules that it calls.
+- *Random numbers.* Every evaluation of a trial sees the same random numbers of torch, on all devices.
+- *Autocast.* Its cache of weights is emptied around each evaluation, because the weights change in between.
+
+A trial cannot restore what a function writes to by other ways (Python objects, tensors of its own in place, its own
+generators), and it does not see C++ code that runs backward passes itself (docs/method.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.nn import Module
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils import stateless
+from torch.optim import Optimizer
+
+from aadl.parameters import all_parameters
+
+
+@contextmanager
+def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Callable[[], None]]:
+    """Evaluate functions inside this context without a trace.
+
+    Args:
+        parameters: parameters of the optimizer. After a skipped backward pass their gradients are zeros.
+        is_closure: whether the functions are closures for training, which run backward passes and set gradients. For
+            functions that do neither, torch's own entry points stay as they are.
+
+    Yields:
+        A function that restores what the next evaluation would see of the last one, so that both see the same random
+        numbers.
+    """
+    with _running(_Trial(parameters), is_closure) as trial:
+        yield trial.rewind
+
+
+# ---- what a trial sees and puts back -------------------------------------------------------------------------------
+
+
+class _Trial:
+    """One trial: its own gradients of all tensors, and the values of modules and generators that it restores."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._own = {id(p) for p in parameters}
+        self._gradients: dict[int, tuple[Tensor, Any]] = {}
+        self._passed_over = False
+        self._flags: dict[int, tuple[Module, bool]] = {}
+        self._buffers: list[tuple[Module, str, Tensor]] = []
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+        self._random = _random_states()
+        self._caches_weights = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()  # it holds the weights from before the step
+
+    # gradients
+
+    def gradient(self, tensor: Tensor) -> Tensor | None:
+        """A copy of the gradient; after a backward pass zeros for parameters of the optimizer, which closures may clip.
+
+        No zeros for other tensors: a closure that needs the gradient of an input for its value has to fail.
+        """
+        if id(tensor) not in self._gradients and not self._passed_over:
+            real = _GRADIENT.__get__(tensor)
+            gradient = None if real is None else real.detach().clone()
+        else:
+            gradient = self._known(tensor)
+        if gradient is _ZEROS:
+            gradient = torch.zeros_like(tensor)
+        self._gradients[id(tensor)] = tensor, gradient
+        return gradient
+
+    def _known(self, tensor: Tensor) -> Any:
+        """The value of a gradient that the trial has touched, or that a backward pass has made unknown."""
+        if id(tensor) in self._gradients:
+            return self._gradients[id(tensor)][1]
+        return _ZEROS if id(tensor) in self._own and tensor.requires_grad else None
+
+    def set_gradient(self, tensor: Tensor, gradient: Any) -> None:
+        self._gradients[id(tensor)] = tensor, gradient
+
+    def clear(self, tensors: Iterable[Tensor], to_none: bool) -> None:
+        """Do what `zero_grad` does, without copies of gradients that nobody reads."""
+        for tensor in tensors:
+            untouched = id(tensor) not in self._gradients and not self._passed_over
+            gradient = _GRADIENT.__get__(tensor) if untouched else self._known(tensor)
+            self._gradients[id(tensor)] = tensor, None if to_none or gradient is None else _ZEROS
+
+    def pass_over(self) -> None:
+        """Skip a backward pass: from here on only the gradients of the optimizer's parameters are known."""
+        self._passed_over = True
+        held = self._gradients.items()
+        self._gradients = {key: (t, g) for key, (t, g) in held if key in self._own and g is not None}
+
+    # modules
+
+    def note(self, module: Module) -> None:
+        """Remember buffers and flags of a module and its parts, unless they were seen before."""
+        if id(module) in self._flags:
+            return
+        for part in module.modules():
+            if id(part) not in self._flags:
+                self._flags[id(part)] = part, part.training
+                held = [(part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None]
+                self._buffers += held
+                for _, _, buffer in held:
+                    self.keep(buffer)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Remember the values of a tensor that a module may write to."""
+        tensor = _unwrapped(tensor)
+        if id(tensor) not in self._values:
+            self._values[id(tensor)] = tensor, tensor.detach().clone()
+
+    # ends
+
+    def rewind(self) -> None:
+        """Restore everything that a second evaluation would see."""
+        self._gradients, self._passed_over = {}, False
+        for restore, state in self._random:
+            restore(state)
+        with torch.no_grad():
+            for tensor, value in self._values.values():
+                tensor.copy_(value)
+        for module, name, buffer in self._buffers:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+        for module, training in self._flags.values():
+            if module.training != training:
+                module.training = training
+            reshard = getattr(module, "reshard", None)
+            if callable(reshard):  # FSDP2: no backward pass drops the gathered weights
+                reshard()
+        torch.clear_autocast_cache()
+
+    def end(self) -> None:
+        self.rewind()
+        torch.set_autocast_cache_enabled(self._caches_weights)
+
+
+def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """Setter and state of each of torch's generators in use."""
+    states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    for devices in (torch.cuda, torch.xpu):
+        for index in range(devices.device_count() if devices.is_initialized() else 0):
+            states.append((functools.partial(devices.set_rng_state, device=index), devices.get_rng_state(index)))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return states
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor behind the wrappers of torch.func; it outlives them."""
+    unwrap: Callable[[Tensor], Tensor] | None = getattr(torch.func, "debug_unwrap", None)
+    return tensor if unwrap is None else unwrap(tensor)
+
+
+# ---- where torch asks the running trial ----------------------------------------------------------------------------
+
+_GRADIENT: Any = inspect.getattr_static(Tensor, "grad")
+"""The attribute as torch defines it."""
+_ZEROS = object()
+"""Stands for zeros until somebody reads them."""
+_lock = threading.Lock()
+_trials: dict[int, _Trial] = {}
+"""The running trials, by thread; other threads see torch as it is."""
+_replaced: list[tuple[Any, str, Any]] = []
+"""Owner, name and original of what is replaced while any trial runs; `_ABSENT` for what the owner inherits."""
+_ABSENT = object()
+
+
+@contextmanager
+def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
+    """Make this the running trial of the thread. (A torch function mode would make compiled models compile once more.)
+
+    Args:
+        trial: what is asked and noted.
+        is_closure: see `without_trace`.
+    """
+    thread = threading.get_ident()
+    with _lock:
+        if not _trials and is_closure:
+            _replace()
+        outer = _trials.get(thread)
+        if is_closure:
+            _trials[thread] = trial
+    handle = register_module_forward_pre_hook(
+        lambda module, arguments: trial.note(module) if threading.get_ident() == thread else None
+    )
+    try:
+        with torch.enable_grad(), _nothing_compiled(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            yield trial
+    finally:
+        handle.remove()
+        with _lock:
+            if outer is not None:
+                _trials[thread] = outer
+            else:
+                _trials.pop(thread, None)
+            if not _trials:
+                _put_back()
+        trial.end()
+
+
+def _nothing_compiled() -> Any:
+    """A context in which nothing is compiled: code that torch would compile (again) runs as it is written."""
+    if torch._dynamo.utils.counters.get("frames"):  # what makes every call a bit slower
+        return torch.compiler.set_stance("eager_on_recompile")
+    return nullcontext()
+
+
+def _trial() -> _Trial | None:
+    return _trials.get(threading.get_ident())
+
+
+def _replace() -> None:
+    """Replace torch's entry points by ones that ask for the trial of the thread."""
+    replacements = [
+        (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
+        (Module, "train", _noting(Module.train)),
+        (stateless, "_functional_call", _noting(stateless._functional_call)),
+        (Tensor, "grad", _OWN_GRADIENT),
+        (Tensor, "_grad", _OWN_GRADIENT),
+        # the usual ways, for speed alone
+        (Tensor, "backward", _passing_over(Tensor.backward)),
+        (Module, "zero_grad", _clearing(Module.zero_grad, Module.parameters)),
+        (Optimizer, "zero_grad", _clearing(Optimizer.zero_grad, all_parameters)),
+    ]
+    for owner, name, replacement in replacements:
+        _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, replacement)
+
+
+def _put_back() -> None:
+    while _replaced:
+        owner, name, original = _replaced.pop()
+        if original is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+class _Engine:
+    """Stands for the engine of autograd, through which every backward pass of torch's Python interface goes."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        trial = _trial()
+        accumulates = kwargs.get("accumulate_grad", args[6] if len(args) > 6 else False)
+        if trial is None or not accumulates:
+            return self._engine.run_backward(*args, **kwargs)
+        trial.pass_over()
+        return ()
+
+
+def _get(tensor: Tensor) -> Tensor | None:
+    trial = _trial()
+    return _GRADIENT.__get__(tensor) if trial is None else trial.gradient(tensor)
+
+
+def _set(tensor: Tensor, gradient: Tensor | None) -> None:
+    trial = _trial()
+    if trial is None:
+        _GRADIENT.__set__(tensor, gradient)
+    else:
+        trial.set_gradient(tensor, gradient)
+
+
+_OWN_GRADIENT = property(_get, _set, lambda tensor: _set(tensor, None))
+"""`Tensor.grad` that belongs to the trial, where one runs."""
+
+
+def _passing_over(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        trial = _trial()
+        return original(tensor, *args, **kwargs) if trial is None else trial.pass_over()
+
+    return call
+
+
+def _clearing(original: Callable[..., Any], tensors: Callable[[Any], Iterable[Tensor]]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(owner: Any, set_to_none: bool = True) -> Any:
+        trial = _trial()
+        return original(owner, set_to_none) if trial is None else trial.clear(tensors(owner), set_to_none)
+
+    return call
+
+
+def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the running trial remember a module, and tensors of a given dictionary, before the function runs."""
+
+    @functools.wraps(original)
+    def call(module: Module, *args: Any, **kwargs: Any) -> Any:
+        trial = _trial()
+        if trial is not None:
+            trial.note(module)
+            given = args[0] if args and isinstance(args[0], dict) else {}
+            for name in given.keys() & dict(module.named_buffers(remove_duplicate=False)).keys():
+                trial.keep(given[name])
+        return original(module, *args, **kwargs)
+
+    return call
