@@ -51,6 +51,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=text)
     text = "override a setting, repeatable; variants=NAME,NAME keeps these variants and leaves out the studies"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--dry-run", action="store_true", help="print what would run and what is finished, run nothing"
+    )
+    text = "print the configuration with every --set and every default as YAML, run nothing"
+    instead.add_argument("--print-config", action="store_true", help=text)
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
