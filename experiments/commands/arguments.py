@@ -30,6 +30,11 @@ def make_parser() -> argparse.ArgumentParser:
     figures = add("figures", "draw the figures of all results", everywhere, several)
     figures.add_argument("--docs", action="store_true", help="also copy them to docs/figures")
     add("summarize", "print the tables of all results and write them to summary.md", everywhere, several)
+    text = "write what groups of runs end with: medians with bootstrap intervals at the level 0.95"
+    add_export_arguments(add("export", text, everywhere, several))
+    text = "write one HTML file with the figures, tables, configurations and origins of all results"
+    report = add("report", text, everywhere, several)
+    report.add_argument("--output", type=Path, metavar="FILE", help="the file (report.html in the folder of results)")
     text = "look at this machine, or at all ranks of a job: versions, devices, binding, network, folder of results"
     add_doctor_arguments(add("doctor", text))
     return parser
@@ -57,6 +62,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "print the configuration with every --set and every default as YAML, run nothing"
     instead.add_argument("--print-config", action="store_true", help=text)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `export`."""
+    parser.add_argument("--csv", metavar="FILE", help="a line for each group and metric; - prints it")
+    parser.add_argument(
+        "--latex", metavar="FILE", help="a table for each experiment, of the package booktabs; - prints it"
+    )
+    text = "variant (default), label, optimizer, study, seed, or a setting as training.batch_size; several with commas"
+    parser.add_argument("--group-by", default="variant", metavar="NAME", help=text)
+    text = "a series of the records, * for any letters, repeatable (losses, errors, top-1 and seconds)"
+    parser.add_argument("--metric", action="append", metavar="NAME", help=text)
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
