@@ -21,6 +21,7 @@ from processes import children, is_running, wait_until
 from suite_cases import RAW
 
 from experiments.__main__ import main
+from experiments.admissions.experiment import AdmissionsExperiment
 from experiments.catalog import parse_config
 from experiments.commands import figures
 from experiments.distributed.ranks import Ranks
@@ -250,9 +251,9 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
         assert told in capsys.readouterr().err
     [record] = results.rglob("seed-0.h5")
     [expanded] = expand_runs(parse_config(raw, path.parent))
-    problem = execute.build(expanded, Ranks())
+    problem = expanded.kind.build(expanded, Ranks())
     with torch.no_grad():
-        if problem.points is not None:
+        if experiment == "burgers_2d":
             problem.points(problem.model, 0)
         before = problem.evaluate(problem.model)
         problem.model.load_state_dict(read_weights(record))
@@ -264,7 +265,7 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     if experiment == "imagenet":  # where the statistics computed anew are those of the network
         assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
         begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
-        begun_weights = execute.build(begun, Ranks()).model.state_dict()
+        begun_weights = begun.kind.build(begun, Ranks()).model.state_dict()
         assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
 
 
@@ -287,13 +288,13 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_signal_while_the_data_is_read_stops_before_the_first_run(config, tmp_path, monkeypatch, capsys, jobs):
-    describe = execute.describe
+    describe = AdmissionsExperiment.describe
 
-    def described(problem):
+    def described(self, problem):
         signal.raise_signal(signal.SIGUSR1)
-        return describe(problem)
+        return describe(self, problem)
 
-    monkeypatch.setattr(execute, "describe", described)
+    monkeypatch.setattr(AdmissionsExperiment, "describe", described)
     assert main(["run", str(config), "--results", str(tmp_path / "results"), "--jobs", jobs]) == 75
     assert "stopped by SIGUSR1" in capsys.readouterr().err
     assert not list((tmp_path / "results").rglob("*.h5"))

@@ -248,9 +248,9 @@ class Interruption(Exception):
 
 EXCEPTIONS = [
     ("loss", Interruption, "closure", True),
-    ("loss", KeyboardInterrupt, "loss", True),
+    ("loss", KeyboardInterrupt, "closure", True),
     (True, Interruption, "closure", False),
-    (True, KeyboardInterrupt, "loss", True),
+    (True, KeyboardInterrupt, "closure", True),
 ]
 """safeguard, what the closure raises in a trial, the cause that is counted, whether `step` raises it."""
 

@@ -574,7 +574,7 @@ def test_finished_runs_are_left_and_changed_ones_made_again(config, tmp_path, ca
     capsys.readouterr()
     assert run(config, results) == 0
     told = capsys.readouterr().err
-    assert "1 records are unreadable" in told and "2 of 4 runs to do" in told
+    assert "1 records are damaged" in told and "2 of 4 runs to do" in told
     assert all(path.stat().st_mtime_ns == before[path] for path in paths[1:3])
     run(config, results, "--set", "problem.options.nu=0.01", "--set", "variants=adam")
     assert "2 records have other settings" in capsys.readouterr().err
@@ -621,8 +621,9 @@ def test_a_run_is_the_same_twice_and_in_worker_processes(tmp_path):
 def test_a_single_run_tells_loss_error_and_speed(config, tmp_path, capsys):
     run(config, tmp_path / "results", "--set", "seeds=0", "--set", "variants=adam")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("12/12 iterations") and "iterations/s" in lines[-1]
-    assert "loss " in lines[-1] and "error " in lines[-1]
+    [last] = [line for line in lines if line.startswith("12/12 iterations")]
+    assert "iterations/s" in last and "loss " in last and "error " in last
+    assert lines[-1].startswith("next: python -m experiments summarize")
 
 
 @pytest.mark.slow
