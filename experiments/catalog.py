@@ -11,6 +11,7 @@ from experiments.records.reading import first_run_of, read_runs
 from experiments.runs import config as configurations
 from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import ExperimentConfig
+from experiments.settings.suggestion import did_you_mean
 
 EXPERIMENTS = {
     "graduate_admissions": "experiments.admissions.experiment",
@@ -35,7 +36,7 @@ def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
     if module is None:
         raise ValueError(
             f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}; any other name needs a Python file as "
-            "problem.equation"
+            f"problem.equation{did_you_mean(name, EXPERIMENTS)}"
         )
     try:
         experiment: Experiment = import_module(module).EXPERIMENT

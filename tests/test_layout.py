@@ -106,6 +106,7 @@ ROOMS = (
     ("runs",),
     ("admissions", "pinn", "images"),
     ("catalog",),
+    ("commands",),
     ("__main__",),
 )
 

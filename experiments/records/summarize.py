@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unicodedata import combining, east_asian_width
 
 import numpy as np
 
 from data_loaders.files import write_text
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
+from experiments.records.text_table import markdown_table, text_table
 
 
 def header(loss_name: str) -> tuple[str, ...]:
@@ -161,30 +160,6 @@ def median(values: np.ndarray) -> float:
     ordered = np.sort(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return float(low) if low == high else float(0.5 * (low + high))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, which shows the cells letter by letter."""
-    lines = [
-        header,
-        ["---"] * len(header),
-        *([re.sub(r"([\\`*_|<~$])", r"\\\1", cell) for cell in row] for row in rows),
-    ]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The same for a terminal."""
-    widths = [max(_width(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    return [
-        "  " + "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, ["-" * width for width in widths], *rows)
-    ]
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal: East Asian letters take two, accents that are letters of their own none."""
-    return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
 def write_summary(folder: Path, markdown: Sequence[str]) -> None:

@@ -5,13 +5,14 @@ A value of the wrong kind raises ValueError with the key, the value and what is 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
+
+from experiments.settings.suggestion import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,9 @@ def refuse_unknown(raw: Mapping[str, Any], defaults: Mapping[str, Any], where: s
                 name if default in (MISSING, inspect.Parameter.empty) else f"{name} (default {default!r})"
                 for name, default in defaults.items()
             )
-            close = difflib.get_close_matches(str(key), defaults, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"unknown key {f'{where}.' if where else ''}{key}; valid keys are: {valid}{hint}")
+            raise ValueError(
+                f"unknown key {f'{where}.' if where else ''}{key}; valid keys are: {valid}{did_you_mean(key, defaults)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,11 @@ class LearningRateStudy:
     rates: tuple[float, ...] = setting(sequence(number(0.0)))
     seeds: tuple[int, ...] = setting(SEEDS, (0, 1, 2))
 
+    @staticmethod
+    def run_name(variant: str, rate: float) -> str:
+        """The folder of the runs of a variant at a rate."""
+        return f"{variant}--lr-{rate:g}"
+
 
 @dataclass(frozen=True)
 class BatchSizeStudy:
@@ -95,6 +100,10 @@ class BatchSizeStudy:
     sizes: tuple[int, ...] = setting(sequence(integer(1)))
     steps: int = setting(integer(2), 800)
     seeds: tuple[int, ...] = setting(SEEDS, (0, 1, 2))
+
+    def run_name(self, size: int) -> str:
+        """The folder of the runs with a batch size."""
+        return f"{self.variant}--batch-{size}"
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from paths import ROOT
 from processes import children, is_running, wait_until
 from suite_cases import RAW
 
-from experiments import __main__ as suite
 from experiments.__main__ import main
 from experiments.admissions.experiment import AdmissionsExperiment
 from experiments.catalog import parse_config
+from experiments.commands import figures
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run, read_weights
 from experiments.runs import execute
@@ -273,7 +273,7 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler of ours, nothing happens
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(suite, "_figures", lambda options: signal.raise_signal(signal.SIGTERM))
+            patch.setattr(figures, "main", lambda options: signal.raise_signal(signal.SIGTERM))
             assert main(["figures"]) == 143
         assert "interrupted" in capsys.readouterr().err
     finally:
@@ -355,7 +355,7 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
     configs = tmp_path / "configs" / "graduate_admissions"
     configs.mkdir(parents=True)
     (configs / "laptop.yaml").write_text(yaml.safe_dump(RAW | {"expected_minutes": 2, "seeds": 0}))
-    monkeypatch.setattr("experiments.__main__.CONFIGS", configs.parent)
+    monkeypatch.setattr("experiments.settings.config_files.CONFIGS", configs.parent)
     monkeypatch.setenv("ONLY", "graduate_admissions")
     assert main(["reproduce", "--results", str(tmp_path / "results"), "--jobs", "1"]) == 0
     told = capsys.readouterr()
@@ -368,7 +368,7 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
 
 def test_figures_are_copied_to_the_docs(config, tmp_path, monkeypatch, capsys):
     run(config, tmp_path / "results", "--set", "seeds=0")
-    monkeypatch.setattr("experiments.__main__.DOCS_FIGURES", tmp_path / "docs")
+    monkeypatch.setattr("experiments.commands.figures.DOCS_FIGURES", tmp_path / "docs")
     assert main(["figures", "--results", str(tmp_path / "results"), "--docs"]) == 0
     assert (tmp_path / "docs" / "graduate_admissions_test_loss.png").exists()
 

@@ -631,7 +631,7 @@ def test_figures_and_tables_pass_over_equations(config, tmp_path, monkeypatch, c
     configs = tmp_path / "configs" / "burgers_2d"
     configs.mkdir(parents=True)
     (configs / "laptop.yaml").write_text(yaml.safe_dump(PINN | {"seeds": 0}))
-    monkeypatch.setattr("experiments.__main__.CONFIGS", configs.parent)
+    monkeypatch.setattr("experiments.settings.config_files.CONFIGS", configs.parent)
     results = str(tmp_path / "results")
     assert main(["reproduce", "--results", results, "--jobs", "1"]) == 0
     assert main(["figures", "--results", results]) == 0
