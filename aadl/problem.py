@@ -86,8 +86,8 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         columns = len(history.columns)
         gram, (square, along, weight, fused, *_) = mixing.unpacked(message / ranks.size, columns)
         weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
-    written, doubts, _, squares_of_moves = sums
-    differ = ranks.size * squares_of_moves != float(moves) ** 2
+    written, doubts, sum_of_moves, squares_of_moves = sums
+    differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
     return Problem(
         gram,
         weights,

@@ -177,6 +177,8 @@ _GRADIENT: Any = inspect.getattr_static(Tensor, "grad")
 _ZEROS = object()
 """Stands for zeros until somebody reads them."""
 _lock = threading.Lock()
+_stances: dict[Any, Any] = {}
+"""A key for each context of `_nothing_compiled`; under None the stance of torch's compiler that they share."""
 _trials: dict[int, _Trial] = {}
 """The running trials, by thread; other threads see torch as it is."""
 _replaced: list[tuple[Any, str, Any]] = []
@@ -218,11 +220,26 @@ def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
         trial.end()
 
 
-def _nothing_compiled() -> Any:
-    """A context in which nothing is compiled: code that torch would compile (again) runs as it is written."""
-    if torch._dynamo.utils.counters.get("frames"):  # what makes every call a bit slower
-        return torch.compiler.set_stance("eager_on_recompile")
-    return nullcontext()
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """A context in which nothing is compiled: code that torch would compile (again) runs as it is written.
+
+    The stance of torch's compiler belongs to the process. The first of the trials that run at a time sets it and the
+    last one restores it: trials of two threads end in any order.
+    """
+    key = object()
+    with _lock:
+        if not _stances:
+            has_compiled = torch._dynamo.utils.counters.get("frames")  # otherwise every call gets a bit slower
+            _stances[None] = torch.compiler.set_stance("eager_on_recompile") if has_compiled else nullcontext()
+        _stances[key] = None
+    try:
+        yield
+    finally:
+        with _lock:
+            del _stances[key]
+            if len(_stances) == 1:
+                _stances.pop(None).__exit__(None, None, None)
 
 
 def _trial() -> _Trial | None:

@@ -11,6 +11,7 @@ from experiments.records.reading import first_run_of, read_runs
 from experiments.runs import config as configurations
 from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import ExperimentConfig
+from experiments.settings.suggestion import did_you_mean
 
 EXPERIMENTS = {
     "graduate_admissions": "experiments.admissions.experiment",
@@ -27,7 +28,7 @@ def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
     """The experiment of a configuration, by its name and the raw settings of its problem.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it needs a package that is not installed.
     """
     module = EXPERIMENTS.get(name)
     if module is None and str(problem.get("equation")).endswith(".py"):
@@ -35,9 +36,14 @@ def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
     if module is None:
         raise ValueError(
             f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}; any other name needs a Python file as "
-            "problem.equation"
+            f"problem.equation{did_you_mean(name, EXPERIMENTS)}"
         )
-    experiment: Experiment = import_module(module).EXPERIMENT
+    try:
+        experiment: Experiment = import_module(module).EXPERIMENT
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "experiments":
+            raise  # a mistake in the package of the experiment, whose traceback names the line
+        raise ValueError(f"experiment {name} needs the package {error.name}, which is not installed") from None
     return experiment
 
 

@@ -106,25 +106,33 @@ ROOMS = (
     ("runs",),
     ("admissions", "pinn", "images"),
     ("catalog",),
+    ("commands",),
     ("__main__",),
 )
-PLACES = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def places_of(root):
+    """Room -> its place in the order; a package with a file experiment.py is one more experiment."""
+    places = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+    found = {path.parent.name for path in (root / "experiments").glob("*/experiment.py")}
+    return dict.fromkeys(found, places["admissions"]) | places
 
 
 def upward_imports(root):
     """Imports between rooms of experiments/ that do not lead downwards, wherever in a file they stand."""
+    places = places_of(root)
     for path in sorted((root / "experiments").rglob("*.py")):
         name = path.relative_to(root).as_posix()
         room = name.removeprefix("experiments/").partition("/")[0].removesuffix(".py")
         if room == "__init__":
             continue
-        if room not in PLACES:
+        if room not in places:
             yield f"{name} is in no room"
             continue
         for module in modules_of(ast.parse(path.read_text("utf-8"))):
             package, _, rest = module.partition(".")
             other = rest.partition(".")[0]
-            if package == "experiments" and other != room and not PLACES.get(other, len(ROOMS)) < PLACES[room]:
+            if package == "experiments" and other != room and not places.get(other, len(ROOMS)) < places[room]:
                 yield f"{name} imports {module}"
 
 
@@ -152,6 +160,8 @@ def test_the_rooms_of_the_experiments_import_downwards():
         ("models/a.py", "import experiments.settings.checks", ["imports experiments.settings.checks"]),
         ("training/train.py", "from experiments.training import steps\nimport aadl", []),
         ("other/a.py", "", ["is in no room"]),
+        ("other/experiment.py", "import experiments.runs.experiment, experiments.other.problem", []),
+        ("other/experiment.py", "import experiments.images.tables", ["imports experiments.images.tables"]),
     ],
 )
 def test_an_upward_import_is_found(tmp_path, path, code, found):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from experiments.admissions import problem
 from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
 from experiments.distributed.ranks import Ranks
-from experiments.records.compare import read_comparison
-from experiments.records.reading import say
-from experiments.runs.experiment import Experiment, Note
+from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import ExperimentConfig, RunConfig
 from experiments.training.problem import Description, Problem
 
@@ -29,6 +26,7 @@ class AdmissionsExperiment(Experiment):
     studies = ("learning_rate", "batch_size")
     probes = ("probe_rows", "check_rows")
     is_least_squares = True
+    loss_name = "MSE"
 
     def describe(self, settings: GraduateAdmissionsConfig) -> Description:
         return problem.describe(settings)
@@ -47,10 +45,9 @@ class AdmissionsExperiment(Experiment):
         epochs = max(1, round(steps / math.ceil(num_rows / size)))
         return replace(training, batch_size=size, epochs=epochs, measure_updates=True)
 
-    def draw(self, folder: Path, note: Note = say) -> list[Path]:
-        from experiments.admissions.figures import draw_admissions_figures  # here, because runs need no matplotlib
-
-        return draw_admissions_figures(read_comparison(folder, note))
+    def trained(self, problem: Mapping[str, Any]) -> str:
+        hidden = "-".join(map(str, problem["hidden_sizes"]))
+        return f"MLP 7-{hidden}-1 on graduate admissions"
 
 
 def _check_probe(acceleration: Mapping[str, Any], num_rows: int, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from experiments.images.settings import (
 )
 from experiments.records.compare import read_comparison
 from experiments.records.reading import say
-from experiments.runs.experiment import Experiment, Note
+from experiments.runs.experiment import Experiment, Merit, Note
 from experiments.settings.run_config import RunConfig, VariantConfig
 from experiments.training.optimizers import LINE_SEARCHES
 from experiments.training.problem import Description, Problem
@@ -69,6 +69,9 @@ class ImageExperiment(Experiment):
         epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
         study = {"batch_size": size, "batch_size_per_rank": None, "measure_updates": True}
         return replace(training, **study, epochs=epochs, evaluate_every=epochs)  # type: ignore[arg-type]
+
+    def merit(self, series: Collection[str]) -> Merit:
+        return Merit("metrics/validation/top1", more_is_better=True)
 
     def draw(self, folder: Path, note: Note = say) -> list[Path]:
         from experiments.images.figures import draw_image_figures  # here, because runs need no matplotlib

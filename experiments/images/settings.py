@@ -68,7 +68,7 @@ class ImageConfig:
     resize: int = setting(integer(8, 8193), 256)
     smallest_crop: float = setting(_up_to(1.0), 0.08)
     decoder: str = setting(choice("pillow", "torchvision"), "pillow")
-    exif_orientation: bool = setting(BOOLEAN, False)
+    exif_orientation: bool = setting(BOOLEAN, False, added_later=True)
     on_unreadable: str = setting(choice("skip", "stop"), "skip")
     num_workers: int = setting(integer(0, 257), 0)
     start_method: str = setting(choice("auto", "forkserver", "spawn", "fork"), "auto")

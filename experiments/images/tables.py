@@ -6,7 +6,8 @@ import numpy as np
 
 from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant, plain_of
 from experiments.records.reading import Run
-from experiments.records.summarize import markdown_table, spread, text_table, write_summary
+from experiments.records.summarize import spread, write_summary
+from experiments.records.text_table import markdown_table, text_table
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.models.mlp import Derivatives
 from experiments.pinn.burgers import Burgers2d, Burgers100d, TwoBody
 from experiments.pinn.equation import Equation
+from experiments.settings.suggestion import did_you_mean
 
 EQUATIONS: dict[str, type[Equation]] = {
     "burgers_2d": Burgers2d,
@@ -45,7 +46,10 @@ def load_equation(name: str, options: Mapping[str, Any], folder: str | Path) -> 
     elif name in EQUATIONS:
         chosen = EQUATIONS[name]
     else:
-        raise ValueError(f"equation must be one of {', '.join(EQUATIONS)}, or the path of a .py file, got {name!r}")
+        raise ValueError(
+            f"equation must be one of {', '.join(EQUATIONS)}, or the path of a .py file, got {name!r}"
+            f"{did_you_mean(name, EQUATIONS)}"
+        )
     _check_options(chosen, options)
     required = REQUIRED if chosen.exact is Equation.exact else (*REQUIRED, "test_points")
     for method in required:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from experiments.pinn.equation import Equation
 from experiments.pinn.equations import load_equation
 from experiments.pinn.settings import PinnConfig, PinnTrainingConfig
 from experiments.records.reading import say
-from experiments.runs.experiment import Experiment, Note
+from experiments.runs.experiment import Experiment, Merit, Note
 from experiments.settings.run_config import RunConfig, VariantConfig
 from experiments.training.components import needs_residuals, optimizers, solves_residuals
 from experiments.training.problem import Description, Problem
@@ -67,6 +68,11 @@ class PinnExperiment(Experiment):
                 f"{where}.then.after must be below the {training.iterations} iterations of the run, "
                 f"got {variant.then.after}"
             )
+
+    def merit(self, series: Collection[str]) -> Merit:
+        """The error of the solution; the loss where the equation has no solution to compare with."""
+        errors = [name for name in series if name.startswith("metrics/validation/relative_l2_")]
+        return Merit(errors[0]) if errors else super().merit(series)
 
     def draw(self, folder: Path, note: Note = say) -> list[Path]:
         from experiments.pinn.compare import read_groups  # here, because runs need no matplotlib

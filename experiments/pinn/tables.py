@@ -18,7 +18,8 @@ from experiments.pinn.compare import (
 )
 from experiments.records.compare import TRAIN, Variant
 from experiments.records.reading import Run
-from experiments.records.summarize import markdown_table, spread, text_table, write_summary
+from experiments.records.summarize import spread, write_summary
+from experiments.records.text_table import markdown_table, text_table
 
 TOLERANCE = 1.02
 """A final loss of more than this times the baseline's counts as above it."""

@@ -106,6 +106,12 @@ class Comparison(Records):
 
     families: dict[str, list[Variant]]
 
+    @property
+    def any_run(self) -> Run:
+        """One of the runs; all of them have the same problem."""
+        runs = [run for family in self.families.values() for variant in family for run in variant.runs.values()]
+        return next(iter([*runs, *(run for study in self.studies.values() for run in study)]))
+
 
 def grouped(runs: Iterable[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
     """The runs of the main comparison by variant, and the others by study."""

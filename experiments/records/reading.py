@@ -19,6 +19,8 @@ from experiments.records.series import SCALES, SCHEMA_VERSION
 
 OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
 """Attributes that every record has, beside its configuration."""
+PARTS = ("experiment", "variant", "problem", "training")
+"""What every recorded configuration has."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,6 @@ class Run:
     config: dict[str, Any]
     series: dict[str, np.ndarray]
     places: np.ndarray
-
-    @property
-    def is_pinn(self) -> bool:
-        """Whether it is a physics-informed network."""
-        return "equation" in self.attributes
-
-    @property
-    def is_classification(self) -> bool:
-        """Whether it is image classification."""
-        return "classification" in self.attributes
 
     @property
     def diverged_iteration(self) -> int | None:
@@ -93,8 +85,9 @@ def read_run(path: Path) -> Run:
         _check(path, attributes)
         file.visititems(visit)
         config = json.loads(attributes["config"])
-    if not isinstance(config, dict) or not {"variant", "problem", "training"} <= set(config):
-        raise ForeignRecord(f"{path} is no record of this suite: its configuration has no variant, problem or training")
+    missing = [name for name in PARTS if not isinstance(config, dict) or name not in config]
+    if missing:
+        raise ForeignRecord(f"{path} is no record of this suite: its configuration has no {', '.join(missing)}")
     return Run(path, attributes, config, series, places[0] if places else np.empty(0))
 
 
@@ -167,8 +160,8 @@ def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
     for path in sorted(folder.glob("*/seed-*.h5")):
         try:
             run = read_run(path)
-            if runs and _kind(run) != _kind(runs[0]):
-                raise ForeignRecord(f"{path} is of another kind of experiment than {runs[0].path}")
+            if runs and run.config["experiment"] != runs[0].config["experiment"]:
+                raise ForeignRecord(f"{path} is of another experiment than {runs[0].path}")
             runs.append(run)
         except IncompleteRecord:
             unfinished.append(f"{path.parent.name}/{path.stem}")
@@ -184,10 +177,6 @@ def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
     if unfinished:
         say(f"left out, because they are not finished: {', '.join(unfinished)}")
     return sorted(runs, key=lambda run: (run.attributes["variant"], run.attributes["seed"]))
-
-
-def _kind(run: Run) -> tuple[bool, bool]:
-    return run.is_pinn, run.is_classification
 
 
 def first_run_of(folder: Path) -> Run | None:

@@ -38,8 +38,8 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.0, 5.2))
     steps = max(int(run.attributes["num_steps"]) for run in runs)
     for part, color, marker, name, side in (
-        (EARLY, "#333333", "o", "first quarter", 9),
-        (LATE, "#7B3FA0", "s", "last quarter", -15),
+        (EARLY, "#333333", "o", "first quarter", -15),
+        (LATE, "#7B3FA0", "s", "last quarter", 9),
     ):
         sizes, values = oscillation_by_batch_size(runs, *part)
         low, middle, high = spread_over_seeds(values.T)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unicodedata import combining, east_asian_width
 
 import numpy as np
 
 from data_loaders.files import write_text
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
+from experiments.records.text_table import markdown_table, text_table
 
-HEADER = (
-    "variant",
-    "epochs to plain's final loss",
-    "seconds to it",
-    "final training MSE",
-    "final validation MSE",
-    "seeds above plain",
-    "time per epoch against plain",
-)
+
+def header(loss_name: str) -> tuple[str, ...]:
+    """The names of the table's columns."""
+    return (
+        "variant",
+        "epochs to plain's final loss",
+        "seconds to it",
+        f"final training {loss_name}",
+        f"final validation {loss_name}",
+        "seeds above plain",
+        "time per epoch against plain",
+    )
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,13 @@ def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.inf)
 
 
-def summarize(comparison: Comparison) -> str:
-    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
+def summarize(comparison: Comparison, loss_name: str = "loss") -> str:
+    """Writes `summary.md` beside the records and returns the same as text for a terminal.
+
+    Args:
+        comparison: the records.
+        loss_name: what the table calls the loss.
+    """
     markdown: list[str] = [f"# {comparison.folder.parent.name}, {comparison.folder.name}", ""]
     text: list[str] = [f"{comparison.folder.parent.name}, {comparison.folder.name}", ""]
     if comparison.is_surrogate:
@@ -98,13 +105,13 @@ def summarize(comparison: Comparison) -> str:
         text += [warning, ""]
     legend = (
         "Median over the seeds [minimum .. maximum]. Seconds are training seconds, without evaluation. "
-        "'Above plain' counts seeds whose final training MSE is higher than plain's or which diverged; a seed on which "
-        "only plain diverged is unknown."
+        f"'Above plain' counts seeds whose final training {loss_name} is higher than plain's or which diverged; a seed "
+        "on which only plain diverged is unknown."
     )
     for family, variants in comparison.families.items():
         rows = family_rows(variants)
-        markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
-        text += [family, *text_table(HEADER, rows), ""]
+        markdown += [f"## {family}", "", *markdown_table(header(loss_name), rows), ""]
+        text += [family, *text_table(header(loss_name), rows), ""]
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]
     text += [legend, source]
@@ -153,30 +160,6 @@ def median(values: np.ndarray) -> float:
     ordered = np.sort(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return float(low) if low == high else float(0.5 * (low + high))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown, which shows the cells letter by letter."""
-    lines = [
-        header,
-        ["---"] * len(header),
-        *([re.sub(r"([\\`*_|<~$])", r"\\\1", cell) for cell in row] for row in rows),
-    ]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The same for a terminal."""
-    widths = [max(_width(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    return [
-        "  " + "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, ["-" * width for width in widths], *rows)
-    ]
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal: East Asian letters take two, accents that are letters of their own none."""
-    return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
 def write_summary(folder: Path, markdown: Sequence[str]) -> None:

@@ -11,15 +11,17 @@ import numpy as np
 
 from experiments.records.reading import Run
 from experiments.records.summarize import median
+from experiments.runs.experiment import Experiment, Merit
 
 SHOWN_VARIANTS = 8
 """Of more variants the best ones are shown."""
 
 
-def closing_lines(runs: Sequence[Run], results: Path) -> list[str]:
+def closing_lines(kind: Experiment, runs: Sequence[Run], results: Path) -> list[str]:
     """Lines about the finished runs of an experiment.
 
     Args:
+        kind: the experiment.
         runs: records of one folder `results/<experiment>/<scale>`, at least one.
         results: the folder of all results, as given on the command line.
     """
@@ -27,13 +29,14 @@ def closing_lines(runs: Sequence[Run], results: Path) -> list[str]:
     by_variant: dict[str, list[Run]] = {}
     for run in main:
         by_variant.setdefault(run.attributes["variant"], []).append(run)
-    name, is_better_above = merit_of(main[0])
-    values = {variant: median_of(own, name, is_better_above) for variant, own in by_variant.items()}
-    best = sorted(values, key=lambda variant: -values[variant] if is_better_above else values[variant])
+    merit = kind.merit(main[0].series)
+    values = {variant: median_of(own, merit) for variant, own in by_variant.items()}
+    best = sorted(values, key=lambda variant: -values[variant] if merit.more_is_better else values[variant])
     shown = best[:SHOWN_VARIANTS]
     lines = diverged_lines(runs)
     lines.append(f"written: {len(runs)} record{'s' * (len(runs) > 1)} in {main[0].path.parents[1]}")
-    lines.append(f"{name.partition('/')[2].replace('/', ' ').replace('_', ' ')} at the end, the best first:")
+    title = merit.series.partition("/")[2].replace("/", " ").replace("_", " ")
+    lines.append(f"{title} at the end, the best first:")
     width = max(len(variant) for variant in shown)
     for variant in shown:
         number = len(by_variant[variant])
@@ -48,17 +51,9 @@ def closing_lines(runs: Sequence[Run], results: Path) -> list[str]:
     return lines
 
 
-def merit_of(run: Run) -> tuple[str, bool]:
-    """The series by which runs of this kind are judged, and whether more of it is better."""
-    if run.is_classification and "metrics/validation/top1" in run.series:
-        return "metrics/validation/top1", True
-    errors = [name for name in run.series if name.startswith("metrics/validation/relative_l2_")]
-    return (errors[0] if errors else "metrics/validation/loss"), False
-
-
-def median_of(runs: Iterable[Run], name: str, is_better_above: bool) -> float:
+def median_of(runs: Iterable[Run], merit: Merit) -> float:
     """Median of the last values over the seeds; a diverged run is infinitely bad."""
-    worst = -math.inf if is_better_above else math.inf
+    name, worst = merit.series, -math.inf if merit.more_is_better else math.inf
     finals = [worst if run.diverged or name not in run.series else float(run.series[name][-1]) for run in runs]
     return median(np.array([value if math.isfinite(value) else worst for value in finals]))
 

@@ -38,6 +38,7 @@ from experiments.settings.run_config import (
     SecondStage,
     VariantConfig,
 )
+from experiments.settings.suggestion import did_you_mean
 from experiments.settings.yaml_file import parse_setting, read_yaml
 from experiments.training.components import (
     check_acceleration,
@@ -68,6 +69,23 @@ def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str]
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
         OSError: the file cannot be read.
     """
+    raw, selected = read_overridden(path, overrides)
+    try:
+        config = parse_config(raw, find, Path(path).parent, selected)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for text in overrides:
+        _tell_missed(config, text.partition("=")[0].strip())
+    return config
+
+
+def read_overridden(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str] | None]:
+    """The raw mapping of a file with the overrides put in, and the names of the variants to keep (None: all).
+
+    Raises:
+        ValueError: invalid YAML, or an override that is no `key=value` or is given twice.
+        OSError: the file cannot be read.
+    """
     raw = read_yaml(path)
     selected = None
     keys = [text.partition("=")[0].strip() for text in overrides]
@@ -80,13 +98,7 @@ def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str]
             selected = [name.strip() for name in value.split(",")]
         else:
             raw = _override(raw, text)
-    try:
-        config = parse_config(raw, find, Path(path).parent, selected)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    for text in overrides:
-        _tell_missed(config, text.partition("=")[0].strip())
-    return config
+    return raw, selected
 
 
 def _tell_missed(config: ExperimentConfig, key: str) -> None:
@@ -177,7 +189,7 @@ def parse_config(
     ):
         for name in named:
             if name not in names:
-                raise ValueError(f"{key}: unknown variant {name!r}; there are: {', '.join(names)}")
+                raise ValueError(_unknown_variant(key, name, names))
     config = ExperimentConfig(
         experiment=values["experiment"],
         scale=values["scale"],
@@ -221,8 +233,12 @@ def _names_of_variants(raw: Any, only: Sequence[str]) -> list[str]:
     names = list(raw)
     for name in only:
         if name not in names:
-            raise ValueError(f"--set variants: unknown variant {name!r}; there are: {', '.join(names)}")
+            raise ValueError(_unknown_variant("--set variants", name, names))
     return names
+
+
+def _unknown_variant(where: str, name: str, names: Sequence[str]) -> str:
+    return f"{where}: unknown variant {name!r}; there are: {', '.join(names)}{did_you_mean(name, names)}"
 
 
 def _check_rates(variant: VariantConfig, rates: Sequence[float], where: str) -> None:
@@ -245,14 +261,14 @@ def variant_settings(config: ExperimentConfig, variant: VariantConfig, where: st
     """
     problem, training, overrides = config.problem, config.training, variant.overrides
     if overrides.get("problem"):
-        raw = _raw(problem) | overrides["problem"]
+        raw = as_raw(problem) | overrides["problem"]
         problem = config.kind.read_problem(raw, f"{where}problem", config.folder)
     if overrides.get("training"):
-        training = config.kind.read_training(_raw(training) | overrides["training"], f"{where}training")
+        training = config.kind.read_training(as_raw(training) | overrides["training"], f"{where}training")
     return problem, training
 
 
-def _raw(settings: Any) -> dict[str, Any]:
+def as_raw(settings: Any) -> dict[str, Any]:
     """The settings as YAML gives them."""
     raw = {entry.name: getattr(settings, entry.name) for entry in settings_of(settings)}
     return {key: _raw_component(value) if isinstance(value, Component) else value for key, value in raw.items()}
@@ -376,12 +392,13 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
             for variant in config.learning_rate.variants:
                 for rate in config.learning_rate.rates:
                     definition = _with_rate(config.variants[variant], rate)
-                    runs.append(run(variant, seed, f"{variant}--lr-{rate:g}", "learning_rate", definition=definition))
+                    name = config.learning_rate.run_name(variant, rate)
+                    runs.append(run(variant, seed, name, "learning_rate", definition=definition))
     if config.batch_size is not None:
         assert num_rows is not None  # points are sampled where there is no such study
         study = config.batch_size
         for seed in study.seeds:
             for size in study.sizes:
                 training = config.kind.training_of_study(config.training, num_rows, size, study.steps)
-                runs.append(run(study.variant, seed, f"{study.variant}--batch-{size}", "batch_size", training=training))
+                runs.append(run(study.variant, seed, study.run_name(size), "batch_size", training=training))
     return runs

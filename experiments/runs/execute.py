@@ -20,14 +20,14 @@ from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_run
-from experiments.records.status import is_finished, run_folder, run_path, state_of
+from experiments.records.status import is_finished, run_folder, run_path
 from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.closing import closing_lines
-from experiments.runs.config import expand_runs
 from experiments.runs.lock import FolderInUse
 from experiments.runs.pool import execute_at_a_time
 from experiments.runs.progress import RunsBar
 from experiments.runs.session import OtherRun, RunSession, check_checkpoints
+from experiments.runs.states import described_runs, states_of_runs
 from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.run_config import ExperimentConfig, RunConfig, SaveConfig
 from experiments.training.components import needs_residuals
@@ -199,7 +199,7 @@ def execute_experiment(
     finally:
         stop_process_group(ranks)
     if ranks.rank == 0 and runs:
-        for line in closing_lines([read_run(run_path(results, run)) for run in runs], results):
+        for line in closing_lines(config.kind, [read_run(run_path(results, run)) for run in runs], results):
             _say(line)
     return len(pending)
 
@@ -208,15 +208,13 @@ def _plan(
     config: ExperimentConfig, ranks: Ranks, results: Path, from_start: bool, left_out: list[str]
 ) -> tuple[list[RunConfig], list[RunConfig]]:
     """All runs but those of some variants, and those to make; says what is known of them."""
-    described: Description = config.kind.describe(config.problem)
-    runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
+    runs, descriptions = described_runs(config, left_out)
     if left_out:
         _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
-    problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own
-    descriptions = {key: config.kind.describe(problem) for key, problem in problems.items()}
     probe_folder(results / config.experiment / config.scale)
     pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
-    data_text = f"data: {described.source}" + (" (no CSV file found)" if described.source == "surrogate" else "")
+    source = config.kind.describe(config.problem).source
+    data_text = f"data: {source}" + (" (no CSV file found)" if source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
     _say(describe_device(ranks))
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
@@ -296,12 +294,8 @@ def _pending(
     """The runs to make; says what is reused and what is made again, and why."""
     if force:
         return runs
-    states = {
-        id(run): state_of(
-            run_path(results, run), run, descriptions[repr(run.problem)].digest, ranks.world_size, weights=weights
-        )
-        for run in runs
-    }
+    found = states_of_runs(runs, results, descriptions, ranks.world_size, weights=weights)
+    states = {id(run): state for run, state in zip(runs, found, strict=True)}
     counts = Counter(states.values())
     for run in runs:
         if states[id(run)] == "unfinished":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import say
@@ -16,6 +16,13 @@ from experiments.training.components import check_scheduler, needs_residuals, op
 from experiments.training.problem import Description, Problem
 
 Note = Callable[[str], None]
+
+
+class Merit(NamedTuple):
+    """The series of a record by which variants are judged, and whether more of it is better."""
+
+    series: str
+    more_is_better: bool = False
 
 
 class Experiment(ABC):
@@ -34,6 +41,7 @@ class Experiment(ABC):
         probes: keyword arguments of `Problem.least_squares`, integers >= 1, which an acceleration by residuals may set.
         is_least_squares: whether the loss is a sum of squares, which an acceleration by residuals needs.
         runs_in_turn: whether a run uses the whole machine, so that runs never share it.
+        loss_name: what figures and tables call the loss.
     """
 
     problem_settings: ClassVar[type[Any]]
@@ -43,6 +51,7 @@ class Experiment(ABC):
     probes: ClassVar[tuple[str, ...]] = ()
     is_least_squares: ClassVar[bool] = False
     runs_in_turn: ClassVar[bool] = False
+    loss_name: ClassVar[str] = "loss"
 
     # ---- a run ----
 
@@ -119,13 +128,26 @@ class Experiment(ABC):
 
     # ---- its results ----
 
-    @abstractmethod
+    def merit(self, series: Collection[str]) -> Merit:
+        """The main figure of merit of a run whose record has these series."""
+        return Merit("metrics/validation/loss")
+
+    def trained(self, problem: Mapping[str, Any]) -> str:
+        """What is trained on what, in words for titles, by the settings of the problem in a record; "": the name."""
+        return ""
+
     def draw(self, folder: Path, note: Note = say) -> list[Path]:
         """Draws the figures of the records in a folder; returns their paths. `note` gets a line a record left out."""
+        from experiments.records.compare import read_comparison  # here, because runs need no matplotlib
+        from experiments.records.training_figures import draw_training_figures
+
+        comparison = read_comparison(folder, note)
+        trained = self.trained(comparison.any_run.config["problem"])
+        return draw_training_figures(replace(comparison, trained=trained), self.loss_name)
 
     def table(self, folder: Path, note: Note = say) -> str:
         """Writes the tables of the records in a folder to summary.md; returns them. `note` is that of `draw`."""
         from experiments.records.compare import read_comparison
         from experiments.records.summarize import summarize
 
-        return summarize(read_comparison(folder, note))
+        return summarize(read_comparison(folder, note), self.loss_name)

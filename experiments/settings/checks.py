@@ -5,13 +5,14 @@ A value of the wrong kind raises ValueError with the key, the value and what is 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
+
+from experiments.settings.suggestion import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -150,16 +151,33 @@ NAME = Kind(
 SCHEDULER = Kind("a mapping with the name of a scheduler of torch", lambda value: value)
 
 
-def setting(kind: Kind, default: Any = MISSING) -> Any:
-    """A dataclass field that carries its kind; a default that may be changed, as {}, is copied for each object."""
+def setting(kind: Kind, default: Any = MISSING, *, added_later: bool = False) -> Any:
+    """A dataclass field that carries its kind; a default that may be changed, as {}, is copied for each object.
+
+    Args:
+        kind: what the setting accepts.
+        default: its value where a configuration does not give it; without one it must be given.
+        added_later: whether records exist from before the setting. A record then leaves it out while it has its
+            default, so that those from before it remain records of the same runs.
+    """
+    metadata = {"kind": kind, "added_later": added_later}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"kind": kind})
-    return field(default=default, metadata={"kind": kind})
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def settings_of(cls: Any) -> list[Field[Any]]:
     """The fields of a dataclass, or of one of its objects, that `setting` made; the others are no keys."""
     return [entry for entry in fields(cls) if "kind" in entry.metadata]
+
+
+def recorded_settings(settings: Any) -> list[str]:
+    """Names of the settings that a record holds: all but those added later that have their default."""
+    return [
+        entry.name
+        for entry in settings_of(settings)
+        if not (entry.metadata["added_later"] and getattr(settings, entry.name) == _default(entry))
+    ]
 
 
 def _default(entry: Field[Any]) -> Any:
@@ -212,9 +230,9 @@ def refuse_unknown(raw: Mapping[str, Any], defaults: Mapping[str, Any], where: s
                 name if default in (MISSING, inspect.Parameter.empty) else f"{name} (default {default!r})"
                 for name, default in defaults.items()
             )
-            close = difflib.get_close_matches(str(key), defaults, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"unknown key {f'{where}.' if where else ''}{key}; valid keys are: {valid}{hint}")
+            raise ValueError(
+                f"unknown key {f'{where}.' if where else ''}{key}; valid keys are: {valid}{did_you_mean(key, defaults)}"
+            )
 
 
 @dataclass(frozen=True)

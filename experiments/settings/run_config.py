@@ -17,9 +17,9 @@ from experiments.settings.checks import (
     Component,
     integer,
     number,
+    recorded_settings,
     sequence,
     setting,
-    settings_of,
 )
 from experiments.settings.launch_settings import LaunchSettings
 
@@ -86,6 +86,11 @@ class LearningRateStudy:
     rates: tuple[float, ...] = setting(sequence(number(0.0)))
     seeds: tuple[int, ...] = setting(SEEDS, (0, 1, 2))
 
+    @staticmethod
+    def run_name(variant: str, rate: float) -> str:
+        """The folder of the runs of a variant at a rate."""
+        return f"{variant}--lr-{rate:g}"
+
 
 @dataclass(frozen=True)
 class BatchSizeStudy:
@@ -95,6 +100,10 @@ class BatchSizeStudy:
     sizes: tuple[int, ...] = setting(sequence(integer(1)))
     steps: int = setting(integer(2), 800)
     seeds: tuple[int, ...] = setting(SEEDS, (0, 1, 2))
+
+    def run_name(self, size: int) -> str:
+        """The folder of the runs with a batch size."""
+        return f"{self.variant}--batch-{size}"
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ class RunConfig:
         """
         raw = asdict(replace(self, kind=None))
         del raw["kind"]
-        raw["problem"] = {entry.name: raw["problem"][entry.name] for entry in settings_of(self.problem)}
+        raw["problem"] = {name: raw["problem"][name] for name in recorded_settings(self.problem)}
         for key in ("baseline", "index"):
             del raw["variant"][key]
         cadences = raw["variant"].pop("published_cadences")
@@ -183,8 +192,6 @@ class RunConfig:
         for key in ("then", "overrides", "mean_epochs"):
             if not raw["variant"][key]:
                 del raw["variant"][key]
-        if not raw["problem"].get("exif_orientation"):  # records from before this setting stay the same runs
-            raw["problem"].pop("exif_orientation", None)
         return json.dumps(raw, sort_keys=True)
 
     def identity(self) -> str:

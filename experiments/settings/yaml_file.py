@@ -8,6 +8,7 @@ key with nothing after it, because nobody can tell whether a section without its
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ class _Loader(yaml.SafeLoader):
                     "settings, or null for no value, or leave the key out"
                 )
         return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what the loader above reads: texts that it takes for numbers get quotes, and nothing is an alias."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -105,3 +115,14 @@ def parse_setting(text: str) -> Any:
         return parse_yaml(text)
     except yaml.YAMLError:
         raise ValueError(f"{text!r} is not a YAML value") from None
+
+
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """The text of a mapping, which `parse_yaml` reads back; its order stays, and tuples become lists."""
+    return yaml.dump(_as_lists(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_lists(entry) for key, entry in value.items()}
+    return [_as_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -14,6 +14,7 @@ import torch
 
 import aadl
 from experiments.settings.checks import Component, as_mapping, integer, parse_value, refuse_unknown
+from experiments.settings.suggestion import did_you_mean
 from experiments.training import optimizers as own
 
 PACKAGES = {"SOAP": "pytorch_optimizer", "AdamWScheduleFree": "schedulefree", "SGDScheduleFree": "schedulefree"}
@@ -74,7 +75,9 @@ def read_component(raw: Any, classes: Mapping[str, Any], where: str) -> Componen
     raw = dict(as_mapping(raw, where))
     name = raw.pop("name", None)
     if name not in classes:
-        raise ValueError(f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}")
+        raise ValueError(
+            f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}{did_you_mean(name, classes)}"
+        )
     try:
         parameters = list(inspect.signature(_imported(name, classes[name])).parameters.values())[1:]
     except ValueError as error:

@@ -20,9 +20,10 @@ from paths import ROOT
 from processes import children, is_running, wait_until
 from suite_cases import RAW
 
-from experiments import __main__ as suite
 from experiments.__main__ import main
+from experiments.admissions.experiment import AdmissionsExperiment
 from experiments.catalog import parse_config
+from experiments.commands import figures
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run, read_weights
 from experiments.runs import execute
@@ -250,9 +251,9 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
         assert told in capsys.readouterr().err
     [record] = results.rglob("seed-0.h5")
     [expanded] = expand_runs(parse_config(raw, path.parent))
-    problem = execute.build(expanded, Ranks())
+    problem = expanded.kind.build(expanded, Ranks())
     with torch.no_grad():
-        if problem.points is not None:
+        if experiment == "burgers_2d":
             problem.points(problem.model, 0)
         before = problem.evaluate(problem.model)
         problem.model.load_state_dict(read_weights(record))
@@ -264,7 +265,7 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     if experiment == "imagenet":  # where the statistics computed anew are those of the network
         assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
         begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
-        begun_weights = execute.build(begun, Ranks()).model.state_dict()
+        begun_weights = begun.kind.build(begun, Ranks()).model.state_dict()
         assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
 
 
@@ -272,7 +273,7 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)  # without a handler of ours, nothing happens
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(suite, "_figures", lambda options: signal.raise_signal(signal.SIGTERM))
+            patch.setattr(figures, "main", lambda options: signal.raise_signal(signal.SIGTERM))
             assert main(["figures"]) == 143
         assert "interrupted" in capsys.readouterr().err
     finally:
@@ -287,13 +288,13 @@ def test_sigterm_ends_a_command_as_an_interrupt_does(monkeypatch, capsys):
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_signal_while_the_data_is_read_stops_before_the_first_run(config, tmp_path, monkeypatch, capsys, jobs):
-    describe = execute.describe
+    describe = AdmissionsExperiment.describe
 
-    def described(problem):
+    def described(self, problem):
         signal.raise_signal(signal.SIGUSR1)
-        return describe(problem)
+        return describe(self, problem)
 
-    monkeypatch.setattr(execute, "describe", described)
+    monkeypatch.setattr(AdmissionsExperiment, "describe", described)
     assert main(["run", str(config), "--results", str(tmp_path / "results"), "--jobs", jobs]) == 75
     assert "stopped by SIGUSR1" in capsys.readouterr().err
     assert not list((tmp_path / "results").rglob("*.h5"))
@@ -354,7 +355,7 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
     configs = tmp_path / "configs" / "graduate_admissions"
     configs.mkdir(parents=True)
     (configs / "laptop.yaml").write_text(yaml.safe_dump(RAW | {"expected_minutes": 2, "seeds": 0}))
-    monkeypatch.setattr("experiments.__main__.CONFIGS", configs.parent)
+    monkeypatch.setattr("experiments.settings.config_files.CONFIGS", configs.parent)
     monkeypatch.setenv("ONLY", "graduate_admissions")
     assert main(["reproduce", "--results", str(tmp_path / "results"), "--jobs", "1"]) == 0
     told = capsys.readouterr()
@@ -367,7 +368,7 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
 
 def test_figures_are_copied_to_the_docs(config, tmp_path, monkeypatch, capsys):
     run(config, tmp_path / "results", "--set", "seeds=0")
-    monkeypatch.setattr("experiments.__main__.DOCS_FIGURES", tmp_path / "docs")
+    monkeypatch.setattr("experiments.commands.figures.DOCS_FIGURES", tmp_path / "docs")
     assert main(["figures", "--results", str(tmp_path / "results"), "--docs"]) == 0
     assert (tmp_path / "docs" / "graduate_admissions_test_loss.png").exists()
 

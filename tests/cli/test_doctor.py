@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from experiments import __main__ as suite
+from experiments.__main__ import main
+from experiments.commands.arguments import add_doctor_arguments
 from experiments.distributed import mpi
 from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
@@ -31,7 +32,7 @@ SITE = {
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    suite.add_doctor_arguments(parser)
+    add_doctor_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
@@ -126,7 +127,7 @@ def test_a_file_that_is_no_site_is_one_sentence(single, tmp_path, capsys, text, 
     path, results = tmp_path / "my-cluster.yaml", tmp_path / "results"
     if text is not None:
         path.write_text(text)
-    assert suite.main(["doctor", "--site", str(path), "--results", str(results)]) == 2
+    assert main(["doctor", "--site", str(path), "--results", str(results)]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: {message.replace('FILE', str(path))}") and told.count("\n") == 1
     assert not results.exists()

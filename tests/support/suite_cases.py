@@ -10,7 +10,7 @@ import torch
 from data_loaders.graduate_admissions import surrogate
 from experiments.admissions.experiment import EXPERIMENT as ADMISSIONS
 from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
-from experiments.catalog import parse_config
+from experiments.catalog import load_config, parse_config
 from experiments.runs.config import expand_runs
 from experiments.settings.checks import Component
 from experiments.settings.run_config import PublishedConfig, RunConfig, VariantConfig
@@ -55,6 +55,16 @@ def needs(package):
     """Leaves a test out where a package is missing, as one that the suite does not need may be."""
     missing = importlib.util.find_spec(package) is None
     return pytest.mark.skipif(missing, reason=f"the package {package} is not installed")
+
+
+def load_or_skip(path):
+    """A configuration; the test is skipped where the configuration needs a package that is not installed."""
+    try:
+        return load_config(path)
+    except ValueError as error:
+        if "which is not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 VARIANTS = {

@@ -30,7 +30,7 @@ def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
     """Prints the table on rank 0.
 
     Args:
-        options: of the command line, see `experiments.__main__.add_doctor_arguments`.
+        options: of the command line, see `experiments.commands.arguments.add_doctor_arguments`.
         read_site: reads the YAML file of a site; needed with --site alone.
 
     Returns:

@@ -3,7 +3,6 @@
 import itertools
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -398,11 +397,3 @@ def test_the_warning_ends_no_step_where_warnings_are_errors_and_stays_out_where_
         warnings.simplefilter("always")
         train(model, optimizer, 100)
     assert statistics(optimizer)["accepted"] > 0 and caught == []
-
-
-def test_every_cause_has_a_cure():
-    names = ("decisions", "proposal", "accelerator", "nonlinear_gmres")
-    sources = [advice.__file__.replace("advice", name) for name in names]
-    text = "".join(Path(source).read_text() for source in sources)
-    for cause in advice.CURES:
-        assert f'"{cause}"' in text, cause

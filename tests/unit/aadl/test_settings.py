@@ -83,7 +83,10 @@ GOOD = {
 
 
 def cases(table):
-    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in table.items() for value in values]
+    """One case a value, named without the address of an object: processes that share tests compare the names."""
+    cells = [(name, place, value) for name, values in table.items() for place, value in enumerate(values)]
+    texts = [f"value {place}" if " at 0x" in repr(value) else repr(value) for _, place, value in cells]
+    return [pytest.param(name, value, id=f"{name}={text}") for (name, _, value), text in zip(cells, texts, strict=True)]
 
 
 def sgd(**settings):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, snapshot, squared_error, train
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import aadl
 from aadl.trial import without_trace
@@ -247,9 +248,9 @@ class Interruption(Exception):
 
 EXCEPTIONS = [
     ("loss", Interruption, "closure", True),
-    ("loss", KeyboardInterrupt, "loss", True),
+    ("loss", KeyboardInterrupt, "closure", True),
     (True, Interruption, "closure", False),
-    (True, KeyboardInterrupt, "loss", True),
+    (True, KeyboardInterrupt, "closure", True),
 ]
 """safeguard, what the closure raises in a trial, the cause that is counted, whether `step` raises it."""
 
@@ -321,6 +322,31 @@ def test_backward_of_other_threads_goes_on():
     assert torch.Tensor.backward is BACKWARD
     (leaf * 3).sum().backward()
     assert leaf.grad.item() == 6
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_trials_of_two_threads_leave_the_compiler_as_it_was():
+    """The trial that begins first ends first; torch compiles again when both are over, and not before."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    torch.compile(lambda x: x + 1, backend=counter)(torch.ones(2))
+    inside, done = threading.Event(), threading.Event()
+
+    def trial():
+        with without_trace([], is_closure=True):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=trial)
+    with without_trace([], is_closure=True):
+        thread.start()
+        assert inside.wait(10)
+    torch.compile(lambda x: x + 2, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 1
+    done.set()
+    thread.join()
+    torch.compile(lambda x: x + 3, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 2
 
 
 def test_loss_safeguard_without_closure_is_refused_at_the_first_step():

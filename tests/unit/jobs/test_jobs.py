@@ -221,7 +221,7 @@ def raw_site(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nodes": 3}, "unknown key nodes (did you mean node?); valid keys are: title"),
+        ({"nodes": 3}, "queues; did you mean node?"),
         ({"node": {"sockets": 2}}, "unknown key node.sockets"),
         ({"verified": None}, "verified is missing"),
         ({"verified": {"by": "hearsay"}}, "verified.by must be one of real machine, local Slurm"),

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
-from image_runs import RAW, SGD, raw_config
+from image_runs import RAW, SGD, image_run, raw_config
 from paths import ROOT
 
 from experiments.catalog import load_config, parse_config
 from experiments.distributed.ranks import Ranks
+from experiments.images.experiment import EXPERIMENT
 from experiments.images.schedules import scaled_rate, share, step_scheduler
 from experiments.images.settings import ImageTrainingConfig, in_steps
 from experiments.runs.config import expand_runs
@@ -22,6 +23,19 @@ def test_the_configurations_of_the_suite_are_read(path):
     config = load_config(path)
     assert config.experiment == "imagenet" and config.scale == path.stem
     assert len(config.variants) >= 4
+
+
+def test_a_setting_that_was_added_later_leaves_the_identity_of_older_records_as_it_was():
+    def run(**problem):
+        return image_run("images", problem=problem)
+
+    plain, turned = run(), run(exif_orientation=True)
+    assert "exif_orientation" not in plain.as_json() and '"exif_orientation": true' in turned.as_json()
+    assert plain.identity() == run(exif_orientation=False).identity() != turned.identity()
+
+
+def test_runs_are_judged_by_the_share_of_right_classes():
+    assert EXPERIMENT.merit(["metrics/validation/loss"]) == ("metrics/validation/top1", True)
 
 
 def test_cadences_may_be_given_in_epochs():

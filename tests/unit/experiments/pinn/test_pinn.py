@@ -535,7 +535,7 @@ def test_a_record_says_what_it_holds(config, tmp_path, capsys):
     path = results / "burgers_2d" / "test" / "adam_aadl" / "seed-0.h5"
     record = read_run(path)
     attributes = record.attributes
-    assert record.is_pinn and record.places.tolist() == [0, 4, 8, 12]
+    assert record.config["experiment"] == "burgers_2d" and record.places.tolist() == [0, 4, 8, 12]
     assert attributes["data_source"] == "computed" and "Burgers" in attributes["equation"]
     assert (attributes["variant_index"], attributes["baseline"], attributes["degenerate"]) == (1, "adam", "")
     assert (attributes["diverged_epoch"], attributes["diverged_iteration"]) == (-1, -1)
@@ -574,7 +574,7 @@ def test_finished_runs_are_left_and_changed_ones_made_again(config, tmp_path, ca
     capsys.readouterr()
     assert run(config, results) == 0
     told = capsys.readouterr().err
-    assert "1 records are unreadable" in told and "2 of 4 runs to do" in told
+    assert "1 records are damaged" in told and "2 of 4 runs to do" in told
     assert all(path.stat().st_mtime_ns == before[path] for path in paths[1:3])
     run(config, results, "--set", "problem.options.nu=0.01", "--set", "variants=adam")
     assert "2 records have other settings" in capsys.readouterr().err
@@ -621,8 +621,9 @@ def test_a_run_is_the_same_twice_and_in_worker_processes(tmp_path):
 def test_a_single_run_tells_loss_error_and_speed(config, tmp_path, capsys):
     run(config, tmp_path / "results", "--set", "seeds=0", "--set", "variants=adam")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("12/12 iterations") and "iterations/s" in lines[-1]
-    assert "loss " in lines[-1] and "error " in lines[-1]
+    [last] = [line for line in lines if line.startswith("12/12 iterations")]
+    assert "iterations/s" in last and "loss " in last and "error " in last
+    assert lines[-1].startswith("next: python -m experiments summarize")
 
 
 @pytest.mark.slow
@@ -630,7 +631,7 @@ def test_figures_and_tables_pass_over_equations(config, tmp_path, monkeypatch, c
     configs = tmp_path / "configs" / "burgers_2d"
     configs.mkdir(parents=True)
     (configs / "laptop.yaml").write_text(yaml.safe_dump(PINN | {"seeds": 0}))
-    monkeypatch.setattr("experiments.__main__.CONFIGS", configs.parent)
+    monkeypatch.setattr("experiments.settings.config_files.CONFIGS", configs.parent)
     results = str(tmp_path / "results")
     assert main(["reproduce", "--results", results, "--jobs", "1"]) == 0
     assert main(["figures", "--results", results]) == 0

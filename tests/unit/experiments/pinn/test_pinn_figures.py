@@ -179,8 +179,8 @@ def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatc
     for settings in (raw, raw | of_100d):
         (configs / settings["experiment"]).mkdir(parents=True)
         (configs / settings["experiment"] / "laptop.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.setattr("experiments.__main__.CONFIGS", configs)
-    monkeypatch.setattr("experiments.__main__.DOCS_FIGURES", docs)
+    monkeypatch.setattr("experiments.settings.config_files.CONFIGS", configs)
+    monkeypatch.setattr("experiments.commands.figures.DOCS_FIGURES", docs)
     results = str(tmp_path / "results")
     assert main(["reproduce", "--results", results, "--jobs", "1"]) == 0
     told = capsys.readouterr().out

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
-from experiments.admissions.figures import draw_admissions_figures
 from experiments.distributed.ranks import Ranks
 from experiments.records.compare import find_folders, read_comparison
 from experiments.records.figures import Coinciding, spread_over_seeds
 from experiments.records.palette import COLORS, method_of, styled
 from experiments.records.shared_figures import oscillation_by_batch_size, slopes, threshold_of
 from experiments.records.status import run_path
+from experiments.records.training_figures import draw_training_figures
 from experiments.records.writing import write_run
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -65,7 +65,7 @@ def test_all_figures_are_drawn_and_small(tmp_path, source):
     )
     laptop = replace(comparison, folder=folder.with_name("laptop"))
     assert laptop.source_line().startswith("experiments/configs/graduate_admissions/laptop.yaml · ")
-    paths = draw_admissions_figures(comparison)
+    paths = draw_training_figures(comparison)
     assert {path.stem for path in paths} == {
         "loss", "published_scheme", "batch_size", "acceleration", "learning_rate",
     }  # fmt: skip
@@ -76,7 +76,7 @@ def test_all_figures_are_drawn_and_small(tmp_path, source):
 def test_only_what_was_run_is_drawn(tmp_path):
     save(tmp_path, run_config(), result(losses(0.3)))
     comparison = read_comparison(tmp_path / "graduate_admissions" / "test")
-    assert [path.name for path in draw_admissions_figures(comparison)] == ["loss.png"]
+    assert [path.name for path in draw_training_figures(comparison)] == ["loss.png"]
 
 
 def test_roles_and_families(tmp_path):

@@ -35,7 +35,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert run.series["metrics/validation/loss"].tolist() == [6, 4, 2]
     assert run.config == json.loads(run_config().as_json())
     assert run.diverged_epoch is None and not run.diverged
-    assert run.places.tolist() == [0, 1, 2] and not run.is_pinn
+    assert run.places.tolist() == [0, 1, 2]
     attributes = run.attributes
     assert attributes["data_source"] == "csv" and attributes["seed"] == 0 and attributes["world_size"] == 1
     assert attributes["start_utc"] == "2026-01-02T03:04:05+00:00"

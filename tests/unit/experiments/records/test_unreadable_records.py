@@ -141,6 +141,16 @@ def test_a_record_that_cannot_be_read_hides_no_other_one(tmp_path, capsys):
     assert capsys.readouterr().err == "left out, because they are not finished: sgd/seed-4\n"
 
 
+def test_a_record_of_another_experiment_is_named_and_left_out(tmp_path):
+    good = write(tmp_path)
+    stray = shutil.copy(good, good.parent / "seed-1.h5")
+    with h5py.File(stray, "r+") as file:
+        file.attrs["config"] = file.attrs["config"].replace("graduate_admissions", "burgers_2d")
+    notes = []
+    assert [run.path for run in read_runs(good.parent.parent, notes.append)] == [good]
+    assert notes == [f"left out: {stray} is of another experiment than {good}"]
+
+
 def test_a_folder_is_probed_with_a_file(tmp_path, monkeypatch):
     probe_folder(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []

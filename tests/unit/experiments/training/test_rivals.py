@@ -295,7 +295,7 @@ def run_with_rate(variant, lr, losses):
     optimizer = {"name": "SGD", "arguments": {"lr": lr}}
     config = {"experiment": "graduate_admissions", "variant_name": variant, "variant": {"optimizer": optimizer}}
     series = {LOSS: np.array(losses), "metrics/validation/loss": np.array([3.0, 2.0, 4.0])}
-    return types.SimpleNamespace(config=config, series=series, is_pinn=False)
+    return types.SimpleNamespace(config=config, series=series)
 
 
 def test_a_rate_is_tuned_when_both_neighbors_are_worse():

@@ -363,7 +363,7 @@ def test_points_that_stay_may_keep_the_history():
 
 def test_classification_has_no_residuals(tmp_path):
     raw = with_acceleration(raw_config(tmp_path), {})
-    with pytest.raises(ValueError, match=r"acceleration_type must not be nonlinear_gmres, for the loss of classes"):
+    with pytest.raises(ValueError, match=r"acceleration_type must not be nonlinear_gmres, because the loss is no sum"):
         parse_config(raw)
 
 

@@ -1,9 +1,8 @@
-"""Figures of graduate admissions, drawn from HDF5 records alone."""
+"""Figures of a training by epochs with a training and a validation loss, drawn from HDF5 records alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,23 +29,24 @@ from experiments.records.shared_figures import draw_acceleration, draw_batch_siz
 LABELS = {"plain": "plain optimizer", "ema": "EMA of the weights", "aadl": "aadl, defaults"}
 
 
-def draw_admissions_figures(comparison: Comparison) -> list[Path]:
-    """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
-    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
-    hidden = "-".join(map(str, run.config["problem"]["hidden_sizes"]))
-    comparison = replace(comparison, trained=f"MLP 7-{hidden}-1 on graduate admissions")
-    folder = comparison.folder / "figures"
-    drawings: dict[str, Callable[[Comparison], Figure | None]] = {
-        "loss.png": draw_loss,
-        "published_scheme.png": draw_published_scheme,
-        "batch_size.png": draw_batch_size,
-        "acceleration.png": draw_acceleration,
-        "learning_rate.png": draw_learning_rate,
-    }
-    return save_figures(folder, [(name, partial(draw, comparison)) for name, draw in drawings.items()])
+def draw_training_figures(comparison: Comparison, loss_name: str = "loss") -> list[Path]:
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths.
+
+    Args:
+        comparison: the records.
+        loss_name: what the figures call the loss.
+    """
+    drawings: list[tuple[str, Callable[[], Figure | None]]] = [
+        ("loss.png", partial(draw_loss, comparison, loss_name)),
+        ("published_scheme.png", partial(draw_published_scheme, comparison, loss_name)),
+        ("batch_size.png", partial(draw_batch_size, comparison)),
+        ("acceleration.png", partial(draw_acceleration, comparison)),
+        ("learning_rate.png", partial(draw_learning_rate, comparison, loss_name)),
+    ]
+    return save_figures(comparison.folder / "figures", drawings)
 
 
-def draw_loss(comparison: Comparison) -> Figure | None:
+def draw_loss(comparison: Comparison, loss_name: str) -> Figure | None:
     """Training and validation loss against the epoch: one column a base optimizer."""
     families = {
         family: [variant for variant in variants if variant.role.split()[-1] not in ("average", "safeguard")]
@@ -55,21 +55,23 @@ def draw_loss(comparison: Comparison) -> Figure | None:
     families = {family: variants for family, variants in families.items() if variants}
     if not families:
         return None
-    return _loss_figure(comparison, families, "Loss against the epoch", transposed=len(families) == 1)
+    return _loss_figure(comparison, families, loss_name, "Loss against the epoch", transposed=len(families) == 1)
 
 
-def draw_published_scheme(comparison: Comparison) -> Figure | None:
+def draw_published_scheme(comparison: Comparison, loss_name: str) -> Figure | None:
     """The published scheme with and without average and safeguard, between plain and aadl at the same settings."""
     families = {
         family: [variant for variant in variants if variant.role not in ("ema", "aadl")]
         for family, variants in comparison.families.items()
         if any(variant.role.startswith("published") for variant in variants)
     }
-    return _loss_figure(comparison, families, "The published scheme", transposed=True) if families else None
+    if not families:
+        return None
+    return _loss_figure(comparison, families, loss_name, "The published scheme", transposed=True)
 
 
 def _loss_figure(
-    comparison: Comparison, families: dict[str, list[Variant]], title: str, *, transposed: bool = False
+    comparison: Comparison, families: dict[str, list[Variant]], loss_name: str, title: str, *, transposed: bool
 ) -> Figure:
     """Two panels a family: training and validation loss, below each other or, `transposed`, beside each other."""
     count = len(families)
@@ -80,7 +82,7 @@ def _loss_figure(
     notes = []
     for column, (family, variants) in enumerate(families.items()):
         axes = grid[column] if transposed else grid[:, column]
-        for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
+        for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training", "validation"), strict=True):
             coinciding = Coinciding()
             for variant, color, style in styled(variants):
                 low, middle, high = spread_over_seeds(variant.series(series))
@@ -90,7 +92,7 @@ def _loss_figure(
                 handles.setdefault(LABELS.get(variant.role, variant.label), line)
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
             axis.set_yscale("log")
-            axis.set_ylabel(name)
+            axis.set_ylabel(f"{name} {loss_name}")
             if transposed or axis is axes[0]:
                 axis.set_title(as_text(family), loc="left")
             _limit(axis, np.median((plain_of(variants) or variants[0]).series(series), axis=0))
@@ -111,7 +113,7 @@ def _limit(axis: Axes, plain: np.ndarray) -> None:
         axis.set_ylim(low * 0.85, top)
 
 
-def draw_learning_rate(comparison: Comparison) -> Figure | None:
+def draw_learning_rate(comparison: Comparison, loss_name: str) -> Figure | None:
     """Loss at the end of training against the learning rate; where a seed diverged, a cross at the top."""
     runs = comparison.studies.get("learning_rate", [])
     groups: dict[str, dict[float, list[Run]]] = {}
@@ -124,7 +126,7 @@ def draw_learning_rate(comparison: Comparison) -> Figure | None:
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4))
     epochs = runs[0].config["training"]["epochs"]
     handles: dict[str, Any] = {}
-    for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training MSE", "validation MSE"), strict=True):
+    for axis, series, name in zip(axes, (TRAIN, VALIDATION), ("training", "validation"), strict=True):
         for role in sorted(groups, key=list(COLORS).index):
             rates = np.array(sorted(groups[role]))
             finals = [np.array([run.series[series][-1] for run in groups[role][rate]]) for rate in rates]
@@ -143,7 +145,7 @@ def draw_learning_rate(comparison: Comparison) -> Figure | None:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel("learning rate")
-        axis.set_ylabel(f"{name} after {epochs} epochs")
+        axis.set_ylabel(f"{name} {loss_name} after {epochs} epochs")
     seeds = {int(run.attributes["seed"]) for run in runs}
     optimizer = runs[0].config["variant"]["optimizer"]
     kind = "Nesterov " * bool(optimizer["arguments"].get("nesterov")) + optimizer["name"]

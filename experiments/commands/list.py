@@ -1,0 +1,118 @@
+"""`list`: the experiments, their configurations and variants, and the state of their results.
+
+It reads the configurations without checking them and the records without comparing their settings, so that it answers
+before torch could be imported; `run --dry-run` does both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.records.overview import states_of_folder
+from experiments.records.text_table import text_table
+from experiments.settings.checks import SEEDS, as_mapping, parse_value, read_settings
+from experiments.settings.config_files import config_files, find_config
+from experiments.settings.run_config import BatchSizeStudy, LearningRateStudy
+from experiments.settings.yaml_file import read_yaml
+
+Runs = list[tuple[str, int]]
+"""Runs by name and seed."""
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the tables; returns 0.
+
+    Raises:
+        ValueError: no experiment or configuration has this name, or a configuration is no valid YAML.
+        OSError: a file cannot be read.
+    """
+    print("\n".join(_all(options.results) if options.name is None else _some(options.name, options.results)))
+    return 0
+
+
+def _all(results: Path) -> list[str]:
+    """One line a configuration, and one for each folder of results that belongs to none."""
+    rows, folders = [], set()
+    for name, path in config_files().items():
+        raw = read_yaml(path)
+        folder = results / str(raw["experiment"]) / str(raw["scale"])
+        folders.add(folder)
+        runs = _runs_of(raw, path)
+        minutes = f"{raw['expected_minutes']:g}" if raw.get("expected_minutes") else "-"
+        rows.append((name, str(len(raw["variants"])), str(len(runs)), minutes, _state(runs, states_of_folder(folder))))
+    lines = text_table(("configuration", "variants", "runs", "minutes", "results"), rows)
+    others = sorted({path.parent.parent for path in results.glob("*/*/*/seed-*.h5")} - folders)
+    if others:
+        lines += ["", "results of other configurations:"]
+        lines += [f"  {folder}: {_count(states_of_folder(folder).values())}" for folder in others]
+    lines += ["", "minutes: expected on two cores, where it was measured"]
+    return [*lines, "next: python -m experiments list NAME, and run NAME (an experiment stands for its laptop runs)"]
+
+
+def _some(name: str, results: Path) -> list[str]:
+    """The variants of a configuration, or of all configurations of an experiment."""
+    first = find_config(name)
+    of_experiment = {key: path for key, path in config_files().items() if key.partition("/")[0] == name}
+    lines: list[str] = []
+    for key, path in (of_experiment or {name: first}).items():
+        raw = read_yaml(path)
+        states = states_of_folder(results / str(raw["experiment"]) / str(raw["scale"]))
+        runs = _runs_of(raw, path)
+        rows = []
+        for variant, settings in as_mapping(raw["variants"], f"{path}: variants").items():
+            own = [run for run in runs if run[0] == variant]
+            rows.append((variant, str(settings.get("label", variant)), _kind(settings), _state(own, states)))
+        lines += [key, *text_table(("variant", "label", "method", "results"), rows)]
+        studies = [run for run in runs if run[0] not in raw["variants"]]
+        if studies:
+            lines.append(f"  studies of {', '.join(raw['studies'])}: {_state(studies, states)}")
+        lines.append("")
+    return lines[:-1]
+
+
+def _runs_of(raw: Mapping[str, Any], path: Path) -> Runs:
+    """The runs that a configuration asks for, without a look at its settings."""
+    try:
+        seeds = parse_value(raw.get("seeds"), SEEDS, "seeds")
+        runs = [(name, seed) for name in raw["variants"] for seed in seeds]
+        studies = as_mapping(raw.get("studies"), "studies")
+        if studies.get("learning_rate") is not None:
+            rates: LearningRateStudy = read_settings(
+                LearningRateStudy, studies["learning_rate"], "studies.learning_rate"
+            )
+            names = [rates.run_name(variant, rate) for variant in rates.variants for rate in rates.rates]
+            runs += [(name, seed) for name in names for seed in rates.seeds]
+        if studies.get("batch_size") is not None:
+            sizes: BatchSizeStudy = read_settings(BatchSizeStudy, studies["batch_size"], "studies.batch_size")
+            runs += [(sizes.run_name(size), seed) for size in sizes.sizes for seed in sizes.seeds]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return runs
+
+
+def _kind(settings: Mapping[str, Any]) -> str:
+    """What accelerates a variant, or averages its weights."""
+    acceleration = settings.get("acceleration")
+    if acceleration is not None:
+        return str(acceleration.get("acceleration_type", "anderson"))
+    if settings.get("published") is not None:
+        return "published scheme"
+    return next((key for key in ("ema_decay", "mean_epochs") if settings.get(key) is not None), "-")
+
+
+def _state(runs: Runs, states: Mapping[tuple[str, int], str]) -> str:
+    """The state of these runs in a few words."""
+    found = [states[run] for run in runs if run in states]
+    if not found:
+        return "none"
+    if found == ["finished"] * len(runs):
+        return f"all {len(runs)} finished"
+    return f"{_count(found)} of {len(runs)}"
+
+
+def _count(states: Iterable[str]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in sorted(Counter(states).items()))

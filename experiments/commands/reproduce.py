@@ -1,0 +1,72 @@
+"""`reproduce`: makes all laptop configurations, with their figures and tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from experiments.catalog import experiment_of, load_config
+from experiments.commands.running import execute, resumable
+from experiments.commands.showing import show_each
+from experiments.distributed.launch import ranks_from_environment
+from experiments.settings.config_files import LAPTOP, config_files
+from experiments.settings.run_config import ExperimentConfig
+from experiments.settings.suggestion import did_you_mean
+from experiments.training.progress import duration
+
+
+def main(options: argparse.Namespace) -> int:
+    """Makes the runs that are not finished yet, then draws the figures and prints the tables.
+
+    Returns:
+        0; 2 where some results cannot be shown; 75 after a signal or a time limit.
+
+    Raises:
+        ValueError: no experiment has the name of `--only`, or a configuration is wrong.
+        OSError: a file cannot be read or written.
+        RuntimeError: a run failed.
+    """
+    only = options.only or os.environ.get("ONLY") or None
+    paths = {path.parent.name: path for path in config_files().values() if path.stem == LAPTOP}
+    if only is not None and only not in paths:
+        raise ValueError(f"--only must be one of {', '.join(paths)}, got {only!r}{did_you_mean(only, paths)}")
+    chosen = [(path, load_config(path)) for name, path in paths.items() if only in (None, name)]
+    return resumable(lambda: _reproduce(chosen, options))
+
+
+def _reproduce(chosen: list[tuple[Path, ExperimentConfig]], options: argparse.Namespace) -> int:
+    configs = [config for _, config in chosen]
+    ranks = ranks_from_environment(os.environ)
+    print("This will run:", file=sys.stderr)
+    for config in configs:
+        minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
+        print(
+            f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
+            file=sys.stderr,
+        )
+    start = time.perf_counter()
+    for number, (path, config) in enumerate(chosen, 1):
+        execute(path, config, ranks, options)
+        expected = [config.expected_minutes or 0.0 for config in configs]
+        if ranks.rank == 0 and number < len(chosen):
+            seconds = time.perf_counter() - start
+            # The expected minutes are those of another machine, so the time until now says how fast this one is.
+            made, left = sum(expected[:number]), sum(expected[number:])
+            more = f", about {duration(seconds * left / made)} left" if made and all(expected) else ""
+            print(f"{number} of {len(chosen)} experiments, {duration(seconds)}{more}", file=sys.stderr, flush=True)
+    if ranks.rank != 0:
+        return 0
+
+    def show(folder: Path, note: Callable[[str], None]) -> None:
+        for path in experiment_of(folder).draw(folder, note):
+            print(path)
+        print(experiment_of(folder).table(folder, note))
+
+    folders = (options.results / config.experiment / config.scale for config in configs)
+    code = show_each(options.results, folders, show)
+    print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+    return code

@@ -1,0 +1,36 @@
+"""`run`: makes the runs of one configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from experiments.catalog import load_config
+from experiments.commands import dry_run
+from experiments.commands.running import execute, resumable
+from experiments.distributed.launch import ranks_from_environment
+from experiments.runs.complete_settings import complete_settings
+from experiments.runs.config import read_overridden
+from experiments.settings.config_files import find_config
+from experiments.settings.yaml_file import to_yaml
+
+
+def main(options: argparse.Namespace) -> int:
+    """Makes the runs that are not finished yet, or prints what they would be.
+
+    Returns:
+        0, or 75 after a signal or a time limit.
+
+    Raises:
+        ValueError: a setting is wrong, or no configuration has this name.
+        OSError: a file cannot be read or written.
+        RuntimeError: a run failed.
+    """
+    path = find_config(options.config)
+    config = load_config(path, options.set)
+    if options.dry_run:
+        return dry_run.show(config, options)
+    if options.print_config:
+        print(to_yaml(complete_settings(config, *read_overridden(path, options.set))), end="")
+        return 0
+    return resumable(lambda: execute(path, config, ranks_from_environment(os.environ), options))

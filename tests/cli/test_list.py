@@ -1,0 +1,90 @@
+"""`list`, and the names that stand for configurations."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from paths import ROOT
+from suite_cases import RAW, load_or_skip
+
+from experiments.__main__ import main
+from experiments.commands import list as command
+from experiments.records.overview import states_of_folder
+from experiments.runs.config import expand_runs
+from experiments.settings import config_files
+from experiments.settings.yaml_file import read_yaml
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """A folder with two configurations of one experiment."""
+    folder = tmp_path / "configs"
+    (folder / "graduate_admissions").mkdir(parents=True)
+    for scale in ("laptop", "paper"):
+        path = folder / "graduate_admissions" / f"{scale}.yaml"
+        path.write_text(yaml.safe_dump(RAW | {"scale": scale}))
+    monkeypatch.setattr(config_files, "CONFIGS", folder)
+    for name in ("RANK", "WORLD_SIZE", "AADL_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def test_the_state_of_results_is_listed(configs, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert main(["list", "--results", str(results)]) == 0
+    assert capsys.readouterr().out.count("none") == 2
+    run = ["run", "graduate_admissions", "--results", str(results), "--jobs", "1", "--set"]
+    assert main([*run, "variants=sgd"]) == 0  # that of the laptop
+    assert main([*run, "variants=sgd", "--set", "scale=trial"]) == 0
+    folder = results / "graduate_admissions" / "laptop" / "sgd_aadl"
+    (folder / "seed-0.run" / "step-3").mkdir(parents=True)
+    (folder / "seed-1.h5").write_bytes(b"killed while writing")
+    capsys.readouterr()
+    assert main(["list", "--results", str(results)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 finished, 1 stopped, 1 unreadable of 4" in shown and "graduate_admissions/trial: 2 finished" in shown
+    assert main(["list", "graduate_admissions/laptop", "--results", str(results)]) == 0
+    of_sgd, of_aadl = capsys.readouterr().out.splitlines()[-2:]
+    assert of_sgd.split() == ["sgd", "plain", "SGD", "-", "all", "2", "finished"]
+    assert of_aadl.endswith("anderson  1 stopped, 1 unreadable of 2")
+
+
+@pytest.mark.parametrize("name", config_files.config_files())
+def test_the_runs_of_a_configuration_are_counted_as_they_are_made(name):
+    path = config_files.find_config(name)
+    config = load_or_skip(path)
+    made = expand_runs(config, num_rows=10**6)
+    listed = command._runs_of(read_yaml(path), path)
+    assert sorted(listed) == sorted((run.name, run.seed) for run in made)
+
+
+def test_neither_help_nor_list_waits_for_torch(tmp_path):
+    script = "import sys; from experiments.__main__ import main; code = main(sys.argv[1:]); assert not code\n"
+    script += "assert not {'torch', 'matplotlib'} & set(sys.modules), 'imported'"
+    for arguments in (["list", "--results", str(tmp_path)], ["list", "imagenet"]):
+        subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_a_folder_without_records_has_no_states(tmp_path):
+    assert states_of_folder(tmp_path / "missing") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "graduate_admission",
+            "one of graduate_admissions, got 'graduate_admission'; did you mean graduate_admissions?",
+        ),
+        ("graduate_admissions/papr", "has the configurations laptop, paper, got 'papr'; did you mean paper?"),
+        ("CONFIGS/graduate_admissions/labtop.yaml", "labtop.yaml does not exist; did you mean CONFIGS/graduate_adm"),
+        ("quite_another", "one of graduate_admissions, got 'quite_another'"),
+    ],
+)
+@pytest.mark.parametrize("of", ["list", "run"])
+def test_a_name_that_is_none_is_one_sentence(configs, capsys, of, name, message):
+    assert main([of, name.replace("CONFIGS", str(configs))]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message.replace("CONFIGS", str(configs)) in line
+    assert ("did you mean" in line) == ("did you mean" in message)
