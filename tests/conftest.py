@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too
@@ -17,6 +18,9 @@ import torch
 TESTS = Path(__file__).parent
 
 torch.set_num_threads(1)
+# torch 2.13 takes kernels from its cache that were made for other vector instructions: they compute wrong numbers.
+KERNELS = f"torchinductor_{os.getuid()}_{torch.backends.cpu.get_cpu_capability().replace(' ', '_')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), KERNELS)))
 # A shell starts background processes with SIGINT ignored, and their children inherit that: Ctrl-C has to work in tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
