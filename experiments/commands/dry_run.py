@@ -59,5 +59,5 @@ def _lines(config: ExperimentConfig, results: Path, world_size: int, force: bool
     if left_out:
         lines.append(f"left out on {world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     if config.expected_minutes and num_finished < len(runs):
-        lines.append(f"all runs together take about {config.expected_minutes:g} minutes on two cores")
+        lines.append(f"all runs of the file take about {config.expected_minutes:g} minutes on two cores")
     return lines

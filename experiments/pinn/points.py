@@ -121,12 +121,18 @@ class Collocation:
         """Points of the initial and boundary conditions of all ranks, and the values there.
 
         Raises:
-            ValueError: soft conditions, and the equation yields no points for them, so that nothing would train them.
+            ValueError: soft conditions, and the equation yields no points for them, so that nothing would train them;
+                or points and values do not belong together.
         """
         config, equation, columns = self._config, self._equation, self._equation.num_space + 1
         if config.num_conditions == 0:
             return torch.empty(0, columns, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)
         conditions, values = equation.conditions(uniform_points(config.sampler, config.num_conditions, columns, seed))
+        if conditions.shape != (len(conditions), columns) or values.shape != (len(conditions), 1):
+            raise ValueError(
+                f"equation {type(equation).__name__}: conditions must return points (n, {columns}) and values (n, 1), "
+                f"got {tuple(conditions.shape)} and {tuple(values.shape)}"
+            )
         if config.conditions == "soft" and len(conditions) == 0:
             raise ValueError(
                 f"equation {type(equation).__name__}: conditions must yield points with soft conditions, got none for "

@@ -698,6 +698,18 @@ def test_an_equation_whose_conditions_yield_no_points_is_refused_before_training
         build(expanded, Ranks())
 
 
+def test_values_that_do_not_fit_the_points_of_the_conditions_are_refused_before_training(tmp_path, capsys):
+    (tmp_path / "heat.py").write_text(
+        HEAT.replace("dim=1), torch.sin(math.pi * x)", "dim=1), torch.sin(math.pi * x)[:3]")
+    )
+    raw = copy.deepcopy(PINN) | {"experiment": "my_heat", "seeds": [0]}
+    raw["problem"] |= {"equation": "heat.py"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert run(path, tmp_path / "results") == 2
+    assert "conditions must return points (n, 2) and values (n, 1), got (" in capsys.readouterr().err
+
+
 def test_stage_defaults():
     stage = Stage(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
     assert stage.after == 0 and stage.statistics is None
