@@ -43,7 +43,7 @@ class Packing:
     """How images are packed.
 
     Attributes:
-        resize: short side in pixels of larger images, which are encoded anew as JPEG; None keeps all bytes.
+        resize: short side in pixels of larger images, which are encoded again as JPEG; None keeps all bytes.
         quality: of this JPEG, 1 to 100.
         images_per_shard: >= 1.
         on_corrupt: what an unreadable image does: "skip" leaves it out and names it, "stop" ends the packing.
@@ -151,7 +151,7 @@ def pack(
     num_workers: int = 1,
     progress: bool = False,
 ) -> packed.PackedImages:
-    """Packs a split in parallel; shards that an earlier call finished stay, all others are made anew.
+    """Packs a split in parallel; shards that an earlier call finished stay, all others are made again.
 
     Args:
         images: what to pack.

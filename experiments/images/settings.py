@@ -78,7 +78,7 @@ class ImageConfig:
     evaluation_batch: int = setting(integer(1), 256)
 
     of_the_machine: ClassVar = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
-    """Settings that change no number: the data is told apart by its digest. `stage_folder` stands in older records."""
+    """Settings that change no number: the digest identifies the data. `stage_folder` stands in older records."""
 
 
 @dataclass(frozen=True)

@@ -327,7 +327,7 @@ def outputs_of(points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan
         lanes: (K, inputs); zeros, then the directions, constants.
         parameters: of all layers, the last one with one output.
         plan: what is wanted.
-        compiles: run through `torch.compile`, which compiles anew for every shape.
+        compiles: run through `torch.compile`, which compiles again for every shape.
     """
     if len(parameters) == 1:
         weight, bias = parameters[0]

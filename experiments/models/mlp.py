@@ -104,7 +104,7 @@ class MLP(nn.Module):
             points: (N, d + 1), d >= 1.
             directions: (d, r); the Laplacian and the sum of squares are over these. Default: `directions()`.
             gradient_square: whether it is wanted; without it, a column of NaN that costs nothing (d > 1).
-            compiles: run through `torch.compile`, which compiles anew for every number of points.
+            compiles: run through `torch.compile`, which compiles again for every number of points.
 
         Raises:
             ValueError: more than one output, an activation without second derivative, or a shape that does not fit.

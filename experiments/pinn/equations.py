@@ -113,7 +113,7 @@ def _made(chosen: type[Equation], options: Mapping[str, Any]) -> Equation:
 
 
 def _call(equation: Equation, method: str, *arguments: Any) -> Any:
-    """What a method returns; a mistake in it is told in one sentence."""
+    """What a method returns; a mistake in it becomes one sentence."""
     try:
         return getattr(equation, method)(*arguments)
     except Exception as error:

@@ -38,10 +38,10 @@ class PinnConfig:
         num_points: interior points, over all ranks.
         num_conditions: points of the conditions, over all ranks; 0 with hard conditions only.
         condition_weight: see `conditions`.
-        resample_every: iterations after which all points are drawn anew; null: never.
+        resample_every: iterations after which all points are drawn again; null: never.
         adaptive_pool: from the first resampling on, half of the interior points are drawn from this many fresh ones,
             more of them where the residual of the network is large (`adaptive_points`); null: none are.
-        history_on_resample: "reset": the memories of L-BFGS and of aadl begin anew with the points; "keep": they stay.
+        history_on_resample: "reset": the memories of L-BFGS and of aadl start empty with the points; "keep": they stay.
             Neither the moments of Adam nor the window of the published scheme is touched.
         slope_weight: divides the residuals by 1 + |sum_i u_{x_i}| of the network at the last linearization, which keeps
             steep fronts from ruling the sum of squares; for optimizers that linearize. Recorded losses are without it.

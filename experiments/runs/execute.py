@@ -65,7 +65,7 @@ def execute_run(
         The record's path.
 
     Raises:
-        Interrupted: the run was told to stop, and saved.
+        Interrupted: the run had to stop, and is saved.
         OSError: another job makes this very run.
         OtherRun: its checkpoints are of a run with other settings or data.
         RuntimeError: training or recording failed; the cause is attached.
@@ -173,8 +173,8 @@ def execute_experiment(
 
     Raises:
         ValueError: the data is not as it must be.
-        OSError: a file cannot be read or written; a folder that cannot is told before any training.
-        Interrupted: a run was told to stop, and saved.
+        OSError: a file cannot be read or written; a folder is tried before any training.
+        Interrupted: a run had to stop, and is saved.
         RuntimeError: a run failed.
     """
     if interruption is None:
