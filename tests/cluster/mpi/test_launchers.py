@@ -36,7 +36,7 @@ def test_torchrun_restarts_in_the_store_of_the_first_attempt(tmp_path):
     code, out, err = run([*torchrun("--max-restarts=1"), str(tmp_path), "first attempt"])
     assert code == 0, err
     assert sorted(out.split("\n")) == ["", "rank 0 of 2 by torchrun summed", "rank 1 of 2 by torchrun summed"]
-    assert err.count("KeyError: 'the first attempt fails'") == 1  # so there was one
+    assert "KeyError: 'the first attempt fails'" in err  # both ranks raise it; the agent may end one before it prints
 
 
 def test_torchrun_names_the_error_of_the_rank_that_failed_first(tmp_path):
