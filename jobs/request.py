@@ -87,7 +87,7 @@ def make_job(site: Site, request: Request, experiment: str, python: str) -> Job:
     for option, count in (("--chain", request.chain), ("--array", len(array_seeds(request.array)))):
         if count > 1 and not repeats:
             raise ValueError(
-                f"{option} must ask for one job in queue {queue} of {site.name}, which takes no series, got {count} jobs"
+                f"{option} must ask for one job in queue {queue} of {site.name}, which takes no series, got {count}"
             )
     if request.account is not None and site.account == "none":
         raise ValueError(f"--account must be left out for {site.name}, which has none, got {request.account!r}")
