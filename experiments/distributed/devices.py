@@ -5,15 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from experiments.distributed.host import machine, namespace
 from experiments.distributed.mpi import mpi_is_in_use
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import host_of, spans
@@ -126,8 +125,8 @@ def facts_of(ranks: Ranks, settings: LaunchSettings) -> dict[str, Any]:
     backend, device, problem = choose(ranks, settings)
     return {
         "host": host_of(ranks),
-        "machine": _machine(),
-        "network": _network(),
+        "machine": machine(),
+        "network": namespace("net"),
         "backend": backend,
         "device": _device_name(device),
         "problem": problem,
@@ -161,17 +160,6 @@ def _device_name(device: torch.device) -> str:
         return ""
     properties = torch.cuda.get_device_properties(device)
     return str(getattr(properties, "uuid", "") or f"{device} of {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
-
-
-def _machine() -> str:
-    """Returns host name and boot: containers of one machine may share the one, and cloned machines the other."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname() + (" " + boot.read_text().strip() if boot.exists() else "")
-
-
-def _network() -> str:
-    """Returns the network namespace: containers of one machine cannot meet at each other's loopback address."""
-    return os.readlink("/proc/self/ns/net") if os.path.lexists("/proc/self/ns/net") else ""
 
 
 def binding(ranks: Ranks) -> list[dict[str, Any]]:
