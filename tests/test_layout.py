@@ -191,8 +191,8 @@ def test_the_library_works_with_torch_alone(tmp_path):
         class Finder(PathFinder):  # finds what is installed, but for these
             @classmethod
             def find_spec(cls, name, path=None, target=None):
-                hidden = "numpy h5py yaml matplotlib scipy tqdm PIL mpi4py pydantic pytest experiments data_loaders".split()
-                return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
+                hidden = "numpy h5py yaml matplotlib scipy tqdm PIL mpi4py pydantic pytest experiments data_loaders"
+                return None if name.split(".")[0] in hidden.split() else super().find_spec(name, path, target)
 
         sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
         try:
