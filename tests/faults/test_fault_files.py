@@ -202,7 +202,7 @@ def test_sigkill_while_the_record_is_written_and_read_by_others(site):
     config = changed(TABLE, training={"epochs": 12 if QUICK else 40}, save={"every_seconds": 0.0})
     numbers, place, last = random.Random(3), site.place(config), None
     for number in range(count):
-        job = place.start()
+        job = place.start(pace=PACE)  # so that no processor is done before the last kill
         end = None
         while job.lives and (end is None or time.monotonic() < end):
             if end is None and any(entry["what"] == "saved" for entry in job.diary()):

@@ -11,8 +11,9 @@ import time
 from collections import Counter
 
 import h5py
+import launched
 import pytest
-from fault_jobs import PYTHONPATH, ROOT, Ended, Fault, Hung, Job, clean_environment, differences
+from fault_jobs import PYTHONPATH, ROOT, Ended, Fault, Hung, Job, differences
 from fault_site import (
     EAGER,
     IMAGES,
@@ -98,7 +99,7 @@ def killed_at_random(place, ranks, numbers):
     One rank is killed, or all as when a node fails. Before the first step it is always all of them: of a rank that is
     gone before it has met the others, only its launcher knows before the deadline for the start.
     """
-    job = place.start(ranks=ranks, pace=0.005)
+    job = place.start(ranks=ranks, pace=0.01)  # no processor is so fast that the run ends before the last kill
     is_early = numbers.random() < 0.2
     seconds = numbers.uniform(0.0, 1.0 if is_early else 0.1)
     if not is_early and not job.wait_for("step", ranks * (1 + int(numbers.expovariate(1 / 6)))):
@@ -119,7 +120,7 @@ def test_a_rank_that_crashes_again_and_again_under_torchrun(site):
     log, diary = place.files()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launcher += [f"--max-restarts={count}", "--monitor-interval=0.1", "-m", "fault_jobs", *place.arguments]
-    environment = clean_environment() | place.instructions(diary, faults, pace=PACE) | {"PYTHONPATH": PYTHONPATH}
+    environment = launched.clean_environment() | place.instructions(diary, faults, pace=PACE) | {"PYTHONPATH": PYTHONPATH}
     start = time.monotonic()
     with open(log, "wb") as file:
         process = subprocess.Popen(
