@@ -12,6 +12,7 @@ from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
 from experiments.settings.checks import (
     NAME,
@@ -206,6 +207,8 @@ def parse_config(
         launch=read_settings(LaunchSettings, values["launch"], "launch"),
         folder=str(folder),
     )
+    if config.save.tensorboard:
+        check_tensorboard()
     if learning_rate is not None:
         for name in learning_rate.variants:
             _check_rates(variants[name], learning_rate.rates, f"studies.learning_rate: variants.{name}")
