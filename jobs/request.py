@@ -83,11 +83,12 @@ def make_job(site: Site, request: Request, experiment: str, python: str) -> Job:
     queue = _queue_name(site, request.queue)
     if queue is not None and site.queues:
         _check_limits(site, site.queues[queue], queue, request.nodes, seconds)
-    repeats = queue is None or not site.queues or site.queues[queue].repeats
-    if request.chain > 1 and not repeats:
-        raise ValueError(
-            f"--chain must be 1 in queue {queue} of {site.name}, where the site allows no chains, got {request.chain}"
-        )
+    repeats = allows_repeats(site, queue)
+    for option, count in (("--chain", request.chain), ("--array", len(array_seeds(request.array)))):
+        if count > 1 and not repeats:
+            raise ValueError(
+                f"{option} must ask for one job in queue {queue} of {site.name}, which takes no series, got {count}"
+            )
     if request.account is not None and site.account == "none":
         raise ValueError(f"--account must be left out for {site.name}, which has none, got {request.account!r}")
     if request.account is None and site.account == "required":
@@ -199,6 +200,11 @@ def _queue_name(site: Site, wanted: str | None) -> str | None:
     if wanted not in site.queues:
         raise ValueError(f"--queue must be one of {', '.join(site.queues)} on {site.name}, got {wanted!r}")
     return wanted
+
+
+def allows_repeats(site: Site, queue: str | None) -> bool:
+    """Whether a queue (None: the only one) takes more than one job for the same work."""
+    return queue is None or not site.queues or site.queues[queue].repeats
 
 
 def _check_limits(site: Site, queue: Queue, name: str, nodes: int, seconds: int) -> None:

@@ -19,7 +19,7 @@ from experiments.catalog import load_config
 from experiments.records.figures import save_figures
 from experiments.records.reading import Run, read_run
 from experiments.settings.run_config import ExperimentConfig
-from jobs.request import Job
+from jobs.request import Job, allows_repeats
 from jobs.script import render
 from jobs.site import Site, read_site
 from jobs.submit import (
@@ -65,7 +65,10 @@ def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
     numbers = _numbers(options.nodes)
     config = load_config(options.config, options.set)
     jobs: list[tuple[Job, Path, str]] = []
-    ranks_each = checked_job(site, request_from(options, nodes=numbers[0])).ranks_per_node
+    first = checked_job(site, request_from(options, nodes=numbers[0]))
+    if len(numbers) > 1 and not allows_repeats(site, first.queue):
+        raise ValueError(f"--nodes must be one number in queue {first.queue} of {site.name}, which takes no series")
+    ranks_each = first.ranks_per_node
     for number in numbers:
         overrides = work_overrides(config, options.mode, number * ranks_each, numbers[0] * ranks_each)
         job = checked_job(

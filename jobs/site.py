@@ -148,7 +148,7 @@ class Queue:
     Attributes:
         directives: that name it.
         limits: by ascending number of nodes; () for no known limit.
-        repeats: whether the site allows that a job is started again or followed by the next one of a chain.
+        repeats: whether the site allows several jobs for the same work: chains, arrays, studies and requeued jobs.
     """
 
     directives: tuple[str, ...] = setting(DIRECTIVES)

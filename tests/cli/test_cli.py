@@ -149,12 +149,17 @@ def test_names_and_labels_are_data(config, tmp_path, capsys, monkeypatch):
 
 def reads_as_a_colleague(results, folder):
     """Figures and tables of results that this process may only read."""
-    for name in ("catalog", "admissions.experiment", "records.figures"):  # before the interpreter's folder is closed
+    for name in (
+        "catalog",
+        "admissions.experiment",
+        "commands.report",
+        "records.figures",
+    ):  # before the interpreter's folder is closed
         importlib.import_module(f"experiments.{name}")
     if os.getuid() == 0:
         os.setuid(65534)
     os.chdir(folder)
-    for command in ("summarize", "figures"):
+    for command in ("summarize", "figures", "report"):
         assert main([command, "--results", str(results)]) == 2
 
 
@@ -181,6 +186,8 @@ def test_results_of_a_colleague_are_shown(config, tmp_path):
         assert "plain SGD" in told and "summary.md cannot be written: Permission denied" in told
         assert (own / "figures" / "graduate_admissions" / "test" / "loss.png").is_file()
         assert "the figures are in figures/graduate_admissions/test" in told
+        assert f"report.html cannot be written: Permission denied: the report is in {own / 'report.html'}" in told
+        assert (own / "report.html").is_file()
         for path in (results, *results.rglob("*")):
             os.chmod(path, 0o755)
 

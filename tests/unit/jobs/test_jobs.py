@@ -116,9 +116,26 @@ def test_the_sites_of_the_suite():
         ("frontier", [*COMMON, "--array", "sizes=1-2"], "--array must be seeds=... as seeds=0-9"),
         ("frontier", [*COMMON, "--array", "seeds=a"], "--array seeds must be one or several different integers"),
         ("frontier", [*COMMON, "--name", "two words"], "--name must be a name of letters"),
-        ("frontier", [*COMMON, "--queue", "debug", "--chain", "3"], "--chain must be 1 in queue debug of frontier"),
-        ("perlmutter", [*COMMON, "--queue", "debug", "--chain", "2"], "--chain must be 1 in queue debug of perlmutter"),
-        ("summit", [*COMMON, "--queue", "debug", "--chain", "2"], "--chain must be 1 in queue debug of summit"),
+        (
+            "frontier",
+            [*COMMON, "--queue", "debug", "--chain", "3"],
+            "--chain must ask for one job in queue debug of frontier",
+        ),
+        (
+            "perlmutter",
+            [*COMMON, "--queue", "debug", "--chain", "2"],
+            "--chain must ask for one job in queue debug of perlmutter",
+        ),
+        (
+            "summit",
+            [*COMMON, "--queue", "debug", "--chain", "2"],
+            "--chain must ask for one job in queue debug of summit",
+        ),
+        (
+            "frontier",
+            [*COMMON, "--queue", "debug", "--array", "seeds=0-9"],
+            "--array must ask for one job in queue debug of",
+        ),
         ("summit", ["--account", "A", "--time", "1:00:30"], "--time must be whole minutes, for LSF knows no seconds"),
         ("summit", ["--account", "A", "--time", "2:01:00"], "at most 2:00:00 for 1 nodes"),
         ("summit", [*COMMON, "--ranks-per-node", "7"], "at most the 6 GPUs"),
@@ -514,6 +531,11 @@ def test_numbers_of_nodes_are_checked(tmp_path, capsys, nodes):
     arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--mode", "weak"]
     assert scaling.main([*arguments, f"--nodes={nodes}"]) == 2
     assert "--nodes must be rising integers" in capsys.readouterr().err
+
+
+def test_a_study_is_no_work_for_a_debug_queue(tmp_path, capsys):
+    assert study(tmp_path, "strong", "--queue", "debug") == 2
+    assert "--nodes must be one number in queue debug of frontier, which takes no series" in capsys.readouterr().err
 
 
 def test_weak_scaling_needs_multiples(tmp_path, capsys):
