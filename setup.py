@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def constant(name, file):
-    """The text that a file assigns to a name: neither torch nor a reader of TOML is there while the package is built."""
+    """The text that a file assigns to a name. A build has neither torch nor, on Python 3.10, a reader of TOML."""
     return re.search(rf'^{name} = "([^"]+)"', (ROOT / file).read_text("utf-8"), flags=re.MULTILINE)[1]
 
 
