@@ -14,6 +14,7 @@ from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
 from experiments.settings.checks import (
     NAME,
@@ -230,6 +231,8 @@ def parse_config(
         launch=read_settings(LaunchSettings, values["launch"], "launch"),
         folder=str(folder),
     )
+    if config.save.tensorboard:
+        check_tensorboard()
     if learning_rate is not None:
         for name in learning_rate.variants:
             _check_rates(variants[name], learning_rate.rates, f"studies.learning_rate: variants.{name}")
