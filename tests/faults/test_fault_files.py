@@ -170,9 +170,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, 
         assert "Traceback" not in first.log and (what == "record" or "bytes are free" in first.log)
         assert not [path.name for path in disk.rglob("*") if "tmp" in path.name] and kept(place)
         ballast.unlink()
-        again = place.run()
-        goes_on(first, again)
-        site.equals(place, again)
+        site.recovers(place, first)
 
 
 def test_one_eio_from_a_disk_that_works_again_costs_one_warning(site):

@@ -71,9 +71,7 @@ def test_sigkill_of_a_rank_amid_the_training(site, ranks, rank):
     failed_in_time(first)
     named = ranks == 1 or f"rank {rank} was killed" in first.log or f"because rank {rank} failed" in first.log
     assert named, first.tail()
-    again = place.run(ranks=ranks)
-    goes_on(first, again)
-    site.equals(place, again, ranks=ranks)
+    site.recovers(place, first, ranks=ranks)
 
 
 def test_sigkill_at_random_moments_of_one_run(site):
@@ -120,7 +118,9 @@ def test_a_rank_that_crashes_again_and_again_under_torchrun(site):
     log, diary = place.files()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launcher += [f"--max-restarts={count}", "--monitor-interval=0.1", "-m", "fault_jobs", *place.arguments]
-    environment = launched.clean_environment() | place.instructions(diary, faults, pace=PACE) | {"PYTHONPATH": PYTHONPATH}
+    environment = (
+        launched.clean_environment() | place.instructions(diary, faults, pace=PACE) | {"PYTHONPATH": PYTHONPATH}
+    )
     start = time.monotonic()
     with open(log, "wb") as file:
         process = subprocess.Popen(
@@ -148,9 +148,7 @@ def test_a_signal_to_one_rank_and_a_second_one_amid_the_save(site, name):
     place = site.place()
     faults = (Fault(name, step=21, rank=1), Fault(name, place="gathering", step=21, rank=1))
     first = site.stopped(place, *faults, ranks=2, pace=PACE)
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, ranks=2)
+    site.recovers(place, first, ranks=2)
 
 
 @full
@@ -162,9 +160,7 @@ def test_a_signal_to_all_processes_workers_of_data_included(site):
     job.send(signal.SIGUSR1, with_workers=True)
     first = job.wait()
     was_stopped(place, first, 2)
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, config, ranks=2)
+    site.recovers(place, first, config, ranks=2)
 
 
 MOMENTS = {
@@ -186,9 +182,7 @@ def test_a_signal_at_any_moment(site, moment):
         site.equals(place, first)
         return
     was_stopped(place, first, 1)
-    again = place.run()
-    goes_on(first, again)
-    site.equals(place, again)
+    site.recovers(place, first)
 
 
 def test_the_end_of_the_jobs_time(site):
@@ -198,9 +192,7 @@ def test_the_end_of_the_jobs_time(site):
     first = place.run(ranks=2, pace=PACE, variables={"AADL_END_TIME": str(end)})
     assert 0 < end - time.time() < 62 and "stopped by time limit" in first.log
     was_stopped(place, first, 2)
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, config, ranks=2)
+    site.recovers(place, first, config, ranks=2)
 
 
 # ---- ranks that hang, fail or go astray ------------------------------------------------------------------------------
@@ -214,9 +206,7 @@ def test_a_rank_that_hangs_is_named(site):
     assert all(code not in (0, EXIT_RESUME) for code in first.codes) and kept(place)
     named = re.search(r"rank 1( on \S+)? (gave no|did not|does not|hangs|is late|was lost)", first.log)
     assert named is not None, first.tail()
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, config, ranks=2)
+    site.recovers(place, first, config, ranks=2)
 
 
 STRAYING = {
@@ -234,9 +224,7 @@ def test_a_rank_that_strays_ends_the_job(site, action):
     failed_in_time(first)
     assert all(code not in (0, EXIT_RESUME) for code in first.codes)
     assert STRAYING[action] in first.log, first.tail()
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, config, ranks=2)
+    site.recovers(place, first, config, ranks=2)
 
 
 def test_ranks_whose_local_losses_disagree_decide_alike(site):
@@ -268,9 +256,7 @@ def test_an_exception_on_one_rank_ends_all_with_one_traceback(site):
     place = site.place()
     first = place.run(Fault("raise_memory_error", step=21, rank=1), ranks=2, pace=PACE)
     failed_with(first, "MemoryError: as if there were none left")
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, ranks=2)
+    site.recovers(place, first, ranks=2)
 
 
 @full
@@ -279,9 +265,7 @@ def test_an_exception_in_a_worker_of_data_ends_all_with_one_traceback(site):
     place = site.place(config)
     first = place.run(Fault("raise_in_worker", place="worker", rank=1), ranks=2, pace=PACE)
     failed_with(first, "ZeroDivisionError: in a worker")
-    again = place.run(ranks=2)
-    goes_on(first, again)
-    site.equals(place, again, config, ranks=2)
+    site.recovers(place, first, config, ranks=2)
 
 
 def failed_with(ended, message):
@@ -312,9 +296,7 @@ def test_another_number_of_workers_of_data_changes_nothing(site):
     place = site.place(config)
     first = site.stopped(place, Fault("SIGUSR1", step=8), pace=PACE)
     place.configure(changed(config, problem={"num_workers": 2}))
-    again = place.run()
-    goes_on(first, again)
-    site.equals(place, again, config)
+    site.recovers(place, first, config)
 
 
 def rows_by_step(parts):
