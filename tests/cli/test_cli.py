@@ -311,7 +311,7 @@ def test_workers_end_with_their_killed_parent(config, tmp_path):
             assert wait_until(lambda: len(list((tmp_path / "results").rglob(LOCK_NAME))) == 2, 120)  # runs have begun
             parent.kill()
             parent.wait()
-            assert wait_until(lambda: not any(map(is_running, workers)), 10)
+            assert wait_until(lambda: not any(map(is_running, workers)), 60)
         finally:
             parent.kill()
             for pid in filter(is_running, workers):

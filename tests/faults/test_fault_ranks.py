@@ -330,7 +330,7 @@ def test_stops_anywhere_in_an_epoch_show_every_row_once_an_epoch(site):
 
 def test_a_second_job_on_the_folder_is_refused_and_a_third_takes_over_from_a_dead_one(site):
     place = site.place()
-    job = place.start(pace=0.2)
+    job = place.start(pace=1.0)  # it lives longer than the second one, however slow that is
     job.wait_for("saved")
     second = place.run()
     assert second.codes == [2] and "is in use by process" in second.log, second.tail()

@@ -105,11 +105,11 @@ def swap_on_rank_0(rank, swap):
 def apart(rank, written_on, with_closure, store_each_nth):
     """The weights of some ranks are changed whenever a candidate waits for its judgment, and stay different.
 
-    Returns what must be equal on all ranks. They wait for each other for seconds only.
+    Returns what must be equal on all ranks. They wait for each other for a minute only.
     """
     model = three_layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    group = dist.new_group(timeout=timedelta(seconds=20))
+    group = dist.new_group(timeout=timedelta(seconds=60))
     settings = EAGER | {"average": False, "store_each_nth": store_each_nth, "frequency": 3 * store_each_nth}
     aadl.accelerate(optimizer, **settings, process_group=group)
     decisions = aadl.accelerator_of(optimizer).decisions
