@@ -111,10 +111,8 @@ def memory_table(report: Report) -> str:
     counted = {(count.case.workload.name, count.case.layout) for count in report.counts}
     for workload, layout, ranks in product(report.workloads, report.layouts, report.world_sizes):
         if (workload.name, layout) not in counted:
-            size_by_formula = size(DEFAULTS.history_bytes * local_elements(workload.units, layout, ranks))
-            rows.append(
-                [workload.name, layout, f"{ranks:,}", "10", f"{workload.elements:,}", "-", size_by_formula, "-"]
-            )
+            by_formula = size(DEFAULTS.history_bytes * local_elements(workload.units, layout, ranks))
+            rows.append([workload.name, layout, f"{ranks:,}", "10", f"{workload.elements:,}", "-", by_formula, "-"])
     header = ["network", "layout", "ranks", "m", "parameters held", "history held", "formula", "held / formula"]
     return markdown(header, rows)
 
