@@ -10,10 +10,7 @@ from parallel_runs import (
     CALM,
     RESIDUAL,
     UNSAFE,
-    agree,
-    counts_of,
     distance,
-    gamma_distance,
     go_on,
     momentum,
     network,
@@ -112,12 +109,8 @@ def test_partitions_decide_and_move_like_one_optimizer(spawn_ranks, size):
     assert ("unsafe" in outcomes[0]) == (size == 2)
     for name in VARIANTS.keys() & outcomes[0].keys():
         ours, expected = [outcome[name] for outcome in outcomes], reference(name)
-        assert agree(ours), name
-        assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours), name
-        assert counts_of(ours[0]) == counts_of(expected), name
+        check_same_run(ours, expected, name, weights=1e-9)
         assert ours[0]["statistics"]["accepted"] > 0, name
-        assert gamma_distance(ours[0], expected) < 1e-8, name
-        assert distance(ours[0], expected) < 1e-9, name
         assert sum(one["bytes"] for one in ours) == expected["bytes"], name
         assert min(one["bytes"] for one in ours) < expected["bytes"] / size, name
     assert outcomes[0]["three tensors, another rate"]["statistics"]["resets"] == {"learning_rate": 1}

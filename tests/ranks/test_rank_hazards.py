@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from parallel_runs import outcome
 from small_runs import EAGER, identical, missing_for_compilation
 from torch import nn
 
@@ -46,12 +47,6 @@ def averaged_step(model, optimizer, x, y):
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
     optimizer.step()
-
-
-def outcome(model, optimizer):
-    """Weights, in float64 without loss, and statistics."""
-    weights = torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
-    return {"weights": weights, "statistics": copy.deepcopy(aadl.accelerator_of(optimizer).statistics)}
 
 
 def training(model, optimizer, steps, after=lambda step: None):
