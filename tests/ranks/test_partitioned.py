@@ -10,6 +10,7 @@ from parallel_runs import (
     CALM,
     RESIDUAL,
     UNSAFE,
+    check_same_run,
     distance,
     go_on,
     momentum,
