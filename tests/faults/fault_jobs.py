@@ -8,7 +8,6 @@ must end by themselves.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import multiprocessing
@@ -129,9 +128,6 @@ class _Injector:
     def _raise_in_worker(self) -> NoReturn:
         raise ZeroDivisionError("in a worker")
 
-    def _raise_transient(self) -> NoReturn:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     def _skip_step(self) -> bool:
         return True
 
@@ -234,7 +230,7 @@ def run_command(arguments: Sequence[str]) -> NoReturn:
 
 def start_server() -> None:
     """Waits until processes start quickly, so that no time that is measured holds the start of the server."""
-    # Commands import what they need when they run, which another user may not be allowed to.
+    # Commands import what they need when they run.
     commands = ["experiments.catalog", "experiments.distributed.launch", "experiments.runs.execute"]
     kinds = ["experiments.admissions.experiment", "experiments.images.experiment", "experiments.pinn.experiment"]
     launched.start_server("fault_jobs", *commands, *kinds)
@@ -243,7 +239,7 @@ def start_server() -> None:
     process.join()
 
 
-def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str, user: int | None) -> NoReturn:
+def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str) -> NoReturn:
     """In the new process: becomes one of the job's."""
     os.setsid()
     os.chdir(ROOT)
@@ -253,8 +249,6 @@ def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str, us
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if user is not None:
-        os.setuid(user)
     run_command(arguments)
 
 
@@ -418,7 +412,6 @@ class Place:
         *faults: Fault,
         ranks: int = 1,
         variables: Mapping[str, str] | None = None,
-        user: int | None = None,
         **more: Any,
     ) -> Job:
         """Starts the command.
@@ -427,7 +420,6 @@ class Place:
             faults: that happen to it.
             ranks: number of processes, which find each other as those of mpiexec do.
             variables: of the environment, besides.
-            user: number of the user who runs it; None for this one.
             more: options of `_Injector`: pace, rows, skewed, ballast.
         """
         log, diary = self.files()
@@ -437,7 +429,7 @@ class Place:
         for rank in range(ranks):
             own = {"PMI_RANK": str(rank), "PMI_SIZE": str(ranks), "MPI_LOCALRANKID": str(rank)}
             own |= {"MPI_LOCALNRANKS": str(ranks), "AADL_JOB_ID": job}
-            given = (self.arguments, base | (own if ranks > 1 else {}), str(log), user)
+            given = (self.arguments, base | (own if ranks > 1 else {}), str(log))
             processes.append(launched.CONTEXT.Process(target=_become, args=given))
         return Job(processes, log, diary)
 

@@ -13,7 +13,7 @@ from collections import Counter
 import h5py
 import launched
 import pytest
-from fault_jobs import PYTHONPATH, ROOT, Ended, Fault, Hung, Job, differences
+from fault_jobs import PYTHONPATH, ROOT, Ended, Fault, Job, differences
 from fault_site import (
     EAGER,
     IMAGES,
@@ -50,14 +50,6 @@ def test_other_ends_are_told_apart(site):
     first = stopped.run(Fault("SIGTERM", step=3))
     [text] = differences((place, ended), (stopped, first))
     assert text.startswith("it ended with [75]: ") and "stopped by SIGTERM after step" in text
-
-
-def test_a_job_that_does_not_end_is_killed(site):
-    job = site.place().start(Fault("hang", step=2))
-    job.wait_for("fault")
-    with pytest.raises(Hung, match=r"did not end within 0\.2 s"):
-        job.wait(0.2)
-    assert not job.lives
 
 
 # ---- ranks that die --------------------------------------------------------------------------------------------------
@@ -290,15 +282,6 @@ def test_another_number_of_ranks_sees_the_same_rows_and_losses(site):
     site.equals(place, parts[-1], plain, tolerance=1e-6)
 
 
-@full
-def test_another_number_of_workers_of_data_changes_nothing(site):
-    config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 0})
-    place = site.place(config)
-    first = site.stopped(place, Fault("SIGUSR1", step=8), pace=PACE)
-    place.configure(changed(config, problem={"num_workers": 2}))
-    site.recovers(place, first, config)
-
-
 def rows_by_step(parts):
     """Checksums of the rows of each step (epoch, number of the step), in the order of the whole batch."""
     found = {}
@@ -326,18 +309,3 @@ def test_stops_anywhere_in_an_epoch_show_every_row_once_an_epoch(site):
     whole = Counter(row for entry in steps if entry["epoch"] == 1 for row in entry["rows"])
     assert len(seen) == 6 and all(rows == whole for rows in seen.values())
     site.equals(place, parts[-1])
-
-
-def test_a_second_job_on_the_folder_is_refused_and_a_third_takes_over_from_a_dead_one(site):
-    place = site.place()
-    job = place.start(pace=1.0)  # it lives longer than the second one, however slow that is
-    job.wait_for("saved")
-    second = place.run()
-    assert second.codes == [2] and "is in use by process" in second.log, second.tail()
-    assert not second.entries("step") and job.lives
-    job.send(signal.SIGKILL)
-    first = job.wait()
-    again = place.run()
-    assert "its process is gone" in again.log, again.tail()
-    goes_on(first, again)
-    site.equals(place, again)
