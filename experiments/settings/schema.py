@@ -42,7 +42,7 @@ class Settings(BaseModel):
         return raw
 
 
-def read_settings(kind: Any, raw: Any, where: str = "", **context: Any) -> Any:
+def read_settings(kind: Any, raw: Any, where: str = "", context: Any = None) -> Any:
     """Settings, or one value, from what YAML gives.
 
     Args:

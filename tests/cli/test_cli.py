@@ -271,7 +271,7 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     assert before["metrics/train/loss" if experiment != "imagenet" else "metrics/validation/loss"] not in after.values()
     if experiment == "imagenet":  # where the statistics computed anew are those of the network
         assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
-        begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
+        begun = replace(expanded, problem=expanded.problem.model_copy(update={"initial_weights": str(record)}))
         begun_weights = begun.kind.build(begun, Ranks()).model.state_dict()
         assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
 

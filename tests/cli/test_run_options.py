@@ -10,8 +10,9 @@ from experiments.__main__ import main
 from experiments.catalog import load_config, parse_config
 from experiments.runs import execute
 from experiments.runs.complete_settings import complete_settings
-from experiments.runs.config import expand_runs, read_overridden
+from experiments.runs.config import expand_runs
 from experiments.settings.config_files import config_files
+from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import parse_yaml, to_yaml
 
 

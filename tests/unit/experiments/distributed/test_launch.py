@@ -16,8 +16,8 @@ from experiments.distributed.launch import ranks_from_environment, start_process
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
 from experiments.runs.checkpoint import Checkpoints
-from experiments.settings.checks import read_settings
 from experiments.settings.launch_settings import LaunchSettings
+from experiments.settings.schema import read_settings
 
 BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 

@@ -27,7 +27,7 @@ class Whole(Settings):
     even: Annotated[int, AfterValidator(must("be even", lambda number: number % 2 == 0))] = 0
     different: Different[Count] = (1,)
     part: Part = Part()
-    parts: dict[Name, Part] = Field({})
+    parts: dict[Name, Part] = Field(default={})
     optional: Part | None = None
     named: Named | None = None
 

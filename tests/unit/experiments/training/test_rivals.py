@@ -15,7 +15,7 @@ from torch import nn
 from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.records.tuned_rates import HEADER, rows
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.components import make_optimizer
 from experiments.training.optimizers import SSBroyden
 from experiments.training.optimizers.line_search import ARMIJO

@@ -46,7 +46,7 @@ def trained(config, ranks=None):
 def admissions_run(settings, **training):
     """A run of graduate admissions under SGD."""
     config = run_config("tuned_sgd_aadl", **training)
-    return replace(config, variant=replace(config.variant, acceleration=RESIDUALS | settings))
+    return replace(config, variant=config.variant.model_copy(update={"acceleration": RESIDUALS | settings}))
 
 
 # ---- residuals -------------------------------------------------------------------------------------------------------
