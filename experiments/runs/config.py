@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
 from experiments.settings.kinds import Name
 from experiments.settings.overrides import read_overridden
@@ -115,6 +116,8 @@ def parse_config(
         refuse_unknown(config.studies.model_fields_set, dict.fromkeys(kind.studies))
     studies = config.studies if only is None else Studies()
     config = config.model_copy(update={"variants": variants, "studies": studies})
+    if config.save.tensorboard:
+        check_tensorboard()
     for name in variants:
         _check_variant(config, name)
     return config

@@ -181,7 +181,9 @@ class SaveConfig(Settings):
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
             ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
-            `ema_decay`; images: with the statistics computed anew), see `record.read_weights`.
+            `ema_decay`; images: with the statistics computed anew), see `records.reading.read_weights`.
+        attempts: whether the record holds every attempt of the acceleration, see `records.reading.read_attempts`.
+        tensorboard: whether the series are also written for TensorBoard, into a folder beside the record.
     """
 
     every_seconds: NotNegative = 300.0
@@ -189,6 +191,13 @@ class SaveConfig(Settings):
     asynchronous: bool = False
     agree_every: Annotated[int, Field(ge=1, le=10_000)] = 1
     weights: bool = False
+    attempts: bool = False
+    tensorboard: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Groups that the record of a finished run must have."""
+        return tuple(name for name in ("weights", "attempts") if getattr(self, name))
 
 
 class ExperimentConfig(Settings, Generic[P, T]):

@@ -253,7 +253,11 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     raw |= {"variants": {name: variant | {"ema_decay": 0.9}}}
     path.write_text(yaml.safe_dump(raw))
     results = tmp_path / "results"
-    for settings, told in (("false", "1 of 1 runs to do"), ("true", "1 records have no weights"), ("false", "0 of 1")):
+    for settings, told in (
+        ("false", "1 of 1 runs to do"),
+        ("true", "records have no weights (save)"),
+        ("false", "0 of 1"),
+    ):
         assert run(path, results, "--set", f"save.weights={settings}") == 0
         assert told in capsys.readouterr().err
     [record] = results.rglob("seed-0.h5")
