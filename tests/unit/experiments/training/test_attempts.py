@@ -29,7 +29,7 @@ RATE = {"lr": 3e-2, "momentum": 0.9}
 def config(**variant):
     """Twelve epochs of four steps, in which candidates are accepted and rejected."""
     run = run_config("sgd", epochs=12)
-    return replace(run, variant=VariantConfig("one", Component("SGD", RATE), **variant))
+    return replace(run, variant=VariantConfig(label="one", optimizer=Component("SGD", RATE), **variant))
 
 
 def traced(**options):
