@@ -15,7 +15,7 @@ from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
 from experiments.settings.kinds import Name
 from experiments.settings.overrides import read_overridden
-from experiments.settings.run_config import ExperimentConfig, RunConfig, SecondStage, Studies, VariantConfig
+from experiments.settings.run_config import ExperimentConfig, RunConfig, SecondStage, VariantConfig
 from experiments.settings.schema import at, read_settings, refuse_unknown
 from experiments.training.components import (
     check_acceleration,
@@ -103,33 +103,22 @@ def parse_config(
     kind = find(read_settings(Name, raw.get("experiment"), "experiment"), problem)
     form = ExperimentConfig[kind.problem_settings, kind.training_settings]  # type: ignore[name-defined]
     config: ExperimentConfig = read_settings(form, raw, context={"kind": kind, "folder": str(folder)})
-    names = list(config.variants)
-    baseline = config.baseline or names[0]
-    variants = {}
-    for name in names if only is None else only:
-        with at("variants"):
-            config.refuse_unknown_variant(name)
-        with at(f"variants.{name}"):
-            refuse_unknown(config.variants[name].model_fields_set, _variant_keys(kind))
-        variants[name] = config.variants[name].completed(name, baseline, names.index(name))
-    with at("studies"):
-        refuse_unknown(config.studies.model_fields_set, dict.fromkeys(kind.studies))
-    studies = config.studies if only is None else Studies()
-    config = config.model_copy(update={"variants": variants, "studies": studies})
-    if config.save.tensorboard:
-        check_tensorboard()
-    for name in variants:
-        _check_variant(config, name)
-    return config
-
-
-def _variant_keys(kind: Experiment) -> dict[str, Any]:
-    """The keys of a variant with their defaults."""
-    return {
+    keys = {
         key: field.default
         for key, field in VariantConfig.model_fields.items()
-        if key not in OF_SOME_EXPERIMENTS or key in kind.variant_keys
+        if key in kind.variant_keys or key not in OF_SOME_EXPERIMENTS
     }
+    for name, variant in config.variants.items():
+        with at(f"variants.{name}"):
+            refuse_unknown(variant.model_fields_set, keys)
+    with at("studies"):
+        refuse_unknown(config.studies.model_fields_set, dict.fromkeys(kind.studies))
+    if config.save.tensorboard:
+        check_tensorboard()
+    config = config.completed(only)
+    for name in config.variants:
+        _check_variant(config, name)
+    return config
 
 
 def _check_variant(config: ExperimentConfig, name: str) -> None:
@@ -145,7 +134,7 @@ def _check_variant(config: ExperimentConfig, name: str) -> None:
             raise ValueError(
                 f"{where}.then must be null after {variant.optimizer.name}, whose result is no point of its path"
             )
-    problem, training = variant_settings(config, variant, f"{where}.")
+    problem, training = config.settings_of(name)
     scheduler = getattr(training, "scheduler", None)
     if scheduler is not None:
         if not takes(variant.optimizer.name, "lr"):
@@ -185,21 +174,6 @@ def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: st
         check_acceleration(stage.optimizer, kind.in_steps(stage.acceleration), kind.probes)
 
 
-def variant_settings(config: ExperimentConfig, variant: VariantConfig, where: str = "") -> tuple[Any, Any]:
-    """The settings of the problem and of the training of one variant: those of the experiment, with its overrides.
-
-    An override replaces a setting as a whole, `options` included.
-    """
-
-    def own(settings: Any, changes: Mapping[str, Any], part: str) -> Any:
-        if not changes:
-            return settings
-        raw = {**dict(settings), **changes}
-        return read_settings(type(settings), raw, f"{where}{part}", {"folder": config.folder})
-
-    return own(config.problem, variant.problem, "problem"), own(config.training, variant.training, "training")
-
-
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
     """All runs of an experiment: seed by seed, so that what is compared runs close together in time.
 
@@ -211,7 +185,7 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
     Raises:
         ValueError: a batch that is larger than the training set.
     """
-    settings = {name: variant_settings(config, variant) for name, variant in config.variants.items()}
+    settings = {name: config.settings_of(name) for name in config.variants}
 
     def run(variant: str, seed: int, name: str = "", study: str = "", **changes: Any) -> RunConfig:
         problem, training = settings[variant]

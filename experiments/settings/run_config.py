@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import not_
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field, PlainValidator, PrivateAttr, model_validator
@@ -26,8 +27,8 @@ from experiments.settings.kinds import (
     must,
 )
 from experiments.settings.launch_settings import LaunchSettings
-from experiments.settings.schema import Settings, at
-from experiments.settings.suggestion import did_you_mean
+from experiments.settings.schema import Settings, read_settings
+from experiments.settings.suggestion import not_one_of
 
 P = TypeVar("P", bound=Settings)
 """Settings of a problem."""
@@ -87,11 +88,12 @@ class VariantConfig(Settings):
     acceleration: dict[str, Any] | None = None
     published: PublishedConfig | None = None
     ema_decay: Share | None = None
-    mean_epochs: Count | None = None
-    then: SecondStage | None = None
-    problem: dict[str, Any] = Field(default={})
-    training: dict[str, Any] = Field(default={})
-    baseline: Name | None = None
+    # A record leaves these two out where they are not given: they are younger than the first records.
+    mean_epochs: Count | None = Field(default=None, exclude_if=not_)
+    then: SecondStage | None = Field(default=None, exclude_if=not_)
+    problem: dict[str, Any] = Field(default={}, exclude=True)
+    training: dict[str, Any] = Field(default={}, exclude=True)
+    baseline: Name | None = Field(default=None, exclude=True)
     _index: int = PrivateAttr(0)
 
     @property
@@ -121,16 +123,6 @@ class VariantConfig(Settings):
         """The variant with another learning rate."""
         optimizer = Component(self.optimizer.name, {**self.optimizer.arguments, "lr": rate})
         return self.model_copy(update={"optimizer": optimizer})
-
-    def as_recorded(self) -> dict[str, Any]:
-        """What a record says of it: neither what it is compared with nor the later settings that are not given."""
-        recorded = self.model_dump(exclude={"problem", "training", "baseline", "mean_epochs", "then"})
-        later = {
-            "mean_epochs": self.mean_epochs,
-            "then": self.then and self.then.model_dump(),
-            "overrides": self.overrides,
-        }
-        return recorded | {key: value for key, value in later.items() if value}
 
 
 class LearningRateStudy(Settings):
@@ -219,42 +211,66 @@ class ExperimentConfig(Settings, Generic[P, T]):
     num_ranks: Annotated[int, Field(ge=1, le=1024)] = 1
     save: SaveConfig = SaveConfig()
     launch: LaunchSettings = LaunchSettings()
-    _kind: Any = PrivateAttr()
-    _folder: str = PrivateAttr()
+    _context: Mapping[str, Any] = PrivateAttr()
 
     def model_post_init(self, context: Mapping[str, Any]) -> None:
-        self._kind, self._folder = context["kind"], context["folder"]
+        self._context = context
 
     @property
     def kind(self) -> Any:
         """The `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are."""
-        return self._kind
-
-    @property
-    def folder(self) -> str:
-        """Where the configuration's file is, from which paths in it start."""
-        return self._folder
+        return self._context["kind"]
 
     @model_validator(mode="after")
     def _name_variants_that_exist(self) -> ExperimentConfig[P, T]:
         rates, sizes = self.studies.learning_rate, self.studies.batch_size
-        named: Iterable[tuple[str, str | None]] = (
-            ("baseline", self.baseline),
-            *((f"variants.{name}.baseline", variant.baseline) for name, variant in self.variants.items()),
-            *(("studies.learning_rate.variants", name) for name in (rates.variants if rates else ())),
-            *(("studies.batch_size.variant", study.variant) for study in ([sizes] if sizes else ())),
-        )
-        for key, name in named:
-            if name is not None:
-                with at(key):
-                    self.refuse_unknown_variant(name)
+        named: dict[str, Sequence[str | None]] = {
+            "baseline": [self.baseline],
+            "studies.learning_rate.variants": rates.variants if rates else (),
+            "studies.batch_size.variant": [sizes.variant] if sizes else (),
+            **{f"variants.{name}.baseline": [variant.baseline] for name, variant in self.variants.items()},
+        }
+        for key, names in named.items():
+            for name in names:
+                if name is not None and name not in self.variants:
+                    raise ValueError(f"{key} {not_one_of(name, self.variants)}")
         return self
 
-    def refuse_unknown_variant(self, name: str) -> None:
-        """Refuses a name that no variant has."""
-        if name not in self.variants:
-            names = ", ".join(self.variants)
-            raise ValueError(f"unknown variant {name!r}; there are: {names}{did_you_mean(name, self.variants)}")
+    def completed(self, only: Sequence[str] | None = None) -> ExperimentConfig[P, T]:
+        """The configuration whose variants have a label, a baseline and their place.
+
+        Args:
+            only: names of the variants to keep, in this order, without studies; None keeps all.
+
+        Raises:
+            ValueError: there is no such variant.
+        """
+        names = list(self.variants)
+        for name in only or ():
+            if name not in names:
+                raise ValueError(f"variants {not_one_of(name, names)}")
+        baseline = self.baseline or names[0]
+        variants = {name: self.variants[name].completed(name, baseline, names.index(name)) for name in only or names}
+        studies = self.studies if only is None else Studies()
+        return self.model_copy(update={"variants": variants, "studies": studies})
+
+    def settings_of(self, name: str) -> tuple[P, T]:
+        """The settings of the problem and of the training of one variant: those of all, with its overrides.
+
+        An override replaces a setting as a whole, `options` included.
+
+        Raises:
+            ValueError: an override is refused.
+        """
+
+        def own(part: str) -> Any:
+            settings, changes = getattr(self, part), getattr(self.variants[name], part)
+            if not changes:
+                return settings
+            where = f"variants.{name}.{part}"
+            return read_settings(type(settings), {**dict(settings), **changes}, where, self._context)
+
+        return own("problem"), own("training")
 
 
 @dataclass(frozen=True)
@@ -281,9 +297,11 @@ class RunConfig(Generic[P, T]):
     def as_json(self) -> str:
         """The configuration as JSON with sorted keys, for the record."""
         recorded = {key: value for key, value in vars(self).items() if key != "kind"}
-        for part in ("problem", "training"):
+        for part in ("problem", "training", "variant"):
             recorded[part] = recorded[part].model_dump()
-        return json.dumps(recorded | {"variant": self.variant.as_recorded()}, sort_keys=True)
+        if self.variant.overrides:
+            recorded["variant"]["overrides"] = self.variant.overrides
+        return json.dumps(recorded, sort_keys=True)
 
     def identity(self) -> str:
         """What determines the run: two runs are the same if these texts are equal."""

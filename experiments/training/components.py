@@ -14,7 +14,7 @@ import torch
 import aadl
 from experiments.settings.kinds import Component, Count
 from experiments.settings.schema import read_settings, refuse_unknown
-from experiments.settings.suggestion import did_you_mean
+from experiments.settings.suggestion import not_one_of
 from experiments.training import optimizers as own
 
 PACKAGES = {"SOAP": "pytorch_optimizer", "AdamWScheduleFree": "schedulefree", "SGDScheduleFree": "schedulefree"}
@@ -78,7 +78,7 @@ def check_component(component: Component, classes: Mapping[str, Any]) -> None:
     """
     name = component.name
     if name not in classes:
-        raise ValueError(f"name must be one of {', '.join(sorted(classes))}, got {name!r}{did_you_mean(name, classes)}")
+        raise ValueError(f"name {not_one_of(name, sorted(classes))}")
     parameters = list(inspect.signature(_imported(name, classes[name])).parameters.values())[1:]
     defaults = {entry.name: entry.default for entry in parameters}
     refuse_unknown(component.arguments, {"name": inspect.Parameter.empty} | defaults)

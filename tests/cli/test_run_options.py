@@ -100,8 +100,8 @@ def test_texts_that_look_like_numbers_stay_texts():
 @pytest.mark.parametrize(
     ("raw", "change", "message"),
     [
-        (RAW, "variants=sgd_adl", "unknown variant 'sgd_adl'; there are: sgd, sgd_aadl; did you mean sgd_aadl?"),
-        (RAW, "baseline=sdg", "baseline: unknown variant 'sdg'; there are: sgd, sgd_aadl; did you mean sgd?"),
+        (RAW, "variants=sgd_adl", "variants must be one of sgd, sgd_aadl, got 'sgd_adl'; did you mean sgd_aadl?"),
+        (RAW, "baseline=sdg", "baseline must be one of sgd, sgd_aadl, got 'sdg'; did you mean sgd?"),
         (RAW, "training.epoch=3", "unknown key training.epoch; valid keys are: epochs"),
         (RAW, "training.epoch=3", "; did you mean epochs?"),
         (RAW, "experiment=graduate_admision", "as problem.equation; did you mean graduate_admissions?"),
