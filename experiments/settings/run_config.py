@@ -93,7 +93,7 @@ class VariantConfig(Settings):
     then: SecondStage | None = Field(default=None, exclude_if=not_)
     problem: dict[str, Any] = Field(default={}, exclude=True)
     training: dict[str, Any] = Field(default={}, exclude=True)
-    baseline: Name | None = Field(default=None, exclude=True)
+    baseline: Name = Field(default="", exclude=True)
     _index: int = PrivateAttr(0)
 
     @property
@@ -205,7 +205,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
     problem: P
     training: T
     variants: Annotated[dict[Name, VariantConfig], Field(min_length=1)]
-    baseline: Name | None = None
+    baseline: Name = ""
     studies: Studies = Studies()
     expected_minutes: Positive | None = None
     num_ranks: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -224,7 +224,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
     @model_validator(mode="after")
     def _name_variants_that_exist(self) -> ExperimentConfig[P, T]:
         rates, sizes = self.studies.learning_rate, self.studies.batch_size
-        named: dict[str, Sequence[str | None]] = {
+        named: dict[str, Sequence[str]] = {
             "baseline": [self.baseline],
             "studies.learning_rate.variants": rates.variants if rates else (),
             "studies.batch_size.variant": [sizes.variant] if sizes else (),
@@ -232,7 +232,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
         }
         for key, names in named.items():
             for name in names:
-                if name is not None and name not in self.variants:
+                if name and name not in self.variants:
                     raise ValueError(f"{key} {not_one_of(name, self.variants)}")
         return self
 

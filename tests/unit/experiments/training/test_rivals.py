@@ -229,7 +229,7 @@ def test_the_memory_of_ssbroyden_begins_anew_with_the_points(rule, is_cleared, m
 
 
 def test_images_refuse_optimizers_with_a_line_search():
-    raw = copy.deepcopy(RAW) | {"experiment": "imagenet", "problem": {}, "training": {}}
+    raw = copy.deepcopy(RAW) | {"experiment": "imagenet", "problem": {}, "training": {"batch_size": 8}}
     raw["variants"] = {"one": {"optimizer": {"name": "SSBroyden"}}}
     with pytest.raises(ValueError, match=r"optimizer: name must be one of .*, got 'SSBroyden'"):
         parse_config(raw)
