@@ -456,7 +456,7 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
         (["training", "max_seconds"], 0, r"training\.max_seconds must be greater than 0, got 0"),
         (["training", "num_threads"], 0, r"training\.num_threads must be greater than or equal to 1, got 0"),
         (["training", "scheduler"], {"name": "StepLR"}, r"training\.scheduler: .*step_size"),
-        (["studies"], {"batch_size": {}}, r"unknown key studies\.batch_size"),
+        (["studies"], {"batch_size": {"variant": "adam", "sizes": [8]}}, r"unknown key studies\.batch_size"),
         (["baseline"], "sgd", r"^baseline must be one of adam, adam_aadl, got 'sgd'"),
         (
             ["variants", "adam", "baseline"],
