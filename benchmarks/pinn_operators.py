@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
+from experiments.models.mlp import MLP, Derivatives
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = (50, 50, 50)
@@ -181,13 +181,8 @@ def loss_and_backward(case: Case, model: MLP, points: Tensor, source: Tensor) ->
     """What is timed."""
     model.zero_grad()
     if case.way in ("compressed", "compiled"):
-        accumulate_gradient(
-            model,
-            points,
-            lambda u, rows: burgers(u, source[rows]).square().sum(),
-            gradient_square=False,
-            compiles=case.way == "compiled",
-        )
+        for rows, u in model.chunked_derivatives(points, gradient_square=False, compiles=case.way == "compiled"):
+            (burgers(u, source[rows]).square().sum() / len(points)).backward()
         return
     chunk = {"loop": len(points), "hessian": FUNC_CHUNK, "jvp": FUNC_CHUNK}.get(case.way) or chunk_of(case)
     for start in range(0, len(points), chunk):

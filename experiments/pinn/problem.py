@@ -134,6 +134,7 @@ class PinnProblem(Problem):
     def linearize(self, network: nn.Module, batch: Points, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
         return self._loss.linearize(network, batch, observe)
 
+    @torch.no_grad()
     def residuals(self, network: nn.Module, batch: Points) -> Tensor:
         return self._loss.residuals(network, batch)
 
@@ -145,14 +146,13 @@ class PinnProblem(Problem):
                 check.
         """
 
-        def solved() -> Tensor:
-            return self._loss.residuals(self.model, self._collocation.now)
-
-        def checked() -> Tensor:
-            assert check_points is not None
-            return self._loss.residuals(self.model, self._collocation.others(check_points))
-
-        return Residuals(solved, None if check_points is None else checked)
+        points = self._collocation
+        if check_points is None:
+            return Residuals(lambda: self.residuals(self.model, points.now))
+        return Residuals(
+            lambda: self.residuals(self.model, points.now),
+            lambda: self.residuals(self.model, points.others(check_points)),
+        )
 
     # ---- evaluation ----
 

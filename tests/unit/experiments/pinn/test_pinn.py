@@ -428,7 +428,11 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
         (["problem", "equation"], "burger", r"problem: equation must be one of burgers_2d, .*got 'burger'"),
         (["problem", "options"], {"nu": -1.0}, r"problem: nu must be .*-1"),
         (["problem", "options"], {"nu": 0}, r"problem: nu must be"),
-        (["problem", "options"], {"mu": 1.0}, r"problem: unknown option 'mu'"),
+        (
+            ["problem", "options"],
+            {"mu": 1.0},
+            r"problem: options do not fit equation Burgers2d: .*'mu'; it takes nu, g",
+        ),
         (["problem", "options"], [1], r"problem\.options must be a mapping from names of options"),
         (["problem", "point"], 3, r"unknown key problem\.point; valid keys are: equation"),
         (["problem", "folder"], "x", r"unknown key problem\.folder"),
