@@ -67,6 +67,11 @@ class ImageExperiment(Experiment):
         if size > num_rows:
             raise ValueError(f"a batch of {size} images is larger than the training set of {num_rows}")
         epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
+        if training.warmup_epochs >= epochs:
+            raise ValueError(
+                f"studies.batch_size.steps must be more than training.warmup_epochs = {training.warmup_epochs:g} take, "
+                f"got {steps}, which are {epochs} epochs with batches of {size} images"
+            )
         study = {"batch_size": size, "batch_size_per_rank": None, "measure_updates": True}
         return replace(training, **study, epochs=epochs, evaluate_every=epochs)  # type: ignore[arg-type]
 

@@ -22,7 +22,8 @@ from experiments.distributed.ranks import Ranks
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.data import description_of, open_sets
 from experiments.images.epochs import ImageEpochs
-from experiments.images.network import forward_pass, make_network, parameters_of
+from experiments.images.network import forward_pass, make_network
+from experiments.images.resnet import parameter_groups
 from experiments.images.schedules import scaled_rate, step_scheduler
 from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
 from experiments.settings.checks import Component
@@ -143,7 +144,9 @@ class ImageProblem(Problem):
         arguments = dict(component.arguments)
         if self._training.reference_batch is not None:
             arguments["lr"] *= scaled_rate(self._training, self._batch_images)
-        return make_optimizer(Component(component.name, arguments), parameters_of(self.model, self._training))
+        exempts = self._training.exempt_norm_and_bias
+        parameters = parameter_groups(self.model) if exempts else self.model.parameters()
+        return make_optimizer(Component(component.name, arguments), parameters)
 
     def in_steps(self, acceleration: Mapping[str, Any]) -> dict[str, Any]:
         return in_steps(acceleration, self._train.steps_per_epoch)
@@ -181,7 +184,7 @@ class ImageProblem(Problem):
             self._recompute_statistics(network)
             seconds = time.perf_counter() - start
             renewed = self._counts(network)
-        return _series(renewed) | _series(stale, "stale_") | {"timing/batchnorm_seconds": seconds}
+        return renewed.series() | stale.series("stale_") | {"timing/batchnorm_seconds": seconds}
 
     def _recompute_statistics(self, network: nn.Module) -> None:
         """Replaces the statistics of BatchNorm by those of training images with the present weights."""
@@ -197,17 +200,14 @@ class ImageProblem(Problem):
         )
 
     def _counts(self, network: nn.Module) -> Counts:
-        found = evaluate_exactly(
+        return evaluate_exactly(
             network,
             self._validation.batches(),
-            forward=lambda images: self._forward(network, images),
+            lambda images: self._forward(network, images),
             num_images=len(self._validation.images),
             num_unreadable=lambda: self._validation.num_unreadable,
             world_size=self._ranks.world_size,
         )
-        if not found.num_images:
-            raise RuntimeError(f"none of the {len(self._validation.images)} validation images can be read")
-        return found
 
     # ---- a run that stops, goes on and ends ----
 
@@ -300,15 +300,3 @@ def _without_buffers() -> dict[str, Any]:
     """What keeps DistributedDataParallel from sending buffers; torch 2.13 has another name for it."""
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
-
-
-def _series(counts: Counts, prefix: str = "") -> dict[str, float]:
-    group = f"metrics/validation/{prefix}"
-    return {
-        f"{group}loss": counts.loss,
-        f"{group}top1": counts.top1,
-        f"{group}top5": counts.top5,
-        f"{group}num_correct_top1": float(counts.num_top1),
-        f"{group}num_correct_top5": float(counts.num_top5),
-        f"{group}num_images": float(counts.num_images),
-    }
