@@ -6,12 +6,15 @@ key, the value and what is allowed.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
 from experiments.settings.checks import (
     NAME,
@@ -43,6 +46,7 @@ from experiments.settings.yaml_file import parse_setting, read_yaml
 from experiments.training.components import (
     check_acceleration,
     check_optimizer,
+    check_scheduler,
     optimizer_class,
     read_component,
     solves_residuals,
@@ -73,10 +77,31 @@ def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str]
     try:
         config = parse_config(raw, find, Path(path).parent, selected)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{_to_blame(path, find, overrides)}: {error}") from None
     for text in overrides:
         _tell_missed(config, text.partition("=")[0].strip())
     return config
+
+
+def _to_blame(path: str | Path, find: FindExperiment, overrides: Sequence[str]) -> str:
+    """Names what a mistake comes from: the override without which the configuration is right, all of them, or the file.
+
+    The whole is checked with and without each override, because a check that fails need not concern the overridden key.
+    """
+
+    def is_right(texts: Sequence[str]) -> bool:
+        try:
+            with redirect_stderr(io.StringIO()):
+                raw, selected = read_overridden(path, texts)
+                parse_config(raw, find, Path(path).parent, selected)
+        except ValueError:
+            return False
+        return True
+
+    guilty = [text for text in overrides if is_right([other for other in overrides if other != text])]
+    if not guilty:
+        guilty = list(overrides) if overrides and is_right(()) else []
+    return " ".join(f"--set {text}" for text in guilty) or str(path)
 
 
 def read_overridden(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], list[str] | None]:
@@ -206,11 +231,17 @@ def parse_config(
         launch=read_settings(LaunchSettings, values["launch"], "launch"),
         folder=str(folder),
     )
+    if config.save.tensorboard:
+        check_tensorboard()
     if learning_rate is not None:
         for name in learning_rate.variants:
             _check_rates(variants[name], learning_rate.rates, f"studies.learning_rate: variants.{name}")
     for name, variant in variants.items():
         problem, training = variant_settings(config, variant, f"variants.{name}.")
+        scheduler = getattr(training, "scheduler", None)
+        if scheduler is not None:
+            where = f"variants.{name}.training.scheduler"
+            check_scheduler(scheduler, where, check_optimizer(variant.optimizer, where))
         kind.check(problem, training, variant, f"variants.{name}")
     return config
 
@@ -233,7 +264,7 @@ def _names_of_variants(raw: Any, only: Sequence[str]) -> list[str]:
     names = list(raw)
     for name in only:
         if name not in names:
-            raise ValueError(_unknown_variant("--set variants", name, names))
+            raise ValueError(_unknown_variant("variants", name, names))
     return names
 
 

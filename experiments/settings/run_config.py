@@ -119,7 +119,9 @@ class SaveConfig:
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
             ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
-            `ema_decay`; images: with the statistics computed anew), see `record.read_weights`.
+            `ema_decay`; images: with the statistics computed anew), see `records.reading.read_weights`.
+        attempts: whether the record holds every attempt of the acceleration, see `records.reading.read_attempts`.
+        tensorboard: whether the series are also written for TensorBoard, into a folder beside the record.
     """
 
     every_seconds: float = setting(number(0.0, closed_low=True), 300.0)
@@ -127,6 +129,13 @@ class SaveConfig:
     asynchronous: bool = setting(BOOLEAN, False)
     agree_every: int = setting(integer(1, 10_001), 1)
     weights: bool = setting(BOOLEAN, False)
+    attempts: bool = setting(BOOLEAN, False)
+    tensorboard: bool = setting(BOOLEAN, False)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Groups that the record of a finished run must have."""
+        return tuple(name for name in ("weights", "attempts") if getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from functools import cache
@@ -120,16 +121,29 @@ def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_scheduler(component: Component, where: str) -> None:
-    """Builds the scheduler on a dummy optimizer and steps once, so that what torch refuses is refused before training.
+def check_scheduler(component: Component, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Builds the scheduler and steps once, so that what torch refuses is refused before training.
 
     Some classes look at their arguments only in `step`, and one needs an argument there that the training has not.
+
+    Args:
+        component: the scheduler.
+        where: its key, for messages.
+        optimizer: the one it is for, see `check_optimizer`; None for SGD.
+
+    Raises:
+        ValueError: torch refuses the scheduler, or the optimizer has no learning rate.
     """
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    optimizer = optimizer or torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    if "lr" not in optimizer.param_groups[0]:
+        raise ValueError(
+            f"{where} must be null for {type(optimizer).__name__}, which has no learning rate, got {component.name}"
+        )
     try:
         scheduler = make_scheduler(component, optimizer)
-        optimizer.step()  # torch warns of a scheduler that steps first
-        scheduler.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a scheduler that steps first
+            scheduler.step()
     except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"{where}: {error}") from None
 

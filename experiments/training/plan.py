@@ -95,7 +95,7 @@ class Plan(ABC):
 
     @abstractmethod
     def place(self, run: Training) -> int:
-        """Index of the present interval in the series."""
+        """Where the present interval ends on the axis of the series: an epoch or an iteration."""
 
     @abstractmethod
     def reached(self, run: Training) -> int:

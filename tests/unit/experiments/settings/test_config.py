@@ -1,8 +1,10 @@
 import copy
 import json
 import math
+import re
 
 import pytest
+import yaml
 from paths import CONFIGS
 from suite_cases import PINN, RAW, load_or_skip
 
@@ -227,6 +229,40 @@ def test_a_study_of_an_optimizer_without_a_learning_rate_is_refused():
         parse_config(raw)
     expected = "variants.lm must have an optimizer with a learning rate lr, got LevenbergMarquardt"
     assert str(caught.value) == f"studies.learning_rate: {expected}"
+
+
+def test_a_scheduler_of_an_optimizer_without_a_learning_rate_is_refused():
+    raw = copy.deepcopy(PINN)
+    raw["training"]["scheduler"] = {"name": "StepLR", "step_size": 2}
+    parse_config(raw)
+    raw["variants"]["lm"] = {"optimizer": {"name": "LevenbergMarquardt"}}
+    message = r"variants\.lm\.training\.scheduler must be null for LevenbergMarquardt, which has no learning rate"
+    with pytest.raises(ValueError, match=message):
+        parse_config(raw)
+    raw["variants"]["lm"]["training"] = {"scheduler": None}
+    parse_config(raw)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        (["training.epochs=0"], "--set training.epochs=0: training.epochs must be"),
+        (["seeds=1", "training.epochs=0"], "--set training.epochs=0: training.epochs must be"),
+        (["training.epochs=0", "training.batch_size=0"], "--set training.epochs=0 --set training.batch_size=0: train"),
+        (["variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"], ""),
+        (["variants=sgdd"], "--set variants=sgdd: variants: unknown variant 'sgdd'"),
+    ],
+)
+def test_a_mistake_of_an_override_names_it(tmp_path, overrides, blamed):
+    path = write(tmp_path, yaml.safe_dump(RAW))
+    if not blamed:
+        load_config(path, overrides)
+        return
+    with pytest.raises(ValueError, match=f"^{re.escape(blamed)}"):
+        load_config(path, overrides)
+    broken = write(tmp_path, yaml.safe_dump(with_value(["scale"], "../x")))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(broken))}: "):
+        load_config(broken, overrides)
 
 
 def test_overrides_that_miss_a_variant_are_told(tmp_path, capsys):
