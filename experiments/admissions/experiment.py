@@ -32,7 +32,7 @@ class AdmissionsExperiment(Experiment):
         return problem.describe(settings)
 
     def build(self, run: RunConfig, ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+        return problem.AdmissionsProblem(run, ranks)
 
     def check_rows(self, config: ExperimentConfig, num_rows: int) -> None:
         largest = max(config.training.batch_size, *(config.batch_size.sizes if config.batch_size else (1,)))

@@ -37,7 +37,7 @@ class ImageExperiment(Experiment):
         return data.describe(settings)
 
     def build(self, run: RunConfig, ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+        return problem.ImageProblem(run, ranks)
 
     def global_batch(self, training: ImageTrainingConfig, ranks: Ranks) -> int:
         return training.global_batch(ranks)

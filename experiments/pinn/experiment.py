@@ -37,7 +37,7 @@ class PinnExperiment(Experiment):
         return problem.describe(settings)
 
     def build(self, run: RunConfig, ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+        return problem.PinnProblem(run, ranks)
 
     def optimizers(self) -> dict[str, Any]:
         """All: the residuals can be linearized."""
