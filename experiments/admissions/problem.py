@@ -56,9 +56,8 @@ class AdmissionsProblem(Problem):
         OSError: the table's file cannot be read.
     """
 
-    def __init__(self, run: RunConfig, ranks: Ranks) -> None:
-        problem: GraduateAdmissionsConfig = run.problem
-        training: TrainingConfig = run.training
+    def __init__(self, run: RunConfig[GraduateAdmissionsConfig, TrainingConfig], ranks: Ranks) -> None:
+        problem, training = run.problem, run.training
         data, digest = read_data(problem.data_path)
         train_rows, validation_rows = split(data, problem.validation_fraction, problem.split_seed)
         for size in (training.batch_size, len(train_rows) % training.batch_size):

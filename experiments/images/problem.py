@@ -26,7 +26,7 @@ from experiments.images.network import forward_pass, make_network
 from experiments.images.resnet import parameter_groups
 from experiments.images.schedules import scaled_rate, step_scheduler
 from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.training.closure import AccumulatedClosure
@@ -56,9 +56,8 @@ class ImageProblem(Problem):
 
     times_acceleration = True
 
-    def __init__(self, run: RunConfig, ranks: Ranks) -> None:
-        settings: ImageConfig = run.problem
-        training: ImageTrainingConfig = run.training
+    def __init__(self, run: RunConfig[ImageConfig, ImageTrainingConfig], ranks: Ranks) -> None:
+        settings, training = run.problem, run.training
         device, self._batch_images = device_of(ranks), training.global_batch(ranks)
         check_settings(settings, training, ranks, device)
         sets = train_set, validation_set = open_sets(settings, ranks)

@@ -59,9 +59,8 @@ class PinnProblem(Problem):
         ranks: this process.
     """
 
-    def __init__(self, run: RunConfig, ranks: Ranks) -> None:
-        settings: PinnConfig = run.problem
-        training: PinnTrainingConfig = run.training
+    def __init__(self, run: RunConfig[PinnConfig, PinnTrainingConfig], ranks: Ranks) -> None:
+        settings, training = run.problem, run.training
         equation = load_equation(settings.equation, settings.options, settings.folder)
         torch.manual_seed(run.seed)
         sizes = (equation.num_space + 1, *settings.hidden_sizes, 1)

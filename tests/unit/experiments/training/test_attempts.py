@@ -17,7 +17,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_attempts, read_run
 from experiments.records.status import run_path, state_of
 from experiments.runs.execute import execute_run
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import PublishedConfig, SaveConfig, VariantConfig
 from experiments.training.components import make_optimizer
 from experiments.training.stage import Stage
@@ -29,7 +29,7 @@ RATE = {"lr": 3e-2, "momentum": 0.9}
 def config(**variant):
     """Twelve epochs of four steps, in which candidates are accepted and rejected."""
     run = run_config("sgd", epochs=12)
-    return replace(run, variant=VariantConfig("one", Component("SGD", RATE), **variant))
+    return replace(run, variant=VariantConfig(label="one", optimizer=Component("SGD", RATE), **variant))
 
 
 def traced(**options):
