@@ -18,9 +18,10 @@ from experiments.records.compare import (
     Records,
     Variant,
     commits_of,
+    family_of,
     grouped,
+    role_of,
     seeds_of,
-    variant_of,
 )
 from experiments.records.reading import Run, read_runs, say
 from experiments.runs.config import expand_runs, load_config
@@ -105,8 +106,18 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
     main, studies = grouped(runs)
     _check_variants(folder, main)
     _check_shared(folder, [run for group in main.values() for run in group])
-    variants = [variant_of(of_variant) for of_variant in main.values()]
-    variants.sort(key=lambda variant: (first_run(variant).attributes["variant_index"], variant.name))
+    variants = []
+    for name, of_variant in sorted(main.items(), key=lambda item: (item[1][0].attributes["variant_index"], item[0])):
+        definition = of_variant[0].config["variant"]
+        variants.append(
+            Variant(
+                name=name,
+                label=definition["label"],
+                role=role_of(definition),
+                family=family_of(definition["optimizer"]),
+                runs={run.attributes["seed"]: run for run in of_variant},
+            )
+        )
     is_as_configured = _are_as_configured(folder, runs, experiment)
     groups = []
     for key in dict.fromkeys(_key(first_run(variant)) for variant in variants):

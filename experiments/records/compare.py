@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,18 +124,6 @@ def grouped(runs: Iterable[Run]) -> tuple[dict[str, list[Run]], dict[str, list[R
     return main, studies
 
 
-def variant_of(runs: Sequence[Run]) -> Variant:
-    """The variant whose runs these are, one a seed."""
-    definition = runs[0].config["variant"]
-    return Variant(
-        name=runs[0].attributes["variant"],
-        label=definition["label"],
-        role=role_of(definition),
-        family=family_of(definition["optimizer"]),
-        runs={run.attributes["seed"]: run for run in runs},
-    )
-
-
 def seeds_of(runs: Iterable[Run]) -> tuple[int, ...]:
     """Seeds of the main comparison."""
     return tuple(sorted({run.attributes["seed"] for run in runs if not run.attributes["study"]}))
@@ -186,7 +174,15 @@ def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparis
             )
     main, studies = grouped(runs)
     families: dict[str, list[Variant]] = {}
-    for variant in map(variant_of, main.values()):
+    for name, group in main.items():
+        definition = group[0].config["variant"]
+        variant = Variant(
+            name=name,
+            label=definition["label"],
+            role=role_of(definition),
+            family=family_of(definition["optimizer"]),
+            runs={run.attributes["seed"]: run for run in group},
+        )
         families.setdefault(variant.family, []).append(variant)
     for variants in families.values():
         variants.sort(key=lambda variant: (_ROLES.index(variant.role.split()[0]), variant.role, variant.name))
