@@ -110,8 +110,8 @@ def test_a_validation_may_be_left_out_but_for_the_last(folder, tmp_path):
 )
 def test_a_mistake_is_one_sentence_before_the_training(folder, tmp_path, capsys, problem, training, message):
     assert run(raw_config(folder, problem=problem, training=training), tmp_path) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(told) == 1 and message in told[0]
+    printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(printed) == 1 and message in printed[0]
     assert not list((tmp_path / "results").rglob("*.h5"))
 
 
@@ -119,10 +119,10 @@ def test_an_image_that_stops_the_run_is_named_in_one_sentence(tmp_path, capsys):
     folder = image_set(tmp_path / "set")
     (folder / "train" / "fractal_0002" / "fractal_0002_00003.JPEG").write_bytes(b"")
     assert run(raw_config(folder, problem={"on_unreadable": "stop"}), tmp_path) == 1
-    told = capsys.readouterr().err
-    (line,) = [line for line in told.splitlines() if line.startswith("error")]
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("error")]
     assert "image 27 (fractal_0002/fractal_0002_00003.JPEG) cannot be read: it is empty" in line
-    assert "Traceback" not in told
+    assert "Traceback" not in printed
     assert run(raw_config(folder), tmp_path) == 0
     with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
         assert file.attrs["num_unreadable_train_images"] == 1 and file.attrs["num_unreadable_validation_images"] == 0

@@ -166,14 +166,14 @@ def test_batches_come_as_they_were_read_and_the_problem_brings_them_to_the_devic
 
 def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    for told in (True, False):
-        problem = build(image_run(folder, training={"deterministic": told}), Ranks())
-        assert torch.are_deterministic_algorithms_enabled() == told == problem.attributes["deterministic"]
+    for deterministic in (True, False):
+        problem = build(image_run(folder, training={"deterministic": deterministic}), Ranks())
+        assert torch.are_deterministic_algorithms_enabled() == deterministic == problem.attributes["deterministic"]
         problem.close()
         assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    for told, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
-        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=told), torch.device(device))
+    for deterministic, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
+        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=deterministic), torch.device(device))
         assert torch.backends.cudnn.benchmark == benchmark
         undo()
         assert not torch.backends.cudnn.benchmark
@@ -207,7 +207,7 @@ def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
 
 
 def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
-    """What two ranks, each with a node of its own, read and are told."""
+    """What two ranks, each with a node of its own, read, and the errors that they get."""
     opened, original = [], image_data.open_images
     image_data.open_images = lambda *which: opened.append(which) or original(*which)
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}")

@@ -176,8 +176,12 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     assert state_of(record, expanded, describe(expanded.problem).digest, 1) == "changed"
     capsys.readouterr()
     assert run(path, results, "--set", "problem.options.diffusivity=-1") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and "diffusivity must be > 0, got -1" in told and len(told.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith("error: ")
+        and "diffusivity must be > 0, got -1" in printed
+        and len(printed.splitlines()) == 1
+    )
     assert run(path, results, "--set", "problem.conditions=hard") == 2
     assert "problem: conditions must be soft, because heat offers no lift" in capsys.readouterr().err
     assert run(path, results, "--set", "problem.equation=cold.py") == 2
@@ -192,8 +196,8 @@ def test_an_equation_whose_conditions_yield_no_points_is_refused_before_training
     path, results = tmp_path / "config.yaml", tmp_path / "results"
     path.write_text(yaml.safe_dump(raw))
     assert run(path, results) == 2
-    told = capsys.readouterr().err
-    assert told.splitlines()[-1] == (
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1] == (
         "error: equation Heat: conditions must yield points with soft conditions, got none for "
         "problem.num_conditions = 8, so that nothing would train them"
     )

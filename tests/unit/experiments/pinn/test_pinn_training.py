@@ -129,7 +129,7 @@ def test_a_run_ends_when_its_time_is_up(monkeypatch):
 
 
 @pytest.mark.parametrize(("rule", "resets"), [("reset", 2), ("keep", 0)])
-def test_memories_begin_anew_with_the_points(rule, resets):
+def test_memories_start_empty_with_new_points(rule, resets):
     config = pinn_run(
         {"optimizer": SGD, "acceleration": EAGER}, {"iterations": 15}, resample_every=5, history_on_resample=rule
     )
@@ -200,8 +200,8 @@ def test_a_diverged_run_is_recorded_and_named(config, tmp_path, capsys, variant)
     raw["problem"] |= {"resample_every": 4, "adaptive_pool": 64}
     config.write_text(yaml.safe_dump(raw))
     assert run(config, tmp_path / "results") == 0
-    told = capsys.readouterr().err
-    assert "diverged: wild (1 seeds: seed 0 at iteration " in told and "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert "diverged: wild (1 seeds: seed 0 at iteration " in printed and "Traceback" not in printed
     record = read_run(next((tmp_path / "results").rglob("*.h5")))
     assert record.diverged and record.diverged_epoch is None and record.attributes["stop_reason"] == "diverged"
     assert record.diverged_iteration > 0 and len(record.places) == len(record.series[LOSS]) <= 4
