@@ -187,7 +187,7 @@ def test_what_a_pre_hook_of_somebody_else_writes_is_noticed(first):
 
 
 def test_steps_give_no_references_away():
-    """A function of torch 2.6 to 2.8 does at every call; up to Python 3.11, which counts them, None then ends at last."""
+    """A function of torch 2.6 to 2.8 does at every call, and up to Python 3.11 the references to None are counted."""
     model = network()
     optimizer = aadl.accelerate(sgd(model), **RESIDUAL)
     train(model, optimizer, 10)
