@@ -24,7 +24,7 @@ from experiments.images.data import description_of, open_sets
 from experiments.images.epochs import ImageEpochs
 from experiments.images.network import forward_pass, make_network, parameters_of
 from experiments.images.schedules import scaled_rate, step_scheduler
-from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
+from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.settings.kinds import Component
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
@@ -115,6 +115,7 @@ class ImageProblem(Problem):
             "deterministic": training.deterministic,
         }
         super().__init__(model, data_source=description.source, data_digest=description.digest, attributes=attributes)
+        self.steps_per_epoch = train.steps_per_epoch
 
     # ---- training ----
 
@@ -143,9 +144,6 @@ class ImageProblem(Problem):
         if self._training.reference_batch is not None:
             arguments["lr"] *= scaled_rate(self._training, self._batch_images)
         return make_optimizer(Component(component.name, arguments), parameters_of(self.model, self._training))
-
-    def in_steps(self, acceleration: Mapping[str, Any]) -> dict[str, Any]:
-        return in_steps(acceleration, self._train.steps_per_epoch)
 
     def closure(self, stages: Sequence[Stage], ranks: Ranks) -> AccumulatedClosure:
         """Gradients over parts of a batch; between the ranks torch averages them, and no rank sends buffers."""
