@@ -31,7 +31,7 @@ class ImageExperiment(Experiment[ImageConfig, ImageTrainingConfig]):
         return data.describe(settings)
 
     def build(self, run: RunConfig[ImageConfig, ImageTrainingConfig], ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+        return problem.ImageProblem(run, ranks)
 
     def global_batch(self, training: ImageTrainingConfig, ranks: Ranks) -> int:
         return training.global_batch(ranks)
@@ -57,6 +57,11 @@ class ImageExperiment(Experiment[ImageConfig, ImageTrainingConfig]):
         if size > num_rows:
             raise ValueError(f"a batch of {size} images is larger than the training set of {num_rows}")
         epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
+        if training.warmup_epochs >= epochs:
+            raise ValueError(
+                f"studies.batch_size.steps must be more than training.warmup_epochs = {training.warmup_epochs:g} take, "
+                f"got {steps}, which are {epochs} epochs with batches of {size} images"
+            )
         batch = {"batch_size": size, "batch_size_per_rank": None}
         return training.model_copy(update=batch | {"epochs": epochs, "evaluate_every": epochs, "measure_updates": True})
 

@@ -114,6 +114,13 @@ def test_the_batch_size_study_takes_whole_batches_and_measures_updates():
         expand_runs(parse_config(raw), num_rows=40)
 
 
+def test_a_study_that_ends_within_the_warm_up_is_named():
+    raw = raw_config("folder", training={"epochs": 4, "warmup_epochs": 2})
+    raw |= {"studies": {"batch_size": {"variant": "one", "sizes": [8], "steps": 12}}}
+    with pytest.raises(ValueError, match=r"steps must be more than training\.warmup_epochs = 2 take, got 12, .* 2 epo"):
+        expand_runs(parse_config(raw), num_rows=50)
+
+
 def test_the_ends_of_ranges_are_allowed():
     ends = {"smallest_crop": 1, "data_variation": 2, "statistics_images": 2}
     problem = parse_config(raw_config("folder", problem=ends)).problem
