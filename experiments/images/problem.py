@@ -94,7 +94,7 @@ class ImageProblem(Problem):
         }
         description = description_of(settings, sets)
         super().__init__(model, data_source=description.source, data_digest=description.digest, attributes=attributes)
-        self.steps_per_epoch = train.steps_per_epoch
+        self.steps_per_epoch = self._train.steps_per_epoch
 
     # ---- training ----
 
