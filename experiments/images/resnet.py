@@ -177,7 +177,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Without bias, for a BatchNorm follows; padded so that stride 1 keeps the shape."""
+    """Without bias, because a BatchNorm follows; padded so that stride 1 keeps the shape."""
     return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
 
 
