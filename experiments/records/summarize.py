@@ -111,7 +111,7 @@ def summarize(comparison: Comparison, loss_name: str = "loss") -> str:
 
 
 def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
-    """Table rows of one family, plain first; without a plain variant only what stands alone is told."""
+    """Table rows of one family, plain first; without a plain variant only what needs no comparison is shown."""
     plain = plain_of(variants)
     rows: list[tuple[str, ...]] = []
     for variant in variants:

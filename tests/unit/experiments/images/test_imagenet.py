@@ -207,7 +207,7 @@ def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
 
 
 def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
-    """What two ranks, each with a node of its own, read, and the errors that they get."""
+    """What two ranks, each with a node of its own, read and receive."""
     opened, original = [], image_data.open_images
     image_data.open_images = lambda *which: opened.append(which) or original(*which)
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}")
