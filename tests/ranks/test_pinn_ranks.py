@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from suite_cases import pinn_run
+from suite_cases import build, pinn_run
 from torch.nn.utils import parameters_to_vector
 
 import aadl
 from experiments.distributed.ranks import Ranks
-from experiments.pinn.problem import build
 from experiments.training.stage import make_stages
 from experiments.training.train import train
 

@@ -62,7 +62,7 @@ GOLDEN_CASES = {
 
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_scripts_are_the_golden_ones(name):
-    """UPDATE_GOLDEN=1 writes them anew, to be read in the diff."""
+    """UPDATE_GOLDEN=1 writes them again, to be read in the diff."""
     text = rendered(*GOLDEN_CASES[name])
     path = GOLDEN / f"{name}.sh"
     if os.environ.get("UPDATE_GOLDEN"):
