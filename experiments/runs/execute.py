@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -19,7 +18,7 @@ from experiments.distributed.launch import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
 from experiments.records.provenance import git_state
-from experiments.records.reading import read_run
+from experiments.records.reading import read_run, say
 from experiments.records.status import is_finished, run_folder, run_path
 from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.closing import closing_lines
@@ -183,7 +182,7 @@ def execute_experiment(
     left_out = single_process_variants(config) if ranks.world_size > 1 else []
     from_start = force and ranks.restart_count == 0
     if force and not from_start:
-        _say("--force counted for the first start of this job: now its runs go on")
+        say("--force counted for the first start of this job: now its runs go on")
     start_process_group(ranks, config.launch, results)
     try:
         seconds = config.kind.data_seconds(config.problem) or config.launch.collective_seconds
@@ -200,7 +199,7 @@ def execute_experiment(
         stop_process_group(ranks)
     if ranks.rank == 0 and runs:
         for line in closing_lines(config.kind, [read_run(run_path(results, run)) for run in runs], results):
-            _say(line)
+            say(line)
     return len(pending)
 
 
@@ -210,15 +209,15 @@ def _plan(
     """All runs but those of some variants, and those to make; says what is known of them."""
     runs, descriptions = described_runs(config, left_out)
     if left_out:
-        _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
+        say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     probe_folder(results / config.experiment / config.scale)
     pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
     source = config.kind.describe(config.problem).source
     data_text = f"data: {source}" + (" (no CSV file found)" if source == "surrogate" else "")
-    _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
-    _say(describe_device(ranks))
+    say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
+    say(describe_device(ranks))
     for note in dict.fromkeys(description.note for description in descriptions.values() if description.note):
-        _say(note)
+        say(note)
     return runs, pending
 
 
@@ -259,7 +258,7 @@ def _execute_in_turn(
                 reason = interruption.reason or "a signal to another rank"
                 raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
             if has_own_bar and ranks.rank == 0 and len(pending) > 1:
-                _say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
+                say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")
             with reported_to(partial(bar.report, number)):
                 execute_run(
                     run,
@@ -302,11 +301,11 @@ def _pending(
             digest = descriptions[repr(run.problem)].digest
             check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     if counts["unfinished"]:
-        _say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
+        say(f"{counts['unfinished']} runs were stopped on the way: they are taken up again")
     if counts["damaged"]:
-        _say(f"{counts['damaged']} records are damaged or incomplete: these runs are made again")
+        say(f"{counts['damaged']} records are damaged or incomplete: these runs are made again")
     if counts["changed"]:
-        _say(
+        say(
             f"{counts['changed']} records have other settings, other data or another number of ranks: "
             "these runs are made again"
         )
@@ -315,9 +314,9 @@ def _pending(
             try:
                 note_place(run_path(results, run), run)
             except OSError as error:  # of a colleague, for instance; the numbers are the same
-                _say(f"warning: the label in a finished record cannot be brought up to date: {error}")
+                say(f"warning: the label in a finished record cannot be brought up to date: {error}")
     if counts["without weights"]:
-        _say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
+        say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
     if counts["finished"]:
         commit, dirty = git_state()
         same = sum(
@@ -327,9 +326,5 @@ def _pending(
         )
         other = counts["finished"] - same
         note = f", {other} of them by other or uncommitted code (--force makes them again)" if other else ""
-        _say(f"{counts['finished']} runs are finished already{note}")
+        say(f"{counts['finished']} runs are finished already{note}")
     return [run for run in runs if states[id(run)] != "finished"]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

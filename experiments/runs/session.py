@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -18,10 +17,11 @@ from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
+from experiments.records.reading import say
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
+from experiments.runs.checkpoint_state import rng_state, set_rng_state
 from experiments.runs.lock import FolderInUse, FolderLock
-from experiments.runs.state import rng_state, set_rng_state
 from experiments.settings.run_config import RunConfig, SaveConfig
 from experiments.training.losses import FiniteLosses
 from experiments.training.result import Result
@@ -138,14 +138,14 @@ class RunSession:
         if message[0]:
             raise FolderInUse(message[0]) from failure
         if isinstance(self._lock, FolderLock) and self._lock.note:
-            _say(self._lock.note)
+            say(self._lock.note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._vote.result()  # of the last step
-                self._checkpoints.close()
+                self._checkpoints.wait()
             if kind is None and self._ranks.rank == 0:
                 remove_checkpoints(self.folder)
         finally:
@@ -178,7 +178,7 @@ class RunSession:
         self._last_step = self._seen_step = loaded.step
         if self._ranks.rank == 0:
             other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
-            _say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
+            say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
         return True
 
     def after_step(self, run: Training, loss: Tensor) -> None:
@@ -241,7 +241,7 @@ class RunSession:
 
     def _stop(self, run: Training, *, best: bool = False) -> None:
         self._save(run, best=best)
-        self._checkpoints.close()
+        self._checkpoints.wait()
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
@@ -277,9 +277,5 @@ class RunSession:
         try:
             self._publish(run.result(finished=False))
         except OSError as error:
-            _say(f"warning: the record of the unfinished run cannot be written now: {error}")
+            say(f"warning: the record of the unfinished run cannot be written now: {error}")
         self._published_at = time.monotonic()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

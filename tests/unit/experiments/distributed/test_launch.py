@@ -296,7 +296,7 @@ def count_groups(folder):
             for asynchronous in (False, True):
                 checkpoints = Checkpoints(folder / "run", ranks, asynchronous=asynchronous)
                 checkpoints.save(run, {}, {})
-                checkpoints.close()
+                checkpoints.wait()
             assert StepVote(ranks).vote_now(run, ranks.rank == 1, True).stop
             numbers.append(len(dist.distributed_c10d._world.pg_map))
         stop_process_group(ranks)
