@@ -30,8 +30,9 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from experiments.distributed.interruption import EXIT_RESUME
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
-from experiments.distributed.rendezvous import Deadline, host_of, spans
+from experiments.distributed.rendezvous import host_of, spans
 
 WATCH_SECONDS = 1.0
 STALL_SECONDS = 2.0  # a process that stood still for longer prints it

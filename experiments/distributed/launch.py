@@ -22,8 +22,9 @@ from torch.distributed import PrefixStore, Store, set_debug_level_from_env  # ty
 from experiments.distributed import devices, interfaces, rendezvous
 from experiments.distributed.departure import Joined, control_group, join, joined, watch
 from experiments.distributed.mpi import broadcast, mpi_for_rendezvous, numbers_of_mpi
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks, read_ranks
-from experiments.distributed.rendezvous import Announcement, Deadline, host_of
+from experiments.distributed.rendezvous import Announcement, host_of
 from experiments.settings.launch_settings import LaunchSettings
 
 OTHER_FILES = 512  # beside connections: libraries, data, workers

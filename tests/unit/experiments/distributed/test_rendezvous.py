@@ -19,10 +19,10 @@ from experiments.distributed.interfaces import (
     interface_towards,
     own_addresses,
 )
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import (
     Announcement,
-    Deadline,
     announcement_path,
     read_announcement,
     read_board,
