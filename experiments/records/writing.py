@@ -53,7 +53,7 @@ def write_run(
         end: end of the run, UTC.
         complete: whether the run is finished.
         restart_count: how often it was taken up again.
-        places: of the ranks, see `experiments.distributed.launch.binding`.
+        places: of the ranks, see `experiments.distributed.devices.binding`.
 
     Raises:
         OSError: the folder or the file cannot be written.

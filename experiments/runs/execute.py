@@ -13,7 +13,7 @@ import torch
 from experiments.distributed.departure import Interrupted, stop_process_group
 from experiments.distributed.devices import binding
 from experiments.distributed.interruption import Interruption
-from experiments.distributed.launch import start_process_group
+from experiments.distributed.process_group import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
 from experiments.distributed.together import by_first, check_same
