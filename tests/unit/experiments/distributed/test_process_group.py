@@ -1,17 +1,14 @@
 import os
 import resource
-import signal
-import sys
-import types
 
 import launched
 import pytest
 import torch
 import torch.distributed as dist
 
-from experiments.distributed import devices, mpi, process_group
+from experiments.distributed import process_group
 from experiments.distributed.departure import control_group, end_on_failure, leave, stop_process_group
-from experiments.distributed.devices import binding, device_of, safe_start_method
+from experiments.distributed.devices import binding
 from experiments.distributed.process_group import start_process_group
 from experiments.distributed.ranks import Ranks, ranks_from_environment
 from experiments.distributed.step_vote import StepVote
@@ -69,110 +66,6 @@ def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_pat
         del environment[name]
     process_group._export_settings(LaunchSettings(flight_recorder=0), None)
     assert not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} & environment.keys()
-
-
-@pytest.mark.parametrize("in_use", ["nothing", "MPI", "a GPU"])
-def test_nothing_is_forked_where_mpi_or_a_gpu_is_in_use(monkeypatch, in_use):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: in_use == "a GPU")
-    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-    monkeypatch.setattr(mpi, "_was_used", in_use == "MPI")
-    assert safe_start_method("spawn") == "spawn" and safe_start_method("forkserver") == "forkserver"
-    assert safe_start_method("fork") == ("fork" if in_use == "nothing" else "forkserver")
-    for usual in ("fork", "spawn", "forkserver"):
-        monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none, usual=usual: usual)
-        assert safe_start_method() == safe_start_method(usual)
-
-
-# --- devices
-
-
-def see_gpus(monkeypatch, count):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-
-
-@pytest.mark.parametrize(
-    ("count", "local", "device"), [(0, 3, "cpu"), (1, 3, "cuda:0"), (4, 3, "cuda:3"), (8, 0, "cuda:0")]
-)
-def test_the_device_of_a_rank(monkeypatch, count, local, device):
-    see_gpus(monkeypatch, count)
-    assert str(device_of(Ranks(3, 8, local))) == device
-
-
-def test_more_ranks_than_devices(monkeypatch):
-    see_gpus(monkeypatch, 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    with pytest.raises(
-        ValueError, match=r"local rank 2 on n1 has no GPU: this process sees 2 .*DEVICES=4,5.*--gpus-per"
-    ):
-        device_of(Ranks(2, 4, 2, host="n1"))
-    _, _, problem = devices.choose(Ranks(2, 4, 2, host="n1"), LaunchSettings())
-    assert "local rank 2 on n1" in problem  # which the roll call tells to all ranks
-    see_gpus(monkeypatch, 0)
-    assert "has no GPU" in devices.choose(Ranks(), LaunchSettings(backend="nccl"))[2]
-    assert "launch.debug needs" in devices.choose(Ranks(), LaunchSettings(debug=True, backend="gloo"))[2]
-    assert devices.choose(Ranks(), LaunchSettings())[::2] == ("gloo", "")
-
-
-@pytest.mark.parametrize(
-    ("settings", "env", "refused"),
-    [
-        ({}, {}, ""),
-        ({}, {"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1 gives the job GPUs, but rank 2 on n1 sees no GPU"),
-        ({}, {"SLURM_GPUS_PER_NODE": "a100:4"}, "SLURM_GPUS_PER_NODE=a100:4 gives the job GPUs"),
-        ({}, {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0 gives the job GPUs"),
-        ({}, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, ""),
-        ({"device": "cpu"}, {"SLURM_JOB_GPUS": "0"}, ""),
-        ({"device": "cuda"}, {}, "launch.device is cuda, but rank 2 on n1 sees no GPU"),
-        ({"backend": "nccl"}, {}, "launch.backend is nccl, but rank 2 on n1 sees no GPU"),
-        ({"device": "cpu", "backend": "nccl"}, {}, "launch.backend nccl needs GPUs, but launch.device is cpu"),
-    ],
-)
-def test_a_job_that_was_promised_gpus_and_sees_none_stops(monkeypatch, settings, env, refused):
-    see_gpus(monkeypatch, 0)
-    ranks, wanted = Ranks(2, 4, 0, host="n1", scheduler="slurm"), LaunchSettings(**settings)
-    if refused:
-        with pytest.raises(ValueError, match=refused):
-            devices.with_device(ranks, wanted, env)
-    else:
-        assert device_of(devices.with_device(ranks, wanted, env)).type == "cpu"
-    # A variable of a shell without a job promises nothing.
-    assert devices.with_device(Ranks(), LaunchSettings(), env).device == "auto"
-
-
-def test_the_cpu_is_taken_where_there_are_gpus(monkeypatch):
-    see_gpus(monkeypatch, 4)
-    ranks = devices.with_device(Ranks(1, 2, 1), LaunchSettings(device="cpu"), {})
-    assert device_of(ranks).type == "cpu"
-    assert devices.choose(ranks, LaunchSettings())[::2] == ("gloo", "")
-    assert devices.describe_device(ranks) == "device: cpu; world size: 2"
-
-
-def facts(**different):
-    return {"host": "n1", "machine": "n1", "backend": "nccl", "device": "", "problem": "", **different}
-
-
-@pytest.mark.parametrize(
-    ("second", "settings", "problem"),
-    [
-        (facts(device="GPU-b"), LaunchSettings(), ""),
-        (facts(device="GPU-a"), LaunchSettings(), "ranks 0 and 1 on n1 use the same GPU GPU-a"),
-        (facts(device="GPU-a", machine="n2"), LaunchSettings(), ""),
-        (facts(device="GPU-a"), LaunchSettings(share_devices=True), "use the same GPU"),  # NCCL cannot
-        (
-            facts(device="GPU-a", backend="gloo"),
-            LaunchSettings(),
-            "rank 0 on n1 wants nccl and rank 1 on n1 wants gloo",
-        ),
-        (facts(problem="no such device"), LaunchSettings(), "rank 1: no such device"),
-    ],
-)
-def test_ranks_that_cannot_work_together(second, settings, problem):
-    found = devices.judge([facts(device="GPU-a"), second], settings)
-    assert problem in found and bool(problem) == bool(found)
-    shared = [facts(device="GPU-a", backend="gloo")] * 2
-    assert devices.judge(shared, LaunchSettings(share_devices=True)) == ""
-    assert "use the same GPU" in devices.judge(shared, LaunchSettings())
 
 
 # --- open files
@@ -267,38 +160,6 @@ def test_a_rank_without_a_group_is_told():
         control_group(Ranks(1, 2, 1))
 
 
-# --- MPI
-
-
-def mpi_of(rank, size):
-    world = types.SimpleNamespace(rank=rank, size=size)
-    return types.SimpleNamespace(COMM_WORLD=world, Get_library_version=lambda: "Open MPI v5.0.11, package")
-
-
-def test_mpi_is_used_where_mpiexec_spawned_the_ranks(monkeypatch):
-    monkeypatch.setattr(mpi, "start_mpi", lambda: mpi_of(1, 2))
-    ranks = Ranks(1, 2, 1, launcher="mpich")
-    assert mpi.mpi_for_rendezvous(ranks, LaunchSettings()) is not None
-    assert mpi.mpi_for_rendezvous(ranks, LaunchSettings(rendezvous="file")) is None
-    for launcher in ("srun", "jsrun", "torchrun", "env"):
-        assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher=launcher), LaunchSettings()) is None
-    assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="srun"), LaunchSettings(rendezvous="mpi")) is not None
-
-
-def test_another_mpi_library_is_told(monkeypatch):
-    monkeypatch.setattr(mpi, "start_mpi", lambda: mpi_of(0, 1))
-    message = r"mpich started rank 1 of 2, but MPI.COMM_WORLD has rank 0 of 1: .*Open MPI v5.0.11.*rendezvous: file"
-    with pytest.raises(ValueError, match=message):
-        mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings())
-
-
-def test_without_mpi4py_the_file_does(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings()) is None
-    with pytest.raises(ValueError, match=r"launch\.rendezvous is mpi, but mpi4py cannot be used"):
-        mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="mpich"), LaunchSettings(rendezvous="mpi"))
-
-
 # --- one process
 
 
@@ -316,110 +177,3 @@ def test_one_process_needs_no_network(monkeypatch, environment):
         raise KeyError
     with pytest.raises(SystemExit, match="3"):
         leave(3)
-
-
-# --- several processes
-
-
-def run_job(tmp_path, *args, size=2):
-    """Exit codes and logs of a job of `size` tasks of srun."""
-    processes = [
-        launched.start(launched.job, launched.srun_variables(rank, size), tmp_path / f"log-{rank}", tmp_path, *args)
-        for rank in range(size)
-    ]
-    return launched.finish(processes), [(tmp_path / f"log-{rank}").read_text() for rank in range(size)]
-
-
-def test_the_binding_is_the_same_on_all_ranks(tmp_path):
-    processes = [
-        launched.start(launched.gather_binding, launched.srun_variables(rank, 2), tmp_path / f"log-{rank}", tmp_path)
-        for rank in range(2)
-    ]
-    assert launched.finish(processes) == [0, 0], (tmp_path / "log-0").read_text()
-    first, second = ((tmp_path / f"binding-{rank}").read_text() for rank in range(2))
-    assert first == second and "'rank': 1" in first and "'cores': '" in first and "'interface': 'lo'" in first
-
-
-@pytest.mark.parametrize(
-    ("fail", "failing"),
-    [("raises", 1), ("raises", 0), ("alone", 1), ("mistake", 1), ("afterwards", 0)],
-)
-def test_a_rank_that_fails_ends_the_job_with_one_traceback(tmp_path, fail, failing):
-    """The other one waits in a collective, or is "alone", far from any, or "afterwards" about to leave."""
-    codes, logs = run_job(tmp_path, fail, failing)
-    other = 1 - failing
-    if fail == "mistake":
-        assert codes[failing] == 2 and logs[failing].count("error: rank 1 on") == 1
-        assert "the batch has 3 rows" in logs[failing] and "Traceback" not in logs[failing]
-    else:
-        assert codes[failing] == 1 and logs[failing].startswith(f"rank {failing} on ")
-        assert "Traceback" in logs[failing] and "KeyError: 'no such thing'" in logs[failing]
-    assert codes[other] == 1
-    assert f"ended because rank {failing} on " in logs[other] and "Traceback" not in logs[other]
-    assert len([line for line in logs[other].splitlines() if not line.endswith(" summed")]) == 1
-
-
-def test_ranks_leave_together(tmp_path):
-    processes = [
-        launched.start(launched.work_after_the_group, launched.srun_variables(rank, 2), tmp_path / "log", tmp_path)
-        for rank in range(2)
-    ]
-    processes[1].join(60)
-    assert (tmp_path / "written").exists()
-    assert launched.finish(processes) == [75, 75], (tmp_path / "log").read_text()
-
-
-def only_line(log):
-    """What a rank says of the end of another one; torch itself warns of a lost store in many more lines."""
-    assert "Traceback (most recent call last)" not in log
-    [line] = [line for line in log.splitlines() if line.startswith(("rank ", "error: "))]
-    return line
-
-
-@pytest.mark.parametrize(("fail", "failing"), [("killed", 1), ("killed", 0), ("killed alone", 0)])
-def test_a_rank_that_is_killed_ends_the_job(tmp_path, fail, failing):
-    codes, logs = run_job(tmp_path, fail, failing)
-    assert codes[failing] == -9 and codes[1 - failing] == 1
-    other = only_line(logs[1 - failing])
-    if failing == 0:
-        assert "ended because rank 0 failed: it ended, and its store with it" in other
-    else:  # which could not say anything
-        assert other.startswith("error: rank 0 on ") and "rank 1 was killed, or its host is gone" in other
-
-
-def die_within_a_step(folder, doomed):
-    ranks = ranks_from_environment(os.environ)
-    with end_on_failure(ranks):
-        start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
-        try:
-            vote = StepVote(ranks)
-            for step in range(5):
-                vote.result()
-                if step == 3 and ranks.rank == doomed:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                try:
-                    vote.cast(step, False, True)
-                except RuntimeError as error:
-                    raise RuntimeError(f"the run failed: {error}") from error
-            vote.result()
-        finally:
-            stop_process_group(ranks)
-    leave(0)
-
-
-@pytest.mark.parametrize("doomed", [2, 0])
-def test_a_rank_killed_within_a_step_ends_all_others_with_one_line_each(tmp_path, doomed):
-    """The second neighbor in the ring has no connection that breaks."""
-    size = 5
-    processes = [
-        launched.start(
-            die_within_a_step, launched.srun_variables(rank, size), tmp_path / f"log-{rank}", tmp_path, doomed
-        )
-        for rank in range(size)
-    ]
-    codes = launched.finish(processes)  # long before the timeout of 600 s
-    assert codes == [-9 if rank == doomed else 1 for rank in range(size)]
-    lines = [only_line((tmp_path / f"log-{rank}").read_text()) for rank in range(size) if rank != doomed]
-    assert all(f"rank {doomed} " in line for line in lines), lines
-    if doomed:
-        assert sum(line.startswith("error: rank ") and "rank 2 was killed" in line for line in lines) == 1, lines
