@@ -14,7 +14,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -24,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from data_loaders.files import write_text
 from experiments.distributed.interfaces import LOOPBACK, as_text, interface_addresses
 from experiments.distributed.polling import Deadline, ask_all
 from experiments.distributed.ranks import Ranks
@@ -81,17 +81,9 @@ def write_announcement(path: Path, announcement: Announcement) -> None:
     """Renames the announcement into place and deletes those of earlier attempts of the same step.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            file.write(announcement.as_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as error:
-        raise OSError(f"rank 0 cannot announce its address in {path.parent}: {error.strerror or error}") from None
+    write_text(path, announcement.as_json())
     attempt = re.compile(re.escape(path.name.rsplit(".", 2)[0]) + r"\.\d+\.json$")
     for other in path.parent.iterdir():
         if other != path and attempt.match(other.name):
