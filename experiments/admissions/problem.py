@@ -41,7 +41,7 @@ def describe(config: GraduateAdmissionsConfig) -> Description:
     return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 
 
-def build(config: RunConfig, ranks: Ranks) -> AdmissionsProblem:
+def build(config: RunConfig[GraduateAdmissionsConfig, TrainingConfig], ranks: Ranks) -> AdmissionsProblem:
     """The regression problem of one run, on the table that its settings name.
 
     Features are standardized by the mean and the deviation of the training set; the target stays as it is. The seed of
@@ -52,7 +52,6 @@ def build(config: RunConfig, ranks: Ranks) -> AdmissionsProblem:
         OSError: the table's file cannot be read.
     """
     problem, training = config.problem, config.training
-    assert isinstance(problem, GraduateAdmissionsConfig) and isinstance(training, TrainingConfig)
     data, digest = read_data(problem.data_path)
     train_rows, validation_rows = split(data, problem.validation_fraction, problem.split_seed)
     device = device_of(ranks)

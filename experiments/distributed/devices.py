@@ -22,6 +22,8 @@ VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_
 # What schedulers set in a job, or a step, that has GPUs: lists of their numbers, and counts such as "2" or "a100:4".
 LISTS_OF_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", *VISIBLE_DEVICES)
 COUNTS_OF_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
+# LSF names no GPUs of its own, but what it reserved, as "select[...] rusage[ngpus_physical=2.00/host]".
+RESERVED_BY_LSF = "LSB_EFFECTIVE_RSRCREQ"
 
 
 def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] = os.environ) -> Ranks:
@@ -43,6 +45,7 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
     elif ranks.scheduler != "none":
         names = [name for name in LISTS_OF_GPUS if env.get(name, "").strip() not in ("", "-1", "NoDevFiles", "void")]
         names += [name for name in COUNTS_OF_GPUS if re.fullmatch(r"(.*:)?0*[1-9]\d*", env.get(name, ""))]
+        names += [RESERVED_BY_LSF] if re.search(r"ngpus_\w+=[\d.]*[1-9]", env.get(RESERVED_BY_LSF, "")) else []
         why = f"{names[0]}={env[names[0]]} gives the job GPUs" if names else ""
     if why:
         raise ValueError(

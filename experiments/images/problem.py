@@ -25,7 +25,7 @@ from experiments.images.epochs import ImageEpochs
 from experiments.images.network import forward_pass, make_network, parameters_of
 from experiments.images.schedules import scaled_rate, step_scheduler
 from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.training.closure import AccumulatedClosure
@@ -37,7 +37,7 @@ from experiments.training.stage import Stage
 Batch = tuple[Tensor, Tensor]
 
 
-def build(config: RunConfig, ranks: Ranks) -> ImageProblem:
+def build(config: RunConfig[ImageConfig, ImageTrainingConfig], ranks: Ranks) -> ImageProblem:
     """The classification problem of one run.
 
     The seed of the run sets the initial weights, the order of the images and their augmentation; none of it depends on
@@ -48,7 +48,6 @@ def build(config: RunConfig, ranks: Ranks) -> ImageProblem:
         OSError: data or initial weights cannot be read.
     """
     problem, training = config.problem, config.training
-    assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
     device = device_of(ranks)
     check_settings(problem, training, ranks, device)
     sets = train_set, validation_set = open_sets(problem, ranks)

@@ -49,13 +49,12 @@ def digest_of(config: PinnConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build(config: RunConfig, ranks: Ranks) -> PinnProblem:
+def build(config: RunConfig[PinnConfig, PinnTrainingConfig], ranks: Ranks) -> PinnProblem:
     """The problem of one run.
 
     The seed of the run sets the initial weights (drawn in float32, whatever the dtype) and the points.
     """
     settings, training = config.problem, config.training
-    assert isinstance(settings, PinnConfig) and isinstance(training, PinnTrainingConfig)
     equation = load_equation(settings.equation, settings.options, settings.folder)
     torch.manual_seed(config.seed)
     sizes = (equation.num_space + 1, *settings.hidden_sizes, 1)

@@ -18,7 +18,8 @@ from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
 from experiments.distributed.together import by_first, check_same
 from experiments.records.reading import read_run, say
-from experiments.records.status import is_finished, run_folder, run_path
+from experiments.records.status import is_finished, run_folder, run_path, tensorboard_folder
+from experiments.records.tensorboard import TensorBoard
 from experiments.records.writing import write_run
 from experiments.runs.closing import closing_lines
 from experiments.runs.lock import FolderInUse
@@ -42,7 +43,7 @@ def execute_run(
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
     from_start: bool = False,
-    timeout_seconds: float = LaunchSettings.collective_seconds,
+    timeout_seconds: float = LaunchSettings().collective_seconds,
     show_progress: bool = False,
 ) -> Path:
     """Builds, accelerates, trains and records one run; goes on where it was stopped.
@@ -103,7 +104,8 @@ def execute_run(
             from_start=from_start,
             timeout_seconds=timeout_seconds,
         )
-        with session, _failures_named(config):
+        board = TensorBoard(tensorboard_folder(path), enabled=save.tensorboard and ranks.rank == 0)
+        with closing(board), session, _failures_named(config):
             result = train(
                 problem,
                 make_stages(problem, variant),
@@ -113,6 +115,8 @@ def execute_run(
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
                 save_weights=save.weights,
+                trace_attempts=save.attempts,
+                watch=board,
             )
             if ranks.rank == 0:
                 session.check_lock()

@@ -22,7 +22,6 @@ MADE = {
     "unfinished": "runs were stopped on the way: they are taken up again",
     "damaged": "records are damaged or incomplete: these runs are made again",
     "changed": "records have other settings, other data or another number of ranks: these runs are made again",
-    "without weights": "records have no weights (save.weights): these runs are made again",
 }
 """What is said of the runs in a state, after their number."""
 
@@ -40,7 +39,7 @@ def runs_to_make(
         say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     runs, descriptions = described_runs(config, left_out)
     probe_folder(results / config.experiment / config.scale)
-    pending = runs if from_start else _unfinished(runs, results, descriptions, ranks, weights=config.save.weights)
+    pending = runs if from_start else _unfinished(runs, results, descriptions, ranks, config.save.parts)
     source = config.kind.describe(config.problem).source
     data_text = f"data: {source}" + (" (no CSV file found)" if source == "surrogate" else "")
     say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
@@ -86,28 +85,31 @@ def states_of_runs(
     results: Path,
     descriptions: Mapping[str, Description],
     world_size: int,
-    *,
-    weights: bool,
+    parts: Collection[str],
 ) -> list[str]:
     """The state of each run, see `experiments.records.status.state_of`."""
     return [
-        state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size, weights=weights)
-        for run in runs
+        state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size, parts) for run in runs
     ]
 
 
 def _unfinished(
-    runs: Sequence[RunConfig], results: Path, descriptions: Mapping[str, Description], ranks: Ranks, *, weights: bool
+    runs: Sequence[RunConfig],
+    results: Path,
+    descriptions: Mapping[str, Description],
+    ranks: Ranks,
+    parts: Collection[str],
 ) -> list[RunConfig]:
     """The runs that are not finished; says what is reused and what is made again, and why."""
-    states = states_of_runs(runs, results, descriptions, ranks.world_size, weights=weights)
+    states = states_of_runs(runs, results, descriptions, ranks.world_size, parts)
     finished = [run for run, state in zip(runs, states, strict=True) if state == "finished"]
     for run, state in zip(runs, states, strict=True):
         if state == "unfinished":
             digest = descriptions[repr(run.problem)].digest
             check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     counts = Counter(states)
-    for state, text in MADE.items():
+    lack = {"without parts": f"records have no {' or no '.join(parts)} (save): these runs are made again"}
+    for state, text in (MADE | lack).items():
         if counts[state]:
             say(f"{counts[state]} {text}")
     for run in finished:

@@ -69,6 +69,8 @@ def test_more_ranks_than_devices(monkeypatch):
         ({}, {"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1 gives the job GPUs, but rank 2 on n1 sees no GPU"),
         ({}, {"SLURM_GPUS_PER_NODE": "a100:4"}, "SLURM_GPUS_PER_NODE=a100:4 gives the job GPUs"),
         ({}, {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0 gives the job GPUs"),
+        ({}, {"LSB_EFFECTIVE_RSRCREQ": "rusage[ngpus_physical=2.00/host]"}, "=2.00/host. gives the job GPUs"),
+        ({}, {"LSB_EFFECTIVE_RSRCREQ": "select[ngpus>0] rusage[mem=8,ngpus_physical=0.00]"}, ""),
         ({}, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, ""),
         ({"device": "cpu"}, {"SLURM_JOB_GPUS": "0"}, ""),
         ({"device": "cuda"}, {}, "launch.device is cuda, but rank 2 on n1 sees no GPU"),

@@ -13,8 +13,8 @@ from experiments.distributed.process_group import start_process_group
 from experiments.distributed.ranks import Ranks, ranks_from_environment
 from experiments.distributed.step_vote import StepVote
 from experiments.runs.checkpoint import Checkpoints
-from experiments.settings.checks import read_settings
 from experiments.settings.launch_settings import LaunchSettings
+from experiments.settings.schema import read_settings
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def environment(monkeypatch):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"start_seconds": 0}, "launch.start_seconds must be a finite number"),
+        ({"start_seconds": 0}, "launch.start_seconds must be greater than 0"),
         ({"backend": "mpi"}, "launch.backend must be one of auto, nccl, gloo"),
         ({"device": "gpu"}, "launch.device must be one of auto, cpu, cuda"),
-        ({"nccl": {"PATH": "x"}}, "launch.nccl must be a mapping from variables NCCL_"),
+        ({"nccl": {"PATH": "x"}}, "a name in launch.nccl must be a variable NCCL_"),
         ({"nccl": ["NCCL_DEBUG"]}, "launch.nccl must be a mapping"),
-        ({"interface": ""}, "launch.interface must be a text that is not empty, or null"),
-        ({"flight_recorder": -1}, "launch.flight_recorder must be an integer >= 0"),
+        ({"interface": ""}, "launch.interface must be a text that is not empty"),
+        ({"flight_recorder": -1}, "launch.flight_recorder must be greater than or equal to 0"),
         ({"start_method": "fork"}, "unknown key launch.start_method"),  # the problem has it
         ({"timeout": 3}, "unknown key launch.timeout"),
     ],

@@ -349,7 +349,7 @@ def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
         assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     for told, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
-        undo = imagenet._set_torch(ImageTrainingConfig(deterministic=told), torch.device(device))
+        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=told), torch.device(device))
         assert torch.backends.cudnn.benchmark == benchmark
         undo()
         assert not torch.backends.cudnn.benchmark
@@ -369,7 +369,7 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(folder, monkeypatch, has_bfl
     with expected:
         check_settings(problem, training, Ranks(), torch.device("cuda"))
     check_settings(problem, training, Ranks(), torch.device("cpu"))
-    check_settings(problem, replace(training, precision="float16"), Ranks(), torch.device("cuda"))
+    check_settings(problem, training.model_copy(update={"precision": "float16"}), Ranks(), torch.device("cuda"))
 
 
 def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
@@ -470,7 +470,10 @@ def test_the_usual_folder_of_fractals_is_named_after_all_that_they_depend_on():
     config = ImageConfig()
     changes = {"num_classes": 11, "images_per_class": 7, "validation_per_class": 7, "data_size": 32, "data_seed": 2**30,
                "data_variation": 0.5}  # fmt: skip
-    folders = [data_folder(config), *(data_folder(replace(config, **{name: value})) for name, value in changes.items())]
+    folders = [
+        data_folder(config),
+        *(data_folder(config.model_copy(update={name: value})) for name, value in changes.items()),
+    ]
     assert len(set(folders)) == 7 and len({folder.parent for folder in folders}) == 1
 
 

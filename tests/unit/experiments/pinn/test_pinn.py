@@ -406,7 +406,7 @@ def test_linearizations_are_iterations_and_residuals_are_trials():
 def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys):
     raw = copy.deepcopy(RAW)
     raw["variants"] = {"second": {"optimizer": {"name": "LevenbergMarquardt"}}}
-    message = r"variants\.second\.optimizer\.name must be one of .*, got 'LevenbergMarquardt'"
+    message = r"variants\.second\.optimizer: name must be one of .*, got 'LevenbergMarquardt'"
     with pytest.raises(ValueError, match=message):
         parse_config(raw)
     raw = copy.deepcopy(PINN) | {"variants": raw["variants"]}
@@ -430,41 +430,45 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
         (["problem", "options"], {"nu": -1.0}, r"problem: nu must be .*-1"),
         (["problem", "options"], {"nu": 0}, r"problem: nu must be"),
         (["problem", "options"], {"mu": 1.0}, r"problem: unknown option 'mu'"),
-        (["problem", "options"], [1], r"problem\.options must be a mapping from names of options"),
+        (["problem", "options"], [1], r"problem\.options must be a mapping, got \[1\]"),
         (["problem", "point"], 3, r"unknown key problem\.point; valid keys are: equation"),
         (["problem", "folder"], "x", r"unknown key problem\.folder"),
         (
             ["problem", "hidden_sizes"],
             [],
-            r"problem\.hidden_sizes must be a list of at least one integer >= 1, got \[\]",
+            r"problem\.hidden_sizes must have at least 1 item, got \[\]",
         ),
-        (["problem", "hidden_sizes"], [6, 0], r"problem\.hidden_sizes must be a list"),
+        (["problem", "hidden_sizes"], [6, 0], r"problem\.hidden_sizes\[1\] must be greater than or equal to 1, got 0"),
         (["problem", "activation"], "relu", r"problem\.activation must be one of tanh, .*got 'relu'"),
         (["problem", "dtype"], "float16", r"problem\.dtype must be one of float32, float64"),
         (["problem", "conditions"], "firm", r"problem\.conditions must be one of soft, hard"),
         (["problem", "sampler"], "halton", r"problem\.sampler must be one of random, latin_hypercube, sobol"),
-        (["problem", "num_points"], 0, r"problem\.num_points must be an integer >= 1, got 0"),
-        (["problem", "num_conditions"], 0, r"problem\.num_conditions must be an integer >= 1 with soft conditions"),
-        (["problem", "condition_weight"], 0, r"problem\.condition_weight must be a finite number in \(0, inf\)"),
-        (["problem", "resample_every"], 0, r"problem\.resample_every must be an integer >= 1, or null"),
-        (["problem", "adaptive_pool"], 100, r"problem\.adaptive_pool must be null where resample_every is, got 100"),
+        (["problem", "num_points"], 0, r"problem\.num_points must be greater than or equal to 1, got 0"),
+        (["problem", "num_conditions"], 0, r"problem: num_conditions must be an integer >= 1 with soft conditions"),
+        (["problem", "condition_weight"], 0, r"problem\.condition_weight must be greater than 0, got 0"),
+        (["problem", "resample_every"], 0, r"problem\.resample_every must be greater than or equal to 1, got 0"),
+        (["problem", "adaptive_pool"], 100, r"problem: adaptive_pool must be null where resample_every is, got 100"),
         (["problem", "history_on_resample"], "drop", r"history_on_resample must be one of reset, keep"),
-        (["problem", "chunk_points"], 0, r"problem\.chunk_points must be an integer >= 1, or null"),
+        (["problem", "chunk_points"], 0, r"problem\.chunk_points must be greater than or equal to 1, got 0"),
         (["problem", "compile"], 1, r"problem\.compile must be true or false"),
         (["training", "epochs"], 3, r"unknown key training\.epochs; valid keys are: iterations \(default 2000\)"),
-        (["training", "iterations"], 0, r"training\.iterations must be an integer >= 1"),
-        (["training", "evaluate_every"], 1.5, r"training\.evaluate_every must be an integer >= 1"),
-        (["training", "max_seconds"], 0, r"training\.max_seconds must be a finite number in \(0, inf\), or null"),
-        (["training", "num_threads"], 0, r"training\.num_threads must be an integer >= 1"),
+        (["training", "iterations"], 0, r"training\.iterations must be greater than or equal to 1, got 0"),
+        (["training", "evaluate_every"], 1.5, r"training\.evaluate_every must be an integer, got 1\.5"),
+        (["training", "max_seconds"], 0, r"training\.max_seconds must be greater than 0, got 0"),
+        (["training", "num_threads"], 0, r"training\.num_threads must be greater than or equal to 1, got 0"),
         (["training", "scheduler"], {"name": "StepLR"}, r"training\.scheduler: .*step_size"),
-        (["studies"], {"batch_size": {}}, r"unknown key studies\.batch_size"),
-        (["baseline"], "sgd", r"baseline: unknown variant 'sgd'; there are: adam, adam_aadl"),
-        (["variants", "adam", "baseline"], "sgd", r"variants\.adam\.baseline: unknown variant 'sgd'"),
+        (["studies"], {"batch_size": {"variant": "adam", "sizes": [8]}}, r"unknown key studies\.batch_size"),
+        (["baseline"], "sgd", r"^baseline must be one of adam, adam_aadl, got 'sgd'"),
+        (
+            ["variants", "adam", "baseline"],
+            "sgd",
+            r"variants\.adam\.baseline must be one of adam, adam_aadl, got 'sgd'",
+        ),
         (["variants", "adam", "problem"], {"points": 1}, r"unknown key variants\.adam\.problem\.points"),
         (["variants", "adam", "problem"], {"folder": "x"}, r"unknown key variants\.adam\.problem\.folder"),
         (["variants", "adam", "problem"], {"options": {"nu": -1}}, r"variants\.adam\.problem: nu must be"),
         (["variants", "adam", "training"], {"iterations": 0}, r"variants\.adam\.training\.iterations must be"),
-        (["variants", "adam", "then"], {"optimizer": ADAM}, r"variants\.adam\.then\.after must be an integer >= 1"),
+        (["variants", "adam", "then"], {"optimizer": ADAM}, r"variants\.adam\.then\.after is missing"),
         (["variants", "adam", "then"], {"after": 5}, r"variants\.adam\.then\.optimizer is missing"),
         (
             ["variants", "adam", "then"],
@@ -493,7 +497,7 @@ def test_dimensions_must_fit_the_sampler_and_the_lift():
     raw["problem"]["options"] = {"dimension": 100}
     assert parse_config(raw).problem.sampler == "sobol"
     raw["problem"] |= {"resample_every": 5, "adaptive_pool": 20, "num_points": 32}
-    with pytest.raises(ValueError, match=r"problem\.adaptive_pool must be at least num_points = 32, got 20"):
+    with pytest.raises(ValueError, match=r"problem: adaptive_pool must be at least num_points = 32, got 20"):
         parse_config(raw)
 
 
@@ -675,7 +679,7 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     told = capsys.readouterr().err
     assert told.startswith("error: ") and "diffusivity must be > 0, got -1" in told and len(told.splitlines()) == 1
     assert run(path, results, "--set", "problem.conditions=hard") == 2
-    assert "problem.conditions must be soft, because heat offers no lift" in capsys.readouterr().err
+    assert "problem: conditions must be soft, because heat offers no lift" in capsys.readouterr().err
     assert run(path, results, "--set", "problem.equation=cold.py") == 2
     assert "cold.py" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.averaging import moving_average
 from experiments.training.components import make_optimizer
 from experiments.training.epochs import Epochs
