@@ -31,7 +31,7 @@ class AdmissionsExperiment(Experiment[GraduateAdmissionsConfig, TrainingConfig])
         return problem.describe(settings)
 
     def build(self, run: RunConfig[GraduateAdmissionsConfig, TrainingConfig], ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+        return problem.AdmissionsProblem(run, ranks)
 
     def check_rows(self, config: ExperimentConfig[GraduateAdmissionsConfig, TrainingConfig], num_rows: int) -> None:
         study = config.studies.batch_size

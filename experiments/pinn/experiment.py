@@ -29,7 +29,7 @@ class PinnExperiment(Experiment[PinnConfig, PinnTrainingConfig]):
         return problem.describe(settings)
 
     def build(self, run: RunConfig[PinnConfig, PinnTrainingConfig], ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+        return problem.PinnProblem(run, ranks)
 
     def optimizers(self) -> dict[str, Any]:
         """All: the residuals can be linearized."""

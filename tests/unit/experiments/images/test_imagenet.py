@@ -18,6 +18,7 @@ import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
 from PIL import Image
 from small_runs import identical
+from suite_cases import build
 from torch import nn
 
 import aadl
@@ -30,7 +31,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.images import data as image_data
 from experiments.images import problem as imagenet
 from experiments.images.data import data_folder, describe, open_sets
-from experiments.images.problem import build, check_settings
+from experiments.images.problem import check_settings
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.records.reading import read_run

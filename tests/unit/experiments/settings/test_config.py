@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import math
 import re
@@ -48,13 +49,6 @@ def test_a_good_configuration_is_read_with_defaults(tmp_path):
     assert config.variants["fast"].optimizer.arguments == {"lr": 0.1}
 
 
-def test_a_number_without_a_point_is_a_number(tmp_path):
-    rate = load_config(write(tmp_path, MINIMAL)).variants["plain"].optimizer.arguments["lr"]
-    assert isinstance(rate, float) and rate == 1e-3
-    with pytest.raises(ValueError, match=r"variants\.plain\.optimizer: lr must be a number, got '1e-3'"):
-        load_config(write(tmp_path, MINIMAL.replace("lr: 1e-3", "lr: '1e-3'")))
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -65,7 +59,6 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
         (["training", "scheduler"], {"name": "StepLr"}, r"^training\.scheduler: name must be one of .*StepLR"),
         (["training", "scheduler"], {"name": "StepLR"}, r"^training\.scheduler: .*step_size"),
         (["training", "scheduler"], {"name": "ReduceLROnPlateau"}, r"^training\.scheduler: .*metrics"),
-        (["training", "scheduler"], {"name": "StepLR", "step_size": "abc"}, r"^training\.scheduler: "),
         (["training", "scheduler"], {"name": "StepLR", "step_size": 0}, r"^training\.scheduler: "),
         (
             ["training", "scheduler"],
@@ -125,20 +118,6 @@ def test_a_mistake_is_named(path, value, message):
         parse_config(with_value(path, value))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1", "not valid YAML"),
-        ("- 1", "must hold a mapping"),
-        ("scale: a\nscale: b", r"key 'scale' stands twice in one mapping \(line 2\)"),
-        ("scale: a", "experiment must be a text, got None"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, text, message):
-    with pytest.raises(ValueError, match=r"config\.yaml.*" + message):
-        load_config(write(tmp_path, text))
-
-
 def test_overrides(tmp_path):
     path = write(tmp_path, MINIMAL)
     config = load_config(
@@ -169,18 +148,9 @@ def test_seeds_with_leading_zeros_are_decimal(tmp_path):
         load_config(path, ["seeds=1", "seeds=2"])
 
 
-def test_an_acceleration_without_its_settings_is_refused(tmp_path):
-    text = MINIMAL + "    acceleration:\n      # relaxation: 0.5\n"
-    with pytest.raises(ValueError, match=r"nothing stands after the key 'acceleration' \(line 11\): write \{\}"):
-        load_config(write(tmp_path, text))
-    assert (
-        load_config(write(tmp_path, text.replace("acceleration:", "acceleration: {}"))).variants["fast"].acceleration
-        == {}
-    )
-    assert (
-        load_config(write(tmp_path, text.replace("acceleration:", "acceleration: null"))).variants["fast"].acceleration
-        is None
-    )
+def test_an_acceleration_with_defaults_is_not_none():
+    assert parse_config(with_value(["variants", "sgd", "acceleration"], {})).variants["sgd"].acceleration == {}
+    assert parse_config(with_value(["variants", "sgd", "acceleration"], None)).variants["sgd"].acceleration is None
 
 
 def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):
@@ -222,52 +192,64 @@ def test_paper_settings():
     assert not published.average and not published.safeguard
 
 
-def test_a_study_of_an_optimizer_without_a_learning_rate_is_refused():
+def test_what_needs_a_learning_rate_is_refused_for_an_optimizer_without_one():
     raw = copy.deepcopy(PINN)
-    raw["variants"]["lm"] = {"optimizer": {"name": "LevenbergMarquardt"}}
-    raw["variants"]["muon"] = {"optimizer": {"name": "MuonAdam"}}
-    raw["studies"] = {"learning_rate": {"variants": ["adam", "muon"], "rates": [1e-3]}}
-    (muon,) = (run for run in expand_runs(parse_config(raw)) if run.name == "muon--lr-0.001" and run.seed == 0)
+    raw["variants"] |= {name: {"optimizer": {"name": name}} for name in ("LevenbergMarquardt", "MuonAdam")}
+    raw["studies"] = {"learning_rate": {"variants": ["adam", "MuonAdam"], "rates": [1e-3]}}
+    muon = next(run for run in expand_runs(parse_config(raw)) if run.name == "MuonAdam--lr-0.001")
     assert muon.variant.optimizer.arguments == {"lr": 1e-3}
-    raw["studies"]["learning_rate"]["variants"] = ["adam", "lm"]
-    with pytest.raises(ValueError) as caught:
+    raw["studies"]["learning_rate"]["variants"] = ["adam", "LevenbergMarquardt"]
+    with pytest.raises(ValueError, match=r"^studies\.learning_rate: variants\.Lev\w+ must have an optimizer with"):
         parse_config(raw)
-    expected = "variants.lm must have an optimizer with a learning rate lr, got LevenbergMarquardt"
-    assert str(caught.value) == f"studies.learning_rate: {expected}"
-
-
-def test_a_scheduler_of_an_optimizer_without_a_learning_rate_is_refused():
-    raw = copy.deepcopy(PINN)
+    del raw["studies"]
     raw["training"]["scheduler"] = {"name": "StepLR", "step_size": 2}
-    parse_config(raw)
-    raw["variants"]["lm"] = {"optimizer": {"name": "LevenbergMarquardt"}}
-    message = r"variants\.lm\.training\.scheduler must be null for LevenbergMarquardt, which has no learning rate"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^variants\.Lev\w+\.training\.scheduler must be null for Lev\w+, which"):
         parse_config(raw)
-    raw["variants"]["lm"]["training"] = {"scheduler": None}
+    raw["variants"]["LevenbergMarquardt"]["training"] = {"scheduler": None}
     parse_config(raw)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "blamed"),
+    ("overrides", "culprit"),
     [
-        (["training.epochs=0"], "--set training.epochs=0: training.epochs must be"),
-        (["seeds=1", "training.epochs=0"], "--set training.epochs=0: training.epochs must be"),
-        (["training.epochs=0", "training.batch_size=0"], "--set training.epochs=0: training.epochs must be"),
-        (["variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"], ""),
-        (["variants=sgdd"], "--set variants=sgdd: variants must be one of sgd, sgd_aadl, got 'sgdd'"),
+        (["training.epochs=0"], 0),
+        (["seeds=1", "training.epochs=0", "training.batch_size=0"], 1),
+        (["variants.sgd.published={}", "variants.sgd.acceleration={}"], 1),  # each is right by itself
+        (["variants=sgd", "variants.sgd.label=''"], 1),
+        (["variants=sgdd"], 0),
     ],
 )
-def test_a_mistake_of_an_override_names_it(tmp_path, overrides, blamed):
+def test_a_mistake_names_what_brings_it_in(tmp_path, overrides, culprit):
     path = write(tmp_path, yaml.safe_dump(RAW))
-    if not blamed:
+    with pytest.raises(ValueError, match=f"^--set {re.escape(overrides[culprit])}: "):
         load_config(path, overrides)
-        return
-    with pytest.raises(ValueError, match=f"^{re.escape(blamed)}"):
+    write(tmp_path, yaml.safe_dump(with_value(["scale"], "../x")))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: scale must be a name"):
         load_config(path, overrides)
-    broken = write(tmp_path, yaml.safe_dump(with_value(["scale"], "../x")))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(broken))}: "):
-        load_config(broken, overrides)
+
+
+def test_overrides_may_mend_a_file_and_each_other(tmp_path):
+    path = write(tmp_path, yaml.safe_dump({key: value for key, value in RAW.items() if key != "seeds"}))
+    mending = ["seeds=1", "variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"]
+    load_config(path, mending)
+    with pytest.raises(ValueError, match=r"^--set training\.epochs=0: training\.epochs must be"):
+        load_config(path, [*mending, "training.epochs=0"])
+
+
+def test_what_a_record_holds_stays_as_it_is():
+    """The texts have been these since November 2026; with others, runs that are finished are made again."""
+    raw = copy.deepcopy(PINN)
+    raw["training"]["scheduler"] = {"name": "StepLR", "step_size": 5}
+    raw["variants"] = {"plain": {"optimizer": {"name": "Adam", "betas": [0.9, 0.99]}, "published": {"relaxation": 1}}}
+    raw["variants"]["own"] = {
+        "optimizer": {"name": "Adam", "lr": 1e-2},
+        "ema_decay": 0.9,
+        "baseline": "plain",
+        "problem": {"options": {"nu": 0.01}, "condition_weight": 2},
+        "then": {"after": 5, "optimizer": {"name": "SGD"}, "acceleration": {"frequency": 2}},
+    }
+    found = [hashlib.sha256(run.as_json().encode()).hexdigest()[:16] for run in expand_runs(parse_config(raw))[:2]]
+    assert found == ["7ed5e0bf996235c5", "7a28d5f058e0161f"]
 
 
 def test_overrides_that_miss_a_variant_are_told(tmp_path, capsys):

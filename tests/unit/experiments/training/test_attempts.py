@@ -35,7 +35,7 @@ def config(**variant):
 def traced(**options):
     """The result of a run with a trace, and the statistics at its end."""
     run = config()
-    problem = graduate_admissions.build(run, Ranks())
+    problem = graduate_admissions.AdmissionsProblem(run, Ranks())
     optimizer = make_optimizer(run.variant.optimizer, problem.model.parameters())
     aadl.accelerate(optimizer, **EAGER, **options)
     statistics = aadl.accelerator_of(optimizer).statistics
@@ -59,7 +59,7 @@ def test_every_attempt_has_a_row_with_its_step_and_outcome():
 
 def test_a_run_without_a_trace_has_none():
     run = config()
-    problem = graduate_admissions.build(run, Ranks())
+    problem = graduate_admissions.AdmissionsProblem(run, Ranks())
     stage = Stage(make_optimizer(run.variant.optimizer, problem.model.parameters()))
     assert train(problem, [stage], Ranks()).attempts is None
     assert train(problem, [stage], Ranks(), trace_attempts=True).attempts["step"].tolist() == []
@@ -109,7 +109,7 @@ def test_a_trace_that_is_asked_for_later_begins_there(tmp_path):
 
 def test_a_finished_record_without_attempts_is_made_again_if_they_are_asked_for(tmp_path):
     run = config(acceleration=EAGER)
-    path, digest = execute_run(run, Ranks(), tmp_path), graduate_admissions.build(run, Ranks()).data_digest
+    path, digest = execute_run(run, Ranks(), tmp_path), graduate_admissions.AdmissionsProblem(run, Ranks()).data_digest
     assert path == run_path(tmp_path, run)
     assert state_of(path, run, digest, 1) == "finished"
     assert state_of(path, run, digest, 1, SaveConfig(attempts=True).parts) == "without parts"
