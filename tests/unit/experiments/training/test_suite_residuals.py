@@ -329,7 +329,7 @@ def with_acceleration(raw, settings, **more):
 @pytest.mark.parametrize(
     ("raw", "settings", "more", "message"),
     [
-        (RAW, {"probe_rows": 0}, {}, r"acceleration: probe_rows must be greater than or equal to 1, got 0"),
+        (RAW, {"probe_rows": 0}, {}, r"acceleration: probe_rows must be greater than 0, got 0"),
         (RAW, {"check_rows": True}, {}, r"acceleration: check_rows must be an integer, got True"),
         (RAW, {"check_points": 3}, {}, r"unknown key variants\.sgd\.acceleration\.check_points; .*probe_rows"),
         (RAW, {"residuals": 3}, {}, r"unknown key variants\.sgd\.acceleration\.residuals"),
