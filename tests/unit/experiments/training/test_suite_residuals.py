@@ -125,7 +125,8 @@ def test_the_loss_on_unseen_points_is_of_one_draw_that_training_does_not_see():
         problem = build(config, Ranks())
         for iteration in (0, 5, 10):
             problem.points(problem.model, iteration)
-    unseen, *others = draws
+    first, unseen, *later = draws
+    others = [first, *later]
     assert len(others) == 3 and unseen.num_interior == 32 and unseen.num_conditions == 8
     for name in ("interior", "conditions"):
         known = {tuple(row) for points in others for row in getattr(points, name).tolist()}
