@@ -258,7 +258,7 @@ def test_a_group_that_comes_within_a_macro_step_leaves_the_rates_as_they_are():
 
 def state_of(optimizer):
     state = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
-    return state | {"books": json.loads(state["books"])}
+    return state | {"values": json.loads(state["values"])}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"fused": True}], ids=["plain", "fused"])
@@ -284,7 +284,7 @@ def test_steps_that_a_grad_scaler_skips_leave_history_and_counters_alone(argumen
             if settings and settings["history_depth"]:
                 now = state_of(optimizer)
                 if overflow and (step or not arguments):  # a fused first step notes where it starts
-                    skipped = [books["statistics"].pop("skipped_steps") for books in (held["books"], now["books"])]
+                    skipped = [values["statistics"].pop("skipped_steps") for values in (held["values"], now["values"])]
                     assert skipped[1] - skipped[0] == len(arguments)
                     assert identical(held, now)
                     assert identical(before, snapshot(model, optimizer)["model"])

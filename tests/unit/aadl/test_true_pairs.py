@@ -193,6 +193,29 @@ def test_mixing_after_a_change_of_the_learning_rate_is_mixing_at_the_new_rate():
         assert not torch.allclose(x, candidates[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("relaxation", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "rates", [(0.1, 0.1, 0.3), (0.1, 0.2, 0.3), (0.3, 0.2, 0.3), (0.3, 0.3, 0.1), (0.2, 0.3, 0.25)]
+)
+def test_a_mean_takes_no_update_longer_than_it_was_made(rates, relaxation):
+    """Where the rate has risen, the mapped iterates of the present rate lie where the optimizer has never been."""
+    problem = quadratic(20.0, seed=1, size=12)
+    options = {"history_depth": 3, "frequency": 3, "average": "always", "average_window": 3, "relaxation": relaxation}
+    x, optimizer = sgd(problem, PURE | options, lr=0.5)
+    pairs = []
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        start = x.detach().clone()
+        x.grad = problem.gradient(start)
+        optimizer.step()
+        pairs.append((start, -problem.gradient(start)))
+    assert aadl.accelerator_of(optimizer).statistics["accepted"] == 1
+    mapped = [start + min(rate, rates[-1]) * down for rate, (start, down) in zip(rates, pairs, strict=True)]
+    mean_residual = sum(rates[-1] * down for _, down in pairs) / 3
+    expected = sum(mapped) / 3 - (1 - relaxation) * mean_residual
+    assert torch.allclose(x, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("due", [False, True])
 def test_the_pair_of_a_reverted_candidate_stays(due, monkeypatch):
     evaluate = Map(momentum=0.5)
