@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aadl import kernels, memory
 from aadl.flat import FlatRow
+from aadl.memory import zeros
 from aadl.settings import Settings
 
 Tensors = Sequence[Tensor | None]
@@ -143,10 +144,10 @@ def make_block(
     there = torch.device("meta") if planned else place
 
     def vector() -> Tensor:
-        return memory.zeros((row.numel,), row.dtype, there, pinned)
+        return zeros((row.numel,), row.dtype, there, pinned)
 
     def ring() -> Tensor:
-        return memory.zeros((depth, row.numel), dtype or row.dtype, there, pinned)
+        return zeros((depth, row.numel), dtype or row.dtype, there, pinned)
 
     own_start = vector()
     return Block(

@@ -23,7 +23,7 @@ from aadl.deferred import handed
 from aadl.mixing import Gram, filled_products, host_tensor, needed_products
 from aadl.ranks import Ranks
 
-KINDS = ("parameters", "momentum")
+KINDS: tuple[str, ...] = ("parameters", "momentum")
 ROTATED = 1 << 18
 """Elements of a row that are moved at a time."""
 

@@ -78,7 +78,9 @@ LAST_VALUES = ("gain", "trust_ratio", "condition_number", "coefficient_norm")
 def anderson_statistics(averaging: bool) -> Statistics:
     """Statistics of Anderson acceleration before the first step."""
     counters = "macro_steps", "reverted", "suspensions", "suspended", "moved", "stops"
-    return _statistics(counters, ("relative_standard_deviation",)) | {"averaging": averaging}
+    statistics = _statistics(counters, ("relative_standard_deviation",))
+    statistics["averaging"] = averaging
+    return statistics
 
 
 def residual_statistics() -> Statistics:

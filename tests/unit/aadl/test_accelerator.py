@@ -15,7 +15,6 @@ from small_runs import (
     ALWAYS,
     EAGER,
     RESIDUAL,
-    Pairs,
     closure_of,
     identical,
     network,
@@ -23,7 +22,6 @@ from small_runs import (
     snapshot,
     squared_error,
     statistics,
-    stored_columns,
     train,
 )
 from torch import nn
@@ -212,24 +210,6 @@ def test_schedulers_built_before_and_after(make):
     assert identical(before[2:], after_[2:])
     assert statistics(optimizer)["steps"] == sum(rate != [0.0] for rate in plain[0])
     assert before[2][-1] < before[2][0]
-
-
-def test_a_learning_rate_change_rescales_or_resets_and_pairs_stay_true():
-    """Within the band the columns are those of the present rate; beyond it the history starts anew."""
-    model = network()
-    optimizer = sgd(model)
-    pairs = Pairs(optimizer)
-    aadl.accelerate(optimizer, **EAGER | {"frequency": 1000})
-    train(model, optimizer, 8)
-    optimizer.param_groups[0]["lr"] *= 1.1
-    train(model, optimizer, 1)
-    residuals = [g - x for x, g in pairs.pairs[-2:]]
-    assert torch.allclose(stored_columns(aadl.accelerator_of(optimizer))[0][-1], residuals[1] - 1.1 * residuals[0])
-    assert statistics(optimizer)["resets"] == {}
-    optimizer.param_groups[0]["lr"] *= 5
-    train(model, optimizer, 3)
-    assert statistics(optimizer)["resets"] == {"learning_rate": 1}
-    assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(2))
 
 
 def test_rates_of_groups_that_do_not_train_are_of_no_matter():

@@ -127,19 +127,6 @@ def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monk
     assert_true_pairs(evaluate, optimizer)
 
 
-def test_a_reverted_candidate_leaves_the_plain_iterate(monkeypatch):
-    evaluate = Map(momentum=0.5)
-    x, optimizer = evaluate.accelerated(safeguard="residual", frequency=8)
-    plain, base = sgd(evaluate.problem, lr=0.3, momentum=0.5)
-    monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: True)
-    evaluate.run(x, optimizer, 8)
-    evaluate.run(plain, base, 8)
-    assert not torch.equal(x, plain)  # accelerated
-    evaluate.run(x, optimizer, 1)  # judged and taken back
-    assert torch.equal(x, plain)
-    assert torch.equal(optimizer.state[x]["momentum_buffer"], base.state[plain]["momentum_buffer"])
-
-
 @pytest.mark.parametrize(("store_each_nth", "momentum"), MAPS)
 @pytest.mark.parametrize("steps", [6, 7, 8])
 def test_pairs_are_true_after_a_resume(store_each_nth, momentum, steps):
@@ -283,17 +270,3 @@ def test_pairs_are_true_with_averaging(store_each_nth, momentum, kind):
         assert_true_pairs(evaluate, optimizer, min(number, 5))
     statistics = aadl.accelerator_of(optimizer).statistics
     assert statistics["averaging"] and statistics["accepted"] >= 3 and not torch.allclose(x, y, rtol=1e-3)
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_pairs_are_true_after_somebody_else_moved_the_parameters(in_place):
-    evaluate = Map()
-    x, optimizer = evaluate.accelerated()
-    for number in range(1, 10):
-        evaluate.run(x, optimizer, 1)
-        with torch.no_grad():
-            if in_place:
-                x.mul_(0.9)
-            else:
-                x.data = 0.9 * x.data
-        assert_true_pairs(evaluate, optimizer, min(number, 5))
