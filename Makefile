@@ -19,7 +19,7 @@ help:
 	@echo '                   TESTS=tests/cli   all tests of this folder or file instead'
 	@echo '                   WORKERS=8         processes that share the tests (default: 2)'
 	@echo 'make test-slow   run the tests that make test leaves out; make test-all runs both'
-	@echo 'make test-frameworks   test aadl in Lightning, Fabric, Accelerate, HF Trainer, Ignite and DeepXDE (installs them)'
+	@echo 'make test-frameworks   test aadl in Lightning, Accelerate, DeepXDE and others (installs them), the notebook, and types'
 	@echo 'make docs        build the documentation site into site/; make test-docs tests it in Chromium, and the package'
 	@echo 'make lint        check style, formatting and types'
 	@echo 'make clean       remove .venv and the caches; results/ and data/ stay'
@@ -41,6 +41,7 @@ test-all: test test-slow
 
 test-frameworks: $(FRAMEWORKS)/.installed
 	DDE_BACKEND=pytorch $(FRAMEWORKS)/bin/python -m pytest tests/frameworks
+	OMP_NUM_THREADS=1 PYTHONPATH='$(CURDIR)' $(FRAMEWORKS)/bin/python -m pytest --nbmake examples/first_five_minutes.ipynb
 
 docs: $(DOCS)/.installed
 	$(DOCS)/bin/python -m mkdocs build --strict

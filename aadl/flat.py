@@ -81,9 +81,9 @@ class FlatRow:
 
     def ranges(self, piece: int | None = None) -> Iterator[slice]:
         """Ranges of the row of at most `piece` elements, for work that touches rows only."""
-        longest = piece or self.piece
-        for start in range(0, self.numel, longest):
-            yield slice(start, min(start + longest, self.numel))
+        length = piece or self.piece
+        for start in range(0, self.numel, length):
+            yield slice(start, min(start + length, self.numel))
 
     def read(self, tensors: Sequence[Tensor | None]) -> Iterator[tuple[slice, Tensor]]:
         """Yield (range of the row, values) in pieces; None stands for zeros. Values are valid until the next piece."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
-import multiprocessing
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -19,10 +17,8 @@ import aadl
 from aadl import kernels
 from aadl.settings import StateCoupling
 from benchmarks import machine
-from benchmarks.machine import Spread, spread, time_call
-from benchmarks.shapes import resnet50_shapes
+from benchmarks.shapes import resnet50_units
 
-T = TypeVar("T")
 RESNET50 = 25_557_032
 TENSORS = 20
 """Of all problems but ResNet50's."""
@@ -31,7 +27,7 @@ WEIGHED = 1_000_000
 FRESH = 5_000_000
 """Parameters from which a case gets a process of its own, in which resident memory is rows and nothing else."""
 EVENTS_PER_ROUND = 15
-"""Accelerations before the quadratic starts anew: it must not converge to rounding errors."""
+"""Accelerations before the quadratic starts again: it must not converge to rounding errors."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COUNTED = ("macro_steps", "attempts", "accepted", "reverted")
 
@@ -50,6 +46,16 @@ class Case:
     safeguard: bool = True
     fused: bool = False
 
+    @property
+    def element(self) -> int:
+        """Bytes of an element of the history."""
+        return DTYPES[self.history].itemsize
+
+    @property
+    def states(self) -> int:
+        """Vectors per parameter that are accelerated."""
+        return 2 if self.coupling == "full" else 1
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -59,9 +65,9 @@ class Memory:
     """
 
     held: int
-    resident: int | None
-    peak: int | None
-    temporary: int | None
+    resident: int | None = None
+    peak: int | None = None
+    temporary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,45 +75,43 @@ class Result:
     """Seconds of whole steps by kind (see `kind_of`; "plain" is the optimizer without acceleration)."""
 
     case: Case
-    steps: dict[str, Spread]
+    steps: dict[str, list[float]]
     memory: Memory
     host_waits: dict[str, int]
-    statistics: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Textbook:
-    """Seconds of a plain step and of one that stores and accelerates; peak growth of the process in bytes."""
+    """Seconds of plain steps and of those that store and accelerate; peak growth of the process in bytes."""
 
     parameters: int
     depth: int
-    plain: Spread
-    both: Spread
+    plain: list[float]
+    both: list[float]
     peak: int | None
 
 
 # ---- counts --------------------------------------------------------------------------------------------------------
 
 
-def moved_bytes(case: Case, relaxation: float = 1.0) -> dict[str, int]:
+def moved_bytes(case: Case) -> dict[str, int]:
     """Bytes per parameter that an event cannot avoid to move, h bytes per element of the history, depth m.
 
     store: 20 + 2h. Read p, x, f; write Df, Dg, f, g, x being the last g. After an accepted candidate x is a vector of
         its own: 28 + 2h to read it and to keep the last g beside it. Where every other step accelerates, or every one,
         all stores that do nothing else are such.
-    acceleration: 2mh + 12. Read DF, DG and p; write p and x. Relaxation reads DF once more.
+    acceleration: 2mh + 12. Read DF, DG and p; write p and x.
     """
-    element, states = _element(case), _states(case)
-    after_plain, after_candidate = states * (20 + 2 * element), states * (28 + 2 * element)
+    after_plain, after_candidate = (case.states * (each + 2 * case.element) for each in (20, 28))
     store = after_candidate if case.frequency <= 2 * case.store_every else after_plain
     stores_too = after_candidate if case.frequency == case.store_every else after_plain
-    acceleration = states * (2 * case.depth * element + 12) + (relaxation != 1) * case.depth * element
+    acceleration = case.states * (2 * case.depth * case.element + 12)
     return {"store": store, "acceleration": acceleration, "both": stores_too + acceleration}
 
 
 def held_bytes(case: Case) -> int:
     """Bytes per parameter that the history takes: 2m rows and three vectors, the same again for momentum."""
-    return _states(case) * (2 * case.depth * _element(case) + 12)
+    return case.states * (2 * case.depth * case.element + 12)
 
 
 def memory_agrees(case: Case, memory: Memory, work_area: float = 1e6) -> bool:
@@ -122,16 +126,8 @@ def memory_agrees(case: Case, memory: Memory, work_area: float = 1e6) -> bool:
 def shapes_of(parameters: int) -> list[tuple[int, ...]]:
     """ResNet50's shapes, or as many elements in 20 vectors."""
     if parameters == RESNET50:
-        return resnet50_shapes()
+        return [shape for unit in resnet50_units() for shape in unit]
     return [(parameters // TENSORS + (index < parameters % TENSORS),) for index in range(TENSORS)]
-
-
-def _element(case: Case) -> int:
-    return DTYPES[case.history].itemsize
-
-
-def _states(case: Case) -> int:
-    return 2 if case.coupling == "full" else 1
 
 
 # ---- measurement ---------------------------------------------------------------------------------------------------
@@ -146,11 +142,10 @@ class Problem:
         self.device = device
         self.parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
         self.targets = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
-        self.curvatures = [torch.rand(s, generator=generator, device=device).mul_(-4 * math.log(10)) for s in shapes]
-        self.gradients = [torch.zeros(shape, device=device) for shape in shapes]
-        for parameter, gradient, curvature in zip(self.parameters, self.gradients, self.curvatures, strict=True):
-            parameter.grad = gradient
-            curvature.exp_()
+        exponents = [torch.rand(shape, generator=generator, device=device) for shape in shapes]
+        self.curvatures = [exponent.mul_(-4 * math.log(10)).exp_() for exponent in exponents]
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -161,14 +156,14 @@ class Problem:
     @torch.no_grad()
     def gradient(self) -> None:
         """Fill the gradients in place."""
-        vectors = zip(self.parameters, self.targets, self.curvatures, self.gradients, strict=True)
-        for parameter, target, curvature, gradient in vectors:
-            torch.sub(parameter, target, out=gradient).mul_(curvature)
+        for parameter, target, curvature in zip(self.parameters, self.targets, self.curvatures, strict=True):
+            assert parameter.grad is not None
+            torch.sub(parameter, target, out=parameter.grad).mul_(curvature)
 
     def timed(self, step: Callable[[], object]) -> float:
         """Seconds of one step, its gradient computed before."""
         self.gradient()
-        return time_call(step, self.device)
+        return machine.time_call(step, self.device)
 
     def optimizer(self, coupling: StateCoupling = "params") -> torch.optim.SGD:
         """SGD on the problem, with momentum where that is coupled; rarely is a candidate refused at this rate."""
@@ -208,123 +203,112 @@ def kind_of(before: dict[str, int], after: dict[str, int], last: str) -> str:
 
 
 class Round:
-    """A freshly accelerated optimizer on a problem that starts anew."""
+    """A freshly accelerated optimizer on a problem that is at its start again; weighed where `weighs`."""
 
-    def __init__(self, problem: Problem, case: Case, repeats: int, weigh: bool) -> None:
+    def __init__(self, problem: Problem, case: Case, plain_steps: int, weighs: bool) -> None:
         self.problem, self.case = problem, case
-        self.times: dict[str, list[float]] = {}
+        self.times: dict[str, list[float]] = defaultdict(list)
         self.temporaries: list[int] = []
-        self.waits: dict[str, int] = {}
         problem.restart()
         self.optimizer = problem.optimizer(case.coupling)
-        self.plain(repeats)
-        self.weighed = weigh and (case.parameters >= FRESH or problem.device.startswith("cuda"))
-        if weigh:
+        self.plain(plain_steps)
+        self.weighs_process = weighs and (case.parameters >= FRESH or problem.device.startswith("cuda"))
+        if weighs:
             gc.collect()  # nothing of an earlier case may disappear in between
-        self.tensors = machine.tensor_bytes(problem.device) if weigh else 0
-        self.resident = machine.resident_bytes(problem.device)
-        self.peak = self.resident
+        self.tensors = self._tensor_bytes() if weighs else 0
+        self.resident = self.peak = machine.resident_bytes(problem.device)
         accelerate(self.optimizer, case)
         self.last = "idle"
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """The accelerator's counters, read afresh."""
+        """A copy of the accelerator's counters."""
         return dict(aadl.accelerator_of(self.optimizer).statistics)
 
-    def plain(self, repeats: int) -> None:
-        """Steps without acceleration; the first one makes the momentum."""
-        times = [self.problem.timed(self.optimizer.step) for _ in range(repeats + 1)]
-        self.times.setdefault("plain", []).extend(times[1:])
+    def plain(self, steps: int) -> None:
+        """Steps without acceleration after one that does not count, because it may make the momentum."""
+        self.times["plain"] += [self.problem.timed(self.optimizer.step) for _ in range(steps + 1)][1:]
 
     def step(self) -> None:
         """One step; its time counts once the history is full."""
-        device, before = self.problem.device, {name: self.statistics[name] for name in COUNTED}
-        resident = machine.resident_bytes(device) if self.weighed else None
-        can_weigh = self.weighed and machine.forget_peak(device)
+        device, before = self.problem.device, self.statistics
+        resident = machine.resident_bytes(device) if self.weighs_process else None
+        weighs = self.weighs_process and machine.forget_peak(device)
         seconds = self.problem.timed(self.optimizer.step)
-        peak = machine.peak_bytes(device) if can_weigh else None
+        peak = machine.peak_bytes(device) if weighs else None
         self.last = kind_of(before, self.statistics, self.last)
         if peak is not None and self.peak is not None:
             self.peak = max(self.peak, peak)
         if before["macro_steps"] - before["reverted"] > self.case.depth:
-            self.times.setdefault(self.last, []).append(seconds)
+            self.times[self.last].append(seconds)
             if peak is not None and resident is not None:
                 self.temporaries.append(peak - resident)
 
-    def run(self, events: int) -> int:
-        """Steps until `events` accelerations were timed, or too many were refused; returns how many were."""
+    def run(self, events: int) -> None:
+        """Steps until `events` accelerations were timed, or too many were refused.
+
+        Raises:
+            RuntimeError: no candidate was accepted, or the history was lost, so that there is nothing to time.
+        """
         case = self.case
         for _ in range((case.depth + 2) * case.store_every + (3 * events + 2) * case.frequency):
             self.step()
-            if len(self.times.get("both", ())) == events:
+            if len(self.times["both"]) == events:
                 break
+        if not self.times["both"]:
+            raise RuntimeError(f"{case}: no candidate was accepted with a full history: {self.statistics}")
         if self.statistics["moved"] or self.statistics["resets"]:
             raise RuntimeError(f"{case}: the history was disturbed: {self.statistics}")
-        return len(self.times.get("both", ()))
 
-    def count_host_waits(self) -> None:
+    def host_waits(self) -> dict[str, int]:
         """By kind of step, over two periods; GPU only.
 
         The counters are not read in between, which would wait as well: kinds follow from the schedule.
         """
-        first, case, counts = self.statistics["steps"] + 1, self.case, []
+        first, case, waits = self.statistics["steps"] + 1, self.case, []
         for _ in range(2 * case.frequency):
             self.problem.gradient()
-            counts.append(machine.host_waits(self.optimizer.step))
-        for number, waits in enumerate(counts, first):
-            kind = "both" if number % case.frequency == 0 else "idle" if number % case.store_every else "store"
-            self.waits[kind] = max(waits, self.waits.get(kind, 0))
+            waits.append(machine.host_waits(self.optimizer.step))
+        most: dict[str, int] = {}
+        for step, count in enumerate(waits, first):
+            kind = "both" if step % case.frequency == 0 else "idle" if step % case.store_every else "store"
+            most[kind] = max(count, most.get(kind, 0))
+        return most
 
     def memory(self) -> Memory:
         """What acceleration added."""
-        device = self.problem.device
-        resident = machine.resident_bytes(device) if self.weighed else None
+        resident = machine.resident_bytes(self.problem.device) if self.weighs_process else None
         return Memory(
-            held=machine.tensor_bytes(device) - self.tensors,
+            held=self._tensor_bytes() - self.tensors,
             resident=_growth(self.resident, resident),
             peak=_growth(self.resident, self.peak if self.temporaries else None),
             temporary=max(self.temporaries, default=None),
         )
 
+    def _tensor_bytes(self) -> int:
+        return sum(machine.storages(self.problem.device).values())
+
 
 def measure(case: Case, device: str, repeats: int) -> Result:
-    """Time `repeats` accelerations and the steps between them, in rounds.
-
-    Raises:
-        RuntimeError: a round in which no candidate was accepted, or the history was lost: nothing to time.
-    """
+    """Time `repeats` accelerations and the steps between them, in rounds of which the first is weighed."""
     kernels.free_work_areas()  # those of earlier cases would be missed when they go
     problem = Problem(case.parameters, device)
-    times: dict[str, list[float]] = {}
-    first: Memory | None = None
+    times: dict[str, list[float]] = defaultdict(list)
+    memory: Memory | None = None
     waits: dict[str, int] = {}
-    totals = dict.fromkeys(("steps", *COUNTED), 0)
-    while len(times.get("both", ())) < repeats:
-        wanted = min(EVENTS_PER_ROUND, repeats - len(times.get("both", ())))
-        turn = Round(problem, case, wanted, weigh=first is None)
-        if not turn.run(wanted):
-            raise RuntimeError(f"{case}: no candidate was accepted with a full history: {turn.statistics}")
-        if first is None:
-            first = turn.memory()
-            if device.startswith("cuda"):
-                turn.count_host_waits()
-                waits = turn.waits
-        for name in totals:
-            totals[name] += turn.statistics[name]
+    while len(times["both"]) < repeats:
+        events = min(EVENTS_PER_ROUND, repeats - len(times["both"]))
+        turn = Round(problem, case, events, weighs=memory is None)
+        turn.run(events)
+        if memory is None:
+            memory = turn.memory()
+            waits = turn.host_waits() if device.startswith("cuda") else {}
         aadl.remove_acceleration(turn.optimizer)
-        turn.plain(wanted)
+        turn.plain(events)
         for kind, seconds in turn.times.items():
-            times.setdefault(kind, []).extend(seconds)
-    assert first is not None
-    return Result(case, {kind: spread(values) for kind, values in times.items()}, first, waits, totals)
-
-
-def in_fresh_process(function: Callable[..., T], threads: int, *arguments: Any) -> T:
-    """The function's result from a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
-        return pool.submit(function, *arguments).result()
+            times[kind] += seconds
+    assert memory is not None
+    return Result(case, dict(times), memory, waits)
 
 
 # ---- textbook ------------------------------------------------------------------------------------------------------
@@ -366,14 +350,12 @@ def measure_textbook(parameters: int, depth: int, device: str, repeats: int) -> 
     optimizer = problem.optimizer()
     plain = [problem.timed(optimizer.step) for _ in range(repeats + 1)][1:]
     before = machine.resident_bytes(device)
-    can_weigh = parameters >= FRESH and machine.forget_peak(device)
+    weighs = parameters >= FRESH and machine.forget_peak(device)
     textbook = TextbookAnderson(optimizer, problem.parameters, depth)
     for _ in range(depth):
         problem.timed(lambda: textbook.step(mix=False))
     both = [problem.timed(textbook.step) for _ in range(repeats)]
-    after = machine.peak_bytes(device)
-    peak = _growth(before, after if can_weigh else None)
-    return Textbook(parameters, depth, spread(plain), spread(both), peak)
+    return Textbook(parameters, depth, plain, both, _growth(before, machine.peak_bytes(device) if weighs else None))
 
 
 def _growth(before: int | None, after: int | None) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median
 
-from benchmarks import machine
-from benchmarks.accelerated_step import RESNET50, Case, Problem, accelerate, in_fresh_process
-from benchmarks.step_report import show
+from benchmarks.accelerated_step import RESNET50, Case, Problem, accelerate
+from benchmarks.machine import in_fresh_process
+from benchmarks.tables import head, line, number, origin
 
 SIZES = (100_000, 1_000_000, 10_000_000, RESNET50)
 STEADY = 6
@@ -78,24 +77,19 @@ def processor_seconds() -> float:
 def row_of(case: Case, threads: int) -> list[str]:
     """One line of the table."""
     with tempfile.TemporaryDirectory() as cache:
-        plain = in_fresh_process(run, threads, case, cache)
-        first, later = (in_fresh_process(run, threads, replace(case, fused=True), cache) for _ in range(2))
+        plain, first, later = (
+            in_fresh_process(run, replace(case, fused=fused), cache, threads=threads) for fused in (False, True, True)
+        )
     steady = min(first.period, later.period)
     earned = [earned_after(plain, replace(compiled, period=steady)) for compiled in (first, later)]
     return [
-        f"{case.parameters:,}", str(case.depth), case.coupling, f"{plain.period * 1e3:.3g}", f"{steady * 1e3:.3g}",
-        *(f"{compiled.start - plain.start:.3g}" for compiled in (first, later)),
-        *("never" if number == float("inf") else f"{number * STEPS_PER_PERIOD:,.0f}" for number in earned),
+        f"{case.parameters:,}", str(case.depth), case.coupling, number(plain.period, 1e3), number(steady, 1e3),
+        *(number(compiled.start - plain.start) for compiled in (first, later)),
+        *("never" if periods == float("inf") else f"{periods * STEPS_PER_PERIOD:,.0f}" for periods in earned),
     ]  # fmt: skip
 
 
-HEADER = [
-    "parameters", "depth", "coupling", "period, ms", "compiled, ms", "compilation, s", "from torch's cache, s",
-    "earned after, steps", "from the cache",
-]  # fmt: skip
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.break_even", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), default=SIZES)
@@ -103,18 +97,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--couplings", nargs="+", choices=("params", "full"), default=("params", "full"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    cases = [Case(*case[:2], coupling=case[2]) for case in product(options.sizes, options.depths, options.couplings)]
-    rows = []
-    for case in cases:
-        print(f"# {case}", file=sys.stderr, flush=True)
-        rows.append(row_of(case, options.threads))
-    title = (
-        "Two stores and one acceleration, and the optimizer steps after which compiled kernels have earned their start"
-    )
-    print(show((title, HEADER, rows), markdown=True))
-    print(" · ".join(f"{name} {value}" for name, value in machine.facts("cpu").items()))
-    return 0
+    print(head([
+        "parameters", "depth", "coupling", "period, ms", "compiled, ms", "compilation, s", "from torch's cache, s",
+        "earned after, steps", "from the cache",
+    ]))  # fmt: skip
+    for size, depth, coupling in product(options.sizes, options.depths, options.couplings):
+        print(line(row_of(Case(size, depth, coupling=coupling), options.threads)), flush=True)
+    print(f"\n{origin('python -m benchmarks.break_even')}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 import aadl
+from benchmarks.tables import head, line
+from experiments.pinn.burgers import cole_hopf
 
 os.environ.setdefault("DDE_BACKEND", "pytorch")  # read when deepxde is imported
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -45,19 +47,6 @@ def observed_squares(optimizer_of: Callable[[], Any]) -> Callable[[Tensor, Tenso
         return residuals.square().sum()
 
     return loss
-
-
-def exact(grid: np.ndarray) -> np.ndarray:
-    """Solution of u_t + u u_x = nu u_xx, u(x, 0) = -sin(pi x), u(-1, t) = u(1, t) = 0, at rows (x, t).
-
-    Source: Basdevant et al., Computers & Fluids 14 (1986), by Gauss-Hermite quadrature of the Cole-Hopf transform.
-    """
-    nodes, weights = np.polynomial.hermite.hermgauss(160)
-    x, t = grid[:, :1], np.maximum(grid[:, 1:], 1e-12)
-    shifted = x - nodes * np.sqrt(4 * NU * t)
-    exponent = -np.cos(np.pi * shifted) / (2 * np.pi * NU)
-    kernel = weights * np.exp(exponent - exponent.max(1, keepdims=True))
-    return -(kernel * np.sin(np.pi * shifted)).sum(1) / kernel.sum(1)
 
 
 def train(dde: Any, settings: dict[str, Any] | None, seed: int, iterations: int) -> dict[str, float]:
@@ -85,7 +74,7 @@ def train(dde: Any, settings: dict[str, Any] | None, seed: int, iterations: int)
     final = float(np.sum(model.losshistory.loss_train[-1]))
     fresh = model.predict(domain.random_points(20_000), operator=equation)
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)), -1).reshape(-1, 2)
-    truth, guess = exact(grid), model.predict(grid)[:, 0]
+    truth, guess = cole_hopf(torch.from_numpy(grid), NU)[0].numpy(), model.predict(grid)
     error = float(np.linalg.norm(guess - truth) / np.linalg.norm(truth))
     return {"loss": final, "fresh": float(np.mean(fresh**2)), "error": error, "seconds": seconds}
 
@@ -102,19 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     first, _, last = options.seeds.partition("-")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    print("| seed | variant | final loss | equation on fresh points | relative L2 | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(head(["seed", "variant", "final loss", "equation on fresh points", "relative L2", "seconds"]))
     for seed in range(int(first), int(last or first) + 1):
         for name, settings in VARIANTS.items():
             run = train(dde, settings, seed, options.iterations)
             runs[name].append(run)
-            cells = [f"{run[key]:.3g}" for key in ("loss", "fresh", "error", "seconds")]
-            print(f"| {seed} | {name} | {' | '.join(cells)} |", flush=True)
-    print("\n| against plain, median | loss | fresh | relative L2 | seconds |\n| --- | --- | --- | --- | --- |")
+            print(line([str(seed), name, *(f"{value:.3g}" for value in run.values())]), flush=True)
+    print("\n" + head(["against plain, median", "loss", "fresh", "relative L2", "seconds"]))
     for name in list(VARIANTS)[1:]:
         pairs = list(zip(runs[name], runs["plain"], strict=True))
-        cells = [f"{median(run[key] / plain[key] for run, plain in pairs):.3g}" for key in runs[name][0]]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(line([name, *(f"{median(run[key] / plain[key] for run, plain in pairs):.3g}" for key in pairs[0][0])]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ seeds. Problem: n = 100, eigenvalues log-spaced in [1/kappa, 1], random orthogon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 import aadl
 from aadl.history import History
+from benchmarks.tables import markdown
 
 SEEDS = range(3)
 MANY = 20_000
@@ -92,13 +93,6 @@ def without_backward_check() -> Iterator[None]:
         yield
 
 
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """One Markdown table."""
-    print(f"\n{title}\n")
-    for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(row) + " |", flush=True)
-
-
 def over_seeds(measure: Callable[[int], float]) -> str:
     """Median over the seeds as text."""
     value = median(measure(seed) for seed in SEEDS)
@@ -123,7 +117,7 @@ def gradient_descent_table() -> None:
             ]
             rows.append([f"{kappa:.0e}", name, *counts, over_seeds(lambda s, k=kappa: iterations(k, s, sgd, None))])  # type: ignore[misc]
     header = ["kappa", "safeguard", *(f"every {q}" for q in periods), "plain"]
-    show("Gradient descent, depth 5, steps to 1e-6 of the first residual", header, rows)
+    print(f"\nGradient descent, depth 5, steps to 1e-6 of the first residual\n\n{markdown(header, rows)}")
 
 
 def heavy_ball_table() -> None:
@@ -143,7 +137,7 @@ def heavy_ball_table() -> None:
             guarded = settings | {"safeguard": "residual", "frequency": 2 * nth}
             rows.append([coupling, str(nth), *counts, over_seeds(lambda s, a=guarded: iterations(1e3, s, sgd, a))])  # type: ignore[misc]
     header = ["state_coupling", "store_each_nth", *(f"every {q}" for q in periods), "every 2, safeguard"]
-    show(f"Heavy ball 0.9, kappa 1e3, depth 5, no safeguard (plain: {plain} steps)", header, rows)
+    print(f"\nHeavy ball 0.9, kappa 1e3, depth 5, no safeguard (plain: {plain} steps)\n\n{markdown(header, rows)}")
 
 
 def noise_table() -> None:
@@ -162,7 +156,7 @@ def noise_table() -> None:
                 values = [f"{median(column):.1e}" for column in zip(*runs, strict=True)]
                 rows.append([f"{sigma:g}", text, name, *values])
     header = ["sigma", "SGD", "variant", "loss at 200", "loss at 600", "floor"]
-    show("Noisy gradients, kappa 1e3: loss on the way and at the end", header, rows)
+    print(f"\nNoisy gradients, kappa 1e3: loss on the way and at the end\n\n{markdown(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aadl
+from benchmarks.machine import in_fresh_process, storages
 from benchmarks.machine_model import Collective, Pattern, Workload
 from benchmarks.shapes import Shape
 
@@ -147,21 +146,10 @@ class Descent:
             torch.mul(local(p), curvature, out=local(p.grad))
 
 
-def storages() -> dict[int, int]:
-    """Bytes of the memory behind all plain CPU tensors that exist, by address."""
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
 def join_fake_group(ranks: int) -> None:
     """Make this process rank 0 of so many that do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", category=FutureWarning)  # renamed functions of torch.distributed
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -220,13 +208,6 @@ def recorded_step(descent: Descent, optimizer: torch.optim.Optimizer, recorder: 
     return recorder.take()
 
 
-def in_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call the function once per tuple, each in a new process of its own, all at the same time."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=len(arguments), mp_context=context) as pool:
-        return [future.result() for future in [pool.submit(function, *each) for each in arguments]]
-
-
 def cases_of(layouts: Sequence[str], world_sizes: Sequence[int], workloads: Sequence[Workload]) -> list[Case]:
     """Cases that fit into the memory of a workstation: whole 7e9 parameters do not, their FSDP2 shards do."""
     cases = []
@@ -243,7 +224,7 @@ def count_all(cases: Iterable[Case]) -> list[Count]:
     counts = []
     for case in cases:
         try:
-            counts += in_processes(count_case, [(case,)])
+            counts.append(in_fresh_process(count_case, case))
         except Exception as error:
             raise RuntimeError(f"layout {case.layout!r} cannot be counted ({case}): {error}") from error
         print(f"counted {case}", flush=True)

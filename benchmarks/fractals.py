@@ -1,8 +1,8 @@
 """The set of fractals: speed, and whether a network learns it: `python -m benchmarks.fractals` (`--quick`: seconds).
 
 Two ways to points of an attractor, images per second of processor time, how far classes are apart, and the accuracy of
-a small residual network against epochs. --docs writes docs/reports/fractals.md and its figures. It takes some
-three minutes on two cores.
+a small residual network against epochs. --docs puts the tables into docs/reports/fractals.md and draws its figures. It
+takes some three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.machine import facts
+from benchmarks.machine import ROOT
+from benchmarks.tables import markdown, origin, put_into_page
 from data_loaders.fractals.drawing import (
-    FILLED,
-    NUM_MAPS,
     USUAL,
     System,
     Variation,
@@ -45,7 +43,6 @@ from data_loaders.fractals.drawing import (
 )
 from data_loaders.fractals.sets import VALIDATION, Settings, encode
 
-ROOT = Path(__file__).resolve().parent.parent
 SPEED_SIZES = (32, 64, 224)
 
 
@@ -259,77 +256,31 @@ def learn_all() -> Curves:
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-def markdown(
-    speeds: Sequence[Speed], nearest: tuple[int, float], curves: Curves, task: Task, about: dict[str, Any]
-) -> str:
-    """The page; `nearest` is the number of classes and the answer of `own_class_is_nearest`."""
+def speed_table(speeds: Sequence[Speed]) -> str:
+    """Milliseconds and images a second, by size."""
+    header = ["pixels", "points", "expansion, ms", "chaos game, ms", "images/s, drawn", "images/s, with JPEG"]
     rows = [
-        f"| {s.size} | {s.points:,} | {s.expansion:.2f} | {s.chaos_game:.2f} | {1e3 / s.drawing:,.0f} "
-        f"| {1e3 / s.encoding:,.0f} | {s.stored_bytes / 1e3:.1f} |"
+        [
+            f"{s.size}", f"{s.points:,}", f"{s.expansion:.2f}", f"{s.chaos_game:.2f}",
+            f"{1e3 / s.drawing:,.0f}", f"{1e3 / s.encoding:,.0f}", f"{s.stored_bytes / 1e3:.1f}",
+        ]
         for s in speeds
-    ]
-    learned = [_curve_row(name, runs) for name, runs in curves.items()]
+    ]  # fmt: skip
+    return markdown([*header, "kB an image"], rows)
+
+
+def learning_table(curves: Curves) -> str:
+    """Accuracies after some epochs: the mean, and the range where there are several seeds."""
     epochs = [epoch for epoch in (1, 2, 5, 10) if epoch <= len(next(iter(curves.values()))[0])]
-    return f"""# Fractals
-
-Fractals stand in for photographs on machines without ImageNet: a core draws hundreds of labeled images a second, and a
-small residual network needs all of some ten epochs to tell the classes apart.
-
-Written by `python -m benchmarks.fractals --docs`: {about["processor"]}, one thread, torch {about["torch"]}, Python
-{about["python"]}, commit {about["commit"]}, {about["date"][:10]}.
-
-`python -m data_loaders.fractals DST --classes 10 --images 100 --validation 20 --size 64` makes a labeled set of images
-for machines without ImageNet, as folders of JPEG files or (`--packed`) as shards; `--variation 0.5` makes the images of
-a class more alike, which a network learns sooner. A class is one random iterated
-function system of {NUM_MAPS[0]} to {NUM_MAPS[1]} contracting maps, after FractalDB (H. Kataoka et al., ACCV 2020); an
-image depends on seed, class and instance alone.
-
-![ten classes, twelve instances of each](../figures/fractals.png)
-
-Each row is a class. A system is taken when its attractor meets {FILLED[0]:.0%} to {FILLED[1]:.0%} of the cells of its
-circumscribed square, no map has most of the probability, and the copies w_i(A) neither shrink to dust nor cover each
-other. Systems are independent, so any class can be drawn without the others. Of {nearest[0]:,} instances with
-perturbed maps (no rotation, reflection, scale, place or color), {nearest[1]:.1%} are nearest to the picture of their
-own class among {nearest[0]:,}.
-
-## Speed
-
-| pixels | points | expansion, ms | chaos game, ms | images/s, drawn | images/s, with JPEG | kB an image |
-| --- | --- | --- | --- | --- | --- | --- |
-{chr(10).join(rows)}
-
-Processor time of one core, medians of five. Both ways give the same density. The chaos game walks with 1,024 points at
-once, each step a random map; the expansion doubles a set of points, each map taking its exact share: no random
-numbers, coefficients that are constant over long runs, and no point wasted on chance. It is the one that is used.
-
-## A network learns it
-
-![accuracy against epochs](../figures/fractals_learning.png)
-
-A residual network of eight layers, {task.classes} classes, {task.images} training and {task.validation} validation
-images a class, {task.size} pixels, chance {1 / task.classes:.0%}. Accuracy on the validation images; where there are
-several seeds, of which each has other classes, the mean [least .. most].
-
-| variation | {" | ".join(f"epoch {epoch}" for epoch in epochs)} | seeds |
-|{" --- |" * (len(epochs) + 2)}
-{chr(10).join(learned)}
-
-How the variation was chosen: a set is useful for comparing optimizers when a small network needs all of some ten
-epochs and comes neither to 100 % nor to a stop before. Weaker variation is learned too soon; rotation to all sides
-slows the start. Where a figure may be brighter or darker than its background, in every channel by itself, and may be
-as bright, the network must first find that color means nothing. So figures are brighter, by
-{USUAL.contrast[0]:.0%} to {USUAL.contrast[1]:.0%} of the range in every channel. With shuffled labels the
-network stays at chance: nothing but the class tells the images apart.
-"""
-
-
-def _curve_row(name: str, runs: list[list[float]]) -> str:
-    cells = []
-    for epoch in (epoch for epoch in (1, 2, 5, 10) if epoch <= len(runs[0])):
-        values = [run[epoch - 1] for run in runs]
-        spread = f" [{min(values):.0%} .. {max(values):.0%}]" if len(values) > 1 else ""
-        cells.append(f"{mean(values):.0%}{spread}")
-    return f"| {VARIANTS[name][1]} | {' | '.join(cells)} | {len(runs)} |"
+    rows = []
+    for name, runs in curves.items():
+        cells = []
+        for epoch in epochs:
+            values = [run[epoch - 1] for run in runs]
+            spread = f" [{min(values):.0%} .. {max(values):.0%}]" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.0%}{spread}")
+        rows.append([VARIANTS[name][1], *cells, str(len(runs))])
+    return markdown(["variation", *(f"epoch {epoch}" for epoch in epochs), "seeds"], rows)
 
 
 def draw_figures(curves: Curves, folder: Path) -> None:
@@ -372,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints, and with --docs writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fractals", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few images, a small task")
-    parser.add_argument("--docs", action="store_true", help="write docs/reports/fractals.md and its figures")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/reports/fractals.md")
     options = parser.parse_args(arguments)
     if options.quick and options.docs:
         parser.error("--docs writes about all cases")
@@ -380,12 +331,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     speeds = [speed(size, 8 if options.quick else 100) for size in SPEED_SIZES]
     nearest = 50 if options.quick else 1000
     share = own_class_is_nearest(nearest)
-    task = Task(4, 20, 10, epochs=2) if options.quick else Task()
-    curves = {"usual": [learn(task, 0)]} if options.quick else learn_all()
-    text = markdown(speeds, (nearest, share), curves, task, facts("cpu"))
-    print(text)
+    curves = {"usual": [learn(Task(4, 20, 10, epochs=2), 0)]} if options.quick else learn_all()
+    blocks = {
+        "origin": origin("python -m benchmarks.fractals --docs"),
+        "classes": f"Of {nearest:,} instances with perturbed maps (no rotation, reflection, scale, place or color), "
+        f"{share:.1%} are nearest to the picture of their own class among {nearest:,}.",
+        "speed": speed_table(speeds),
+        "learning": learning_table(curves),
+    }
+    print("\n\n".join(blocks.values()))
     if options.docs:
-        (ROOT / "docs" / "reports" / "fractals.md").write_text(text)
+        put_into_page("fractals", blocks)
         draw_figures(curves, ROOT / "docs" / "figures")
 
 

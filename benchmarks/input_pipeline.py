@@ -3,32 +3,32 @@
 Makes JPEG files like those of ImageNet (500 x 375 pixels, 1/f spectrum, quality 92, about 100 KB), packs them as they
 are and with a short side of 256 pixels, and measures TrainLoader (crop of 224 pixels, mirrored, uint8 batches of 32) on
 each form, against reading alone and against the floor: Pillow decoding, cropping and resizing of bytes in memory.
-Everything is measured in turn, a batch each; ratios are those of the same batch, images and crops. --docs writes
-docs/reports/input_pipeline.md.
+Everything is measured in turn, a batch each; ratios are those of the same batch, images and crops. --docs puts
+the tables into docs/reports/input_pipeline.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from benchmarks.machine import ROOT, facts
+from benchmarks.machine import in_fresh_process
+from benchmarks.tables import REPORTS, markdown, origin, put_into_page, with_quartiles
 from data_loaders.imagenet.decode import NUM_UNIFORM, Decoding, check_decoder, random_crop
 from data_loaders.imagenet.folder import FolderImages, Images
 from data_loaders.imagenet.loaders import TrainLoader
@@ -40,7 +40,6 @@ from data_loaders.workers import num_cores
 WIDTH, HEIGHT, QUALITY, CONTRAST = 500, 375, 92, 27.0
 SIZE, RESIZE, BATCH = 224, 256, 32
 PROCESSES = 8
-TARGET = 0.95  # of the floor, from packed shards
 FORMS = {"folder": "one file an image", "packed": "packed", "resized": f"packed, short side {RESIZE}"}
 DECODERS = ("torchvision",)
 
@@ -196,7 +195,7 @@ def measure(cases: dict[str, Case], rounds: int, num_images: int) -> dict[str, T
 
 
 def measure_in(folder: Path, rounds: int, num_images: int) -> dict[str, Times]:
-    """The same in a process of its own."""
+    """The same, of the forms in a folder."""
     return measure(cases_of(open_forms(folder)), rounds, num_images)
 
 
@@ -204,15 +203,15 @@ def measure_in_processes(folder: Path, rounds: int, num_images: int) -> dict[str
     """All rounds, divided among processes that follow each other: where memory lies differs from process to process,
     and by that shares of the floor differ by several percent."""
     number = min(PROCESSES, rounds)
-    context = multiprocessing.get_context("spawn")
     merged: dict[str, Times] = {}
     for part in range(number):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            share = rounds // number + (part < rounds % number)
-            for name, times in pool.submit(measure_in, folder, share, num_images).result().items():
-                whole = merged.setdefault(name, Times([], []))
-                whole.cpu.extend(times.cpu)
-                whole.wall.extend(times.wall)
+        share = rounds // number + (part < rounds % number)
+        for name, times in in_fresh_process(
+            measure_in, folder, share, num_images, threads=torch.get_num_threads()
+        ).items():
+            whole = merged.setdefault(name, Times([], []))
+            whole.cpu.extend(times.cpu)
+            whole.wall.extend(times.wall)
     return merged
 
 
@@ -262,7 +261,6 @@ def with_workers(images: Images, num_workers: int, passes: int) -> tuple[float, 
 class Report:
     """Everything measured."""
 
-    machine: dict[str, object]
     num_images: int
     rounds: int
     kilobytes: dict[str, float]
@@ -278,18 +276,6 @@ def ratios(report: Report, form: str, name: str = "load") -> list[float]:
     return [floor / case for floor, case in zip(below, report.times[f"{name} {form}"].cpu, strict=True)]
 
 
-def spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
-    """Median [lower quartile .. upper quartile]."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    texts = [f"{scale * each:,.{digits}f}" for each in (median(values), low, high)]
-    return f"{texts[0]} [{texts[1]} .. {texts[2]}]"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-
-
 def loading_table(report: Report) -> str:
     """Rates of loaders and floors."""
     rows = []
@@ -303,87 +289,52 @@ def loading_table(report: Report) -> str:
             if case not in report.times:
                 continue
             times = report.times[case]
-            share = "1" if case == below else spread(ratios(report, form, case.partition(" ")[0]), 3)
-            rate = [1 / each for each in times.cpu]
-            wall = [1 / each for each in times.wall]
-            rows.append([name, f"{report.kilobytes[form]:.0f}", label, spread(rate, 0), f"{median(wall):,.0f}", share])
+            share = "1"
+            if case != below:
+                share = with_quartiles(ratios(report, form, case.partition(" ")[0]), "{:.3f}".format)
+            rate = with_quartiles([1 / each for each in times.cpu], "{:,.0f}".format)
+            wall = f"{1 / median(times.wall):,.0f}"
+            rows.append([name, f"{report.kilobytes[form]:.0f}", label, rate, wall, share])
     header = ["form", "KB", "what", "images/s and core (processor)", "by the clock", "of the floor"]
-    return table(header, rows)
+    return markdown(header, rows)
+
+
+def microseconds(seconds: Sequence[float], digits: int = 1) -> str:
+    """Median and quartiles."""
+    return with_quartiles(seconds, lambda each: f"{1e6 * each:,.{digits}f}")
 
 
 def reading_table(report: Report) -> str:
     """Microseconds of reading alone."""
-    rows = [["one file an image", "open, read, close", spread(report.times["files"].cpu, 1, 1e6), "-"]]
+    rows = [["one file an image", "open, read, close", microseconds(report.times["files"].cpu), "-"]]
     for form, name in FORMS.items():
         what = "FolderImages.read" if form == "folder" else "PackedImages.read: one pread and CRC-32"
-        cold = spread(report.cold[form], 0, 1e6) if form in report.cold else "-"
-        rows.append([name, what, spread(report.times[f"read {form}"].cpu, 1, 1e6), cold])
-    return table(["form", "how", "µs of the processor, cached", "µs by the clock, not cached"], rows)
+        cold = microseconds(report.cold[form], 0) if form in report.cold else "-"
+        rows.append([name, what, microseconds(report.times[f"read {form}"].cpu), cold])
+    return markdown(["form", "how", "µs of the processor, cached", "µs by the clock, not cached"], rows)
 
 
-def findings(report: Report) -> list[str]:
-    """The target and what was measured, as sentences."""
-    lines = []
-    for form in ("packed", "resized"):
-        share = median(ratios(report, form))
-        verdict = "reaches" if share >= TARGET else "misses"
-        lines.append(
-            f"- From shards ({FORMS[form]}) TrainLoader runs at {100 * share:.1f} % of the decode-bound rate: "
-            f"{verdict} the target of {100 * TARGET:.0f} %."
-        )
-    faster = median(report.times["load packed"].cpu) / median(report.times["load resized"].cpu)
-    lines.append(f"- Packing with a short side of {RESIZE} pixels makes loading {faster:.2f} times as fast.")
-    files, packed = (median(report.times[f"read {form}"].cpu) for form in ("folder", "packed"))
-    lines.append(
-        f"- On a local disk packing does not make reading cheaper ({1e6 * packed:.0f} µs, checksum included, against "
-        f"{1e6 * files:.0f} µs): it is for parallel file systems, which open few large files well and many small ones "
-        "badly, and for staging."
-        if packed >= files
-        else f"- Reading takes {1e6 * packed:.0f} µs packed and {1e6 * files:.0f} µs from files."
-    )
-    for number, (rate, seconds) in report.workers.items():
-        lines.append(
-            f"- {number} worker{'s' if number > 1 else ''} on this machine: {rate:,.0f} images/s by the clock from "
-            f"packed shards; receiving them costs the training process {1e6 * seconds:.0f} µs an image."
-        )
-    return lines
+def workers_table(report: Report) -> str:
+    """Rates with worker processes, and what receiving costs."""
+    rows = [[str(n), f"{rate:,.0f}", f"{1e6 * seconds:.0f}"] for n, (rate, seconds) in report.workers.items()]
+    return markdown(["workers", "images/s by the clock, packed", "µs an image to receive"], rows)
 
 
-def page(report: Report) -> str:
-    """docs/reports/input_pipeline.md."""
-    machine = ", ".join(f"{name} {each}" for name, each in report.machine.items())
+def blocks_of(report: Report) -> dict[str, str]:
+    """What docs/reports/input_pipeline.md has between its marks."""
     absent = [name for name in DECODERS if f"{name} packed" not in report.times]
     missing = f" Not run here, because it does not import: {' and '.join(absent)}." if absent else ""
-    return f"""# Input pipeline
-
-{chr(10).join(findings(report))}
-
-Written by `python -m benchmarks.input_pipeline --docs`: {machine}. Load of the machine over the last five minutes:
-{report.load:.1f} processes, one of them this one; where there are more than cores, others disturbed the numbers.
-
-{report.num_images} JPEG files of {WIDTH} x {HEIGHT} pixels with a 1/f spectrum, quality {QUALITY}, in the layout of
-ImageNet; training crops of {SIZE} pixels (8 % to 100 % of the area, aspect 3/4 to 4/3), mirrored in half of the cases,
-bilinear with antialiasing, uint8 batches of {BATCH} in channels-last memory. Median [quartiles] of {report.rounds}
-rounds, divided among {min(PROCESSES, report.rounds)} processes, for shares depend on where a process has its memory; a
-round measures everything on the same batch, beginning with another case each time, and shares are those of the same
-round. One process at a time, so images a second of processor time are those of one core. The floor is what no loader
-that decodes with Pillow avoids: decoding, cropping, resizing and mirroring bytes that are in memory, and getting at the
-pixels of all images of a batch, without reading, checksums, random numbers, joining to a batch, and labels.
-
-**Loading**
-
-{loading_table(report)}
-
-**Reading alone**, in random order
-
-{reading_table(report)}
-
-Not cached means that the system was asked to drop the files before every round; a virtual disk may cache all the same.
-
-Batches stay uint8 until they are on the device: float32 would be four times as many bytes. Another decoder is chosen by
-name in the configuration; an image that it refuses is read by Pillow and counted. Its pixels differ from Pillow's by a
-few gray levels, so a run keeps to one of them.{missing}
-"""
+    measured = (
+        f"{report.num_images} files, {report.rounds} rounds divided among {min(PROCESSES, report.rounds)} processes. "
+        f"Load of the machine over the last five minutes: {report.load:.1f} processes, one of them this one; where "
+        f"there are more than cores, others disturbed the numbers.{missing}"
+    )
+    return {
+        "origin": f"{origin('python -m benchmarks.input_pipeline --docs')}\n{measured}",
+        "loading": loading_table(report),
+        "reading": reading_table(report),
+        "workers": workers_table(report),
+    }
 
 
 def run(num_images: int, rounds: int, folder: Path | None, workers: Sequence[int]) -> Report:
@@ -396,7 +347,7 @@ def run(num_images: int, rounds: int, folder: Path | None, workers: Sequence[int
         load = os.getloadavg()[1]
         cold = {form: cold_seconds(forms[form], min(rounds, 15)) for form in ("folder", "packed", "resized")}
         parallel = {number: with_workers(forms["packed"], number, 3) for number in workers}
-    return Report(facts("cpu"), num_images, rounds, kilobytes, times, cold, parallel, load)
+    return Report(num_images, rounds, kilobytes, times, cold, parallel, load)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -408,7 +359,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="default: 256")
     parser.add_argument("--rounds", type=int, help="default: 160, a batch each")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the data are made (default: the system's)")
-    parser.add_argument("--docs", action="store_true", help="write docs/reports/input_pipeline.md")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/reports/input_pipeline.md")
     options = parser.parse_args(arguments)
     options.images = options.images or (8 if options.quick else 256)
     options.rounds = options.rounds or (2 if options.quick else 160)
@@ -422,16 +373,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None, docs: Path = ROOT / "docs") -> int:
-    """Measure, print, write."""
+def main(arguments: Sequence[str] | None = None, reports: Path = REPORTS) -> None:
+    """Measure, print, and with --docs write."""
     options = parse(arguments)
-    text = page(run(options.images, options.rounds, options.folder, options.workers))
+    blocks = blocks_of(run(options.images, options.rounds, options.folder, options.workers))
+    print("\n\n".join(blocks.values()))
     if options.docs:
-        (docs / "reports").mkdir(parents=True, exist_ok=True)
-        (docs / "reports" / "input_pipeline.md").write_text(text)
-    print(text)
-    return 0
+        put_into_page("input_pipeline", blocks, reports)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

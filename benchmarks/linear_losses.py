@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from itertools import accumulate, product, starmap
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import aadl
+from benchmarks.tables import head, line, markdown
 
 FEATURES, ROWS, BATCH, LAST = 8, 40, 10, 50
 FLOOR = 1e-6
@@ -71,26 +73,14 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 """Value and slope for each row, of prediction - target (of prediction x label for the hinge)."""
 
 
-class SignSGD(torch.optim.Optimizer):
-    """x <- x - lr sign(gradient)."""
+class SignDescent(torch.optim.Optimizer):
+    """x <- x - lr sign(0.9 m + 0.1 gradient), m <- 0.99 m + 0.01 gradient: Lion (Chen et al., arXiv 2302.06675).
 
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
+    Without momentum x <- x - lr sign(gradient).
+    """
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.sub_(group["lr"] * p.grad.sign())
-
-
-class Lion(torch.optim.Optimizer):
-    """x <- x - lr sign(0.9 m + 0.1 gradient), m <- 0.99 m + 0.01 gradient (Chen et al., arXiv 2302.06675)."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Any, lr: float, momentum: bool) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -98,16 +88,19 @@ class Lion(torch.optim.Optimizer):
             closure()
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                p.sub_(group["lr"] * torch.lerp(p.grad, momentum, 0.9).sign())
-                momentum.lerp_(p.grad, 0.01)
+                update = p.grad
+                if group["momentum"]:
+                    momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    update = torch.lerp(p.grad, momentum, 0.9)
+                    momentum.lerp_(p.grad, 0.01)
+                p.sub_(group["lr"] * update.sign())
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
     "nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
-    "signsgd": lambda p: SignSGD(p, lr=3e-3),
-    "lion": lambda p: Lion(p, lr=3e-3),
+    "signsgd": lambda p: SignDescent(p, lr=3e-3, momentum=False),
+    "lion": lambda p: SignDescent(p, lr=3e-3, momentum=True),
 }
 
 
@@ -118,14 +111,6 @@ class Case(NamedTuple):
     optimizer: str
     dtype: torch.dtype
     batch: int
-
-
-def cases() -> Iterator[Case]:
-    for loss in LOSSES:
-        for optimizer in OPTIMIZERS:
-            for dtype in (torch.float32, torch.float64):
-                for batch in (ROWS, BATCH):
-                    yield Case(loss, optimizer, dtype, batch)
 
 
 def train(case: Case, seed: int, steps: int, settings: dict[str, Any] | None) -> tuple[list[float], dict[str, Any]]:
@@ -172,11 +157,8 @@ def ratios(plain: list[float], accelerated: list[float]) -> tuple[float, float]:
     floor = FLOOR * plain[0]
     plain, accelerated = ([max(value, floor) for value in losses] for losses in (plain, accelerated))
     end = statistics.mean(accelerated[-LAST:]) / statistics.mean(plain[-LAST:])
-    ahead, largest = [], 0.0
-    for value in reversed(plain):
-        largest = max(largest, value)
-        ahead.append(largest)
-    return end, max(a / b for a, b in zip(accelerated, reversed(ahead), strict=True))
+    ahead = reversed([*accumulate(reversed(plain), max)])
+    return end, max(a / b for a, b in zip(accelerated, ahead, strict=True))
 
 
 def main() -> None:
@@ -188,10 +170,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     worst: dict[str, list[float]] = {}
-    print("| loss | optimizer | dtype | batch | end | largest | way | accepted | reverted |\n|" + " --- |" * 9)
-    for case in cases():
-        name = f"{case.loss} | {case.optimizer} | {str(case.dtype)[6:]} | {case.batch}"
-        if not name.startswith(arguments.only):
+    print(head(["loss", "optimizer", "dtype", "batch", "end", "largest", "way", "accepted", "reverted"]))
+    for case in starmap(Case, product(LOSSES, OPTIMIZERS, (torch.float32, torch.float64), (ROWS, BATCH))):
+        name = line([case.loss, case.optimizer, str(case.dtype)[6:], str(case.batch)])
+        if not name[2:].startswith(arguments.only):
             continue
         ends, ways, accepted, reverted = [], [], 0, 0
         for seed in range(arguments.seeds):
@@ -203,14 +185,11 @@ def main() -> None:
             accepted += counts["accepted"]
             reverted += counts["reverted"]
         numbers = [statistics.median(ends), max(ends), max(ways)]
-        print(
-            f"| {name} | " + "".join(f"{number:.3f} | " for number in numbers) + f"{accepted} | {reverted} |",
-            flush=True,
-        )
+        print(name, *(f"{number:.3f} |" for number in numbers), accepted, "|", reverted, "|", flush=True)
         worst[case.loss] = list(map(max, worst.get(case.loss, numbers), numbers))
-    print("\nThe worst of each loss\n\n| loss | median end | end | way |\n|" + " --- |" * 4)
-    for loss, numbers in worst.items():
-        print(f"| {loss} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    print("\nThe worst of each loss\n")
+    rows = [[loss, *(f"{number:.2f}" for number in numbers)] for loss, numbers in worst.items()]
+    print(markdown(["loss", "median end", "end", "way"], rows))
 
 
 if __name__ == "__main__":

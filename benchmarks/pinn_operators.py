@@ -2,30 +2,26 @@
 
 The residual u_t + u sum_i u_{x_i} - sum_i u_{x_i x_i} - f of a network d-50-50-50-1, tanh, at 4,000 points, its mean
 square and the gradient of that (one thread). Each row has its own process.
---docs writes docs/reports/pinn_operators.md. It takes some four minutes and up to 4 GB of memory.
+--docs puts the tables into docs/reports/pinn_operators.md. It takes some four minutes and up to 4 GB of memory.
 """
 
-# Measured processes start here too: what only the report needs is imported where it is used.
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
+from benchmarks.machine import in_fresh_process, peak_bytes, resident_bytes
+from benchmarks.tables import Table, origin, put_into_page
+from experiments.models.mlp import MLP, Derivatives
 
-ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = (50, 50, 50)
 HIDDEN_2D = (20,) * 8
 POINTS, POINTS_2D = 4000, 4096
@@ -181,13 +177,8 @@ def loss_and_backward(case: Case, model: MLP, points: Tensor, source: Tensor) ->
     """What is timed."""
     model.zero_grad()
     if case.way in ("compressed", "compiled"):
-        accumulate_gradient(
-            model,
-            points,
-            lambda u, rows: burgers(u, source[rows]).square().sum(),
-            gradient_square=False,
-            compiles=case.way == "compiled",
-        )
+        for rows, u in model.chunked_derivatives(points, gradient_square=False, compiles=case.way == "compiled"):
+            (burgers(u, source[rows]).square().sum() / len(points)).backward()
         return
     chunk = {"loop": len(points), "hessian": FUNC_CHUNK, "jvp": FUNC_CHUNK}.get(case.way) or chunk_of(case)
     for start in range(0, len(points), chunk):
@@ -204,7 +195,7 @@ def chunk_of(case: Case) -> int:
 
 def measure(case: Case) -> Row:
     """Time, then memory, then agreement."""
-    base = status_bytes("VmRSS")
+    base = resident_bytes() or 0
     problem = problem_of(case, case.points)
     loss_and_backward(case, *problem)
     times = []
@@ -213,7 +204,7 @@ def measure(case: Case) -> Row:
         loss_and_backward(case, *problem)
         times.append(time.process_time() - start)
     times = sorted(case.scale * each for each in times)
-    peak = status_bytes("VmHWM")
+    peak = peak_bytes() or 0
     del problem
     return Row(case, median(times), (times[0], times[-1]), peak, base, *errors(case))
 
@@ -233,61 +224,6 @@ def _residual_and_gradient(way: Residual, model: MLP, points: Tensor, source: Te
     gradients = torch.autograd.grad(residual.square().mean(), list(model.parameters()), allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, model.parameters(), strict=True)]
     return residual.detach(), torch.cat([each.flatten() for each in flat])
-
-
-def status_bytes(name: str) -> int:
-    """A size of /proc/self/status; the peak of this program alone, unlike ru_maxrss, which includes its parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status does not say {name}")
-
-
-def in_own_process(case: Case) -> Row:
-    """Measure in a fresh interpreter."""
-    print(f"# {case.way}, d = {case.columns:,}, {case.dtype}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "benchmarks.pinn_operators", "--case", json.dumps(asdict(case))]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if answer.returncode:
-        raise RuntimeError(f"{case} failed: {answer.stderr[-2000:]}")
-    values = json.loads(answer.stdout.splitlines()[-1])
-    return Row(Case(**values.pop("case")), **values)
-
-
-# ---- GPU -------------------------------------------------------------------------------------------------------------
-
-
-def gpu_milliseconds(columns: int, graph: bool, iterations: int = 100) -> float:
-    """An iteration on a GPU, loss and backward at all points, with or without a CUDA graph; directions included."""
-    torch.manual_seed(0)
-    model = MLP((columns, *HIDDEN, 1)).cuda()
-    points = 0.5 * torch.randn(POINTS, columns, device="cuda")
-    source, directions = points[:, :2].prod(1, keepdim=True), model.directions()
-
-    def iterate() -> None:
-        model.zero_grad(set_to_none=False)
-        u = model.derivatives(points, directions, gradient_square=False)
-        burgers(u, source).square().mean().backward()
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            iterate()
-    torch.cuda.current_stream().wait_stream(stream)
-    call: Callable[[], Any] = iterate
-    if graph:
-        recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
-            iterate()
-        call = recorded.replay
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(iterations):
-        directions.copy_(model.directions())
-        call()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start) / iterations
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
@@ -351,95 +287,22 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
-def findings(rows: Sequence[Row]) -> list[str]:
-    """The targets and what was measured, as sentences."""
-    by = {(row.case.way, row.case.columns, row.case.dtype): row for row in rows}
-    lines = []
-    loop = by.get(("loop", 100, "float32"))
-    for way, target in (("compressed", 5), ("compiled", 9)):
-        row = by.get((way, 100, "float32"))
-        if loop and row:
-            ratio, peak = loop.seconds / row.seconds, row.peak_bytes / 1e6
-            met = "reached" if ratio >= target else "missed"
-            memory = "reached" if peak <= 350 else "missed"
-            lines.append(
-                f"d = 100, float32, {WAYS[way][1]}: {ratio:.1f} times the loop (target {target}: {met}), "
-                f"peak {peak:.0f} MB (target 350: {memory})."
-            )
-        wide = [by.get((way, columns, "float32")) for columns in (100, 1000, 10_000)]
-        if all(wide):
-            times = ", ".join(f"{1e3 * each.seconds:.0f}" for each in wide if each)
-            lines.append(f"{WAYS[way][1]}, d = 100, 1,000, 10,000: {times} ms.")
-    for dtype in DTYPES:
-        double, forward = by.get(("loop", 2, dtype)), by.get(("compressed", 2, dtype))
-        if double and forward:
-            ratio = double.seconds / forward.seconds
-            met = "reached" if ratio >= 1 else "missed"
-            lines.append(f"2d, {dtype}: {ratio:.2f} times double autograd without compilation (target 1: {met}).")
-    return lines
-
-
-def markdown(rows: Sequence[Row], quick: bool = False) -> str:
-    """The page."""
-    from benchmarks import machine
-    from benchmarks.step_report import show
-
-    facts = machine.facts("cpu")
+def blocks_of(rows: Sequence[Row]) -> dict[str, str]:
+    """What docs/reports/pinn_operators.md has between its marks."""
     base = median(row.base_bytes for row in rows) / 1e6
-    gpu = "Not measured on a GPU."
-    if torch.cuda.is_available():
-        gpu = " ".join(
-            f"GPU ({torch.cuda.get_device_name()}), d = {columns:,}: {gpu_milliseconds(columns, False):.2f} ms an "
-            f"iteration, {gpu_milliseconds(columns, True):.2f} ms with a CUDA graph."
-            for columns in (100, 1000)
-        )
-    wide = show((f"Loss and backward, d-50-50-50-1, {POINTS:,} points", HEADER, table(rows, False)), True)
-    planar = show((f"Loss and backward, 2-20x8-1, {POINTS_2D:,} points", HEADER, table(rows, True)), True)
-    command = "python -m benchmarks.pinn_operators" + (" --quick" if quick else " --docs")
-    return f"""# Derivatives for PINNs
-
-A Laplacian costs as much in 10,000 dimensions as the products with the first layer do: only that layer sees the
-dimension. In numbers:
-
-{chr(10).join("- " + line for line in findings(rows))}
-
-Written by `{command}`: {facts["processor"]}, one thread, torch {facts["torch"]}, Python {facts["python"]}, commit
-{facts["commit"]}, {facts["date"][:10]}. {gpu}
-
-Every row runs in a process of its own: a tanh network, the residual u_t + u sum_i u_xi - sum_i u_xixi - f (nu in front
-of the Laplacian and no f in 2d), its mean square and the gradient of that. d counts all inputs, time included. Times
-are milliseconds of the processor, the median [least .. most] of 2 to 40 calls after a first one, which compiles where
-that is asked for; memory is the largest resident size of the process, with interpreter and torch ({base:.0f} MB) and,
-where asked for, the compiler. Errors are relative, in the 2-norm, against a loop of autograd.grad in float64 on the
-same weights, at up to 16 points.
-
-{wide}
-The loop at d = 1,000 keeps 999 graphs: it is measured at a tenth of the points and its time scaled linearly. At
-d = 10,000 it is left out: 9,999 calls of autograd.grad for every loss, whose graphs fill the memory. The torch.func
-ways take {FUNC_CHUNK} points at a time, the forward ones as many as fill 2 MB a layer. STDE is an estimate of the
-Laplacian; its errors are those of one draw. The points themselves take {4 * POINTS * 10_000 / 1e6:.0f} MB at
-d = 10,000.
-
-{planar}
-## Why
-
-A network depends on x through W_1 x alone. With Q an orthonormal basis (d x r, r at most the width of the first
-layer) of a space that contains the rows of W_1, sum_i u_xixi = sum_r d2u/dq_r2: any direction q orthogonal to Q has
-W_1 q = 0 and enters quadratically in W_1 q, so neither it nor its first derivative with respect to W_1 counts, and Q
-is a constant. The cost is then that of r directions, whatever d is; what still grows with d is the product of points
-and W_1. Second derivatives with respect to W_1 are not covered.
-
-Products in float32 go through oneDNN, which on processors that are not Intel's is about twice as fast as MKL for
-these shapes. Points come last in memory, the chunks fit the cache, and the adjoint is written by hand.
-"""
+    bare = f"Interpreter and torch take {base:.0f} MB of the peaks."
+    return {
+        "origin": f"{origin('python -m benchmarks.pinn_operators --docs')} {bare}",
+        "wide": Table(f"Loss and backward, d-50-50-50-1, {POINTS:,} points", HEADER, table(rows, False)).markdown(),
+        "planar": Table(f"Loss and backward, 2-20x8-1, {POINTS_2D:,} points", HEADER, table(rows, True)).markdown(),
+    }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pinn_operators", description=__doc__)
-    parser.add_argument("--docs", action="store_true", help="write docs/reports/pinn_operators.md")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/reports/pinn_operators.md")
     parser.add_argument("--quick", action="store_true", help="small cases: seconds")
-    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.docs and options.quick:
         parser.error("--docs writes about all cases")
@@ -450,14 +313,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and with --docs write."""
     options = parse(arguments)
     torch.set_num_threads(1)
-    if options.case:
-        print(json.dumps(asdict(measure(Case(**options.case)))))
-        return
-    rows = [in_own_process(case) for case in all_cases(options.quick)]
-    text = markdown(rows, options.quick)
-    print(text)
+    rows = []
+    for case in all_cases(options.quick):
+        print(f"# {case.way}, d = {case.columns:,}, {case.dtype}", file=sys.stderr, flush=True)
+        rows.append(in_fresh_process(measure, case))
+    blocks = blocks_of(rows)
+    print("\n\n".join(blocks.values()))
     if options.docs:
-        (ROOT / "docs" / "reports" / "pinn_operators.md").write_text(text)
+        put_into_page("pinn_operators", blocks)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -27,13 +26,21 @@ from torch import nn
 
 import aadl
 from aadl.residual_history import ResidualHistory
-from benchmarks.machine import BandwidthMeter, facts, time_call
+from benchmarks.machine import BandwidthMeter, time_call
+from benchmarks.small_training import mlp
+from benchmarks.tables import head, line, origin
 
 DEPTH = 20
 FRESH = 11
 """Columns stored between two accelerations at the default period of 10, the one of the evaluation included."""
 CASES = ((1_000, 1_000), (1_000, 1_000_000), (1_000_000, 1_000), (1_000_000, 1_000_000), (25_557_032, 100_000))
 ROUNDS = 5
+SETTINGS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "period 10": {"frequency": 10},
+    "period 2, momentum zeroed": {"frequency": 2, "momentum": "zero"},
+    "period 1, momentum zeroed": {"frequency": 1, "momentum": "zero"},
+}
 Problem = tuple[nn.Module, Callable[[nn.Module], torch.Tensor], float]
 
 
@@ -52,9 +59,9 @@ def passes(weights: int, residuals: int) -> dict[str, float]:
     for _ in range(ROUNDS):
         for _ in range(FRESH):
             parameters[0].data.mul_(0.999)
-            times["store"].append(time_call(lambda: _store(history, parameters, r), "cpu"))
-        times["products"].append(time_call(history.products, "cpu"))
-        times["candidate"].append(time_call(lambda: history.place(range(DEPTH), coefficients), "cpu"))
+            times["store"].append(time_call(lambda: _store(history, parameters, r)))
+        times["products"].append(time_call(history.products))
+        times["candidate"].append(time_call(lambda: history.place(range(DEPTH), coefficients)))
         history.put_back()
     return {name: median(values) for name, values in times.items()}
 
@@ -81,16 +88,13 @@ def floors(weights: int, residuals: int, meter: BandwidthMeter) -> dict[str, flo
 def admissions() -> Problem:
     """Network, residuals on 320 rows, learning rate."""
     torch.manual_seed(0)
-    layers = [m for i, o in ((7, 64), (64, 64), (64, 64)) for m in (nn.Linear(i, o), nn.ReLU())]
     inputs, target = torch.randn(320, 7), torch.rand(320, 1)
-    return nn.Sequential(*layers, nn.Linear(64, 1)), lambda model: model(inputs) - target, 1e-2
+    return mlp(7, 64, 64, 64, 1), lambda model: model(inputs) - target, 1e-2
 
 
 def burgers() -> Problem:
     """Network, residuals of u_t + u u_x - nu u_xx on 4096 points by automatic differentiation, learning rate."""
     torch.manual_seed(0)
-    sizes = [2] + [20] * 8
-    layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.Tanh())]
     points = torch.rand(4096, 2).requires_grad_()
 
     def residuals(model: nn.Module) -> torch.Tensor:
@@ -99,24 +103,16 @@ def burgers() -> Problem:
         second = torch.autograd.grad(first[:, 0].sum(), points, create_graph=True)[0]
         return first[:, 1:] + u * first[:, :1] - 0.01 / torch.pi * second[:, :1]
 
-    return nn.Sequential(*layers, nn.Linear(20, 1)), residuals, 1e-3
+    return mlp(2, *[20] * 8, 1, activation=nn.Tanh), residuals, 1e-3
 
 
-def training(
-    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], torch.Tensor], float]], steps: int
-) -> dict[str, float]:
+def training(make: Callable[[], Problem], steps: int) -> dict[str, float]:
     """Seconds of a step by setting, medians over rounds in which all settings take turns."""
-    runs = {
-        name: _stepper(*make(), settings)
-        for name, settings in {
-            "plain": None, "period 10": {"frequency": 10}, "period 2": {"frequency": 2, "momentum": "zero"},
-            "period 1": {"frequency": 1, "momentum": "zero"},
-        }.items()
-    }  # fmt: skip
+    runs = {name: _stepper(*make(), settings) for name, settings in SETTINGS.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS + 1):
         for name, step in runs.items():
-            times[name].append(time_call(lambda step=step: [step() for _ in range(steps)], "cpu") / steps)  # type: ignore[misc]
+            times[name].append(time_call(lambda step=step: [step() for _ in range(steps)]) / steps)  # type: ignore[misc]
     return {name: median(values[1:]) for name, values in times.items()}
 
 
@@ -145,28 +141,23 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small cases only")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    meter = BandwidthMeter("cpu")
-    about = facts("cpu")
-    print(f"torch {about['torch']}, commit {about['commit'][:9]}, one thread, depth {DEPTH}, {FRESH} fresh columns\n")
-    print("| weights | residuals | store ms | / floor | products ms | / floor | candidate ms | / floor |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    meter = BandwidthMeter()
+    print(f"{origin('python -m benchmarks.residual_step')} Depth {DEPTH}, {FRESH} fresh columns.\n")
+    print(head(["weights", "residuals", "store ms", "/ floor", "products ms", "/ floor", "candidate ms", "/ floor"]))
     for weights, residuals in CASES[: 1 if quick else None]:
         meter.sample()
         seconds = passes(weights, residuals)
         meter.sample()
         least = floors(weights, residuals, meter)
         cells = [f"{1e3 * seconds[name]:.3g} | {seconds[name] / least[name]:.2f}" for name in seconds]
-        print(f"| {weights:,} | {residuals:,} | {' | '.join(cells)} |", flush=True)
+        print(line([f"{weights:,}", f"{residuals:,}", *cells]), flush=True)
     speed = meter.median()
     print(f"\ncopy {speed.copy / 1e9:.3g} GB/s, read {speed.read / 1e9:.3g} GB/s (medians)\n")
-    print("| training step | plain ms | period 10 | period 2, momentum zeroed | period 1, momentum zeroed |")
-    print("| --- | --- | --- | --- | --- |")
+    print(head(["training step", "plain ms", *list(SETTINGS)[1:]]))
     for name, make, steps in (("admissions, 320 rows", admissions, 100), ("2d Burgers, 4096 points", burgers, 10)):
         times = training(make, max(10, steps // 10) if quick else steps)
         plain = times.pop("plain")
-        print(
-            f"| {name} | {1e3 * plain:.3g} | {' | '.join(f'{100 * (t / plain - 1):+.0f} %' for t in times.values())} |"
-        )
+        print(line([name, f"{1e3 * plain:.3g}", *(f"{100 * (t / plain - 1):+.0f} %" for t in times.values())]))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 One real rank of 1,536 and of 6,144 is run through torch's fake process group, and its collectives and memory are
 counted (`fake_ranks`); the fixed cost of the accelerator's events is measured on this host; `machine_model` predicts
-machines from both. --docs writes docs/reports/scaling.md. It takes some minutes on two cores and 8 GB of memory.
+machines from both. --docs puts the tables into docs/reports/scaling.md. It takes some minutes on two cores and 8 GB of
+memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 import aadl
-from benchmarks import scaling_docs
-from benchmarks.fake_ranks import Descent, accelerate, cases_of, count_all, in_processes
+from benchmarks.fake_ranks import Descent, accelerate, cases_of, count_all
+from benchmarks.machine import in_fresh_process, time_call
 from benchmarks.machine_model import LAYOUTS, WORKLOADS, Overhead
+from benchmarks.scaling_docs import Report, blocks_of
+from benchmarks.tables import put_into_page
 
 WORLD_SIZES = (1536, 6144)
 SMALL_ELEMENTS = 1000
@@ -36,7 +38,6 @@ def measure_overhead() -> Overhead:
     Raises:
         RuntimeError: no candidate was accepted, so that none was judged.
     """
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     (plain_descent, plain), (descent, optimizer) = make_optimizer(), make_optimizer()
     accelerate(optimizer, "replicated", history_depth=10, frequency=PERIOD)
@@ -65,23 +66,21 @@ def make_optimizer() -> tuple[Descent, torch.optim.Optimizer]:
 def step_seconds(descent: Descent, optimizer: torch.optim.Optimizer) -> float:
     """Seconds of one optimizer step; the gradient is there before."""
     descent.set_gradients()
-    start = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - start
+    return time_call(optimizer.step)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Counts, measures, predicts, prints, and with --docs writes the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--docs", action="store_true", help="write docs/reports/scaling.md")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/reports/scaling.md")
     options = parser.parse_args(arguments)
     workloads = list(WORKLOADS.values())
-    [overhead] = in_processes(measure_overhead, [()])
+    overhead = in_fresh_process(measure_overhead)
     counts = count_all(cases_of(LAYOUTS, WORLD_SIZES, workloads))
-    text = scaling_docs.markdown(scaling_docs.Report(counts, overhead, workloads))
-    print(text)
+    blocks = blocks_of(Report(counts, overhead, workloads))
+    print("\n\n".join(blocks.values()))
     if options.docs:
-        scaling_docs.write(text)
+        put_into_page("scaling", blocks)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
-"""docs/reports/scaling.md, from what `benchmarks.scaling` counted and measured."""
+"""The tables of docs/reports/scaling.md, from what `benchmarks.scaling` counted and measured."""
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.fake_ranks import Count
-from benchmarks.machine import facts
 from benchmarks.machine_model import (
     LAYOUTS,
     MACHINES,
-    WORKLOADS,
     Acceleration,
     Collective,
     Overhead,
     Setting,
     Workload,
     local_elements,
-    plain_seconds,
     predict,
     training_collectives,
 )
+from benchmarks.tables import markdown, number, origin
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "python -m benchmarks.scaling --docs"
 DEFAULTS = Setting("defaults: store every 10, accelerate every 20")
 OFTEN = Setting("store every step, accelerate every 2", store_each_nth=1, frequency=2)
 LEAN = Setting("lean: m = 5, bfloat16, parameters only", depth=5, element_bytes=2, blocks=1)
@@ -55,38 +49,29 @@ class Report:
         return Acceleration(setting, found[0].pattern, self.overhead)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
-
-
 def summary(collectives: Iterable[Collective]) -> str:
     """Collectives by kind and payload, or by kind alone where payloads are many."""
     groups = Counter(collectives)
     if len(groups) <= 2:
         return "; ".join(f"{n} {c.operation} of {size(c.payload)}" for c, n in groups.items()) or "none"
-    number: Counter[str] = Counter()
+    times: Counter[str] = Counter()
     payload: Counter[str] = Counter()
     for collective, count in groups.items():
-        number[collective.operation] += count
+        times[collective.operation] += count
         payload[collective.operation] += count * collective.payload
-    return "; ".join(f"{number[name]} {name} (together {size(payload[name])})" for name in number)
+    return "; ".join(f"{times[name]} {name} (together {size(payload[name])})" for name in times)
 
 
-def size(number: float) -> str:
+def size(amount: float) -> str:
     """Bytes in decimal units, three digits."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= factor:
-            return f"{three_digits(number / factor)} {unit}"
-    return f"{number:.0f} B"
-
-
-def three_digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+        if amount >= factor:
+            return f"{number(amount / factor)} {unit}"
+    return f"{amount:.0f} B"
 
 
 def milliseconds(seconds: float) -> str:
-    return three_digits(1e3 * seconds)
+    return number(seconds, 1e3)
 
 
 def counts_table(report: Report) -> str:
@@ -106,7 +91,7 @@ def counts_table(report: Report) -> str:
             ]
         )  # fmt: skip
     header = ["network", "layout", "ranks", "m", "plain step", "storing step", "accelerating step", "judging step"]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def memory_table(report: Report) -> str:
@@ -131,7 +116,7 @@ def memory_table(report: Report) -> str:
                     row = [workload.name, layout, f"{ranks:,}", "10", f"{workload.elements:,}", "-", size(formula), "-"]
                     rows.append(row)
     header = ["network", "layout", "ranks", "m", "parameters held", "history held", "formula", "held / formula"]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def machines_table() -> str:
@@ -149,7 +134,7 @@ def machines_table() -> str:
         "link in node GB/s", "injection GB/s a node",
     ]  # fmt: skip
     sources = "\n".join(f"- {m.name}: {'; '.join(m.sources)}." for m in MACHINES)
-    return f"{table(header, rows)}\n\n{sources}"
+    return f"{markdown(header, rows)}\n\n{sources}"
 
 
 def predictions_table(report: Report, workload: Workload) -> str:
@@ -170,7 +155,7 @@ def predictions_table(report: Report, workload: Workload) -> str:
         "machine", "ranks", "layout", "plain step ms", "AA ms: 10/20", "AA ms: 1/2", "AA ms: lean, 10/20",
         "memory: plain + AA", "fits",
     ]  # fmt: skip
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def conclusion(report: Report) -> str:
@@ -192,89 +177,16 @@ def conclusion(report: Report) -> str:
     )
 
 
-def markdown(report: Report) -> str:
-    """The whole page."""
-    fact, fixed = facts("cpu"), report.overhead
-    predictions = "\n\n".join(f"### {w.name}\n\n{predictions_table(report, w)}" for w in report.workloads)
-    summit, resnet = MACHINES[0], WORKLOADS["ResNet50"]
-    efficiency = resnet.compute_seconds(summit) / plain_seconds(summit, resnet, "replicated", 6144)
-    return wrapped(f"""# Anderson acceleration on thousands of devices
-
-{conclusion(report)}
-
-Written by `{COMMAND}`: torch {fact["torch"]}, commit {fact["commit"][:9]}{"+" * fact["commit"].endswith("+")}
-(+: with changes), {fact["date"][:10]}. **Times on the machines below are predicted by a model, not measured on these
-machines, and nothing here was measured on a GPU.** What was counted or measured says so. Formulas, figures and their
-sources are in `benchmarks/machine_model.py`.
-
-Layouts: *replicated*, data parallelism where every rank keeps whole parameters and the whole history; *sharded*, the
-same with `shard_history=True`; *fsdp2*, `fully_shard` over all ranks. AA is Anderson acceleration, m is
-`history_depth`.
-
-## Counted: collectives of one rank
-
-Rank 0 of a fake process group of torch runs the library for real; collectives are recorded and move nothing. AA runs
-with SGD and momentum, coupling "full". "Plain step" of fsdp2 is forward and backward of units with the network's shapes
-(bfloat16 all-gathers, float32 reduce-scatters); that of the other layouts is one all-reduce of float32 gradients.
-Bytes are those of the whole tensor. FSDP2 pads
-every tensor to as many equal parts as there are ranks, which is why its bytes grow.
-
-{counts_table(report)}
-
-## Counted: memory of AA on the fullest rank
-
-Bytes of all tensors the accelerator made, momentum included, against 2 (2 m h + 12) bytes a parameter held (h = 4).
-What is held beyond the formula is the work area. Rows with "-" were not run (whole parameters would not fit into this
-host's memory): they are the formula, which the rows of ResNet50 check. FSDP2 cuts tensors along their first dimension,
-so rank 0 holds rows of every tensor, more than N / P.
-
-{memory_table(report)}
-
-## The machines
-
-Short all-reduces follow a tree, long ones a ring or a tree, other collectives a ring, with the latencies of NCCL's
-own cost model (`src/graph/tuning.cc`): a hop between nodes 2.7-5 us for short and 14 us for long messages. Long
-collectives get 85 % of the link, AA 1/1.3 of the memory bandwidth, and half of the plain step's collectives hide
-behind computation; these three figures are assumptions; the last was chosen by ResNet50 on 6,144 V100 of Summit,
-where 87 % scaling efficiency was published (Yin et al., DLS 2019) and the model says {100 * efficiency:.0f} %.
-
-{machines_table()}
-
-## Predicted: seconds per step and the share of AA
-
-ResNet50: SGD with momentum, 32 images a device. 7e9: Adam, 4,096 tokens a device. AA: defaults (m = 10, float32,
-momentum coupled) with a store every 10 and an acceleration every 20 steps, and every step and every 2; *lean* is m =
-5, `history_dtype=torch.bfloat16`, `state_coupling="params"`. Per parameter held: a store moves 20 + 2 h bytes, an
-acceleration 2 m h + 12, a judgment 8, each twice with momentum; to these come the collectives counted above and the
-fixed overhead of an event with 1,000 parameters, measured on this host (store {milliseconds(fixed.store)} ms,
-acceleration {milliseconds(fixed.acceleration)}, judgment {milliseconds(fixed.judgment)}; the last two without the
-store). Every candidate is taken. In brackets: share of AA in the step.
-"Fits" compares weights, gradients, optimizer state and history with the memory of a device, without activations.
-
-{predictions}
-
-## What the model leaves out
-
-Stragglers, contention in the network, input, activations, gradient buckets, hybrid sharding (FSDP2 within groups of
-ranks, which large jobs use because a ring over thousands of ranks has thousands of hops), and the launch latency of
-kernels beyond the overhead measured on this CPU. The shares are therefore upper bounds where a real plain step is
-longer, and lower bounds where passes over the history are further from the floor than 1.3. An earlier state of this
-command (commit ea273315d) compared the model with two gloo ranks on a CPU: events took 0.65 to 4.2 times what the
-model says, an all-reduce of a kilobyte 75 times.
-""")
-
-
-def wrapped(text: str, width: int = 118) -> str:
-    """Prose wrapped; tables, lists, headings and figures as they are."""
-    paragraphs = text.split("\n\n")
-    kept = ("|", "#", "-", "!")
-    return "\n\n".join(p if p.startswith(kept) else fill(p, width) + "\n" * p.endswith("\n") for p in paragraphs)
-
-
-def fill(paragraph: str, width: int) -> str:
-    return textwrap.fill(" ".join(paragraph.split()), width, break_long_words=False, break_on_hyphens=False)
-
-
-def write(text: str, reports: Path = ROOT / "docs" / "reports") -> None:
-    """Writes docs/reports/scaling.md."""
-    (reports / "scaling.md").write_text(text, encoding="utf-8")
+def blocks_of(report: Report) -> dict[str, str]:
+    """What docs/reports/scaling.md has between its marks."""
+    fixed = report.overhead
+    return {
+        "conclusion": conclusion(report),
+        "origin": origin("python -m benchmarks.scaling --docs"),
+        "counts": counts_table(report),
+        "memory": memory_table(report),
+        "machines": machines_table(),
+        "overhead": f"Fixed overhead, in ms: store {milliseconds(fixed.store)}, acceleration "
+        f"{milliseconds(fixed.acceleration)}, judgment {milliseconds(fixed.judgment)}.",
+        "predictions": "\n\n".join(f"### {w.name}\n\n{predictions_table(report, w)}" for w in report.workloads),
+    }

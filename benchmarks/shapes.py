@@ -1,40 +1,27 @@
-"""Shapes of the parameters of two networks, grouped as FSDP2 would shard them: no torchvision, no memory."""
+"""Shapes of the parameters of two networks, grouped as FSDP2 would shard them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from experiments.images.resnet import resnet50
 
 Shape = tuple[int, ...]
-
-RESNET50_BLOCKS = (3, 4, 6, 3)
-"""Bottleneck blocks in the four stages."""
-EXPANSION = 4
-CLASSES = 1000
-
-WIDTH = 4096
-HIDDEN = 11008
-LAYERS = 32
-VOCABULARY = 64_000
-
-
-def resnet50_shapes() -> list[Shape]:
-    """Shapes of the 161 parameters (25,557,032 numbers) of ResNet50, in the order of torchvision's `resnet50`."""
-    return [shape for unit in resnet50_units() for shape in unit]
+WIDTH, HIDDEN, LAYERS, VOCABULARY = 4096, 11008, 32, 64_000
 
 
 def resnet50_units() -> list[list[Shape]]:
-    """The same by unit: stem, 16 bottleneck blocks, classifier."""
-    units, inputs = [_convolution(3, 64, 7)], 64
-    for stage, blocks in enumerate(RESNET50_BLOCKS):
-        width = 64 * 2**stage
-        for block in range(blocks):
-            unit = _convolution(inputs, width, 1) + _convolution(width, width, 3)
-            unit += _convolution(width, EXPANSION * width, 1)
-            if block == 0:
-                unit += _convolution(inputs, EXPANSION * width, 1)
-            units.append(unit)
-            inputs = EXPANSION * width
-    return [*units, [(CLASSES, inputs), (CLASSES,)]]
+    """Stem, 16 bottleneck blocks and classifier of ResNet50 (161 tensors, 25,557,032 numbers)."""
+    with torch.device("meta"):
+        model = resnet50()
+    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+    stem: nn.Module = nn.Sequential(model.conv1, model.bn1)
+    units = [stem, *(block for stage in stages for block in stage), model.fc]
+    return [[tuple(parameter.shape) for parameter in unit.parameters()] for unit in units]
 
 
 def decoder_units() -> list[list[Shape]]:
@@ -48,11 +35,6 @@ def decoder_units() -> list[list[Shape]]:
     return [[(VOCABULARY, WIDTH)], *([layer] * LAYERS), [(WIDTH,), (VOCABULARY, WIDTH)]]
 
 
-def count_elements(units: list[list[Shape]]) -> int:
+def count_elements(units: Iterable[Iterable[Shape]]) -> int:
     """Numbers in all parameters."""
     return sum(math.prod(shape) for unit in units for shape in unit)
-
-
-def _convolution(inputs: int, outputs: int, size: int) -> list[Shape]:
-    """A convolution without bias, and the scale and shift of the batch normalization after it."""
-    return [(outputs, inputs, size, size), (outputs,), (outputs,)]

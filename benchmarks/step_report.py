@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.accelerated_step import Case, Result, Textbook, held_bytes, memory_agrees, moved_bytes
-from benchmarks.machine import Bandwidth, Spread
+from benchmarks.machine import Bandwidth
+from benchmarks.tables import Table, number, with_quartiles
 
 SMALL = 100_000
 """Parameters up to which calls, not bytes, take the time: reported in microseconds."""
-Table = tuple[str, list[str], list[list[str]]]
-"""Title, header, rows."""
+EVENTS = ("store", "acceleration", "both")
 
 
 @dataclass(frozen=True)
 class Report:
     """All that was measured."""
 
-    machine: dict[str, Any]
+    device: str
     bandwidth: Bandwidth
-    bandwidth_samples: list[Bandwidth]
-    bandwidth_before: list[Bandwidth]
-    """The newest sample before each of the results."""
     results: list[Result]
     textbooks: list[Textbook]
-    training: list[dict[str, Any]]
-    notes: list[str]
 
 
 # ---- what follows from it ------------------------------------------------------------------------------------------
@@ -41,25 +35,26 @@ def added(result: Result) -> dict[str, float]:
 
     Stores after an accepted candidate (which is then also judged) stand for stores where there are no others.
     """
-    plain = result.steps["plain"].median
-    seconds = {kind: times.median - plain for kind, times in result.steps.items() if kind != "plain"}
-    if result.case.frequency == result.case.store_every:  # no stores but after a refusal
+    case, plain = result.case, median(result.steps["plain"])
+    seconds = {kind: median(times) - plain for kind, times in result.steps.items() if kind != "plain"}
+    after_candidate = seconds.pop("store after candidate", None)
+    if case.frequency == case.store_every:  # no stores but after a refusal
         seconds.pop("store", None)
-        seconds.pop("store after candidate", None)
-    elif "store" not in seconds:
-        seconds["store"] = seconds["store after candidate"]
-    if result.case.frequency > 2 * result.case.store_every and "store" in seconds:
+    elif "store" not in seconds and after_candidate is not None:
+        seconds["store"] = after_candidate
+    if case.frequency > 2 * case.store_every and "store" in seconds:
         seconds["acceleration"] = seconds["both"] - seconds["store"]
     return seconds
 
 
 def floor_seconds(case: Case, bandwidth: Bandwidth) -> dict[str, float]:
     """Seconds for the counted bytes: stores at the bandwidth of a copy, accelerations at that of reading."""
-    moved = moved_bytes(case)
-    store = moved["store"] * case.parameters / bandwidth.copy
-    acceleration = moved["acceleration"] * case.parameters / bandwidth.read
-    stores_too = (moved["both"] - moved["acceleration"]) * case.parameters / bandwidth.copy
-    return {"store": store, "acceleration": acceleration, "both": stores_too + acceleration}
+    moved = {event: count * case.parameters for event, count in moved_bytes(case).items()}
+    acceleration = moved["acceleration"] / bandwidth.read
+    stores_too = (moved["both"] - moved["acceleration"]) / bandwidth.copy
+    return {
+        "store": moved["store"] / bandwidth.copy, "acceleration": acceleration, "both": stores_too + acceleration
+    }  # fmt: skip
 
 
 def ratios(result: Result, bandwidth: Bandwidth) -> dict[str, float]:
@@ -70,7 +65,7 @@ def ratios(result: Result, bandwidth: Bandwidth) -> dict[str, float]:
 
 def disagreements(report: Report) -> list[str]:
     """Cases in which the accelerator holds more or less than is counted."""
-    work_area = 1e6 if report.machine["device"] == "cpu" else 1e8
+    work_area = 1e8 if report.device.startswith("cuda") else 1e6
     return [
         f"{name_of(r.case)}: {r.memory.held / r.case.parameters:.1f} B held, {held_bytes(r.case)} B counted"
         for r in report.results
@@ -78,78 +73,43 @@ def disagreements(report: Report) -> list[str]:
     ]
 
 
-def disturbed(report: Report) -> list[str]:
-    """Cases before or after which copying was below 3/4 of its median: others were using the machine."""
-    speeds = [sample.copy for sample in [*report.bandwidth_before, report.bandwidth_samples[-1]]]
-    return [
-        name_of(result.case)
-        for result, around in zip(report.results, pairwise(speeds), strict=True)
-        if min(around) < 0.75 * report.bandwidth.copy
-    ]
-
-
-def as_json(report: Report) -> str:
-    """Everything, with what follows from it beside each result."""
-    plain = asdict(replace(report, bandwidth_before=[], results=[], training=[]))
-    del plain["bandwidth_before"]
-    plain["results"] = [
-        asdict(result)
-        | {
-            "added_seconds": added(result),
-            "floor_seconds": floor_seconds(result.case, report.bandwidth),
-            "ratio_to_floor": ratios(result, report.bandwidth),
-            "moved_bytes_per_parameter": moved_bytes(result.case),
-            "held_bytes_per_parameter": held_bytes(result.case),
-            "bandwidth_just_before": asdict(before),
-        }
-        for result, before in zip(report.results, report.bandwidth_before, strict=True)
-    ]
-    plain["training"] = [{key: _plain(value) for key, value in row.items()} for row in report.training]
-    return json.dumps(plain, indent=1)
-
-
 # ---- tables --------------------------------------------------------------------------------------------------------
 
-
-def tables(report: Report, brief: bool = False) -> list[Table]:
-    """One table of small problems in microseconds, one of large ones in milliseconds, memory, the textbook, the GPU.
-
-    Brief: average and coupling are varied one at a time, at the largest depth, accelerating every 2 steps.
-    """
-    deepest = max((result.case.depth for result in report.results), default=0)
-    results = [result for result in report.results if not brief or _is_main(result.case, deepest)]
-    small = [result for result in results if result.case.parameters <= SMALL]
-    large = [result for result in results if result.case.parameters > SMALL]
-    made = [
-        _small_table(small),
-        _time_table(large, report.bandwidth),
-        _memory_table(large),
-        _textbook_table(report),
-        _gpu_table(report),
-    ]
-    return [table for table in made if table[2]]
+CASE_HEADER = ["parameters", "depth", "history", "accelerates every", "average", "coupling", "other"]
 
 
-def _is_main(case: Case, deepest: int) -> bool:
-    changes = case.average + (case.coupling != "params")
-    return not changes or (changes == 1 and case.depth == deepest and case.frequency == 2)
+def tables(report: Report) -> dict[str, Table]:
+    """By name: small problems in microseconds, large ones in milliseconds, memory, the textbook, waits on a GPU."""
+    small = [result for result in report.results if result.case.parameters <= SMALL]
+    large = [result for result in report.results if result.case.parameters > SMALL]
+    made = {
+        "step_small": _small_table(small),
+        "step_large": _large_table(large, report.bandwidth),
+        "memory": _memory_table(large),
+        "textbook": _textbook_table(report),
+        "host_waits": _host_waits_table(report.results),
+    }
+    return {name: table for name, table in made.items() if table.rows}
 
 
 def _small_table(results: Sequence[Result]) -> Table:
-    kinds = ("idle", "open", "store", "both")
-    header = [*CASE_HEADER, "plain step", *(f"+{kind}" for kind in ("idle", "macro-step begins", "store", "both"))]
+    kinds = {"idle": "+idle", "open": "+macro-step begins", "store": "+store", "both": "+both"}
     rows = [
-        [*_case_cells(r.case), _times(r.steps["plain"], 1e6), *(_number(added(r).get(kind), 1e6) for kind in kinds)]
-        for r in results
+        [
+            *_case_cells(result.case),
+            with_quartiles(result.steps["plain"], lambda seconds: number(seconds, 1e6)),
+            *(number(added(result).get(kind), 1e6) for kind in kinds),
+        ]
+        for result in results
     ]
-    return "Small problems, 20 tensors: microseconds, added to a plain step", header, rows
+    title = "Small problems, 20 tensors: microseconds, added to a plain step"
+    return Table(title, [*CASE_HEADER, "plain step", *kinds.values()], rows)
 
 
-def _time_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
-    events = ("store", "acceleration", "both")
+def _large_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
     header = [
-        *CASE_HEADER, "plain step", "step with both", *(f"+{event}" for event in events), "floor of both",
-        *(f"{event} / floor" for event in events),
+        *CASE_HEADER, "plain step", "step with both", *(f"+{event}" for event in EVENTS), "floor of both",
+        *(f"{event} / floor" for event in EVENTS),
     ]  # fmt: skip
     rows = []
     for result in results:
@@ -157,11 +117,10 @@ def _time_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
         rows.append(
             [
                 *_case_cells(result.case),
-                _times(result.steps["plain"], 1e3),
-                _times(result.steps["both"], 1e3),
-                *(_number(seconds.get(event), 1e3) for event in events),
-                _number(floor_seconds(result.case, bandwidth)["both"], 1e3),
-                *(_number(ratio.get(event), 1) for event in events),
+                *(with_quartiles(result.steps[kind], lambda value: number(value, 1e3)) for kind in ("plain", "both")),
+                *(number(seconds.get(event), 1e3) for event in EVENTS),
+                number(floor_seconds(result.case, bandwidth)["both"], 1e3),
+                *(number(ratio.get(event)) for event in EVENTS),
             ]
         )
     title = (
@@ -170,52 +129,50 @@ def _time_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
         f"acceleration at the {bandwidth.read / 1e9:.1f} GB/s of reading, twice both with coupling full (an update in "
         f"place moves {bandwidth.update / 1e9:.1f} GB/s here)"
     )
-    return title, header, rows
+    return Table(title, header, rows)
 
 
 def _memory_table(results: Sequence[Result]) -> Table:
-    """One row for cases that keep the same history; the most of any of them."""
-    header = ["parameters", "depth", "history", "coupling", "counted", "held", "resident", "peak", "temporary rows"]
+    """One row for cases that keep the same history, with the most of any of them."""
     same: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
         case = result.case
-        key: tuple[str, ...] = (
+        keys: tuple[str, ...] = (
             f"{case.parameters:,}",
             str(case.depth),
             case.history,
             case.coupling,
             str(held_bytes(case)),
         )
-        same.setdefault(key, []).append(result)
+        same.setdefault(keys, []).append(result)
     rows = []
-    for key, those in same.items():
+    for keys, those in same.items():
         per = 1 / those[0].case.parameters
         memories = [asdict(result.memory) for result in those]
         most = {name: max((m[name] for m in memories if m[name] is not None), default=None) for name in memories[0]}
-        cells = [_number(most[name], per) for name in ("held", "resident", "peak")]
-        rows.append([*key, *cells, _number(most["temporary"], per / 4)])
+        cells = [number(most[name], per) for name in ("held", "resident", "peak")]
+        rows.append([*keys, *cells, number(most["temporary"], per / 4)])
     title = (
         "Memory the accelerator adds, bytes per parameter: counted, tensors held, growth of the process at rest and at "
         "most; largest growth within an event, in float32 rows"
     )
-    return title, header, rows
+    header = ["parameters", "depth", "history", "coupling", "counted", "held", "resident", "peak", "temporary rows"]
+    return Table(title, header, rows)
 
 
 def _textbook_table(report: Report) -> Table:
     rows = []
     for textbook in report.textbooks:
         ours = _beside(textbook, report.results)
-        theirs, own = textbook.both.median - textbook.plain.median, added(ours)["both"] if ours else None
-        per = 1 / textbook.parameters
+        theirs, own = median(textbook.both) - median(textbook.plain), added(ours)["both"] if ours else None
         speed_up = "-" if own is None else f"{theirs / own:.1f}"
-        peaks = [_number(textbook.peak, per), _number(ours.memory.peak if ours else None, per)]
-        rows.append(
-            [f"{textbook.parameters:,}", str(textbook.depth), _number(theirs, 1e3), _number(own, 1e3), speed_up]
-        )
-        rows[-1] += peaks
+        per = 1 / textbook.parameters
+        peaks = [number(textbook.peak, per), number(ours.memory.peak if ours else None, per)]
+        sizes = [f"{textbook.parameters:,}", str(textbook.depth)]
+        rows.append([*sizes, number(theirs, 1e3), number(own, 1e3), speed_up, *peaks])
     header = ["parameters", "depth", "textbook ms", "aadl ms", "speed-up", "textbook peak B", "aadl peak B"]
     title = "Store and acceleration, added to a plain step, and peak bytes per parameter: textbook (lstsq) and aadl"
-    return title, header, rows
+    return Table(title, header, rows)
 
 
 def _beside(textbook: Textbook, results: Sequence[Result]) -> Result | None:
@@ -225,20 +182,14 @@ def _beside(textbook: Textbook, results: Sequence[Result]) -> Result | None:
     return min(cases, key=lambda result: result.case.frequency, default=None)
 
 
-def _gpu_table(report: Report) -> Table:
+def _host_waits_table(results: Sequence[Result]) -> Table:
+    kinds = ("idle", "store", "both")
     rows = [
-        [name_of(result.case), *(str(result.host_waits.get(kind, "-")) for kind in ("idle", "store", "both"))]
-        for result in report.results
+        [name_of(result.case), *(str(result.host_waits.get(kind, "-")) for kind in kinds)]
+        for result in results
         if result.host_waits
     ]
-    rows += [
-        [f"ResNet50 training, {_settings(row)}: {row['share']:+.2%} of {row['plain'] * 1e3:.1f} ms", "", "", ""]
-        for row in report.training
-    ]
-    return "GPU: times the host waits in a step; share of a training step", ["case", "idle", "store", "both"], rows
-
-
-CASE_HEADER = ["parameters", "depth", "history", "accelerates every", "average", "coupling", "other"]
+    return Table("GPU: times the host waits in a step", ["case", *kinds], rows)
 
 
 def _case_cells(case: Case) -> list[str]:
@@ -253,47 +204,11 @@ def _case_cells(case: Case) -> list[str]:
 
 
 def name_of(case: Case) -> str:
+    """The case in a line."""
     return " ".join(f"{name} {cell}" for name, cell in zip(CASE_HEADER, _case_cells(case), strict=True) if cell != "-")
 
 
-def _settings(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_plain(row[key])}" for key in ("fused", "history_dtype") if key in row)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def _number(value: float | None, factor: float) -> str:
-    if value is None:
-        return "-"
-    scaled = value * factor
-    return f"{scaled:.0f}" if abs(scaled) >= 100 else f"{scaled:.3g}"
-
-
-def _times(times: Spread, factor: float) -> str:
-    low, high = _number(times.low, factor), _number(times.high, factor)
-    return f"{_number(times.median, factor)} [{low} .. {high}]"
-
-
-def show(table: Table, markdown: bool) -> str:
-    """A table as aligned text or in Markdown."""
-    title, header, rows = table
-    if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-        return "\n".join([f"**{title}**", "", *lines, ""])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join([title, *lines, ""])
-
-
 # ---- figure --------------------------------------------------------------------------------------------------------
-
-
-def as_csv(table: Table) -> str:
-    """The table as comma-separated values, header first; numbers with a thousands comma lose the comma."""
-    _, header, rows = table
-    return "".join(",".join(cell.replace(",", "") for cell in row) + "\n" for row in [header, *rows])
 
 
 def draw(report: Report, path: Path) -> None:
@@ -304,28 +219,29 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.5, 4.5), layout="constrained")
+
+    def scatter(points: list[tuple[int, float]], label: str, **style: Any) -> None:
+        """Points of bytes and seconds."""
+        points = [(moved, seconds) for moved, seconds in points if seconds > 0]
+        if points:
+            moved = [moved for moved, _ in points]
+            axes.scatter(moved, [each / seconds / 1e9 for each, seconds in points], label=label, **style)
+
     colors = {"store": "#009E73", "acceleration": "#D55E00", "both": "#7B3FA0"}
     for event, color in colors.items():
         for history, marker in (("float32", "o"), ("bfloat16", "^")):
-            points = list(_points(report.results, event, history))
-            if points:
-                label = f"{'store + acceleration' if event == 'both' else event}, {history}"
-                axes.scatter(
-                    [x for x, _ in points], [y for _, y in points], s=18, c=color, marker=marker, alpha=0.6, label=label
-                )
+            points = [
+                (moved_bytes(result.case)[event] * result.case.parameters, added(result).get(event, 0.0))
+                for result in report.results
+                if result.case.history == history
+            ]
+            name = "store + acceleration" if event == "both" else event
+            scatter(points, f"{name}, {history}", s=18, c=color, marker=marker, alpha=0.6)
     points = [
-        _point(moved_bytes(Case(t.parameters, t.depth))["both"] * t.parameters, t.both.median - t.plain.median)
+        (moved_bytes(Case(t.parameters, t.depth))["both"] * t.parameters, median(t.both) - median(t.plain))
         for t in report.textbooks
     ]
-    if points:
-        axes.scatter(
-            [x for x, _ in points],
-            [y for _, y in points],
-            s=30,
-            c="#333333",
-            marker="x",
-            label="textbook code, store + acceleration",
-        )
+    scatter(points, "textbook code, store + acceleration", s=30, c="#333333", marker="x")
     for (name, speed), style in zip(asdict(report.bandwidth).items(), ("-", "--", ":"), strict=True):
         axes.axhline(speed / 1e9, color="black", linestyle=style, linewidth=1, label=f"{name} {speed / 1e9:.1f} GB/s")
     axes.set(xscale="log", yscale="log", xlabel="bytes that a store or an acceleration must move")
@@ -336,17 +252,5 @@ def draw(report: Report, path: Path) -> None:
     )  # fmt: skip
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def _points(results: Sequence[Result], event: str, history: str) -> Iterator[tuple[float, float]]:
-    for result in results:
-        seconds = added(result).get(event, 0)
-        if result.case.history == history and seconds > 0:
-            yield _point(moved_bytes(result.case)[event] * result.case.parameters, seconds)
-
-
-def _point(moved: int, seconds: float) -> tuple[float, float]:
-    return moved, moved / seconds / 1e9

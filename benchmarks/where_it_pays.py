@@ -20,26 +20,18 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
-import aadl
-from benchmarks.fractals import Task, images_of
-from benchmarks.schedules import SCHEDULES
-from data_loaders import graduate_admissions
-from data_loaders.fractals.drawing import USUAL
-from data_loaders.fractals.sets import VALIDATION
+from benchmarks.machine import ROOT
+from benchmarks.small_training import PROBLEMS, Problem, Run, train
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "tables" / "where_it_pays.csv"
 FIGURE = ROOT / "docs" / "figures" / "where_it_pays.png"
 CHOOSING, REPORTED = range(3), range(5, 10)
@@ -51,82 +43,11 @@ GRID_STEPS = (0, 1, 2)
 """Steps of the grid of rates below the best one."""
 MARGIN = 1.02
 """Of the target over plain's final training loss."""
-EVERY = 4
-"""Steps between two evaluations of the losses."""
 COLUMNS = (
     "problem", "batch", "schedule", "steps", "learning_rate", "grid_steps_below_best", "setting", "steps_ratio",
     "steps_ratio_of_seeds", "validation_ratio", "final_loss_ratio", "largest_final_loss_ratio", "plain_final_loss",
     "accepted", "attempts", "averaging_share", "closure_calls_per_step",
 )  # fmt: skip
-
-
-Set = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is trained: training and validation set, network, loss, steps, and where the search of the rate starts."""
-
-    data: Callable[[], tuple[Set, Set]]
-    network: Callable[[], nn.Module]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    steps: int
-    first_rate: int
-
-
-def mlp(*sizes: int) -> nn.Sequential:
-    """A perceptron with ReLU."""
-    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-def cnn() -> nn.Sequential:
-    """Three convolutions with BatchNorm that halve the sides of images of 12 pixels, and a linear layer."""
-
-    def halved(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(inputs, outputs, kernel, 2, kernel // 2, bias=False)
-        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-    return nn.Sequential(*halved(3, 8, 5), *halved(8, 16, 3), *halved(16, 16, 3), nn.Flatten(), nn.Linear(64, 10))
-
-
-@cache
-def admissions() -> tuple[Set, Set]:
-    """320 and 80 rows of seven features, standardized by the training rows, and the chance of admission."""
-    data = graduate_admissions.load()
-    train, validation = graduate_admissions.split(data)
-    features, target = (torch.as_tensor(part, dtype=torch.float32) for part in (data.features, data.target[:, None]))
-    features = (features - features[train].mean(0)) / features[train].std(0, correction=0)
-    return (features[train], target[train]), (features[validation], target[validation])
-
-
-@cache
-def digits() -> tuple[Set, Set]:
-    """1,437 and 360 images of 8 x 8 pixels, flat and in [-1, 1], and their labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise SystemExit(
-            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
-        ) from None
-    pixels, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    pixels, labels = pixels[order].float() / 8 - 1, labels[order]
-    return (pixels[360:], labels[360:]), (pixels[:360], labels[:360])
-
-
-@cache
-def fractals() -> tuple[Set, Set]:
-    """240 and 160 images of 12 pixels, of ten classes, with half of the usual variation."""
-    task = Task(size=12, variation=USUAL.times(0.5))
-    return images_of(task, 0, 24), images_of(task, VALIDATION, 16)
-
-
-PROBLEMS = {
-    "admissions": Problem(admissions, lambda: mlp(7, 64, 64, 64, 1), functional.mse_loss, 300, -1),
-    "digits": Problem(digits, lambda: mlp(64, 32, 10), functional.cross_entropy, 300, -1),
-    "fractals": Problem(fractals, cnn, functional.cross_entropy, 200, -1),
-}
 
 
 TITLES = {
@@ -148,86 +69,6 @@ def rate_of(index: int) -> float:
     return (1.0, 3.0)[index % 2] * 10.0 ** (index // 2)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Training and validation losses at every EVERY-th step, and what the accelerator did."""
-
-    losses: list[float]
-    validation: list[float]
-    accepted: int = 0
-    attempts: int = 0
-    averaged: int = 0
-    closures: int = 0
-
-    @property
-    def final(self) -> float:
-        """Mean loss over the last twentieth of the steps; infinite for a run that diverged."""
-        tail = self.losses[-max(len(self.losses) // 20, 1) :]
-        mean = sum(tail) / len(tail)
-        return mean if math.isfinite(mean) else math.inf
-
-    def reached(self, target: float) -> tuple[float, float]:
-        """Steps after which the loss is at most `target` for the first time, and the validation loss there.
-
-        Infinity and the last validation loss for a run that never comes to it.
-        """
-        places = (place for place, loss in enumerate(self.losses) if loss <= target)
-        place = next(places, None)
-        if place is None:
-            return math.inf, self.validation[-1]
-        return EVERY * (place + 1), self.validation[place]
-
-
-def train(
-    problem: Problem, batch: int, schedule: str, rate: float, seed: int, settings: dict[str, Any] | None = None
-) -> Run:
-    """One training, accelerated where there are settings; the seed is of the weights and of the order of the rows."""
-    (inputs, targets), validation = problem.data()
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = problem.network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True)
-    statistics: dict[str, Any] = {"attempts": 0, "accepted": 0}
-    if settings is not None:
-        aadl.accelerate(optimizer, **settings)
-        statistics = dict(aadl.accelerator_of(optimizer).statistics)
-    scheduler = SCHEDULES[schedule](optimizer, problem.steps, rate)
-    losses: list[float] = []
-    validation_losses: list[float] = []
-    averaged = closures = 0
-
-    def batches() -> Iterator[Set]:
-        while batch == 0:
-            yield inputs, targets
-        while True:
-            order = torch.randperm(len(inputs), generator=generator)
-            for chosen in order[: len(order) // batch * batch].split(batch):
-                yield inputs[chosen], targets[chosen]
-
-    for step, (some, right) in zip(range(1, problem.steps + 1), batches(), strict=False):
-
-        def closure(some: Tensor = some, right: Tensor = right) -> Tensor:
-            nonlocal closures
-            closures += 1
-            optimizer.zero_grad()
-            loss = problem.loss(model(some), right)
-            loss.backward()
-            return loss
-
-        attempts = statistics["attempts"]
-        optimizer.step(closure)
-        scheduler.step()
-        if statistics["attempts"] > attempts:
-            averaged += bool(statistics["averaging"])
-        if step % EVERY == 0:
-            with torch.no_grad():
-                losses.append(float(problem.loss(model(inputs), targets)))
-                validation_losses.append(float(problem.loss(model(validation[0]), validation[1])))
-            if not math.isfinite(losses[-1]):
-                break
-    return Run(losses, validation_losses, statistics["accepted"], statistics["attempts"], averaged, closures)
-
-
 def best_rate(problem: Problem, batch: int, schedule: str) -> int:
     """The place on the grid of the rate whose neighbors end at a higher loss, median of the choosing seeds."""
 
@@ -244,24 +85,23 @@ def best_rate(problem: Problem, batch: int, schedule: str) -> int:
 def cells(name: str) -> Iterator[dict[str, Any]]:
     """The rows of the table for one problem."""
     problem = PROBLEMS[name]
-    for batch in BATCHES:
-        for schedule in NAMES:
-            best = best_rate(problem, batch, schedule)
-            for below in GRID_STEPS:
-                rate = rate_of(best - below)
-                plain = [train(problem, batch, schedule, rate, seed) for seed in REPORTED]
-                for setting, arguments in SETTINGS.items():
-                    fast = [train(problem, batch, schedule, rate, seed, arguments) for seed in REPORTED]
-                    yield {
-                        "problem": name,
-                        "batch": batch or len(problem.data()[0][0]),
-                        "schedule": schedule,
-                        "steps": problem.steps,
-                        "learning_rate": f"{rate:g}",
-                        "grid_steps_below_best": below,
-                        "setting": setting,
-                        **compared(plain, fast, problem.steps),
-                    }
+    for batch, schedule in product(BATCHES, NAMES):
+        best = best_rate(problem, batch, schedule)
+        for below in GRID_STEPS:
+            rate = rate_of(best - below)
+            plain = [train(problem, batch, schedule, rate, seed) for seed in REPORTED]
+            for setting, arguments in SETTINGS.items():
+                fast = [train(problem, batch, schedule, rate, seed, arguments) for seed in REPORTED]
+                yield {
+                    "problem": name,
+                    "batch": batch or len(problem.data()[0][0]),
+                    "schedule": schedule,
+                    "steps": problem.steps,
+                    "learning_rate": f"{rate:g}",
+                    "grid_steps_below_best": below,
+                    "setting": setting,
+                    **compared(plain, fast, problem.steps),
+                }
 
 
 def compared(plain: Sequence[Run], fast: Sequence[Run], steps: int) -> dict[str, Any]:

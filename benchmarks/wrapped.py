@@ -8,7 +8,6 @@ Needs the package pytorch_optimizer (tests/frameworks/requirements-optimizers.tx
 from __future__ import annotations
 
 import argparse
-import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import aadl
+from benchmarks.small_training import mlp
+from benchmarks.tables import line, with_range
 
 ROWS = 256
 
@@ -48,7 +49,7 @@ def final_loss(make: Callable[[Any], Any], seed: int, batch: int, steps: int, ac
     torch.manual_seed(seed)
     inputs = torch.randn(ROWS, 8)
     targets = torch.sin(inputs.sum(1, keepdim=True)) + 0.1 * torch.randn(ROWS, 1)
-    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    model = mlp(8, 32, 32, 1, activation=nn.Tanh)
     optimizer = make(model.parameters())
     if accelerated:
         aadl.accelerate(optimizer)
@@ -67,12 +68,8 @@ def final_loss(make: Callable[[Any], Any], seed: int, batch: int, steps: int, ac
             value.backward()
             return value
 
-        if make is sam:
-            closure()
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+        closure()
+        optimizer.step(*[closure] if make is sam else [])
     return float(loss(slice(None)).detach())
 
 
@@ -90,8 +87,8 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 runs = [final_loss(make, seed, batch, arguments.steps, accelerated) for accelerated in (True, False)]
                 ratios.append(runs[0] / runs[1])
-            cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f} .. {max(ratios):.2f}]")
-        print(f"| {name} | {'; '.join(cells)} |", flush=True)
+            cells.append(with_range(ratios))
+        print(line([name, "; ".join(cells)]), flush=True)
 
 
 if __name__ == "__main__":

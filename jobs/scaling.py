@@ -19,17 +19,10 @@ from experiments.catalog import load_config
 from experiments.records.figures import save_figures
 from experiments.records.reading import Run, read_run
 from experiments.settings.run_config import ExperimentConfig
-from jobs.request import Job
+from jobs.request import Job, allows_repeats, read_request
 from jobs.script import render
 from jobs.site import Site, read_site
-from jobs.submit import (
-    add_job_options,
-    checked_job,
-    guarded,
-    request_from,
-    script_path,
-    submit_script,
-)
+from jobs.submit import add_job_options, checked_job, guarded, script_path, submit_script
 
 MODES = ("strong", "weak")
 COLORS = ("#333333", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -65,19 +58,20 @@ def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
     numbers = _numbers(options.nodes)
     config = load_config(options.config, options.set)
     jobs: list[tuple[Job, Path, str]] = []
-    ranks_each = checked_job(site, request_from(options, nodes=numbers[0])).ranks_per_node
+    given = vars(options)
+    first = checked_job(site, read_request({**given, "nodes": numbers[0]}))
+    if len(numbers) > 1 and not allows_repeats(site, first.queue):
+        raise ValueError(f"--nodes must be one number in queue {first.queue} of {site.name}, which takes no series")
+    ranks_each = first.ranks_per_node
     for number in numbers:
         overrides = work_overrides(config, options.mode, number * ranks_each, numbers[0] * ranks_each)
-        job = checked_job(
-            site,
-            request_from(
-                options,
-                nodes=number,
-                results=folder_of(options.results, options.mode, number),
-                overrides=(*options.set, *overrides),
-                name=f"{options.name or f'{config.experiment}-{config.scale}'}-{options.mode}-{number}",
-            ),
-        )
+        changes = {
+            "nodes": number,
+            "results": folder_of(options.results, options.mode, number),
+            "set": [*options.set, *overrides],
+            "name": f"{options.name or f'{config.experiment}-{config.scale}'}-{options.mode}-{number}",
+        }
+        job = checked_job(site, read_request({**given, **changes}))
         path = script_path(job)
         jobs.append((job, path, render(job, path, command)))
     if options.dry_run:
@@ -223,7 +217,7 @@ def read_points(results: Path) -> list[Point]:
 def efficiencies(points: Sequence[Point]) -> list[float]:
     """Samples per second and rank, over those of the fewest ranks; points of one variant and mode, by rising ranks.
 
-    The same formula serves strong and weak scaling, for both count samples.
+    The same formula serves strong and weak scaling, because both count samples.
     """
     return [point.rate / point.ranks / (points[0].rate / points[0].ranks) for point in points]
 

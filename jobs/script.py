@@ -20,12 +20,12 @@ JOB_IDS = {
     "lsf": ("$LSB_JOBID", '"$LSB_JOBID[$LSB_JOBINDEX]"'),
     "none": ("", ""),
 }
-# Where the experiments look for their data; both, for a script does not know which of them its experiment reads.
+# Where the experiments look for their data: both, because a script does not know which of them its experiment reads.
 DATA_VARIABLES = ("AADL_DATA_DIR", "AADL_IMAGENET_DIR")
 
 
 class Script(string.Template):
-    """A template with fields @{name}, for the dollar belongs to the shell."""
+    """A template with fields @{name}, because the dollar belongs to the shell."""
 
     delimiter = "@"
 
@@ -37,7 +37,7 @@ def _quoted(text: object) -> str:
 def _fields(job: Job) -> dict[str, object]:
     """What texts of a site may name in braces (FIELDS of site.py)."""
     return {
-        "nodes": job.nodes,
+        "nodes": job.request.nodes,
         "ranks": job.ranks,
         "ranks_per_node": job.ranks_per_node,
         "cores_per_rank": job.cores_per_rank,
@@ -61,8 +61,8 @@ def render(job: Job, path: Path, command: Sequence[str]) -> str:
     template = {"slurm": "slurm.sh", "lsf": "lsf.sh", "none": "workstation.sh"}[site.scheduler]
     index = {"slurm": "SLURM_ARRAY_TASK_ID", "lsf": "LSB_JOBINDEX - 1", "none": ""}[site.scheduler]
     seed = ""
-    if job.seeds:
-        seed = f"seeds=({' '.join(map(str, job.seeds))})\nseed=${{seeds[{index}]}}"
+    if job.request.array:
+        seed = f"seeds=({' '.join(map(str, job.request.array))})\nseed=${{seeds[{index}]}}"
     ends = f"export AADL_END_TIME=$(($(date +%s) + {job.seconds}))" if job.seconds else ""
     text = Script((TEMPLATES / template).read_text(encoding="utf-8")).substitute(
         directives="\n".join(_directives(job)),
@@ -73,12 +73,12 @@ def render(job: Job, path: Path, command: Sequence[str]) -> str:
         setup=_setup(job),
         seconds=job.seconds,
         deadline=ends,
-        jobs=_quoted(job.jobs),
+        jobs=_quoted(job.folder),
         max_restarts=job.max_restarts,
         stage=_stage(job),
         seed=seed,
         launch=_launch(job),
-        job_id=JOB_IDS[site.scheduler][bool(job.seeds)],
+        job_id=JOB_IDS[site.scheduler][bool(job.request.array)],
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -90,7 +90,7 @@ def _directives(job: Job) -> list[str]:
 def _of_site(job: Job) -> list[str]:
     """The directives that the site's file gives: account, queue, and its own."""
     site = job.site
-    texts = [site.account_directive.format(account=job.account)] if job.account else []
+    texts = [site.account_directive.format(account=job.request.account)] if job.request.account else []
     if job.queue is not None:
         texts += site.queues[job.queue].directives if site.queues else [site.queue_directive.format(queue=job.queue)]
     texts += site.directives
@@ -99,18 +99,22 @@ def _of_site(job: Job) -> list[str]:
 
 
 def _features(job: Job) -> list[str]:
-    staged = job.site.node_local.features if job.site.node_local and (job.environment or job.data) else ()
+    staged = (
+        job.site.node_local.features
+        if job.site.node_local and (job.request.stage_environment or job.request.stage_data)
+        else ()
+    )
     return [*job.site.features, *staged]
 
 
 def _slurm_directives(job: Job) -> list[str]:
     site = job.site
-    log = "%x-%A_%a.out" if job.seeds else "%x-%j.out"
+    log = "%x-%A_%a.out" if job.request.array else "%x-%j.out"
     options = [
         f"--job-name={job.name}",
-        f"--output={_quoted(job.jobs / log)}",
+        f"--output={_quoted(job.folder / log)}",
         "--open-mode=append",
-        f"--nodes={job.nodes}",
+        f"--nodes={job.request.nodes}",
         f"--ntasks-per-node={job.ranks_per_node}",
         f"--cpus-per-task={job.cores_per_rank}",
         f"--time={clock(job.seconds)}",
@@ -119,18 +123,18 @@ def _slurm_directives(job: Job) -> list[str]:
     ]
     if _features(job):
         options.append(f"--constraint={_quoted('&'.join(_features(job)))}")
-    if job.seeds:
-        options.append(f"--array=0-{len(job.seeds) - 1}")
+    if job.request.array:
+        options.append(f"--array=0-{len(job.request.array) - 1}")
     return [f"#SBATCH {option}" for option in [*options, *_of_site(job)]]
 
 
 def _lsf_directives(job: Job) -> list[str]:
     site = job.site
     hours, minutes = divmod(job.seconds // 60, 60)
-    log = "%J.%I.out" if job.seeds else "%J.out"
+    log = "%J.%I.out" if job.request.array else "%J.out"
     options = [
-        f'-J "{job.name}[1-{len(job.seeds)}]"' if job.seeds else f"-J {job.name}",
-        f"-o {_quoted(job.jobs / f'{job.name}-{log}')}",
+        f'-J "{job.name}[1-{len(job.request.array)}]"' if job.request.array else f"-J {job.name}",
+        f"-o {_quoted(job.folder / f'{job.name}-{log}')}",
         f"-W {hours}:{minutes:02}",
         f"-wt {site.warning.seconds // 60}",
         f"-wa {site.warning.signal}",
@@ -155,27 +159,27 @@ def _setup(job: Job) -> str:
 
 def _stage(job: Job) -> str:
     """Shell lines that copy the environment and the data to the nodes' own disks."""
-    if job.site.node_local is None or not (job.environment or job.data):
+    if job.site.node_local is None or not (job.request.stage_environment or job.request.stage_data):
         return ""
     folder = job.site.node_local.path
     each = {
-        "srun": f"srun --nodes={job.nodes} --ntasks={job.nodes} --ntasks-per-node=1",
-        "jsrun": f"jsrun -n {job.nodes} -r 1 -a 1 -c 1",
-        "mpirun": f"mpirun -np {job.nodes} --map-by ppr:1:node",
+        "srun": f"srun --nodes={job.request.nodes} --ntasks={job.request.nodes} --ntasks-per-node=1",
+        "jsrun": f"jsrun -n {job.request.nodes} -r 1 -a 1 -c 1",
+        "mpirun": f"mpirun -np {job.request.nodes} --map-by ppr:1:node",
     }.get(job.site.launcher, "")
     stage = f"{each} bash jobs/templates/stage.sh".strip()
     lines = [
         "# To the disk of each node: thousands of ranks that read the same files are slow on a shared file system."
     ]
-    if job.environment is not None:
-        archive = _quoted(job.environment)
+    if job.request.stage_environment is not None:
+        archive = _quoted(job.request.stage_environment)
         if job.site.scheduler == "slurm":
             lines.append(f'{each} mkdir -p "{folder}" || exit 1')
             lines.append(f'sbcast -pf {archive} "{folder}/environment.tar.gz" || exit 1')
             archive = f'"{folder}/environment.tar.gz"'
         lines.append(f'{stage} environment {archive} "{folder}/environment" || exit 1')
-    if job.data is not None:
-        lines.append(f'{stage} data {_quoted(job.data)} "{folder}/data" || exit 1')
+    if job.request.stage_data is not None:
+        lines.append(f'{stage} data {_quoted(job.request.stage_data)} "{folder}/data" || exit 1')
         lines += [f'export {name}="{folder}/data"' for name in DATA_VARIABLES]
     return "\n".join(lines)
 
@@ -183,12 +187,12 @@ def _stage(job: Job) -> str:
 def _launch(job: Job) -> str:
     """The command that starts the ranks."""
     python = _quoted(job.python)
-    if job.environment is not None and job.site.node_local is not None:
+    if job.request.stage_environment is not None and job.site.node_local is not None:
         python = f'"{job.site.node_local.path}/environment/bin/python"'
-    run = ["-m experiments run", _quoted(job.config), "--results", _quoted(job.results)]
-    for override in job.overrides:
+    run = ["-m experiments run", _quoted(job.request.config), "--results", _quoted(job.request.results)]
+    for override in job.request.set:
         run += ["--set", _quoted(override)]
-    if job.seeds:
+    if job.request.array:
         run += ["--set", '"seeds=$seed"']
     experiment = " ".join(run)
     if job.site.gpu_order and job.gpus_per_node == job.site.node.gpus:

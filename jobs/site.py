@@ -3,180 +3,133 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from experiments.settings.checks import (
-    BOOLEAN,
-    NAME,
-    OPTIONS,
-    TEXT,
-    Kind,
-    choice,
-    integer,
-    optional,
-    parse_value,
-    read_settings,
-    refuse_unknown,
-    sequence,
-    setting,
-)
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt, model_validator
+
+from experiments.settings.kinds import Items, Name, Text, must
+from experiments.settings.schema import Settings, read_settings
 from experiments.settings.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parent / "sites"
-# Launchers of each scheduler.
 LAUNCHERS = {"slurm": ("srun",), "lsf": ("jsrun", "mpirun"), "none": ("torchrun",)}
-# What texts of a site may name in braces.
-FIELDS = (
-    "nodes",
-    "ranks",
-    "ranks_per_node",
-    "cores_per_rank",
-    "cores_per_node",
-    "slots",
-    "gpus_per_node",
-    "minutes",
-    "name",
-)
+"""Launchers of each scheduler."""
+FIELDS = ("nodes", "ranks", "ranks_per_node", "cores_per_rank", "cores_per_node", "slots", "gpus_per_node", "minutes",
+          "name")  # fmt: skip
+"""What texts of a site may name in braces."""
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(entry, str) and entry.strip() for entry in value):
-        raise ValueError
-    return tuple(value)
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
-def _directives(value: Any) -> tuple[str, ...]:
-    texts = _texts(value)
-    for text in texts:
-        if "\n" in text or set(re.findall(r"{(\w*)}", text)) - set(FIELDS):
-            raise ValueError
-    return texts
+def _has_known_fields(text: str) -> bool:
+    return "\n" not in text and set(re.findall(r"{(\w*)}", text)) <= set(FIELDS)
 
 
-def _variables(value: Any) -> dict[str, str]:
-    """Values stand in double quotes in the script, so that they may name variables, and nothing else is expanded."""
-    variables: dict[str, str] = {}
-    for name, text in OPTIONS.parse(value).items():
-        text = str(text) if isinstance(text, int) and not isinstance(text, bool) else text
-        plain = isinstance(text, str) and not re.search(r'["`\\\n]|\$(?!\w|\{\w+(:-[\w./]+)?\})', text)
-        if not re.fullmatch(r"[A-Za-z_]\w*", name) or not plain:
-            raise ValueError
-        variables[name] = text
-    return variables
+def _is_plain(text: str) -> bool:
+    """Values stand in double quotes in the script, so that they may name variables; nothing else is expanded."""
+    return not re.search(r'["`\\\n]|\$(?!\w|\{\w+(:-[\w./]+)?\})', text)
 
 
-def _local(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"(/|\$)[\w./${}:-]*", value):
-        raise ValueError
-    return value
+Day = Annotated[str, AfterValidator(must("be a date as 2026-01-31", _is_date))]
+Line = Annotated[
+    Text, AfterValidator(must(f"be a line in which braces hold one of {', '.join(FIELDS)}", _has_known_fields))
+]
+Variable = Annotated[str, AfterValidator(must("be a name of a variable", re.compile(r"[A-Za-z_]\w*").fullmatch))]
+Value = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    AfterValidator(must('be a text without ", `, \\ and $( )', _is_plain)),
+]
+LocalPath = Annotated[
+    str,
+    AfterValidator(
+        must("be an absolute path, in which $USER and the like may stand", re.compile(r"(/|\$)[\w./${}:-]*").fullmatch)
+    ),
+]
 
 
-def _numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(entry) is not int or entry < 0 for entry in value):
-        raise ValueError
-    if len(set(value)) < len(value):
-        raise ValueError
-    return tuple(value)
+class Verified(Settings):
+    """Where job scripts for the site ran, and when.
+
+    Attributes:
+        by: what ran them.
+        date: the day on which they ran; None where none did.
+        guides: the day on which the file was last compared with the guides among its sources.
+        note: what was run.
+    """
+
+    by: Literal["real machine", "local Slurm", "fake LSF", "this machine", "never"]
+    date: Day | None = None
+    guides: Day | None = None
+    note: Text = "nothing was run"
 
 
-def _date(value: Any) -> date:
-    if not isinstance(value, str):
-        raise ValueError
-    return date.fromisoformat(value)
-
-
-TEXTS = Kind("a list of texts", _texts)
-DIRECTIVES = Kind("a list of lines in which braces hold one of " + ", ".join(FIELDS), _directives)
-NUMBERS = Kind("a list of different integers >= 0", _numbers)
-DATE = optional(Kind("a date as 2026-01-31", _date))
-VARIABLES = Kind('a mapping from variables to texts without ", `, \\ and $( )', _variables)
-
-
-@dataclass(frozen=True)
-class Verified:
-    """Where job scripts for the site ran, and when; `note` says what did, `guides` when the file was last compared with
-    the guides among its sources."""
-
-    by: str = setting(choice("real machine", "local Slurm", "fake LSF", "this machine", "never"))
-    date: Any = setting(DATE, None)  # noqa: RUF009
-    guides: Any = setting(DATE, None)  # noqa: RUF009
-    note: str = setting(TEXT, "nothing was run")
-
-
-@dataclass(frozen=True)
-class Node:
+class Node(Settings):
     """What a job may use of one node; None where it is not known, so that nothing is refused."""
 
-    cores: int | None = setting(optional(integer(1)), None)
-    gpus: int | None = setting(optional(integer(0)), None)
+    cores: PositiveInt | None = None
+    gpus: NonNegativeInt | None = None
 
 
-@dataclass(frozen=True)
-class RanksPerNode:
+class RanksPerNode(Settings):
     """Ranks a node, the cores of each, and the GPUs of the node, unless the command line says otherwise."""
 
-    per_node: int = setting(integer(1), 1)
-    cores: int = setting(integer(1), 1)
-    gpus_per_node: int = setting(integer(0), 0)
+    per_node: PositiveInt = 1
+    cores: PositiveInt = 1
+    gpus_per_node: NonNegativeInt = 0
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(Settings):
     """The wall time that a job of at most so many nodes may ask for."""
 
-    nodes: int = setting(integer(1))
-    minutes: int = setting(integer(1))
+    nodes: PositiveInt
+    minutes: PositiveInt
 
 
-def _limits(value: Any) -> tuple[Limit, ...]:
-    if not isinstance(value, list):
-        raise ValueError
-    limits = tuple(read_settings(Limit, entry, "limit") for entry in value)
-    if [limit.nodes for limit in limits] != sorted({limit.nodes for limit in limits}):
-        raise ValueError
-    return limits
+def _ascends(limits: tuple[Limit, ...]) -> bool:
+    return [limit.nodes for limit in limits] == sorted({limit.nodes for limit in limits})
 
 
-@dataclass(frozen=True)
-class Queue:
+class Queue(Settings):
     """A queue.
 
     Attributes:
         directives: that name it.
         limits: by ascending number of nodes; () for no known limit.
-        repeats: whether the site allows that a job is started again or followed by the next one of a chain.
+        repeats: whether the site allows several jobs for the same work: chains, arrays, studies and requeued jobs.
     """
 
-    directives: tuple[str, ...] = setting(DIRECTIVES)
-    limits: tuple[Limit, ...] = setting(Kind("a list of {nodes, minutes} with ascending nodes", _limits), ())
-    repeats: bool = setting(BOOLEAN, True)
+    directives: Items[Line]
+    limits: Annotated[Items[Limit], AfterValidator(must("be a list with ascending nodes", _ascends))] = ()
+    repeats: bool = True
 
 
-@dataclass(frozen=True)
-class WarningSignal:
+class WarningSignal(Settings):
     """The signal that announces the time limit, and how long before."""
 
-    signal: str = setting(choice("USR1", "USR2", "TERM"), "USR2")
-    seconds: int = setting(integer(1), 300)
+    signal: Literal["USR1", "USR2", "TERM"] = "USR2"
+    seconds: PositiveInt = 300
 
 
-@dataclass(frozen=True)
-class NodeLocal:
+class NodeLocal(Settings):
     """A disk of the node's own: its path there, and the features or flags a job must ask for to have it."""
 
-    path: str = setting(Kind("an absolute path, in which $USER and the like may stand", _local))
-    features: tuple[str, ...] = setting(TEXTS, ())
+    path: LocalPath
+    features: Items[Text] = ()
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(Settings):
     """A machine, after its file in `sites/`; sections are described at their own classes.
 
     Attributes:
+        name: that of its file, unless the file says otherwise.
         title: for people.
         status: what a user must know first, None for nothing.
         scheduler, launcher: who gives the nodes and who starts the ranks.
@@ -188,52 +141,68 @@ class Site:
         features: Slurm constraints, or the flags of LSF's -alloc_flags.
         gpu_order: numbers of the GPUs of a node, that of its first rank first; () for 0, 1, 2 and so on. It holds for
             jobs with all GPUs of a node, and is set after the launcher, which numbers them in its own way.
-        launch_options: of every launch; `gpu_launch_options` for jobs with GPUs.
-        python: the interpreter on the nodes, None for the one that submits.
-        modules: loaded in the script; `setup` are lines of shell before that.
-        environment: variables of the job.
-        refused_variables: variables that must not be set when a job is submitted.
-        max_restarts: how often a job may be started again.
+        launch_options: of the launcher, besides those that every site needs (see script.py).
+        python: interpreter on the nodes, None for the one that submits.
+        setup: shell lines before everything else; `modules` are loaded after them.
+        environment: variables, whose values may name others.
+        refused_variables: of the submitting shell, with which jobs fail.
+        max_restarts: how often a job that stopped early is started again.
     """
 
-    title: str = setting(TEXT)
-    scheduler: str = setting(choice(*LAUNCHERS))
-    launcher: str = setting(choice(*(name for names in LAUNCHERS.values() for name in names)))
-    sources: tuple[str, ...] = setting(sequence(TEXT))
-    status: str | None = setting(optional(TEXT), None)
-    submit: str = setting(choice("file", "stdin"), "file")
-    account: str = setting(choice("required", "optional", "none"), "optional")
-    account_directive: str = setting(TEXT, "--account={account}")
-    queue_directive: str = setting(TEXT, "--partition={queue}")
-    directives: tuple[str, ...] = setting(DIRECTIVES, ())
-    gpu_directives: tuple[str, ...] = setting(DIRECTIVES, ())
-    features: tuple[str, ...] = setting(TEXTS, ())
-    launch_options: tuple[str, ...] = setting(DIRECTIVES, ())
-    gpu_launch_options: tuple[str, ...] = setting(DIRECTIVES, ())
-    gpu_order: tuple[int, ...] = setting(NUMBERS, ())
-    python: str | None = setting(optional(TEXT), None)
-    modules: tuple[str, ...] = setting(TEXTS, ())
-    setup: tuple[str, ...] = setting(TEXTS, ())
-    environment: dict[str, str] = setting(VARIABLES, {})  # noqa: RUF009
-    refused_variables: tuple[str, ...] = setting(TEXTS, ())
-    max_restarts: int = setting(integer(0), 20)
-    # sections, read apart
-    name: str = ""
-    verified: Verified | None = None
+    name: Name
+    title: Text
+    status: Text | None = None
+    verified: Verified
+    sources: Annotated[Items[Text], AfterValidator(must("name at least one source", len))]
+    scheduler: Literal["slurm", "lsf", "none"]
+    launcher: Text
+    submit: Literal["file", "stdin"] = "file"
+    account: Literal["required", "optional", "none"] = "optional"
+    account_directive: Text = "--account={account}"
+    queue_directive: Text = "--partition={queue}"
+    queues: dict[Name, Queue] = {}  # noqa: RUF012
     node: Node = Node()
     ranks: RanksPerNode = RanksPerNode()
-    warning: WarningSignal = WarningSignal()
+    directives: Items[Line] = ()
+    gpu_directives: Items[Line] = ()
+    features: Items[Text] = ()
+    launch_options: Items[Line] = ()
+    gpu_launch_options: Items[Line] = ()
+    gpu_order: Items[NonNegativeInt] = ()
     node_local: NodeLocal | None = None
-    queues: dict[str, Queue] | None = None
+    python: Text | None = None
+    modules: Items[Text] = ()
+    setup: Items[Text] = ()
+    environment: dict[Variable, Value] = {}  # noqa: RUF012
+    refused_variables: Items[Variable] = ()
+    max_restarts: NonNegativeInt = 20
+    warning: WarningSignal = WarningSignal()
 
-
-SECTIONS = {
-    "verified": Verified,
-    "node": Node,
-    "ranks": RanksPerNode,
-    "warning": WarningSignal,
-    "node_local": NodeLocal,
-}
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Site:
+        node, ranks = self.node, self.ranks
+        launchers = LAUNCHERS[self.scheduler]
+        if self.launcher not in launchers:
+            raise ValueError(
+                f"launcher must be one of {', '.join(launchers)} for scheduler {self.scheduler}, got {self.launcher!r}"
+            )
+        if (self.verified.by == "never") != (self.verified.date is None):
+            raise ValueError("verified.date must be given, unless verified.by is never")
+        if self.scheduler == "lsf" and self.warning.seconds % 60:
+            raise ValueError(f"warning.seconds must be whole minutes for LSF, got {self.warning.seconds}")
+        if any("alloc_flags" in text for text in self.directives):
+            raise ValueError("directives must not hold -alloc_flags, of which LSF honors one line: use features")
+        if self.gpu_order and sorted(self.gpu_order) != list(range(node.gpus or 0)):
+            raise ValueError(f"gpu_order must name each of the {node.gpus} GPUs of a node, got {list(self.gpu_order)}")
+        if node.cores is not None and ranks.per_node * ranks.cores > node.cores:
+            raise ValueError(
+                f"ranks must fit the node of {node.cores} cores, got {ranks.per_node} ranks of {ranks.cores}"
+            )
+        if node.gpus is not None and ranks.gpus_per_node > node.gpus:
+            raise ValueError(
+                f"ranks.gpus_per_node must be at most the {node.gpus} of the node, got {ranks.gpus_per_node}"
+            )
+        return self
 
 
 def site_names() -> list[str]:
@@ -251,51 +220,9 @@ def read_site(name: str) -> Site:
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if path.parent == FOLDER and not path.is_file():
         raise ValueError(f"--site must be one of {', '.join(site_names())}, or a file that ends in .yaml, got {name!r}")
-    raw = read_yaml(path)
+    raw: dict[str, Any] = {"name": path.stem, **read_yaml(path)}
     try:
-        return _site(raw, path.stem)
+        site: Site = read_settings(Site, raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _site(raw: Mapping[str, Any], name: str) -> Site:
-    refuse_unknown(raw, {entry.name: MISSING for entry in fields(Site) if entry.name != "name"}, "")
-    parts: dict[str, Any] = {key: read_settings(cls, raw[key], key) for key, cls in SECTIONS.items() if raw.get(key)}
-    if "verified" not in parts:
-        raise ValueError("verified is missing; it must say by what job scripts were run: {by: never} or more")
-    queues = {
-        parse_value(key, NAME, "queues"): read_settings(Queue, value, f"queues.{key}")
-        for key, value in parse_value(raw.get("queues") or {}, OPTIONS, "queues").items()
-    }
-    settings = {key: value for key, value in raw.items() if key not in (*SECTIONS, "queues")}
-    base = read_settings(Site, settings, "site")
-    site = Site(**{**vars(base), **parts, "name": parse_value(name, NAME, "name"), "queues": queues})
-    _check(site)
     return site
-
-
-def _check(site: Site) -> None:
-    """Settings that contradict each other.
-
-    Raises:
-        ValueError: they do.
-    """
-    if site.launcher not in LAUNCHERS[site.scheduler]:
-        raise ValueError(
-            f"launcher must be one of {', '.join(LAUNCHERS[site.scheduler])} for scheduler {site.scheduler}, "
-            f"got {site.launcher!r}"
-        )
-    assert site.verified is not None
-    if (site.verified.by == "never") != (site.verified.date is None):
-        raise ValueError("verified.date must be given, unless verified.by is never")
-    if site.scheduler == "lsf" and site.warning.seconds % 60:
-        raise ValueError(f"warning.seconds must be whole minutes for LSF, got {site.warning.seconds}")
-    if any("alloc_flags" in text for text in site.directives):
-        raise ValueError("directives must not hold -alloc_flags, of which LSF honors one line: use features")
-    node, ranks = site.node, site.ranks
-    if site.gpu_order and sorted(site.gpu_order) != list(range(node.gpus or 0)):
-        raise ValueError(f"gpu_order must name each of the {node.gpus} GPUs of a node, got {list(site.gpu_order)}")
-    if node.cores is not None and ranks.per_node * ranks.cores > node.cores:
-        raise ValueError(f"ranks must fit the node of {node.cores} cores, got {ranks.per_node} ranks of {ranks.cores}")
-    if node.gpus is not None and ranks.gpus_per_node > node.gpus:
-        raise ValueError(f"ranks.gpus_per_node must be at most the {node.gpus} of the node, got {ranks.gpus_per_node}")

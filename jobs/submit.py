@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_loaders.files import write_text
 from experiments.settings.yaml_file import parse_setting, read_yaml
-from jobs.request import Job, Request, array_seeds, make_job
+from jobs.request import Job, Request, make_job, read_request
 from jobs.script import render
 from jobs.site import Site, read_site, site_names
 
@@ -69,36 +69,12 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, repeatable")
     add("--stage-environment", type=Path, metavar="ARCHIVE", help="packed environment, unpacked on each node's disk")
     add("--stage-data", type=Path, metavar="DIR", help="data, copied to each node's disk")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the script; submit and check the configuration later",
-    )
-
-
-def request_from(options: argparse.Namespace, **changes: object) -> Request:
-    """The request of a command line with `add_job_options`."""
-    wanted: dict[str, object] = {
-        "config": options.config,
-        "results": options.results,
-        "time": options.time,
-        "account": options.account,
-        "queue": options.queue,
-        "ranks_per_node": options.ranks_per_node,
-        "cores_per_rank": options.cores_per_rank,
-        "gpus_per_node": options.gpus_per_node,
-        "name": options.name,
-        "python": options.python,
-        "overrides": tuple(options.set),
-        "environment": options.stage_environment,
-        "data": options.stage_data,
-    }
-    return Request(**{**wanted, **changes})  # type: ignore[arg-type]
+    add("--dry-run", action="store_true", help="print the script; submit and check the configuration later")
 
 
 def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
     site = read_site(options.site)
-    request = request_from(options, nodes=options.nodes, chain=options.chain, array=options.array)
+    request = read_request(vars(options))
     job = drawn_job(site, request) if options.dry_run else checked_job(site, request)
     path = script_path(job)
     script = render(job, path, command)
@@ -126,10 +102,8 @@ def checked_job(site: Site, request: Request) -> Job:
     from experiments.catalog import load_config  # here, because they import torch
     from experiments.runs.execute import single_process_variants
 
-    _check_files(request)
-    array_seeds(request.array)
-    array = [request.array] if request.array is not None else []
-    config = load_config(request.config, [*request.overrides, *array])
+    seeds = [f"seeds={','.join(map(str, request.array))}"] if request.array else []
+    config = load_config(request.config, [*request.set, *seeds])
     job = make_job(site, request, f"{config.experiment}-{config.scale}", sys.executable)
     if job.ranks > 1:
         single_process_variants(config)
@@ -143,25 +117,17 @@ def drawn_job(site: Site, request: Request) -> Job:
         ValueError: the request is wrong, or the configuration is not valid YAML.
         OSError: the configuration cannot be read.
     """
-    _check_files(request)
-    array_seeds(request.array)
     names = read_yaml(request.config)
-    for override in request.overrides:
+    for override in request.set:
         key, _, text = override.partition("=")
         if key.strip() in ("experiment", "scale"):
             names[key.strip()] = parse_setting(text)
     return make_job(site, request, f"{names.get('experiment')}-{names.get('scale')}", sys.executable)
 
 
-def _check_files(request: Request) -> None:
-    for option, path in (("--stage-environment", request.environment), ("--stage-data", request.data)):
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"{option} {path} does not exist")
-
-
 def script_path(job: Job) -> Path:
     """Where a new script of the job is kept: `<results>/jobs/<name>-<UTC>.sh`."""
-    return job.jobs / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
+    return job.folder / f"{job.name}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.sh"
 
 
 # Variables of the submitting shell that would change the job. To a batch system they count more than the lines of a
@@ -235,8 +201,8 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
     pattern = r"(?m)^(\d+)(?:;\S+)?$" if site.scheduler == "slurm" else r"Job <(\d+)>"
     match = re.search(pattern, done.stdout)
     if done.returncode != 0 or match is None:
-        told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise OSError(f"{command[0]} refused {path}: {told}")
+        answer = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise OSError(f"{command[0]} refused {path}: {answer}")
     return match[1]
 
 

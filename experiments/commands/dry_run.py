@@ -20,7 +20,7 @@ MEANING = {
     "missing": "not made yet",
     "changed": "other settings, data or number of ranks: made again",
     "damaged": "damaged or without an end: made again",
-    "without weights": "no weights in the record: made again",
+    "without parts": "the record lacks what `save` asks for: made again",
 }
 
 
@@ -41,7 +41,7 @@ def show(config: ExperimentConfig, options: argparse.Namespace) -> int:
 def _lines(config: ExperimentConfig, results: Path, world_size: int, force: bool) -> list[str]:
     left_out = single_process_variants(config) if world_size > 1 else []
     runs, descriptions = described_runs(config, left_out)
-    states = states_of_runs(runs, results, descriptions, world_size, weights=config.save.weights)
+    states = states_of_runs(runs, results, descriptions, world_size, config.save.parts)
     if force:
         states = ["finished again" if state == "finished" else state for state in states]
     groups: dict[tuple[str, str], list[int]] = {}

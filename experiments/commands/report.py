@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +37,19 @@ def main(options: argparse.Namespace) -> int:
     commit, dirty = git_state()
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     made = f"Made {now} from {options.results} by commit {commit[:9]}{' with changes' if dirty else ''}."
-    path = options.output or options.results / "report.html"
-    write_text(path, html_page(sections, made))
-    print(path)
+    print(_write(options.output, options.results, html_page(sections, made)))
     return code
+
+
+def _write(output: Path | None, results: Path, page: str) -> Path:
+    """Writes the page, in the current folder where nobody named a file and the results are read-only."""
+    path = output or results / "report.html"
+    try:
+        write_text(path, page)
+    except OSError as error:
+        if output is not None:
+            raise
+        path = Path("report.html")
+        print(f"note: {error}: the report is in {path.resolve()}", file=sys.stderr)
+        write_text(path, page)
+    return path

@@ -5,15 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from experiments.distributed.host import machine, namespace
 from experiments.distributed.mpi import mpi_is_in_use
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import host_of, spans
@@ -23,6 +22,8 @@ VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_
 # What schedulers set in a job, or a step, that has GPUs: lists of their numbers, and counts such as "2" or "a100:4".
 LISTS_OF_GPUS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", *VISIBLE_DEVICES)
 COUNTS_OF_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
+# LSF names no GPUs of its own, but what it reserved, as "select[...] rusage[ngpus_physical=2.00/host]".
+RESERVED_BY_LSF = "LSB_EFFECTIVE_RSRCREQ"
 
 
 def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] = os.environ) -> Ranks:
@@ -44,6 +45,7 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
     elif ranks.scheduler != "none":
         names = [name for name in LISTS_OF_GPUS if env.get(name, "").strip() not in ("", "-1", "NoDevFiles", "void")]
         names += [name for name in COUNTS_OF_GPUS if re.fullmatch(r"(.*:)?0*[1-9]\d*", env.get(name, ""))]
+        names += [RESERVED_BY_LSF] if re.search(r"ngpus_\w+=[\d.]*[1-9]", env.get(RESERVED_BY_LSF, "")) else []
         why = f"{names[0]}={env[names[0]]} gives the job GPUs" if names else ""
     if why:
         raise ValueError(
@@ -123,8 +125,8 @@ def facts_of(ranks: Ranks, settings: LaunchSettings) -> dict[str, Any]:
     backend, device, problem = choose(ranks, settings)
     return {
         "host": host_of(ranks),
-        "machine": _machine(),
-        "network": _network(),
+        "machine": machine(),
+        "network": namespace("net"),
         "backend": backend,
         "device": _device_name(device),
         "problem": problem,
@@ -158,17 +160,6 @@ def _device_name(device: torch.device) -> str:
         return ""
     properties = torch.cuda.get_device_properties(device)
     return str(getattr(properties, "uuid", "") or f"{device} of {os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}")
-
-
-def _machine() -> str:
-    """Returns host name and boot: containers of one machine may share the one, and cloned machines the other."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname() + (" " + boot.read_text().strip() if boot.exists() else "")
-
-
-def _network() -> str:
-    """Returns the network namespace: containers of one machine cannot meet at each other's loopback address."""
-    return os.readlink("/proc/self/ns/net") if os.path.lexists("/proc/self/ns/net") else ""
 
 
 def binding(ranks: Ranks) -> list[dict[str, Any]]:

@@ -205,17 +205,16 @@ def _with_given(env: Mapping[str, str]) -> Mapping[str, str]:
         if local is not None:
             return {**env, "LOCAL_RANK": local}
     if missing:
-        given = " and ".join(name for name in ("RANK", "WORLD_SIZE") if name in env)
+        given = [name for name in ("RANK", "WORLD_SIZE") if name in env]
         launcher = next((name for name in ("srun", *OF_MPI) if _numbers(name, env)), "")
         cure = (
-            f"unset {given}, because {launcher} gives each process its numbers"
+            f"unset {' and '.join(given)}, because {launcher} gives each process its numbers"
             if launcher
             else f"torchrun sets all of {', '.join(GIVEN)}: start with torchrun, or unset them for a single process"
         )
-        raise ValueError(
-            f"environment variable {', '.join(missing)} is missing" + (f" although {given} is set" if given else "")
-            + f"; {cure}"
-        )  # fmt: skip
+        lack = f"variable {missing[0]} is" if len(missing) == 1 else f"variables {', '.join(missing)} are"
+        although = f" although {' and '.join(given)} {'is' if len(given) == 1 else 'are'} set" if given else ""
+        raise ValueError(f"environment {lack} missing{although}; {cure}")
     if not env["MASTER_ADDR"]:
         raise ValueError("MASTER_ADDR must name the host of rank 0, got an empty text")
     return env

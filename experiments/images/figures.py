@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, total_seconds
-from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant
+from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
+from experiments.records.compare import VALIDATION, Comparison, Variant
 from experiments.records.figures import (
     Coinciding,
     as_text,
@@ -25,7 +25,6 @@ from experiments.records.figures import (
     training_line,
 )
 from experiments.records.palette import styled
-from experiments.records.reading import Run
 from experiments.records.shared_figures import draw_acceleration, draw_batch_size
 
 COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#8FB3CC", "evaluation": "#5F5F5F"}
@@ -60,7 +59,7 @@ def draw_validation(comparison: Comparison) -> Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 6.8), sharey="row")
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in _all(comparison):
+    for variant, color, style in styled(_variants(comparison)):
         epochs = _evaluated(variant)
         style = coinciding.style(_label(comparison, variant), np.median(variant.series(VALIDATION), axis=0), style)
         seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
@@ -99,13 +98,13 @@ def draw_cost(comparison: Comparison) -> Figure:
     places = np.arange(len(variants))
     size = (9.5, 1.6 + 0.42 * len(variants))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1, 1.4]})
-    rates = [np.array([overall_rate(run) for run in variant.runs.values()]) for variant in variants]
+    rates = [np.array([images_per_second(run) for run in variant.runs.values()]) for variant in variants]
     middle = np.array([np.median(rate) for rate in rates])
     errors = [middle - [rate.min() for rate in rates], [rate.max() for rate in rates] - middle]
     left.barh(places, middle, xerr=errors, color="#888888", height=0.6, ecolor="#333333", capsize=2)
     left.set_yticks(places, labels)
     left.invert_yaxis()
-    left.set_xlabel("images per second of training,\nmean over the run")
+    left.set_xlabel("images per second of training,\nmedian over the epochs")
     start = np.zeros(len(variants))
     handles: dict[str, Any] = {}
     shares = [cost_shares(variant) for variant in variants]
@@ -121,19 +120,12 @@ def draw_cost(comparison: Comparison) -> Figure:
     return figure
 
 
-def overall_rate(run: Run) -> float:
-    """Images per second of training over the whole run, the first epoch included, as the shares of the time do."""
-    seconds = run.series[SECONDS]
-    batch = float(run.attributes["batch_images"])
-    return float(run.attributes["num_steps"]) * batch / float(seconds[np.isfinite(seconds)][-1])
-
-
 def draw_statistics(comparison: Comparison) -> Figure | None:
-    """Top-1 accuracy with the statistics of BatchNorm that the training left, and with those computed anew."""
+    """What new statistics of BatchNorm add to the top-1 accuracy with those that the training left."""
     figure, axis = plt.subplots(figsize=(8.0, 5.0))
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in _all(comparison):
+    for variant, color, style in styled(_variants(comparison)):
         if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
         epochs = _evaluated(variant)[1:]
@@ -150,7 +142,7 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
         return None
     axis.axhline(0, color="#666666", linewidth=0.8)
     axis.set_xlabel("epoch")
-    axis.set_ylabel("top-1 with new statistics minus\ntop-1 with stale ones (percentage points)")
+    axis.set_ylabel("gain of top-1 by new statistics\n(percentage points)")
     note = f"{_note(comparison)}\n{coinciding.note}"
     finish(figure, comparison, "What stale statistics of BatchNorm cost", handles, note=note)
     return figure
@@ -160,14 +152,10 @@ def _variants(comparison: Comparison) -> list[Variant]:
     return [variant for variants in comparison.families.values() for variant in variants]
 
 
-def _all(comparison: Comparison) -> list[tuple[Variant, str, Any]]:
-    """All variants with color and line style."""
-    return [entry for variants in comparison.families.values() for entry in styled(variants)]
-
-
 def _label(comparison: Comparison, variant: Variant) -> str:
-    """The label; with the optimizer in words where there are several."""
-    return variant.label if len(comparison.families) == 1 else f"{variant.label} ({variant.family})"
+    """The label; with the optimizer in words where several variants have the same one."""
+    is_unique = [other.label for other in _variants(comparison)].count(variant.label) == 1
+    return variant.label if is_unique else f"{variant.label} ({variant.family})"
 
 
 def _evaluated(variant: Variant) -> np.ndarray:

@@ -17,9 +17,9 @@ from experiments.pinn.compare import (
     settings_line,
 )
 from experiments.records.compare import TRAIN, Variant
+from experiments.records.page import Page
 from experiments.records.reading import Run
-from experiments.records.summarize import spread, write_summary
-from experiments.records.text_table import markdown_table, text_table
+from experiments.records.summarize import spread
 
 TOLERANCE = 1.02
 """A final loss of more than this times the baseline's counts as above it."""
@@ -40,7 +40,7 @@ LEGEND = (
     "Median over the seeds [minimum .. maximum]; a diverged run counts as infinitely bad. Loss: on the points of the "
     "last draw, with the evaluated weights; each variant has its own points. Iterations: evaluations of the gradient "
     "or of a Jacobian after which no recorded loss is above the baseline's final one on the same seed; the loss jumps "
-    "when points are drawn anew, so the baseline may have been below its final loss before. At equal evaluations (of "
+    "when points are drawn again, so the baseline may have been below its final loss before. At equal evaluations (of "
     "the loss, trials included) or seconds: the losses where both have spent the smaller of the two budgets, "
     "interpolated; no schedule was adapted to it. Unseen points: the final loss on a draw that training "
     "never sees, and its ratio to the baseline's. Seconds: training alone. Seeds above include diverged runs; where "
@@ -56,29 +56,23 @@ def summarize_pinn(groups: list[Group]) -> str:
     title = f"{folder.parent.name}, {folder.name}"
     cautions = {f"{group.equation}: {group.degenerate}" for group in groups if group.degenerate}
     title += f" - DEGENERATE EQUATION: {'; '.join(sorted(cautions))}" if cautions else ""
-    markdown, text = [f"# {title}", ""], [title, ""]
+    page = Page(title)
     for group in groups:
         against = group.baseline.label if group.baseline is not None else f"{group.name} (not run)"
-        head = f"{group.equation}, compared with {against}"
-        head = f"{group.caution} - {head}" if group.caution else head
-        markdown += [f"## {head}", "", *([f"**{group.degenerate}**", ""] if group.degenerate else [])]
-        text += [head, *([group.degenerate] if group.degenerate else [])]
-        markdown += [f"{settings_line(group)}.", ""]
-        text += [settings_line(group), ""]
+        page.section(f"{group.caution} - " * bool(group.caution) + f"{group.equation}, compared with {against}")
+        if group.degenerate:
+            page.say(group.degenerate, strong=True)
+        page.say(f"{settings_line(group)}.")
         for header, rows in _tables(group):
-            markdown += [*markdown_table(header, rows), ""]
-            text += [*text_table(header, rows), ""]
+            page.table(header, rows)
         diverged = diverged_note(group.variants)
         if diverged:
-            markdown += [f"Diverged: {diverged}.", ""]
-            text += [f"Diverged: {diverged}.", ""]
+            page.say(f"Diverged: {diverged}.")
     seeds = sorted({seed for group in groups for seed in group.seeds})
     commits = tuple(sorted({commit for group in groups for commit in group.commits}))
-    source = f"Source: {replace(groups[0], commits=commits).source_line(seeds)}"
-    markdown += [LEGEND, "", source, ""]
-    text += [LEGEND, source]
-    write_summary(folder, markdown)
-    return "\n".join(text)
+    page.say(LEGEND)
+    page.say(f"Source: {replace(groups[0], commits=commits).source_line(seeds)}")
+    return page.write(folder)
 
 
 def _tables(group: Group) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:

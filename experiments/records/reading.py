@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from experiments.records.hdf5 import ForeignRecord, IncompleteRecord, RecordError, opened
-from experiments.records.series import SCALES, SCHEMA_VERSION
+from experiments.records.series import ATTEMPTS, SCALES, SCHEMA_VERSION
 
 OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
 """Attributes that every record has, beside its configuration."""
@@ -73,7 +73,7 @@ def read_run(path: Path) -> Run:
     places: list[np.ndarray] = []
 
     def visit(name: str, item: Any) -> None:
-        if not isinstance(item, h5py.Dataset) or name.startswith(("fields/", "launch/", "weights/")):
+        if not isinstance(item, h5py.Dataset) or name.startswith(("fields/", "launch/", "weights/", f"{ATTEMPTS}/")):
             return
         if name.rpartition("/")[2] in SCALES:
             places.append(np.asarray(item))
@@ -126,10 +126,21 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(np.asarray(item)) for name, item in file.get("weights", {}).items()}
 
 
-def has_weights(path: Path) -> bool:
-    """Whether a record holds the weights of its run."""
+def read_attempts(path: Path) -> dict[str, np.ndarray]:
+    """Every attempt of the acceleration by column, as "step" and "outcome"; {} where it has none (`save.attempts`).
+
+    Raises:
+        RecordError: the file cannot be read, or is damaged.
+    """
     with opened(path) as file:
-        return "weights" in file
+        columns = file.get(ATTEMPTS, {}).items()
+        return {name: item.asstr()[:] if name == "outcome" else np.asarray(item) for name, item in columns}
+
+
+def has_groups(path: Path, names: Collection[str]) -> bool:
+    """Whether a record has all these groups, as "weights"."""
+    with opened(path) as file:
+        return all(name in file for name in names)
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,14 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/coefficient_norm": ("1", "norm of the mixing coefficients gamma for unit columns"),
 }
 
+ATTEMPTS = "attempts"
+"""Group of the attempts of an acceleration, one after the other."""
+OF_ATTEMPTS: dict[str, tuple[str, str]] = {
+    "step": ("1", "optimizer steps since the start"),
+    "stage": ("1", "stage whose acceleration it was, from 0"),
+    "outcome": ("1", "accepted, the cause of the rejection, or reverted (an accepted point was taken back)"),
+}
+
 # The same for series of test sets, whose names end in that of the set.
 ERRORS: dict[str, tuple[str, str]] = {
     "metrics/validation/relative_l2_": ("1", "L2 norm of the error over that of the exact solution on the test set"),
@@ -67,6 +75,11 @@ SCALES: dict[str, tuple[str, str]] = {
     "epoch": ("epoch", "completed passes over the training set"),
     "iteration": ("1", "evaluations of the gradient, or of a Jacobian, without the trials of an acceleration"),
 }
+
+
+def description_of_attempt(name: str) -> tuple[str, str]:
+    """Unit and long name of a column of the attempts."""
+    return OF_ATTEMPTS.get(name) or description_of(f"acceleration/{name}", False)
 
 
 def description_of(name: str, is_sampled: bool) -> tuple[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from experiments.records.hdf5 import DamagedRecord, IncompleteRecord, UnreadableRecord
-from experiments.records.reading import has_weights, read_run
+from experiments.records.reading import has_groups, read_run
 from experiments.settings.run_config import RunConfig
 
 
@@ -14,18 +15,23 @@ def run_path(results: Path, config: RunConfig) -> Path:
     return results / config.experiment / config.scale / config.name / f"seed-{config.seed}.h5"
 
 
+def tensorboard_folder(path: Path) -> Path:
+    """Where the event files of a run are, beside its record."""
+    return path.with_suffix(".tensorboard")
+
+
 def run_folder(path: Path) -> Path:
     """Where a run that is not finished keeps its checkpoints, beside its record."""
     return path.with_suffix(".run")
 
 
-def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, *, weights: bool = False) -> str:
-    """Whether the run must be made: "finished", "unfinished", "missing", "changed", "damaged" or "without weights".
+def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, parts: Collection[str] = ()) -> str:
+    """Whether the run must be made: "finished", "unfinished", "missing", "changed", "damaged" or "without parts".
 
     "unfinished" means that the run has checkpoints from which it goes on. "changed" means other settings, other data or
     another number of ranks: each changes the numbers. A label does not, nor does an override that says what holds for
-    all variants. "damaged" includes a record without an end. "without weights" is a finished run whose record should
-    have them, by `weights`, and has none.
+    all variants. "damaged" includes a record without an end. "without parts" is a finished run whose record lacks one
+    of the groups `parts`, as those of `SaveConfig.parts`.
 
     Raises:
         RecordError: there is a file, and it cannot be opened here or now, or is none of this suite's records; it may
@@ -34,7 +40,7 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, *
     if any(run_folder(path).glob("step-*")):
         return "unfinished"
     state = _state_of_record(path, config, data_digest, world_size)
-    return "without weights" if state == "finished" and weights and not has_weights(path) else state
+    return "without parts" if state == "finished" and not has_groups(path, parts) else state
 
 
 def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int) -> bool:

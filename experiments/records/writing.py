@@ -19,7 +19,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.hdf5 import RecordError, opened
 from experiments.records.provenance import attributes_of, place_of
 from experiments.records.reading import read_run
-from experiments.records.series import SCALES, description_of
+from experiments.records.series import ATTEMPTS, SCALES, description_of, description_of_attempt
 from experiments.settings.run_config import RunConfig
 from experiments.training.problem import Field, Problem
 from experiments.training.result import Result
@@ -65,6 +65,7 @@ def write_run(
             _write_series(file, name, values, result.iterations)
         _write_fields(file, result.fields)
         _write_weights(file, result.weights)
+        _write_attempts(file, result.attempts)
         if places:  # a dataset, because attributes have no room for a thousand ranks
             file.create_dataset("launch/binding", data=json.dumps([*places]))
         file.attrs.update(attributes_of(config, problem, result, ranks, start, end, places))
@@ -143,3 +144,15 @@ def _write_weights(file: h5py.File, weights: Mapping[str, torch.Tensor]) -> None
         group = file.create_group("weights", track_order=True)  # that of the state_dict
         for name, value in weights.items():
             group.create_dataset(name, data=value.numpy())
+
+
+def _write_attempts(file: h5py.File, attempts: Mapping[str, np.ndarray] | None) -> None:
+    if attempts is None:
+        return
+    group = file.create_group(ATTEMPTS)
+    for name, column in attempts.items():
+        dataset = group.create_dataset(name, data=column, dtype=h5py.string_dtype() if name == "outcome" else None)
+        dataset.attrs["units"], dataset.attrs["long_name"] = description_of_attempt(name)
+    group["step"].make_scale("step")
+    for name in attempts.keys() - {"step"}:
+        group[name].dims[0].attach_scale(group["step"])

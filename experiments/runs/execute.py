@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import by_first, check_same
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_run
-from experiments.records.status import is_finished, run_folder, run_path
+from experiments.records.status import is_finished, run_folder, run_path, tensorboard_folder
+from experiments.records.tensorboard import TensorBoard
 from experiments.records.writing import note_place, probe_folder, write_run
 from experiments.runs.closing import closing_lines
 from experiments.runs.lock import FolderInUse
@@ -46,7 +47,7 @@ def execute_run(
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
     from_start: bool = False,
-    timeout_seconds: float = LaunchSettings.collective_seconds,
+    timeout_seconds: float = LaunchSettings().collective_seconds,
     show_progress: bool = False,
 ) -> Path:
     """Builds, accelerates, trains and records one run; goes on where it was stopped.
@@ -58,7 +59,7 @@ def execute_run(
         save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
         from_start: whether to remove its checkpoints first.
-        timeout_seconds: for so long the ranks wait for each other.
+        timeout_seconds: how long the ranks wait for each other.
         show_progress: progress by epoch.
 
     Returns:
@@ -89,6 +90,7 @@ def execute_run(
     variant = config.variant
 
     places = binding(ranks) if ranks.world_size > 1 else []
+    board = TensorBoard(tensorboard_folder(path), enabled=save.tensorboard and ranks.rank == 0)
 
     def write(result: Result, complete: bool = False) -> None:
         if not complete and is_finished(path, config, problem.data_digest, ranks.world_size):
@@ -120,6 +122,8 @@ def execute_run(
                 session=session,
                 show_progress=show_progress and ranks.rank == 0,
                 save_weights=save.weights,
+                trace_attempts=save.attempts,
+                watch=board,
             )
             if ranks.rank == 0:
                 session.check_lock()
@@ -131,6 +135,7 @@ def execute_run(
         raise RuntimeError(f"run {config.name}, seed {config.seed} failed: {type(error).__name__}: {reason}") from error
     finally:
         problem.close()
+        board.close()
     return path
 
 
@@ -212,7 +217,7 @@ def _plan(
     if left_out:
         _say(f"left out on {ranks.world_size} ranks, because they run in a single process: {', '.join(left_out)}")
     probe_folder(results / config.experiment / config.scale)
-    pending = _pending(runs, results, descriptions, ranks, force=from_start, weights=config.save.weights)
+    pending = _pending(runs, results, descriptions, ranks, force=from_start, parts=config.save.parts)
     source = config.kind.describe(config.problem).source
     data_text = f"data: {source}" + (" (no CSV file found)" if source == "surrogate" else "")
     _say(f"{config.experiment}/{config.scale}: {len(pending)} of {len(runs)} runs to do, {data_text}")
@@ -275,11 +280,11 @@ def _execute_in_turn(
 
 
 def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
-    """Whether any rank was told to stop; all ranks ask together, between two runs."""
-    told = torch.tensor(float(bool(interruption.reason)), device=device_of(ranks))
+    """Whether any rank shall stop; all ranks ask together, between two runs."""
+    stops = torch.tensor(float(bool(interruption.reason)), device=device_of(ranks))
     if ranks.world_size > 1:
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+        dist.all_reduce(stops, dist.ReduceOp.MAX)
+    return bool(stops)
 
 
 def _pending(
@@ -289,12 +294,12 @@ def _pending(
     ranks: Ranks,
     *,
     force: bool,
-    weights: bool,
+    parts: Collection[str],
 ) -> list[RunConfig]:
     """The runs to make; says what is reused and what is made again, and why."""
     if force:
         return runs
-    found = states_of_runs(runs, results, descriptions, ranks.world_size, weights=weights)
+    found = states_of_runs(runs, results, descriptions, ranks.world_size, parts)
     states = {id(run): state for run, state in zip(runs, found, strict=True)}
     counts = Counter(states.values())
     for run in runs:
@@ -314,10 +319,10 @@ def _pending(
         if states[id(run)] == "finished":
             try:
                 note_place(run_path(results, run), run)
-            except OSError as error:  # of a colleague, for instance; the numbers are the same
+            except OSError as error:  # it may belong to a colleague; the numbers are the same
                 _say(f"warning: the label in a finished record cannot be brought up to date: {error}")
-    if counts["without weights"]:
-        _say(f"{counts['without weights']} records have no weights (save.weights): these runs are made again")
+    if counts["without parts"]:
+        _say(f"{counts['without parts']} records have no {' or no '.join(parts)} (save): these runs are made again")
     if counts["finished"]:
         commit, dirty = git_state()
         same = sum(

@@ -112,7 +112,7 @@ class RunSession:
         self._is_finite = True
         self._lock: AbstractContextManager[Any] = nullcontext()
         if ranks.rank == 0:
-            self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}")
+            self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks)
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
         self._vote = StepVote(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
         self._saved_at = self._published_at = time.monotonic()

@@ -31,11 +31,9 @@ def states_of_runs(
     results: Path,
     descriptions: Mapping[str, Description],
     world_size: int,
-    *,
-    weights: bool,
+    parts: Collection[str],
 ) -> list[str]:
     """The state of each run, see `experiments.records.status.state_of`."""
     return [
-        state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size, weights=weights)
-        for run in runs
+        state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size, parts) for run in runs
     ]

@@ -131,7 +131,7 @@ class Iterations(Plan):
         }
 
     def place(self, run: Training) -> int:
-        return len(self._evaluated) - 1
+        return self._evaluated[-1]
 
     def reached(self, run: Training) -> int:
         return self._steps[-1]

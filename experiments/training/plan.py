@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.components import make_scheduler
 from experiments.training.progress import Bar
 
@@ -95,7 +95,7 @@ class Plan(ABC):
 
     @abstractmethod
     def place(self, run: Training) -> int:
-        """Index of the present interval in the series."""
+        """Where the present interval ends on the axis of the series: an epoch or an iteration."""
 
     @abstractmethod
     def reached(self, run: Training) -> int:

@@ -32,6 +32,7 @@ class Result:
         attributes: further attributes of the record.
         fields: by name, see `Problem.fields`.
         weights: the weights that were evaluated last, on the CPU; empty where nobody wants them.
+        attempts: of the acceleration, by column, see `attempts.AttemptTrace`; None where nobody traces them.
     """
 
     series: dict[str, np.ndarray]
@@ -43,6 +44,7 @@ class Result:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Field] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    attempts: Mapping[str, np.ndarray] | None = None
 
 
 def padded(series: Mapping[str, Sequence[float]], length: int) -> dict[str, np.ndarray]:
@@ -58,8 +60,8 @@ def append(
     place: int,
     values: Mapping[str, float],
     statistics: Iterable[Mapping[str, Any]],
-) -> None:
-    """Adds values, and the statistics of accelerations, at a place of the series.
+) -> dict[str, float]:
+    """Adds values, and the statistics of accelerations, at a place of the series; returns the new entries.
 
     A series that starts late, as a cause of rejection, is filled with 0 or NaN. Of several accelerations the counters
     are added, and of their other values those of the last one are taken.
@@ -79,3 +81,4 @@ def append(
         entries = series.setdefault(name, [])
         entries.extend([missing] * (place - len(entries)))
         entries.append(value)
+    return row

@@ -11,7 +11,8 @@ import torch
 
 import aadl
 from aadl.attached import STATE_KEY
-from experiments.settings.checks import Component
+from experiments.settings.cadence import in_steps
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import PublishedConfig, VariantConfig
 from experiments.training.clock import HookSeconds
 from experiments.training.components import accelerate, solves_residuals
@@ -65,7 +66,7 @@ def make_stages(problem: Problem, variant: VariantConfig) -> list[Stage]:
     """The stages of a variant, over the model of the problem."""
     first = make_stage(problem, variant.optimizer, variant.acceleration)
     if variant.published is not None:
-        first = _published(problem, first, variant.published, variant.published_cadences)
+        first = _published(problem, first, variant.published)
     if variant.then is None:
         return [first]
     then = make_stage(problem, variant.then.optimizer, variant.then.acceleration)
@@ -78,7 +79,7 @@ def make_stage(problem: Problem, component: Component, acceleration: Mapping[str
     if acceleration is None:
         return Stage(optimizer)
     seconds = HookSeconds(optimizer)
-    _accelerate(problem, optimizer, problem.in_steps(acceleration))
+    _accelerate(problem, optimizer, in_steps(acceleration, problem.steps_per_epoch))
     accelerator = aadl.accelerator_of(optimizer)
     return Stage(
         optimizer,
@@ -99,10 +100,11 @@ def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: M
     accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
 
 
-def _published(problem: Problem, stage: Stage, settings: PublishedConfig, cadences: Mapping[str, Any]) -> Stage:
+def _published(problem: Problem, stage: Stage, settings: PublishedConfig) -> Stage:
     """The stage with the published scheme, some of whose cadences may be given in epochs."""
     seconds = HookSeconds(stage.optimizer)
-    scheme = PublishedScheme(stage.optimizer, replace(settings, **problem.in_steps(cadences)))
+    arguments = in_steps(settings.model_dump(), problem.steps_per_epoch)
+    scheme = PublishedScheme(stage.optimizer, PublishedConfig(**arguments))
     return replace(
         stage,
         statistics=lambda: scheme.statistics,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
+from experiments.training.attempts import AttemptTrace
 from experiments.training.averaging import WeightAverage
 from experiments.training.clock import Clock
 from experiments.training.optimizers import answering
@@ -23,6 +24,9 @@ from experiments.training.updates import Updates
 
 VALUE_SECONDS = "timing/"
 """Series of an evaluation with this prefix are seconds, which the loop adds up."""
+
+Watch = Callable[[int, Mapping[str, float]], None]
+"""A function that receives each entry of the series and its epoch or iteration."""
 
 
 class Session(Protocol):
@@ -48,6 +52,8 @@ def train(
     session: Session | None = None,
     show_progress: bool = False,
     save_weights: bool = False,
+    trace_attempts: bool = False,
+    watch: Watch | None = None,
 ) -> Result:
     """Trains interval by interval, as the plan of the problem divides the run, and evaluates off the clock.
 
@@ -61,6 +67,8 @@ def train(
         session: takes up a saved run, saves this one on the way, and may stop it.
         show_progress: a progress bar on a terminal, plain lines elsewhere.
         save_weights: whether the result has the weights.
+        trace_attempts: whether the result has every attempt of the acceleration.
+        watch: receives the entries of the series as they come, and the learning rate.
 
     Returns:
         The series. A loss that is not finite ends the run, and the result says where it diverged.
@@ -68,7 +76,16 @@ def train(
     Raises:
         ValueError: there is nothing to train on.
     """
-    run = Training(problem, stages, ranks, ema_decay=ema_decay, mean_epochs=mean_epochs, show_progress=show_progress)
+    run = Training(
+        problem,
+        stages,
+        ranks,
+        ema_decay=ema_decay,
+        mean_epochs=mean_epochs,
+        show_progress=show_progress,
+        trace_attempts=trace_attempts,
+        watch=watch,
+    )
     if session is None or not session.restore(run):
         run.begin()
     while run.goes_on:
@@ -104,6 +121,8 @@ class Training:
         ema_decay: float | None = None,
         mean_epochs: int | None = None,
         show_progress: bool = False,
+        trace_attempts: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.problem, self.stages, self.ranks = problem, stages, ranks
         self.plan = problem.plan()
@@ -115,6 +134,8 @@ class Training:
         elif mean_epochs is not None:
             self.average = WeightAverage(problem.model, None, self.plan.num_intervals - mean_epochs)
         self.updates = Updates() if self.plan.measures_updates else None
+        self.trace = AttemptTrace() if trace_attempts else None
+        self._watch = watch
         self.clock = Clock(problem.model)
         self.series: dict[str, list[float]] = {}
         self.interval, self.step, self.num_steps = 1, 0, 0
@@ -148,7 +169,7 @@ class Training:
     def begin(self) -> None:
         """Evaluates the initial weights."""
         self.plan.begin(self)
-        self._append(0, self._evaluate() | self._measures() | self.seconds, self.stages[:1])
+        self._append(self._evaluate() | self._measures() | self.seconds, self.stages[:1], place=0)
 
     def train_interval(self, session: Session | None = None) -> bool:
         """Trains to the end of the present interval and evaluates; False if there was no time for a single step."""
@@ -185,6 +206,8 @@ class Training:
             self.average.update(model)
         self.num_steps += 1
         self.step += 1
+        if self.trace is not None:
+            self.trace.after_step(self.num_steps, self.stages)
         self.plan.after_step(self)
 
     def _finish_interval(self) -> None:
@@ -198,15 +221,20 @@ class Training:
         if plan.is_evaluated(self) or not finite:
             values |= self._evaluate()
         values |= self.seconds
-        self._append(plan.place(self), values, [stage for stage in self.stages if stage.after <= plan.reached(self)])
+        begun = [stage for stage in self.stages if stage.after <= plan.reached(self)]
+        self._append(values, begun, plan.place(self))
         if self.is_lost or not (finite and math.isfinite(values.get("metrics/train/loss", 0.0))):
             self.diverged_at = plan.diverged_at(self, losses)
         plan.after_interval(self)
         self.bar.show(values)
         self.interval, self.step, self.losses = plan.following(self), 0, []
 
-    def _append(self, place: int, values: Mapping[str, float], stages: Sequence[Stage]) -> None:
-        append(self.series, place, values, [stage.statistics() for stage in stages if stage.statistics is not None])
+    def _append(self, values: Mapping[str, float], stages: Sequence[Stage], place: int) -> None:
+        num_entries = len(self.series.get("timing/training_seconds", ()))
+        statistics = [stage.statistics() for stage in stages if stage.statistics is not None]
+        entry = append(self.series, num_entries, values, statistics)
+        if self._watch is not None:
+            self._watch(place, {"metrics/learning_rate": self.closure.learning_rate, **entry})
 
     def _evaluate(self) -> dict[str, float]:
         """Values of the evaluated model; their seconds are added to those of earlier evaluations."""
@@ -252,6 +280,7 @@ class Training:
             "stages": list(stages),
             "average": self.average.state_dict() if self.average is not None else None,
             "updates": self.updates.state_dict() if self.updates is not None else None,
+            "attempts": self.trace.state_dict() if self.trace is not None else None,
             "closure": self.closure.state_dict(),
             "clock": self.clock.state_dict(),
             "plan": self.plan.state_dict(),
@@ -278,6 +307,8 @@ class Training:
             self.average.load_state_dict(shared["average"])
         if self.updates is not None:
             self.updates.load_state_dict(shared["updates"], device)
+        if self.trace is not None:
+            self.trace.load_state_dict(shared.get("attempts"), self.stages)
         for name in ("closure", "clock", "plan"):
             getattr(self, name).load_state_dict(shared[name])
         for name in ("interval", "step", "num_steps", "diverged_at"):
@@ -292,10 +323,10 @@ class Training:
 
     def result(self, *, finished: bool, weights: bool = False) -> Result:
         """The series so far; of a finished run also what is worth one evaluation at the end, and the weights."""
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"attempts": self.trace.columns() if self.trace is not None else None}
         if finished:
             with torch.no_grad(), answering(self.closure.optimizer):
-                more = {
+                more |= {
                     "attributes": self.problem.finish(self.evaluated),
                     "fields": self.problem.fields(self.evaluated),
                     "weights": self.problem.export(self.evaluated) if weights else {},

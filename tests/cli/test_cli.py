@@ -149,12 +149,17 @@ def test_names_and_labels_are_data(config, tmp_path, capsys, monkeypatch):
 
 def reads_as_a_colleague(results, folder):
     """Figures and tables of results that this process may only read."""
-    for name in ("catalog", "admissions.experiment", "records.figures"):  # before the interpreter's folder is closed
+    for name in (
+        "catalog",
+        "admissions.experiment",
+        "commands.report",
+        "records.figures",
+    ):  # before the interpreter's folder is closed
         importlib.import_module(f"experiments.{name}")
     if os.getuid() == 0:
         os.setuid(65534)
     os.chdir(folder)
-    for command in ("summarize", "figures"):
+    for command in ("summarize", "figures", "report"):
         assert main([command, "--results", str(results)]) == 2
 
 
@@ -181,6 +186,8 @@ def test_results_of_a_colleague_are_shown(config, tmp_path):
         assert "plain SGD" in told and "summary.md cannot be written: Permission denied" in told
         assert (own / "figures" / "graduate_admissions" / "test" / "loss.png").is_file()
         assert "the figures are in figures/graduate_admissions/test" in told
+        assert f"report.html cannot be written: Permission denied: the report is in {own / 'report.html'}" in told
+        assert (own / "report.html").is_file()
         for path in (results, *results.rglob("*")):
             os.chmod(path, 0o755)
 
@@ -239,14 +246,18 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, capsys, experiment):
-    """The averaged ones; of images with the statistics computed anew."""
+    """The averaged ones; of images with the statistics computed again."""
     path = write_config(experiment, tmp_path)
     raw = yaml.safe_load(path.read_text())
     ((name, variant), *_) = raw["variants"].items()
     raw |= {"variants": {name: variant | {"ema_decay": 0.9}}}
     path.write_text(yaml.safe_dump(raw))
     results = tmp_path / "results"
-    for settings, told in (("false", "1 of 1 runs to do"), ("true", "1 records have no weights"), ("false", "0 of 1")):
+    for settings, told in (
+        ("false", "1 of 1 runs to do"),
+        ("true", "records have no weights (save)"),
+        ("false", "0 of 1"),
+    ):
         assert run(path, results, "--set", f"save.weights={settings}") == 0
         assert told in capsys.readouterr().err
     [record] = results.rglob("seed-0.h5")
@@ -262,9 +273,9 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     recorded = read_run(record).series
     assert [after[name] for name in metrics] == [recorded[name][-1] for name in metrics]
     assert before["metrics/train/loss" if experiment != "imagenet" else "metrics/validation/loss"] not in after.values()
-    if experiment == "imagenet":  # where the statistics computed anew are those of the network
+    if experiment == "imagenet":  # where the statistics computed again are those of the network
         assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
-        begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
+        begun = replace(expanded, problem=expanded.problem.model_copy(update={"initial_weights": str(record)}))
         begun_weights = begun.kind.build(begun, Ranks()).model.state_dict()
         assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
 
@@ -329,7 +340,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "missing.yaml"),
-        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be an integer >= 1, got 0"),
+        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be greater than 0, got 0"),
         (["run", "CONFIG", "--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
         (["run", "CONFIG", "--set", "problem.data_path=missing.csv"], "missing.csv does not exist"),
         (["run", "CONFIG", "--set", "problem.validation_fraction=0.999"], "leaves none for training"),

@@ -1,6 +1,8 @@
 """The source distribution and the wheel build, pass twine's check, and work where they are installed."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -41,6 +43,43 @@ def test_the_archives_pass_their_checks_and_hold_the_library_alone(built):
     assert all(name == "aadl" or name.endswith(".dist-info") for name in packages)
 
 
+def test_the_page_of_the_package_has_absolute_links_alone(built):
+    with zipfile.ZipFile(built[".whl"]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        page = wheel.read(name).decode()
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert not [target for target in targets if not target.startswith("https://")]
+    address = re.search(r"^Project-URL: Repository, (\S+)$", page, flags=re.MULTILINE)[1]
+    assert {f"{address}/raw/main/docs/figures/where_it_pays.png", f"{address}/blob/main/CITATION.cff"} <= set(targets)
+
+
+@pytest.mark.parametrize(
+    ("tag", "changed", "version"),
+    [("v0.1.0", True, r"{next}\.dev1\+g\w+"), ("v0.2.0", False, r"0\.2\.0"), (None, True, r"{next}\.dev2\+g\w+")],
+)
+def test_the_version_follows_the_tags(tmp_path, tag, changed, version):
+    for name in ("setup.py", "pyproject.toml", "README.md", "aadl/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def git(*command):
+        run("git", "-c", "user.name=a", "-c", "user.email=a@example.org", *command, cwd=tmp_path)
+
+    def packaged():
+        return run(sys.executable, "setup.py", "--quiet", "--version", cwd=tmp_path).split()[-1]
+
+    next_release = re.search(r'^__version__ = "(.+)"', (tmp_path / "aadl/__init__.py").read_text(), re.MULTILINE)[1]
+    assert packaged() == next_release
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    if tag:
+        git("tag", tag)
+    if changed:
+        git("commit", "--quiet", "--allow-empty", "--message", "second")
+    assert re.fullmatch(version.format(next=re.escape(next_release)), packaged())
+
+
 @pytest.mark.skipif(not TORCH, reason="needs torch: AADL_TORCH=.venv/lib/python3.x/site-packages (make test-docs)")
 def test_the_wheel_works_in_an_environment_of_its_own(built, tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
@@ -61,4 +100,4 @@ def test_the_wheel_works_in_an_environment_of_its_own(built, tmp_path):
         assert aadl.accelerator_of(optimizer).statistics["accepted"] > 0
         print(aadl.__version__)
     """
-    assert run(python, "-c", textwrap.dedent(script), cwd=tmp_path).strip() == built[".whl"].name.split("-")[1]
+    assert built[".whl"].name.split("-")[1].startswith(run(python, "-c", textwrap.dedent(script), cwd=tmp_path).strip())

@@ -153,7 +153,10 @@ def job_environment(folder, element, job, restart):
         "LSB_MCPU_HOSTS": " ".join(f"{name} {slots}" for name, slots in hosts),
         "LSB_DJOB_HOSTFILE": str(folder / element / "hostfile"),
         "LSB_DJOB_NUMPROC": str(len(flat)),
+        "LSB_EFFECTIVE_RSRCREQ": "select[type == any] order[r15s:pg]",
     }
+    if gpus := re.match(r"num=(\d+)", job.get("-gpu", "")):
+        env["LSB_EFFECTIVE_RSRCREQ"] += f" rusage[ngpus_physical={gpus[1]}.00/host]"
     if len(" ".join(flat)) <= 4096:
         env["LSB_HOSTS"] = " ".join(flat)
     if restart:

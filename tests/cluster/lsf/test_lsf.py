@@ -14,6 +14,7 @@ from unittest.mock import patch
 import fake_lsf
 import pytest
 import stand_in
+import torch
 import yaml
 from every_experiment import EXPERIMENTS, check_against_one_process, run_plainly, write_config
 from suite_cases import table_lines
@@ -31,7 +32,7 @@ class Lsf:
     def __init__(self, folder, mode):
         self.folder, self.results = folder / "lsf", folder / "my results"
         fake_lsf.install(self.folder, mode)
-        # Not the data that a process takes which was not told where they are.
+        # Not the data that a process takes without AADL_DATA_DIR.
         data = folder / "data"
         data.mkdir()
         (data / "graduate_admissions.csv").write_text("\n".join(table_lines(500, seed=1)))
@@ -105,6 +106,11 @@ def lsf(tmp_path, request):
 @pytest.fixture
 def summit(tmp_path):
     yield from running(tmp_path, "summit")
+
+
+@pytest.fixture
+def generic(tmp_path):
+    yield from running(tmp_path, "generic")
 
 
 def running(tmp_path, mode):
@@ -266,6 +272,13 @@ def check_experiment(lsf, tmp_path, monkeypatch, experiment):
 
 def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path, monkeypatch):
     check_experiment(lsf, tmp_path, monkeypatch, "graduate_admissions")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which the job would see")
+def test_a_job_that_asked_for_gpus_and_sees_none_stops(generic):
+    [job] = generic.submit("--nodes", "1", "--gpus-per-node", "2")
+    assert generic.wait_for_end(job) != 0
+    assert re.search(r"LSB_EFFECTIVE_RSRCREQ=.*ngpus_physical=2.* gives the job GPUs, but rank 0", generic.log(job))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS[1:])

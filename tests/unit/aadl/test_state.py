@@ -20,7 +20,7 @@ ONE = [[(0, torch.zeros(50))]]
 
 
 def saved(history):
-    """Rows and values on their way through a file."""
+    """Rows and plain values on their way through a file."""
     rows = {name: row.clone() for name, row in rows_of(history, ONE, False).items()}
     return rows, json.dumps(plain_state_of(history))
 

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+import shutil
 from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import fake_ranks, scaling, scaling_docs
+from benchmarks import fake_ranks, scaling
 from benchmarks.fake_ranks import Case, Count, Recorder, count_all
 from benchmarks.machine_model import (
     LAYOUTS,
@@ -27,7 +28,9 @@ from benchmarks.machine_model import (
     predict,
     training_collectives,
 )
-from benchmarks.shapes import count_elements, decoder_units, resnet50_shapes
+from benchmarks.scaling_docs import Report, blocks_of
+from benchmarks.shapes import count_elements, decoder_units, resnet50_units
+from benchmarks.tables import REPORTS, put_into_page
 
 TINY = Workload("tiny", (((300, 40), (300,)), ((100, 300), (100,))), 12, 20, 4, True)
 RANKS = 1536
@@ -46,8 +49,8 @@ def accelerated(layout, elements, setting=None):
 
 
 def test_networks_have_their_published_size():
-    shapes = resnet50_shapes()
-    assert (len(shapes), sum(map(math.prod, shapes))) == (161, 25_557_032)
+    units = resnet50_units()
+    assert (len(units), sum(map(len, units)), count_elements(units)) == (18, 161, 25_557_032)
     assert count_elements(decoder_units()) == 7_000_559_616
 
 
@@ -83,10 +86,10 @@ def test_every_layout_is_counted_on_one_rank_of_thousands(layout):
 
 
 def test_what_cannot_be_counted_is_an_error_that_names_the_case(monkeypatch):
-    def refuse(function, arguments):
+    def refuse(function, case):
         raise ValueError("this library cannot shard")
 
-    monkeypatch.setattr(fake_ranks, "in_processes", refuse)
+    monkeypatch.setattr(fake_ranks, "in_fresh_process", refuse)
     with pytest.raises(RuntimeError, match=r"'sharded' cannot be counted \(tiny, .*1,536 ranks.*cannot shard"):
         count_all([Case(TINY, "sharded", RANKS)])
 
@@ -110,7 +113,7 @@ def test_collectives_of_an_optimizer_hook_are_recorded():
 
 
 def test_large_networks_are_run_only_where_they_fit():
-    cases = scaling.cases_of(LAYOUTS, (8, 16), list(WORKLOADS.values()))
+    cases = fake_ranks.cases_of(LAYOUTS, (8, 16), list(WORKLOADS.values()))
     large = [case for case in cases if case.workload.elements > 1e9]
     assert [(case.layout, case.ranks) for case in large] == [("fsdp2", 8), ("fsdp2", 16)]
     assert {case.layout for case in cases if case not in large} == set(LAYOUTS)
@@ -174,16 +177,6 @@ def test_long_collectives_grow_with_the_network_and_short_ones_do_not():
 # ---- this host and the page ------------------------------------------------------------------------------------------
 
 
-def report():
-    """A run as it could have been."""
-    workloads = list(WORKLOADS.values())
-    counts = [
-        Count(case, 10, 10, (), accelerated(case.layout, case.workload.elements).pattern)
-        for case in scaling.cases_of(LAYOUTS, scaling.WORLD_SIZES, workloads)
-    ]
-    return scaling_docs.Report(counts, Overhead(1e-4, 1e-3, 1e-4), workloads)
-
-
 def test_events_of_every_kind_are_timed(monkeypatch):
     steps = itertools.count()
 
@@ -192,22 +185,19 @@ def test_events_of_every_kind_are_timed(monkeypatch):
         optimizer.step()
         return float(next(steps) % 2 == 0)  # the accelerated step comes first: a second more than the plain one
 
-    threads = torch.get_num_threads()
     monkeypatch.setattr(scaling, "step_seconds", seconds)
     assert scaling.measure_overhead() == Overhead(1.0, 0.0, 0.0)
-    torch.set_num_threads(threads)
 
 
-def test_the_page_says_what_it_is(tmp_path):
-    text = scaling_docs.markdown(report())
-    for phrase in (
-        "predicted by a model, not measured on these machines",
-        "nothing here was measured on a GPU",
-        scaling_docs.COMMAND,
-        torch.__version__,
-    ):
-        assert phrase in " ".join(text.split())
-    assert str(scaling_docs.ROOT) not in text
+def test_the_page_takes_every_table(tmp_path):
+    workloads = list(WORKLOADS.values())
+    counts = [
+        Count(case, 10, 10, (), accelerated(case.layout, case.workload.elements).pattern)
+        for case in fake_ranks.cases_of(LAYOUTS, scaling.WORLD_SIZES, workloads)
+    ]
+    blocks = blocks_of(Report(counts, Overhead(1e-4, 1e-3, 1e-4), workloads))
+    shutil.copy(REPORTS / "scaling.md", tmp_path)
+    put_into_page("scaling", blocks, tmp_path)
+    text = (tmp_path / "scaling.md").read_text(encoding="utf-8")
     assert sum(line.startswith("| H100 SXM | 6,144 |") for line in text.splitlines()) == 2 * len(LAYOUTS)
-    scaling_docs.write(text, tmp_path)
-    assert (tmp_path / "scaling.md").read_text(encoding="utf-8") == text
+    assert "acceleration 1, judgment 0.1." in text and torch.__version__ in text

@@ -5,7 +5,6 @@ import itertools
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 from jobs import scaling, script, site, submit
-from jobs.request import make_job
+from jobs.request import make_job, read_request
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
@@ -37,10 +36,11 @@ def rendered(name, *options):
     """The script for the options of a command line."""
     given = ["config.yaml", "--site", name, "--results", "/scratch/my results", *options]
     parsed = submit.make_parser().parse_args([*given, "--python", "/home/me/aadl/.venv/bin/python"])
-    request = submit.request_from(parsed, nodes=parsed.nodes, chain=parsed.chain, array=parsed.array)
-    request = replace(request, config=Path("/home/me/aadl/config.yaml"))
-    job = make_job(site.read_site(name), request, "graduate_admissions-laptop", sys.executable)
-    return script.render(job, job.jobs / "job.sh", ["python", "-m", "jobs.submit", *given])
+    paths = {"config": Path("/home/me/aadl/config.yaml"), "stage_environment": parsed.stage_environment,
+             "stage_data": parsed.stage_data}  # fmt: skip
+    request = read_request({key: value for key, value in vars(parsed).items() if not key.startswith("stage_")})
+    job = make_job(site.read_site(name), request.model_copy(update=paths), "graduate_admissions-laptop", sys.executable)
+    return script.render(job, job.folder / "job.sh", ["python", "-m", "jobs.submit", *given])
 
 
 GOLDEN_CASES = {
@@ -62,7 +62,7 @@ GOLDEN_CASES = {
 
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_scripts_are_the_golden_ones(name):
-    """UPDATE_GOLDEN=1 writes them anew, to be read in the diff."""
+    """UPDATE_GOLDEN=1 writes them again, to be read in the diff."""
     text = rendered(*GOLDEN_CASES[name])
     path = GOLDEN / f"{name}.sh"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -103,23 +103,44 @@ def test_the_sites_of_the_suite():
         ("frontier", ["--account", "A", "--time", "0:04:00"], "--time must be longer than the 300 seconds"),
         ("frontier", ["--account", "A", "--time", "2:00:01"], "at most 2:00:00 for 1 nodes in queue batch"),
         ("frontier", ["--account", "A b", "--time", "2:00:00"], "--account must be a word"),
-        ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be an integer >= 1, got 0"),
+        ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be greater than 0, got 0"),
         ("frontier", [*COMMON, "--nodes", "9473"], "--nodes must be at most 9472 in queue batch"),
         ("frontier", [*COMMON, "--queue", "extended", "--nodes", "65"], "--nodes must be at most 64"),
         ("frontier", [*COMMON, "--queue", "fast"], "--queue must be one of batch, extended, debug on frontier"),
         ("frontier", [*COMMON, "--ranks-per-node", "9"], "at most the 8 GPUs of a node, one for each rank, got 9"),
-        ("frontier", [*COMMON, "--gpus-per-node", "9"], "--gpus-per-node must be an integer in [0, 8]"),
+        ("frontier", [*COMMON, "--gpus-per-node", "9"], "--gpus-per-node must be at most 8 on frontier, got 9"),
         ("frontier", [*COMMON, "--gpus-per-node", "0", "--ranks-per-node", "57"], "at most the 56 cores"),
         ("frontier", [*COMMON, "--cores-per-rank", "8"], "--cores-per-rank must be at most 7: 8 ranks share the 56"),
-        ("frontier", [*COMMON, "--chain", "0"], "--chain must be an integer >= 1, got 0"),
+        ("frontier", [*COMMON, "--chain", "0"], "--chain must be greater than 0, got 0"),
         ("frontier", [*COMMON, "--chain", "2", "--array", "seeds=0-1"], "--chain and --array exclude each other"),
         ("frontier", [*COMMON, "--array", "sizes=1-2"], "--array must be seeds=... as seeds=0-9"),
-        ("frontier", [*COMMON, "--array", "seeds=a"], "--array seeds must be one or several different integers"),
+        ("frontier", [*COMMON, "--array", "seeds=a"], "--array: seeds must be integers as 3, [0, 1, 2]"),
         ("frontier", [*COMMON, "--name", "two words"], "--name must be a name of letters"),
-        ("frontier", [*COMMON, "--queue", "debug", "--chain", "3"], "--chain must be 1 in queue debug of frontier"),
-        ("perlmutter", [*COMMON, "--queue", "debug", "--chain", "2"], "--chain must be 1 in queue debug of perlmutter"),
-        ("summit", [*COMMON, "--queue", "debug", "--chain", "2"], "--chain must be 1 in queue debug of summit"),
-        ("summit", ["--account", "A", "--time", "1:00:30"], "--time must be whole minutes, for LSF knows no seconds"),
+        (
+            "frontier",
+            [*COMMON, "--queue", "debug", "--chain", "3"],
+            "--chain must ask for one job in queue debug of frontier",
+        ),
+        (
+            "perlmutter",
+            [*COMMON, "--queue", "debug", "--chain", "2"],
+            "--chain must ask for one job in queue debug of perlmutter",
+        ),
+        (
+            "summit",
+            [*COMMON, "--queue", "debug", "--chain", "2"],
+            "--chain must ask for one job in queue debug of summit",
+        ),
+        (
+            "frontier",
+            [*COMMON, "--queue", "debug", "--array", "seeds=0-9"],
+            "--array must ask for one job in queue debug of",
+        ),
+        (
+            "summit",
+            ["--account", "A", "--time", "1:00:30"],
+            "--time must be whole minutes, because LSF knows no seconds",
+        ),
         ("summit", ["--account", "A", "--time", "2:01:00"], "at most 2:00:00 for 1 nodes"),
         ("summit", [*COMMON, "--ranks-per-node", "7"], "at most the 6 GPUs"),
         ("workstation", ["--nodes", "2"], "--nodes must be 1 on workstation"),
@@ -127,7 +148,7 @@ def test_the_sites_of_the_suite():
         ("workstation", ["--queue", "q"], "--queue must be left out for workstation"),
         ("workstation", ["--array", "seeds=0-1"], "--array and --chain need a batch system"),
         ("workstation", ["--stage-data", "/"], "need a disk on each node, and workstation names none"),
-        ("frontier", [*COMMON, "--stage-data", "/no/where"], "--stage-data /no/where does not exist"),
+        ("frontier", [*COMMON, "--stage-data", "/no/where"], "--stage-data: /no/where does not exist"),
         ("nowhere", [], "--site must be one of frontier, generic-lsf"),
         ("missing/file.yaml", [], "file.yaml"),
     ],
@@ -143,7 +164,7 @@ def test_a_request_that_a_site_cannot_run_is_one_sentence(name, options, message
 def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path, capsys):
     arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
     assert submit.main([*arguments, "--set", "training.epochs=0"]) == 2
-    assert "training.epochs must be an integer >= 1, got 0" in capsys.readouterr().err
+    assert "training.epochs must be greater than 0, got 0" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
@@ -221,20 +242,20 @@ def raw_site(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nodes": 3}, "queues; did you mean node?"),
+        ({"nodes": 3}, "unknown key nodes; valid keys are: name, title, "),
         ({"node": {"sockets": 2}}, "unknown key node.sockets"),
         ({"verified": None}, "verified is missing"),
         ({"verified": {"by": "hearsay"}}, "verified.by must be one of real machine, local Slurm"),
         ({"verified": {"by": "real machine"}}, "verified.date must be given"),
         ({"verified": {"by": "real machine", "date": "soon"}}, "verified.date must be a date"),
-        ({"sources": []}, "site.sources must be a list without repetition"),
-        ({"scheduler": "pbs"}, "site.scheduler must be one of slurm, lsf, none"),
+        ({"sources": []}, "sources must name at least one source, got []"),
+        ({"scheduler": "pbs"}, "scheduler must be one of slurm, lsf, none"),
         ({"launcher": "jsrun"}, "launcher must be one of srun for scheduler slurm, got 'jsrun'"),
-        ({"directives": ["--x={sockets}"]}, "site.directives must be a list of lines"),
-        ({"directives": ["a\nb"]}, "site.directives must be a list of lines"),
-        ({"environment": {"A": "$(id)"}}, "site.environment must be a mapping"),
-        ({"environment": {"A": 'a"b'}}, "site.environment must be a mapping"),
-        ({"environment": {"a-b": "c"}}, "site.environment must be a mapping"),
+        ({"directives": ["--x={sockets}"]}, "directives[0] must be a line in which braces hold one of nodes,"),
+        ({"directives": ["a\nb"]}, "directives[0] must be a line"),
+        ({"environment": {"A": "$(id)"}}, "environment.A must be a text without"),
+        ({"environment": {"A": 'a"b'}}, "environment.A must be a text without"),
+        ({"environment": {"a-b": "c"}}, "a name in environment must be a name of a variable"),
         ({"node_local": {"path": "relative"}}, "node_local.path must be an absolute path"),
         ({"node_local": {"path": "/a b"}}, "node_local.path must be an absolute path"),
         ({"warning": {"signal": "KILL"}}, "warning.signal must be one of USR1, USR2, TERM"),
@@ -246,7 +267,7 @@ def raw_site(**changes):
         ({"queues": ["q"]}, "queues must be a mapping"),
         ({"queues": {"q": {"directives": [], "repeats": 0}}}, "queues.q.repeats must be true or false"),
         ({"node": {"gpus": 4}, "gpu_order": [3, 2, 1]}, "gpu_order must name each of the 4 GPUs of a node"),
-        ({"node": {"gpus": 2}, "gpu_order": [1, 1]}, "site.gpu_order must be a list of different integers >= 0"),
+        ({"node": {"gpus": 2}, "gpu_order": [1, 1]}, "gpu_order must name each of the 2 GPUs of a node"),
     ],
 )  # fmt: skip
 def test_a_wrong_site_is_one_sentence(tmp_path, changes, message):
@@ -514,6 +535,11 @@ def test_numbers_of_nodes_are_checked(tmp_path, capsys, nodes):
     arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--mode", "weak"]
     assert scaling.main([*arguments, f"--nodes={nodes}"]) == 2
     assert "--nodes must be rising integers" in capsys.readouterr().err
+
+
+def test_a_study_is_no_work_for_a_debug_queue(tmp_path, capsys):
+    assert study(tmp_path, "strong", "--queue", "debug") == 2
+    assert "--nodes must be one number in queue debug of frontier, which takes no series" in capsys.readouterr().err
 
 
 def test_weak_scaling_needs_multiples(tmp_path, capsys):

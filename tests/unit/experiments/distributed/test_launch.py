@@ -16,8 +16,8 @@ from experiments.distributed.launch import ranks_from_environment, start_process
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
 from experiments.runs.checkpoint import Checkpoints
-from experiments.settings.checks import read_settings
 from experiments.settings.launch_settings import LaunchSettings
+from experiments.settings.schema import read_settings
 
 BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 
@@ -84,13 +84,13 @@ def test_pmix_without_mpi4py_says_what_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"start_seconds": 0}, "launch.start_seconds must be a finite number"),
+        ({"start_seconds": 0}, "launch.start_seconds must be greater than 0"),
         ({"backend": "mpi"}, "launch.backend must be one of auto, nccl, gloo"),
         ({"device": "gpu"}, "launch.device must be one of auto, cpu, cuda"),
-        ({"nccl": {"PATH": "x"}}, "launch.nccl must be a mapping from variables NCCL_"),
+        ({"nccl": {"PATH": "x"}}, "a name in launch.nccl must be a variable NCCL_"),
         ({"nccl": ["NCCL_DEBUG"]}, "launch.nccl must be a mapping"),
-        ({"interface": ""}, "launch.interface must be a text that is not empty, or null"),
-        ({"flight_recorder": -1}, "launch.flight_recorder must be an integer >= 0"),
+        ({"interface": ""}, "launch.interface must be a text that is not empty"),
+        ({"flight_recorder": -1}, "launch.flight_recorder must be greater than or equal to 0"),
         ({"start_method": "fork"}, "unknown key launch.start_method"),  # the problem has it
         ({"timeout": 3}, "unknown key launch.timeout"),
     ],
@@ -101,12 +101,13 @@ def test_a_wrong_setting_is_named(raw, message):
 
 
 def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_path):
-    raw = {"nccl": {"NCCL_DEBUG": "WARN", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": 600}, "flight_recorder": 100}
+    variables = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": 600, "NCCL_IB_DISABLE": True}
+    raw = {"nccl": variables, "flight_recorder": 100}
     settings = read_settings(LaunchSettings, raw, "launch")
     environment["NCCL_DEBUG"] = "INFO"
     launch._export_settings(settings, tmp_path)
     assert environment["NCCL_DEBUG"] == "INFO"
-    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600"
+    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600" and environment["NCCL_IB_DISABLE"] == "1"
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     assert environment["TORCH_FR_BUFFER_SIZE"] == "100" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
@@ -172,6 +173,8 @@ def test_more_ranks_than_devices(monkeypatch):
         ({}, {"SLURM_JOB_GPUS": "0,1"}, "SLURM_JOB_GPUS=0,1 gives the job GPUs, but rank 2 on n1 sees no GPU"),
         ({}, {"SLURM_GPUS_PER_NODE": "a100:4"}, "SLURM_GPUS_PER_NODE=a100:4 gives the job GPUs"),
         ({}, {"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0 gives the job GPUs"),
+        ({}, {"LSB_EFFECTIVE_RSRCREQ": "rusage[ngpus_physical=2.00/host]"}, "=2.00/host. gives the job GPUs"),
+        ({}, {"LSB_EFFECTIVE_RSRCREQ": "select[ngpus>0] rusage[mem=8,ngpus_physical=0.00]"}, ""),
         ({}, {"SLURM_GPUS_ON_NODE": "0", "CUDA_VISIBLE_DEVICES": ""}, ""),
         ({"device": "cpu"}, {"SLURM_JOB_GPUS": "0"}, ""),
         ({"device": "cuda"}, {}, "launch.device is cuda, but rank 2 on n1 sees no GPU"),

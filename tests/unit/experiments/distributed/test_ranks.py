@@ -139,7 +139,11 @@ def test_the_innermost_spawner_decides(env, launcher, rank):
             SRUN | {"WORLD_SIZE": "8"},
             "WORLD_SIZE=8 and SLURM_STEP_NUM_TASKS=2 contradict .*unset WORLD_SIZE, because",
         ),
-        (SRUN | {"RANK": "0"}, "WORLD_SIZE, .* is missing although RANK is set; unset RANK, because srun gives"),
+        (SRUN | {"RANK": "0"}, "variables WORLD_SIZE, .* are missing although RANK is set; unset RANK, because srun"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "variables LOCAL_.*PORT are missing although RANK and WORLD_SIZE are set; tor",
+        ),
         # srun -n 2 mpirun -n 1: which one spawned the ranks, or left its variables, nobody can know
         (
             SRUN | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PRTE_LAUNCHED": "1"},

@@ -7,60 +7,57 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
 from processes import wait_until
 
+from experiments.distributed.ranks import Ranks
 from experiments.runs.lock import LOCK_NAME, FolderInUse, FolderLock
 
 HOLD = """
 import sys
 from pathlib import Path
+from experiments.distributed.ranks import Ranks
 from experiments.runs.lock import FolderLock, FolderInUse
 try:
-    with FolderLock(Path(sys.argv[1]), "the other run", stale_seconds=float(sys.argv[2])) as lock:
-        print("held", lock.note, flush=True)
+    with FolderLock(Path(sys.argv[1]), "the other run", Ranks()):
+        print("held", flush=True)
         sys.stdin.read()
 except FolderInUse as error:
-    print("refused", error, flush=True)
+    print("refused", flush=True)
 """
 
 
+def start(folder):
+    """A process that holds the lock until its input ends, or is refused; it prints which."""
+    line = [sys.executable, "-c", HOLD, str(folder)]
+    return subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
-def start():
-    """start(folder, stale_seconds, **environment): a process that holds the lock until its input ends, its first line.
-
-    It gives ten signs of life in its `stale_seconds`.
-    """
-    processes = []
-
-    def begin(folder, stale_seconds=300, **environment):
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(folder), str(stale_seconds)],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process, process.stdout.readline().strip()
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.communicate()
+def dead(tmp_path):
+    """A killed process, which held the lock of `tmp_path`; it is a zombie until the test ends."""
+    process = start(tmp_path)
+    assert process.stdout.readline() == "held\n"
+    os.kill(process.pid, signal.SIGKILL)
+    assert wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", 60)
+    yield process
+    process.communicate()
 
 
-def lock_of(folder, environment=None, **options):
-    return FolderLock(folder, "this run", environment=environment or {}, **options)
+def lock_of(folder, ranks=None, what="this run", **options):
+    return FolderLock(folder, what, ranks or Ranks(), **options)
 
 
-def seconds_in(text, pattern):
-    """The number that follows in a message."""
-    return float(re.search(rf"{pattern} (\S+) s", text)[1])
+@pytest.fixture
+def holder(tmp_path):
+    """The lock of a job that gives no sign of life, as if it were on another host."""
+    lock = lock_of(tmp_path, Ranks(scheduler="slurm", job_id="5", restart_count=1), "the other run", stale_seconds=1e6)
+    lock.acquire()
+    rewrite(tmp_path, machine="elsewhere", host="elsewhere", pid=2**22 + 1)  # no process here has this number
+    yield lock
+    lock.release()
 
 
 def rewrite(folder, **changes):
@@ -73,6 +70,11 @@ def touch(folder, seconds_ago):
     os.utime(folder / LOCK_NAME, (then, then))
 
 
+def seconds_in(text, pattern):
+    """The number that follows in a message."""
+    return float(re.search(rf"{pattern} (\S+) s", text)[1])
+
+
 def test_the_lock_goes_with_its_holder(tmp_path):
     folder = tmp_path / "a" / "run"
     with lock_of(folder) as lock:
@@ -83,131 +85,109 @@ def test_the_lock_goes_with_its_holder(tmp_path):
     assert os.listdir(folder) == []
 
 
-def test_a_second_process_is_refused_with_the_holder_named(tmp_path, start):
-    holder, line = start(tmp_path, SLURM_JOB_ID="4711")
-    assert line == "held"
-    _, line = start(tmp_path)
-    assert line.startswith("refused")
-    for text in (
-        str(tmp_path),
-        f"process {holder.pid}",
-        socket.gethostname(),
-        "job slurm 4711",
-        "the other run",
-        "since 2",
-    ):
-        assert text in line
-    with pytest.raises(FolderInUse, match=f"process {holder.pid}"):
-        lock_of(tmp_path).acquire()
-    holder.communicate("")
-    assert holder.returncode == 0
+def test_a_second_job_is_refused_with_the_holder_named(tmp_path):
+    with lock_of(tmp_path, Ranks(scheduler="slurm", job_id="4711")):
+        touch(tmp_path, 10_000)  # a living process of this host needs no signs of life
+        with pytest.raises(FolderInUse) as refused:
+            lock_of(tmp_path).acquire()
+        here = f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()}, job slurm 4711"
+        assert f"{here}, which has run this run since 2" in str(refused.value)
     with lock_of(tmp_path) as lock:
         assert lock.note == ""
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, start):
-    holder, line = start(tmp_path)
-    assert line == "held"
-    os.kill(holder.pid, signal.SIGKILL)
-    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        time.sleep(0.01)  # not waited for: a zombie counts as dead
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, dead):
     with lock_of(tmp_path) as lock:
-        assert f"process {holder.pid}" in lock.note and "its process is gone" in lock.note
+        assert f"process {dead.pid}" in lock.note and "its process is gone" in lock.note
     assert os.listdir(tmp_path) == []
 
 
-def test_a_number_that_another_process_got_is_no_sign_of_life(tmp_path, start):
-    _, line = start(tmp_path)
-    assert line == "held"
-    rewrite(tmp_path, pid_started="1")
+def test_of_many_processes_one_takes_over(tmp_path, dead):
+    """All of them see the lock of a dead process at the same time."""
+    rivals = [start(tmp_path) for _ in range(4)]
+    lines = [rival.stdout.readline().strip() for rival in rivals]
+    for rival in rivals:
+        rival.communicate("")
+    assert sorted(lines) == ["held", "refused", "refused", "refused"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_number_that_another_process_got_is_no_sign_of_life(tmp_path, holder):
+    rewrite(tmp_path, machine=json.loads(own_lock(tmp_path / "own"))["machine"], pid=os.getpid(), pid_started="1")
     with lock_of(tmp_path) as lock:
         assert "its process is gone" in lock.note
 
 
-ELSEWHERE = [{"host": "elsewhere"}, {"boot": "another"}, {"pid_space": "pid:[1]"}]
+def own_lock(folder):
+    """What a lock of this process says."""
+    with lock_of(folder) as lock:
+        return lock.path.read_text()
 
 
-@pytest.mark.parametrize("change", ELSEWHERE)
-def test_elsewhere_a_holder_that_gave_no_sign_of_life_for_long_is_dead(tmp_path, start, change, capsys):
-    _, line = start(tmp_path)
-    assert line == "held"
-    rewrite(tmp_path, pid=2**22 + 1, **change)  # no process here has this number
+def test_elsewhere_a_holder_that_gave_no_sign_of_life_for_long_is_dead(tmp_path, holder, capsys):
     touch(tmp_path, 60)
     with lock_of(tmp_path, stale_seconds=50) as lock:
         assert 60 <= seconds_in(lock.note, "no sign of life for") < 600
-    assert capsys.readouterr().err == ""
+        holder.release()  # which it has lost
+        assert os.listdir(tmp_path) == [LOCK_NAME]
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("change", ELSEWHERE)
-def test_elsewhere_the_next_sign_of_life_is_waited_for(tmp_path, start, change, capsys):
+def test_elsewhere_the_next_sign_of_life_is_waited_for(tmp_path, capsys):
     """The holder gives one every 0.2 s, so it is known to live long before it would count as dead."""
-    _, line = start(tmp_path, stale_seconds=2)
-    assert line == "held"
-    rewrite(tmp_path, pid=2**22 + 1, **change)
-    with pytest.raises(FolderInUse, match="the other run"):
-        lock_of(tmp_path, stale_seconds=600).acquire()
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "the other run" in told
-    assert 2 < seconds_in(told, "its next sign of life is waited for,") <= 600  # by our limit, not by the holder's
-    assert os.listdir(tmp_path) == [LOCK_NAME]
+    with lock_of(tmp_path, what="the other run", stale_seconds=2):
+        rewrite(tmp_path, machine="elsewhere")
+        with pytest.raises(FolderInUse, match="the other run"):
+            lock_of(tmp_path, stale_seconds=600).acquire()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "the other run" in said
+        assert 2 < seconds_in(said, "its next sign of life is waited for,") <= 600  # by our limit, not by the holder's
+        assert os.listdir(tmp_path) == [LOCK_NAME]
 
 
-def test_a_holder_elsewhere_that_died_a_moment_ago_is_waited_out(tmp_path, start, capsys, monkeypatch):
-    """As when a node fails and a chained job begins at once; time passes where the lock sleeps, and nowhere else."""
-    dead, line = start(tmp_path)
-    assert line == "held"
-    dead.kill()
-    dead.communicate()
-    rewrite(tmp_path, host="elsewhere")
-    naps = []
-    clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
-    monkeypatch.setattr("experiments.runs.lock.time", clock)
-    monkeypatch.setattr("experiments.runs.lock._age", lambda path, probe: sum(naps))
-    with lock_of(tmp_path, stale_seconds=100) as lock:
-        assert "on elsewhere" in lock.note and "no sign of life for 101 s" in lock.note
-    assert sum(naps) == 101
-    assert capsys.readouterr().err.count("waited for, 100 s at most") == 1
+def test_a_holder_elsewhere_that_died_a_moment_ago_is_waited_out(tmp_path, holder, capsys):
+    """As when a node fails and a chained job begins at once."""
+    with lock_of(tmp_path, stale_seconds=1) as lock:
+        assert "on elsewhere" in lock.note and "no sign of life for 1 s" in lock.note
+    assert "waited for, " in capsys.readouterr().err
 
 
 def at_first_sleep(monkeypatch, action):
-    """Lets something happen as soon as the lock waits."""
-    actions, sleep = [action], time.sleep
-
-    def act_and_sleep(seconds):
-        if actions:
-            actions.pop()()
-        sleep(seconds)
-
-    monkeypatch.setattr("experiments.runs.lock.time.sleep", act_and_sleep)
+    """Lets something happen as soon as the lock waits, which then takes no time."""
+    actions = [action]
+    monkeypatch.setattr("experiments.runs.lock.time.sleep", lambda _: actions.pop()() if actions else None)
 
 
-def test_a_lock_that_is_given_back_meanwhile_is_taken(tmp_path, capsys, monkeypatch):
-    old = lock_of(tmp_path, stale_seconds=1000)  # no sign of life
-    old.acquire()
-    rewrite(tmp_path, host="elsewhere")
-    at_first_sleep(monkeypatch, old.release)
+def test_a_lock_that_is_given_back_meanwhile_is_taken(tmp_path, holder, monkeypatch):
+    at_first_sleep(monkeypatch, holder.release)
     with lock_of(tmp_path, stale_seconds=1000) as lock:
         assert lock.note == ""
-    assert capsys.readouterr().err.count("waited for") == 1
 
 
-def test_one_that_took_over_meanwhile_is_named(tmp_path, monkeypatch):
-    old = lock_of(tmp_path, stale_seconds=1000)
-    old.acquire()
-    rewrite(tmp_path, host="elsewhere")
+def test_one_that_took_over_meanwhile_is_named(tmp_path, holder, monkeypatch):
     at_first_sleep(monkeypatch, lambda: rewrite(tmp_path, token="new", what="a third run"))
     with pytest.raises(FolderInUse, match="a third run"):
         lock_of(tmp_path, stale_seconds=1000).acquire()
-    old.release()
-    (tmp_path / LOCK_NAME).unlink()
 
 
-def test_here_a_living_process_holds_without_signs_of_life(tmp_path, start):
-    _, line = start(tmp_path)
-    assert line == "held"
-    touch(tmp_path, 10_000)
-    with pytest.raises(FolderInUse):
-        lock_of(tmp_path).acquire()
+@pytest.mark.parametrize(
+    ("ranks", "is_taken"),
+    [
+        (Ranks(scheduler="slurm", job_id="5", restart_count=2), True),
+        (Ranks(scheduler="slurm", job_id="5", restart_count=1), False),
+        (Ranks(scheduler="slurm", job_id="6", restart_count=2), False),
+        (Ranks(scheduler="lsf", job_id="5", restart_count=2), False),
+        (Ranks(job_id="5", restart_count=2), False),  # torchrun's, which may be the same for all of its jobs
+    ],
+)
+def test_a_restart_of_the_same_job_takes_over(tmp_path, holder, monkeypatch, ranks, is_taken):
+    if is_taken:
+        with lock_of(tmp_path, ranks) as lock:
+            assert "this is restart 2 of the same job" in lock.note
+    else:
+        at_first_sleep(monkeypatch, lambda: touch(tmp_path, 1))
+        with pytest.raises(FolderInUse):
+            lock_of(tmp_path, ranks).acquire()
 
 
 def test_the_holder_gives_signs_of_life(tmp_path):
@@ -217,98 +197,14 @@ def test_the_holder_gives_signs_of_life(tmp_path):
         assert wait_until(lambda: (tmp_path / LOCK_NAME).stat().st_mtime > begin - 500, 60)
 
 
-@pytest.mark.parametrize(
-    ("environment", "is_taken"),
-    [
-        ({"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "2"}, True),
-        ({"SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "1"}, False),
-        ({"SLURM_JOB_ID": "5"}, False),
-        ({"SLURM_JOB_ID": "6", "SLURM_RESTART_COUNT": "2"}, False),
-        ({"LSB_JOBID": "5", "AADL_RESTART_COUNT": "2"}, False),
-        ({}, False),
-    ],
-)
-def test_a_restart_of_the_same_job_takes_over(tmp_path, start, environment, is_taken):
-    _, line = start(tmp_path, 2, SLURM_JOB_ID="5", SLURM_RESTART_COUNT="1")
-    assert line == "held"
-    rewrite(tmp_path, host="elsewhere")
-    if is_taken:
-        with lock_of(tmp_path, environment) as lock:
-            assert "this is restart 2 of the same job" in lock.note
-    else:
-        with pytest.raises(FolderInUse):
-            lock_of(tmp_path, environment).acquire()
-
-
-def test_elements_of_an_lsf_array_are_different_jobs(tmp_path):
-    first = {"LSB_JOBID": "5", "LSB_JOBINDEX": "1", "AADL_RESTART_COUNT": "0"}
-    with lock_of(tmp_path, first, stale_seconds=2):
-        rewrite(tmp_path, host="elsewhere")
-        with pytest.raises(FolderInUse, match=r"job lsf 5\[1\]"):
-            lock_of(tmp_path, {**first, "LSB_JOBINDEX": "2", "AADL_RESTART_COUNT": "1"}).acquire()
-        with lock_of(tmp_path, {**first, "AADL_RESTART_COUNT": "1"}) as lock:
-            assert lock.note
-
-
-def test_the_lock_that_was_taken_over_is_not_removed_by_its_old_holder(tmp_path):
-    old = lock_of(tmp_path)
-    old.acquire()
-    rewrite(tmp_path, host="elsewhere")
-    touch(tmp_path, 1000)
-    with lock_of(tmp_path):
-        old.release()
-        assert os.listdir(tmp_path) == [LOCK_NAME]
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_damaged_lock_is_taken_over_when_it_is_old(tmp_path, monkeypatch):
     (tmp_path / LOCK_NAME).write_text("{")
-    at_first_sleep(monkeypatch, lambda: touch(tmp_path, 0))
+    at_first_sleep(monkeypatch, lambda: touch(tmp_path, 1))
     with pytest.raises(FolderInUse, match="an unknown host"):
         lock_of(tmp_path).acquire()
     touch(tmp_path, 1000)
     with lock_of(tmp_path) as lock:
         assert "no sign of life" in lock.note
-
-
-def test_file_systems_without_hard_links_will_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError()))
-    with lock_of(tmp_path):
-        with pytest.raises(FolderInUse, match="this run"):
-            lock_of(tmp_path).acquire()
-        assert os.listdir(tmp_path) == [LOCK_NAME]
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_forked_process_does_not_release(tmp_path):
-    with lock_of(tmp_path) as lock:
-        lock._pid += 1  # as in the child
-        lock.release()
-        assert os.listdir(tmp_path) == [LOCK_NAME]
-        lock._pid -= 1
-
-
-def test_of_many_processes_one_takes_over(tmp_path, start):
-    """All of them see the lock of a dead process at the same time."""
-    dead, line = start(tmp_path)
-    assert line == "held"
-    dead.kill()
-    dead.communicate()
-    rivals = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path), "300"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
-    lines = [rival.stdout.readline().split()[0] for rival in rivals]
-    for rival in rivals:
-        rival.communicate("")
-    assert sorted(lines) == ["held", "refused", "refused", "refused"]
-    assert os.listdir(tmp_path) == []
 
 
 def test_wrong_limits_are_named(tmp_path):

@@ -166,7 +166,7 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
         assert not file.attrs["complete"] and len(file["metrics/validation/loss"]) == 1
     with pytest.raises(OSError, match="is incomplete"):
         read_run(path)
-    other = replace(config, training=replace(config.training, epochs=7))
+    other = replace(config, training=config.training.model_copy(update={"epochs": 7}))
     with pytest.raises(OtherRun, match=r"its settings, its data or its batch over all ranks have changed; .*--force"):
         execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
     execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), from_start=True)
@@ -207,7 +207,7 @@ def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, mo
 
     monkeypatch.setattr(Checkpoints, "save", note)
     execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    # The third is worse than the second; the fifth is the best that can be kept, for the fourth was not saved.
+    # The third is worse than the second; the fifth is the best that can be kept, because the fourth was not saved.
     # After the last there is nothing to go on with.
     assert saved == [(4, True), (8, True), (20, True)]
 

@@ -1,0 +1,78 @@
+"""What became of each attempt of an acceleration, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.training.stage import Stage
+
+VALUES = (
+    "gain",
+    "trust_ratio",
+    "coefficient_norm",
+    "condition_number",
+    "numerical_rank",
+    "relative_standard_deviation",
+    "averaging",
+    "damping",
+    "period",
+)
+"""Statistics of an acceleration that stand beside each outcome; NaN where the acceleration has none."""
+
+
+class AttemptTrace:
+    """One row for each attempt: "accepted" or the cause of its rejection, and "reverted" where a point was taken back.
+
+    It compares the counters of the accelerations after every step, so the host waits for a device in every step. The
+    trust ratio of a row is that of the last judgment up to its step, which may belong to an earlier candidate.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[list[Any]] = []  # step, stage, outcome, values
+        self._counts: dict[int, dict[str, int]] = {}  # by stage
+
+    def after_step(self, step: int, stages: Sequence[Stage]) -> None:
+        """Adds the attempts of a step; steps count from 1."""
+        for number, stage in enumerate(stages):
+            if stage.statistics is None:
+                continue
+            statistics = stage.statistics()
+            counts, before = _outcomes(statistics), self._counts.get(number, {})
+            self._counts[number] = counts
+            values = [float(statistics.get(name, math.nan)) for name in VALUES]
+            for outcome, count in counts.items():
+                self._rows += [[step, number, outcome, *values]] * (count - before.get(outcome, 0))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The rows by column: integers `step` and `stage`, texts `outcome`, and the `VALUES` that are known."""
+        steps, stages, outcomes, *values = zip(*self._rows, strict=True) if self._rows else [()] * (3 + len(VALUES))
+        columns = {name: np.array(column, dtype=float) for name, column in zip(VALUES, values, strict=True)}
+        return {
+            "step": np.array(steps, dtype=np.int64),
+            "stage": np.array(stages, dtype=np.int64),
+            "outcome": np.array(outcomes, dtype=object),
+            **{name: column for name, column in columns.items() if not np.isnan(column).all()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": [list(row) for row in self._rows], "counts": {**self._counts}}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, stages: Sequence[Stage]) -> None:
+        """Goes on with a saved trace, or at the present counts of a run that was saved without one."""
+        if state is not None:
+            self._rows, self._counts = [list(row) for row in state["rows"]], dict(state["counts"])
+        else:
+            self._counts = {
+                number: _outcomes(stage.statistics())
+                for number, stage in enumerate(stages)
+                if stage.statistics is not None
+            }
+
+
+def _outcomes(statistics: Mapping[str, Any]) -> dict[str, int]:
+    """How often each outcome occurred; a revert comes before the next attempt."""
+    return {"reverted": statistics.get("reverted", 0), "accepted": statistics["accepted"], **statistics["rejected"]}

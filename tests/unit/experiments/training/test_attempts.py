@@ -1,0 +1,118 @@
+"""The trace of the acceleration's attempts: what the loop notes, what the record has, and what a resumed run has."""
+
+from collections import Counter
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+from small_runs import EAGER
+from suite_cases import run_config
+
+import aadl
+from experiments.admissions import problem as graduate_admissions
+from experiments.distributed.departure import Interrupted
+from experiments.distributed.interruption import Interruption
+from experiments.distributed.ranks import Ranks
+from experiments.records.reading import read_attempts, read_run
+from experiments.records.status import run_path, state_of
+from experiments.runs.execute import execute_run
+from experiments.settings.kinds import Component
+from experiments.settings.run_config import PublishedConfig, SaveConfig, VariantConfig
+from experiments.training.components import make_optimizer
+from experiments.training.stage import Stage
+from experiments.training.train import train
+
+RATE = {"lr": 3e-2, "momentum": 0.9}
+
+
+def config(**variant):
+    """Twelve epochs of four steps, in which candidates are accepted and rejected."""
+    run = run_config("sgd", epochs=12)
+    return replace(run, variant=VariantConfig(label="one", optimizer=Component("SGD", RATE), **variant))
+
+
+def traced(**options):
+    """The result of a run with a trace, and the statistics at its end."""
+    run = config()
+    problem = graduate_admissions.AdmissionsProblem(run, Ranks())
+    optimizer = make_optimizer(run.variant.optimizer, problem.model.parameters())
+    aadl.accelerate(optimizer, **EAGER, **options)
+    statistics = aadl.accelerator_of(optimizer).statistics
+    stage = Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics)
+    return train(problem, [stage], Ranks(), trace_attempts=True), statistics
+
+
+def test_every_attempt_has_a_row_with_its_step_and_outcome():
+    result, statistics = traced()
+    attempts = result.attempts
+    outcomes = Counter(attempts["outcome"])
+    assert outcomes.pop("accepted") == statistics["accepted"] > 0
+    assert outcomes.pop("reverted", 0) == statistics["reverted"]
+    assert outcomes == statistics["rejected"] and sum(outcomes.values()) > 0
+    assert len(attempts["step"]) == statistics["attempts"] + statistics["reverted"]
+    assert (np.diff(attempts["step"]) >= 0).all() and attempts["step"][-1] <= result.num_steps == 48
+    assert not (attempts["step"] % EAGER["frequency"]).any()  # no attempt between two accelerations is due
+    assert attempts["coefficient_norm"][-1] == statistics["coefficient_norm"]
+    assert "damping" not in attempts and set(attempts["stage"]) == {0}
+
+
+def test_a_run_without_a_trace_has_none():
+    run = config()
+    problem = graduate_admissions.AdmissionsProblem(run, Ranks())
+    stage = Stage(make_optimizer(run.variant.optimizer, problem.model.parameters()))
+    assert train(problem, [stage], Ranks()).attempts is None
+    assert train(problem, [stage], Ranks(), trace_attempts=True).attempts["step"].tolist() == []
+
+
+class StopsAt(Interruption):
+    """Asks the run to stop once it was looked at so often, which the session does after every step."""
+
+    def __init__(self, looks):
+        super().__init__(environment={})
+        self.looks = looks
+
+    @property
+    def reason(self):
+        self.looks -= 1
+        return "a test" if self.looks <= 0 else ""
+
+
+@pytest.mark.parametrize(
+    "variant", [{"acceleration": EAGER}, {"published": PublishedConfig(frequency=2, safeguard=True)}]
+)
+def test_the_record_of_a_resumed_run_has_the_trace_of_the_whole_run(tmp_path, variant):
+    run, save = config(**variant), SaveConfig(attempts=True)
+    whole = execute_run(run, Ranks(), tmp_path / "whole", save=save)
+    with pytest.raises(Interrupted):
+        execute_run(run, Ranks(), tmp_path / "parts", save=save, interruption=StopsAt(20))
+    resumed = execute_run(run, Ranks(), tmp_path / "parts", save=save)
+    assert read_run(resumed).attributes["restart_count"] == 1
+    expected, found = read_attempts(whole), read_attempts(resumed)
+    assert len(set(expected["outcome"])) > 1 and expected.keys() == found.keys()
+    for name, column in expected.items():
+        assert np.array_equal(column, found[name], equal_nan=name != "outcome"), name
+    with h5py.File(whole) as file:
+        for name, dataset in file["attempts"].items():
+            assert dataset.attrs["units"] and dataset.attrs["long_name"]
+            assert name == "step" or dataset.dims[0][0] == file["attempts/step"]
+    assert "attempts/step" not in read_run(whole).series
+
+
+def test_a_trace_that_is_asked_for_later_begins_there(tmp_path):
+    run = config(acceleration=EAGER)
+    with pytest.raises(Interrupted, match="after step 16"):
+        execute_run(run, Ranks(), tmp_path, interruption=StopsAt(20))
+    steps = read_attempts(execute_run(run, Ranks(), tmp_path, save=SaveConfig(attempts=True)))["step"]
+    assert steps.min() > 16 and len(steps) > 5
+
+
+def test_a_finished_record_without_attempts_is_made_again_if_they_are_asked_for(tmp_path):
+    run = config(acceleration=EAGER)
+    path, digest = execute_run(run, Ranks(), tmp_path), graduate_admissions.AdmissionsProblem(run, Ranks()).data_digest
+    assert path == run_path(tmp_path, run)
+    assert state_of(path, run, digest, 1) == "finished"
+    assert state_of(path, run, digest, 1, SaveConfig(attempts=True).parts) == "without parts"
+    execute_run(run, Ranks(), tmp_path, save=SaveConfig(attempts=True))
+    assert state_of(path, run, digest, 1, SaveConfig(attempts=True).parts) == "finished"
+    assert state_of(path, run, digest, 1, SaveConfig(attempts=True, weights=True).parts) == "without parts"
