@@ -31,6 +31,11 @@ class Deferred:
             self._event.synchronize()
         return self._numbers.view(-1).tolist()
 
+    def value(self) -> float:
+        """The number, if it is a single one."""
+        (number,) = self.values()
+        return float(number)
+
 
 def handed(numbers: Tensor, device: torch.device) -> Tensor:
     """Copy a few numbers of the host to a device through pinned memory, so that the host does not wait."""

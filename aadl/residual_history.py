@@ -381,7 +381,7 @@ def _goes_into(residuals: Tensor, block: Block) -> bool:
 @cache
 def _upper(depth: int, device: torch.device) -> Tensor:
     """Positions of the upper triangle of a flat matrix."""
-    row, column = torch.triu_indices(depth, depth, device="cpu")
+    row, column = torch.triu_indices(depth, depth, device="cpu").unbind()
     return (row * depth + column).to(device)
 
 
