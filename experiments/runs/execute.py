@@ -55,7 +55,7 @@ def execute_run(
         save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
         from_start: whether to remove its checkpoints first.
-        timeout_seconds: for so long the ranks wait for each other.
+        timeout_seconds: how long the ranks wait for each other.
         show_progress: progress by epoch.
 
     Returns:

@@ -115,7 +115,7 @@ def _unfinished(
     for run in finished:
         try:
             note_place(run_path(results, run), run)
-        except OSError as error:  # of a colleague, for instance; the numbers are the same
+        except OSError as error:  # it may belong to a colleague; the numbers are the same
             say(f"warning: the label in a finished record cannot be brought up to date: {error}")
     if finished:
         commit, dirty = git_state()

@@ -62,12 +62,12 @@ def build(kind, rank, size):
 
 
 def situation(optimizer):
-    books = json.loads(aadl.accelerator_of(optimizer).state_dict()["books"])
+    values = json.loads(aadl.accelerator_of(optimizer).state_dict()["values"])
     return {
-        "mid macro-step": books["progress"]["in_macro_step"] > 0,
-        "pending": books["pending"] is not None,
-        "no pair": not books["history"]["has_pair"],
-        "accepted": books["statistics"]["accepted"],
+        "mid macro-step": values["progress"]["in_macro_step"] > 0,
+        "pending": values["accepted"] is not None,
+        "no pair": not values["history"]["has_pair"],
+        "accepted": values["statistics"]["accepted"],
     }
 
 
@@ -320,7 +320,7 @@ SHARED_HISTORY = {
 
 
 def suite_run(ranks, results, stop=None):
-    """(weights, statistics) of a run that ends; with `stop`, it is told to stop after that step."""
+    """(weights, statistics) of a run that ends; with `stop`, it stops after that step."""
     config = run_config("sgd_aadl", epochs=6)
     config = replace(config, variant=config.variant.model_copy(update={"acceleration": SHARED_HISTORY}))
     interruption, kept = Interruption(environment={}), []
