@@ -80,9 +80,7 @@ def note_place(path: Path, config: RunConfig) -> None:
         OSError: the file cannot be read or written.
     """
     attributes = read_run(path).attributes
-    wanted = {"label": config.variant.label, "config": config.as_json()}
-    if "equation" in attributes:
-        wanted |= place_of(config)
+    wanted = {"label": config.variant.label, "config": config.as_json(), **place_of(config)}
     if all(attributes.get(name) == value for name, value in wanted.items()):
         return
 
