@@ -231,7 +231,7 @@ def run_command(arguments: Sequence[str]) -> NoReturn:
 def start_server() -> None:
     """Waits until processes start quickly, so that no time that is measured holds the start of the server."""
     # Commands import what they need when they run.
-    commands = ["experiments.catalog", "experiments.distributed.launch", "experiments.runs.execute"]
+    commands = ["experiments.catalog", "experiments.distributed.process_group", "experiments.runs.execute"]
     kinds = ["experiments.admissions.experiment", "experiments.images.experiment", "experiments.pinn.experiment"]
     launched.start_server("fault_jobs", *commands, *kinds)
     process = launched.CONTEXT.Process(target=launched.clean_environment)
