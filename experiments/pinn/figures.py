@@ -15,11 +15,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
+from experiments.records.acceleration_figure import acceleration_panels
 from experiments.records.compare import SECONDS, TRAIN, Variant
 from experiments.records.figures import Coinciding, as_text, finish, save_figures, spread_over_seeds, spread_words
 from experiments.records.palette import styled
 from experiments.records.reading import Run, read_fields
-from experiments.records.shared_figures import acceleration_panels
 
 SLICES = (0.25, 0.5, 0.75)
 MAX_ACCELERATED = 4
