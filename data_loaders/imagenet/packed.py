@@ -24,10 +24,7 @@ from data_loaders.imagenet.shards import (
     find_shards,
     read_header,
     read_names,
-    write_packed,
 )
-
-__all__ = ["SHARD_VERSION", "PackedImages", "info", "packed_splits", "verify", "write_packed"]
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
