@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.machine import in_fresh_process, peak_bytes, resident_bytes
 from benchmarks.tables import Table, origin, put_into_page
-from experiments.models.mlp import MLP, Derivatives, accumulate_gradient
+from experiments.models.mlp import MLP, Derivatives
 
 HIDDEN = (50, 50, 50)
 HIDDEN_2D = (20,) * 8
@@ -177,13 +177,8 @@ def loss_and_backward(case: Case, model: MLP, points: Tensor, source: Tensor) ->
     """What is timed."""
     model.zero_grad()
     if case.way in ("compressed", "compiled"):
-        accumulate_gradient(
-            model,
-            points,
-            lambda u, rows: burgers(u, source[rows]).square().sum(),
-            gradient_square=False,
-            compiles=case.way == "compiled",
-        )
+        for rows, u in model.chunked_derivatives(points, gradient_square=False, compiles=case.way == "compiled"):
+            (burgers(u, source[rows]).square().sum() / len(points)).backward()
         return
     chunk = {"loop": len(points), "hessian": FUNC_CHUNK, "jvp": FUNC_CHUNK}.get(case.way) or chunk_of(case)
     for start in range(0, len(points), chunk):

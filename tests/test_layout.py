@@ -160,7 +160,7 @@ def test_the_rooms_of_the_experiments_import_downwards():
         ("pinn/compare.py", "from experiments.runs.config import load_config", []),
         ("pinn/compare.py", "import experiments.images.tables", ["imports experiments.images.tables"]),
         ("settings/a.py", "def f():\n    from experiments import catalog", ["imports experiments.catalog"]),
-        ("models/a.py", "import experiments.settings.checks", ["imports experiments.settings.checks"]),
+        ("models/a.py", "import experiments.settings.schema", ["imports experiments.settings.schema"]),
         ("training/train.py", "from experiments.training import steps\nimport aadl", []),
         ("other/a.py", "", ["is in no room"]),
         ("other/experiment.py", "import experiments.runs.experiment, experiments.other.problem", []),

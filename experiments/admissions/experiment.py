@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from experiments.admissions import problem
@@ -15,7 +14,7 @@ from experiments.settings.run_config import ExperimentConfig, RunConfig
 from experiments.training.problem import Description, Problem
 
 
-class AdmissionsExperiment(Experiment):
+class AdmissionsExperiment(Experiment[GraduateAdmissionsConfig, TrainingConfig]):
     """Regression of the chance of admission: `probe_rows` of the training set are those whose residuals are made small.
 
     A candidate must be better on `check_rows` others too; by default all other rows are solved for and nothing checks.
@@ -31,11 +30,12 @@ class AdmissionsExperiment(Experiment):
     def describe(self, settings: GraduateAdmissionsConfig) -> Description:
         return problem.describe(settings)
 
-    def build(self, run: RunConfig, ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+    def build(self, run: RunConfig[GraduateAdmissionsConfig, TrainingConfig], ranks: Ranks) -> Problem:
+        return problem.AdmissionsProblem(run, ranks)
 
-    def check_rows(self, config: ExperimentConfig, num_rows: int) -> None:
-        largest = max(config.training.batch_size, *(config.batch_size.sizes if config.batch_size else (1,)))
+    def check_rows(self, config: ExperimentConfig[GraduateAdmissionsConfig, TrainingConfig], num_rows: int) -> None:
+        study = config.studies.batch_size
+        largest = max(config.training.batch_size, *(study.sizes if study else (1,)))
         if largest > num_rows:
             raise ValueError(f"a batch of {largest} rows is larger than the training set of {num_rows}")
         for name, variant in config.variants.items():
@@ -43,7 +43,7 @@ class AdmissionsExperiment(Experiment):
 
     def training_of_study(self, training: TrainingConfig, num_rows: int, size: int, steps: int) -> TrainingConfig:
         epochs = max(1, round(steps / math.ceil(num_rows / size)))
-        return replace(training, batch_size=size, epochs=epochs, measure_updates=True)
+        return training.model_copy(update={"batch_size": size, "epochs": epochs, "measure_updates": True})
 
     def trained(self, problem: Mapping[str, Any]) -> str:
         hidden = "-".join(map(str, problem["hidden_sizes"]))

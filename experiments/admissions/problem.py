@@ -41,72 +41,45 @@ def describe(config: GraduateAdmissionsConfig) -> Description:
     return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 
 
-def build(config: RunConfig, ranks: Ranks) -> AdmissionsProblem:
-    """The regression problem of one run, on the table that its settings name.
+class AdmissionsProblem(Problem):
+    """The mean squared error of a network on two sets that are in memory.
 
-    Features are standardized by the mean and the deviation of the training set; the target stays as it is. The seed of
-    the run sets the initial weights.
+    Features are standardized by the mean and the deviation of the training set; the target stays as it is. A rank takes
+    every world_size-th row of a batch, so the mean of the ranks' gradients is the gradient of the whole batch.
+
+    Args:
+        run: its settings; its seed sets the initial weights and the order of the batches.
+        ranks: this process.
 
     Raises:
         ValueError: the table is not as it must be, or a batch cannot be divided among the ranks.
         OSError: the table's file cannot be read.
     """
-    problem, training = config.problem, config.training
-    assert isinstance(problem, GraduateAdmissionsConfig) and isinstance(training, TrainingConfig)
-    data, digest = read_data(problem.data_path)
-    train_rows, validation_rows = split(data, problem.validation_fraction, problem.split_seed)
-    device = device_of(ranks)
-    for size in (training.batch_size, len(train_rows) % training.batch_size):
-        if size % ranks.world_size:
-            raise ValueError(f"a batch of {size} rows cannot be divided evenly among {ranks.world_size} ranks")
 
-    mean = data.features[train_rows].mean(axis=0)
-    deviation = data.features[train_rows].std(axis=0)
-    deviation[deviation == 0] = 1.0
+    def __init__(self, run: RunConfig[GraduateAdmissionsConfig, TrainingConfig], ranks: Ranks) -> None:
+        problem, training = run.problem, run.training
+        data, digest = read_data(problem.data_path)
+        train_rows, validation_rows = split(data, problem.validation_fraction, problem.split_seed)
+        for size in (training.batch_size, len(train_rows) % training.batch_size):
+            if size % ranks.world_size:
+                raise ValueError(f"a batch of {size} rows cannot be divided evenly among {ranks.world_size} ranks")
+        device = device_of(ranks)
+        mean = data.features[train_rows].mean(axis=0)
+        deviation = data.features[train_rows].std(axis=0)
+        deviation[deviation == 0] = 1.0
 
-    def tensors(rows: np.ndarray) -> Batch:
-        features = (data.features[rows] - mean) / deviation
-        target = data.target[rows, None]
-        return (
-            torch.as_tensor(features, dtype=torch.float32, device=device),
-            torch.as_tensor(target, dtype=torch.float32, device=device),
-        )
+        def tensors(rows: np.ndarray) -> Batch:
+            features, target = (data.features[rows] - mean) / deviation, data.target[rows, None]
+            return (
+                torch.as_tensor(features, dtype=torch.float32, device=device),
+                torch.as_tensor(target, dtype=torch.float32, device=device),
+            )
 
-    torch.manual_seed(config.seed)
-    model = MLP((data.features.shape[1], *problem.hidden_sizes, 1), problem.activation).to(device)
-    sets = tensors(train_rows), tensors(validation_rows)
-    return AdmissionsProblem(model, *sets, training, config.seed, ranks, data.source, digest)
-
-
-class AdmissionsProblem(Problem):
-    """The mean squared error of a network on two sets that are in memory.
-
-    A rank takes every world_size-th row of a batch, so the mean of the ranks' gradients is the gradient of the whole
-    batch.
-
-    Args:
-        model: the network, on its device.
-        train_set, validation_set: of all ranks, on the device.
-        training: epochs, batch size and schedule.
-        seed: of the order of the batches.
-        ranks: this process.
-        data_source, data_digest: of the table.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train_set: Batch,
-        validation_set: Batch,
-        training: TrainingConfig,
-        seed: int,
-        ranks: Ranks,
-        data_source: str,
-        data_digest: str,
-    ) -> None:
-        super().__init__(model, data_source=data_source, data_digest=data_digest)
-        self._train_set, self._validation_set, self._training = train_set, validation_set, training
-        self._seed, self._own = seed, slice(ranks.rank, None, ranks.world_size)
+        torch.manual_seed(run.seed)
+        model = MLP((data.features.shape[1], *problem.hidden_sizes, 1), problem.activation).to(device)
+        super().__init__(model, data_source=data.source, data_digest=digest)
+        self._train_set, self._validation_set, self._training = tensors(train_rows), tensors(validation_rows), training
+        self._seed, self._own = run.seed, slice(ranks.rank, None, ranks.world_size)
 
     def plan(self) -> Epochs:
         training = self._training

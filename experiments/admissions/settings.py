@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from experiments.models.mlp import ACTIVATIONS
-from experiments.settings.checks import (
-    BOOLEAN,
-    SCHEDULER,
-    SIZES,
-    TEXT,
-    Component,
-    choice,
-    integer,
-    number,
-    optional,
-    setting,
-)
+from experiments.settings.kinds import Count, Items, Named, Share, Text, one_of
+from experiments.settings.schema import Settings
 
 
-@dataclass(frozen=True)
-class GraduateAdmissionsConfig:
+class GraduateAdmissionsConfig(Settings):
     """The regression problem: data, split and network."""
 
-    split_seed: int = setting(integer(0, 2**32), 42)
-    validation_fraction: float = setting(number(0.0, 1.0), 0.2)
-    hidden_sizes: tuple[int, ...] = setting(SIZES, (64, 64, 64))
-    activation: str = setting(choice(*ACTIVATIONS), "relu")
-    data_path: str | None = setting(optional(TEXT), None)
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    validation_fraction: Share = 0.2
+    hidden_sizes: Items[Count] = (64, 64, 64)
+    activation: Annotated[str, one_of(ACTIVATIONS)] = "relu"
+    data_path: Text | None = None
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """Training by epochs. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
 
-    epochs: int = setting(integer(1), 100)
-    batch_size: int = setting(integer(1), 40)
-    scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
-    measure_updates: bool = setting(BOOLEAN, False)
+    epochs: Count = 100
+    batch_size: Count = 40
+    scheduler: Named | None = None
+    measure_updates: bool = False

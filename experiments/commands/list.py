@@ -14,9 +14,10 @@ from typing import Any
 
 from experiments.records.overview import states_of_folder
 from experiments.records.text_table import text_table
-from experiments.settings.checks import SEEDS, as_mapping, parse_value, read_settings
 from experiments.settings.config_files import config_files, find_config
-from experiments.settings.run_config import BatchSizeStudy, LearningRateStudy
+from experiments.settings.kinds import Seeds
+from experiments.settings.run_config import Studies
+from experiments.settings.schema import read_settings
 from experiments.settings.yaml_file import read_yaml
 
 Runs = list[tuple[str, int]]
@@ -63,7 +64,7 @@ def _some(name: str, results: Path) -> list[str]:
         states = states_of_folder(results / str(raw["experiment"]) / str(raw["scale"]))
         runs = _runs_of(raw, path)
         rows = []
-        for variant, settings in as_mapping(raw["variants"], f"{path}: variants").items():
+        for variant, settings in raw["variants"].items():
             own = [run for run in runs if run[0] == variant]
             rows.append((variant, str(settings.get("label", variant)), _kind(settings), _state(own, states)))
         lines += [key, *text_table(("variant", "label", "method", "results"), rows)]
@@ -77,17 +78,13 @@ def _some(name: str, results: Path) -> list[str]:
 def _runs_of(raw: Mapping[str, Any], path: Path) -> Runs:
     """The runs that a configuration asks for, without a look at its settings."""
     try:
-        seeds = parse_value(raw.get("seeds"), SEEDS, "seeds")
+        seeds = read_settings(Seeds, raw.get("seeds"), "seeds")
         runs = [(name, seed) for name in raw["variants"] for seed in seeds]
-        studies = as_mapping(raw.get("studies"), "studies")
-        if studies.get("learning_rate") is not None:
-            rates: LearningRateStudy = read_settings(
-                LearningRateStudy, studies["learning_rate"], "studies.learning_rate"
-            )
+        studies: Studies = read_settings(Studies, raw.get("studies") or {}, "studies")
+        if (rates := studies.learning_rate) is not None:
             names = [rates.run_name(variant, rate) for variant in rates.variants for rate in rates.rates]
             runs += [(name, seed) for name in names for seed in rates.seeds]
-        if studies.get("batch_size") is not None:
-            sizes: BatchSizeStudy = read_settings(BatchSizeStudy, studies["batch_size"], "studies.batch_size")
+        if (sizes := studies.batch_size) is not None:
             runs += [(sizes.run_name(size), seed) for size in sizes.sizes for seed in sizes.seeds]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from experiments.training.batchnorm import in_eval_mode, refuse_wrapped
-
-PER_IMAGE_CROSS_ENTROPY: Callable[[Tensor, Tensor], Tensor] = partial(F.cross_entropy, reduction="none")
+from experiments.training.batchnorm import in_eval_mode
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Sums over the images of a set that could be read.
+class Counts(NamedTuple):
+    """Sums over the images of a set that could be read, at least one.
 
     Attributes:
         num_images: that were evaluated.
         num_unreadable: that were not, and are in no other number.
         num_top1: whose class has the largest logit.
         num_top5: whose class is among the five largest.
-        loss_sum: of the losses, in float64.
+        loss_sum: of the cross entropies, in float64.
     """
 
     num_images: int
@@ -35,53 +30,44 @@ class Counts:
     num_top5: int
     loss_sum: float
 
-    @property
-    def loss(self) -> float:
-        """Mean over the images; NaN without any."""
-        return self._mean(self.loss_sum)
-
-    @property
-    def top1(self) -> float:
-        """Accuracy in [0, 1]; NaN without any image."""
-        return self._mean(self.num_top1)
-
-    @property
-    def top5(self) -> float:
-        """Accuracy in [0, 1] with five guesses; NaN without any image."""
-        return self._mean(self.num_top5)
-
-    def _mean(self, total: float) -> float:
-        return total / self.num_images if self.num_images else math.nan
+    def series(self, prefix: str = "") -> dict[str, float]:
+        """Mean loss, accuracies in [0, 1] and numbers of images, by the name of their series."""
+        group = f"metrics/validation/{prefix}"
+        return {
+            f"{group}loss": self.loss_sum / self.num_images,
+            f"{group}top1": self.num_top1 / self.num_images,
+            f"{group}top5": self.num_top5 / self.num_images,
+            f"{group}num_correct_top1": float(self.num_top1),
+            f"{group}num_correct_top5": float(self.num_top5),
+            f"{group}num_images": float(self.num_images),
+        }
 
 
 def evaluate_exactly(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Tensor, Tensor], Tensor] = PER_IMAGE_CROSS_ENTROPY,
+    forward: Callable[[Tensor], Tensor],
     *,
     num_images: int,
-    num_unreadable: Callable[[], int] | None = None,
-    forward: Callable[[Tensor], Tensor] | None = None,
-    world_size: int = 1,
+    num_unreadable: Callable[[], int],
+    world_size: int,
 ) -> Counts:
     """Counts over the images of all ranks, by one reduction at the end, and the proof that no image is missing.
 
     The model is in eval mode meanwhile. Sums stay on the device and the host waits for them once, at the end.
 
     Args:
-        model: the bare module, not DistributedDataParallel; batches are brought to the device of its parameters.
+        model: the bare module; batches are brought to the device of its parameters.
         batches: (images, labels) of this rank; ranks may have different numbers of them, and none, but no padding.
-        loss: (logits (B, classes) in float32 or float64, labels (B,)) -> losses (B,), one an image.
+        forward: images as they come, on the device -> logits (B, classes).
         num_images: size of the set, over all ranks.
         num_unreadable: called after the last batch; images of this rank that were in no batch as they cannot be read.
-        forward: images as they come, on the device -> logits (B, classes); None: the model.
         world_size: number of ranks, all of which must call.
 
     Raises:
-        ValueError: a DistributedDataParallel model, or losses or logits of another shape.
-        RuntimeError: images that were evaluated or unreadable do not add up to `num_images`, or another rank failed.
+        RuntimeError: images that were evaluated or unreadable do not add up to `num_images`, none can be read, or
+            another rank failed.
     """
-    refuse_wrapped(model)
     device = next(model.parameters()).device
     evaluated, unreadable, failure = 0, 0, None
     hits = torch.zeros(2, dtype=torch.int64, device=device)
@@ -90,12 +76,11 @@ def evaluate_exactly(
         with torch.no_grad(), in_eval_mode(model):
             for images, labels in batches:
                 images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                logits = forward(images) if forward is not None else model(images)
-                losses = _losses(loss, logits, labels, len(images))
+                logits = forward(images)
                 hits += hits_of(logits, labels)
-                loss_sum += losses.sum(dtype=torch.float64)
+                loss_sum += cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)
                 evaluated += len(images)
-        unreadable = num_unreadable() if num_unreadable is not None else 0
+        unreadable = num_unreadable()
     except Exception as error:  # raised when the other ranks, which wait for this one, know
         failure = error
     counts = torch.tensor([evaluated, unreadable, int(failure is not None)], dtype=torch.float64)
@@ -114,16 +99,9 @@ def evaluate_exactly(
             f"the evaluation saw {evaluated} images and {unreadable} unreadable ones, but the set has {num_images}: "
             "every image must be given to one rank, once"
         )
+    if not evaluated:
+        raise RuntimeError(f"none of the {num_images} validation images can be read")
     return Counts(evaluated, unreadable, top1, top5, total)
-
-
-def _losses(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor, num_images: int) -> Tensor:
-    if logits.ndim != 2 or len(logits) != num_images:
-        raise ValueError(f"logits must be (images, classes) = ({num_images}, ...), got {tuple(logits.shape)}")
-    losses = loss(logits if logits.dtype == torch.float64 else logits.float(), labels)
-    if losses.shape != (num_images,):
-        raise ValueError(f"loss must return one number an image, ({num_images},), got {tuple(losses.shape)}")
-    return losses
 
 
 def hits_of(logits: Tensor, labels: Tensor) -> Tensor:

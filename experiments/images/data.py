@@ -6,7 +6,6 @@ import hashlib
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def open_sets(config: ImageConfig, ranks: Ranks) -> Sets:
     Raises:
         ValueError, OSError: as `describe`, or a node does not find the sets; the same on all ranks.
     """
-    data = replace(ImageConfig(), **{name: getattr(config, name) for name in DATA_SETTINGS})
+    data = ImageConfig(**{name: getattr(config, name) for name in DATA_SETTINGS})
     return _open_sets(data, ranks, os.environ.get(PATH_VARIABLE))
 
 

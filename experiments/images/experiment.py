@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.distributed.ranks import Ranks
 from experiments.images import data, problem
-from experiments.images.settings import (
-    NOMINAL_STEPS,
-    ImageConfig,
-    ImageTrainingConfig,
-    check_image_settings,
-    in_steps,
-)
+from experiments.images.settings import NOMINAL_STEPS, ImageConfig, ImageTrainingConfig, in_steps
 from experiments.records.compare import read_comparison
 from experiments.records.reading import say
 from experiments.runs.experiment import Experiment, Merit, Note
@@ -24,7 +17,7 @@ from experiments.training.optimizers import LINE_SEARCHES
 from experiments.training.problem import Description, Problem
 
 
-class ImageExperiment(Experiment):
+class ImageExperiment(Experiment[ImageConfig, ImageTrainingConfig]):
     """ResNets on ImageNet, or on fractals; a run uses all processors or devices that there are."""
 
     problem_settings = ImageConfig
@@ -36,8 +29,8 @@ class ImageExperiment(Experiment):
     def describe(self, settings: ImageConfig) -> Description:
         return data.describe(settings)
 
-    def build(self, run: RunConfig, ranks: Ranks) -> Problem:
-        return problem.build(run, ranks)
+    def build(self, run: RunConfig[ImageConfig, ImageTrainingConfig], ranks: Ranks) -> Problem:
+        return problem.ImageProblem(run, ranks)
 
     def global_batch(self, training: ImageTrainingConfig, ranks: Ranks) -> int:
         return training.global_batch(ranks)
@@ -50,16 +43,15 @@ class ImageExperiment(Experiment):
         line_searches = {kind.__name__ for kind in LINE_SEARCHES}
         return {name: kind for name, kind in super().optimizers().items() if name not in line_searches}
 
-    def in_steps(self, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-        return in_steps(settings, NOMINAL_STEPS, where)
+    def in_steps(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return in_steps(settings, NOMINAL_STEPS)
 
-    def check(self, settings: ImageConfig, training: ImageTrainingConfig, variant: VariantConfig, where: str) -> None:
-        check_image_settings(settings, training)
+    def check(self, settings: ImageConfig, training: ImageTrainingConfig, variant: VariantConfig) -> None:
         if training.reference_batch is not None and "lr" not in variant.optimizer.arguments:
-            raise ValueError(f"{where}.optimizer.lr must be given, because training.reference_batch scales it")
+            raise ValueError("optimizer.lr must be given, because training.reference_batch scales it")
         if training.precision == "float16" and variant.optimizer.arguments.get("fused"):
             # It skips an overflow within the step, unseen: an acceleration would take it for a step of length zero.
-            raise ValueError(f"{where}.optimizer.fused must be false with precision float16, got true")
+            raise ValueError("optimizer.fused must be false with precision float16, got true")
 
     def training_of_study(
         self, training: ImageTrainingConfig, num_rows: int, size: int, steps: int
@@ -67,8 +59,13 @@ class ImageExperiment(Experiment):
         if size > num_rows:
             raise ValueError(f"a batch of {size} images is larger than the training set of {num_rows}")
         epochs = max(1, round(steps / (num_rows // size)))  # only whole batches of images are trained on
-        study = {"batch_size": size, "batch_size_per_rank": None, "measure_updates": True}
-        return replace(training, **study, epochs=epochs, evaluate_every=epochs)  # type: ignore[arg-type]
+        if training.warmup_epochs >= epochs:
+            raise ValueError(
+                f"studies.batch_size.steps must be more than training.warmup_epochs = {training.warmup_epochs:g} take, "
+                f"got {steps}, which are {epochs} epochs with batches of {size} images"
+            )
+        batch = {"batch_size": size, "batch_size_per_rank": None}
+        return training.model_copy(update=batch | {"epochs": epochs, "evaluate_every": epochs, "measure_updates": True})
 
     def merit(self, series: Collection[str]) -> Merit:
         return Merit("metrics/validation/top1", more_is_better=True)

@@ -60,7 +60,7 @@ def draw_validation(comparison: Comparison) -> Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 6.8), sharey="row")
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in _all(comparison):
+    for variant, color, style in styled(_variants(comparison)):
         epochs = _evaluated(variant)
         style = coinciding.style(_label(comparison, variant), np.median(variant.series(VALIDATION), axis=0), style)
         seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
@@ -129,11 +129,11 @@ def overall_rate(run: Run) -> float:
 
 
 def draw_statistics(comparison: Comparison) -> Figure | None:
-    """Top-1 accuracy with the statistics of BatchNorm that the training left, and with those computed anew."""
+    """What new statistics of BatchNorm add to the top-1 accuracy with those that the training left."""
     figure, axis = plt.subplots(figsize=(8.0, 5.0))
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in _all(comparison):
+    for variant, color, style in styled(_variants(comparison)):
         if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
         epochs = _evaluated(variant)[1:]
@@ -150,7 +150,7 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
         return None
     axis.axhline(0, color="#666666", linewidth=0.8)
     axis.set_xlabel("epoch")
-    axis.set_ylabel("top-1 with new statistics minus\ntop-1 with stale ones (percentage points)")
+    axis.set_ylabel("gain of top-1 by new statistics\n(percentage points)")
     note = f"{_note(comparison)}\n{coinciding.note}"
     finish(figure, comparison, "What stale statistics of BatchNorm cost", handles, note=note)
     return figure
@@ -160,14 +160,10 @@ def _variants(comparison: Comparison) -> list[Variant]:
     return [variant for variants in comparison.families.values() for variant in variants]
 
 
-def _all(comparison: Comparison) -> list[tuple[Variant, str, Any]]:
-    """All variants with color and line style."""
-    return [entry for variants in comparison.families.values() for entry in styled(variants)]
-
-
 def _label(comparison: Comparison, variant: Variant) -> str:
-    """The label; with the optimizer in words where there are several."""
-    return variant.label if len(comparison.families) == 1 else f"{variant.label} ({variant.family})"
+    """The label; with the optimizer in words where several variants have the same one."""
+    is_unique = [other.label for other in _variants(comparison)].count(variant.label) == 1
+    return variant.label if is_unique else f"{variant.label} ({variant.family})"
 
 
 def _evaluated(variant: Variant) -> np.ndarray:

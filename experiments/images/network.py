@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.images.resnet import MODELS, parameter_groups
+from experiments.images.resnet import MODELS
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.records.reading import read_weights
 
@@ -66,17 +66,6 @@ def _read_state(path: Path) -> Any:
     if not weights:
         raise ValueError(f"{path} is a record without weights: `--set save.weights=true` makes one with them")
     return weights
-
-
-def parameters_of(model: nn.Module, training: ImageTrainingConfig) -> Any:
-    """What the optimizer gets; the groups without exemption have the optimizer's own weight decay."""
-    if not training.exempt_norm_and_bias:
-        return model.parameters()
-    groups = parameter_groups(model, 1.0, exempt=True)
-    for group in groups:
-        if group["weight_decay"] != 0.0:
-            del group["weight_decay"]
-    return groups
 
 
 def forward_pass(training: ImageTrainingConfig, device: torch.device) -> Callable[[nn.Module, Tensor], Tensor]:

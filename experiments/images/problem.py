@@ -22,56 +22,20 @@ from experiments.distributed.ranks import Ranks
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.data import description_of, open_sets
 from experiments.images.epochs import ImageEpochs
-from experiments.images.network import forward_pass, make_network, parameters_of
+from experiments.images.network import forward_pass, make_network
+from experiments.images.resnet import parameter_groups
 from experiments.images.schedules import scaled_rate, step_scheduler
 from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
 from experiments.training.closure import AccumulatedClosure
 from experiments.training.components import make_optimizer
 from experiments.training.plan import Plan
-from experiments.training.problem import Description, Problem, weights_of
+from experiments.training.problem import Problem, weights_of
 from experiments.training.stage import Stage
 
 Batch = tuple[Tensor, Tensor]
-
-
-def build(config: RunConfig, ranks: Ranks) -> ImageProblem:
-    """The classification problem of one run.
-
-    The seed of the run sets the initial weights, the order of the images and their augmentation; none of it depends on
-    the number of ranks or of workers.
-
-    Raises:
-        ValueError: settings that do not fit the data, the device or the number of ranks.
-        OSError: data or initial weights cannot be read.
-    """
-    problem, training = config.problem, config.training
-    assert isinstance(problem, ImageConfig) and isinstance(training, ImageTrainingConfig)
-    device = device_of(ranks)
-    check_settings(problem, training, ranks, device)
-    sets = train_set, validation_set = open_sets(problem, ranks)
-    model = make_network(problem, training, config.seed, len(train_set.class_names), device)
-    decoding = Decoding(
-        problem.image_size,
-        problem.resize,
-        problem.decoder,
-        problem.on_unreadable,
-        problem.smallest_crop,
-        problem.exif_orientation,
-    )
-    share: dict[str, Any] = {
-        "rank": ranks.rank,
-        "world_size": ranks.world_size,
-        "num_workers": problem.num_workers,
-        "start_method": safe_start_method(problem.start_method),
-        "pin_memory": device.type == "cuda",
-    }
-    batch = training.global_batch(ranks)
-    train = TrainLoader(train_set, decoding, batch_size=batch, seed=config.seed, **share)
-    validation = EvaluationLoader(validation_set, decoding, batch_size=problem.evaluation_batch, **share)
-    return ImageProblem(model, train, validation, problem, training, ranks, description_of(problem, sets))
 
 
 class ImageProblem(Problem):
@@ -81,40 +45,54 @@ class ImageProblem(Problem):
     those of rank 0) and with statistics that it recomputes for the present weights; it leaves no trace in the model.
 
     Args:
-        model: the network, on its device.
-        train, validation: loaders of this rank.
-        settings, training: the settings of the run.
+        run: its settings; its seed sets the initial weights, the order of the images and their augmentation. None of it
+            depends on the number of ranks or of workers.
         ranks: this process.
-        description: of the data.
+
+    Raises:
+        ValueError: settings that do not fit the data, the device or the number of ranks.
+        OSError: data or initial weights cannot be read.
     """
 
     times_acceleration = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train: TrainLoader,
-        validation: EvaluationLoader,
-        settings: ImageConfig,
-        training: ImageTrainingConfig,
-        ranks: Ranks,
-        description: Description,
-    ) -> None:
-        self._train, self._validation = train, validation
-        self._settings, self._training, self._ranks, self._device = settings, training, ranks, device_of(ranks)
-        self._batch_images = training.global_batch(ranks)
-        self._forward = forward_pass(training, self._device)
-        self._settings_of_torch = _set_torch(training, self._device)
+    def __init__(self, run: RunConfig[ImageConfig, ImageTrainingConfig], ranks: Ranks) -> None:
+        settings, training = run.problem, run.training
+        device, self._batch_images = device_of(ranks), training.global_batch(ranks)
+        check_settings(settings, training, ranks, device)
+        sets = train_set, validation_set = open_sets(settings, ranks)
+        model = make_network(settings, training, run.seed, len(train_set.class_names), device)
+        decoding = Decoding(
+            settings.image_size,
+            settings.resize,
+            settings.decoder,
+            settings.on_unreadable,
+            settings.smallest_crop,
+            settings.exif_orientation,
+        )
+        share: dict[str, Any] = {
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "num_workers": settings.num_workers,
+            "start_method": safe_start_method(settings.start_method),
+            "pin_memory": device.type == "cuda",
+        }
+        self._train = TrainLoader(train_set, decoding, batch_size=self._batch_images, seed=run.seed, **share)
+        self._validation = EvaluationLoader(validation_set, decoding, batch_size=settings.evaluation_batch, **share)
+        self._settings, self._training, self._ranks, self._device = settings, training, ranks, device
+        self._forward = forward_pass(training, device)
+        self._settings_of_torch = _set_torch(training, device)
         attributes = {
             "classification": settings.model,
-            "num_classes": len(train.images.class_names),
-            "num_train_images": len(train.images),
-            "num_validation_images": len(validation.images),
+            "num_classes": len(train_set.class_names),
+            "num_train_images": len(train_set),
+            "num_validation_images": len(validation_set),
             "num_parameters": sum(p.numel() for p in model.parameters()),
-            "steps_per_epoch": train.steps_per_epoch,
+            "steps_per_epoch": self._train.steps_per_epoch,
             "batch_images": self._batch_images,
             "deterministic": training.deterministic,
         }
+        description = description_of(settings, sets)
         super().__init__(model, data_source=description.source, data_digest=description.digest, attributes=attributes)
 
     # ---- training ----
@@ -143,7 +121,9 @@ class ImageProblem(Problem):
         arguments = dict(component.arguments)
         if self._training.reference_batch is not None:
             arguments["lr"] *= scaled_rate(self._training, self._batch_images)
-        return make_optimizer(Component(component.name, arguments), parameters_of(self.model, self._training))
+        exempts = self._training.exempt_norm_and_bias
+        parameters = parameter_groups(self.model) if exempts else self.model.parameters()
+        return make_optimizer(Component(component.name, arguments), parameters)
 
     def in_steps(self, acceleration: Mapping[str, Any]) -> dict[str, Any]:
         return in_steps(acceleration, self._train.steps_per_epoch)
@@ -181,7 +161,7 @@ class ImageProblem(Problem):
             self._recompute_statistics(network)
             seconds = time.perf_counter() - start
             renewed = self._counts(network)
-        return _series(renewed) | _series(stale, "stale_") | {"timing/batchnorm_seconds": seconds}
+        return renewed.series() | stale.series("stale_") | {"timing/batchnorm_seconds": seconds}
 
     def _recompute_statistics(self, network: nn.Module) -> None:
         """Replaces the statistics of BatchNorm by those of training images with the present weights."""
@@ -197,17 +177,14 @@ class ImageProblem(Problem):
         )
 
     def _counts(self, network: nn.Module) -> Counts:
-        found = evaluate_exactly(
+        return evaluate_exactly(
             network,
             self._validation.batches(),
-            forward=lambda images: self._forward(network, images),
+            lambda images: self._forward(network, images),
             num_images=len(self._validation.images),
             num_unreadable=lambda: self._validation.num_unreadable,
             world_size=self._ranks.world_size,
         )
-        if not found.num_images:
-            raise RuntimeError(f"none of the {len(self._validation.images)} validation images can be read")
-        return found
 
     # ---- a run that stops, goes on and ends ----
 
@@ -300,15 +277,3 @@ def _without_buffers() -> dict[str, Any]:
     """What keeps DistributedDataParallel from sending buffers; torch 2.13 has another name for it."""
     is_new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if is_new else "broadcast_buffers": False}
-
-
-def _series(counts: Counts, prefix: str = "") -> dict[str, float]:
-    group = f"metrics/validation/{prefix}"
-    return {
-        f"{group}loss": counts.loss,
-        f"{group}top1": counts.top1,
-        f"{group}top5": counts.top5,
-        f"{group}num_correct_top1": float(counts.num_top1),
-        f"{group}num_correct_top5": float(counts.num_top5),
-        f"{group}num_images": float(counts.num_images),
-    }

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-STEMS = ("imagenet", "small")
-
 
 class BasicBlock(nn.Module):
     """relu(shortcut(x) + bn(conv3x3(relu(bn(conv3x3(x)))))).
@@ -101,9 +99,6 @@ class ResNet(nn.Module):
             pixels: a 3x3 convolution of stride 1 without pooling. "conv1.weight" is then (width, 3, 3, 3), and neither
             loads the weights of the other.
         width: channels of the first stage, >= 1, which double with each stage; torchvision's have 64.
-
-    Raises:
-        ValueError: num_classes or width below 1, fc_std not above 0, or an unknown stem.
     """
 
     def __init__(
@@ -118,23 +113,14 @@ class ResNet(nn.Module):
         width: int = 64,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes}")
-        if width < 1:
-            raise ValueError(f"width must be an integer >= 1, got {width}")
-        if fc_std is not None and not fc_std > 0:
-            raise ValueError(f"fc_std must be a number > 0 or None, got {fc_std}")
-        if stem not in STEMS:
-            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         self.stem = stem
         self.conv1 = _convolution(3, width, 7, 2) if stem == "imagenet" else _convolution(3, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
-        widths = [width, 2 * width, 4 * width, 8 * width]
-        outputs = [each * block.expansion for each in widths]
-        self.layer1 = _stage(block, width, widths[0], depths[0], 1)
-        self.layer2 = _stage(block, outputs[0], widths[1], depths[1], 2)
-        self.layer3 = _stage(block, outputs[1], widths[2], depths[2], 2)
-        self.layer4 = _stage(block, outputs[2], widths[3], depths[3], 2)
+        outputs = [width * 2**stage * block.expansion for stage in range(4)]
+        self.layer1 = _stage(block, width, width, depths[0], 1)
+        self.layer2 = _stage(block, outputs[0], 2 * width, depths[1], 2)
+        self.layer3 = _stage(block, outputs[1], 4 * width, depths[2], 2)
+        self.layer4 = _stage(block, outputs[2], 8 * width, depths[3], 2)
         self.fc = nn.Linear(outputs[3], num_classes)
         self._initialize(zero_init_residual, fc_std)
 
@@ -172,27 +158,22 @@ def resnet50(num_classes: int = 1000, **options: Any) -> ResNet:
 MODELS: dict[str, Callable[..., ResNet]] = {"resnet18": resnet18, "resnet50": resnet50}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, exempt: bool) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, each parameter in one of them.
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: weights with its weight decay, and BatchNorm weights and all biases without any.
 
-    Args:
-        model: wrapped or not.
-        weight_decay: of the weights.
-        exempt: whether BatchNorm weights and all biases have no weight decay. BatchNorm is known by the type of the
-            module: its name does not tell that "downsample.1" is one.
-
-    Returns:
-        One group, or the decayed one and the exempt one; empty groups are left out.
+    BatchNorm is known by the type of the module, because the name "downsample.1" does not say that it is one.
     """
-    decayed: dict[int, nn.Parameter] = {}  # by id: modules may share a parameter
-    exempted: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_exempt = exempt and (isinstance(module, _BatchNorm) or name == "bias")
-            if id(parameter) not in decayed.keys() | exempted.keys():
-                (exempted if is_exempt else decayed)[id(parameter)] = parameter
-    groups = [(decayed, weight_decay), (exempted, 0.0)]
-    return [{"params": list(group.values()), "weight_decay": decay} for group, decay in groups if group]
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, _BatchNorm) or name == "bias"
+    }
+    parameters = list(model.parameters())
+    return [
+        {"params": [parameter for parameter in parameters if id(parameter) not in exempt]},
+        {"params": [parameter for parameter in parameters if id(parameter) in exempt], "weight_decay": 0.0},
+    ]
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:

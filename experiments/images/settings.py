@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from operator import not_
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from experiments.distributed.ranks import Ranks
-from experiments.settings.checks import BOOLEAN, TEXT, Kind, choice, integer, number, optional, sequence, setting
+from experiments.settings.kinds import Count, Items, NotNegative, Positive, Share, Text
+from experiments.settings.run_config import CADENCES
+from experiments.settings.schema import Settings
+
+Two = Annotated[int, Field(ge=2)]
+"""An integer >= 2."""
+LessThanOne = Annotated[float, Field(ge=0, lt=1)]
+"""A number in [0, 1)."""
 
 
-def _up_to(high: float) -> Kind:
-    """A number in (0, high]."""
-    return Kind(f"a number in (0, {high:g}]", number(0.0, math.nextafter(high, math.inf)).parse)
-
-
-@dataclass(frozen=True)
-class ImageConfig:
+class ImageConfig(Settings):
     """Images with labels, and the network.
 
     Attributes:
@@ -50,39 +53,45 @@ class ImageConfig:
         evaluation_batch: images per rank and batch of the validation.
     """
 
-    data: str = setting(choice("fractals", "folder"), "fractals")
-    data_path: str | None = setting(optional(TEXT), None)
-    num_classes: int = setting(integer(2, 100_000), 10)
-    images_per_class: int = setting(integer(1), 100)
-    validation_per_class: int = setting(integer(1), 50)
-    data_size: int = setting(integer(8, 4097), 64)
-    data_seed: int = setting(integer(0, 2**31), 0)
-    data_variation: float = setting(_up_to(2.0), 1.0)
-    model: str = setting(choice("resnet18", "resnet50"), "resnet50")
-    width: int = setting(integer(1, 1025), 64)
-    stem: str = setting(choice("imagenet", "small"), "imagenet")
-    zero_init_residual: bool = setting(BOOLEAN, False)
-    fc_std: float | None = setting(optional(number(0.0)), None)
-    initial_weights: str | None = setting(optional(TEXT), None)
-    image_size: int = setting(integer(8, 4097), 224)
-    resize: int = setting(integer(8, 8193), 256)
-    smallest_crop: float = setting(_up_to(1.0), 0.08)
-    decoder: str = setting(choice("pillow", "torchvision"), "pillow")
-    exif_orientation: bool = setting(BOOLEAN, False, added_later=True)
-    on_unreadable: str = setting(choice("skip", "stop"), "skip")
-    num_workers: int = setting(integer(0, 257), 0)
-    start_method: str = setting(choice("auto", "forkserver", "spawn", "fork"), "auto")
-    stage_seconds: float = setting(number(0.0), 3600.0)
-    statistics_images: int = setting(integer(2), 2048)
-    statistics_batch: int = setting(integer(2), 64)
-    evaluation_batch: int = setting(integer(1), 256)
+    data: Literal["fractals", "folder"] = "fractals"
+    data_path: Text | None = None
+    num_classes: Annotated[int, Field(ge=2, lt=100_000)] = 10
+    images_per_class: Count = 100
+    validation_per_class: Count = 50
+    data_size: Annotated[int, Field(ge=8, le=4096)] = 64
+    data_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data_variation: Annotated[float, Field(gt=0, le=2)] = 1.0
+    model: Literal["resnet18", "resnet50"] = "resnet50"
+    width: Annotated[int, Field(ge=1, le=1024)] = 64
+    stem: Literal["imagenet", "small"] = "imagenet"
+    zero_init_residual: bool = False
+    fc_std: Positive | None = None
+    initial_weights: Text | None = None
+    image_size: Annotated[int, Field(ge=8, le=4096)] = 224
+    resize: Annotated[int, Field(ge=8, le=8192)] = 256
+    smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.08
+    decoder: Literal["pillow", "torchvision"] = "pillow"
+    # Records from before this setting leave it out, and stay records of the same runs.
+    exif_orientation: bool = Field(False, exclude_if=not_)
+    on_unreadable: Literal["skip", "stop"] = "skip"
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    start_method: Literal["auto", "forkserver", "spawn", "fork"] = "auto"
+    stage_seconds: Positive = 3600.0
+    statistics_images: Two = 2048
+    statistics_batch: Two = 64
+    evaluation_batch: Count = 256
 
     of_the_machine: ClassVar = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
     """Settings that change no number: the digest identifies the data. `stage_folder` stands in older records."""
 
+    @model_validator(mode="after")
+    def _contain_the_crop(self) -> ImageConfig:
+        if self.resize < self.image_size:
+            raise ValueError(f"resize must be at least image_size = {self.image_size}, got {self.resize}")
+        return self
 
-@dataclass(frozen=True)
-class ImageTrainingConfig:
+
+class ImageTrainingConfig(Settings):
     """Training by epochs of full batches, the learning rate by steps.
 
     Attributes:
@@ -109,30 +118,50 @@ class ImageTrainingConfig:
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
     """
 
-    epochs: int = setting(integer(1), 90)
-    batch_size: int | None = setting(optional(integer(1)), None)
-    batch_size_per_rank: int | None = setting(optional(integer(1)), None)
-    accumulate: int = setting(integer(1), 1)
-    precision: str = setting(choice("float32", "bfloat16", "float16"), "float32")
-    channels_last: bool = setting(BOOLEAN, False)
-    compile: bool = setting(BOOLEAN, False)
-    sync_batchnorm: bool = setting(BOOLEAN, False)
-    label_smoothing: float = setting(number(0.0, 1.0, closed_low=True), 0.0)
-    reference_batch: int | None = setting(optional(integer(1)), None)
-    warmup_epochs: float = setting(number(0.0, closed_low=True), 0.0)
-    warmup_start: float | None = setting(optional(number(0.0, 1.0, closed_low=True)), None)
-    schedule: str = setting(choice("constant", "cosine", "polynomial", "step"), "cosine")
-    power: float = setting(number(0.0), 2.0)
-    final_share: float = setting(number(0.0, 1.0, closed_low=True), 0.0)
-    milestones: tuple[float, ...] = setting(
-        Kind("a list of epochs", lambda value: () if not value else sequence(number(0.0)).parse(value)), ()
-    )
-    gamma: float = setting(number(0.0, 1.0), 0.1)
-    exempt_norm_and_bias: bool = setting(BOOLEAN, False)
-    evaluate_every: int = setting(integer(1), 1)
-    num_threads: int = setting(integer(1), 1)
-    deterministic: bool = setting(BOOLEAN, False)
-    measure_updates: bool = setting(BOOLEAN, False)
+    epochs: Count = 90
+    batch_size: Count | None = None
+    batch_size_per_rank: Count | None = None
+    accumulate: Count = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
+    label_smoothing: LessThanOne = 0.0
+    reference_batch: Count | None = None
+    warmup_epochs: NotNegative = 0.0
+    warmup_start: LessThanOne | None = None
+    schedule: Literal["constant", "cosine", "polynomial", "step"] = "cosine"
+    power: Positive = 2.0
+    final_share: LessThanOne = 0.0
+    milestones: Items[Positive] = ()
+    gamma: Share = 0.1
+    exempt_norm_and_bias: bool = False
+    evaluate_every: Count = 1
+    num_threads: Count = 1
+    deterministic: bool = False
+    measure_updates: bool = False
+
+    @model_validator(mode="after")
+    def _have_one_batch_size(self) -> ImageTrainingConfig:
+        if (self.batch_size is None) == (self.batch_size_per_rank is None):
+            raise ValueError(
+                f"one of batch_size and batch_size_per_rank must be given, got {self.batch_size} and "
+                f"{self.batch_size_per_rank}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _have_a_schedule(self) -> ImageTrainingConfig:
+        milestones, epochs = list(self.milestones), self.epochs
+        if self.schedule == "step" and not milestones:
+            raise ValueError("milestones must be a list of epochs with schedule step, got []")
+        if milestones != sorted(set(milestones)):
+            raise ValueError(f"milestones must ascend, got {milestones}")
+        if milestones and milestones[-1] >= epochs:
+            raise ValueError(f"milestones must be below epochs = {epochs}, got {milestones}")
+        if self.warmup_epochs >= epochs:
+            raise ValueError(f"warmup_epochs must be below epochs = {epochs}, got {self.warmup_epochs:g}")
+        return self
 
     def global_batch(self, ranks: Ranks) -> int:
         """Images in a step, over all ranks."""
@@ -142,42 +171,11 @@ class ImageTrainingConfig:
         return self.batch_size_per_rank * ranks.world_size
 
 
-def check_image_settings(problem: ImageConfig, training: ImageTrainingConfig, where: str = "") -> None:
-    """What one setting alone does not show.
-
-    Raises:
-        ValueError: settings that do not go together.
-    """
-    if (training.batch_size is None) == (training.batch_size_per_rank is None):
-        raise ValueError(
-            f"{where}training must have one of batch_size and batch_size_per_rank, got "
-            f"{training.batch_size} and {training.batch_size_per_rank}"
-        )
-    if problem.resize < problem.image_size:
-        raise ValueError(
-            f"{where}problem.resize must be at least image_size = {problem.image_size}, got {problem.resize}"
-        )
-    if training.schedule == "step" and not training.milestones:
-        raise ValueError(f"{where}training.milestones must be a list of epochs with schedule step, got []")
-    if list(training.milestones) != sorted(training.milestones):
-        raise ValueError(f"{where}training.milestones must ascend, got {list(training.milestones)}")
-    if training.milestones and training.milestones[-1] >= training.epochs:
-        raise ValueError(
-            f"{where}training.milestones must be below epochs = {training.epochs}, got {list(training.milestones)}"
-        )
-    if training.warmup_epochs >= training.epochs:
-        raise ValueError(
-            f"{where}training.warmup_epochs must be below epochs = {training.epochs}, got {training.warmup_epochs:g}"
-        )
-
-
-CADENCES = ("wait_iterations", "store_each_nth", "frequency")
-"""Arguments of an acceleration that count optimizer steps and may be given in epochs, as `2 epochs`."""
 NOMINAL_STEPS = 100
 """In an epoch, for checks before the data is known."""
 
 
-def in_steps(settings: Mapping[str, Any], steps_per_epoch: int, where: str = "acceleration") -> dict[str, Any]:
+def in_steps(settings: Mapping[str, Any], steps_per_epoch: int) -> dict[str, Any]:
     """The arguments of an acceleration with cadences in optimizer steps; `1 epoch` is `steps_per_epoch`, at least 1.
 
     Raises:
@@ -191,6 +189,6 @@ def in_steps(settings: Mapping[str, Any], steps_per_epoch: int, where: str = "ac
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*", text)
         epochs = float(match[1]) if match else math.nan
         if not (epochs > 0 or (epochs == 0 and name == "wait_iterations")):
-            raise ValueError(f"{where}.{name} must be an integer or a number of epochs, as '2 epochs', got {text!r}")
+            raise ValueError(f"{name} must be an integer or a number of epochs, as '2 epochs', got {text!r}")
         steps[name] = max(round(epochs * steps_per_epoch), 0 if name == "wait_iterations" else 1)
     return steps

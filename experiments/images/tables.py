@@ -76,7 +76,7 @@ def summarize_images(comparison: Comparison) -> str:
         f"{about['num_validation_images']} validation images, batches of {about['batch_images']}, "
         f"{run.config['training']['epochs']} epochs, {about['world_size']} ranks, {about['devices']}. Median over the "
         f"seeds [minimum .. maximum]. Every accuracy counts {_counted(comparison)}; all but the stale one are with "
-        "statistics of BatchNorm computed anew. Seconds include the evaluations; images/s do not."
+        "statistics of BatchNorm computed for the weights. Seconds include the evaluations; images/s do not."
     )
     source = f"Source: {comparison.source_line()}"
     markdown += [legend, "", source, ""]

@@ -38,27 +38,15 @@ def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, first, (value * first).mul_(-2)
 
 
-def _tanh_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return torch.addcmul(4 * first, first, first, value=-6)
-
-
 def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = torch.sigmoid(z)
     first = value * (1 - value)
     return value, first, first * (1 - 2 * value)
 
 
-def _sigmoid_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return first * (1 - 6 * first)
-
-
 def _sin(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = torch.sin(z)
     return value, torch.cos(z), -value
-
-
-def _sin_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return -first
 
 
 def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,8 +55,8 @@ def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _silu_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    gate, gate_first, gate_second = _sigmoid(z)
-    return 3 * gate_second + z * _sigmoid_third(z, gate, gate_first, gate_second)
+    _, gate_first, gate_second = _sigmoid(z)
+    return 3 * gate_second + z * (gate_first * (1 - 6 * gate_first))
 
 
 def _normal_density(z: Tensor) -> Tensor:
@@ -80,16 +68,12 @@ def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z * distribution, distribution + z * density, density * (2 - z * z)
 
 
-def _gelu_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    return _normal_density(z) * z * (z * z - 4)
-
-
 RULES: dict[str, Rule] = {
-    "tanh": Rule(_tanh, _tanh_third),
-    "sigmoid": Rule(_sigmoid, _sigmoid_third),
-    "sin": Rule(_sin, _sin_third),
+    "tanh": Rule(_tanh, lambda z, value, first, second: torch.addcmul(4 * first, first, first, value=-6)),
+    "sigmoid": Rule(_sigmoid, lambda z, value, first, second: first * (1 - 6 * first)),
+    "sin": Rule(_sin, lambda z, value, first, second: -first),
     "silu": Rule(_silu, _silu_third),
-    "gelu": Rule(_gelu, _gelu_third),
+    "gelu": Rule(_gelu, lambda z, value, first, second: _normal_density(z) * z * (z * z - 4)),
 }
 """By the names of `ACTIVATIONS`; without those that have no second derivative."""
 
@@ -282,13 +266,13 @@ def pull_back(
 
 def _gradients(
     adjoints: Tensor, layers: Sequence[Layer], last: tuple[Tensor, Tensor], parameters: Parameters, plan: Plan
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients in the order of the parameters, and the adjoint of the first layer's z (width, N)."""
+) -> list[Tensor]:
+    """Gradients in the order of the parameters."""
     gradients: list[Tensor] = []
     for adjoint in pull_back(adjoints, layers, last, parameters, plan, sums=True):
         weight = _times(adjoint.slopes.flatten(1), adjoint.lanes.flatten(1).T)
         gradients[:0] = [weight + _times(adjoint.z, adjoint.value.T), adjoint.z.sum(1)]
-    return gradients, adjoint.z
+    return gradients
 
 
 @functools.cache
@@ -297,7 +281,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Outputs(torch.autograd.Function):
-    """The outputs of `propagate` as a function of points and parameters."""
+    """The outputs of `propagate` as a function of the parameters."""
 
     @staticmethod
     def forward(ctx: Any, points: Tensor, lanes: Tensor, plan: Plan, compiles: bool, *flat: Tensor) -> Tensor:
@@ -314,25 +298,20 @@ class _Outputs(torch.autograd.Function):
         flat = ctx.saved_tensors
         parameters = list(zip(flat[::2], flat[1::2], strict=True))
         function = _compiled(_gradients) if ctx.compiles else _gradients
-        gradients, z = function(adjoints.contiguous(), ctx.layers, ctx.last, parameters, ctx.plan)
-        points = z.T @ flat[0] if ctx.needs_input_grad[0] else None
-        return points, None, None, None, *gradients
+        gradients = function(adjoints.contiguous(), ctx.layers, ctx.last, parameters, ctx.plan)
+        return None, None, None, None, *gradients
 
 
 def outputs_of(points: Tensor, lanes: Tensor, parameters: Parameters, plan: Plan, compiles: bool = False) -> Tensor:
-    """Value and first lanes (1 + num_outputs, N), differentiable once with respect to points and parameters.
+    """Value and first lanes (1 + num_outputs, N), differentiable once with respect to the parameters.
 
     Args:
         points: (N, inputs).
         lanes: (K, inputs); zeros, then the directions, constants.
-        parameters: of all layers, the last one with one output.
+        parameters: of at least two layers, the last one with one output.
         plan: what is wanted.
         compiles: run through `torch.compile`, which compiles again for every shape.
     """
-    if len(parameters) == 1:
-        weight, bias = parameters[0]
-        tangents = (lanes[: plan.num_outputs] @ weight[0]).unsqueeze(-1).expand(-1, len(points))
-        return torch.cat([(points @ weight[0] + bias).unsqueeze(0), tangents])
     if not torch.is_grad_enabled() and not compiles:
         return propagate_alone(points, lanes, parameters, plan)
     return _Outputs.apply(points, lanes, plan, compiles, *(tensor for pair in parameters for tensor in pair))

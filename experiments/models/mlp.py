@@ -63,24 +63,6 @@ class MLP(nn.Module):
             hidden = self.activation(linear(hidden))
         return self.linears[-1](hidden)
 
-    def value_gradient_laplacian(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u (N, 1), its gradient (N, d) and its Laplacian (N, 1) over all columns of x (N, d), exact.
-
-        They can be differentiated once.
-
-        Raises:
-            ValueError: more than one output, an activation without second derivative, or x of another shape.
-        """
-        self._check(x)
-        parameters, columns = self._pairs(), x.shape[1]
-        rows = orthonormal_rows(self._first_weight())
-        lanes = torch.cat([torch.zeros_like(rows[:1]), rows])
-        plan = Plan(self._rule(), 1, len(lanes) if len(rows) == columns else 1)
-        value, laplacian, *gradient = rules.outputs_of(x, lanes, parameters, plan).unsqueeze(-1)
-        if gradient:
-            return value, torch.cat(gradient, 1), laplacian
-        return value, self._gradient(x), laplacian
-
     def directions(self) -> Tensor:
         """Orthonormal columns (d, r), r = min(d, sizes[1]), whose span contains the rows of W_1's spatial columns.
 
@@ -98,7 +80,9 @@ class MLP(nn.Module):
         gradient_square: bool = True,
         compiles: bool = False,
     ) -> Derivatives:
-        """The derivatives of u at points (N, d + 1), space first and time last; exact, and differentiable once.
+        """The derivatives of u at points (N, d + 1), space first and time last, exact.
+
+        They are differentiable once with respect to the parameters; the points are constants.
 
         Args:
             points: (N, d + 1), d >= 1.
@@ -107,12 +91,34 @@ class MLP(nn.Module):
             compiles: run through `torch.compile`, which compiles again for every number of points.
 
         Raises:
-            ValueError: more than one output, an activation without second derivative, or a shape that does not fit.
+            ValueError: a network without hidden layer or with more than one output, an activation without second
+                derivative, or a shape that does not fit.
         """
-        self._check(points, time=True)
+        self._check(points)
         lanes, plan = self._lanes(directions, gradient_square)
         outputs = rules.outputs_of(points, lanes, self._pairs(), plan, compiles)
         return _derivatives_from(outputs, plan)
+
+    def chunked_derivatives(
+        self, points: Tensor, chunk: int | None = None, *, gradient_square: bool = True, compiles: bool = False
+    ) -> Iterator[tuple[slice, Derivatives]]:
+        """Slices of the points with the derivatives there; what is used at once takes memory for one chunk alone.
+
+        Args:
+            points: (N, d + 1).
+            chunk: points at a time. Default: `default_chunk`.
+            gradient_square: as for `derivatives`.
+            compiles: as for `derivatives`; all chunks are computed with the same size, so one compilation serves them.
+        """
+        _keep_freed_memory()
+        slices = list(chunks(len(points), chunk or self.default_chunk(gradient_square)))
+        directions = self.directions() if points.shape[1] > 2 else None
+        for rows in slices:
+            own, missing = points[rows], slices[0].stop - (rows.stop - rows.start)
+            if compiles and missing:
+                own = torch.cat([own, own[-1:].expand(missing, -1)])
+            u = self.derivatives(own, directions, gradient_square=gradient_square, compiles=compiles)
+            yield rows, u if len(own) == rows.stop - rows.start else Derivatives(*(each[:-missing] for each in u))
 
     def residual_jacobian(
         self,
@@ -120,9 +126,7 @@ class MLP(nn.Module):
         residual: Callable[[Derivatives, slice], Tensor],
         chunk: int | None = None,
         *,
-        directions: Tensor | None = None,
         gradient_square: bool = True,
-        values_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """A residual (N, 1) and its derivatives (N, P) with respect to every parameter, both detached.
 
@@ -131,9 +135,7 @@ class MLP(nn.Module):
             residual: (derivatives at the points of a slice, that slice) -> (rows, 1), each row a function of its own
                 point only.
             chunk: points at a time; bounds the memory beside the result. Default: `default_chunk`.
-            directions: as for `derivatives`.
             gradient_square: as for `derivatives`.
-            values_only: the residual uses the value only; the derivatives are NaN.
 
         Returns:
             The residual and its Jacobian, columns in the order of `parameters_to_vector(self.parameters())`.
@@ -141,35 +143,41 @@ class MLP(nn.Module):
         Raises:
             ValueError: as `derivatives`.
         """
-        self._check(points, time=not values_only)
-        parameters = [(weight.detach(), bias.detach()) for weight, bias in self._pairs()]
-        size = chunk or self.default_chunk()
+        self._check(points)
+        parameters = self._detached()
+        lanes, plan = self._lanes(None, gradient_square)
         jacobian = points.new_empty(len(points), sum(p.numel() for pair in parameters for p in pair))
         residuals = points.new_empty(len(points), 1)
-        lanes, plan = (None, None) if values_only else self._lanes(directions, gradient_square)
-        for rows in chunks(len(points), size):
+        for rows in chunks(len(points), chunk or self.default_chunk()):
             with torch.no_grad():
-                if lanes is None or plan is None:
-                    outputs, inputs = rules.propagate_values(points[rows], parameters, self._rule())
-                elif len(parameters) == 1:
-                    outputs = rules.outputs_of(points[rows], lanes, parameters, plan)
-                else:
-                    outputs, layers, last = rules.propagate(points[rows], lanes, parameters, plan)
+                outputs, layers, last = rules.propagate(points[rows], lanes, parameters, plan)
             with torch.enable_grad():
-                outputs.requires_grad_()
-                u = _value_alone(outputs) if plan is None else _derivatives_from(outputs, plan)
-                result = residual(u, rows)
+                result = residual(_derivatives_from(outputs.requires_grad_(), plan), rows)
             (adjoints,) = torch.autograd.grad(result.sum(), outputs)
             residuals[rows] = result.detach()
             with torch.no_grad():
-                if lanes is None or plan is None:
-                    rules.fill_jacobian_of_values(jacobian[rows], adjoints, inputs, parameters)
-                elif len(parameters) == 1:
-                    jacobian[rows, :-1] = adjoints[:1].T * points[rows] + adjoints[1:].T @ lanes[: plan.num_outputs]
-                    jacobian[rows, -1] = adjoints[0]
-                else:
-                    rules.fill_jacobian(jacobian[rows], adjoints, layers, last, parameters, plan)
+                rules.fill_jacobian(jacobian[rows], adjoints, layers, last, parameters, plan)
         return residuals, jacobian
+
+    def value_jacobian(self, points: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """u (N, 1) and the derivatives (N, P) of factor * u with respect to every parameter, both detached.
+
+        Args:
+            points: (N, d + 1).
+            factor: (N, 1), one for each point.
+
+        Raises:
+            ValueError: as `derivatives`.
+        """
+        self._check(points)
+        parameters, rule = self._detached(), rules.RULES[self._activation_name]
+        jacobian = points.new_empty(len(points), sum(p.numel() for pair in parameters for p in pair))
+        values = points.new_empty(len(points), 1)
+        with torch.no_grad():
+            for rows in chunks(len(points), self.default_chunk()):
+                values[rows, 0], inputs = rules.propagate_values(points[rows], parameters, rule)
+                rules.fill_jacobian_of_values(jacobian[rows], factor[rows, 0], inputs, parameters)
+        return values, jacobian
 
     def default_chunk(self, gradient_square: bool = True) -> int:
         """Points of which a layer carries `CHUNK_BYTES`: many for the processor, few for its cache.
@@ -190,13 +198,16 @@ class MLP(nn.Module):
     def _first_weight(self) -> Tensor:
         return self._pairs()[0][0].detach()
 
-    def _rule(self) -> rules.Rule:
-        return rules.RULES[self._activation_name]
+    def _detached(self) -> Parameters:
+        return [(weight.detach(), bias.detach()) for weight, bias in self._pairs()]
 
-    def _check(self, points: Tensor, time: bool = False) -> None:
+    def _check(self, points: Tensor) -> None:
         columns = self._sizes[0]
-        if self._sizes[-1] != 1:
-            raise ValueError(f"derivatives need a network with one output, got sizes {self._sizes}")
+        if self._sizes[-1] != 1 or len(self._sizes) < 3 or columns < 2:
+            raise ValueError(
+                "derivatives need a network of space and time with hidden layers and one output, got sizes "
+                f"{self._sizes}"
+            )
         if self._activation_name not in rules.RULES:
             raise ValueError(
                 f"derivatives need an activation with a second derivative ({', '.join(rules.RULES)}), "
@@ -204,8 +215,6 @@ class MLP(nn.Module):
             )
         if points.ndim != 2 or points.shape[1] != columns:
             raise ValueError(f"points must have shape (N, {columns}), got {tuple(points.shape)}")
-        if time and columns < 2:
-            raise ValueError("points need at least one spatial column and time, got a network with one input")
 
     def _lanes(self, directions: Tensor | None, gradient_square: bool) -> tuple[Tensor, Plan]:
         """Zeros, time, sum of the spatial axes and the directions (K, d + 1); with d = 1 the sum is the direction."""
@@ -213,69 +222,16 @@ class MLP(nn.Module):
         num_space = self._sizes[0] - 1
         if directions is not None and (directions.ndim != 2 or len(directions) != num_space):
             raise ValueError(f"directions must have shape ({num_space}, r), got {tuple(directions.shape)}")
+        rule = rules.RULES[self._activation_name]
         shared = num_space == 1 and directions is None
         rows = (self.directions() if directions is None else directions.detach()).T
         lanes = weight.new_zeros(3 if shared else 3 + len(rows), num_space + 1)
         lanes[1, -1] = 1
         lanes[2, :-1] = 1
         if shared:
-            return lanes, Plan(self._rule(), 2, 3)
+            return lanes, Plan(rule, 2, 3)
         lanes[3:, :-1] = rows
-        return lanes, Plan(self._rule(), 3, len(lanes) if gradient_square else 3)
-
-    def _gradient(self, x: Tensor) -> Tensor:
-        """du/dx (N, d), by the chain rule from the last layer to the first."""
-        parameters, slopes, value = self._pairs(), [], x
-        for weight, bias in parameters[:-1]:
-            value, first, _ = self._rule().values(torch.addmm(bias, value, weight.T))
-            slopes.append(first)
-        gradient = parameters[-1][0].expand(len(x), -1)
-        for (weight, _), first in zip(reversed(parameters[:-1]), reversed(slopes), strict=True):
-            gradient = (gradient * first) @ weight
-        return gradient
-
-
-def accumulate_gradient(
-    model: MLP,
-    points: Tensor,
-    loss_sum: Callable[[Derivatives, slice], Tensor],
-    *,
-    chunk: int | None = None,
-    count: int | None = None,
-    gradient_square: bool = True,
-    compiles: bool = False,
-) -> Tensor:
-    """The mean of a loss over points, (1/N) sum_n loss_n; adds its gradient to that of the parameters.
-
-    Chunk by chunk, forward and `Tensor.backward`, so that memory does not grow with N.
-
-    Args:
-        model: the network.
-        points: (N, d + 1).
-        loss_sum: (derivatives at the points of a slice, that slice) -> scalar, the sum of the losses of these points.
-        chunk: points at a time. Default: `model.default_chunk()`.
-        count: N of the mean. Default: the number of points; where others hold more of them, their total.
-        gradient_square: as for `MLP.derivatives`.
-        compiles: as for `MLP.derivatives`; all chunks have the same size, so that one compilation serves them.
-
-    Returns:
-        The mean, detached.
-    """
-    total = points.new_zeros(())
-    _keep_freed_memory()
-    slices = list(chunks(len(points), chunk or model.default_chunk(gradient_square)))
-    size = max((rows.stop - rows.start for rows in slices), default=0)
-    directions = model.directions() if points.shape[1] > 2 else None
-    for rows in slices:
-        length = rows.stop - rows.start
-        own = _padded(points[rows], size) if compiles else points[rows]
-        u = model.derivatives(own, directions, gradient_square=gradient_square, compiles=compiles)
-        if len(own) > length:
-            u = Derivatives(*(each[:length] for each in u))
-        loss = loss_sum(u, rows) / (count or len(points))
-        loss.backward()
-        total += loss.detach()
-    return total
+        return lanes, Plan(rule, 3, len(lanes) if gradient_square else 3)
 
 
 def _keep_freed_memory() -> None:
@@ -307,11 +263,6 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix.T).Q.T
 
 
-def _padded(points: Tensor, size: int) -> Tensor:
-    missing = size - len(points)
-    return torch.cat([points, points[-1:].expand(missing, -1)]) if missing > 0 else points
-
-
 def _derivatives_from(outputs: Tensor, plan: Plan) -> Derivatives:
     value, laplacian, time, gradient_sum = outputs[:4].unsqueeze(-1).unbind()
     if plan.first_row == 2:
@@ -321,9 +272,3 @@ def _derivatives_from(outputs: Tensor, plan: Plan) -> Derivatives:
     else:
         square = torch.full_like(value, math.nan, requires_grad=False)
     return Derivatives(value, time, gradient_sum, laplacian, square)
-
-
-def _value_alone(outputs: Tensor) -> Derivatives:
-    value = outputs.unsqueeze(-1)
-    missing = torch.full_like(value, math.nan, requires_grad=False)
-    return Derivatives(value, missing, missing, missing, missing)

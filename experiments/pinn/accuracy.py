@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from experiments.pinn.equation import Equation
 from experiments.pinn.equations import load_equation
-from experiments.pinn.residual import Lift, cast, lifted, prepared, residual_at
+from experiments.pinn.residual import Lift, lift_at, lifted, prepared, residual_at
 from experiments.pinn.settings import PinnConfig
 from experiments.training.problem import Field
 
 TEST_CHUNK = 8192
-"""Points of test sets and fields that are evaluated at a time."""
+"""Points of test sets and fields at which the network is evaluated at a time."""
+BLOCK_ELEMENTS = 2**22
+"""Coordinates of the points at which the solution is evaluated at a time: 32 MB."""
 
 
 class ReferenceSet(NamedTuple):
@@ -32,12 +34,10 @@ class ReferenceSet(NamedTuple):
 
 def reference_sets(equation: Equation, settings: PinnConfig, device: torch.device) -> dict[str, ReferenceSet]:
     """The test sets of the equation, on the device; {} where its solution is not known."""
-    dtype, is_hard = getattr(torch, settings.dtype), settings.conditions == "hard"
-    sets = {}
+    dtype, sets = getattr(torch, settings.dtype), {}
     for name, (points, exact) in _reference_of(settings)[0].items():
         own = points.to(device)
-        lift = cast(equation.lift(own), dtype) if is_hard else None
-        sets[name] = ReferenceSet(own.to(dtype), lift, exact.to(device))
+        sets[name] = ReferenceSet(own.to(dtype), lift_at(equation, settings, own), exact.to(device))
     return sets
 
 
@@ -56,10 +56,7 @@ def _reference(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, float]]]:
     """Test sets with their solutions, and the errors of the predictors; cached: all runs of a process share them."""
     equation = load_equation(name, json.loads(options), folder)
-    try:
-        reference = equation.reference()
-    except NotImplementedError:
-        return {}, {}
+    reference = solutions(equation)
     predictors: dict[str, dict[str, float]] = {}
     for key, (points, exact) in reference.items():
         norm = float(torch.linalg.vector_norm(exact))
@@ -68,6 +65,18 @@ def _reference(
             for rival, predict in equation.predictors().items()
         }
     return reference, predictors
+
+
+def solutions(equation: Equation) -> dict[str, tuple[Tensor, Tensor]]:
+    """The test sets with the exact solution there, (points, values) by name; {} where it is not known."""
+    rows = max(1, BLOCK_ELEMENTS // (equation.num_space + 1))
+    try:
+        return {
+            name: (points, torch.cat([equation.exact(block) for block in points.split(rows)]))
+            for name, points in equation.test_points().items()
+        }
+    except NotImplementedError:
+        return {}
 
 
 def _values(network: nn.Module, points: Tensor, lift: Lift | None) -> Tensor:

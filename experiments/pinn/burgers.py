@@ -82,11 +82,7 @@ class Burgers2d(Equation):
         )
 
     def exact(self, points: Tensor) -> Tensor:
-        return cole_hopf(points, self.nu)[0]
-
-    def slope(self, points: Tensor) -> Tensor:
-        """Exact u_x. For nu = 0.01/pi it is steepest at (0, 0.51047), -152.0051616."""
-        return cole_hopf(points, self.nu)[1]
+        return cole_hopf(points, self.nu)
 
     def grid(self) -> tuple[Tensor, Tensor]:
         return torch.linspace(-1, 1, 256, dtype=torch.float64), torch.arange(100, dtype=torch.float64) / 100
@@ -99,9 +95,6 @@ class Burgers2d(Equation):
         w, t = torch.linspace(-1, 1, 1025, dtype=torch.float64), torch.linspace(0, 1, 201, dtype=torch.float64)
         return {"grid": torch.cartesian_prod(*self.grid()), "graded": torch.cartesian_prod(self._concentrate(w), t)}
 
-    def reference(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return dict(_reference_2d(self.nu))
-
     def predictors(self) -> dict[str, Predictor]:
         return super().predictors() | {"frozen initial condition": lambda points: -torch.sin(math.pi * points[:, :1])}
 
@@ -109,36 +102,22 @@ class Burgers2d(Equation):
         return (self.nu * torch.sinh(w * math.asinh(1 / self.nu))).clamp(-1, 1)
 
 
-@lru_cache(maxsize=2)
-def _reference_2d(nu: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """Kept, for the runs of a process share it."""
-    return Equation.reference(Burgers2d(nu))
+def cole_hopf(points: Tensor, nu: float) -> Tensor:
+    """u of the 2d Burgers problem at points (x, t), t >= 0, (N, 1) in float64, differentiable.
 
-
-def cole_hopf(points: Tensor, nu: float) -> tuple[Tensor, Tensor]:
-    """u and u_x of the 2d Burgers problem at points (x, t), t >= 0, float64, differentiable.
-
-    With the nodes z_k and weights w_k of `_quadrature`, y_k = x - z_k sqrt(4 nu t), c = 1 / (2 pi nu) and
-    p_k ~ w_k exp(-c cos(pi y_k)), summing to one:
-
-        u = -sum p_k sin(pi y_k)
-        u_x = -pi (sum p_k cos(pi y_k) + c sum p_k (sin(pi y_k) + u)^2)
-
-    These are averages with positive weights, formed from logarithms: nothing cancels, overflows or is divided by t.
+    With the nodes z_k and weights w_k of `_quadrature`, y_k = x - z_k sqrt(4 nu t) and p_k ~ w_k exp(-c cos(pi y_k)),
+    c = 1 / (2 pi nu), summing to one, u = -sum p_k sin(pi y_k): an average with positive weights, which are formed from
+    logarithms. So nothing cancels, overflows or is divided by t.
     """
     points = points.to(torch.float64)
     z, log_weight = (part.to(points.device) for part in _quadrature(nu))
     c = 1 / (2 * math.pi * nu)
-    u, u_x = [], []
+    parts = []
     for block in points.split(max(1, BLOCK_ELEMENTS // len(z))):
         angle = math.pi * (block[:, :1] - z * torch.sqrt(4 * nu * block[:, 1:]))
-        cosine, sine = torch.cos(angle), torch.sin(angle)
-        p = torch.softmax(log_weight - c * cosine, dim=1)
-        mean = (p * sine).sum(dim=1, keepdim=True)
-        variance = (p * (sine - mean).square()).sum(dim=1, keepdim=True)
-        u.append(-mean)
-        u_x.append(-math.pi * ((p * cosine).sum(dim=1, keepdim=True) + c * variance))
-    return torch.cat(u), torch.cat(u_x)
+        p = torch.softmax(log_weight - c * torch.cos(angle), dim=1)
+        parts.append(-(p * torch.sin(angle)).sum(dim=1, keepdim=True))
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=4)
@@ -158,7 +137,7 @@ def _quadrature(nu: float) -> tuple[Tensor, Tensor]:
 
 
 class _NormalLaw(Equation):
-    """What the problems below share: t uniform in [0, 1], x normal, errors on 10,000 fixed Sobol points.
+    """u_t + u sum_i u_{x_i} - Lap u = f with t uniform in [0, 1], x normal, errors on 10,000 fixed Sobol points.
 
     The conditions are labelled interior points of the same law, as published. Above 3,355 dimensions the test points
     are fewer, so that they take 256 MB: 3,355 in 10,000 dimensions.
@@ -174,6 +153,9 @@ class _NormalLaw(Equation):
     def conditions(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         points = self.sample(uniform)
         return points, self.exact(points)
+
+    def residual(self, points: Tensor, u: Derivatives, source: Tensor) -> Tensor:
+        return u.time + u.value * u.gradient_sum - u.laplacian - source
 
     def test_points(self) -> dict[str, Tensor]:
         """ "sobol": 10,000 scrambled Sobol points, always the same, of the law that `sample` draws from.
@@ -210,9 +192,6 @@ class TwoBody(_NormalLaw):
         self.amplitude = _number("amplitude", amplitude, "> 0", 0.0, inclusive=False)
         self.label = f"{dimension}d Burgers, two-body solution"
 
-    def residual(self, points: Tensor, u: Derivatives, source: Tensor) -> Tensor:
-        return u.time + u.value * u.gradient_sum - u.laplacian - source
-
     def source(self, points: Tensor) -> Tensor:
         """f = -u + u sum_i u_{x_i} - Lap u of the solution."""
         u = self._solution(points[:, :-1], torch.exp(-points[:, -1:]))
@@ -223,8 +202,9 @@ class TwoBody(_NormalLaw):
         return self._scale(torch.exp(-points[:, -1:])) * (torch.sin(_phase(x, torch.cos(x))) @ self._signs.to(x))
 
     def lift(self, points: Tensor) -> tuple[Derivatives, Derivatives]:
-        initial = self._solution(points[:, :-1], torch.ones_like(points[:, -1:]))
-        return initial._replace(time=torch.zeros_like(initial.time)), _time_factor(points[:, -1:], 1.0)
+        t = points[:, -1:]
+        one, zero = torch.ones_like(t), torch.zeros_like(t)
+        return self._solution(points[:, :-1], one)._replace(time=zero), Derivatives(t, one, zero, zero, zero)
 
     def predictors(self) -> dict[str, Predictor]:
         """The zero function, and the best e^{-t} (1, x) and e^{-t} (1, x, x^2) under the law of the points."""
@@ -322,9 +302,6 @@ class Burgers100d(_NormalLaw):
             f"degenerate: |u| is about {typical:.0e} at a typical point, the zero function is better than any training"
         )
 
-    def residual(self, points: Tensor, u: Derivatives, source: Tensor) -> Tensor:
-        return u.time + u.value * u.gradient_sum - u.laplacian - source
-
     def source(self, points: Tensor) -> Tensor:
         """f = -u + u sum_i 2 x_i P_i - sum_i 2 P_i, P_i = e^{-t} prod_{j != i} (x_j^2 - 1), formed without division."""
         x, u = points[:, :-1], self.exact(points)
@@ -351,12 +328,6 @@ def _dimension(value: int, lowest: int = 2) -> int:
     if value > MAX_SOBOL_DIMENSION:
         raise ValueError(f"dimension may be at most {MAX_SOBOL_DIMENSION}, the limit of Sobol points, got {value}")
     return value
-
-
-def _time_factor(b: Tensor, b_t: float) -> Derivatives:
-    """Derivatives of a factor b(t) of a lift."""
-    zero = torch.zeros_like(b)
-    return Derivatives(b, torch.full_like(b, b_t), zero, zero, zero)
 
 
 def _products_of_others(factors: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 EVALUATIONS = "metrics/evaluations"
 UNSEEN = "metrics/validation/loss"
-_UNKNOWN = np.full(1, np.nan)
 ERROR = "relative_l2_"
 """Prefix of the errors at the end; the series begin with "metrics/validation/" in front of it."""
 OF_POINTS = ("graded",)
 """Options of the suite's equations that say where points are drawn: the solution is the same."""
-UNTOLD = ("amplitude", "deviation")
-"""Options that change a solution and are not told by the label of the equation."""
+NOT_IN_LABEL = ("amplitude", "deviation")
+"""Options that change a solution without a change of the equation's label."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,8 @@ def solution_of(run: Run) -> tuple[str, str]:
     parameters = inspect.signature(EQUATIONS[problem["equation"]]).parameters
     defaults = {name: f"{parameter.default:.9g}" for name, parameter in parameters.items() if name not in OF_POINTS}
     options = {name: f"{problem['options'][name]:.9g}" for name in defaults if name in problem["options"]}
-    untold = [f", {name} {value}" for name, value in options.items() if name in UNTOLD and value != defaults[name]]
-    return label + "".join(untold), json.dumps([problem["equation"], defaults | options], sort_keys=True)
+    more = [f", {name} {value}" for name, value in options.items() if name in NOT_IN_LABEL and value != defaults[name]]
+    return label + "".join(more), json.dumps([problem["equation"], defaults | options], sort_keys=True)
 
 
 def objective_of(variant: Variant) -> tuple[Any, ...]:
@@ -233,32 +232,28 @@ def _without_seed(config: dict[str, Any]) -> str:
 def _check_variants(folder: Path, main: dict[str, list[Run]]) -> None:
     """The seeds of a variant must have the same settings and the same equation."""
     for runs in main.values():
-        settings: dict[str, Run] = {}
-        for run in runs:
-            settings.setdefault(_without_seed(run.config) + run.attributes["data_digest"], run)
-        if len(settings) > 1:
-            _refuse(folder, "settings", [*settings.values()])
+        _check_same(
+            folder, "settings", runs, [_without_seed(run.config) + run.attributes["data_digest"] for run in runs]
+        )
 
 
 def _check_shared(folder: Path, runs: list[Run]) -> None:
     """A setting must be the same in all variants that do not override it."""
     for part in ("problem", "training"):
-        seen: dict[str, dict[str, Run]] = {}
-        for run in runs:
-            overridden = run.config["variant"].get("overrides", {}).get(part, {})
-            for key, value in run.config[part].items():
-                if key not in overridden:
-                    seen.setdefault(key, {}).setdefault(json.dumps(value, sort_keys=True), run)
-        for key, values in seen.items():
-            if len(values) > 1:
-                _refuse(folder, f"{part}.{key}", [*values.values()])
+        for key in dict.fromkeys(key for run in runs for key in run.config[part]):
+            own = [run for run in runs if key not in run.config["variant"].get("overrides", {}).get(part, {})]
+            own = [run for run in own if key in run.config[part]]
+            values = [json.dumps(run.config[part][key], sort_keys=True) for run in own]
+            _check_same(folder, f"{part}.{key}", own, values)
 
 
-def _refuse(folder: Path, what: str, runs: list[Run]) -> None:
-    raise ValueError(
-        f"{folder} holds records with different {what}, for instance {runs[0].path} and {runs[1].path}: "
-        "run the experiment again, or keep trials apart with --set scale=NAME"
-    )
+def _check_same(folder: Path, what: str, runs: Sequence[Run], values: Sequence[str]) -> None:
+    other = next((run for run, value in zip(runs, values, strict=True) if value != values[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{folder} holds records with different {what}, for instance {runs[0].path} and {other.path}: "
+            "run the experiment again, or keep trials apart with --set scale=NAME"
+        )
 
 
 @dataclass(frozen=True)
@@ -300,38 +295,36 @@ class Measures:
 def measure(variant: Variant, group: Group) -> Measures:
     """Measures a variant by itself and against the baseline of its group."""
     runs = [variant.runs[seed] for seed in sorted(variant.runs)]
-    baseline = group.baseline
-    shared = tuple(sorted(set(variant.runs) & set(baseline.runs))) if baseline is not None else ()
-    pairs = [(variant.runs[seed], baseline.runs[seed]) for seed in shared] if baseline is not None else []
-    other = has_other_loss(variant, group)
-    rows = [(np.nan,) * 4 if other else _against(own, rival) for own, rival in pairs]
-    iterations, ratio, at_evaluations, at_seconds = np.array(rows, dtype=float).reshape(-1, 4).T
+    rivals = group.baseline.runs if group.baseline is not None else {}
+    shared = tuple(sorted(set(variant.runs) & set(rivals)))
+    has_same_loss = not has_other_loss(variant, group)
+
+    def against(measured: Callable[[Run, Run], float]) -> np.ndarray:
+        """A number for each shared seed, by the run and the rival; NaN where their losses are not the same."""
+        return np.array([measured(variant.runs[seed], rivals[seed]) if has_same_loss else np.nan for seed in shared])
+
+    def error(run: Run) -> float:
+        return np.nan if group.main_set is None else final_error(run, group.main_set)
+
     return Measures(
-        loss=_ends(runs, TRAIN),
+        loss=np.array([_end(run, TRAIN) for run in runs]),
         errors={name: np.array([final_error(run, name) for run in runs]) for name in group.predictors},
-        evaluations=_ends(runs, EVALUATIONS),
-        seconds=_ends(runs, SECONDS),
-        iterations=iterations,
-        ratio=ratio,
-        at_evaluations=at_evaluations,
-        at_seconds=at_seconds,
-        unseen=_ends(runs, UNSEEN),
-        unseen_ratio=np.array([np.nan if other else _unseen_ratio(own, rival) for own, rival in pairs]),
-        error_ratio=np.array([_error_ratio(own, rival, group.main_set) for own, rival in pairs]),
+        evaluations=np.array([_end(run, EVALUATIONS) for run in runs]),
+        seconds=np.array([_end(run, SECONDS) for run in runs]),
+        iterations=against(_iterations),
+        ratio=against(lambda own, rival: _ratio(_end(own, TRAIN), _end(rival, TRAIN))),
+        at_evaluations=against(lambda own, rival: _ratio_at_equal(EVALUATIONS, own, rival)),
+        at_seconds=against(lambda own, rival: _ratio_at_equal(SECONDS, own, rival)),
+        unseen=np.array([_end(run, UNSEEN) for run in runs]),
+        unseen_ratio=against(lambda own, rival: _ratio(_end(own, UNSEEN), _end(rival, UNSEEN))),
+        error_ratio=np.array([_ratio(error(variant.runs[seed]), error(rivals[seed])) for seed in shared]),
         shared=shared,
     )
 
 
-def _ends(runs: Iterable[Run], series: str) -> np.ndarray:
-    """Last values; NaN for records without the series."""
-    return np.array([np.inf if run.diverged else run.series.get(series, _UNKNOWN)[-1] for run in runs])
-
-
-def _unseen_ratio(own: Run, rival: Run) -> float:
-    if own.diverged or rival.diverged:
-        return np.inf if own.diverged else np.nan
-    mine, other = (run.series.get(UNSEEN, _UNKNOWN)[-1] for run in (own, rival))
-    return float("nan") if np.isnan([mine, other]).any() else _ratio(mine, other)
+def _end(run: Run, series: str) -> float:
+    """The last value; inf for a diverged run, NaN for a record without the series."""
+    return np.inf if run.diverged else float(run.series.get(series, [np.nan])[-1])
 
 
 def final_error(run: Run, test_set: str) -> float:
@@ -340,45 +333,38 @@ def final_error(run: Run, test_set: str) -> float:
     return error if np.isfinite(error) and not run.diverged else np.inf
 
 
-def _against(own: Run, rival: Run) -> tuple[float, ...]:
-    """Iterations to the rival's final loss, and ratios of the losses: at the end, at equal cost."""
-    if own.diverged or rival.diverged:
-        return (np.inf if own.diverged else np.nan,) * 4
-    goal = rival.series[TRAIN][-1]
-    above = np.flatnonzero(~(own.series[TRAIN] <= goal))
-    first = above[-1] + 1 if above.size else 0
-    iterations = float(own.places[first]) if first < len(own.places) else np.inf
-    ratios = [_ratio(own.series[TRAIN][-1], goal)]
-    for cost in (EVALUATIONS, SECONDS):
-        budget = min(own.series[cost][-1], rival.series[cost][-1])
-        ratios.append(_ratio(_loss_at(own, cost, budget), _loss_at(rival, cost, budget)))
-    return (iterations, *ratios)
-
-
-def _error_ratio(own: Run, rival: Run, test_set: str | None) -> float:
-    """The own error over the rival's; NaN (unknown) without a test set, or if only the rival diverged."""
-    if test_set is None:
-        return np.nan
-    mine, other = final_error(own, test_set), final_error(rival, test_set)
-    if np.isinf(mine) or np.isinf(other):
-        return np.inf if np.isinf(mine) else np.nan
-    return _ratio(mine, other)
-
-
 def _ratio(own: float, rival: float) -> float:
+    """own / rival; inf if the own run diverged, NaN if only the rival did, or if one of the values is not known."""
+    if np.isinf(own):
+        return np.inf
+    if np.isinf(rival) or np.isnan(own) or np.isnan(rival):
+        return np.nan
     if own == rival:
         return 1.0
     return own / rival if rival > 0 else np.inf
 
 
-def _loss_at(run: Run, cost: str, budget: float) -> float:
-    """The training loss where the budget is spent, its logarithm interpolated between the evaluations.
+def _iterations(own: Run, rival: Run) -> float:
+    """Iterations after which the loss stays at or below the final one of the rival."""
+    if own.diverged or rival.diverged:
+        return np.inf if own.diverged else np.nan
+    above = np.flatnonzero(~(own.series[TRAIN] <= rival.series[TRAIN][-1]))
+    first = above[-1] + 1 if above.size else 0
+    return float(own.places[first]) if first < len(own.places) else np.inf
 
-    With the last evaluation before it two equal runs would differ by a whole interval, for their clocks differ.
+
+def _ratio_at_equal(cost: str, own: Run, rival: Run) -> float:
+    """The ratio of the losses where both have spent the smaller of the two budgets.
+
+    The logarithms of the losses are interpolated between the evaluations. With the last evaluation before the budget
+    two equal runs would differ by a whole interval, because their clocks differ.
     """
-    tiny = np.finfo(float).tiny
-    logarithms = np.log(np.maximum(run.series[TRAIN], tiny))
-    return float(np.exp(np.interp(budget, run.series[cost], logarithms)))
+    if own.diverged or rival.diverged:
+        return np.inf if own.diverged else np.nan
+    budget = min(own.series[cost][-1], rival.series[cost][-1])
+    losses = [np.log(np.maximum(run.series[TRAIN], np.finfo(float).tiny)) for run in (own, rival)]
+    mine, other = (np.interp(budget, run.series[cost], loss) for run, loss in zip((own, rival), losses, strict=True))
+    return _ratio(float(np.exp(mine)), float(np.exp(other)))
 
 
 def diverged_note(variants: Iterable[Variant]) -> str:
@@ -396,14 +382,15 @@ def diverged_note(variants: Iterable[Variant]) -> str:
 
 
 def settings_line(group: Group) -> str:
-    """Points and budget of the baseline, or of the first variant without one."""
-    variant = group.baseline or group.variants[0]
-    config = first_run(variant).config
+    """Network, points and budget of the baseline, or of the first variant without one."""
+    config = first_run(group.baseline or group.variants[0]).config
     problem: dict[str, Any] = config["problem"]
-    every = problem["resample_every"]
-    words = problem["sampler"].replace("_", " ")
-    drawn = f"{words}, drawn anew every {every}" if every is not None else f"{words}, fixed"
+    sizes, every = problem["hidden_sizes"], problem["resample_every"]
+    alike = len(set(sizes)) == 1 and len(sizes) > 1
+    network = f"{len(sizes)} x {sizes[0]}" if alike else "-".join(map(str, sizes))
+    drawn = "fixed" if every is None else f"drawn again every {every}"
     return (
-        f"{problem['num_points']} + {problem['num_conditions']} points ({drawn}), "
-        f"{config['training']['iterations']} iterations, {problem['dtype']}"
+        f"MLP of {network}, {problem['num_points']} + {problem['num_conditions']} points "
+        f"({problem['sampler'].replace('_', ' ')}, {drawn}), {config['training']['iterations']} iterations, "
+        f"{problem['dtype']}"
     )

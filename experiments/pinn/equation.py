@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -10,14 +11,13 @@ from torch import Tensor
 from experiments.models.mlp import Derivatives
 
 Predictor = Callable[[Tensor], Tensor]
-BLOCK_ELEMENTS = 2**22  # coordinates of the points whose solution is evaluated at a time: 32 MB
 
 
-class Equation:
+class Equation(ABC):
     """A partial differential equation with its points, conditions and, where known, its solution.
 
-    A subclass says at least `num_space`, `label`, `sample`, `conditions` and `residual`, and `exact` together with
-    `test_points` where the solution is known; its constructor takes the options of `problem.options`. Points are
+    A subclass sets `num_space` and `label` and defines the abstract methods, and `exact` together with `test_points`
+    where the solution is known; its constructor takes the options of `problem.options`. Points are
     (N, num_space + 1): the spatial columns, then time. All methods work in the dtype and on the device of what they
     get; values are (N, 1). "uniform" are points of the unit cube.
     """
@@ -27,17 +27,17 @@ class Equation:
     degenerate: str = ""  # why results on this equation mean little, shown in every output; empty: they do not
     uses_gradient_square: bool = False  # whether `residual` reads u.gradient_square
 
+    @abstractmethod
     def sample(self, uniform: Tensor) -> Tensor:
         """Interior points of the law of the equation, (N, num_space + 1), from uniform ones of the same shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def conditions(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Points of initial and boundary conditions, or labelled points, and the values of the solution there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def residual(self, points: Tensor, u: Derivatives, source: Tensor) -> Tensor:
         """Left side minus right side of the equation for the function whose derivatives at the points are `u`."""
-        raise NotImplementedError
 
     def source(self, points: Tensor) -> Tensor:
         """The part of the right side that depends on the points alone; computed once for each set of points."""
@@ -57,14 +57,6 @@ class Equation:
     def test_points(self) -> dict[str, Tensor]:
         """Sets of points where errors are measured, float64, by name; the first is the main one. Goes with `exact`."""
         raise NotImplementedError
-
-    def reference(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The sets of `test_points` with the solution there, (points, values) by name; evaluated in blocks."""
-        rows = max(1, BLOCK_ELEMENTS // (self.num_space + 1))
-        return {
-            name: (points, torch.cat([self.exact(block) for block in points.split(rows)]))
-            for name, points in self.test_points().items()
-        }
 
     def predictors(self) -> dict[str, Predictor]:
         """Trivial rivals, by name: functions of points that any useful network must beat."""

@@ -25,7 +25,6 @@ EQUATIONS: dict[str, type[Equation]] = {
     "two_body": TwoBody,
 }
 """What `problem.equation` may name, beside a Python file."""
-REQUIRED = ("sample", "conditions", "residual")  # of a subclass of Equation, beside num_space and label
 
 
 def load_equation(name: str, options: Mapping[str, Any], folder: str | Path) -> Equation:
@@ -50,13 +49,7 @@ def load_equation(name: str, options: Mapping[str, Any], folder: str | Path) -> 
             f"equation must be one of {', '.join(EQUATIONS)}, or the path of a .py file, got {name!r}"
             f"{did_you_mean(name, EQUATIONS)}"
         )
-    _check_options(chosen, options)
-    required = REQUIRED if chosen.exact is Equation.exact else (*REQUIRED, "test_points")
-    for method in required:
-        if getattr(chosen, method) is getattr(Equation, method):
-            raise ValueError(f"equation {chosen.__name__} does not define {method}")
     equation = _made(chosen, options)
-    _check_attributes(equation)
     points = _check_training(equation)
     _check_lift(equation, points)
     if name.endswith(".py"):  # those of the suite have tests, and much to compute
@@ -77,7 +70,7 @@ def _equation_in(path: Path) -> type[Equation]:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ValueError(f"equation: {path} cannot be imported: {_told(error, spec.origin or '')}") from None
+        raise ValueError(f"equation: {path} cannot be imported: {_sentence(error, spec.origin or '')}") from None
     found = [
         value
         for value in vars(module).values()
@@ -89,27 +82,31 @@ def _equation_in(path: Path) -> type[Equation]:
     return found[0]
 
 
-def _check_options(chosen: type[Equation], options: Mapping[str, Any]) -> None:
-    """The options against the signature of the constructor; one with ** takes any."""
-    parameters = inspect.signature(chosen).parameters.values()
-    named = {entry.name: entry for entry in parameters if entry.kind not in (entry.VAR_POSITIONAL, entry.VAR_KEYWORD)}
-    valid = f"{chosen.__name__} takes {', '.join(named) or 'none'}"
-    takes_any = any(entry.kind is entry.VAR_KEYWORD for entry in parameters)
-    for option in options:
-        if option not in named and not takes_any:
-            raise ValueError(f"unknown option {option!r} of the equation; {valid}")
-    for option, parameter in named.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"the option {option!r} of the equation is missing; {valid}")
-
-
 def _made(chosen: type[Equation], options: Mapping[str, Any]) -> Equation:
+    """The equation with its options, which has all that it must define."""
+    name, signature = chosen.__name__, inspect.signature(chosen)
+    missing = sorted(chosen.__abstractmethods__)
+    if chosen.exact is not Equation.exact and chosen.test_points is Equation.test_points:
+        missing.append("test_points")
+    if missing:
+        raise ValueError(f"equation {name} does not define {', '.join(missing)}")
     try:
-        return chosen(**options)
+        signature.bind(**options)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "none"
+        raise ValueError(f"options do not fit equation {name}: {error}; it takes {takes}") from None
+    try:
+        equation = chosen(**options)
     except ValueError:
         raise  # what the equation says of its options
     except Exception as error:
         raise ValueError(_failed(chosen, "__init__", error)) from None
+    num_space, label = (getattr(equation, attribute, None) for attribute in ("num_space", "label"))
+    if type(num_space) is not int or num_space < 1:
+        raise ValueError(f"equation {name}: num_space must be an integer >= 1, got {num_space!r}")
+    if not isinstance(label, str):
+        raise ValueError(f"equation {name}: label must be a text, got {label!r}")
+    return equation
 
 
 def _call(equation: Equation, method: str, *arguments: Any) -> Any:
@@ -124,63 +121,31 @@ def _call(equation: Equation, method: str, *arguments: Any) -> Any:
 
 def _failed(chosen: type[Equation], method: str, error: Exception) -> str:
     file = getattr(sys.modules[chosen.__module__], "__file__", None) or ""
-    return f"equation {chosen.__name__}: {method} failed: {_told(error, file)}"
+    return f"equation {chosen.__name__}: {method} failed: {_sentence(error, file)}"
 
 
-def _told(error: Exception, file: str) -> str:
+def _sentence(error: Exception, file: str) -> str:
     """The error in one line, and the last line of the file that it came through."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{text} ({file}, line {lines[-1]})" if lines else text
 
 
-def _check_attributes(equation: Equation) -> None:
-    name = type(equation).__name__
-    for attribute in ("num_space", "label"):
-        if not hasattr(equation, attribute):
-            raise ValueError(f"equation {name} does not set {attribute}")
-    num_space: Any = equation.num_space
-    if isinstance(num_space, bool) or not isinstance(num_space, int) or num_space < 1:
-        raise ValueError(f"equation {name}: num_space must be an integer >= 1, got {num_space!r}")
-    if not isinstance(equation.label, str):
-        raise ValueError(f"equation {name}: label must be a text, got {equation.label!r}")
+def _column(equation: Equation, method: str, *arguments: Any) -> Tensor:
+    """What a method returns, which is one finite number for each of the points, the first argument."""
+    found = _call(equation, method, *arguments)
+    _check_array(equation, method, found, (len(arguments[0]), 1))
+    return found
 
 
 def _check_array(equation: Equation, what: str, found: Any, shape: tuple[int, ...], finite: bool = True) -> None:
-    """The shape of what a method returned, and that it is finite."""
+    """Whether a method returned a tensor of this shape, and of finite values."""
     name = type(equation).__name__
-    if not isinstance(found, Tensor):
-        raise ValueError(f"equation {name}: the {what} must be a tensor of shape {shape}, got {type(found).__name__}")
-    if tuple(found.shape) != shape:
-        raise ValueError(f"equation {name}: the {what} must have shape {shape}, got {tuple(found.shape)}")
+    if not isinstance(found, Tensor) or tuple(found.shape) != shape:
+        got = tuple(found.shape) if isinstance(found, Tensor) else _kind(found)
+        raise ValueError(f"equation {name}: {what} must be a tensor of shape {shape}, got {got}")
     if finite and not bool(found.isfinite().all()):
-        raise ValueError(f"equation {name}: the {what} must be finite, got {float(found[~found.isfinite()][0])}")
-
-
-def _check_training(equation: Equation) -> Tensor:
-    """What training asks for, on three points, which are returned."""
-    name, columns = type(equation).__name__, equation.num_space + 1
-    generator = torch.Generator().manual_seed(0)
-    uniform, values = (0.25 + 0.5 * torch.rand(3, n, generator=generator, dtype=torch.float64) for n in (columns, 5))
-    points = _call(equation, "sample", uniform)
-    _check_array(equation, "sample", points, (3, columns))
-    pair = _call(equation, "conditions", uniform)
-    if not _is_pair(pair) or not isinstance(pair[0], Tensor):
-        raise ValueError(f"equation {name}: conditions must return two tensors, points and values, got {_kind(pair)}")
-    _check_array(equation, "points of conditions", pair[0], (len(pair[0]), columns))
-    _check_array(equation, "values of conditions", pair[1], (len(pair[0]), 1))
-    source = _call(equation, "source", points)
-    _check_array(equation, "source", source, (3, 1))
-    u = Derivatives(*values.split(1, dim=1))
-    _check_array(equation, "residual", _call(equation, "residual", points, u, source), (3, 1))
-    if equation.num_space > 1 and not equation.uses_gradient_square:  # then the network does not compute it
-        u = u._replace(gradient_square=torch.full_like(u.value, torch.nan))
-        if not bool(_call(equation, "residual", points, u, source).isfinite().all()):
-            raise ValueError(
-                f"equation {name}: residual reads u.gradient_square, so uses_gradient_square must be True, got "
-                f"{equation.uses_gradient_square!r}"
-            )
-    return points
+        raise ValueError(f"equation {name}: {what} must be finite, got {float(found[~found.isfinite()][0])}")
 
 
 def _is_pair(value: Any) -> bool:
@@ -189,6 +154,31 @@ def _is_pair(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+def _check_training(equation: Equation) -> Tensor:
+    """What training asks for, on three points, which are returned."""
+    name, columns = type(equation).__name__, equation.num_space + 1
+    generator = torch.Generator().manual_seed(0)
+    uniform, values = (0.25 + 0.5 * torch.rand(3, n, generator=generator, dtype=torch.float64) for n in (columns, 5))
+    points: Tensor = _call(equation, "sample", uniform)
+    _check_array(equation, "sample", points, (3, columns))
+    pair = _call(equation, "conditions", uniform)
+    if not _is_pair(pair) or not isinstance(pair[0], Tensor):
+        raise ValueError(f"equation {name}: conditions must return two tensors, points and values, got {_kind(pair)}")
+    _check_array(equation, "points of conditions", pair[0], (len(pair[0]), columns))
+    _check_array(equation, "values of conditions", pair[1], (len(pair[0]), 1))
+    source = _column(equation, "source", points)
+    u = Derivatives(*values.split(1, dim=1))
+    _column(equation, "residual", points, u, source)
+    if equation.num_space > 1 and not equation.uses_gradient_square:  # then the network does not compute it
+        u = u._replace(gradient_square=torch.full_like(u.value, torch.nan))
+        if not bool(_call(equation, "residual", points, u, source).isfinite().all()):
+            raise ValueError(
+                f"equation {name}: residual reads u.gradient_square, so uses_gradient_square must be True, got "
+                f"{equation.uses_gradient_square!r}"
+            )
+    return points
 
 
 def _check_solution(equation: Equation, points: Tensor) -> None:
@@ -210,15 +200,13 @@ def _check_solution(equation: Equation, points: Tensor) -> None:
         for axis, found in zip("xt", grid, strict=True):
             _check_array(equation, f"coordinates {axis} of grid", found, (getattr(found, "numel", int)(),))
     try:
-        exact = _call(equation, "exact", points)
+        _column(equation, "exact", points)
     except NotImplementedError:
         return
-    _check_array(equation, "exact solution", exact, (len(points), 1))
     for key, found in _mapping(equation, "test_points").items():
-        is_table = isinstance(found, Tensor) and found.ndim == 2 and len(found) > 0
-        some = found[:3] if is_table else found
-        _check_array(equation, f"first test points {key!r}", some, (len(some) if is_table else 3, columns))
-        _check_array(equation, f"exact solution at {key!r}", _call(equation, "exact", some), (len(some), 1))
+        some = found[:3] if isinstance(found, Tensor) else found
+        _check_array(equation, f"first test points {key!r}", some, (3, columns))
+        _column(equation, "exact", some)
 
 
 def _mapping(equation: Equation, method: str) -> Mapping[str, Any]:

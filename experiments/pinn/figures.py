@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from experiments.pinn.compare import ERROR, Group, final_error, first_run, has_other_loss, settings_line
+from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
 from experiments.records.compare import SECONDS, TRAIN, Variant
-from experiments.records.figures import as_text, finish, save_figures, spread_over_seeds, spread_words
+from experiments.records.figures import Coinciding, as_text, finish, save_figures, spread_over_seeds, spread_words
 from experiments.records.palette import COLORS, styled
 from experiments.records.reading import Run, read_fields
 from experiments.records.shared_figures import acceleration_panels
@@ -59,7 +60,9 @@ def draw_convergence(group: Group) -> Figure | None:
         len(rows), 2, figsize=(10.5, 1.9 + 2.9 * len(rows)), squeeze=False, sharex="col", sharey="row"
     )
     handles: dict[str, Any] = {}
+    coinciding = Coinciding()
     for variant, color, style in styled(group.variants):
+        style = coinciding.style(_label(variant), curve(variant, rows[-1][0], "iterations")[1][1], style)
         for axes, (series, _) in zip(grid, rows, strict=True):
             if series == TRAIN and has_other_loss(variant, group):
                 continue  # two losses are not compared on one axis
@@ -81,7 +84,7 @@ def draw_convergence(group: Group) -> Figure | None:
         for axis in grid[1]:
             _lines_of_predictors(axis, group, named=axis is grid[1, 1])
     names = "training loss" if group.main_set is None else "training loss and error"
-    note = f"{_network(group)}, {settings_line(group)}\n{spread_words(len(group.seeds))}"
+    note = f"{settings_line(group)}\n{spread_words(len(group.seeds))}\n{coinciding.note}"
     finish(figure, group, f"{names} against iterations and time", handles, note=note)
     return figure
 
@@ -116,13 +119,6 @@ def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tupl
 
 def _finite(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
-
-
-def _network(group: Group) -> str:
-    """ "MLP of 8 x 20": the hidden layers of the baseline, or of the first variant without one."""
-    sizes = first_run(group.baseline or group.variants[0]).config["problem"]["hidden_sizes"]
-    alike = len(set(sizes)) == 1 and len(sizes) > 1
-    return "MLP of " + (f"{len(sizes)} x {sizes[0]}" if alike else "-".join(map(str, sizes)))
 
 
 def _label(variant: Variant) -> str:
@@ -202,7 +198,7 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     fields = read_fields(run.path)
     if not {"x", "t", "u", "pde_residual"} <= set(fields) or not np.isfinite(fields["u"]).all():
         return None
-    x, t, u, exact = fields["x"], fields["t"], fields["u"], fields.get("exact")
+    t, u, exact = fields["t"], fields["u"], fields.get("exact")
     figure, grid = plt.subplots(2, 4, figsize=(14.0, 6.8))
     limits, colors = _range(u if exact is None else exact)
     _map(grid[0, 0], fields, u, "u of the network, with the points", colors, vmin=limits[0], vmax=limits[1])
@@ -218,60 +214,58 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     residual = fields["pde_residual"]
     _map(grid[0, 3], fields, np.abs(residual), "|pde_residual|", "magma", norm=_log_norm(residual))
     handles: dict[str, Any] = {}
-    if exact is None:
-        _solution_slices(grid[1], x, t, u, handles)
-    else:
-        _error_slices(grid[1], group, variant, run, handles)
+    curves = [("network", u, COLORS["aadl"], "-")] if exact is None else _errors(group, variant, run, exact)
+    _slices(grid[1], fields, curves, handles)
     seed = run.attributes["seed"]
     error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
     finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], settings_line_of(run))
     return figure
 
 
-def _solution_slices(axes: np.ndarray, x: np.ndarray, t: np.ndarray, u: np.ndarray, handles: dict[str, Any]) -> None:
-    """Slices of a solution that nothing is known about; the last one zooms in on the steepest place."""
-    times = slice_places(t)
-    steepest = max(times, key=lambda place: float(np.abs(np.gradient(u[:, place], x)).max()))
-    for axis, place in zip(axes, [*times, steepest], strict=True):
-        (handles["network"],) = axis.plot(x, u[:, place], color=COLORS["aadl"])
-        axis.set_xlabel("x")
-        axis.set_ylim(float(u.min()), float(u.max()))
-        axis.set_title(f"t = {t[place]:.3g}", loc="left")
-    axes[-1].set_xlim(*front(x, u[:, steepest]))
-    axes[-1].set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
-    axes[0].set_ylabel("u")
-
-
-def _error_slices(axes: np.ndarray, group: Group, variant: Variant, run: Run, handles: dict[str, Any]) -> None:
-    """Errors of this run, of the median run of the baseline and of the best variant; the last panel zooms in."""
-    shown = [(variant, run, "this run")]
+def _errors(group: Group, variant: Variant, run: Run, exact: np.ndarray) -> list[tuple[str, np.ndarray, str, Any]]:
+    """Errors of this run, of the median run of the baseline and of the best variant: label, values, color and style."""
+    shown = {variant.name: (variant, run, "this run")}
     best = min(group.variants, key=lambda other: badness(median_run(other, group), group))
     for other, words in ((group.baseline, "median run"), (best, "median run, the best of all variants")):
-        if other is not None and all(other.name != known.name for known, _, _ in shown):
-            shown.append((other, median_run(other, group), words))
-    colors = {entry.name: (color, style) for entry, color, style in styled(group.variants)}
-    for other, own, words in shown:
-        fields = read_fields(own.path)
-        if not {"x", "t", "u", "exact"} <= set(fields) or not np.isfinite(fields["u"]).all():
-            continue
-        x, t, exact = fields["x"], fields["t"], fields["exact"]
-        errors = np.maximum(np.abs(fields["u"] - exact), FLOOR)
-        times = slice_places(t)
-        steepest = max(times, key=lambda place: float(np.abs(np.gradient(exact[:, place], x)).max()))
-        color, style = colors[other.name]
-        for axis, place in zip(axes, [*times, steepest], strict=True):
-            (line,) = axis.plot(x, errors[:, place], color=color, linestyle=style, linewidth=1.2)
-            axis.set_title(f"t = {t[place]:.3g}", loc="left")
-        handles[f"|error| of {other.label} ({words})"] = line
-        axes[-1].set_xlim(*front(x, exact[:, steepest]))
-        axes[-1].set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
-    for axis in axes:
-        axis.set_yscale("log")
+        if other is not None:
+            shown.setdefault(other.name, (other, median_run(other, group), words))
+    styles = {entry.name: (color, style) for entry, color, style in styled(group.variants)}
+    coinciding, curves = Coinciding(), []
+    for other, own, words in shown.values():
+        u = read_fields(own.path).get("u")
+        if u is not None and np.isfinite(u).all():
+            label, (color, style) = f"|error| of {other.label} ({words})", styles[other.name]
+            values = np.maximum(np.abs(u - exact), FLOOR)
+            curves.append((label, values, color, coinciding.style(label, values, style)))
+    return curves
+
+
+def _slices(
+    axes: np.ndarray,
+    fields: dict[str, np.ndarray],
+    curves: list[tuple[str, np.ndarray, str, Any]],
+    handles: dict[str, Any],
+) -> None:
+    """Slices in time of errors, or of a solution that nothing is known about; the last panel zooms in on the front."""
+    x, t, solution = fields["x"], fields["t"], fields.get("exact", fields["u"])
+    times = slice_places(t)
+    steepest = max(times, key=lambda place: float(np.abs(np.gradient(solution[:, place], x)).max()))
+    for axis, place in zip(axes, [*times, steepest], strict=True):
+        for label, values, color, style in curves:
+            (handles[label],) = axis.plot(x, values[:, place], color=color, linestyle=style, linewidth=1.2)
         axis.set_xlabel("x")
-    lowest, highest = (f(axis.get_ylim()[end] for axis in axes) for end, f in ((0, min), (1, max)))
+        axis.set_title(f"t = {t[place]:.3g}", loc="left")
+    axes[-1].set_xlim(*front(x, solution[:, steepest]))
+    axes[-1].set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
+    low, high = float(solution.min()), float(solution.max())
+    if "exact" in fields:
+        for axis in axes:
+            axis.set_yscale("log")
+        high = max(axis.get_ylim()[1] for axis in axes)
+        low = max(min(axis.get_ylim()[0] for axis in axes), 1e-7 * high)
     for axis in axes:
-        axis.set_ylim(max(lowest, 1e-7 * highest), highest)
-    axes[0].set_ylabel("|error|")
+        axis.set_ylim(low, high)
+    axes[0].set_ylabel("|error|" if "exact" in fields else "u")
 
 
 def settings_line_of(run: Run) -> str:
@@ -347,34 +341,30 @@ def draw_predictors(group: Group) -> Figure | None:
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylabel(f"relative L2 error ({group.main_set})")
     axis.grid(axis="x", visible=False)
-    note = f"dots: {len(group.seeds)} seeds, bar: median; gray lines: guesses without training"
-    finish(figure, group, "final error", {}, note=f"{_network(group)}, {settings_line(group)}\n{note}")
+    seeds = f"{len(group.seeds)} seed{'s' * (len(group.seeds) > 1)}"
+    note = f"dots: {seeds}, bar: median; gray lines: guesses without training"
+    finish(figure, group, "final error", {}, note=f"{settings_line(group)}\n{note}")
     return figure
 
 
 def _wrapped(label: str, width: int = 16) -> str:
     """The label in lines of at most about `width` letters."""
-    lines = [""]
-    for word in label.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
+    return fill(label, width, break_long_words=False)
 
 
 def draw_acceleration(group: Group) -> Figure | None:
     """What the acceleration did: that of aadl first, then the published scheme, at most four variants."""
-    accelerated = [variant for variant in group.variants if any(_was_accelerated(run) for run in variant.runs.values())]
+    accelerated = [
+        variant
+        for variant in group.variants
+        if any("acceleration/accepted" in run.series for run in variant.runs.values())
+    ]
     accelerated.sort(key=lambda variant: not variant.role.startswith("aadl"))
     if not accelerated:
         return None
     shown = accelerated[:MAX_ACCELERATED]
     figure, handles = acceleration_panels([(_wrapped(variant.label, 34), variant) for variant in shown], "iterations")
     count = f" ({len(shown)} of {len(accelerated)} accelerated variants)" if len(accelerated) > len(shown) else ""
-    note = f"{_network(group)}, {settings_line(group)}\n{spread_words(len(group.seeds))}"
+    note = f"{settings_line(group)}\n{spread_words(len(group.seeds))}"
     finish(figure, group, f"what the acceleration did{count}", handles, note=note)
     return figure
-
-
-def _was_accelerated(run: Run) -> bool:
-    return "acceleration/accepted" in run.series

@@ -15,7 +15,6 @@ from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
 from experiments.pinn.accuracy import errors_on, fields_of, predictor_errors, reference_sets
-from experiments.pinn.equation import Equation
 from experiments.pinn.equations import load_equation
 from experiments.pinn.loss import Loss
 from experiments.pinn.points import Collocation
@@ -49,20 +48,6 @@ def digest_of(config: PinnConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build(config: RunConfig, ranks: Ranks) -> PinnProblem:
-    """The problem of one run.
-
-    The seed of the run sets the initial weights (drawn in float32, whatever the dtype) and the points.
-    """
-    settings, training = config.problem, config.training
-    assert isinstance(settings, PinnConfig) and isinstance(training, PinnTrainingConfig)
-    equation = load_equation(settings.equation, settings.options, settings.folder)
-    torch.manual_seed(config.seed)
-    sizes = (equation.num_space + 1, *settings.hidden_sizes, 1)
-    model = MLP(sizes, settings.activation).to(device_of(ranks), getattr(torch, settings.dtype))
-    return PinnProblem(model, equation, settings, training, config.seed, ranks)
-
-
 class PinnProblem(Problem):
     """Minimizes mean r^2 + condition_weight mean (u - u_condition)^2 on points that are sampled.
 
@@ -70,24 +55,18 @@ class PinnProblem(Problem):
     can be divided evenly or not, and one all-reduce averages gradients and loss.
 
     Args:
-        model: the network, on its device.
-        equation: what the network is to solve.
-        settings, training: the settings of the run.
-        seed: of the points.
+        run: its settings; its seed sets the initial weights (drawn in float32, whatever the dtype) and the points.
         ranks: this process.
     """
 
-    def __init__(
-        self,
-        model: MLP,
-        equation: Equation,
-        settings: PinnConfig,
-        training: PinnTrainingConfig,
-        seed: int,
-        ranks: Ranks,
-    ) -> None:
+    def __init__(self, run: RunConfig[PinnConfig, PinnTrainingConfig], ranks: Ranks) -> None:
+        settings, training = run.problem, run.training
+        equation = load_equation(settings.equation, settings.options, settings.folder)
+        torch.manual_seed(run.seed)
+        sizes = (equation.num_space + 1, *settings.hidden_sizes, 1)
+        model = MLP(sizes, settings.activation).to(device_of(ranks), getattr(torch, settings.dtype))
         self._equation, self._settings, self._training = equation, settings, training
-        self._collocation = Collocation(equation, settings, seed, ranks)
+        self._collocation = Collocation(equation, settings, run.seed, ranks)
         self._loss = Loss(equation, settings, ranks)
         if settings.compile:  # now, so that the clock of the training does not count it
             self._loss.backward(model, self._collocation.at(model, 0))
@@ -134,6 +113,7 @@ class PinnProblem(Problem):
     def linearize(self, network: nn.Module, batch: Points, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
         return self._loss.linearize(network, batch, observe)
 
+    @torch.no_grad()
     def residuals(self, network: nn.Module, batch: Points) -> Tensor:
         return self._loss.residuals(network, batch)
 
@@ -145,14 +125,13 @@ class PinnProblem(Problem):
                 check.
         """
 
-        def solved() -> Tensor:
-            return self._loss.residuals(self.model, self._collocation.now)
-
-        def checked() -> Tensor:
-            assert check_points is not None
-            return self._loss.residuals(self.model, self._collocation.others(check_points))
-
-        return Residuals(solved, None if check_points is None else checked)
+        points = self._collocation
+        if check_points is None:
+            return Residuals(lambda: self.residuals(self.model, points.now))
+        return Residuals(
+            lambda: self.residuals(self.model, points.now),
+            lambda: self.residuals(self.model, points.others(check_points)),
+        )
 
     # ---- evaluation ----
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from experiments.models.mlp import MLP, Derivatives, chunks
+from experiments.models.mlp import MLP, Derivatives
 from experiments.pinn.equation import Equation, compose
 from experiments.pinn.settings import PinnConfig
 
@@ -44,67 +44,63 @@ def prepared(
     equation: Equation, config: PinnConfig, device: torch.device, interior: Tensor, conditions: Tensor, values: Tensor
 ) -> Points:
     """Points on the device, with what the equation says of them: computed in float64, rounded to the dtype."""
-    dtype, is_hard = getattr(torch, config.dtype), config.conditions == "hard"
+    dtype = getattr(torch, config.dtype)
     interior, conditions = interior.to(device), conditions.to(device)
     return Points(
         interior=interior.to(dtype),
         source=equation.source(interior).to(dtype),
-        lift=cast(equation.lift(interior), dtype) if is_hard else None,
+        lift=lift_at(equation, config, interior),
         conditions=conditions.to(dtype),
         values=values.to(device, dtype),
-        condition_lift=cast(equation.lift(conditions), dtype) if is_hard else None,
+        condition_lift=lift_at(equation, config, conditions),
         num_interior=len(interior),
         num_conditions=len(conditions),
     )
 
 
+def lift_at(equation: Equation, config: PinnConfig, points: Tensor) -> Lift | None:
+    """The lift of hard conditions, in the dtype of the network; None with soft conditions."""
+    if config.conditions == "soft":
+        return None
+    lift = equation.lift(points)
+    assert lift is not None  # checked with the configuration
+    return _each(lift, lambda part: part.to(getattr(torch, config.dtype)))
+
+
+def _each(lift: Lift, function: Callable[[Tensor], Tensor]) -> Lift:
+    a, b = (Derivatives(*map(function, part)) for part in lift)
+    return a, b
+
+
 def residual_of(equation: Equation, u: Derivatives, points: Points, rows: slice) -> Tensor:
     """The residual (rows, 1) of the network whose derivatives at some of the points are `u`."""
-    u = composed(u, points.lift, rows, equation.num_space)
-    return equation.residual(points.interior[rows], u, points.source[rows])
+    return equation.residual(points.interior[rows], _composed(u, points, rows), points.source[rows])
 
 
 def residual_at(equation: Equation, network: nn.Module, points: Points, chunk: int | None) -> Tensor:
     """The residual (N, 1) at all interior points."""
-    parts = [
-        equation.residual(points.interior[rows], u, points.source[rows])
-        for rows, u in derivatives_at(network, points, equation.num_space, chunk, equation.uses_gradient_square)
-    ]
-    return torch.cat(parts) if parts else points.interior[:, :1]
+    parts = [points.interior[:0, :1]]
+    for rows, u in derivatives_at(network, points, chunk, equation.uses_gradient_square):
+        parts.append(equation.residual(points.interior[rows], u, points.source[rows]))
+    return torch.cat(parts)
 
 
 def derivatives_at(
-    network: nn.Module, points: Points, num_space: int, chunk: int | None, gradient_square: bool
+    network: nn.Module, points: Points, chunk: int | None, gradient_square: bool
 ) -> Iterator[tuple[slice, Derivatives]]:
     """Slices of the interior points, and the derivatives of the solution there."""
     assert isinstance(network, MLP)
-    directions = network.directions() if num_space > 1 else None
-    for rows in chunks(len(points.interior), chunk or network.default_chunk(gradient_square)):
-        u = network.derivatives(points.interior[rows], directions, gradient_square=gradient_square)
-        yield rows, composed(u, points.lift, rows, num_space)
+    for rows, u in network.chunked_derivatives(points.interior, chunk, gradient_square=gradient_square):
+        yield rows, _composed(u, points, rows)
 
 
-def composed(u: Derivatives, lift: Lift | None, rows: slice, num_space: int) -> Derivatives:
+def _composed(u: Derivatives, points: Points, rows: slice) -> Derivatives:
     """Derivatives of a + b N at some of the points, given those of the network N."""
-    own = rows_of(lift, rows)
-    return u if own is None else compose(*own, u, num_space)
+    if points.lift is None:
+        return u
+    return compose(*_each(points.lift, lambda part: part[rows]), u, num_space=points.interior.shape[1] - 1)
 
 
 def lifted(value: Tensor, lift: Lift | None) -> Tensor:
     """a + b N."""
     return value if lift is None else lift[0].value + lift[1].value * value
-
-
-def rows_of(lift: Lift | None, rows: slice) -> Lift | None:
-    """The lift at some of the points."""
-    if lift is None:
-        return None
-    a, b = lift
-    return Derivatives(*(each[rows] for each in a)), Derivatives(*(each[rows] for each in b))
-
-
-def cast(lift: Lift | None, dtype: torch.dtype) -> Lift:
-    """The lift of hard conditions, in the dtype of the network."""
-    assert lift is not None  # checked with the configuration
-    a, b = lift
-    return Derivatives(*(each.to(dtype) for each in a)), Derivatives(*(each.to(dtype) for each in b))

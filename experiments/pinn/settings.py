@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from data_loaders.collocation import KINDS, MAX_POOL
+import torch
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+
+from data_loaders.collocation import KINDS, MAX_POOL, MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
 from experiments.models.derivatives import RULES
-from experiments.settings.checks import (
-    BOOLEAN,
-    OPTIONS,
-    SCHEDULER,
-    SOME_SIZES,
-    TEXT,
-    Component,
-    choice,
-    integer,
-    number,
-    optional,
-    setting,
-)
+from experiments.pinn.equation import Equation
+from experiments.pinn.equations import load_equation
+from experiments.settings.kinds import Count, Items, Named, Number, Positive, Text, one_of
+from experiments.settings.schema import Settings
+
+_CENTER = torch.full((1, 1), 0.5, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class PinnConfig:
+class PinnConfig(Settings):
     """A physics-informed network: the equation, the network, and the points where the equation is asked for.
 
     Attributes:
@@ -49,28 +44,63 @@ class PinnConfig:
         compile: whether torch.compile compiles the residual.
     """
 
-    equation: str = setting(TEXT)
-    options: dict[str, Any] = setting(OPTIONS, {})  # noqa: RUF009
-    hidden_sizes: tuple[int, ...] = setting(SOME_SIZES, (20,) * 8)
-    activation: str = setting(choice(*RULES), "tanh")
-    dtype: str = setting(choice("float32", "float64"), "float32")
-    conditions: str = setting(choice("soft", "hard"), "soft")
-    sampler: str = setting(choice(*KINDS), "latin_hypercube")
-    num_points: int = setting(integer(1), 4096)
-    num_conditions: int = setting(integer(0), 400)
-    condition_weight: float = setting(number(0.0), 1.0)
-    resample_every: int | None = setting(optional(integer(1)), None)
-    adaptive_pool: int | None = setting(optional(integer(1, MAX_POOL + 1)), None)
-    history_on_resample: str = setting(choice("reset", "keep"), "reset")
-    slope_weight: bool = setting(BOOLEAN, False)
-    chunk_points: int | None = setting(optional(integer(1)), None)
-    compile: bool = setting(BOOLEAN, False)
-    folder: str = ""
-    """Where the configuration's file is. No setting, and no part of a run's identity."""
+    equation: Text
+    options: dict[str, Any] = Field(default={})
+    hidden_sizes: Annotated[Items[Count], Field(min_length=1)] = (20,) * 8
+    activation: Annotated[str, one_of(RULES)] = "tanh"
+    dtype: Literal["float32", "float64"] = "float32"
+    conditions: Literal["soft", "hard"] = "soft"
+    sampler: Annotated[str, one_of(KINDS)] = "latin_hypercube"
+    num_points: Count = 4096
+    num_conditions: Number = 400
+    condition_weight: Positive = 1.0
+    resample_every: Count | None = None
+    adaptive_pool: Annotated[int, Field(ge=1, le=MAX_POOL)] | None = None
+    history_on_resample: Literal["reset", "keep"] = "reset"
+    slope_weight: bool = False
+    chunk_points: Count | None = None
+    compile: bool = False
+    _folder: Path = PrivateAttr()
+
+    @property
+    def folder(self) -> Path:
+        """Where the configuration's file is. It is no part of a run's identity."""
+        return self._folder
+
+    @model_validator(mode="after")
+    def _fit_the_equation(self, info: ValidationInfo) -> PinnConfig:
+        """Makes the equation once, so that what it refuses is refused before any run."""
+        self._folder = Path((info.context or {}).get("folder", "."))
+        try:
+            equation = load_equation(self.equation, self.options, self.folder)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        _check_points(self, equation)
+        return self
 
 
-@dataclass(frozen=True)
-class PinnTrainingConfig:
+def _check_points(config: PinnConfig, equation: Equation) -> None:
+    """Numbers of points, and the conditions, against the equation."""
+    columns = equation.num_space + 1
+    largest = max(config.num_points, config.num_conditions, config.adaptive_pool or 0)
+    if config.sampler == "sobol" and columns > MAX_SOBOL_DIMENSION:
+        raise ValueError(
+            f"sampler must not be sobol for an equation of {columns} dimensions: Sobol points have at most "
+            f"{MAX_SOBOL_DIMENSION}"
+        )
+    if config.sampler == "sobol" and largest > MAX_SOBOL_COUNT:
+        raise ValueError(f"there are at most {MAX_SOBOL_COUNT} Sobol points, got {largest}")
+    if config.conditions == "soft" and config.num_conditions == 0:
+        raise ValueError("num_conditions must be an integer >= 1 with soft conditions, got 0")
+    if config.conditions == "hard" and equation.lift(equation.sample(_CENTER.repeat(1, columns))) is None:
+        raise ValueError(f"conditions must be soft, because {equation.label} offers no lift, got 'hard'")
+    if config.adaptive_pool is not None and config.resample_every is None:
+        raise ValueError(f"adaptive_pool must be null where resample_every is, got {config.adaptive_pool}")
+    if config.adaptive_pool is not None and config.adaptive_pool < config.num_points:
+        raise ValueError(f"adaptive_pool must be at least num_points = {config.num_points}, got {config.adaptive_pool}")
+
+
+class PinnTrainingConfig(Settings):
     """Training by iterations, which are evaluations of the gradient, however many of them a step takes.
 
     Attributes:
@@ -82,9 +112,9 @@ class PinnTrainingConfig:
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
     """
 
-    iterations: int = setting(integer(1), 2000)
-    evaluate_every: int = setting(integer(1), 100)
-    scheduler: Component | None = setting(SCHEDULER, None)  # noqa: RUF009
-    max_seconds: float | None = setting(optional(number(0.0)), None)
-    num_threads: int = setting(integer(1), 1)
-    measure_updates: bool = setting(BOOLEAN, False)
+    iterations: Count = 2000
+    evaluate_every: Count = 100
+    scheduler: Named | None = None
+    max_seconds: Positive | None = None
+    num_threads: Count = 1
+    measure_updates: bool = False

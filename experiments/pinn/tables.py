@@ -40,7 +40,7 @@ LEGEND = (
     "Median over the seeds [minimum .. maximum]; a diverged run counts as infinitely bad. Loss: on the points of the "
     "last draw, with the evaluated weights; each variant has its own points. Iterations: evaluations of the gradient "
     "or of a Jacobian after which no recorded loss is above the baseline's final one on the same seed; the loss jumps "
-    "when points are drawn anew, so the baseline may have been below its final loss before. At equal evaluations (of "
+    "when points are drawn again, so the baseline may have been below its final loss before. At equal evaluations (of "
     "the loss, trials included) or seconds: the losses where both have spent the smaller of the two budgets, "
     "interpolated; no schedule was adapted to it. Unseen points: the final loss on a draw that training "
     "never sees, and its ratio to the baseline's. Seconds: training alone. Seeds above include diverged runs; where "

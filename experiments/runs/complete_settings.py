@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.runs.config import as_raw
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import ExperimentConfig
 
 
@@ -23,7 +23,7 @@ def complete_settings(
     """
     settings = dict(raw)
     for section in ("problem", "training", "save", "launch"):
-        settings[section] = as_raw(getattr(config, section))
+        settings[section] = {key: _as_raw(value) for key, value in getattr(config, section)}
     settings["seeds"] = list(config.seeds)
     if selected is not None:
         settings["variants"] = {name: _with_baseline(raw["variants"][name], selected) for name in selected}
@@ -31,6 +31,10 @@ def complete_settings(
         if settings.get("baseline") not in selected:
             settings.pop("baseline", None)
     return settings
+
+
+def _as_raw(value: Any) -> Any:
+    return {"name": value.name, **value.arguments} if isinstance(value, Component) else value
 
 
 def _with_baseline(variant: Mapping[str, Any], selected: Sequence[str]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def execute_run(
     save: SaveConfig | None = None,
     interruption: Interruption | None = None,
     from_start: bool = False,
-    timeout_seconds: float = LaunchSettings.collective_seconds,
+    timeout_seconds: float = LaunchSettings().collective_seconds,
     show_progress: bool = False,
 ) -> Path:
     """Builds, accelerates, trains and records one run; goes on where it was stopped.

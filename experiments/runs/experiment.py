@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple
 
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import say
-from experiments.settings.checks import read_settings
-from experiments.settings.run_config import ExperimentConfig, RunConfig, VariantConfig
-from experiments.training.components import check_scheduler, needs_residuals, optimizers, read_component, schedulers
+from experiments.settings.run_config import CADENCES, ExperimentConfig, P, RunConfig, T, VariantConfig
+from experiments.training.components import needs_residuals, optimizers
 from experiments.training.problem import Description, Problem
 
 Note = Callable[[str], None]
@@ -25,16 +24,16 @@ class Merit(NamedTuple):
     more_is_better: bool = False
 
 
-class Experiment(ABC):
+class Experiment(ABC, Generic[P, T]):
     """A kind of experiment; its package exports one object, which a line of `experiments.catalog` names.
 
-    A subclass sets the two classes of settings and defines `describe` and `build`. Everything else has a default, which
-    fits a network that is trained by epochs on data in memory.
+    P and T are the classes of its settings. A subclass names them and defines `describe` and `build`. Everything else
+    has a default, which fits a network that is trained by epochs on data in memory.
 
     Attributes:
-        problem_settings: dataclass of the settings of the problem; a class attribute `of_the_machine` lists those that
-            change no number, as where data lies.
-        training_settings: dataclass of the settings of the training.
+        problem_settings: P, the settings of the problem; a class attribute `of_the_machine` lists those that change no
+            number, as where data lies. Its validators find the folder of the configuration in their context.
+        training_settings: T, the settings of the training.
         studies: studies that a configuration may ask for.
         variant_keys: keys of a variant, beside those that every experiment has: "mean_epochs", "then", "baseline",
             "problem" and "training".
@@ -44,8 +43,8 @@ class Experiment(ABC):
         loss_name: what figures and tables call the loss.
     """
 
-    problem_settings: ClassVar[type[Any]]
-    training_settings: ClassVar[type[Any]]
+    problem_settings: type[P]
+    training_settings: type[T]
     studies: ClassVar[tuple[str, ...]] = ("learning_rate",)
     variant_keys: ClassVar[tuple[str, ...]] = ()
     probes: ClassVar[tuple[str, ...]] = ()
@@ -56,7 +55,7 @@ class Experiment(ABC):
     # ---- a run ----
 
     @abstractmethod
-    def describe(self, problem: Any) -> Description:
+    def describe(self, problem: P) -> Description:
         """What is known of the data before a run.
 
         Raises:
@@ -65,7 +64,7 @@ class Experiment(ABC):
         """
 
     @abstractmethod
-    def build(self, run: RunConfig, ranks: Ranks) -> Problem:
+    def build(self, run: RunConfig[P, T], ranks: Ranks) -> Problem:
         """The problem of a run; all ranks call it.
 
         Raises:
@@ -73,56 +72,50 @@ class Experiment(ABC):
             OSError: the data cannot be read.
         """
 
-    def num_threads(self, training: Any) -> int:
+    def num_threads(self, training: T) -> int:
         """Threads of torch in a rank."""
         return int(getattr(training, "num_threads", 1))
 
-    def global_batch(self, training: Any, ranks: Ranks) -> int | None:
+    def global_batch(self, training: T, ranks: Ranks) -> int | None:
         """Rows in a step over all ranks, where the settings may give those of one rank; None where they never do."""
         return None
 
-    def data_seconds(self, problem: Any) -> float | None:
+    def data_seconds(self, problem: P) -> float | None:
         """Seconds that ranks wait for each other while the data is opened or made; None for those of a collective."""
         return None
 
     # ---- its settings ----
 
-    def read_problem(self, raw: Any, where: str, folder: str | Path) -> Any:
-        """The settings of the problem; a path in them starts at `folder`."""
-        return read_settings(self.problem_settings, raw, where)
-
-    def read_training(self, raw: Any, where: str) -> Any:
-        """The settings of the training."""
-        training = read_settings(self.training_settings, raw, where)
-        if getattr(training, "scheduler", None) is None:
-            return training
-        scheduler = read_component(training.scheduler, schedulers(), f"{where}.scheduler")
-        check_scheduler(scheduler, f"{where}.scheduler")
-        return replace(training, scheduler=scheduler)
-
     def optimizers(self) -> dict[str, Any]:
         """The optimizers that a configuration may name."""
         return {name: kind for name, kind in optimizers().items() if not needs_residuals(name)}
 
-    def in_steps(self, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """The settings of an acceleration with every cadence as a number of steps, for checks before a run."""
+    def in_steps(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of an acceleration with every cadence as a number of steps, for checks before a run.
+
+        Raises:
+            ValueError: a cadence that is none.
+        """
+        for name in CADENCES:
+            if isinstance(settings.get(name), str):
+                raise ValueError(f"{name} must be an integer, got {settings[name]!r}")
         return dict(settings)
 
-    def check(self, problem: Any, training: Any, variant: VariantConfig, where: str) -> None:
+    def check(self, problem: P, training: T, variant: VariantConfig) -> None:
         """Refuses settings of a variant that do not go together.
 
         Raises:
             ValueError: they do not.
         """
 
-    def check_rows(self, config: ExperimentConfig, num_rows: int) -> None:
+    def check_rows(self, config: ExperimentConfig[P, T], num_rows: int) -> None:
         """Refuses settings that the size of the training set contradicts.
 
         Raises:
             ValueError: it does.
         """
 
-    def training_of_study(self, training: Any, num_rows: int, size: int, steps: int) -> Any:
+    def training_of_study(self, training: T, num_rows: int, size: int, steps: int) -> T:
         """The settings of a training of about `steps` steps with batches of `size` rows, whose updates are measured."""
         raise NotImplementedError
 

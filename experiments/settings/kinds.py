@@ -8,13 +8,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Strict
-from pydantic_core import PydanticKnownError
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
+
+from experiments.settings.suggestion import not_one_of
 
 Item = TypeVar("Item")
-
-MAX_SEEDS = 100_000
-SEED_BELOW = 2**31
 
 
 def must(requirement: str, test: Callable[[Any], object]) -> Callable[[Any], Any]:
@@ -33,40 +31,10 @@ def one_of(names: Collection[str]) -> AfterValidator:
 
     def check(value: str) -> str:
         if value not in names:
-            raise PydanticKnownError("literal_error", {"expected": ", ".join(f"'{name}'" for name in names)})
+            raise ValueError(not_one_of(value, names))
         return value
 
     return AfterValidator(check)
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    seeds: Any = [value] if isinstance(value, int) else value
-    if isinstance(value, str):
-        seeds = _expanded(value)
-    if (
-        not isinstance(seeds, (list, tuple))
-        or not all(type(seed) is int and 0 <= seed < SEED_BELOW for seed in seeds)
-        or not 0 < len(set(seeds)) == len(seeds) <= MAX_SEEDS
-    ):
-        raise ValueError(
-            f"must be one or several different integers >= 0 and < {SEED_BELOW}, at most {MAX_SEEDS} of them, as 3, "
-            '[0, 1, 2] or "0-9"'
-        )
-    return tuple(seeds)
-
-
-def _expanded(text: str) -> list[int] | None:
-    """The numbers of "0,2,4-6"; None for any other text, and for a range that is too long."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            return None
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last - first >= MAX_SEEDS:
-            return None
-        numbers.extend(range(first, last + 1))
-    return numbers
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -99,8 +67,28 @@ Different = Annotated[
     AfterValidator(must("have no entry twice", lambda items: len(set(items)) == len(items))),
 ]
 """A list of different items, not empty."""
-Seeds = Annotated[tuple[int, ...], PlainValidator(_seeds)]
-"""`3`, `[0, 1, 2]`, `"0-9"` or `"0,2,4-6"`."""
+
+
+def _expanded(value: Any) -> Any:
+    """A single seed as a list, and a text as the list of its numbers."""
+    if isinstance(value, (list, tuple)):
+        return value
+    if type(value) is int:
+        return [value]
+    seeds: list[int] = []
+    for part in value.split(",") if isinstance(value, str) else [""]:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + MAX_SEEDS:
+            raise ValueError(f'must be integers as 3, [0, 1, 2] or "0-9", at most {MAX_SEEDS} of them')
+        seeds.extend(range(first, last + 1))
+    return seeds
+
+
+MAX_SEEDS = 100_000
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Seeds = Annotated[Different[Seed], BeforeValidator(_expanded), Field(max_length=MAX_SEEDS)]
+"""Different seeds, as `3`, `[0, 1, 2]`, `"0-9"` or `"0,2,4-6"`."""
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from experiments.settings.checks import BOOLEAN, TEXT, Kind, choice, integer, number, optional, setting
+from pydantic import AfterValidator, BeforeValidator, Field
 
-
-def _variables(value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise ValueError
-    for name, entry in value.items():
-        if not isinstance(name, str) or not re.fullmatch(r"(TORCH_)?(NCCL|RCCL)_[A-Z0-9_]+|TORCH_FR_[A-Z0-9_]+", name):
-            raise ValueError
-        if not isinstance(entry, (str, int, float)):
-            raise ValueError
-    return {name: str(int(entry) if isinstance(entry, bool) else entry) for name, entry in value.items()}
+from experiments.settings.kinds import Number, Positive, Text, must
+from experiments.settings.schema import Settings
 
 
-VARIABLES = Kind("a mapping from variables NCCL_*, RCCL_*, TORCH_NCCL_* or TORCH_FR_* to values", _variables)
+def _as_texts(value: Any) -> Any:
+    """Numbers and truth values as the text that a variable of the environment holds."""
+    if not isinstance(value, dict):
+        return value
+    plain = {name: int(entry) if isinstance(entry, bool) else entry for name, entry in value.items()}
+    return {name: str(entry) if isinstance(entry, (int, float)) else entry for name, entry in plain.items()}
 
 
-@dataclass(frozen=True)
-class LaunchSettings:
+Variable = Annotated[
+    str,
+    AfterValidator(
+        must(
+            "be a variable NCCL_*, RCCL_*, TORCH_NCCL_* or TORCH_FR_*",
+            re.compile(r"(TORCH_)?(NCCL|RCCL)_[A-Z0-9_]+|TORCH_FR_[A-Z0-9_]+").fullmatch,
+        )
+    ),
+]
+
+
+class LaunchSettings(Settings):
     """How ranks start, wait and report; what the user exported wins over `nccl` and `interface`.
 
     Attributes:
@@ -45,14 +50,14 @@ class LaunchSettings:
         debug: True lets torch check that all ranks call the same collective, which is slow; with NCCL only.
     """
 
-    device: str = setting(choice("auto", "cpu", "cuda"), "auto")
-    start_seconds: float = setting(number(0), 300.0)
-    collective_seconds: float = setting(number(0), 600.0)
-    checkpoint_seconds: float = setting(number(0), 1800.0)
-    backend: str = setting(choice("auto", "nccl", "gloo"), "auto")
-    rendezvous: str = setting(choice("auto", "mpi", "file"), "auto")
-    interface: str | None = setting(optional(TEXT), "auto")
-    nccl: dict[str, str] = setting(VARIABLES, {})  # noqa: RUF009
-    flight_recorder: int = setting(integer(0), 2000)
-    share_devices: bool = setting(BOOLEAN, False)
-    debug: bool = setting(BOOLEAN, False)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    start_seconds: Positive = 300.0
+    collective_seconds: Positive = 600.0
+    checkpoint_seconds: Positive = 1800.0
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    rendezvous: Literal["auto", "mpi", "file"] = "auto"
+    interface: Text | None = "auto"
+    nccl: Annotated[dict[Variable, str], BeforeValidator(_as_texts)] = Field(default={})
+    flight_recorder: Number = 2000
+    share_devices: bool = False
+    debug: bool = False

@@ -1,90 +1,139 @@
-"""What determines a run, and an experiment of many: frozen dataclasses, with the allowed range of each setting.
+"""What determines a run, and an experiment of many. It imports no torch.
 
-`experiments.runs.config` reads them from YAML.
+`ExperimentConfig` is what a file holds. `experiments.runs.config` reads it, and checks what only torch can judge.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from operator import not_
+from typing import Annotated, Any, Generic, TypeVar
 
-from experiments.settings.checks import (
-    BOOLEAN,
-    NAME,
-    SEEDS,
+from pydantic import Field, PlainValidator, PrivateAttr, model_validator
+
+from experiments.settings.kinds import (
     Component,
-    integer,
-    number,
-    recorded_settings,
-    sequence,
-    setting,
+    Count,
+    Different,
+    Name,
+    Named,
+    NotNegative,
+    Positive,
+    Seeds,
+    Share,
+    Text,
+    must,
 )
 from experiments.settings.launch_settings import LaunchSettings
+from experiments.settings.schema import Settings, read_settings
+from experiments.settings.suggestion import not_one_of
+
+P = TypeVar("P", bound=Settings)
+"""Settings of a problem."""
+T = TypeVar("T", bound=Settings)
+"""Settings of a training."""
 
 
-@dataclass(frozen=True)
-class PublishedConfig:
+CADENCES = ("wait_iterations", "store_each_nth", "frequency")
+"""Arguments of an acceleration that count optimizer steps."""
+
+
+def _steps(least: int) -> PlainValidator:
+    """A number of optimizer steps, or a text as "2 epochs", which `Experiment.in_steps` judges and replaces."""
+
+    def is_cadence(value: Any) -> bool:
+        return isinstance(value, str) or (type(value) is int and value >= least)
+
+    return PlainValidator(must(f"be an integer >= {least}", is_cadence))
+
+
+class PublishedConfig(Settings):
     """Settings of the published scheme, see `experiments.training.published`."""
 
-    relaxation: float = setting(number(0.0, 1.0 + 1e-12), 1.0)
-    wait_iterations: int = setting(integer(0), 1)
-    history_depth: int = setting(integer(3), 5)
-    store_each_nth: int = setting(integer(1), 1)
-    frequency: int = setting(integer(1), 10)
-    reg_acc: float = setting(number(0.0, closed_low=True), 0.0)
-    average: bool = setting(BOOLEAN, False)
-    average_tolerance: float = setting(number(0.0, closed_low=True), 0.1)
-    safeguard: bool = setting(BOOLEAN, False)
+    relaxation: Annotated[float, Field(gt=0, le=1)] = 1.0
+    wait_iterations: Annotated[Any, _steps(0)] = 1
+    history_depth: Annotated[int, Field(ge=3)] = 5
+    store_each_nth: Annotated[Any, _steps(1)] = 1
+    frequency: Annotated[Any, _steps(1)] = 10
+    reg_acc: NotNegative = 0.0
+    average: bool = False
+    average_tolerance: NotNegative = 0.1
+    safeguard: bool = False
 
 
-@dataclass(frozen=True)
-class SecondStage:
+class SecondStage(Settings):
     """What goes on from an iteration on: another optimizer, without the scheduler."""
 
-    after: int
-    optimizer: Component
+    after: Count
+    optimizer: Named
     acceleration: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class VariantConfig:
+class VariantConfig(Settings):
     """One way to train: an optimizer, and at most one acceleration, and the weights that are evaluated.
 
     Attributes:
+        label: for tables and figures; the name of the variant where the configuration has none.
         ema_decay: of an exponential moving average of the weights, which is evaluated in their place.
         mean_epochs: the mean of the weights after every step of this many last epochs is evaluated; images only.
         then: the second stage, None for none.
-        published_cadences: cadences of the published scheme that are given in epochs, as texts.
-        overrides: settings of "problem" and "training" that this variant has for itself.
-        baseline: name of the variant that it is compared with.
-        index: its place among the variants of the configuration.
+        problem, training: settings that this variant has for itself.
+        baseline: name of the variant that it is compared with; that of the configuration where it has none.
     """
 
-    label: str
-    optimizer: Component
+    label: Text = ""
+    optimizer: Named
     acceleration: dict[str, Any] | None = None
     published: PublishedConfig | None = None
-    published_cadences: dict[str, str] = field(default_factory=dict)
-    ema_decay: float | None = None
-    mean_epochs: int | None = None
-    then: SecondStage | None = None
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    baseline: str = ""
-    index: int = 0
+    ema_decay: Share | None = None
+    # A record leaves these two out where they are not given: they are younger than the first records.
+    mean_epochs: Count | None = Field(default=None, exclude_if=not_)
+    then: SecondStage | None = Field(default=None, exclude_if=not_)
+    problem: dict[str, Any] = Field(default={}, exclude=True)
+    training: dict[str, Any] = Field(default={}, exclude=True)
+    baseline: Name = Field(default="", exclude=True)
+    _index: int = PrivateAttr(0)
+
+    @property
+    def index(self) -> int:
+        """Its place among the variants of the configuration."""
+        return self._index
+
+    @model_validator(mode="after")
+    def _exclude_each_other(self) -> VariantConfig:
+        for one, other in (("ema_decay", "mean_epochs"), ("acceleration", "published")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"{one} and {other} exclude each other")
+        return self
+
+    @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """The settings that this variant has for itself, by section."""
+        return {part: own for part, own in (("problem", self.problem), ("training", self.training)) if own}
+
+    def completed(self, name: str, baseline: str, index: int) -> VariantConfig:
+        """The variant with what its configuration says of it elsewhere."""
+        copy = self.model_copy(update={"label": self.label or name, "baseline": self.baseline or baseline})
+        copy._index = index
+        return copy
+
+    def with_rate(self, rate: float) -> VariantConfig:
+        """The variant with another learning rate."""
+        optimizer = Component(self.optimizer.name, {**self.optimizer.arguments, "lr": rate})
+        return self.model_copy(update={"optimizer": optimizer})
 
 
-@dataclass(frozen=True)
-class LearningRateStudy:
+class LearningRateStudy(Settings):
     """Loss at the end of training against the learning rate.
 
     The rate is the `lr` of the first optimizer alone: `adam_lr` of MuonAdam and the second stage stay as they are.
     """
 
-    variants: tuple[str, ...] = setting(sequence(NAME))
-    rates: tuple[float, ...] = setting(sequence(number(0.0)))
-    seeds: tuple[int, ...] = setting(SEEDS, (0, 1, 2))
+    variants: Different[Name]
+    rates: Different[Positive]
+    seeds: Seeds = (0, 1, 2)
 
     @staticmethod
     def run_name(variant: str, rate: float) -> str:
@@ -92,22 +141,27 @@ class LearningRateStudy:
         return f"{variant}--lr-{rate:g}"
 
 
-@dataclass(frozen=True)
-class BatchSizeStudy:
+class BatchSizeStudy(Settings):
     """Relative standard deviation of consecutive updates against the batch size, over equally many steps."""
 
-    variant: str = setting(NAME)
-    sizes: tuple[int, ...] = setting(sequence(integer(1)))
-    steps: int = setting(integer(2), 800)
-    seeds: tuple[int, ...] = setting(SEEDS, (0, 1, 2))
+    variant: Name
+    sizes: Different[Count]
+    steps: Annotated[int, Field(ge=2)] = 800
+    seeds: Seeds = (0, 1, 2)
 
     def run_name(self, size: int) -> str:
         """The folder of the runs with a batch size."""
         return f"{self.variant}--batch-{size}"
 
 
-@dataclass(frozen=True)
-class SaveConfig:
+class Studies(Settings):
+    """The studies of a configuration."""
+
+    learning_rate: LearningRateStudy | None = None
+    batch_size: BatchSizeStudy | None = None
+
+
+class SaveConfig(Settings):
     """What is saved of runs, and when. No part of a run's identity.
 
     Attributes:
@@ -124,13 +178,13 @@ class SaveConfig:
         tensorboard: whether the series are also written for TensorBoard, into a folder beside the record.
     """
 
-    every_seconds: float = setting(number(0.0, closed_low=True), 300.0)
-    keep: int = setting(integer(1, 1000), 2)
-    asynchronous: bool = setting(BOOLEAN, False)
-    agree_every: int = setting(integer(1, 10_001), 1)
-    weights: bool = setting(BOOLEAN, False)
-    attempts: bool = setting(BOOLEAN, False)
-    tensorboard: bool = setting(BOOLEAN, False)
+    every_seconds: NotNegative = 300.0
+    keep: Annotated[int, Field(ge=1, lt=1000)] = 2
+    asynchronous: bool = False
+    agree_every: Annotated[int, Field(ge=1, le=10_000)] = 1
+    weights: bool = False
+    attempts: bool = False
+    tensorboard: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -138,34 +192,89 @@ class SaveConfig:
         return tuple(name for name in ("weights", "attempts") if getattr(self, name))
 
 
-@dataclass(frozen=True)
-class ExperimentConfig:
+class ExperimentConfig(Settings, Generic[P, T]):
     """A whole experiment: every variant with every seed, and the studies.
 
     Attributes:
-        kind: the `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are.
-        folder: where the configuration's file is, from which paths in it start.
         num_ranks: processes that `reproduce` starts for it on one machine.
     """
 
-    experiment: str
-    scale: str
-    seeds: tuple[int, ...]
-    kind: Any
-    problem: Any
-    training: Any
-    variants: dict[str, VariantConfig]
-    learning_rate: LearningRateStudy | None = None
-    batch_size: BatchSizeStudy | None = None
-    expected_minutes: float | None = None
-    num_ranks: int = 1
-    save: SaveConfig = field(default_factory=SaveConfig)
-    launch: LaunchSettings = field(default_factory=LaunchSettings)
-    folder: str = "."
+    experiment: Name
+    scale: Name
+    seeds: Seeds
+    problem: P
+    training: T
+    variants: Annotated[dict[Name, VariantConfig], Field(min_length=1)]
+    baseline: Name = ""
+    studies: Studies = Studies()
+    expected_minutes: Positive | None = None
+    num_ranks: Annotated[int, Field(ge=1, le=1024)] = 1
+    save: SaveConfig = SaveConfig()
+    launch: LaunchSettings = LaunchSettings()
+    _context: Mapping[str, Any] = PrivateAttr()
+
+    def model_post_init(self, context: Mapping[str, Any]) -> None:
+        self._context = context
+
+    @property
+    def kind(self) -> Any:
+        """The `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are."""
+        return self._context["kind"]
+
+    @model_validator(mode="after")
+    def _name_variants_that_exist(self) -> ExperimentConfig[P, T]:
+        rates, sizes = self.studies.learning_rate, self.studies.batch_size
+        named: dict[str, Sequence[str]] = {
+            "baseline": [self.baseline],
+            "studies.learning_rate.variants": rates.variants if rates else (),
+            "studies.batch_size.variant": [sizes.variant] if sizes else (),
+            **{f"variants.{name}.baseline": [variant.baseline] for name, variant in self.variants.items()},
+        }
+        for key, names in named.items():
+            for name in names:
+                if name and name not in self.variants:
+                    raise ValueError(f"{key} {not_one_of(name, self.variants)}")
+        return self
+
+    def completed(self, only: Sequence[str] | None = None) -> ExperimentConfig[P, T]:
+        """The configuration whose variants have a label, a baseline and their place.
+
+        Args:
+            only: names of the variants to keep, in this order, without studies; None keeps all.
+
+        Raises:
+            ValueError: there is no such variant.
+        """
+        names = list(self.variants)
+        for name in only or ():
+            if name not in names:
+                raise ValueError(f"variants {not_one_of(name, names)}")
+        baseline = self.baseline or names[0]
+        variants = {name: self.variants[name].completed(name, baseline, names.index(name)) for name in only or names}
+        studies = self.studies if only is None else Studies()
+        return self.model_copy(update={"variants": variants, "studies": studies})
+
+    def settings_of(self, name: str) -> tuple[P, T]:
+        """The settings of the problem and of the training of one variant: those of all, with its overrides.
+
+        An override replaces a setting as a whole, `options` included.
+
+        Raises:
+            ValueError: an override is refused.
+        """
+
+        def own(part: str) -> Any:
+            settings, changes = getattr(self, part), getattr(self.variants[name], part)
+            if not changes:
+                return settings
+            where = f"variants.{name}.{part}"
+            return read_settings(type(settings), {**dict(settings), **changes}, where, self._context)
+
+        return own("problem"), own("training")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Generic[P, T]):
     """Everything that determines one run.
 
     Attributes:
@@ -181,27 +290,18 @@ class RunConfig:
     study: str
     seed: int
     kind: Any
-    problem: Any
-    training: Any
+    problem: P
+    training: T
     variant: VariantConfig
 
     def as_json(self) -> str:
-        """The configuration as JSON with sorted keys, for the record.
-
-        It leaves out the kind, what is no setting, the variant that the run is compared with, and its place.
-        """
-        raw = asdict(replace(self, kind=None))
-        del raw["kind"]
-        raw["problem"] = {name: raw["problem"][name] for name in recorded_settings(self.problem)}
-        for key in ("baseline", "index"):
-            del raw["variant"][key]
-        cadences = raw["variant"].pop("published_cadences")
-        if cadences:
-            raw["variant"]["published"] |= cadences
-        for key in ("then", "overrides", "mean_epochs"):
-            if not raw["variant"][key]:
-                del raw["variant"][key]
-        return json.dumps(raw, sort_keys=True)
+        """The configuration as JSON with sorted keys, for the record."""
+        recorded = {key: value for key, value in vars(self).items() if key != "kind"}
+        for part in ("problem", "training", "variant"):
+            recorded[part] = recorded[part].model_dump()
+        if self.variant.overrides:
+            recorded["variant"]["overrides"] = self.variant.overrides
+        return json.dumps(recorded, sort_keys=True)
 
     def identity(self) -> str:
         """What determines the run: two runs are the same if these texts are equal."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from experiments.settings.suggestion import did_you_mean
+from experiments.settings.suggestion import did_you_mean, not_one_of
 
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 """A bool is no number, 2.0 is no integer, "3" neither, and nan and inf are refused."""
@@ -42,7 +42,7 @@ class Settings(BaseModel):
         return raw
 
 
-def read_settings(kind: Any, raw: Any, where: str = "", **context: Any) -> Any:
+def read_settings(kind: Any, raw: Any, where: str = "", context: Any = None) -> Any:
     """Settings, or one value, from what YAML gives.
 
     Args:
@@ -75,21 +75,23 @@ _TYPES = {
 
 def _sentence(invalid: ValidationError, where: str) -> str:
     error = invalid.errors()[0]
-    kind, value, place, hint = error["type"], error["input"], error["loc"], ""
-    key = _joined(where, place)
-    if place[-1:] == ("[key]",):
-        key = f"a name in {_joined(where, place[:-2])}"
+    kind, value, place = error["type"], error["input"], error["loc"]
+    key = f"a name in {_joined(where, place[:-2])}" if place[-1:] == ("[key]",) else _joined(where, place)
     if kind == "missing":
         return f"{key} is missing"
     if kind == "value_error":
         message = str(error["ctx"]["error"])
     elif kind == "literal_error":
-        options = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        message, hint = f"must be one of {', '.join(options)}", did_you_mean(value, options)
+        message = not_one_of(value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     else:  # "Input should be greater than 0", "Tuple should have at least 1 item after validation, not 0"
-        allowed = error["msg"].partition(" should ")[2].partition(" after validation")[0]
-        message = f"must {_TYPES.get(kind, allowed)}"
-    return placed(key, f"{message}, got {value!r}{hint}" if message.startswith("must ") else message)
+        message = f"must {_TYPES.get(kind) or error['msg'].partition(' should ')[2].partition(' after validation')[0]}"
+    is_complete = ", got " in message or not message.startswith("must ")
+    return placed(key, message if is_complete else f"{message}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _joined(where: str, place: tuple[int | str, ...]) -> str:
@@ -117,14 +119,9 @@ def at(where: str) -> Iterator[None]:
 
 
 def refuse_unknown(keys: Collection[Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses a key that is none of `defaults`, whose values the message shows where they are plain."""
+    """Refuses a key that is none of `defaults`; the message shows those that are numbers, texts and the like."""
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
     for key in keys:
         if key not in defaults:
-            valid = ", ".join(
-                f"{name} (default {default!r})" if _is_plain(default) else name for name, default in defaults.items()
-            )
-            raise ValueError(f"unknown key {key}; valid keys are: {valid}{did_you_mean(key, defaults)}")
-
-
-def _is_plain(default: Any) -> bool:
-    return isinstance(default, (bool, int, float, str, tuple, list, dict, type(None)))
+            valid = [f"{k} (default {v!r})" if isinstance(v, plain) else k for k, v in defaults.items()]
+            raise ValueError(f"unknown key {key}; valid keys are: {', '.join(valid)}{did_you_mean(key, defaults)}")

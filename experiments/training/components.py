@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING
 from functools import cache
 from typing import Any
 
 import torch
 
 import aadl
-from experiments.settings.checks import Component, as_mapping, integer, parse_value, refuse_unknown
-from experiments.settings.suggestion import did_you_mean
+from experiments.settings.kinds import Component, Count
+from experiments.settings.schema import read_settings, refuse_unknown
+from experiments.settings.suggestion import not_one_of
 from experiments.training import optimizers as own
 
 PACKAGES = {"SOAP": "pytorch_optimizer", "AdamWScheduleFree": "schedulefree", "SGDScheduleFree": "schedulefree"}
@@ -71,29 +70,18 @@ def _with_step(module: Any) -> dict[str, Any]:
     }
 
 
-def read_component(raw: Any, classes: Mapping[str, Any], where: str) -> Component:
-    """One of the classes, by name, its arguments checked against its signature; a text is the package that has it."""
-    raw = dict(as_mapping(raw, where))
-    name = raw.pop("name", None)
+def check_component(component: Component, classes: Mapping[str, Any]) -> None:
+    """Checks the name, and the arguments against the signature of the class; a text is the package that has the class.
+
+    Raises:
+        ValueError: no such class, or an argument that it does not have.
+    """
+    name = component.name
     if name not in classes:
-        raise ValueError(
-            f"{where}.name must be one of {', '.join(sorted(classes))}, got {name!r}{did_you_mean(name, classes)}"
-        )
-    try:
-        parameters = list(inspect.signature(_imported(name, classes[name])).parameters.values())[1:]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    refuse_unknown(raw, {"name": MISSING} | {entry.name: entry.default for entry in parameters}, where)
-    _refuse_not_finite(raw, where)
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-    return Component(name, arguments)
-
-
-def _refuse_not_finite(raw: Mapping[str, Any], where: str) -> None:
-    for key, value in raw.items():
-        for entry in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(entry, float) and not math.isfinite(entry):
-                raise ValueError(f"{where}.{key} must be finite, got {value!r}")
+        raise ValueError(f"name {not_one_of(name, sorted(classes))}")
+    parameters = list(inspect.signature(_imported(name, classes[name])).parameters.values())[1:]
+    defaults = {entry.name: entry.default for entry in parameters}
+    refuse_unknown(component.arguments, {"name": inspect.Parameter.empty} | defaults)
 
 
 def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimizer:
@@ -109,43 +97,42 @@ def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> to
     return schedulers()[component.name](optimizer, **component.arguments)
 
 
-def check_optimizer(component: Component, where: str) -> torch.optim.Optimizer:
-    """Builds the optimizer on one dummy weight, so that what torch refuses is refused before training."""
+def check_optimizer(component: Component) -> torch.optim.Optimizer:
+    """Builds the optimizer on one dummy weight, so that what torch refuses is refused before training.
+
+    Raises:
+        ValueError: torch refuses it.
+    """
     for key in ("lr", "momentum", "weight_decay", "eps"):
         value = component.arguments.get(key, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{where}.{key} must be a number, got {value!r}")
+            raise ValueError(f"{key} must be a number, got {value!r}")
     try:
         return make_optimizer(component, [torch.nn.Parameter(torch.zeros(2))])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
 
 
-def check_scheduler(component: Component, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+def check_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> None:
     """Builds the scheduler and steps once, so that what torch refuses is refused before training.
 
     Some classes look at their arguments only in `step`, and one needs an argument there that the training has not.
 
     Args:
         component: the scheduler.
-        where: its key, for messages.
-        optimizer: the one it is for, see `check_optimizer`; None for SGD.
+        optimizer: the one it is for, as `check_optimizer` builds it, with a learning rate.
 
     Raises:
-        ValueError: torch refuses the scheduler, or the optimizer has no learning rate.
+        ValueError: there is no such scheduler, or torch refuses it.
     """
-    optimizer = optimizer or torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    if "lr" not in optimizer.param_groups[0]:
-        raise ValueError(
-            f"{where} must be null for {type(optimizer).__name__}, which has no learning rate, got {component.name}"
-        )
+    check_component(component, schedulers())
     try:
         scheduler = make_scheduler(component, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps first
             scheduler.step()
-    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ValueError(str(error)) from None
 
 
 def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], **functions: Any) -> None:
@@ -162,13 +149,15 @@ def solves_residuals(arguments: Mapping[str, Any] | None) -> bool:
     return isinstance(kind, str) and kind.lower() == "nonlinear_gmres"
 
 
-def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where: str, probes: Sequence[str]) -> None:
+def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], probes: Sequence[str]) -> None:
     """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values.
 
     Args:
         optimizer, arguments: its settings.
-        where: its key, for messages.
         probes: keys of the suite that go with residuals.
+
+    Raises:
+        ValueError: an unknown name, or a value that is refused.
     """
     parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
     # These are no settings: the library takes the process group of the launch, the suite the functions of the problem.
@@ -177,10 +166,9 @@ def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], where
     if solves_residuals(arguments):
         defaults |= dict.fromkeys(probes)
         for name in probes:
-            if arguments.get(name) is not None:
-                parse_value(arguments[name], integer(1), f"{where}.{name}")
-    refuse_unknown(arguments, defaults, where)
+            read_settings(Count | None, arguments.get(name), name)
+    refuse_unknown(arguments, defaults)
     try:
-        accelerate(check_optimizer(optimizer, where), {k: v for k, v in arguments.items() if k not in probes})
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        accelerate(check_optimizer(optimizer), {k: v for k, v in arguments.items() if k not in probes})
+    except TypeError as error:
+        raise ValueError(str(error)) from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.components import make_scheduler
 from experiments.training.progress import Bar
 

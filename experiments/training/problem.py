@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from experiments.distributed.devices import device_of
 from experiments.distributed.ranks import Ranks
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.closure import Closure
 from experiments.training.components import make_optimizer
 

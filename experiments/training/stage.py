@@ -11,7 +11,7 @@ import torch
 
 import aadl
 from aadl.attached import STATE_KEY
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import PublishedConfig, VariantConfig
 from experiments.training.clock import HookSeconds
 from experiments.training.components import accelerate, solves_residuals
@@ -65,7 +65,7 @@ def make_stages(problem: Problem, variant: VariantConfig) -> list[Stage]:
     """The stages of a variant, over the model of the problem."""
     first = make_stage(problem, variant.optimizer, variant.acceleration)
     if variant.published is not None:
-        first = _published(problem, first, variant.published, variant.published_cadences)
+        first = _published(problem, first, variant.published)
     if variant.then is None:
         return [first]
     then = make_stage(problem, variant.then.optimizer, variant.then.acceleration)
@@ -99,10 +99,10 @@ def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: M
     accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
 
 
-def _published(problem: Problem, stage: Stage, settings: PublishedConfig, cadences: Mapping[str, Any]) -> Stage:
+def _published(problem: Problem, stage: Stage, settings: PublishedConfig) -> Stage:
     """The stage with the published scheme, some of whose cadences may be given in epochs."""
     seconds = HookSeconds(stage.optimizer)
-    scheme = PublishedScheme(stage.optimizer, replace(settings, **problem.in_steps(cadences)))
+    scheme = PublishedScheme(stage.optimizer, PublishedConfig(**problem.in_steps(settings.model_dump())))
     return replace(
         stage,
         statistics=lambda: scheme.statistics,

@@ -275,7 +275,7 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     assert before["metrics/train/loss" if experiment != "imagenet" else "metrics/validation/loss"] not in after.values()
     if experiment == "imagenet":  # where the statistics computed anew are those of the network
         assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
-        begun = replace(expanded, problem=replace(expanded.problem, initial_weights=str(record)))
+        begun = replace(expanded, problem=expanded.problem.model_copy(update={"initial_weights": str(record)}))
         begun_weights = begun.kind.build(begun, Ranks()).model.state_dict()
         assert all(torch.equal(begun_weights[name], value) for name, value in read_weights(record).items())
 
@@ -340,7 +340,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "missing.yaml"),
-        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be an integer >= 1, got 0"),
+        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be greater than or equal to 1, got 0"),
         (["run", "CONFIG", "--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
         (["run", "CONFIG", "--set", "problem.data_path=missing.csv"], "missing.csv does not exist"),
         (["run", "CONFIG", "--set", "problem.validation_fraction=0.999"], "leaves none for training"),

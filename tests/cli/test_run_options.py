@@ -10,8 +10,9 @@ from experiments.__main__ import main
 from experiments.catalog import load_config, parse_config
 from experiments.runs import execute
 from experiments.runs.complete_settings import complete_settings
-from experiments.runs.config import expand_runs, read_overridden
+from experiments.runs.config import expand_runs
 from experiments.settings.config_files import config_files
+from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import parse_yaml, to_yaml
 
 
@@ -99,8 +100,8 @@ def test_texts_that_look_like_numbers_stay_texts():
 @pytest.mark.parametrize(
     ("raw", "change", "message"),
     [
-        (RAW, "variants=sgd_adl", "unknown variant 'sgd_adl'; there are: sgd, sgd_aadl; did you mean sgd_aadl?"),
-        (RAW, "baseline=sdg", "baseline: unknown variant 'sdg'; there are: sgd, sgd_aadl; did you mean sgd?"),
+        (RAW, "variants=sgd_adl", "variants must be one of sgd, sgd_aadl, got 'sgd_adl'; did you mean sgd_aadl?"),
+        (RAW, "baseline=sdg", "baseline must be one of sgd, sgd_aadl, got 'sdg'; did you mean sgd?"),
         (RAW, "training.epoch=3", "unknown key training.epoch; valid keys are: epochs"),
         (RAW, "training.epoch=3", "; did you mean epochs?"),
         (RAW, "experiment=graduate_admision", "as problem.equation; did you mean graduate_admissions?"),

@@ -322,7 +322,7 @@ SHARED_HISTORY = {
 def suite_run(ranks, results, stop=None):
     """(weights, statistics) of a run that ends; with `stop`, it is told to stop after that step."""
     config = run_config("sgd_aadl", epochs=6)
-    config = replace(config, variant=replace(config.variant, acceleration=SHARED_HISTORY))
+    config = replace(config, variant=config.variant.model_copy(update={"acceleration": SHARED_HISTORY}))
     interruption, kept = Interruption(environment={}), []
     after_step, result = RunSession.after_step, Training.result
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 from paths import ROOT
-from suite_cases import PINN, pinn_run
+from suite_cases import PINN, build, pinn_run
 from torch.nn.utils import parameters_to_vector
 
 import aadl
 from experiments.distributed.ranks import Ranks
-from experiments.pinn.problem import build
 from experiments.records.reading import read_run
 from experiments.training.stage import make_stages
 from experiments.training.train import train

@@ -1,7 +1,6 @@
 """Small configurations and results for the tests of the suite."""
 
 import importlib.util
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from experiments.admissions.experiment import EXPERIMENT as ADMISSIONS
 from experiments.admissions.settings import GraduateAdmissionsConfig, TrainingConfig
 from experiments.catalog import load_config, parse_config
 from experiments.runs.config import expand_runs
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import PublishedConfig, RunConfig, VariantConfig
 from experiments.training.epochs import Epochs
 from experiments.training.problem import Problem
@@ -68,15 +67,15 @@ def load_or_skip(path):
 
 
 VARIANTS = {
-    "sgd": VariantConfig("plain", SGD),
-    "sgd_ema": VariantConfig("EMA", SGD, ema_decay=0.99),
-    "sgd_aadl": VariantConfig("aadl", SGD, acceleration={}),
-    "sgd_published": VariantConfig("published", SGD, published=PublishedConfig()),
+    "sgd": VariantConfig(label="plain", optimizer=SGD),
+    "sgd_ema": VariantConfig(label="EMA", optimizer=SGD, ema_decay=0.99),
+    "sgd_aadl": VariantConfig(label="aadl", optimizer=SGD, acceleration={}),
+    "sgd_published": VariantConfig(label="published", optimizer=SGD, published=PublishedConfig()),
 }
 
 TUNED_VARIANTS = {
-    "tuned_sgd": VariantConfig("plain", TUNED),
-    "tuned_sgd_aadl": VariantConfig("aadl", TUNED, acceleration={}),
+    "tuned_sgd": VariantConfig(label="plain", optimizer=TUNED),
+    "tuned_sgd_aadl": VariantConfig(label="aadl", optimizer=TUNED, acceleration={}),
 }
 
 
@@ -90,7 +89,7 @@ def run_config(name="sgd", seed=0, study="", **training):
         seed=seed,
         kind=ADMISSIONS,
         problem=GraduateAdmissionsConfig(hidden_sizes=(8,)),
-        training=replace(TrainingConfig(epochs=10, batch_size=80), **training),
+        training=TrainingConfig(**{"epochs": 10, "batch_size": 80, **training}),
         variant=(VARIANTS | TUNED_VARIANTS)[name.partition("--")[0]],
     )
 

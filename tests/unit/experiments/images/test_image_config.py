@@ -6,23 +6,13 @@ import math
 import pytest
 import torch
 from image_runs import RAW, SGD, image_run, raw_config
-from paths import ROOT
 
-from experiments.catalog import load_config, parse_config
+from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
 from experiments.images.experiment import EXPERIMENT
 from experiments.images.schedules import scaled_rate, share, step_scheduler
 from experiments.images.settings import ImageTrainingConfig, in_steps
 from experiments.runs.config import expand_runs
-
-CONFIGS = sorted((ROOT / "experiments" / "configs" / "imagenet").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configurations_of_the_suite_are_read(path):
-    config = load_config(path)
-    assert config.experiment == "imagenet" and config.scale == path.stem
-    assert len(config.variants) >= 4
 
 
 def test_a_setting_that_was_added_later_leaves_the_identity_of_older_records_as_it_was():
@@ -49,7 +39,7 @@ def test_cadences_may_be_given_in_epochs():
 
 @pytest.mark.parametrize("text", ["epoch", "-1 epochs", "1 epochx", "0 epochs", "nan epochs", ""])
 def test_other_texts_are_no_cadence(text):
-    with pytest.raises(ValueError, match=r"acceleration\.frequency must be an integer or a number of epochs, .*got"):
+    with pytest.raises(ValueError, match=r"^frequency must be an integer or a number of epochs, .*got"):
         in_steps({"frequency": text}, 10)
 
 
@@ -57,18 +47,28 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
     published = {"store_each_nth": "1 epoch", "frequency": "2 epochs", "history_depth": 3}
     raw = raw_config("folder", {"published": published})
     variant = parse_config(raw).variants["one"]
-    assert variant.published_cadences == {"store_each_nth": "1 epoch", "frequency": "2 epochs"}
+    assert (variant.published.store_each_nth, variant.published.frequency) == ("1 epoch", "2 epochs")
     other = {"experiment": "graduate_admissions", "scale": "test", "seeds": 0,
              "variants": {"one": {"optimizer": SGD, "published": published}}}  # fmt: skip
-    with pytest.raises(ValueError, match=r"published\.store_each_nth must be an integer >= 1, got '1 epoch'"):
+    with pytest.raises(
+        ValueError, match=r"^variants\.one\.published: store_each_nth must be an integer, got '1 epoch'"
+    ):
         parse_config(other)
 
 
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        ("training", {"batch_size": None}, "must have one of batch_size and batch_size_per_rank, got None and None"),
-        ("training", {"batch_size_per_rank": 4}, "must have one of batch_size and batch_size_per_rank, got 16 and 4"),
+        (
+            "training",
+            {"batch_size": None},
+            "one of batch_size and batch_size_per_rank must be given, got None and None",
+        ),
+        (
+            "training",
+            {"batch_size_per_rank": 4},
+            "one of batch_size and batch_size_per_rank must be given, got 16 and 4",
+        ),
         ("training", {"schedule": "step"}, "milestones must be a list of epochs with schedule step"),
         ("training", {"schedule": "step", "milestones": [2, 1]}, r"milestones must ascend, got \[2\.0, 1\.0\]"),
         (
@@ -77,17 +77,10 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
             r"milestones must be below epochs = 2, got \[1\.0, 2\.0\]",
         ),
         ("training", {"warmup_epochs": 2}, "warmup_epochs must be below epochs = 2, got 2"),
-        ("training", {"precision": "float8"}, "precision must be one of float32, bfloat16, float16"),
         ("training", {"scheduler": {"name": "StepLR"}}, r"unknown key training\.scheduler"),
         ("problem", {"resize": 20}, "resize must be at least image_size = 24, got 20"),
-        ("problem", {"statistics_images": 1}, "statistics_images must be an integer >= 2, got 1"),
-        ("problem", {"smallest_crop": 0}, r"smallest_crop must be a number in \(0, 1\], got 0"),
-        ("problem", {"smallest_crop": 1.01}, r"smallest_crop must be a number in \(0, 1\], got 1\.01"),
-        ("problem", {"data_variation": 2.5}, r"data_variation must be a number in \(0, 2\], got 2\.5"),
-        ("problem", {"fc_std": 0}, "fc_std must be"),
-        ("problem", {"stage_seconds": 0}, "stage_seconds must be"),
-        ("problem", {"start_method": "thread"}, "start_method must be one of auto, forkserver, spawn, fork"),
-        ("problem", {"model": "resnet34"}, "model must be one of resnet18, resnet50"),
+        ("problem", {"smallest_crop": 1.01}, r"smallest_crop must be less than or equal to 1, got 1\.01"),
+        ("problem", {"data_variation": 2.5}, r"data_variation must be less than or equal to 2, got 2\.5"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(part, changes, message):
@@ -99,12 +92,10 @@ def test_settings_that_do_not_go_together_are_named(part, changes, message):
 @pytest.mark.parametrize(
     ("variant", "message"),
     [
-        ({"optimizer": {"name": "LBFGS"}}, r"optimizer\.name must be one of .*got 'LBFGS'"),
-        ({"acceleration": {"frequency": "2 epoch s"}}, r"variants\.one\.acceleration\.frequency must be"),
-        ({"published": {"history_depth": 2}}, r"published\.history_depth must be an integer >= 3"),
-        ({"then": {}}, r"unknown key variants\.one\.then"),
+        ({"optimizer": {"name": "LBFGS"}}, r"optimizer: name must be one of .*got 'LBFGS'"),
+        ({"acceleration": {"frequency": "2 epoch s"}}, r"variants\.one\.acceleration: frequency must be"),
+        ({"then": {"after": 1, "optimizer": SGD}}, r"unknown key variants\.one\.then"),
         ({"ema_decay": 0.9, "mean_epochs": 2}, r"variants\.one: ema_decay and mean_epochs exclude each other"),
-        ({"mean_epochs": 0}, r"variants\.one\.mean_epochs must be an integer >= 1"),
     ],
 )
 def test_variants_that_are_not_for_images_are_named(variant, message):
@@ -120,6 +111,13 @@ def test_the_batch_size_study_takes_whole_batches_and_measures_updates():
     assert all(run.training.measure_updates for run in runs)
     with pytest.raises(ValueError, match="a batch of 48 images is larger than the training set of 40"):
         expand_runs(parse_config(raw), num_rows=40)
+
+
+def test_a_study_that_ends_within_the_warm_up_is_named():
+    raw = raw_config("folder", training={"epochs": 4, "warmup_epochs": 2})
+    raw |= {"studies": {"batch_size": {"variant": "one", "sizes": [8], "steps": 12}}}
+    with pytest.raises(ValueError, match=r"steps must be more than training\.warmup_epochs = 2 take, got 12, .* 2 epo"):
+        expand_runs(parse_config(raw), num_rows=50)
 
 
 def test_the_ends_of_ranges_are_allowed():

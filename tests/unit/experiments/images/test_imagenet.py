@@ -18,6 +18,7 @@ import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
 from PIL import Image
 from small_runs import identical
+from suite_cases import build
 from torch import nn
 
 import aadl
@@ -30,7 +31,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.images import data as image_data
 from experiments.images import problem as imagenet
 from experiments.images.data import data_folder, describe, open_sets
-from experiments.images.problem import build, check_settings
+from experiments.images.problem import check_settings
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.records.reading import read_run
@@ -347,7 +348,7 @@ def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
         assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     for told, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
-        undo = imagenet._set_torch(ImageTrainingConfig(deterministic=told), torch.device(device))
+        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=told), torch.device(device))
         assert torch.backends.cudnn.benchmark == benchmark
         undo()
         assert not torch.backends.cudnn.benchmark
@@ -367,7 +368,7 @@ def test_bfloat16_is_refused_where_the_gpu_has_none(folder, monkeypatch, has_bfl
     with expected:
         check_settings(problem, training, Ranks(), torch.device("cuda"))
     check_settings(problem, training, Ranks(), torch.device("cpu"))
-    check_settings(problem, replace(training, precision="float16"), Ranks(), torch.device("cuda"))
+    check_settings(problem, training.model_copy(update={"precision": "float16"}), Ranks(), torch.device("cuda"))
 
 
 def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
@@ -468,7 +469,10 @@ def test_the_usual_folder_of_fractals_is_named_after_all_that_they_depend_on():
     config = ImageConfig()
     changes = {"num_classes": 11, "images_per_class": 7, "validation_per_class": 7, "data_size": 32, "data_seed": 2**30,
                "data_variation": 0.5}  # fmt: skip
-    folders = [data_folder(config), *(data_folder(replace(config, **{name: value})) for name, value in changes.items())]
+    folders = [
+        data_folder(config),
+        *(data_folder(config.model_copy(update={name: value})) for name, value in changes.items()),
+    ]
     assert len(set(folders)) == 7 and len({folder.parent for folder in folders}) == 1
 
 

@@ -7,6 +7,7 @@ import torch
 
 from data_loaders.collocation import uniform_points
 from experiments.models.mlp import Derivatives
+from experiments.pinn.accuracy import solutions
 from experiments.pinn.burgers import Burgers2d, Burgers100d, TwoBody
 from experiments.pinn.equation import Equation, compose
 from experiments.pinn.equations import EQUATIONS, load_equation
@@ -207,7 +208,7 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
     u = derivatives(equation.exact, points)
     assert equation.residual(points, u, equation.source(points)).abs().max() < 1e-13
     assert equation.lift(points) is None and equation.grid() is None and not equation.degenerate
-    assert list(equation.reference()) == ["grid"] and list(equation.predictors()) == ["zero"]
+    assert list(solutions(equation)) == ["grid"] and list(equation.predictors()) == ["zero"]
     with pytest.raises(ValueError, match=r"heat\.py is not a file"):
         load_equation("heat.py", {}, tmp_path / "elsewhere")
 
@@ -222,13 +223,19 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
             "must define exactly one subclass of Equation, it defines none",
         ),
         (HEAT + "\n    class Second(Heat):\n        pass\n", "exactly one .*, it defines Heat, Second"),
-        (HEAT.replace("return uniform", "return uniform[:, :1]"), "the sample must have shape .3, 2., got .3, 1."),
+        (
+            HEAT.replace("return uniform", "return uniform[:, :1]"),
+            "sample must be a tensor of shape .3, 2., got .3, 1.",
+        ),
         (HEAT.replace("return u.time -", "return u.time.sum() -"), None),
         (HEAT.replace("def residual(", "def pde("), "equation Heat does not define residual"),
-        (HEAT.replace("num_space = 1", ""), "equation Heat does not set num_space"),
+        (HEAT.replace("num_space = 1", ""), "Heat: num_space must be an integer >= 1, got None"),
         (HEAT.replace("def test_points(", "def points("), "equation Heat does not define test_points"),
         (HEAT.replace("points, self.exact(points)", "points, self.exact(points)[:, 0]"), r"values of conditions must"),
-        (HEAT.replace("self.diffusivity * u.laplacian", "points"), r"residual must have shape .3, 1., got .3, 2."),
+        (
+            HEAT.replace("self.diffusivity * u.laplacian", "points"),
+            r"residual must be a tensor of shape .3, 1., got .3, 2.",
+        ),
         (
             HEAT.replace("u.laplacian", "u.lap"),
             r"Heat: residual failed: AttributeError: .* has no attribute 'lap' \(.*heat\.py, line 24\)",
@@ -236,33 +243,31 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
         (HEAT.replace("self.mode * math.pi", "mode"), r"failed: NameError: name 'mode' .*heat\.py, line 27\)"),
         (HEAT.replace("num_space = 1", "num_space = math.po"), r"imported: AttributeError: .*heat\.py, line 10\)"),
         (HEAT.replace("= diffusivity, mode", "= {}['x']"), r"Heat: __init__ failed: KeyError: 'x' \(.*line 13\)"),
-        (HEAT.replace("num_space = 1", "num_space = 0"), "Heat: num_space must be an integer >= 1, got 0"),
         (HEAT.replace("num_space = 1", "num_space = True"), "Heat: num_space must be an integer >= 1, got True"),
-        (HEAT.replace("num_space = 1", "num_space = '2'"), "Heat: num_space must be an integer >= 1, got '2'"),
         (HEAT.replace('f"heat equation, mode {mode}"', "mode"), "Heat: label must be a text, got 1"),
         (HEAT.replace("return points, self.exact(points)", "return points"), "two tensors, points .*, got Tensor"),
         (
             HEAT.replace("points, self.exact(points)", "points, torch.zeros(len(points), 1)").replace(
                 "* torch.sin(k * points[:, :1])", "[:, 0] * torch.sin(k * points[:, 0])"
             ),
-            r"the exact solution must have shape \(3, 1\), got \(3,\)",
+            r"exact must be a tensor of shape \(3, 1\), got \(3,\)",
         ),
         (
             HEAT.replace("points, self.exact(points)", "points, torch.zeros(len(points), 1)").replace(
                 "torch.sin(k * points[:, :1])", "math.nan"
             ),
-            r"the exact solution must be finite, got nan",
+            r"exact must be finite, got nan",
         ),
-        (HEAT.replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)"), r"points 'grid' must have .*got \(3, 3\)"),
+        (HEAT.replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)"), r"points 'grid' must be .*got \(3, 3\)"),
         (HEAT.replace('{"grid": torch.cartesian_prod(x, x)}', "x"), "test_points must return a mapping .*got Tensor"),
-        (HEAT.replace("return u.time -", "return 1e400 + u.time -"), "the residual must be finite, got inf"),
+        (HEAT.replace("return u.time -", "return 1e400 + u.time -"), "residual must be finite, got inf"),
         (
             HEAT + "\n        def source(self, points):\n            return None\n",
             "source must be a tensor .* NoneType",
         ),
         (
             HEAT + '\n        def predictors(self):\n            return {"flat": lambda points: points[:, 0]}\n',
-            r"the predictor 'flat' must have shape \(3, 1\), got \(3,\)",
+            r"predictor 'flat' must be a tensor of shape \(3, 1\), got \(3,\)",
         ),
         (
             HEAT + '\n        def predictors(self):\n            return {"flat": lambda points: points.colour}\n',
@@ -270,7 +275,7 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
         ),
         (
             HEAT + "\n        def grid(self):\n            return torch.zeros(3, 2), torch.zeros(3)\n",
-            r"coordinates x of grid must have shape \(6,\), got \(3, 2\)",
+            r"coordinates x of grid must be a tensor of shape \(6,\), got \(3, 2\)",
         ),
         (HEAT + "\n        def grid(self):\n            return torch.zeros(3)\n", "grid must be None, or .*got Tensor"),
     ],
@@ -345,7 +350,7 @@ LIFT = """
         ("zero, cosine,", "zero, cosine / 20,", "gradient_sum of a of the lift must be"),
         ("-400 * sine", "-20 * sine", "laplacian of a of the lift must be"),
         ("(sine, zero,", "(sine, zero + 1,", "time of a of the lift must be"),
-        ("(sine, zero,", "(sine[:, 0], zero,", r"value of a of the lift must have shape \(3, 1\), got \(3,\)"),
+        ("(sine, zero,", "(sine[:, 0], zero,", r"value of a of the lift must be .* shape \(3, 1\), got \(3,\)"),
         ("return a, D", "return D", "lift must return None or two Derivatives, of a and b, got Derivatives|5 values"),
     ],
 )
@@ -379,17 +384,17 @@ def test_a_constructor_may_take_any_options(tmp_path):
     text = HEAT.replace("diffusivity=0.1, mode=1", "diffusivity, *rest, mode=1, **more")
     write(tmp_path, text)
     assert load_equation("heat.py", {"diffusivity": 0.2, "other": 1}, tmp_path).diffusivity == 0.2
-    with pytest.raises(ValueError, match=r"the option 'diffusivity' .* is missing; Heat takes diffusivity, mode$"):
+    with pytest.raises(ValueError, match=r"missing a required argument: 'diffusivity'; it takes diffusivity, rest"):
         load_equation("heat.py", {}, tmp_path)
 
 
 def test_the_solution_is_evaluated_in_blocks(monkeypatch):
     equation = TwoBody(dimension=4)
-    whole = equation.reference()["sobol"][1]
+    whole = solutions(equation)["sobol"][1]
     sizes, exact = [], equation.exact
-    monkeypatch.setattr("experiments.pinn.equation.BLOCK_ELEMENTS", 4 * 3000)
+    monkeypatch.setattr("experiments.pinn.accuracy.BLOCK_ELEMENTS", 4 * 3000)
     monkeypatch.setattr(equation, "exact", lambda points: sizes.append(len(points)) or exact(points))
-    torch.testing.assert_close(equation.reference()["sobol"][1], whole, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(solutions(equation)["sobol"][1], whole, rtol=1e-14, atol=1e-14)
     assert sizes == [3000, 3000, 3000, 1000]
 
 
@@ -397,9 +402,13 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
     ("name", "options", "message"),
     [
         ("burgers", {}, "must be one of burgers_2d, burgers_100d, two_body, or the path of a .py file, got 'burgers'"),
-        ("burgers_2d", {"viscosity": 1}, "unknown option 'viscosity' of the equation; Burgers2d takes nu, graded"),
+        (
+            "burgers_2d",
+            {"viscosity": 1},
+            "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu, graded",
+        ),
         ("burgers_2d", {"nu": 0}, "nu must be a finite number"),
-        ("heat.py", {"nu": 1}, "unknown option 'nu' of the equation; Heat takes diffusivity, mode"),
+        ("heat.py", {"nu": 1}, "fit equation Heat: got an unexpected .* 'nu'; it takes diffusivity, mode"),
     ],
 )
 def test_wrong_names_and_options_are_explained(tmp_path, name, options, message):
@@ -411,12 +420,4 @@ def test_wrong_names_and_options_are_explained(tmp_path, name, options, message)
 def test_an_equation_without_a_known_solution_is_loaded(tmp_path):
     text = HEAT.replace("def exact(", "def values(").replace("self.exact(", "self.values(")
     write(tmp_path, text.replace("def test_points(", "def points("))
-    with pytest.raises(NotImplementedError):
-        load_equation("heat.py", {}, tmp_path).reference()
-
-
-def test_missing_options_are_named(tmp_path):
-    write(tmp_path, HEAT.replace("diffusivity=0.1", "diffusivity"))
-    with pytest.raises(ValueError, match="the option 'diffusivity' of the equation is missing; Heat takes"):
-        load_equation("heat.py", {"mode": 1}, tmp_path)
-    assert load_equation("heat.py", {"diffusivity": 0.2}, tmp_path).diffusivity == 0.2
+    assert solutions(load_equation("heat.py", {}, tmp_path)) == {}

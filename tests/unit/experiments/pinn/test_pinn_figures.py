@@ -192,11 +192,3 @@ def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatc
     assert main(["summarize", "--results", results, "--only", "burgers_2d"]) == 0
     told = capsys.readouterr().out
     assert "compared with plain Adam" in told and "Source: " in told and "100d" not in told
-
-
-def test_an_unreadable_record_is_named(tmp_path, capsys):
-    path = save(tmp_path, "adam", PLAIN)
-    path.write_bytes(b"killed while writing")
-    assert main(["figures", "--results", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert str(path) in told and len(told.splitlines()) == 1

@@ -36,7 +36,7 @@ def test_variants_stand_in_the_order_of_the_configuration_beside_their_baseline(
     assert [variant.name for variant in main.variants] == ["zadam", "adam", "adam_aadl", "lbfgs"]
     assert main.baseline.name == "adam" and main.main_set == "grid" and main.seeds == (0,)
     assert [variant.name for variant in other.variants] == ["other"] and other.baseline.name == "other"
-    assert settings_line(main) == "32 + 8 points (latin hypercube, fixed), 100 iterations, float32"
+    assert settings_line(main) == "MLP of 2 x 6, 32 + 8 points (latin hypercube, fixed), 100 iterations, float32"
 
 
 def test_another_equation_is_never_compared(tmp_path):

@@ -41,8 +41,7 @@ def fill(results, source="csv"):
     for rate in (1e-3, 1e-2, 1e-1):
         for name in ("sgd", "sgd_aadl"):
             config = run_config(f"{name}--lr-{rate:g}", study="learning_rate")
-            optimizer = replace(config.variant.optimizer, arguments={"lr": rate})
-            config = replace(config, variant=replace(config.variant, optimizer=optimizer))
+            config = replace(config, variant=config.variant.with_rate(rate))
             diverged = name == "sgd" and rate == 1e-1
             outcome = result([0.5, np.inf] + [np.nan] * 9, diverged_epoch=1) if diverged else result(losses(rate))
             save(results, config, outcome, source)

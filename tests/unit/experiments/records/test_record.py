@@ -115,7 +115,7 @@ def test_what_must_be_run_again(tmp_path):
 def test_another_label_is_no_other_run_and_is_brought_up_to_date(tmp_path):
     config = run_config()
     path = write(tmp_path)
-    renamed = replace(config, variant=replace(config.variant, label="SGD, plain"))
+    renamed = replace(config, variant=config.variant.model_copy(update={"label": "SGD, plain"}))
     assert state_of(path, renamed, "abc", 1) == "finished"
     assert config.identity() == renamed.identity() != run_config(epochs=11).identity()
     before = path.stat().st_mtime_ns

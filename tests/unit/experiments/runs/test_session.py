@@ -166,7 +166,7 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
         assert not file.attrs["complete"] and len(file["metrics/validation/loss"]) == 1
     with pytest.raises(OSError, match="is incomplete"):
         read_run(path)
-    other = replace(config, training=replace(config.training, epochs=7))
+    other = replace(config, training=config.training.model_copy(update={"epochs": 7}))
     with pytest.raises(OtherRun, match=r"its settings, its data or its batch over all ranks have changed; .*--force"):
         execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}))
     execute_run(other, Ranks(), tmp_path, interruption=Interruption(environment={}), from_start=True)

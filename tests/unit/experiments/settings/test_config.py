@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import math
 import re
@@ -48,90 +49,73 @@ def test_a_good_configuration_is_read_with_defaults(tmp_path):
     assert config.variants["fast"].optimizer.arguments == {"lr": 0.1}
 
 
-def test_a_number_without_a_point_is_a_number(tmp_path):
-    rate = load_config(write(tmp_path, MINIMAL)).variants["plain"].optimizer.arguments["lr"]
-    assert isinstance(rate, float) and rate == 1e-3
-    with pytest.raises(ValueError, match=r"variants\.plain\.optimizer\.lr must be a number, got '1e-3'"):
-        load_config(write(tmp_path, MINIMAL.replace("lr: 1e-3", "lr: '1e-3'")))
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["epochs"], 5, r"unknown key epochs; valid keys are: experiment, scale, seeds, problem \(default"),
-        (["training", "epoch"], 5, r"unknown key training\.epoch; valid keys are: epochs \(default 100\), batch_size"),
-        (["training", "epoch"], 5, r"; did you mean epochs\?$"),
-        (["training", "epochs"], True, r"training\.epochs must be an integer >= 1, got True"),
-        (["training", "epochs"], 2.0, r"training\.epochs must be an integer >= 1, got 2\.0"),
-        (["training", "epochs"], 0, r"training\.epochs must be an integer >= 1, got 0"),
-        (["training", "epochs"], "5", r"training\.epochs must be an integer >= 1, got '5'"),
-        (["training", "measure_updates"], 1, r"measure_updates must be true or false, got 1"),
-        (["training"], [1], r"training must be a mapping of settings, got \[1\]"),
-        (["training", "scheduler"], {"name": "StepLr"}, r"training\.scheduler\.name must be one of .*StepLR"),
-        (["training", "scheduler"], {"name": "StepLR"}, r"training\.scheduler: .*step_size"),
-        (["training", "scheduler"], {"name": "ReduceLROnPlateau"}, r"training\.scheduler: .*metrics"),
-        (["training", "scheduler"], {"name": "StepLR", "step_size": "abc"}, r"training\.scheduler: "),
-        (["training", "scheduler"], {"name": "StepLR", "step_size": 0}, r"training\.scheduler: "),
-        (["problem", "split_seed"], 2**32, r"problem\.split_seed must be an integer >= 0 and < 4294967296"),
-        (["problem", "validation_fraction"], math.nan, r"must be a finite number in \(0, 1\), got nan"),
-        (["problem", "validation_fraction"], True, r"must be a finite number in \(0, 1\), got True"),
-        (["problem", "activation"], "relus", r"problem\.activation must be one of tanh, relu"),
-        (["problem", "hidden_sizes"], [8, 0], r"problem\.hidden_sizes must be a list of integers >= 1"),
+        (["epochs"], 5, r"^unknown key epochs; valid keys are: experiment, scale, seeds, problem, training"),
+        (["training", "epoch"], 5, r"^unknown key training\.epoch; .*epochs \(default 100\).*; did you mean epochs\?$"),
+        (["training", "epochs"], 0, r"^training\.epochs must be greater than or equal to 1, got 0"),
+        (["training"], [1], r"^training must be a mapping of settings, got \[1\]"),
+        (["training", "scheduler"], {"name": "StepLr"}, r"^training\.scheduler: name must be one of .*StepLR"),
+        (["training", "scheduler"], {"name": "StepLR"}, r"^training\.scheduler: .*step_size"),
+        (["training", "scheduler"], {"name": "ReduceLROnPlateau"}, r"^training\.scheduler: .*metrics"),
+        (["training", "scheduler"], {"name": "StepLR", "step_size": 0}, r"^training\.scheduler: "),
         (
-            ["experiment"],
-            "graduate",
-            r"one of graduate_admissions, burgers_2d, burgers_100d, imagenet, got 'graduate'",
+            ["training", "scheduler"],
+            {"name": "StepLR", "step": 1},
+            r"^unknown key training\.scheduler\.step; .*step_size",
         ),
-        (["scale"], "../x", r"scale must be a name"),
-        (["seeds"], [0, 0], r"seeds must be one or several different integers"),
-        (["seeds"], "3-1", r"seeds must be"),
-        (["seeds"], -1, r"seeds must be"),
-        (["seeds"], 2**31, r"seeds must be .* < 2147483648"),
-        (["seeds"], "0-99999999999", r"seeds must be .*at most 100000"),
-        (["seeds"], "0-99999,100000", r"seeds must be .*at most 100000"),
-        (["variants"], {}, r"variants must be a mapping"),
-        (["variants", "a b"], {"optimizer": {"name": "SGD"}}, r"a name in variants must be a name"),
-        (["variants", "sgd", "optimiser"], {}, r"unknown key variants\.sgd\.optimiser; valid keys are: label"),
-        (["variants", "sgd", "optimizer"], None, r"variants\.sgd\.optimizer is missing"),
-        (["variants", "sgd", "optimizer", "name"], "Sgd", r"optimizer\.name must be one of .*SGD.*, got 'Sgd'"),
-        (["variants", "sgd", "optimizer", "rate"], 1, r"unknown key variants\.sgd\.optimizer\.rate; .*lr \(default"),
-        (["variants", "sgd", "optimizer", "lr"], True, r"optimizer\.lr must be a number, got True"),
-        (["variants", "sgd", "optimizer", "lr"], math.nan, r"optimizer\.lr must be finite, got nan"),
-        (["variants", "sgd", "optimizer", "lr"], -1.0, r"variants\.sgd\.optimizer: Invalid learning rate"),
+        (["problem", "split_seed"], 2**32, r"^problem\.split_seed must be less than 4294967296"),
+        (["problem", "validation_fraction"], 1.0, r"^problem\.validation_fraction must be less than 1, got 1\.0"),
+        (["problem", "activation"], "relus", r"^problem\.activation must be one of tanh, .*; did you mean relu\?$"),
+        (["experiment"], "graduate", r"one of graduate_admissions, burgers_2d, .*, got 'graduate'"),
+        (["experiment"], None, r"^experiment must be a text, got None"),
+        (["scale"], "../x", r"^scale must be a name"),
+        (["seeds"], [0, 0], r"^seeds must have no entry twice"),
+        (["variants"], {}, r"^variants must have at least 1 item, got {}"),
+        (["variants", "a b"], {"optimizer": {"name": "SGD"}}, r"^a name in variants must be a name"),
+        (["variants", "sgd", "optimiser"], {}, r"^unknown key variants\.sgd\.optimiser; valid keys are: label"),
+        (["variants", "sgd", "then"], {"optimizer": {"name": "SGD"}, "after": 1}, r"^unknown key variants\.sgd\.then"),
+        (["variants", "sgd", "optimizer"], None, r"^variants\.sgd\.optimizer must be a mapping with a name"),
         (
-            ["variants", "sgd", "ema_decay"],
-            1.0,
-            r"variants\.sgd\.ema_decay must be a finite number in \(0, 1\), or null",
+            ["variants", "sgd", "optimizer", "name"],
+            "Sgd",
+            r"^variants\.sgd\.optimizer: name must be one of .*, got 'Sgd'",
         ),
+        (["variants", "sgd", "optimizer", "rate"], 1, r"^unknown key variants\.sgd\.optimizer\.rate; .*lr \(default"),
+        (["variants", "sgd", "optimizer", "lr"], True, r"optimizer: lr must be a number, got True"),
+        (["variants", "sgd", "optimizer", "lr"], math.nan, r"optimizer: lr must be finite, got nan"),
+        (["variants", "sgd", "optimizer", "lr"], -1.0, r"^variants\.sgd\.optimizer: Invalid learning rate"),
+        (["variants", "sgd", "ema_decay"], 1.0, r"^variants\.sgd\.ema_decay must be less than 1, got 1\.0"),
         (["variants", "sgd_aadl", "acceleration", "depth"], 3, r"acceleration\.depth; valid .*history_depth \(default"),
         (["variants", "sgd_aadl", "acceleration", "process_group"], 3, r"unknown key .*process_group"),
         (["variants", "sgd_aadl", "acceleration", "relaxation"], 2.0, r"variants\.sgd_aadl\.acceleration: relaxation"),
         (["variants", "sgd_aadl", "acceleration", "history_dtype"], "int8", r"acceleration: history_dtype"),
-        (["variants", "sgd_aadl", "published"], {}, r"acceleration and published exclude each other"),
-        (["variants", "sgd", "published"], {"history_depth": 2}, r"published\.history_depth must be an integer >= 3"),
-        (["studies", "rates"], {}, r"unknown key studies\.rates; valid keys are: learning_rate"),
-        (["studies", "learning_rate"], {"variants": ["sgd"]}, r"studies\.learning_rate\.rates is missing"),
-        (["studies", "batch_size"], {"variant": "adam", "sizes": [10]}, r"unknown variant 'adam'; there are: sgd"),
+        (
+            ["variants", "sgd_aadl", "published"],
+            {},
+            r"^variants\.sgd_aadl: acceleration and published exclude each other",
+        ),
+        (
+            ["variants", "sgd", "published"],
+            {"history_depth": 2},
+            r"published\.history_depth must be greater than or equal",
+        ),
+        (["variants", "sgd", "published"], {"frequency": 0}, r"published\.frequency must be an integer >= 1, got 0"),
+        (["baseline"], "adam", r"^baseline must be one of sgd, sgd_aadl, got 'adam'"),
+        (["studies", "rates"], {}, r"^unknown key studies\.rates; valid keys are: learning_rate"),
+        (["studies", "learning_rate"], {"variants": ["sgd"]}, r"^studies\.learning_rate\.rates is missing"),
+        (
+            ["studies", "batch_size"],
+            {"variant": "adam", "sizes": [10]},
+            r"^studies\.batch_size\.variant must be one of sgd, sgd_aadl, got 'adam'",
+        ),
     ],
 )
 def test_a_mistake_is_named(path, value, message):
     parse_config(copy.deepcopy(RAW))  # without the mistake it is read
     with pytest.raises(ValueError, match=message):
         parse_config(with_value(path, value))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1", "not valid YAML"),
-        ("- 1", "must hold a mapping"),
-        ("scale: a\nscale: b", r"key 'scale' stands twice in one mapping \(line 2\)"),
-        ("scale: a", "experiment is missing"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path, text, message):
-    with pytest.raises(ValueError, match=r"config\.yaml.*" + message):
-        load_config(write(tmp_path, text))
 
 
 def test_overrides(tmp_path):
@@ -148,7 +132,7 @@ def test_overrides(tmp_path):
         ("training.epochs=[", "is not a YAML value"),
         ("training.epochs=many", "training.epochs must be an integer"),
         ("seeds.a=1", "seeds is a value, not a group"),
-        ("variants=slow", "unknown variant 'slow'; there are: plain, fast"),
+        ("variants=slow", "variants must be one of plain, fast, got 'slow'"),
         ("training.scheduler=", "--set training.scheduler: a value is missing: write null"),
         ("training={epochs: 1, epochs: 2}", "--set training: key 'epochs' stands twice"),
     ):
@@ -164,24 +148,15 @@ def test_seeds_with_leading_zeros_are_decimal(tmp_path):
         load_config(path, ["seeds=1", "seeds=2"])
 
 
-def test_an_acceleration_without_its_settings_is_refused(tmp_path):
-    text = MINIMAL + "    acceleration:\n      # relaxation: 0.5\n"
-    with pytest.raises(ValueError, match=r"nothing stands after the key 'acceleration' \(line 11\): write \{\}"):
-        load_config(write(tmp_path, text))
-    assert (
-        load_config(write(tmp_path, text.replace("acceleration:", "acceleration: {}"))).variants["fast"].acceleration
-        == {}
-    )
-    assert (
-        load_config(write(tmp_path, text.replace("acceleration:", "acceleration: null"))).variants["fast"].acceleration
-        is None
-    )
+def test_an_acceleration_with_defaults_is_not_none():
+    assert parse_config(with_value(["variants", "sgd", "acceleration"], {})).variants["sgd"].acceleration == {}
+    assert parse_config(with_value(["variants", "sgd", "acceleration"], None)).variants["sgd"].acceleration is None
 
 
 def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):
     path = write(tmp_path, MINIMAL + "studies:\n  batch_size: {variant: plain, sizes: [10]}\n")
-    assert load_config(path).batch_size is not None and not capsys.readouterr().err
-    assert load_config(path, ["variants=plain"]).batch_size is None
+    assert load_config(path).studies.batch_size is not None and not capsys.readouterr().err
+    assert load_config(path, ["variants=plain"]).studies.batch_size is None
     assert capsys.readouterr().err == "--set variants leaves out the studies of the configuration\n"
 
 
@@ -217,52 +192,61 @@ def test_paper_settings():
     assert not published.average and not published.safeguard
 
 
-def test_a_study_of_an_optimizer_without_a_learning_rate_is_refused():
+def test_what_needs_a_learning_rate_is_refused_for_an_optimizer_without_one():
     raw = copy.deepcopy(PINN)
-    raw["variants"]["lm"] = {"optimizer": {"name": "LevenbergMarquardt"}}
-    raw["variants"]["muon"] = {"optimizer": {"name": "MuonAdam"}}
-    raw["studies"] = {"learning_rate": {"variants": ["adam", "muon"], "rates": [1e-3]}}
-    (muon,) = (run for run in expand_runs(parse_config(raw)) if run.name == "muon--lr-0.001" and run.seed == 0)
+    raw["variants"] |= {name: {"optimizer": {"name": name}} for name in ("LevenbergMarquardt", "MuonAdam")}
+    raw["studies"] = {"learning_rate": {"variants": ["adam", "MuonAdam"], "rates": [1e-3]}}
+    muon = next(run for run in expand_runs(parse_config(raw)) if run.name == "MuonAdam--lr-0.001")
     assert muon.variant.optimizer.arguments == {"lr": 1e-3}
-    raw["studies"]["learning_rate"]["variants"] = ["adam", "lm"]
-    with pytest.raises(ValueError) as caught:
+    raw["studies"]["learning_rate"]["variants"] = ["adam", "LevenbergMarquardt"]
+    with pytest.raises(ValueError, match=r"^studies\.learning_rate: variants\.Lev\w+ must have an optimizer with"):
         parse_config(raw)
-    expected = "variants.lm must have an optimizer with a learning rate lr, got LevenbergMarquardt"
-    assert str(caught.value) == f"studies.learning_rate: {expected}"
-
-
-def test_a_scheduler_of_an_optimizer_without_a_learning_rate_is_refused():
-    raw = copy.deepcopy(PINN)
+    del raw["studies"]
     raw["training"]["scheduler"] = {"name": "StepLR", "step_size": 2}
-    parse_config(raw)
-    raw["variants"]["lm"] = {"optimizer": {"name": "LevenbergMarquardt"}}
-    message = r"variants\.lm\.training\.scheduler must be null for LevenbergMarquardt, which has no learning rate"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"^variants\.Lev\w+\.training\.scheduler must be null for Lev\w+, which"):
         parse_config(raw)
-    raw["variants"]["lm"]["training"] = {"scheduler": None}
+    raw["variants"]["LevenbergMarquardt"]["training"] = {"scheduler": None}
     parse_config(raw)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "blamed"),
+    ("overrides", "culprit"),
     [
-        (["training.epochs=0"], "--set training.epochs=0: training.epochs must be"),
-        (["seeds=1", "training.epochs=0"], "--set training.epochs=0: training.epochs must be"),
-        (["training.epochs=0", "training.batch_size=0"], "--set training.epochs=0 --set training.batch_size=0: train"),
-        (["variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"], ""),
-        (["variants=sgdd"], "--set variants=sgdd: variants: unknown variant 'sgdd'"),
+        (["training.epochs=0"], 0),
+        (["seeds=1", "training.epochs=0", "training.batch_size=0"], 1),
+        (["variants.sgd.published={}", "variants.sgd.acceleration={}"], 1),  # each is right by itself
+        (["variants=sgd", "variants.sgd.label=''"], 1),
+        (["variants=sgdd"], 0),
     ],
 )
-def test_a_mistake_of_an_override_names_it(tmp_path, overrides, blamed):
+def test_a_mistake_names_what_brings_it_in(tmp_path, overrides, culprit):
     path = write(tmp_path, yaml.safe_dump(RAW))
-    if not blamed:
+    with pytest.raises(ValueError, match=f"^--set {re.escape(overrides[culprit])}: "):
         load_config(path, overrides)
-        return
-    with pytest.raises(ValueError, match=f"^{re.escape(blamed)}"):
+    write(tmp_path, yaml.safe_dump(with_value(["scale"], "../x")))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: scale must be a name"):
         load_config(path, overrides)
-    broken = write(tmp_path, yaml.safe_dump(with_value(["scale"], "../x")))
-    with pytest.raises(ValueError, match=f"^{re.escape(str(broken))}: "):
-        load_config(broken, overrides)
+
+
+def test_overrides_that_are_right_together_are_taken(tmp_path):
+    path = write(tmp_path, yaml.safe_dump(RAW))
+    load_config(path, ["variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"])
+
+
+def test_what_a_record_holds_stays_as_it_is():
+    """The texts have been these since November 2026; with others, runs that are finished are made again."""
+    raw = copy.deepcopy(PINN)
+    raw["training"]["scheduler"] = {"name": "StepLR", "step_size": 5}
+    raw["variants"] = {"plain": {"optimizer": {"name": "Adam", "betas": [0.9, 0.99]}, "published": {"relaxation": 1}}}
+    raw["variants"]["own"] = {
+        "optimizer": {"name": "Adam", "lr": 1e-2},
+        "ema_decay": 0.9,
+        "baseline": "plain",
+        "problem": {"options": {"nu": 0.01}, "condition_weight": 2},
+        "then": {"after": 5, "optimizer": {"name": "SGD"}, "acceleration": {"frequency": 2}},
+    }
+    found = [hashlib.sha256(run.as_json().encode()).hexdigest()[:16] for run in expand_runs(parse_config(raw))[:2]]
+    assert found == ["7ed5e0bf996235c5", "7a28d5f058e0161f"]
 
 
 def test_overrides_that_miss_a_variant_are_told(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Settings are strict, and a mistake is one sentence with the key, the value and what is allowed."""
 
 import math
+import re
 import subprocess
 import sys
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ class Whole(Settings):
     even: Annotated[int, AfterValidator(must("be even", lambda number: number % 2 == 0))] = 0
     different: Different[Count] = (1,)
     part: Part = Part()
-    parts: dict[Name, Part] = Field({})
+    parts: dict[Name, Part] = Field(default={})
     optional: Part | None = None
     named: Named | None = None
 
@@ -109,11 +110,28 @@ def test_seeds(text, seeds):
 
 
 @pytest.mark.parametrize(
-    "text", [[0, 0], [], "3-1", "", "1-", "a", -1, 2**31, True, 1.0, None, "0-99999999999", "0-99999,100000"]
+    ("raw", "message"),
+    [
+        ([0, 0], "must have no entry twice"),
+        ("0,0", "must have no entry twice"),
+        ([], "must have at least 1 item"),
+        (-1, "[0] must be greater than or equal to 0, got -1"),
+        (2**31, "[0] must be less than 2147483648"),
+        ([0, True], "[1] must be an integer, got True"),
+        *((raw, 'must be integers as 3, [0, 1, 2] or "0-9"') for raw in ("3-1", "", "1-", "a", True, 1.0, None)),
+        ("0-99999999999", "at most 100000 of them, got '0-99999999999'"),
+        ("0-99999,100000", "must have at most 100000 items, got '0-99999,100000'"),
+    ],
 )
-def test_other_texts_are_no_seeds(text):
-    with pytest.raises(ValueError, match=r"^--array seeds must be one or several .* < 2147483648, at most 100000"):
-        read_settings(Seeds, text, "--array seeds")
+def test_other_values_are_no_seeds(raw, message):
+    with pytest.raises(ValueError, match=rf"^--array seeds.*{re.escape(message)}"):
+        read_settings(Seeds, raw, "--array seeds")
+
+
+def test_a_long_value_is_shortened():
+    with pytest.raises(ValueError, match=r"^seeds must have at most 100000 items, got \[0, 1, .* \.\.\.$") as caught:
+        read_settings(Seeds, list(range(200_000)), "seeds")
+    assert len(str(caught.value)) < 300
 
 
 def test_what_is_refused_elsewhere_gets_its_key():

@@ -17,7 +17,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_attempts, read_run
 from experiments.records.status import run_path, state_of
 from experiments.runs.execute import execute_run
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.settings.run_config import PublishedConfig, SaveConfig, VariantConfig
 from experiments.training.components import make_optimizer
 from experiments.training.stage import Stage
@@ -29,13 +29,13 @@ RATE = {"lr": 3e-2, "momentum": 0.9}
 def config(**variant):
     """Twelve epochs of four steps, in which candidates are accepted and rejected."""
     run = run_config("sgd", epochs=12)
-    return replace(run, variant=VariantConfig("one", Component("SGD", RATE), **variant))
+    return replace(run, variant=VariantConfig(label="one", optimizer=Component("SGD", RATE), **variant))
 
 
 def traced(**options):
     """The result of a run with a trace, and the statistics at its end."""
     run = config()
-    problem = graduate_admissions.build(run, Ranks())
+    problem = graduate_admissions.AdmissionsProblem(run, Ranks())
     optimizer = make_optimizer(run.variant.optimizer, problem.model.parameters())
     aadl.accelerate(optimizer, **EAGER, **options)
     statistics = aadl.accelerator_of(optimizer).statistics
@@ -59,7 +59,7 @@ def test_every_attempt_has_a_row_with_its_step_and_outcome():
 
 def test_a_run_without_a_trace_has_none():
     run = config()
-    problem = graduate_admissions.build(run, Ranks())
+    problem = graduate_admissions.AdmissionsProblem(run, Ranks())
     stage = Stage(make_optimizer(run.variant.optimizer, problem.model.parameters()))
     assert train(problem, [stage], Ranks()).attempts is None
     assert train(problem, [stage], Ranks(), trace_attempts=True).attempts["step"].tolist() == []
@@ -109,7 +109,7 @@ def test_a_trace_that_is_asked_for_later_begins_there(tmp_path):
 
 def test_a_finished_record_without_attempts_is_made_again_if_they_are_asked_for(tmp_path):
     run = config(acceleration=EAGER)
-    path, digest = execute_run(run, Ranks(), tmp_path), graduate_admissions.build(run, Ranks()).data_digest
+    path, digest = execute_run(run, Ranks(), tmp_path), graduate_admissions.AdmissionsProblem(run, Ranks()).data_digest
     assert path == run_path(tmp_path, run)
     assert state_of(path, run, digest, 1) == "finished"
     assert state_of(path, run, digest, 1, SaveConfig(attempts=True).parts) == "without parts"

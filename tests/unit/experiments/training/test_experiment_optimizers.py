@@ -10,14 +10,13 @@ import pytest
 import torch
 from burgers_by_autograd import residual_and_slope, solution
 from small_runs import EAGER, closure_of, identical, network, snapshot, statistics, through_a_file, train
-from suite_cases import pinn_run
+from suite_cases import build, pinn_run
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 import aadl
 from experiments.distributed.ranks import Ranks
-from experiments.pinn.problem import build
 from experiments.training.optimizers import LARS, FrozenAdam, LevenbergMarquardt, MuonAdam
 from experiments.training.optimizers.levenberg_marquardt import LARGEST_DAMPING, _Damped
 from experiments.training.stage import Stage

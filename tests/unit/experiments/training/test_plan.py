@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments.distributed.ranks import Ranks
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.epochs import Epochs
 from experiments.training.iterations import Iterations
 from experiments.training.optimizers import LevenbergMarquardt

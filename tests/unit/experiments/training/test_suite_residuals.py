@@ -46,7 +46,7 @@ def trained(config, ranks=None):
 def admissions_run(settings, **training):
     """A run of graduate admissions under SGD."""
     config = run_config("tuned_sgd_aadl", **training)
-    return replace(config, variant=replace(config.variant, acceleration=RESIDUALS | settings))
+    return replace(config, variant=config.variant.model_copy(update={"acceleration": RESIDUALS | settings}))
 
 
 # ---- residuals -------------------------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ def with_acceleration(raw, settings, **more):
 @pytest.mark.parametrize(
     ("raw", "settings", "more", "message"),
     [
-        (RAW, {"probe_rows": 0}, {}, r"acceleration\.probe_rows must be an integer >= 1, got 0"),
-        (RAW, {"check_rows": True}, {}, r"acceleration\.check_rows must be an integer >= 1, got True"),
+        (RAW, {"probe_rows": 0}, {}, r"acceleration: probe_rows must be greater than or equal to 1, got 0"),
+        (RAW, {"check_rows": True}, {}, r"acceleration: check_rows must be an integer, got True"),
         (RAW, {"check_points": 3}, {}, r"unknown key variants\.sgd\.acceleration\.check_points; .*probe_rows"),
         (RAW, {"residuals": 3}, {}, r"unknown key variants\.sgd\.acceleration\.residuals"),
         (RAW, {"check": 3}, {}, r"unknown key variants\.sgd\.acceleration\.check;"),

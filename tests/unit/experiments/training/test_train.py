@@ -9,7 +9,7 @@ import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
-from experiments.settings.checks import Component
+from experiments.settings.kinds import Component
 from experiments.training.averaging import moving_average
 from experiments.training.components import make_optimizer
 from experiments.training.epochs import Epochs
@@ -164,7 +164,7 @@ def test_updates_of_random_sign_have_deviation_one():
 
 def test_the_acceleration_is_driven_by_the_loop():
     config = run_config("sgd_aadl", epochs=10)
-    problem = graduate_admissions.build(config, Ranks())
+    problem = graduate_admissions.AdmissionsProblem(config, Ranks())
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
     aadl.accelerate(optimizer, store_each_nth=1, frequency=2)
     result = train(problem, [Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics)], Ranks())
@@ -174,7 +174,7 @@ def test_the_acceleration_is_driven_by_the_loop():
 
 def test_the_problem_is_set_by_its_seeds():
     def first_batch(config):
-        problem = graduate_admissions.build(config, Ranks())
+        problem = graduate_admissions.AdmissionsProblem(config, Ranks())
         weights = torch.nn.utils.parameters_to_vector(problem.model.parameters())
         return weights, next(iter(problem.batches(1)))[0], next(iter(problem.batches(2)))[0]
 
@@ -185,7 +185,7 @@ def test_the_problem_is_set_by_its_seeds():
 
 
 def test_features_are_standardized_by_the_training_set():
-    problem = graduate_admissions.build(run_config(), Ranks())
+    problem = graduate_admissions.AdmissionsProblem(run_config(), Ranks())
     features = torch.cat([batch[0] for batch in problem.batches(1)])
     target = torch.cat([batch[1] for batch in problem.batches(1)])
     assert features.shape == (320, 7) and target.shape == (320, 1)
@@ -196,22 +196,22 @@ def test_features_are_standardized_by_the_training_set():
 
 def test_ranks_share_a_batch():
     config = run_config()
-    whole = [batch[0] for batch in graduate_admissions.build(config, Ranks()).batches(1)]
+    whole = [batch[0] for batch in graduate_admissions.AdmissionsProblem(config, Ranks()).batches(1)]
     parts = [
-        [batch[0] for batch in graduate_admissions.build(config, Ranks(rank=rank, world_size=2)).batches(1)]
+        [batch[0] for batch in graduate_admissions.AdmissionsProblem(config, Ranks(rank=rank, world_size=2)).batches(1)]
         for rank in (0, 1)
     ]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert torch.equal(batch[0::2], first) and torch.equal(batch[1::2], second)
     with pytest.raises(ValueError, match="a batch of 80 rows cannot be divided evenly among 3 ranks"):
-        graduate_admissions.build(config, Ranks(world_size=3))
+        graduate_admissions.AdmissionsProblem(config, Ranks(world_size=3))
 
 
 def _train_rank(rank, world_size):
     torch.manual_seed(rank)  # the build sets the seed itself
     config = run_config("sgd", epochs=2)
     ranks = Ranks(rank=rank, world_size=world_size)
-    problem = graduate_admissions.build(config, ranks)
+    problem = graduate_admissions.AdmissionsProblem(config, ranks)
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
     return train(problem, [Stage(optimizer)], ranks).series[TRAIN]
 
