@@ -30,12 +30,13 @@ def num_cores() -> int:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Blocks these signals for processes that are started in the block, until their `follow_parent`; this thread hears
-    them when the block ends.
+    """Blocks the signals for processes that are started in the block, until their `follow_parent`; this thread gets them
+    when the block ends.
 
-    A worker would die of a signal that arrives before its first line of Python. The processes of a forkserver are born
-    as it is. A forkserver that starts here stays deaf: a program that ends others of its own by SIGTERM makes them by
-    "spawn". A forkserver that has started before hears the signals, and so do its processes until `follow_parent`.
+    A worker would die of a signal that arrives before its first line of Python. The processes of a forkserver inherit
+    its mask. A forkserver that starts in the block keeps the signals blocked, so a program that ends its other processes
+    by SIGTERM must start them by "spawn". A forkserver that has started before gets the signals, and so do its processes
+    until `follow_parent`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # first, because a handler may raise as the next call returns
     with _handlers_held_back():
@@ -73,12 +74,12 @@ def _handlers_held_back() -> Iterator[None]:
 
 
 def follow_parent(farewell: Callable[[], None] = lambda: None) -> None:
-    """For the first line of a worker: it ends when its parent has ended, and hears no signal, for its parent does.
+    """Call first in every worker. It ends the worker when its parent dies, and ignores signals, which the parent handles.
 
-    But for a SIGTERM of the parent itself, by `Process.terminate`: one that failed calls it on its way out, and then
-    waits until the worker has ended. `farewell` is called before, in a thread. (One that comes while the worker starts
-    and another's is pending is lost: the system keeps one.) Systems without sigwaitinfo (macOS) cannot tell whose it
-    is: any SIGTERM counts, and ends the worker without a farewell.
+    The exception is a SIGTERM of the parent itself, by `Process.terminate`: a parent that failed sends it on its way out
+    and then waits until the worker has ended. `farewell` is called before, in a thread. (A SIGTERM that comes while the
+    worker starts and another one is pending is lost: the system keeps one.) Systems without sigwaitinfo (macOS) do not
+    say who sent it: there any SIGTERM ends the worker, without a farewell.
     """
     can_tell = hasattr(signal, "sigwaitinfo")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

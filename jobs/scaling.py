@@ -104,7 +104,7 @@ def folder_of(results: Path, mode: str, nodes: int) -> Path:
 
 
 def work_overrides(config: ExperimentConfig, mode: str, ranks: int, fewest_ranks: int) -> list[str]:
-    """The settings that keep the work constant: in all where mode is strong, for each rank where it is weak.
+    """Returns the settings that keep the work constant: of all ranks in strong scaling, of each rank in weak scaling.
 
     What the configuration says holds for the job with the fewest ranks.
 
@@ -217,7 +217,7 @@ def read_points(results: Path) -> list[Point]:
 def efficiencies(points: Sequence[Point]) -> list[float]:
     """Samples per second and rank, over those of the fewest ranks; points of one variant and mode, by rising ranks.
 
-    The same formula serves strong and weak scaling, for both count samples.
+    The same formula serves strong and weak scaling, because both count samples.
     """
     return [point.rate / point.ranks / (points[0].rate / points[0].ranks) for point in points]
 

@@ -20,12 +20,12 @@ JOB_IDS = {
     "lsf": ("$LSB_JOBID", '"$LSB_JOBID[$LSB_JOBINDEX]"'),
     "none": ("", ""),
 }
-# Where the experiments look for their data; both, for a script does not know which of them its experiment reads.
+# Where the experiments look for their data. A script sets both, because it does not know which its experiment reads.
 DATA_VARIABLES = ("AADL_DATA_DIR", "AADL_IMAGENET_DIR")
 
 
 class Script(string.Template):
-    """A template with fields @{name}, for the dollar belongs to the shell."""
+    """A template with fields @{name}, because the dollar belongs to the shell."""
 
     delimiter = "@"
 

@@ -124,7 +124,7 @@ def _start_worker(images: Images, header: Header, packing: Packing, num_done: An
         with num_done.get_lock():
             num_done.value += 1
 
-    follow_parent()  # which tells by the event
+    follow_parent()  # which ends a packing by the event
     _packer = _Packer(images, header, packing, advance, stop.is_set)
 
 
@@ -237,7 +237,7 @@ def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> 
     for path in sorted(folder.glob(f"{split}-*-of-*.h5")):
         try:
             same = read_header(path).pack_digest == digest
-        except ValueError:  # of another version, or damaged: made anew, unless it is no shard of this set by its name
+        except ValueError:  # of another version, or damaged: made again, unless it is no shard of this set by its name
             if path in wanted:
                 continue
             same = False

@@ -21,7 +21,7 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
 
     Global batch b of B images is order[b B : (b + 1) B], and rank r of W takes its entries r, r + W, ...
 
-    The permutation sorts the images by one output of SplitMix64 each. They all differ, for the map is one to one.
+    The permutation sorts the images by one output of SplitMix64 each. They all differ, because the map is one to one.
 
     Args:
         seed: any integer; counts modulo 2^64.
