@@ -30,13 +30,12 @@ def num_cores() -> int:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Blocks the signals for processes that are started in the block, until their `follow_parent`; this thread gets them
-    when the block ends.
+    """Blocks the signals for processes that are started in the block, until their `follow_parent`.
 
-    A worker would die of a signal that arrives before its first line of Python. The processes of a forkserver inherit
-    its mask. A forkserver that starts in the block keeps the signals blocked, so a program that ends its other processes
-    by SIGTERM must start them by "spawn". A forkserver that has started before gets the signals, and so do its processes
-    until `follow_parent`.
+    This thread gets the signals when the block ends. A worker would die of one that arrives before its first line of
+    Python. The processes of a forkserver inherit its mask. A forkserver that starts in the block keeps the signals
+    blocked, so a program that ends its other processes by SIGTERM must start them by "spawn". A forkserver that has
+    started before gets the signals, and so do its processes until `follow_parent`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # first, because a handler may raise as the next call returns
     with _handlers_held_back():
@@ -74,12 +73,12 @@ def _handlers_held_back() -> Iterator[None]:
 
 
 def follow_parent(farewell: Callable[[], None] = lambda: None) -> None:
-    """Call first in every worker. It ends the worker when its parent dies, and ignores signals, which the parent handles.
+    """Call first in every worker. It ends the worker when its parent dies, and ignores signals that the parent handles.
 
-    The exception is a SIGTERM of the parent itself, by `Process.terminate`: a parent that failed sends it on its way out
-    and then waits until the worker has ended. `farewell` is called before, in a thread. (A SIGTERM that comes while the
-    worker starts and another one is pending is lost: the system keeps one.) Systems without sigwaitinfo (macOS) do not
-    say who sent it: there any SIGTERM ends the worker, without a farewell.
+    The exception is a SIGTERM of the parent itself, by `Process.terminate`: a parent that failed sends it on its way
+    out, then waits until the worker has ended. `farewell` is called before, in a thread. (A SIGTERM that comes while
+    the worker starts and another one is pending is lost: the system keeps one.) Systems without sigwaitinfo (macOS) do
+    not say who sent it: there any SIGTERM ends the worker, without a farewell.
     """
     can_tell = hasattr(signal, "sigwaitinfo")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
