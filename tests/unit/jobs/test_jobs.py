@@ -79,12 +79,6 @@ def test_scripts_are_the_golden_ones():
     assert "\n".join(sections) == GOLDEN.read_text()
 
 
-def test_summit_at_scale_is_1536_ranks():
-    text = rendered(*GOLDEN_CASES["summit-256"])
-    assert "-nnodes 256" in text and "jsrun -n 256 -r 1 -a 6 -c 42 -g 6 -b packed:7" in text and 256 * 6 == 1536
-    assert "#BSUB -W 12:00\n" in text
-
-
 @pytest.mark.parametrize("name", site.site_names())
 def test_every_site_says_what_was_verified_and_where_it_comes_from(name):
     read = site.read_site(name)
@@ -126,16 +120,6 @@ def test_the_sites_of_the_suite():
             "--chain must ask for one job in queue debug of frontier",
         ),
         (
-            "perlmutter",
-            [*COMMON, "--queue", "debug", "--chain", "2"],
-            "--chain must ask for one job in queue debug of perlmutter",
-        ),
-        (
-            "summit",
-            [*COMMON, "--queue", "debug", "--chain", "2"],
-            "--chain must ask for one job in queue debug of summit",
-        ),
-        (
             "frontier",
             [*COMMON, "--queue", "debug", "--array", "seeds=0-9"],
             "--array must ask for one job in queue debug of",
@@ -145,8 +129,6 @@ def test_the_sites_of_the_suite():
             ["--account", "A", "--time", "1:00:30"],
             "--time must be whole minutes, because LSF knows no seconds",
         ),
-        ("summit", ["--account", "A", "--time", "2:01:00"], "at most 2:00:00 for 1 nodes"),
-        ("summit", [*COMMON, "--ranks-per-node", "7"], "at most the 6 GPUs"),
         ("workstation", ["--nodes", "2"], "--nodes must be 1 on workstation"),
         ("workstation", ["--account", "A"], "--account must be left out for workstation"),
         ("workstation", ["--queue", "q"], "--queue must be left out for workstation"),
