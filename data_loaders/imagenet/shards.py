@@ -295,14 +295,6 @@ def write_shard(
         raise
 
 
-def check_writing(split: str, images_per_shard: int) -> None:
-    """Raises ValueError for an unknown split or a shard without images."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be train or validation, got {split!r}")
-    if images_per_shard < 1:
-        raise ValueError(f"images_per_shard must be at least 1, got {images_per_shard}")
-
-
 def _write_tables(
     file: h5py.File,
     header: Header,

@@ -98,9 +98,11 @@ def test_many_classes_and_strange_names_fit(tmp_path):
     assert [images.name(0), images.name(1)] == ["x/\udcff é.JPEG", ""]
 
 
-def test_a_label_outside_the_classes_is_refused(tmp_path):
+def test_labels_and_splits_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(ValueError, match="image-1 has label 2, outside the 2 classes"):
         pack(ListedImages(CONTENTS[:2], [0, 2]), tmp_path, "train", Packing())
+    with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
+        pack(ListedImages(CONTENTS[:2]), tmp_path, "test", Packing())
     assert not list(tmp_path.glob("*.h5")) and not list(tmp_path.glob(".*.tmp"))
 
 
