@@ -12,11 +12,15 @@ from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
 compiler_of_frames: Callable[[], Any] | None = None
-"""Returns what torch.compile does with frames that begin here and now; None where torch has no such function."""
-with suppress(ImportError):
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+"""Returns what torch.compile does with frames that begin here and now; None where torch has no such function.
 
-    compiler_of_frames = get_eval_frame_callback
+Before torch 2.9 it may give away a reference that it does not own (mended by pull request 156252 of pytorch), which ends
+Python after some ten thousand steps."""
+if torch.__version__ >= "2.9":
+    with suppress(ImportError):
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+        compiler_of_frames = get_eval_frame_callback
 
 _WRAPPER = Optimizer.register_step_pre_hook.__code__.co_filename
 """The file of the function that torch wraps around `step`, which calls the hooks."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from experiments.distributed.ranks import Ranks
 from experiments.images import data, problem
-from experiments.images.settings import NOMINAL_STEPS, ImageConfig, ImageTrainingConfig, in_steps
+from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.records.compare import read_comparison
 from experiments.records.reading import say
 from experiments.runs.experiment import Experiment, Merit, Note
@@ -25,6 +25,7 @@ class ImageExperiment(Experiment[ImageConfig, ImageTrainingConfig]):
     studies = ("learning_rate", "batch_size")
     variant_keys = ("mean_epochs",)
     runs_in_turn = True
+    nominal_steps = 100
 
     def describe(self, settings: ImageConfig) -> Description:
         return data.describe(settings)
@@ -42,9 +43,6 @@ class ImageExperiment(Experiment[ImageConfig, ImageTrainingConfig]):
         """Line searches need gradients where no batch was differentiated."""
         line_searches = {kind.__name__ for kind in LINE_SEARCHES}
         return {name: kind for name, kind in super().optimizers().items() if name not in line_searches}
-
-    def in_steps(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return in_steps(settings, NOMINAL_STEPS)
 
     def check(self, settings: ImageConfig, training: ImageTrainingConfig, variant: VariantConfig) -> None:
         if training.reference_batch is not None and "lr" not in variant.optimizer.arguments:

@@ -25,7 +25,7 @@ from experiments.images.epochs import ImageEpochs
 from experiments.images.network import forward_pass, make_network
 from experiments.images.resnet import parameter_groups
 from experiments.images.schedules import scaled_rate, step_scheduler
-from experiments.images.settings import ImageConfig, ImageTrainingConfig, in_steps
+from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.settings.kinds import Component
 from experiments.settings.run_config import RunConfig
 from experiments.training.batchnorm import broadcast_buffers, recompute_statistics, untouched_buffers
@@ -94,6 +94,7 @@ class ImageProblem(Problem):
         }
         description = description_of(settings, sets)
         super().__init__(model, data_source=description.source, data_digest=description.digest, attributes=attributes)
+        self.steps_per_epoch = self._train.steps_per_epoch
 
     # ---- training ----
 
@@ -124,9 +125,6 @@ class ImageProblem(Problem):
         exempts = self._training.exempt_norm_and_bias
         parameters = parameter_groups(self.model) if exempts else self.model.parameters()
         return make_optimizer(Component(component.name, arguments), parameters)
-
-    def in_steps(self, acceleration: Mapping[str, Any]) -> dict[str, Any]:
-        return in_steps(acceleration, self._train.steps_per_epoch)
 
     def closure(self, stages: Sequence[Stage], ranks: Ranks) -> AccumulatedClosure:
         """Gradients over parts of a batch; between the ranks torch averages them, and no rank sends buffers."""

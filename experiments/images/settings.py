@@ -1,18 +1,14 @@
-"""Settings of image classification: data, network, training; and cadences given in epochs."""
+"""Settings of image classification: data, network, training."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
 from operator import not_
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from experiments.distributed.ranks import Ranks
 from experiments.settings.kinds import Count, Items, NotNegative, Positive, Share, Text
-from experiments.settings.run_config import CADENCES
 from experiments.settings.schema import Settings
 
 Two = Annotated[int, Field(ge=2)]
@@ -169,26 +165,3 @@ class ImageTrainingConfig(Settings):
             return self.batch_size
         assert self.batch_size_per_rank is not None  # checked
         return self.batch_size_per_rank * ranks.world_size
-
-
-NOMINAL_STEPS = 100
-"""In an epoch, for checks before the data is known."""
-
-
-def in_steps(settings: Mapping[str, Any], steps_per_epoch: int) -> dict[str, Any]:
-    """The arguments of an acceleration with cadences in optimizer steps; `1 epoch` is `steps_per_epoch`, at least 1.
-
-    Raises:
-        ValueError: a text that is no number of epochs.
-    """
-    steps = dict(settings)
-    for name in CADENCES:
-        text = settings.get(name)
-        if not isinstance(text, str):
-            continue
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*epochs?\s*", text)
-        epochs = float(match[1]) if match else math.nan
-        if not (epochs > 0 or (epochs == 0 and name == "wait_iterations")):
-            raise ValueError(f"{name} must be an integer or a number of epochs, as '2 epochs', got {text!r}")
-        steps[name] = max(round(epochs * steps_per_epoch), 0 if name == "wait_iterations" else 1)
-    return steps

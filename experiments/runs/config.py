@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
+from experiments.settings.cadence import in_steps
 from experiments.settings.kinds import Name
 from experiments.settings.overrides import read_overridden
 from experiments.settings.run_config import ExperimentConfig, RunConfig, SecondStage, VariantConfig
@@ -127,7 +128,7 @@ def _check_variant(config: ExperimentConfig, name: str) -> None:
     _check_stage(variant, kind, where)
     if variant.published is not None:
         with at(f"{where}.published"):
-            kind.in_steps(variant.published.model_dump())
+            in_steps(variant.published.model_dump(), kind.nominal_steps)
     if variant.then is not None:
         _check_stage(variant.then, kind, f"{where}.then")
         if is_schedule_free(optimizer_class(variant.optimizer.name)):
@@ -167,7 +168,7 @@ def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: st
                 "acceleration_type must not be nonlinear_gmres, because the loss is no sum of squares, got "
                 f"{stage.acceleration['acceleration_type']!r}"
             )
-        check_acceleration(stage.optimizer, kind.in_steps(stage.acceleration), kind.probes)
+        check_acceleration(stage.optimizer, in_steps(stage.acceleration, kind.nominal_steps), kind.probes)
 
 
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple
 
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import say
-from experiments.settings.run_config import CADENCES, ExperimentConfig, P, RunConfig, T, VariantConfig
+from experiments.settings.run_config import ExperimentConfig, P, RunConfig, T, VariantConfig
 from experiments.training.components import needs_residuals, optimizers
 from experiments.training.problem import Description, Problem
 
@@ -40,6 +40,8 @@ class Experiment(ABC, Generic[P, T]):
         probes: keyword arguments of `Problem.least_squares`, integers >= 1, which an acceleration by residuals may set.
         is_least_squares: whether the loss is a sum of squares, which an acceleration by residuals needs.
         runs_in_turn: whether a run uses the whole machine, so that runs never share it.
+        nominal_steps: steps in an epoch where cadences may be texts as "2 epochs", for checks before the data is known;
+            None where cadences count steps alone.
         loss_name: what figures and tables call the loss.
     """
 
@@ -50,6 +52,7 @@ class Experiment(ABC, Generic[P, T]):
     probes: ClassVar[tuple[str, ...]] = ()
     is_least_squares: ClassVar[bool] = False
     runs_in_turn: ClassVar[bool] = False
+    nominal_steps: ClassVar[int | None] = None
     loss_name: ClassVar[str] = "loss"
 
     # ---- a run ----
@@ -89,17 +92,6 @@ class Experiment(ABC, Generic[P, T]):
     def optimizers(self) -> dict[str, Any]:
         """The optimizers that a configuration may name."""
         return {name: kind for name, kind in optimizers().items() if not needs_residuals(name)}
-
-    def in_steps(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of an acceleration with every cadence as a number of steps, for checks before a run.
-
-        Raises:
-            ValueError: a cadence that is none.
-        """
-        for name in CADENCES:
-            if isinstance(settings.get(name), str):
-                raise ValueError(f"{name} must be an integer, got {settings[name]!r}")
-        return dict(settings)
 
     def check(self, problem: P, training: T, variant: VariantConfig) -> None:
         """Refuses settings of a variant that do not go together.

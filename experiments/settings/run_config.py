@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from operator import not_
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field, PlainValidator, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from experiments.settings.cadence import Period, Wait
 from experiments.settings.kinds import (
     Component,
     Count,
@@ -24,7 +25,6 @@ from experiments.settings.kinds import (
     Seeds,
     Share,
     Text,
-    must,
 )
 from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.schema import Settings, read_settings
@@ -36,27 +36,14 @@ T = TypeVar("T", bound=Settings)
 """Settings of a training."""
 
 
-CADENCES = ("wait_iterations", "store_each_nth", "frequency")
-"""Arguments of an acceleration that count optimizer steps."""
-
-
-def _steps(least: int) -> PlainValidator:
-    """A number of optimizer steps, or a text as "2 epochs", which `Experiment.in_steps` judges and replaces."""
-
-    def is_cadence(value: Any) -> bool:
-        return isinstance(value, str) or (type(value) is int and value >= least)
-
-    return PlainValidator(must(f"be an integer >= {least}", is_cadence))
-
-
 class PublishedConfig(Settings):
     """Settings of the published scheme, see `experiments.training.published`."""
 
     relaxation: Annotated[float, Field(gt=0, le=1)] = 1.0
-    wait_iterations: Annotated[Any, _steps(0)] = 1
+    wait_iterations: Wait = 1
     history_depth: Annotated[int, Field(ge=3)] = 5
-    store_each_nth: Annotated[Any, _steps(1)] = 1
-    frequency: Annotated[Any, _steps(1)] = 10
+    store_each_nth: Period = 1
+    frequency: Period = 10
     reg_acc: NotNegative = 0.0
     average: bool = False
     average_tolerance: NotNegative = 0.1

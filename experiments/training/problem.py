@@ -99,10 +99,12 @@ class Problem(ABC):
         data_digest: short hash of the data, which tells whether two runs saw the same.
         attributes: further attributes of the record.
         best_by: series that chooses the best checkpoint; a smaller value is better.
+        steps_per_epoch: optimizer steps in an epoch, where a cadence may be given as "2 epochs".
         times_acceleration: whether the record has the seconds that the acceleration takes.
     """
 
     best_by = "metrics/validation/loss"
+    steps_per_epoch: int | None = None
     times_acceleration = False
 
     def __init__(
@@ -175,10 +177,6 @@ class Problem(ABC):
     def optimizer(self, component: Component) -> torch.optim.Optimizer:
         """The optimizer of a configuration over the parameters of the model."""
         return make_optimizer(component, self.model.parameters())
-
-    def in_steps(self, acceleration: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of an acceleration with every cadence in optimizer steps."""
-        return dict(acceleration)
 
     def least_squares(self) -> Residuals:
         """The residuals for an acceleration by residuals; a subclass may add keyword arguments, which become settings.

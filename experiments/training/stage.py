@@ -11,6 +11,7 @@ import torch
 
 import aadl
 from aadl.attached import STATE_KEY
+from experiments.settings.cadence import in_steps
 from experiments.settings.kinds import Component
 from experiments.settings.run_config import PublishedConfig, VariantConfig
 from experiments.training.clock import HookSeconds
@@ -78,7 +79,7 @@ def make_stage(problem: Problem, component: Component, acceleration: Mapping[str
     if acceleration is None:
         return Stage(optimizer)
     seconds = HookSeconds(optimizer)
-    _accelerate(problem, optimizer, problem.in_steps(acceleration))
+    _accelerate(problem, optimizer, in_steps(acceleration, problem.steps_per_epoch))
     accelerator = aadl.accelerator_of(optimizer)
     return Stage(
         optimizer,
@@ -102,7 +103,8 @@ def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: M
 def _published(problem: Problem, stage: Stage, settings: PublishedConfig) -> Stage:
     """The stage with the published scheme, some of whose cadences may be given in epochs."""
     seconds = HookSeconds(stage.optimizer)
-    scheme = PublishedScheme(stage.optimizer, PublishedConfig(**problem.in_steps(settings.model_dump())))
+    arguments = in_steps(settings.model_dump(), problem.steps_per_epoch)
+    scheme = PublishedScheme(stage.optimizer, PublishedConfig(**arguments))
     return replace(
         stage,
         statistics=lambda: scheme.statistics,

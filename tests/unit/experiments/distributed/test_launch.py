@@ -101,12 +101,13 @@ def test_a_wrong_setting_is_named(raw, message):
 
 
 def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_path):
-    raw = {"nccl": {"NCCL_DEBUG": "WARN", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": 600}, "flight_recorder": 100}
+    variables = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": 600, "NCCL_IB_DISABLE": True}
+    raw = {"nccl": variables, "flight_recorder": 100}
     settings = read_settings(LaunchSettings, raw, "launch")
     environment["NCCL_DEBUG"] = "INFO"
     launch._export_settings(settings, tmp_path)
     assert environment["NCCL_DEBUG"] == "INFO"
-    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600"
+    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600" and environment["NCCL_IB_DISABLE"] == "1"
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     assert environment["TORCH_FR_BUFFER_SIZE"] == "100" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))

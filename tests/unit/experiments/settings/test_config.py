@@ -228,9 +228,12 @@ def test_a_mistake_names_what_brings_it_in(tmp_path, overrides, culprit):
         load_config(path, overrides)
 
 
-def test_overrides_that_are_right_together_are_taken(tmp_path):
-    path = write(tmp_path, yaml.safe_dump(RAW))
-    load_config(path, ["variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"])
+def test_overrides_may_mend_a_file_and_each_other(tmp_path):
+    path = write(tmp_path, yaml.safe_dump({key: value for key, value in RAW.items() if key != "seeds"}))
+    mending = ["seeds=1", "variants.sgd_aadl.published={}", "variants.sgd_aadl.acceleration=null"]
+    load_config(path, mending)
+    with pytest.raises(ValueError, match=r"^--set training\.epochs=0: training\.epochs must be"):
+        load_config(path, [*mending, "training.epochs=0"])
 
 
 def test_what_a_record_holds_stays_as_it_is():
