@@ -18,7 +18,6 @@ from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
 from experiments.distributed.doctor import finding, placement, site, storage
 from experiments.distributed.doctor.finding import Finding
-from experiments.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.smoke
 SITE = {
