@@ -95,7 +95,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, plain values."""
+        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, the plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the saved accelerator would have.

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 compiler_of_frames: Callable[[], Any] | None = None
 """Returns what torch.compile does with frames that begin here and now; None where torch has no such function.
 
-Before torch 2.9 it may give away a reference that it does not own (mended by pull request 156252 of pytorch), which ends
+Before torch 2.9 it may give away a reference that it does not own (pull request 156252 of pytorch mends it), which ends
 Python after some ten thousand steps."""
 if torch.__version__ >= "2.9":
     with suppress(ImportError):

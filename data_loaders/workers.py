@@ -73,12 +73,12 @@ def _handlers_held_back() -> Iterator[None]:
 
 
 def follow_parent(farewell: Callable[[], None] = lambda: None) -> None:
-    """Call first in every worker. It ends the worker when its parent dies, and ignores signals that the parent handles.
+    """Call first in every worker. It exits when its parent dies, and ignores signals, which the parent handles.
 
-    The exception is a SIGTERM of the parent itself, by `Process.terminate`: a parent that failed sends it on its way
-    out, then waits until the worker has ended. `farewell` is called before, in a thread. (A SIGTERM that comes while
-    the worker starts and another one is pending is lost: the system keeps one.) Systems without sigwaitinfo (macOS) do
-    not say who sent it: there any SIGTERM ends the worker, without a farewell.
+    The exception is a SIGTERM of the parent itself: a parent that fails calls `Process.terminate` on its way out and
+    waits until the worker has ended. `farewell` is called before that, in a thread. (A SIGTERM that arrives while the
+    worker starts and another one is pending is lost, because the system keeps one.) Systems without sigwaitinfo
+    (macOS) do not show the sender: any SIGTERM ends the worker there, without a farewell.
     """
     can_tell = hasattr(signal, "sigwaitinfo")
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

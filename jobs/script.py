@@ -20,7 +20,7 @@ JOB_IDS = {
     "lsf": ("$LSB_JOBID", '"$LSB_JOBID[$LSB_JOBINDEX]"'),
     "none": ("", ""),
 }
-# Where the experiments look for their data. A script sets both, because it does not know which its experiment reads.
+# Where the experiments look for their data: both, because a script does not know which of them its experiment reads.
 DATA_VARIABLES = ("AADL_DATA_DIR", "AADL_IMAGENET_DIR")
 
 

@@ -201,8 +201,8 @@ def submit_script(site: Site, path: Path, after: str | None = None) -> str:
     pattern = r"(?m)^(\d+)(?:;\S+)?$" if site.scheduler == "slurm" else r"Job <(\d+)>"
     match = re.search(pattern, done.stdout)
     if done.returncode != 0 or match is None:
-        told = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise OSError(f"{command[0]} refused {path}: {told}")
+        answer = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        raise OSError(f"{command[0]} refused {path}: {answer}")
     return match[1]
 
 

@@ -238,7 +238,7 @@ def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> 
     for path in sorted(folder.glob(f"{split}-*-of-*.h5")):
         try:
             same = read_header(path).pack_digest == digest
-        except ValueError:  # of another version, or damaged: made again, unless it is no shard of this set by its name
+        except ValueError:  # of another version, or damaged: made again if its name is that of a shard of this set
             if path in wanted:
                 continue
             same = False

@@ -24,7 +24,7 @@ def resumable(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except Interrupted as error:
-        if int(os.environ.get("RANK") or 0) == 0:  # one of the ranks is enough, where they can be told apart
+        if int(os.environ.get("RANK") or 0) == 0:  # one of the ranks is enough, where they can be distinguished
             print(f"{error}: the same command goes on", file=sys.stderr)
         return EXIT_RESUME
 

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, total_seconds
-from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant
+from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
+from experiments.records.compare import VALIDATION, Comparison, Variant
 from experiments.records.figures import (
     Coinciding,
     as_text,
@@ -25,7 +25,6 @@ from experiments.records.figures import (
     training_line,
 )
 from experiments.records.palette import styled
-from experiments.records.reading import Run
 from experiments.records.shared_figures import draw_acceleration, draw_batch_size
 
 COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#8FB3CC", "evaluation": "#5F5F5F"}
@@ -99,13 +98,13 @@ def draw_cost(comparison: Comparison) -> Figure:
     places = np.arange(len(variants))
     size = (9.5, 1.6 + 0.42 * len(variants))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, sharey=True, gridspec_kw={"width_ratios": [1, 1.4]})
-    rates = [np.array([overall_rate(run) for run in variant.runs.values()]) for variant in variants]
+    rates = [np.array([images_per_second(run) for run in variant.runs.values()]) for variant in variants]
     middle = np.array([np.median(rate) for rate in rates])
     errors = [middle - [rate.min() for rate in rates], [rate.max() for rate in rates] - middle]
     left.barh(places, middle, xerr=errors, color="#888888", height=0.6, ecolor="#333333", capsize=2)
     left.set_yticks(places, labels)
     left.invert_yaxis()
-    left.set_xlabel("images per second of training,\nmean over the run")
+    left.set_xlabel("images per second of training,\nmedian over the epochs")
     start = np.zeros(len(variants))
     handles: dict[str, Any] = {}
     shares = [cost_shares(variant) for variant in variants]
@@ -119,13 +118,6 @@ def draw_cost(comparison: Comparison) -> Figure:
     note = f"{training_line(comparison)}; bars: minimum to maximum of {len(comparison.seeds)} seeds"
     finish(figure, comparison, "Speed and where the time goes", handles, note=note)
     return figure
-
-
-def overall_rate(run: Run) -> float:
-    """Images per second of training over the whole run, the first epoch included, as the shares of the time do."""
-    seconds = run.series[SECONDS]
-    batch = float(run.attributes["batch_images"])
-    return float(run.attributes["num_steps"]) * batch / float(seconds[np.isfinite(seconds)][-1])
 
 
 def draw_statistics(comparison: Comparison) -> Figure | None:

@@ -42,10 +42,6 @@ class BasicBlock(nn.Module):
         y += x if self.downsample is None else self.downsample(x)
         return F.relu(y, inplace=True)
 
-    def last_norm(self) -> nn.BatchNorm2d:
-        """The one before the sum."""
-        return self.bn2
-
 
 class Bottleneck(nn.Module):
     """relu(shortcut(x) + bn(conv1x1(relu(bn(conv3x3(relu(bn(conv1x1(x))))))))).
@@ -76,10 +72,6 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(y))
         y += x if self.downsample is None else self.downsample(x)
         return F.relu(y, inplace=True)
-
-    def last_norm(self) -> nn.BatchNorm2d:
-        """The one before the sum."""
-        return self.bn3
 
 
 class ResNet(nn.Module):
@@ -128,10 +120,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, BasicBlock | Bottleneck):
-                    nn.init.zeros_(module.last_norm().weight)
+            elif isinstance(module, Bottleneck) and zero_init_residual:
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock) and zero_init_residual:
+                nn.init.zeros_(module.bn2.weight)
         if fc_std is not None:
             nn.init.normal_(self.fc.weight, std=fc_std)
             nn.init.zeros_(self.fc.bias)
@@ -177,7 +169,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """Without bias, for a BatchNorm follows; padded so that stride 1 keeps the shape."""
+    """Without bias, because a BatchNorm follows; padded so that stride 1 keeps the shape."""
     return nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
 
 

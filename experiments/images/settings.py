@@ -44,7 +44,7 @@ class ImageConfig(Settings):
         num_workers: processes that decode, per rank; 0: the rank decodes.
         start_method: of these processes; "auto": forkserver where MPI or a GPU is in use.
         stage_seconds: that the ranks wait for each other while the data is opened or made.
-        statistics_images: training images from which the statistics of BatchNorm are computed anew before a validation.
+        statistics_images: training images for the statistics of BatchNorm, computed again before a validation.
         statistics_batch: images in a batch of them, which is what deeper layers are normalized over.
         evaluation_batch: images per rank and batch of the validation.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant, plain_of
+from experiments.records.page import Page
 from experiments.records.reading import Run
-from experiments.records.summarize import spread, write_summary
-from experiments.records.text_table import markdown_table, text_table
+from experiments.records.summarize import spread
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))
@@ -63,26 +63,21 @@ def _last(values: np.ndarray) -> float:
 
 def summarize_images(comparison: Comparison) -> str:
     """Writes `summary.md` beside the records and returns the same as text for a terminal."""
-    title = f"{comparison.folder.parent.name}, {comparison.folder.name}"
-    markdown, text = [f"# {title}", ""], [title, ""]
+    page = Page(f"{comparison.folder.parent.name}, {comparison.folder.name}")
     for family, variants in comparison.families.items():
-        rows = [_row(variant, plain_of(variants)) for variant in variants]
-        markdown += [f"## {family}", "", *markdown_table(HEADER, rows), ""]
-        text += [family, *text_table(HEADER, rows), ""]
+        page.section(family)
+        page.table(HEADER, [_row(variant, plain_of(variants)) for variant in variants])
     run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
     about = run.attributes
-    legend = (
+    page.say(
         f"{about['classification']}, {about['num_classes']} classes, {about['num_train_images']} training and "
         f"{about['num_validation_images']} validation images, batches of {about['batch_images']}, "
         f"{run.config['training']['epochs']} epochs, {about['world_size']} ranks, {about['devices']}. Median over the "
         f"seeds [minimum .. maximum]. Every accuracy counts {_counted(comparison)}; all but the stale one are with "
         "statistics of BatchNorm computed for the weights. Seconds include the evaluations; images/s do not."
     )
-    source = f"Source: {comparison.source_line()}"
-    markdown += [legend, "", source, ""]
-    text += [legend, source]
-    write_summary(comparison.folder, markdown)
-    return "\n".join(text)
+    page.say(f"Source: {comparison.source_line()}")
+    return page.write(comparison.folder)
 
 
 def _counted(comparison: Comparison) -> str:

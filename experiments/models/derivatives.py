@@ -110,7 +110,7 @@ class Layer(NamedTuple):
 
     `lanes` (inputs, K, N) and `slopes` = W lanes (width, K, N); in the first layer, where they are the same for all
     points, with 1 in the place of N. `square` is the sum of the squared rows of `slopes`. All others (width, N): points
-    come last, since products of a small matrix with a wide one are the fastest, and rows are then long.
+    come last, because products of a small matrix with a wide one are the fastest, and rows are then long.
     """
 
     value: Tensor

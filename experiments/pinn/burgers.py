@@ -284,7 +284,7 @@ def _phase(x: Tensor, cos: Tensor) -> Tensor:
 class Burgers100d(_NormalLaw):
     """The published problem, u_t + u sum_i u_{x_i} - Lap u = f with u = e^{-t} prod_i (x_i^2 - 1), x ~ 0.5 N(0, 1).
 
-    It is degenerate, see `degenerate`: at a typical point |u| is 1e-15, and rescaling does not help, for all of the
+    It is degenerate, see `degenerate`: at a typical point |u| is 1e-15, and rescaling does not help, because all of the
     energy of u sits in points that no sample holds. Kept for reproduction; `TwoBody` has the same equation.
 
     Args:

@@ -33,30 +33,22 @@ class Collocation:
         ranks: this process.
 
     Attributes:
-        present: points of this rank, None before the first call of `at`.
+        present: points of this rank.
         whole: interior points of all ranks.
+
+    Raises:
+        ValueError: soft conditions, and the equation yields no points for them, so that nothing would train them; or
+            points and values do not belong together.
     """
+
+    present: Points
+    whole: Tensor
 
     def __init__(self, equation: Equation, config: PinnConfig, seed: int, ranks: Ranks) -> None:
         self._equation, self._config, self._seed, self._ranks = equation, config, seed, ranks
-        self._count = -1
-        self.present: Points | None = None
-        self.whole = torch.empty(0, equation.num_space + 1)
+        self._count = 0
         self._others: tuple[tuple[int, int], Points] | None = None
-
-    @property
-    def now(self) -> Points:
-        """The present points."""
-        assert self.present is not None
-        return self.present
-
-    def check(self) -> None:
-        """Draws the conditions once, so that an equation without any is refused before a run.
-
-        Raises:
-            ValueError: soft conditions, and the equation yields no points for them.
-        """
-        self._conditions(self._seed_of(UNSEEN[1], 0))
+        self._train_on(self._interior(config.num_points, self._seed_of(TRAINED[0])))
 
     def unseen(self) -> Points:
         """As many points as a draw has, none of which training sees; the same ones at every call."""
@@ -73,9 +65,12 @@ class Collocation:
         """The points of this rank at an iteration; others replace them after each `resample_every` iterations."""
         every = self._config.resample_every
         count = 0 if every is None else iteration // every
-        if self.present is None or count != self._count:
+        if count != self._count:
             self._count = count
-            self.present = self._draw(network)
+            interior = self._interior(self._config.num_points, self._seed_of(TRAINED[0]))
+            if self._config.adaptive_pool is not None and count > 0:
+                interior = self._adapted(network, interior, self._config.adaptive_pool)
+            self._train_on(interior)
         return self.present
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,20 +80,12 @@ class Collocation:
     def load_state_dict(self, state: Mapping[str, Any]) -> Points:
         """Makes the saved points the present ones, and returns them."""
         self._count = state["count"]
-        self.present = self._trained(state["whole"])
+        self._train_on(state["whole"])
         return self.present
 
-    def _draw(self, network: nn.Module) -> Points:
-        config = self._config
-        interior = self._interior(config.num_points, self._seed_of(TRAINED[0]))
-        if config.adaptive_pool is not None and self._count > 0:
-            interior = self._adapted(network, interior, config.adaptive_pool)
-        return self._trained(interior)
-
-    def _trained(self, interior: Tensor) -> Points:
-        """The interior points as the present ones, with the conditions that belong to them."""
-        self.whole = interior
-        return self._of_this_rank(interior, self._seed_of(TRAINED[1]))
+    def _train_on(self, interior: Tensor) -> None:
+        """Makes these interior points the present ones, with the conditions that belong to them."""
+        self.whole, self.present = interior, self._of_this_rank(interior, self._seed_of(TRAINED[1]))
 
     def _drawn(self, num_interior: int, count: int, streams: tuple[int, int]) -> Points:
         """Interior points and conditions of a draw of their own."""
@@ -118,12 +105,7 @@ class Collocation:
         return points._replace(num_interior=len(interior), num_conditions=len(conditions))
 
     def _conditions(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Points of the initial and boundary conditions of all ranks, and the values there.
-
-        Raises:
-            ValueError: soft conditions, and the equation yields no points for them, so that nothing would train them;
-                or points and values do not belong together.
-        """
+        """Points of the initial and boundary conditions of all ranks, and the values there."""
         config, equation, columns = self._config, self._equation, self._equation.num_space + 1
         if config.num_conditions == 0:
             return torch.empty(0, columns, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)

@@ -35,7 +35,7 @@ def describe(config: PinnConfig) -> Description:
         ValueError: there is nothing to train on.
     """
     equation = load_equation(config.equation, config.options, config.folder)
-    Collocation(equation, config, 0, Ranks()).check()
+    Collocation(equation, config.model_copy(update={"num_points": 1}), 0, Ranks())  # conditions must yield points
     note = f"{equation.label}: {equation.degenerate}" if equation.degenerate else ""
     return Description("computed", digest_of(config), None, note)
 
@@ -127,16 +127,16 @@ class PinnProblem(Problem):
 
         points = self._collocation
         if check_points is None:
-            return Residuals(lambda: self.residuals(self.model, points.now))
+            return Residuals(lambda: self.residuals(self.model, points.present))
         return Residuals(
-            lambda: self.residuals(self.model, points.now),
+            lambda: self.residuals(self.model, points.present),
             lambda: self.residuals(self.model, points.others(check_points)),
         )
 
     # ---- evaluation ----
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        values = self._loss.parts(network, self._collocation.now)
+        values = self._loss.parts(network, self._collocation.present)
         for name, test in list(self._tests.items())[:1]:
             values |= {f"metrics/validation/{key}_{name}": value for key, value in errors_on(network, test).items()}
         return values | {"metrics/validation/loss": self._loss.parts(network, self._unseen)["metrics/train/loss"]}

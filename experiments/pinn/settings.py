@@ -25,7 +25,7 @@ class PinnConfig(Settings):
         equation: a key of `experiments.pinn.equations.EQUATIONS`, or a Python file, relative to the configuration's.
         options: arguments of the equation.
         hidden_sizes: widths of the hidden layers; the inputs are those of the equation, the output is one.
-        activation: smooth, for the equation differentiates it twice.
+        activation: smooth, because the equation differentiates it twice.
         dtype: of weights and points. Points, sources and solutions are computed in float64 and rounded to it.
         conditions: "soft": the mean squared error on `num_conditions` points of the initial and boundary conditions is
             added to the loss, times `condition_weight`; "hard": the equation's lift meets them for every network.

@@ -17,9 +17,9 @@ from experiments.pinn.compare import (
     settings_line,
 )
 from experiments.records.compare import TRAIN, Variant
+from experiments.records.page import Page
 from experiments.records.reading import Run
-from experiments.records.summarize import spread, write_summary
-from experiments.records.text_table import markdown_table, text_table
+from experiments.records.summarize import spread
 
 TOLERANCE = 1.02
 """A final loss of more than this times the baseline's counts as above it."""
@@ -56,29 +56,23 @@ def summarize_pinn(groups: list[Group]) -> str:
     title = f"{folder.parent.name}, {folder.name}"
     cautions = {f"{group.equation}: {group.degenerate}" for group in groups if group.degenerate}
     title += f" - DEGENERATE EQUATION: {'; '.join(sorted(cautions))}" if cautions else ""
-    markdown, text = [f"# {title}", ""], [title, ""]
+    page = Page(title)
     for group in groups:
         against = group.baseline.label if group.baseline is not None else f"{group.name} (not run)"
-        head = f"{group.equation}, compared with {against}"
-        head = f"{group.caution} - {head}" if group.caution else head
-        markdown += [f"## {head}", "", *([f"**{group.degenerate}**", ""] if group.degenerate else [])]
-        text += [head, *([group.degenerate] if group.degenerate else [])]
-        markdown += [f"{settings_line(group)}.", ""]
-        text += [settings_line(group), ""]
+        page.section(f"{group.caution} - " * bool(group.caution) + f"{group.equation}, compared with {against}")
+        if group.degenerate:
+            page.say(group.degenerate, strong=True)
+        page.say(f"{settings_line(group)}.")
         for header, rows in _tables(group):
-            markdown += [*markdown_table(header, rows), ""]
-            text += [*text_table(header, rows), ""]
+            page.table(header, rows)
         diverged = diverged_note(group.variants)
         if diverged:
-            markdown += [f"Diverged: {diverged}.", ""]
-            text += [f"Diverged: {diverged}.", ""]
+            page.say(f"Diverged: {diverged}.")
     seeds = sorted({seed for group in groups for seed in group.seeds})
     commits = tuple(sorted({commit for group in groups for commit in group.commits}))
-    source = f"Source: {replace(groups[0], commits=commits).source_line(seeds)}"
-    markdown += [LEGEND, "", source, ""]
-    text += [LEGEND, source]
-    write_summary(folder, markdown)
-    return "\n".join(text)
+    page.say(LEGEND)
+    page.say(f"Source: {replace(groups[0], commits=commits).source_line(seeds)}")
+    return page.write(folder)
 
 
 def _tables(group: Group) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:

@@ -95,8 +95,8 @@ class Records:
         data = "SURROGATE DATA, not the real file" if self.is_surrogate else f"data: {self.data_source}"
         experiment, scale = self.folder.parts[-2:]
         config = Path("experiments", "configs", experiment, f"{scale}.yaml")
-        told = self.is_as_configured and (Path(__file__).parents[2] / config).is_file()  # no file: --set scale=NAME
-        settings = config.as_posix() if told else f"scale {scale} (settings in the records)"
+        has_file = self.is_as_configured and (Path(__file__).parents[2] / config).is_file()  # no file: --set scale=NAME
+        settings = config.as_posix() if has_file else f"scale {scale} (settings in the records)"
         return f"{settings} · {data} · {count} · commit {', '.join(self.commits)}"
 
 

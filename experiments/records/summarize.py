@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data_loaders.files import write_text
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
-from experiments.records.text_table import markdown_table, text_table
+from experiments.records.page import Page
 
 
 def header(loss_name: str) -> tuple[str, ...]:
@@ -97,30 +93,25 @@ def summarize(comparison: Comparison, loss_name: str = "loss") -> str:
         comparison: the records.
         loss_name: what the table calls the loss.
     """
-    markdown: list[str] = [f"# {comparison.folder.parent.name}, {comparison.folder.name}", ""]
-    text: list[str] = [f"{comparison.folder.parent.name}, {comparison.folder.name}", ""]
+    page = Page(f"{comparison.folder.parent.name}, {comparison.folder.name}")
     if comparison.is_surrogate:
-        warning = "SURROGATE DATA: random numbers with the statistics of the real file, which was not found."
-        markdown += [f"**{warning}**", ""]
-        text += [warning, ""]
-    legend = (
+        page.say(
+            "SURROGATE DATA: random numbers with the statistics of the real file, which was not found.", strong=True
+        )
+    for family, variants in comparison.families.items():
+        page.section(family)
+        page.table(header(loss_name), family_rows(variants))
+    page.say(
         "Median over the seeds [minimum .. maximum]. Seconds are training seconds, without evaluation. "
         f"'Above plain' counts seeds whose final training {loss_name} is higher than plain's or which diverged; a seed "
         "on which only plain diverged is unknown."
     )
-    for family, variants in comparison.families.items():
-        rows = family_rows(variants)
-        markdown += [f"## {family}", "", *markdown_table(header(loss_name), rows), ""]
-        text += [family, *text_table(header(loss_name), rows), ""]
-    source = f"Source: {comparison.source_line()}"
-    markdown += [legend, "", source, ""]
-    text += [legend, source]
-    write_summary(comparison.folder, markdown)
-    return "\n".join(text)
+    page.say(f"Source: {comparison.source_line()}")
+    return page.write(comparison.folder)
 
 
 def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
-    """Table rows of one family, plain first; without a plain variant only what stands alone is told."""
+    """Table rows of one family, plain first; without a plain variant only what needs no comparison is shown."""
     plain = plain_of(variants)
     rows: list[tuple[str, ...]] = []
     for variant in variants:
@@ -160,11 +151,3 @@ def median(values: np.ndarray) -> float:
     ordered = np.sort(values)
     low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
     return float(low) if low == high else float(0.5 * (low + high))
-
-
-def write_summary(folder: Path, markdown: Sequence[str]) -> None:
-    """Writes `summary.md` beside the records; where that is not allowed, as in a colleague's folder, it says so."""
-    try:
-        write_text(folder / "summary.md", "\n".join(markdown))
-    except OSError as error:
-        print(f"note: {error}; the table is printed all the same", file=sys.stderr)

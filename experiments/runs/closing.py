@@ -65,5 +65,5 @@ def diverged_lines(runs: Iterable[Run]) -> list[str]:
         if run.diverged:
             place = f" at iteration {run.diverged_iteration}" if run.diverged_iteration is not None else ""
             diverged.setdefault(run.attributes["variant"], []).append(f"seed {run.attributes['seed']}{place}")
-    told = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
-    return ["diverged: " + ", ".join(told)] if diverged else []
+    named = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
+    return ["diverged: " + ", ".join(named)] if diverged else []

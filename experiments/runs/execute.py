@@ -59,7 +59,7 @@ def execute_run(
         save: what is saved of it, and when; None for the defaults.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
         from_start: whether to remove its checkpoints first.
-        timeout_seconds: for so long the ranks wait for each other.
+        timeout_seconds: how long the ranks wait for each other.
         show_progress: progress by epoch.
 
     Returns:
@@ -280,11 +280,11 @@ def _execute_in_turn(
 
 
 def _is_told_to_stop(interruption: Interruption, ranks: Ranks) -> bool:
-    """Whether any rank was told to stop; all ranks ask together, between two runs."""
-    told = torch.tensor(float(bool(interruption.reason)), device=device_of(ranks))
+    """Whether any rank shall stop; all ranks ask together, between two runs."""
+    stops = torch.tensor(float(bool(interruption.reason)), device=device_of(ranks))
     if ranks.world_size > 1:
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+        dist.all_reduce(stops, dist.ReduceOp.MAX)
+    return bool(stops)
 
 
 def _pending(
@@ -319,7 +319,7 @@ def _pending(
         if states[id(run)] == "finished":
             try:
                 note_place(run_path(results, run), run)
-            except OSError as error:  # of a colleague, for instance; the numbers are the same
+            except OSError as error:  # it may belong to a colleague; the numbers are the same
                 _say(f"warning: the label in a finished record cannot be brought up to date: {error}")
     if counts["without parts"]:
         _say(f"{counts['without parts']} records have no {' or no '.join(parts)} (save): these runs are made again")

@@ -137,7 +137,7 @@ class FolderLock:
         return f"no sign of life for {age:.0f} s" if age > self._stale_seconds else ""
 
     def _age(self, path: Path) -> float:
-        """Seconds since a file was touched, by the clock of its file system; 0 where that cannot be told."""
+        """Seconds since a file was touched, by the clock of its file system; 0 where that is not known."""
         probe = self.folder / f".{LOCK_NAME}-{self._me['token']}"
         try:
             probe.touch()

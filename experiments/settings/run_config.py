@@ -160,7 +160,7 @@ class SaveConfig(Settings):
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
             ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
-            `ema_decay`; images: with the statistics computed anew), see `records.reading.read_weights`.
+            `ema_decay`; images: with the statistics computed again), see `records.reading.read_weights`.
         attempts: whether the record holds every attempt of the acceleration, see `records.reading.read_attempts`.
         tensorboard: whether the series are also written for TensorBoard, into a folder beside the record.
     """

@@ -220,7 +220,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched_buffers(model: nn.Module) -> Iterator[None]:
-    """Every buffer is bit for bit, and the same tensor, as before after it: for trial evaluations in train mode.
+    """Restores every buffer bit for bit and keeps its tensor, for trial evaluations in train mode.
 
     Modes and parameters are the caller's.
     """

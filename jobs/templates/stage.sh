@@ -1,7 +1,7 @@
 #!/bin/bash
 # Copies to the node's own disk, once a node: stage.sh environment ARCHIVE FOLDER | stage.sh data SOURCE FOLDER
 # The file FOLDER.staged is made last. With it FOLDER is whole, and a later start of the job on this node leaves it
-# alone. Without it FOLDER is what a killed start left, and is made again. No temporary folder is renamed at the end,
+# alone; without it FOLDER is what a killed start left, and is made again. No temporary folder is renamed at the end,
 # because conda-unpack must run in the folder's final place.
 set -eu
 

@@ -246,7 +246,7 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, capsys, experiment):
-    """The averaged ones; of images with the statistics computed anew."""
+    """The averaged ones; of images with the statistics computed again."""
     path = write_config(experiment, tmp_path)
     raw = yaml.safe_load(path.read_text())
     ((name, variant), *_) = raw["variants"].items()
@@ -273,7 +273,7 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     recorded = read_run(record).series
     assert [after[name] for name in metrics] == [recorded[name][-1] for name in metrics]
     assert before["metrics/train/loss" if experiment != "imagenet" else "metrics/validation/loss"] not in after.values()
-    if experiment == "imagenet":  # where the statistics computed anew are those of the network
+    if experiment == "imagenet":  # where the statistics computed again are those of the network
         assert after["metrics/validation/loss"] == after["metrics/validation/stale_loss"]
         begun = replace(expanded, problem=expanded.problem.model_copy(update={"initial_weights": str(record)}))
         begun_weights = begun.kind.build(begun, Ranks()).model.state_dict()

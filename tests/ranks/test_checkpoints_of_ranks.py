@@ -320,7 +320,7 @@ SHARED_HISTORY = {
 
 
 def suite_run(ranks, results, stop=None):
-    """(weights, statistics) of a run that ends; with `stop`, it is told to stop after that step."""
+    """(weights, statistics) of a run that ends; with `stop`, it stops after that step."""
     config = run_config("sgd_aadl", epochs=6)
     config = replace(config, variant=config.variant.model_copy(update={"acceleration": SHARED_HISTORY}))
     interruption, kept = Interruption(environment={}), []

@@ -156,7 +156,7 @@ def test_ranks_with_weights_of_their_own(spawn_ranks):
 
 
 def check_averaging(outcomes):
-    """The history starts anew at every averaging, within a macro-step too."""
+    """The history starts again at every averaging, within a macro-step too."""
     for outcome in outcomes:
         for name in ("beside", "post local", "by loss, averaged"):
             assert outcome[name]["statistics"]["resets"] == {"averaged": len(AVERAGED_AFTER)}, name

@@ -20,7 +20,7 @@ def fail(error):
 
 
 def cases(rank, world_size, folder):
-    """What a rank gets and is told in each case."""
+    """What a rank gets and reads in each case."""
     together.GRACE_SECONDS = 20.0
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}", hosts=("node0", "node1", "node2"))
     made = []

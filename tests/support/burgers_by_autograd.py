@@ -1,4 +1,4 @@
-"""The residual of 2d Burgers by the book, for tests: autograd twice."""
+"""The residual of 2d Burgers as a textbook computes it, for tests: autograd twice."""
 
 import math
 

@@ -32,7 +32,7 @@ class Lsf:
     def __init__(self, folder, mode):
         self.folder, self.results = folder / "lsf", folder / "my results"
         fake_lsf.install(self.folder, mode)
-        # Not the data that a process takes which was not told where they are.
+        # Not the data that a process takes without AADL_DATA_DIR.
         data = folder / "data"
         data.mkdir()
         (data / "graduate_admissions.csv").write_text("\n".join(table_lines(500, seed=1)))

@@ -196,7 +196,7 @@ def test_a_requeued_job_avoids_a_drained_node_and_resumes(cluster, long_config, 
     assert cluster.job(job)["Restarts"] == "1"
     resumed = record(tmp_path, ACCELERATED).attributes
     assert resumed["complete"] and resumed["world_size"] == 4
-    assert resumed["restart_count"] == 1  # taken up where it was saved, not begun anew
+    assert resumed["restart_count"] == 1  # taken up where it was saved, not begun again
 
 
 def test_a_run_that_was_interrupted_equals_one_that_was_not(cluster, long_config, tmp_path):

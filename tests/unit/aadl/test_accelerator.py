@@ -215,7 +215,7 @@ def test_schedulers_built_before_and_after(make):
 
 
 def test_a_learning_rate_change_rescales_or_resets_and_pairs_stay_true():
-    """Within the band the columns are those of the present rate; beyond it the history starts anew."""
+    """Within the band the columns are those of the present rate; beyond it the history starts again."""
     model = network()
     optimizer = sgd(model)
     pairs = Pairs(optimizer)

@@ -1,6 +1,6 @@
 """Verdicts carried out on the device and read by the host later are those the host would have reached at once.
 
-There is no device here: the same code runs on the CPU, told that its numbers are not on the host.
+There is no device here: the same code runs on the CPU, as if its numbers were not on the host.
 """
 
 import copy

@@ -786,7 +786,7 @@ def test_ranks_with_rows_of_their_own_are_one_process_with_all_rows(wrapper, fre
         ]
         assert counts["accepted"] > 2
         by_us = [count for count in sums if count <= 5 * 5 + 5 + 4]
-        assert len(by_us) <= 2 * (24 // frequency) + 2  # products and verdict, and one word about memory
+        assert len(by_us) <= 2 * (24 // frequency) + 2  # products and verdict, and one message about memory
     assert torch.equal(results[0][0], results[1][0])
 
 

@@ -1,4 +1,4 @@
-"""The vectors of a history as named tensors, and its books as plain values."""
+"""The vectors of a history as named tensors, and the rest as plain values."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ ONE = [[(0, torch.zeros(50))]]
 
 
 def saved(history):
-    """Rows and books on their way through a file."""
+    """Rows and plain values on their way through a file."""
     rows = {name: row.clone() for name, row in rows_of(history, ONE, False).items()}
     return rows, json.dumps(plain_state_of(history))
 
@@ -307,7 +307,7 @@ def test_a_state_of_another_version_is_refused_by_its_number(version):
 
 
 def test_a_state_from_before_writes_were_watched_loads():
-    """The books of older versions know less of the progress."""
+    """States of older versions have fewer entries of the progress."""
     parameters = convolution()
     optimizer = adam(parameters, EAGER | {"store_each_nth": 3})
     go(parameters, optimizer, 7)

@@ -583,7 +583,7 @@ def test_every_image_is_evaluated_once(world_size, num_broken):
     read, unreadable = [], []
     for rank in range(world_size):
         loader = EvaluationLoader(listed(contents), SMALL, batch_size=5, rank=rank, world_size=world_size)
-        for _ in range(2):  # counts begin anew with every pass
+        for _ in range(2):  # counts begin again with every pass
             batches = list(loader.batches())
         assert all(1 <= len(labels) <= 5 and len(images) == len(labels) for images, labels in batches)
         mine = [label for _, labels in batches for label in labels.tolist()]

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import functools
-import math
 import os
 import re
 import shutil
@@ -11,22 +9,17 @@ from dataclasses import replace
 
 import gloo
 import h5py
-import numpy as np
 import pytest
 import torch
-import yaml
-from image_runs import AADL, PUBLISHED, image_run, image_set, raw_config
-from PIL import Image
+from image_runs import PUBLISHED, image_run, image_set
 from small_runs import identical
 from suite_cases import build
-from torch import nn
 
 import aadl
 from data_loaders.imagenet.decode import Decoding
 from data_loaders.imagenet.loaders import TrainLoader
 from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.sets import open_images
-from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
 from experiments.images import data as image_data
 from experiments.images import problem as imagenet
@@ -34,183 +27,13 @@ from experiments.images.data import data_folder, describe, open_sets
 from experiments.images.problem import check_settings
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
-from experiments.records.reading import read_run
 from experiments.training.batchnorm import recompute_statistics
-from experiments.training.clock import HookSeconds
-from experiments.training.closure import AccumulatedClosure
-from experiments.training.epochs import Epochs
-from experiments.training.problem import Problem
-from experiments.training.stage import Stage, make_stages
-
-TOP1 = "metrics/validation/top1"
+from experiments.training.stage import make_stages
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return image_set(tmp_path_factory.mktemp("images") / "set")
-
-
-def buffers(model):
-    return {name: value.clone() for name, value in model.named_buffers()}
-
-
-# ---- the step --------------------------------------------------------------------------------------------------------
-
-
-class Small(Problem):
-    """Cross entropy of three classes, without batches of its own."""
-
-    def plan(self):
-        return Epochs(lambda *_: [], 1)
-
-    def loss(self, network, batch):
-        return nn.functional.cross_entropy(network(batch[0]), batch[1])
-
-    def evaluate(self, network):
-        return {}
-
-
-def small_problem(model=None):
-    """A classifier of 4 numbers, by default a linear one, and its batch of 12 rows."""
-    problem = Small(model or nn.Sequential(nn.Linear(4, 3)), data_source="", data_digest="")
-    return problem, (torch.randn(12, 4), torch.randint(0, 3, (12,)))
-
-
-def closure_of(problem, optimizer, parts=1, scale=False, **options):
-    scaler = torch.amp.GradScaler("cpu", enabled=scale, **options)
-    return AccumulatedClosure(problem, problem.model, [Stage(optimizer)], parts, scaler)
-
-
-@pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("parts", [1, 3, 4])
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(parts, scale):
-    problem, batch = small_problem()
-    twin = copy.deepcopy(problem.model)
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.5, momentum=0.9)
-    closure = closure_of(problem, optimizer, parts, scale)
-    expected = torch.optim.SGD(twin.parameters(), lr=0.5, momentum=0.9)
-    for _ in range(3):
-        closure.batch = batch
-        told = closure.step()
-        expected.zero_grad()
-        loss = nn.functional.cross_entropy(twin(batch[0]), batch[1])
-        loss.backward()
-        expected.step()
-        assert told == pytest.approx(float(loss.detach()), rel=1e-5) and not told.requires_grad
-    torch.testing.assert_close(problem.model.state_dict(), twin.state_dict())
-    assert closure.num_losses == 3
-
-
-def test_a_trial_sees_the_loss_at_the_candidate_and_no_gradient():
-    problem, batch = small_problem()
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
-    seen = []
-
-    def trials(_, arguments, kwargs):
-        with torch.no_grad():
-            seen.append(float(arguments[1]()))
-            gradients = [p.grad.clone() for p in problem.model.parameters()]
-            problem.model[0].bias.add_(1.0)
-            seen.append(float(arguments[1]()))
-            problem.model[0].weight.zero_()
-            seen.append(float(arguments[1]()))
-            assert all(torch.equal(p.grad, g) for p, g in zip(problem.model.parameters(), gradients, strict=True))
-
-    closure = closure_of(problem, optimizer, parts=2)
-    optimizer.register_step_post_hook(lambda optimizer, args, kwargs: trials(optimizer, (None, closure), kwargs))
-    closure.batch = batch
-    before = float(closure.step())
-    assert seen[0] == pytest.approx(seen[1], rel=1e-5)  # a bias on all classes changes nothing
-    assert seen[0] != before and seen[2] != seen[0] and closure.num_losses == 4
-
-
-def test_trials_leave_no_trace_in_batchnorm():
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    _, batch = small_problem()
-    found = []
-    for with_trials in (False, True):
-        problem = small_problem(copy.deepcopy(model))[0]
-        optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
-        closure = closure_of(problem, optimizer, parts=2)
-        closure.batch, losses = batch, []
-        if with_trials:
-            optimizer.register_step_post_hook(lambda *_, closure=closure, losses=losses: losses.append(closure()))
-        for _ in range(3):
-            closure.step()
-        assert len(losses) == 3 * with_trials and problem.model.training
-        found.append(problem.model.state_dict())
-    assert identical(dict(found[0]), dict(found[1]))
-    assert int(found[0]["1.num_batches_tracked"]) == 6  # three steps of two parts
-
-
-def accumulated_on_ranks(rank, world_size, model, batch):
-    """Three steps in two parts, each rank with every other row."""
-    model = copy.deepcopy(model)  # what comes from the parent is shared with it, and with the other rank
-    problem = small_problem(model)[0]
-    closure = closure_of(problem, torch.optim.SGD(model.parameters(), lr=0.5), parts=2)
-    closure.model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    closure.batch = tuple(tensor[rank::world_size] for tensor in batch)
-    for _ in range(3):
-        closure.step()
-    return {name: value.detach() for name, value in model.state_dict().items()}
-
-
-def test_ranks_accumulate_the_gradient_of_the_whole_batch(tmp_path):
-    problem, batch = small_problem()
-    found = gloo.spawn_ranks(tmp_path / "ranks", accumulated_on_ranks, 2, problem.model, batch)
-    closure = closure_of(problem, torch.optim.SGD(problem.model.parameters(), lr=0.5), parts=1)
-    closure.batch = batch
-    for _ in range(3):
-        closure.step()
-    assert identical(found[0], found[1])
-    torch.testing.assert_close(found[0], dict(problem.model.state_dict()))
-
-
-def test_a_step_that_overflows_is_skipped_and_no_hook_sees_it():
-    problem, batch = small_problem()
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
-    aadl.accelerate(optimizer, store_each_nth=1, frequency=2)
-    closure = closure_of(problem, optimizer, scale=True, init_scale=1e38, growth_interval=1000)
-    closure.batch = (1e3 * batch[0], batch[1])
-    weights = copy.deepcopy(problem.model.state_dict())
-    closure.step()
-    assert closure.num_skipped == 1 and identical(weights, problem.model.state_dict())
-    assert aadl.accelerator_of(optimizer).statistics["steps"] == 0
-    for _ in range(300):
-        closure.step()
-        if closure.num_skipped < closure.num_losses:
-            break
-    assert aadl.accelerator_of(optimizer).statistics["steps"] == 1
-    assert not identical(weights, problem.model.state_dict())
-
-
-def test_seconds_of_hooks_are_those_in_between(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: clock[0])
-
-    def take(seconds):
-        def hook(*_):
-            clock[0] += seconds
-
-        return hook
-
-    weight = nn.Parameter(torch.zeros(2))
-    weight.grad = torch.ones(2)
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    optimizer.register_step_post_hook(take(100))
-    seconds = HookSeconds(optimizer)
-    optimizer.register_step_pre_hook(take(1))
-    optimizer.register_step_post_hook(take(2))
-    seconds.enclose()
-    optimizer.register_step_post_hook(take(1000))
-    optimizer.step()
-    assert seconds() == 3
-    optimizer.step()
-    assert seconds() == 6
-
-
-# ---- the problem of a run --------------------------------------------------------------------------------------------
 
 
 def test_a_validation_records_both_statistics_and_leaves_no_trace(folder):
@@ -341,14 +164,14 @@ def test_batches_come_as_they_were_read_and_the_problem_brings_them_to_the_devic
 
 def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    for told in (True, False):
-        problem = build(image_run(folder, training={"deterministic": told}), Ranks())
-        assert torch.are_deterministic_algorithms_enabled() == told == problem.attributes["deterministic"]
+    for deterministic in (True, False):
+        problem = build(image_run(folder, training={"deterministic": deterministic}), Ranks())
+        assert torch.are_deterministic_algorithms_enabled() == deterministic == problem.attributes["deterministic"]
         problem.close()
         assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    for told, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
-        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=told), torch.device(device))
+    for deterministic, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
+        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=deterministic), torch.device(device))
         assert torch.backends.cudnn.benchmark == benchmark
         undo()
         assert not torch.backends.cudnn.benchmark
@@ -382,7 +205,7 @@ def test_settings_of_the_last_layer_and_of_crops_are_used(folder):
 
 
 def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
-    """What two ranks, each with a node of its own, read and are told."""
+    """What two ranks, each with a node of its own, read and receive."""
     opened, original = [], image_data.open_images
     image_data.open_images = lambda *which: opened.append(which) or original(*which)
     ranks = Ranks(rank=rank, world_size=world_size, host=f"node{rank}")
@@ -506,140 +329,3 @@ def test_weights_come_in_from_a_file(folder, tmp_path):
             build(image_run(folder, problem={"initial_weights": record}), Ranks())
     with pytest.raises(OSError, match=r"the weights .*none\.pt cannot be read: No such file"):
         build(image_run(folder, problem={"initial_weights": str(tmp_path / "none.pt")}), Ranks())
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def run(raw, tmp_path, *options):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return main(["run", str(path), "--results", str(tmp_path / "results"), "--jobs", "1", *options])
-
-
-def test_a_run_is_recorded_drawn_and_summarized(folder, tmp_path, capsys):
-    raw = raw_config(folder, {"acceleration": AADL, "label": "aadl"})
-    raw["variants"] = {"plain": {"optimizer": raw["variants"]["one"]["optimizer"], "label": "SGD"}, **raw["variants"]}
-    assert run(raw, tmp_path) == 0
-    with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
-        assert file["metrics/validation/top1"].shape == (3,) and file.attrs["complete"]
-        assert file["timing/images_per_second"].attrs["units"] == "s-1"
-        assert "stale statistics" in file["metrics/validation/stale_top1"].attrs["long_name"]
-        assert "cross entropy" in file["metrics/validation/stale_loss"].attrs["long_name"]
-        seconds = {
-            name: file[f"timing/{name}_seconds"][-1] for name in ("training", "acceleration", "input", "evaluation")
-        }
-        assert 0 < seconds["acceleration"] < seconds["training"] and 0 < seconds["input"] < seconds["training"]
-        assert seconds["evaluation"] > file["timing/batchnorm_seconds"][-1] > 0
-        assert file.attrs["batch_images"] == 16 and file.attrs["num_train_images"] == 48
-    capsys.readouterr()
-    assert main(["figures", "--results", str(tmp_path / "results")]) == 0
-    drawn = {line.rpartition("/")[2] for line in capsys.readouterr().out.split()}
-    assert drawn == {"validation.png", "cost.png", "statistics.png", "acceleration.png"}
-    for path in (tmp_path / "results").rglob("*.png"):
-        with Image.open(path) as image:
-            assert image.size[0] > 300
-    assert main(["summarize", "--results", str(tmp_path / "results")]) == 0
-    table = capsys.readouterr().out
-    assert "top-1 (%)" in table and "20 validation images" in table and "batches of 16" in table
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"accumulate": 2},
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"precision": "float16"}, {"compile": True})),
-    ],
-)
-def test_a_run_learns_with_each_switch(folder, tmp_path, monkeypatch, setting):
-    backend = functools.partial(torch.compile, backend="eager")  # code is another package's business
-    monkeypatch.setattr(torch, "compile", backend)
-    raw = raw_config(folder, {"acceleration": AADL, "ema_decay": 0.5}, training={"epochs": 6} | setting)
-    assert run(raw, tmp_path) == 0
-    record = read_run(tmp_path / "results/imagenet/test/one/seed-0.h5")
-    losses = record.series["metrics/train/minibatch_loss"]
-    assert losses[-1] < losses[1] and record.series["acceleration/attempts"][-1] > 0
-    assert ("metrics/skipped_steps" in record.series) == ("precision" in setting)
-
-
-def test_images_that_an_earlier_process_could_not_read_are_counted(tmp_path):
-    folder = image_set(tmp_path / "set")
-    broken = sorted((folder / "train").rglob("*.JPEG"))[3]
-    content = broken.read_bytes()
-    broken.write_bytes(b"")
-    problem = build(image_run(folder), Ranks())
-    for _ in problem.batches(1, 0):
-        pass
-    state = problem.state()
-    broken.write_bytes(content)
-    again = build(image_run(folder), Ranks())
-    assert again.finish(again.model)["num_unreadable_train_images"] == 0
-    assert again.restore(state) is None
-    assert again.finish(again.model)["num_unreadable_train_images"] == 1
-
-
-def test_a_validation_may_be_left_out_but_for_the_last(folder, tmp_path):
-    assert run(raw_config(folder, training={"epochs": 3, "evaluate_every": 2}), tmp_path) == 0
-    with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
-        assert np.isfinite(file["metrics/validation/top1"][:]).tolist() == [True, False, True, True]
-        assert np.isfinite(file["metrics/train/minibatch_loss"][:]).tolist() == [False, True, True, True]
-
-
-@pytest.mark.parametrize(
-    ("problem", "training", "message"),
-    [
-        ({"data_path": "MISSING"}, {}, "MISSING"),
-        ({}, {"batch_size": 64}, "batch_size 64 is larger than the set, which has 48 images"),
-        ({}, {"sync_batchnorm": True}, "sync_batchnorm must be false on CPUs"),
-        ({}, {"accumulate": 3}, "must be a multiple of ranks times accumulate, 1 x 3, got 16"),
-        ({"decoder": "dali"}, {}, "problem.decoder must be one of pillow, torchvision, got 'dali'"),
-    ],
-)
-def test_a_mistake_is_one_sentence_before_the_training(folder, tmp_path, capsys, problem, training, message):
-    assert run(raw_config(folder, problem=problem, training=training), tmp_path) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(told) == 1 and message in told[0]
-    assert not list((tmp_path / "results").rglob("*.h5"))
-
-
-def test_an_image_that_stops_the_run_is_named_in_one_sentence(tmp_path, capsys):
-    folder = image_set(tmp_path / "set")
-    (folder / "train" / "fractal_0002" / "fractal_0002_00003.JPEG").write_bytes(b"")
-    assert run(raw_config(folder, problem={"on_unreadable": "stop"}), tmp_path) == 1
-    told = capsys.readouterr().err
-    (line,) = [line for line in told.splitlines() if line.startswith("error")]
-    assert "image 27 (fractal_0002/fractal_0002_00003.JPEG) cannot be read: it is empty" in line
-    assert "Traceback" not in told
-    assert run(raw_config(folder), tmp_path) == 0
-    with h5py.File(tmp_path / "results/imagenet/test/one/seed-0.h5") as file:
-        assert file.attrs["num_unreadable_train_images"] == 1 and file.attrs["num_unreadable_validation_images"] == 0
-
-
-def test_classes_that_do_not_match_are_named(tmp_path, capsys):
-    folder = image_set(tmp_path / "set")
-    (folder / "val" / "fractal_0003").rename(folder / "val" / "another")
-    assert run(raw_config(folder), tmp_path) == 2
-    assert "another" in capsys.readouterr().err
-
-
-def write_colors(folder):
-    """Four classes of one color each, light and dark: what any network learns in a few epochs."""
-    light = np.random.RandomState(0)
-    for split, count in (("train", 40), ("val", 15)):
-        for name, color in {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "gray": (0.6, 0.6, 0.6)}.items():
-            (folder / split / name).mkdir(parents=True)
-            for number in range(count):
-                image = np.full((24, 24, 3), light.uniform(100, 250) * np.array(color)).astype(np.uint8)
-                Image.fromarray(image).save(folder / split / name / f"{number}.png")
-    return folder
-
-
-@pytest.mark.slow
-def test_two_ranks_learn(tmp_path, capfd):
-    """The command starts torchrun itself; four classes, 25 % by chance with a loss of log 4."""
-    raw = raw_config(write_colors(tmp_path / "set"), training={"epochs": 4, "warmup_epochs": 1.0})
-    assert run(raw | {"num_ranks": 2}, tmp_path) == 0
-    record = read_run(tmp_path / "results/imagenet/test/one/seed-0.h5")
-    assert record.attributes["world_size"] == 2 and record.attributes["launcher"] == "torchrun"
-    assert record.series[TOP1][-1] > 0.9 and record.series["metrics/validation/loss"][-1] < math.log(4) / 4
-    assert "images/s" in capfd.readouterr().err

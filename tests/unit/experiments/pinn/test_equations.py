@@ -144,10 +144,6 @@ def test_test_points_are_always_the_same_and_lie_where_training_points_do(equati
     torch.testing.assert_close(main.std(dim=0).mean(), other.std(dim=0).mean(), rtol=0.3, atol=0)
 
 
-def test_labels_differ():
-    assert len({equation.label for equation in CASES}) == len(CASES)
-
-
 HEAT = """
     import math
 
@@ -217,7 +213,6 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
     ("text", "message"),
     [
         ("x = (", "cannot be imported: SyntaxError: .*line 1"),
-        ("import no_such_package", "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'"),
         (
             "from experiments.pinn.burgers import TwoBody",
             "must define exactly one subclass of Equation, it defines none",
@@ -227,7 +222,6 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
             HEAT.replace("return uniform", "return uniform[:, :1]"),
             "sample must be a tensor of shape .3, 2., got .3, 1.",
         ),
-        (HEAT.replace("return u.time -", "return u.time.sum() -"), None),
         (HEAT.replace("def residual(", "def pde("), "equation Heat does not define residual"),
         (HEAT.replace("num_space = 1", ""), "Heat: num_space must be an integer >= 1, got None"),
         (HEAT.replace("def test_points(", "def points("), "equation Heat does not define test_points"),
@@ -240,7 +234,6 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
             HEAT.replace("u.laplacian", "u.lap"),
             r"Heat: residual failed: AttributeError: .* has no attribute 'lap' \(.*heat\.py, line 24\)",
         ),
-        (HEAT.replace("self.mode * math.pi", "mode"), r"failed: NameError: name 'mode' .*heat\.py, line 27\)"),
         (HEAT.replace("num_space = 1", "num_space = math.po"), r"imported: AttributeError: .*heat\.py, line 10\)"),
         (HEAT.replace("= diffusivity, mode", "= {}['x']"), r"Heat: __init__ failed: KeyError: 'x' \(.*line 13\)"),
         (HEAT.replace("num_space = 1", "num_space = True"), "Heat: num_space must be an integer >= 1, got True"),
@@ -251,12 +244,6 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
                 "* torch.sin(k * points[:, :1])", "[:, 0] * torch.sin(k * points[:, 0])"
             ),
             r"exact must be a tensor of shape \(3, 1\), got \(3,\)",
-        ),
-        (
-            HEAT.replace("points, self.exact(points)", "points, torch.zeros(len(points), 1)").replace(
-                "torch.sin(k * points[:, :1])", "math.nan"
-            ),
-            r"exact must be finite, got nan",
         ),
         (HEAT.replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)"), r"points 'grid' must be .*got \(3, 3\)"),
         (HEAT.replace('{"grid": torch.cartesian_prod(x, x)}', "x"), "test_points must return a mapping .*got Tensor"),
@@ -282,9 +269,6 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
 )
 def test_a_file_that_defines_no_equation_is_explained(tmp_path, text, message):
     write(tmp_path, text)
-    if message is None:  # a residual of the right shape passes
-        assert load_equation("heat.py", {}, tmp_path)
-        return
     with pytest.raises(ValueError, match=message) as caught:
         load_equation("heat.py", {}, tmp_path)
     assert "\n" not in str(caught.value)

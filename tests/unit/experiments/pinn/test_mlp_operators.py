@@ -121,14 +121,6 @@ def test_first_layers_of_any_condition(sizes, outcome):
     assert_equal_to_autograd(model, points_of(9, sizes[0]))
 
 
-def test_repeated_and_zero_rows_of_the_first_layer():
-    model = network((20, 6, 5, 1))
-    with torch.no_grad():
-        model.linears[0].weight[1] = model.linears[0].weight[0]
-        model.linears[0].weight[2] = 0
-    assert_equal_to_autograd(model, points_of(9, 20))
-
-
 def test_directions_are_orthonormal_and_span_the_first_layer():
     model = network((41, 6, 1))
     columns, weight = model.directions(), model.linears[0].weight[:, :-1]
@@ -228,24 +220,6 @@ def test_per_sample_jacobian(sizes, activation, chunk):
     assert difference(ours, theirs) < TOLERANCE
     wrong = model.residual_jacobian(points, lambda u, rows: burgers(u, rows) + 1e-4 * u.time, chunk)
     assert difference(wrong, theirs) > 1e-7
-
-
-# torch.func.functional_call is traced by a deprecated call of torch's own
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-def test_per_sample_jacobian_is_that_of_torch_func():
-    model, points = network((2, 6, 5, 1)), points_of(8, 2)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-    def residual(weights, point):
-        def u(x):
-            return torch.func.functional_call(model, weights, (x.unsqueeze(0),))[0, 0]
-
-        gradient, hessian = torch.func.grad(u)(point), torch.func.hessian(u)(point)
-        return gradient[1] + u(point) * gradient[0] - 0.1 * hessian[0, 0] + 0.3 * gradient[0].square().sin()
-
-    rows = torch.func.vmap(torch.func.grad(residual), (None, 0))(weights, points)
-    theirs = torch.cat([rows[name].flatten(1) for name in weights], 1)
-    assert difference([model.residual_jacobian(points, burgers)[1]], [theirs]) < TOLERANCE
 
 
 @pytest.mark.parametrize("sizes", [(2, 6, 5, 1), (9, 5, 1)], ids=str)

@@ -183,12 +183,17 @@ def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatc
     monkeypatch.setattr("experiments.commands.figures.DOCS_FIGURES", docs)
     results = str(tmp_path / "results")
     assert main(["reproduce", "--results", results, "--jobs", "1"]) == 0
-    told = capsys.readouterr().out
-    assert "DEGENERATE" in told and "2d Burgers" in told and "solution.png" in told and "predictors.png" in told
+    printed = capsys.readouterr().out
+    assert (
+        "DEGENERATE" in printed
+        and "2d Burgers" in printed
+        and "solution.png" in printed
+        and "predictors.png" in printed
+    )
     assert main(["figures", "--results", results, "--docs", "--only", "burgers_2d"]) == 0
     assert "burgers_2d_test_convergence.png" in {path.name for path in docs.iterdir()}
     assert not any("100d" in path.name for path in docs.iterdir())
     capsys.readouterr()
     assert main(["summarize", "--results", results, "--only", "burgers_2d"]) == 0
-    told = capsys.readouterr().out
-    assert "compared with plain Adam" in told and "Source: " in told and "100d" not in told
+    printed = capsys.readouterr().out
+    assert "compared with plain Adam" in printed and "Source: " in printed and "100d" not in printed

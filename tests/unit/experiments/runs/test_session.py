@@ -207,7 +207,7 @@ def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, mo
 
     monkeypatch.setattr(Checkpoints, "save", note)
     execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    # The third is worse than the second; the fifth is the best that can be kept, for the fourth was not saved.
+    # The third is worse than the second; the fifth is the best that can be kept, because the fourth was not saved.
     # After the last there is nothing to go on with.
     assert saved == [(4, True), (8, True), (20, True)]
 

@@ -245,7 +245,7 @@ def test_the_record_tells_what_became_of_candidates(tmp_path):
 
 
 def suite_run(config, ranks, results, stop=None):
-    """(weights, statistics) of a run that ends; with `stop`, it is told to stop after that step."""
+    """(weights, statistics) of a run that ends; with `stop`, it stops after that step."""
     interruption, kept = Interruption(environment={}), []
     after_step, result = RunSession.after_step, Training.result
 
