@@ -71,11 +71,13 @@ def accelerate(
     Over macro-steps of `store_each_nth` optimizer steps, x_k -> g_k = G(x_k) with residual f_k = g_k - x_k, the
     history keeps the differences DF = [f_{j+1} - f_j], DG = [g_{j+1} - g_j] of the last pairs and makes the candidate
 
-        x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),   gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
+        x+ = g_k - DG gamma - (1 - relaxation) (f_k - DF gamma),
+        gamma = argmin ||f_k - DF gamma||^2 + Tikhonov.
 
     With "nonlinear_gmres", for losses ||r(x)||^2, the history keeps pairs (x_j, r_j = r(x_j)) and makes the candidate
 
-        x+ = x_k + sum_j gamma_j (x_j - x_k),   gamma = argmin ||r_k + sum_j gamma_j (r_j - r_k)||^2 + damping,
+        x+ = x_k + sum_j gamma_j (x_j - x_k),
+        gamma = argmin ||r_k + sum_j gamma_j (r_j - r_k)||^2 + damping,
 
     which is accepted if ||r(x+)||^2 < ||r_k||^2. The residuals come from `residuals`, or from the closure of `step`,
     which calls `aadl.accelerator_of(optimizer).observe(r)`.

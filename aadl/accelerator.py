@@ -16,8 +16,9 @@ from aadl.decisions import Decisions
 from aadl.history import History
 from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
-from aadl.macro_steps import MacroSteps, Progress, tensors_are_fake
-from aadl.parameters import makes_momentum, trainable_parameters
+from aadl.macro_steps import MacroSteps, Progress
+from aadl.outside import OutsideWrites
+from aadl.parameters import makes_momentum, tensors_are_fake, trainable_parameters
 from aadl.ranks import shards_of
 from aadl.settings import Settings
 from aadl.statistics import Statistics
@@ -135,7 +136,7 @@ class AndersonAccelerator(MacroSteps):
     @torch.inference_mode(False)  # whose tensors no step could write to
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, plain values as JSON.
+        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `values`, plain ones as JSON.
 
         Allocates the history where no step has done so, so that the state of a fresh accelerator has the same entries
         as a saved one and torch.distributed.checkpoint can load into it. The optimizer must have its own state by then.
@@ -148,15 +149,16 @@ class AndersonAccelerator(MacroSteps):
             if parameters is not None:
                 self._lay_out(parameters, makes_momentum(self.optimizer))
         layout = self._layout
-        progress = self._progress.state() | self._rates.state() | self._outside.state(has_values=not fake)
         plain = self._decisions.state() | {
             "map": self.settings.map_description(),
-            "progress": progress,
+            "progress": vars(self._progress),
+            "rates": self._rates.state(),
+            "outside": self._outside.state(has_values=not fake),
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
         }
         rows = {} if layout is None else layout.rows()
-        return {"version": VERSION, "books": json.dumps(plain), "rows": rows}
+        return {"version": VERSION, "values": json.dumps(plain), "rows": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the saved accelerator would have; at another history_depth, with the newest columns that fit.
@@ -173,13 +175,15 @@ class AndersonAccelerator(MacroSteps):
         """The plain values of a saved state, and the layout that it fits; raises ValueError if there is none."""
         check_format(state)
         try:
-            saved: dict[str, Any] = json.loads(state["books"])
+            saved: dict[str, Any] = json.loads(state["values"])
             if saved["map"].get("acceleration_type", "anderson") != "anderson":
                 raise ValueError(
                     f"the saved accelerator has acceleration_type={saved['map']['acceleration_type']!r}, this one "
                     f"acceleration_type={self.settings.acceleration_type!r}"
                 )
-            Decisions.restored(self.settings, saved), saved["progress"], saved["averaged"]
+            Decisions(self.settings).restore(saved)
+            Progress(**saved["progress"]), LearningRates(**saved["rates"]), saved["averaged"]
+            OutsideWrites(self.settings.store_each_nth, with_momentum=False).restore(saved["outside"])
             wanted, found = self.settings.map_description(), saved["map"]
             for name, value in wanted.items():
                 if found.get(name) != value and name != "history_depth":
@@ -207,7 +211,7 @@ class AndersonAccelerator(MacroSteps):
     @torch.no_grad()
     def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         """Continue from a saved state and its checked plain values."""
-        layout, progress = saved.get("layout"), saved["progress"]
+        layout = saved.get("layout")
         self._start_over()
         self._layout = layout
         if layout is not None:
@@ -215,8 +219,8 @@ class AndersonAccelerator(MacroSteps):
                 block.forget_fetch()
             saved_state.load_rows(state["rows"], layout.rows(), saved.get("slots"))
             saved_state.restore_plain_state(layout.history, saved["fields"], saved["history"]["starts_at_mapped"])
-        self._decisions = Decisions.restored(self.settings, saved)
-        self._progress, self._rates = Progress.restored(progress), LearningRates.restored(progress)
-        self._outside.restore(progress)
+        self._decisions.restore(saved)
+        self._progress, self._rates = Progress(**saved["progress"]), LearningRates(**saved["rates"])
+        self._outside.restore(saved["outside"])
         self._averaged = bool(saved["averaged"])
         self._lacks_history = False

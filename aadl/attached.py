@@ -16,7 +16,7 @@ from aadl.settings import Settings
 from aadl.statistics import Statistics
 from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
 
-VERSION = 4
+VERSION = 5
 """Of the layout of the states that accelerators save."""
 STATE_KEY = "aadl"
 """Key under which `optimizer.state_dict()` carries the accelerator's state."""
@@ -95,7 +95,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `books`, the plain values."""
+        """Everything a resumed run needs: `rows`, tensors by name (see aadl.state), and `values`, plain ones."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the saved accelerator would have.
@@ -247,7 +247,7 @@ def outline(state: Any) -> str:
 
 def check_format(state: Any) -> None:
     """Raise ValueError unless this looks like the state of an accelerator, in the present version."""
-    if not isinstance(state, dict) or state.keys() != {"version", "books", "rows"} or state["version"] != VERSION:
+    if not isinstance(state, dict) or state.keys() != {"version", "values", "rows"} or state["version"] != VERSION:
         raise ValueError(
             f"state must be the state_dict() of an accelerator whose states have version {VERSION}, "
             f"got {outline(state)}"

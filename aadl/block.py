@@ -8,15 +8,16 @@ rounding to bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aadl import kernels
+from aadl import kernels, memory
 from aadl.flat import FlatRow
 from aadl.memory import zeros
+from aadl.settings import Settings
 
 Tensors = Sequence[Tensor | None]
 
@@ -163,6 +164,30 @@ def make_block(
         offloaded=offloaded,
         stage=vector() if offloaded else None,
     )
+
+
+def allocate(blocks: Callable[[bool], list[Block]], settings: Settings) -> list[Block]:
+    """Allocate blocks, all or none of them.
+
+    Args:
+        blocks: makes them; called with whether they are only `planned`.
+        settings: history_device, and what an error may name.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for their rows.
+    """
+    need = memory.Need({}, {})
+    for block in blocks(True):
+        place = block.row.device if settings.history_device is None else torch.device(settings.history_device)
+        need.nbytes[place] = need.nbytes.get(place, 0) + block.nbytes
+        need.elements[block.kind] = need.elements.get(block.kind, 0) + block.row.numel
+    memory.check_room(need, settings)
+    try:
+        return blocks(False)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+    raise memory.no_room(need, settings)  # outside of the except clause, whose frames would keep the allocated rows
 
 
 def push_block(

@@ -11,6 +11,7 @@ from torch import Tensor
 from aadl import mixing, smoothing
 from aadl.acceptance import MAXIMAL_COEFFICIENT_NORM, Cause
 from aadl.mixing import Gram, Mixing, host_tensor
+from aadl.problem import MacroStep, Problem
 from aadl.settings import Settings
 
 LEARNING_RATE_BAND = 4.0
@@ -25,6 +26,10 @@ class Coefficients(NamedTuple):
     """Solution of the mixing problem."""
 
     mixing: Mixing
+    residual: Tensor
+    """Coefficients of the residual differences as they are stored, see `History.combine`."""
+    residual_factor: float
+    """Of the newest residual, see `History.combine`."""
     predicted: float
     """||f_k - DF gamma||^2."""
     rejected: Cause | None
@@ -32,31 +37,31 @@ class Coefficients(NamedTuple):
 
 
 def coefficients_of(
-    gram: Gram,
+    step: MacroStep,
+    problem: Problem,
     *,
-    factors: list[float],
-    changes: list[float],
-    jumps: list[float],
-    last_jump: float,
-    reach: float,
-    ages: list[int],
+    macro_step: int,
     averaging: bool,
+    reach: float,
+    last_jump: dict[str, float],
     settings: Settings,
 ) -> Coefficients:
-    """Coefficients for all columns, zero for those that are left out.
+    """Coefficients for all columns, oldest first, zero for those that are left out.
 
     Args:
-        gram: inner products at the present learning rate, columns oldest first.
-        factors: quotient of the learning rate now over that of each column.
-        changes: l_j / l' - 1 for every column, with the learning rate l_j of its first update and the present one l'.
-        jumps: length of the way from the end of each column's first update to the start of its second one.
-        last_jump: length of the last candidate's step, if its prediction held; else 0.
-        reach: longest step, in units of the way that the pairs behind it have made.
-        ages: macro-steps since each column was stored.
+        step: the macro-step that has ended.
+        problem: its mixing problem, at the present learning rate.
+        macro_step: its number.
         averaging: whether the moving average is on.
+        reach: longest step, in units of the way that the pairs behind it have made.
+        last_jump: by kind of vector, the squared step of the last candidate, if its prediction held.
         settings: acceleration_type, average_window, regularization, history_dtype; without safeguard all columns are
             used, and the step has any length.
     """
+    gram, columns = problem.gram, step.history.columns
+    factors = [step.rate / column.learning_rate for column in columns]
+    changes = [column.earlier_rate / step.rate - 1 for column in columns]
+    ages = [macro_step - column.macro_step for column in columns]
     used = len(ages)
     if settings.safeguard:
         oldest = MAXIMAL_AGE * settings.history_depth
@@ -76,12 +81,36 @@ def coefficients_of(
     else:
         solution = mixing.mixing_coefficients(part, settings.regularization, cutoff, noise)
     left_out = host_tensor([0.0] * start)
-    gamma = torch.cat([left_out, solution.gamma])
+    gamma, mean, fraction = torch.cat([left_out, solution.gamma]), torch.cat([left_out, solution.mean]), 1.0
     if settings.safeguard and settings.acceleration_type != "identity":
-        gamma = gamma * step_fraction(gram, gamma, changes, jumps, last_jump, start, reach)
+        jumps = [_length(column.jump, problem.weights) for column in columns]
+        last_length = _length(last_jump, problem.weights)
+        fraction = step_fraction(gram, gamma, changes, jumps, last_length, start, reach)
+        gamma = gamma * fraction
     rejected = _cause_of(solution, gram, settings)
-    solution = solution._replace(gamma=gamma, mean=torch.cat([left_out, solution.mean]))
-    return Coefficients(solution, mixing.predicted_square(gram, gamma), rejected)
+    solution = solution._replace(gamma=gamma, mean=mean)
+    scaled, beta = host_tensor(factors) * gamma, settings.relaxation
+    residual, residual_factor = (scaled - gamma) - (1 - beta) * scaled, 1 - beta
+    if averaging and min(changes) < 0:
+        shortened = fraction * _as_made(mean, changes)
+        residual = residual + host_tensor(factors) * (mixing.tail_sums(len(columns))[:-1].T @ shortened)
+        residual_factor -= float(shortened.sum())
+    return Coefficients(solution, residual, residual_factor, mixing.predicted_square(gram, gamma), rejected)
+
+
+def _as_made(mean: Tensor, changes: list[float]) -> Tensor:
+    """What the mean of the mapped iterates lacks in each earlier update, in units of that at the present rate; <= 0.
+
+    At the present learning rate a mapped iterate is x_i + f_i. Where the rate has risen since, the optimizer has never
+    been there, and the mean takes the mapped iterate as it was made, x_i + (1 + c_i) f_i.
+    """
+    weights = mean.diff(prepend=mean.new_zeros(1))
+    return weights * host_tensor(changes).clamp(max=0.0)
+
+
+def _length(squares: dict[str, float], weights: dict[str, float]) -> float:
+    """Length of a vector in the norm of the mixing problem, from the squares of its parts."""
+    return math.sqrt(sum(weights.get(kind, 0.0) * square for kind, square in squares.items()))
 
 
 def _cause_of(solution: Mixing, gram: Gram, settings: Settings) -> Cause | None:
@@ -114,6 +143,15 @@ def step_fraction(
     The step is sum_j gamma_j Dg_j with Dg_j = f_{j+1} + c_j f_j + s_j at the present learning rate, where s_j is the
     jump inside column j and c_j its entry of `changes`, so that its length is at most
     ||sum_j gamma_j f_{j+1}|| + ||sum_j gamma_j c_j f_j|| + sum_j |gamma_j| ||s_j||.
+
+    Args:
+        gram: inner products at the present learning rate, columns oldest first.
+        gamma: coefficients of all columns.
+        changes: c_j = l_j / l' - 1, from the learning rate l_j of the column's first update and the present one l'.
+        jumps: ||s_j||.
+        last_jump: length of the last candidate's step, if its prediction held; else 0.
+        start: first column that is used.
+        reach: see `coefficients_of`.
     """
     squares = mixing.residual_squares(gram)
     nothing = gamma.new_zeros(1)

@@ -31,7 +31,19 @@ def _compiled(function: Callable[..., Tensor], variant: tuple[Any, ...]) -> Call
     """A compiled copy of the function for one variant. Torch counts recompilations by code object, and gives up."""
     del variant
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, dynamic=True)
+    return torch.compile(own, dynamic=True, options=_options_of_processor())
+
+
+def _options_of_processor() -> dict[str, Any]:
+    """Options that keep apart, in a cache that processors share, kernels for different vector instructions.
+
+    torch generates code for vectors of one width, and its cache does not ask for the width unless it is set. Machine
+    code is then made for the instructions of that width alone, not for all that the compiling processor has.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    options: dict[str, Any] = {"cpp.simdlen": cpu_vec_isa.pick_vec_isa().bit_width()}
+    return options | ({"cpp.march": ""} if hasattr(config.cpp, "march") else {})
 
 
 def run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import memory, state
-from aadl.block import Block, Tensors, make_block
+from aadl import state
+from aadl.block import Block, Tensors, allocate, make_block
 from aadl.history import History
 from aadl.parameters import grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
@@ -123,26 +123,13 @@ class Layout:
 
     def _allocated(self, *kinds: str) -> list[Block]:
         """Allocate blocks of these kinds, all or none of them."""
-        settings = self._settings
-        planned = [block for kind in kinds for block in self._blocks(kind, planned=True)]
-        if self._planned:
-            return planned
-        need = memory.Need({}, {})
-        for block in planned:
-            place = block.row.device if settings.history_device is None else torch.device(settings.history_device)
-            need.nbytes[place] = need.nbytes.get(place, 0) + block.nbytes
-            need.elements[block.kind] = need.elements.get(block.kind, 0) + block.row.numel
-        memory.check_room(need, settings)
-        try:
-            return [block for kind in kinds for block in self._blocks(kind)]
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-        raise memory.no_room(
-            need, settings
-        )  # outside of the except clause, so that no frame keeps the rows that were allocated
 
-    def _blocks(self, kind: str, planned: bool = False) -> list[Block]:
+        def blocks(planned: bool) -> list[Block]:
+            return [block for kind in kinds for block in self._blocks(kind, planned)]
+
+        return blocks(True) if self._planned else allocate(blocks, self._settings)
+
+    def _blocks(self, kind: str, planned: bool) -> list[Block]:
         settings, ranks = self._settings, self.history.ranks
         part = (ranks.index, ranks.size) if settings.shard_history else (0, 1)
         alone = self._partitioned or settings.shard_history  # every element counts once in a sum over the ranks

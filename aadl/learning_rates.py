@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -64,25 +64,8 @@ class LearningRates:
         """Whether the running step changes nothing, because all rates are zero."""
 
     def state(self) -> dict[str, Any]:
-        """Plain values, under the names that the format of saved states has."""
-        saved = {
-            "learning_rate": self.factor,
-            "rates": self.means,
-            "first_rates": self.first,
-            "rate_sums": self.sums,
-        }
-        return saved if self.pair_factor is None else saved | {"pair_learning_rate": self.pair_factor}
-
-    @staticmethod
-    def restored(saved: dict[str, Any]) -> LearningRates:
-        """Rates that continue from `state`."""
-        return LearningRates(
-            saved.get("learning_rate", 1.0),
-            saved.get("pair_learning_rate"),
-            saved.get("rates"),
-            saved.get("first_rates", []),
-            saved.get("rate_sums", []),
-        )
+        """Plain values, from which `LearningRates(**state)` continues."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def restart(self) -> None:
         """Begin with new units, for a history without pairs."""

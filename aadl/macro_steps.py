@@ -29,7 +29,7 @@ from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
 from aadl.mixing import host_tensor
 from aadl.outside import Change, OutsideWrites
-from aadl.parameters import closure_of, makes_momentum, momentum_of, trainable_parameters
+from aadl.parameters import closure_of, makes_momentum, momentum_of, tensors_are_fake, trainable_parameters
 from aadl.problem import MacroStep
 from aadl.ranks import Ranks, ranks_of
 
@@ -53,18 +53,6 @@ class Progress:
     """Number of the macro-step of the last acceleration, accepted or not."""
     advised: bool = False
     """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain values, under the names that the format of saved states has."""
-        names = {"is_averaged": "abandoned", "advised": "told"}
-        return {names.get(name, name): value for name, value in vars(self).items()}
-
-    @staticmethod
-    def restored(saved: dict[str, Any]) -> Progress:
-        """Progress that continues from `state`."""
-        names = {"abandoned": "is_averaged", "told": "advised"}
-        known = {names.get(name, name): value for name, value in saved.items()}
-        return Progress(**{name: known[name] for name in vars(Progress()) if name in known})
 
 
 class MacroSteps(Accelerator):
@@ -408,8 +396,3 @@ class MacroSteps(Accelerator):
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
         self._layout = self._postponed = None
         self._averaged = False
-
-
-def tensors_are_fake() -> bool:
-    """Whether tensors made now have no values, as in torch's FakeTensorMode."""
-    return type(torch.empty(0, device="cpu")).__name__ == "FakeTensor"

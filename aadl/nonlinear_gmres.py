@@ -11,7 +11,6 @@ step.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable
@@ -129,7 +128,7 @@ class ResidualAccelerator(ResidualPairs):
         history = self._history
         plain = {
             "map": self._map(),
-            "statistics": copy.deepcopy(self._statistics),
+            "statistics": self._statistics,
             "damping": self._damping,
             "pace": vars(self._pace),
             "progress": {name: getattr(self, f"_{name}") for name in PROGRESS},
@@ -137,7 +136,7 @@ class ResidualAccelerator(ResidualPairs):
             "history": None if history is None else history.plain_state(),
         }
         rows = {} if history is None else history.rows()
-        return {"version": VERSION, "books": json.dumps(plain), "rows": rows}
+        return {"version": VERSION, "values": json.dumps(plain), "rows": rows}
 
     def _map(self) -> dict[str, Any]:
         """Settings that two accelerators must have in common to exchange their states."""
@@ -147,7 +146,7 @@ class ResidualAccelerator(ResidualPairs):
     def _checked(self, state: Any) -> dict[str, Any]:
         check_format(state)
         try:
-            saved: dict[str, Any] = json.loads(state["books"])
+            saved: dict[str, Any] = json.loads(state["values"])
             for name, value in self._map().items():
                 if saved["map"].get(name) != value:
                     raise ValueError(

@@ -57,7 +57,7 @@ class OutsideWrites:
         """Whether this rank saw a write within a macro-step since the last acceleration."""
 
     def state(self, has_values: bool) -> dict[str, Any]:
-        """Plain values, under the names that the format of saved states has.
+        """Plain values for a checkpoint.
 
         Args:
             has_values: whether tensors have values, unlike in torch's FakeTensorMode.
@@ -72,9 +72,8 @@ class OutsideWrites:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from `state`."""
-        self.writes, self._unseen = saved.get("writes", {}), saved.get("unseen", "")
-        self._first, self.written = saved.get("first", ""), saved.get("written", False)
-        self._doubtful = saved.get("doubtful", False)
+        self.writes, self._unseen, self._first = saved["writes"], saved["unseen"], saved["first"]
+        self.written, self._doubtful = saved["written"], saved["doubtful"]
 
     def look(self, optimizer: Optimizer) -> Snapshot:
         """The tensors of the optimizer as they are now; no element is read."""

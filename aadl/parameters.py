@@ -149,6 +149,11 @@ def belongs_to_a_loop(closure: Any) -> bool:
     return False
 
 
+def tensors_are_fake() -> bool:
+    """Whether tensors made now have no values, as in torch's FakeTensorMode."""
+    return type(torch.empty(0, device="cpu")).__name__ == "FakeTensor"
+
+
 def maximizes(optimizer: Optimizer) -> bool:
     return all(group.get("maximize", False) for group in optimizer.param_groups)
 

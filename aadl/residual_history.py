@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aadl import kernels, memory
-from aadl.block import Block, Tensors, make_block, push_block
+from aadl import kernels
+from aadl.block import Block, Tensors, allocate, make_block, push_block
 from aadl.deferred import handed
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import grouped
@@ -348,17 +349,7 @@ class ResidualHistory:
                 for group in tensors
             ]  # fmt: skip
 
-        need = memory.Need({}, {})
-        for block in blocks(planned=True):
-            need.nbytes[block.row.device] = need.nbytes.get(block.row.device, 0) + block.nbytes
-            need.elements[kind] = need.elements.get(kind, 0) + block.row.numel
-        memory.check_room(need, settings)
-        try:
-            return blocks(planned=False)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-        raise memory.no_room(need, settings)
+        return allocate(blocks, settings)
 
 
 def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:
@@ -387,16 +378,11 @@ def _goes_into(residuals: Tensor, block: Block) -> bool:
     return residuals.dtype == block.row.dtype and residuals.device == block.row.device
 
 
+@cache
 def _upper(depth: int, device: torch.device) -> Tensor:
     """Positions of the upper triangle of a flat matrix."""
-    key = depth, device
-    if key not in _uppers:
-        row, column = torch.triu_indices(depth, depth, device="cpu")
-        _uppers[key] = (row * depth + column).to(device)
-    return _uppers[key]
-
-
-_uppers: dict[tuple[int, torch.device], Tensor] = {}
+    row, column = torch.triu_indices(depth, depth, device="cpu").unbind()
+    return (row * depth + column).to(device)
 
 
 def _mean_square(residuals: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from collections.abc import Iterable
+from typing import TypedDict, cast
 
 
 class CommonStatistics(TypedDict):
@@ -70,48 +71,25 @@ class Statistics(CommonStatistics, total=False):
     """Steps between two accelerations."""
 
 
+COUNTERS = ("steps", "skipped_steps", "attempts", "accepted", "closure_evaluations")
+LAST_VALUES = ("gain", "trust_ratio", "condition_number", "coefficient_norm")
+
+
 def anderson_statistics(averaging: bool) -> Statistics:
     """Statistics of Anderson acceleration before the first step."""
-    return {
-        "steps": 0,
-        "skipped_steps": 0,
-        "macro_steps": 0,
-        "attempts": 0,
-        "accepted": 0,
-        "reverted": 0,
-        "suspensions": 0,
-        "suspended": 0,
-        "closure_evaluations": 0,
-        "moved": 0,
-        "stops": 0,
-        "relative_standard_deviation": math.nan,
-        "gain": math.nan,
-        "trust_ratio": math.nan,
-        "condition_number": math.nan,
-        "coefficient_norm": math.nan,
-        "numerical_rank": 0,
-        "averaging": averaging,
-        "rejected": {},
-        "resets": {},
-    }
+    counters = "macro_steps", "reverted", "suspensions", "suspended", "moved", "stops"
+    statistics = _statistics(counters, ("relative_standard_deviation",))
+    statistics["averaging"] = averaging
+    return statistics
 
 
 def residual_statistics() -> Statistics:
     """Statistics of nonlinear GMRES before the first step."""
-    return {
-        "steps": 0,
-        "skipped_steps": 0,
-        "attempts": 0,
-        "accepted": 0,
-        "closure_evaluations": 0,
-        "residual_evaluations": 0,
-        "gain": math.nan,
-        "trust_ratio": math.nan,
-        "damping": math.nan,
-        "period": math.nan,
-        "condition_number": math.nan,
-        "coefficient_norm": math.nan,
-        "numerical_rank": 0,
-        "rejected": {},
-        "resets": {},
-    }
+    return _statistics(("residual_evaluations",), ("damping", "period"))
+
+
+def _statistics(counters: Iterable[str], last_values: Iterable[str]) -> Statistics:
+    """The common statistics and some more, before the first step."""
+    counts = dict.fromkeys((*COUNTERS, *counters), 0)
+    values = dict.fromkeys((*LAST_VALUES, *last_values), math.nan)
+    return cast("Statistics", {**counts, **values, "numerical_rank": 0, "rejected": {}, "resets": {}})

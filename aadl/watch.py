@@ -72,7 +72,7 @@ def _momentum_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Te
     found: list[Tensor] = []
     for p in parameters if states else ():
         state = states.get(p)
-        if not state or (type(state) is not dict and not isinstance(state, Mapping)):
+        if (type(state) is not dict and not isinstance(state, Mapping)) or not state:
             continue
         for key in MOMENTUM_KEYS:
             buffer = state.get(key)

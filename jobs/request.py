@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, PlainValidator
+from pydantic import AfterValidator, NonNegativeInt, PlainValidator, PositiveInt
 
-from experiments.settings.kinds import Count, Items, Name, Number, Seeds, must
+from experiments.settings.kinds import Items, Name, Seeds, must
 from experiments.settings.schema import Settings, read_settings
 from jobs.site import Site
 
@@ -51,18 +51,18 @@ class Request(Settings):
 
     config: Annotated[Path, AfterValidator(_path)]
     results: Annotated[Path, AfterValidator(_path)]
-    nodes: Count = 1
+    nodes: PositiveInt = 1
     time: str | None = None
     account: Word | None = None
     queue: Word | None = None
-    ranks_per_node: Count | None = None
-    cores_per_rank: Count | None = None
-    gpus_per_node: Number | None = None
+    ranks_per_node: PositiveInt | None = None
+    cores_per_rank: PositiveInt | None = None
+    gpus_per_node: NonNegativeInt | None = None
     name: Name | None = None
     python: str | None = None
     set: Items[str] = ()
     array: Annotated[tuple[int, ...], PlainValidator(_array)] = ()
-    chain: Count = 1
+    chain: PositiveInt = 1
     stage_environment: Annotated[Path, AfterValidator(_existing)] | None = None
     stage_data: Annotated[Path, AfterValidator(_existing)] | None = None
 

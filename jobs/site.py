@@ -7,9 +7,9 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveInt, model_validator
 
-from experiments.settings.kinds import Count, Items, Name, Number, Text, must
+from experiments.settings.kinds import Items, Name, Text, must
 from experiments.settings.schema import Settings, read_settings
 from experiments.settings.yaml_file import read_yaml
 
@@ -74,23 +74,23 @@ class Verified(Settings):
 class Node(Settings):
     """What a job may use of one node; None where it is not known, so that nothing is refused."""
 
-    cores: Count | None = None
-    gpus: Number | None = None
+    cores: PositiveInt | None = None
+    gpus: NonNegativeInt | None = None
 
 
 class RanksPerNode(Settings):
     """Ranks a node, the cores of each, and the GPUs of the node, unless the command line says otherwise."""
 
-    per_node: Count = 1
-    cores: Count = 1
-    gpus_per_node: Number = 0
+    per_node: PositiveInt = 1
+    cores: PositiveInt = 1
+    gpus_per_node: NonNegativeInt = 0
 
 
 class Limit(Settings):
     """The wall time that a job of at most so many nodes may ask for."""
 
-    nodes: Count
-    minutes: Count
+    nodes: PositiveInt
+    minutes: PositiveInt
 
 
 def _ascends(limits: tuple[Limit, ...]) -> bool:
@@ -115,7 +115,7 @@ class WarningSignal(Settings):
     """The signal that announces the time limit, and how long before."""
 
     signal: Literal["USR1", "USR2", "TERM"] = "USR2"
-    seconds: Count = 300
+    seconds: PositiveInt = 300
 
 
 class NodeLocal(Settings):
@@ -168,14 +168,14 @@ class Site(Settings):
     features: Items[Text] = ()
     launch_options: Items[Line] = ()
     gpu_launch_options: Items[Line] = ()
-    gpu_order: Items[Number] = ()
+    gpu_order: Items[NonNegativeInt] = ()
     node_local: NodeLocal | None = None
     python: Text | None = None
     modules: Items[Text] = ()
     setup: Items[Text] = ()
     environment: dict[Variable, Value] = {}  # noqa: RUF012
     refused_variables: Items[Variable] = ()
-    max_restarts: Number = 20
+    max_restarts: NonNegativeInt = 20
     warning: WarningSignal = WarningSignal()
 
     @model_validator(mode="after")

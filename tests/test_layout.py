@@ -17,8 +17,19 @@ ALLOWED = {
     "aadl": {"torch"},
     "data_loaders": {"torch", "numpy", "scipy", "h5py", "PIL", "tqdm"},
     "experiments": {
-        *("aadl", "data_loaders", "torch", "numpy", "scipy", "matplotlib", "tqdm", "yaml", "h5py", "mpi4py"),
-        *("pydantic", "pydantic_core"),
+        *(
+            "aadl",
+            "data_loaders",
+            "torch",
+            "numpy",
+            "scipy",
+            "matplotlib",
+            "tqdm",
+            "yaml",
+            "h5py",
+            "mpi4py",
+            "pydantic",
+        ),
     },
     "jobs": {"experiments", "data_loaders", "yaml", "numpy", "matplotlib", "pydantic"},
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from experiments.models.mlp import ACTIVATIONS
-from experiments.settings.kinds import Count, Items, Named, Share, Text, one_of
+from experiments.settings.kinds import Items, Named, Share, Text, one_of
 from experiments.settings.schema import Settings
 
 
@@ -16,7 +16,7 @@ class GraduateAdmissionsConfig(Settings):
 
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     validation_fraction: Share = 0.2
-    hidden_sizes: Items[Count] = (64, 64, 64)
+    hidden_sizes: Items[PositiveInt] = (64, 64, 64)
     activation: Annotated[str, one_of(ACTIVATIONS)] = "relu"
     data_path: Text | None = None
 
@@ -24,7 +24,7 @@ class GraduateAdmissionsConfig(Settings):
 class TrainingConfig(Settings):
     """Training by epochs. `batch_size` counts rows over all ranks; the scheduler steps once an epoch."""
 
-    epochs: Count = 100
-    batch_size: Count = 40
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 40
     scheduler: Named | None = None
     measure_updates: bool = False

@@ -5,10 +5,10 @@ from __future__ import annotations
 from operator import not_
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from experiments.distributed.ranks import Ranks
-from experiments.settings.kinds import Count, Items, NotNegative, Positive, Share, Text
+from experiments.settings.kinds import Items, Share, Text
 from experiments.settings.schema import Settings
 
 Two = Annotated[int, Field(ge=2)]
@@ -52,8 +52,8 @@ class ImageConfig(Settings):
     data: Literal["fractals", "folder"] = "fractals"
     data_path: Text | None = None
     num_classes: Annotated[int, Field(ge=2, lt=100_000)] = 10
-    images_per_class: Count = 100
-    validation_per_class: Count = 50
+    images_per_class: PositiveInt = 100
+    validation_per_class: PositiveInt = 50
     data_size: Annotated[int, Field(ge=8, le=4096)] = 64
     data_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data_variation: Annotated[float, Field(gt=0, le=2)] = 1.0
@@ -61,7 +61,7 @@ class ImageConfig(Settings):
     width: Annotated[int, Field(ge=1, le=1024)] = 64
     stem: Literal["imagenet", "small"] = "imagenet"
     zero_init_residual: bool = False
-    fc_std: Positive | None = None
+    fc_std: PositiveFloat | None = None
     initial_weights: Text | None = None
     image_size: Annotated[int, Field(ge=8, le=4096)] = 224
     resize: Annotated[int, Field(ge=8, le=8192)] = 256
@@ -72,10 +72,10 @@ class ImageConfig(Settings):
     on_unreadable: Literal["skip", "stop"] = "skip"
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     start_method: Literal["auto", "forkserver", "spawn", "fork"] = "auto"
-    stage_seconds: Positive = 3600.0
+    stage_seconds: PositiveFloat = 3600.0
     statistics_images: Two = 2048
     statistics_batch: Two = 64
-    evaluation_batch: Count = 256
+    evaluation_batch: PositiveInt = 256
 
     of_the_machine: ClassVar = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
     """Settings that change no number: the digest identifies the data. `stage_folder` stands in older records."""
@@ -114,26 +114,26 @@ class ImageTrainingConfig(Settings):
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
     """
 
-    epochs: Count = 90
-    batch_size: Count | None = None
-    batch_size_per_rank: Count | None = None
-    accumulate: Count = 1
+    epochs: PositiveInt = 90
+    batch_size: PositiveInt | None = None
+    batch_size_per_rank: PositiveInt | None = None
+    accumulate: PositiveInt = 1
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
     compile: bool = False
     sync_batchnorm: bool = False
     label_smoothing: LessThanOne = 0.0
-    reference_batch: Count | None = None
-    warmup_epochs: NotNegative = 0.0
+    reference_batch: PositiveInt | None = None
+    warmup_epochs: NonNegativeFloat = 0.0
     warmup_start: LessThanOne | None = None
     schedule: Literal["constant", "cosine", "polynomial", "step"] = "cosine"
-    power: Positive = 2.0
+    power: PositiveFloat = 2.0
     final_share: LessThanOne = 0.0
-    milestones: Items[Positive] = ()
+    milestones: Items[PositiveFloat] = ()
     gamma: Share = 0.1
     exempt_norm_and_bias: bool = False
-    evaluate_every: Count = 1
-    num_threads: Count = 1
+    evaluate_every: PositiveInt = 1
+    num_threads: PositiveInt = 1
     deterministic: bool = False
     measure_updates: bool = False
 

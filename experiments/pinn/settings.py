@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, PrivateAttr, ValidationInfo, model_validator
 
 from data_loaders.collocation import KINDS, MAX_POOL, MAX_SOBOL_COUNT, MAX_SOBOL_DIMENSION
 from experiments.models.derivatives import RULES
 from experiments.pinn.equation import Equation
 from experiments.pinn.equations import load_equation
-from experiments.settings.kinds import Count, Items, Named, Number, Positive, Text, one_of
+from experiments.settings.kinds import Items, Named, Text, one_of
 from experiments.settings.schema import Settings
 
 _CENTER = torch.full((1, 1), 0.5, dtype=torch.float64)
@@ -46,19 +46,19 @@ class PinnConfig(Settings):
 
     equation: Text
     options: dict[str, Any] = Field(default={})
-    hidden_sizes: Annotated[Items[Count], Field(min_length=1)] = (20,) * 8
+    hidden_sizes: Annotated[Items[PositiveInt], Field(min_length=1)] = (20,) * 8
     activation: Annotated[str, one_of(RULES)] = "tanh"
     dtype: Literal["float32", "float64"] = "float32"
     conditions: Literal["soft", "hard"] = "soft"
     sampler: Annotated[str, one_of(KINDS)] = "latin_hypercube"
-    num_points: Count = 4096
-    num_conditions: Number = 400
-    condition_weight: Positive = 1.0
-    resample_every: Count | None = None
+    num_points: PositiveInt = 4096
+    num_conditions: NonNegativeInt = 400
+    condition_weight: PositiveFloat = 1.0
+    resample_every: PositiveInt | None = None
     adaptive_pool: Annotated[int, Field(ge=1, le=MAX_POOL)] | None = None
     history_on_resample: Literal["reset", "keep"] = "reset"
     slope_weight: bool = False
-    chunk_points: Count | None = None
+    chunk_points: PositiveInt | None = None
     compile: bool = False
     _folder: Path = PrivateAttr()
 
@@ -112,9 +112,9 @@ class PinnTrainingConfig(Settings):
         measure_updates: whether the relative standard deviation of consecutive updates is recorded.
     """
 
-    iterations: Count = 2000
-    evaluate_every: Count = 100
+    iterations: PositiveInt = 2000
+    evaluate_every: PositiveInt = 100
     scheduler: Named | None = None
-    max_seconds: Positive | None = None
-    num_threads: Count = 1
+    max_seconds: PositiveFloat | None = None
+    num_threads: PositiveInt = 1
     measure_updates: bool = False

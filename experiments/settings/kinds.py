@@ -37,14 +37,6 @@ def one_of(names: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-Count = Annotated[int, Field(ge=1)]
-"""An integer >= 1."""
-Number = Annotated[int, Field(ge=0)]
-"""An integer >= 0."""
-Positive = Annotated[float, Field(gt=0)]
-"""A number > 0."""
-NotNegative = Annotated[float, Field(ge=0)]
-"""A number >= 0."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 """A number in (0, 1)."""
 Text = Annotated[str, AfterValidator(must("be a text that is not empty", str.strip))]

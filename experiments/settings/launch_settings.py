@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat
 
-from experiments.settings.kinds import Number, Positive, Text, must
+from experiments.settings.kinds import Text, must
 from experiments.settings.schema import Settings
 
 
@@ -51,13 +51,13 @@ class LaunchSettings(Settings):
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    start_seconds: Positive = 300.0
-    collective_seconds: Positive = 600.0
-    checkpoint_seconds: Positive = 1800.0
+    start_seconds: PositiveFloat = 300.0
+    collective_seconds: PositiveFloat = 600.0
+    checkpoint_seconds: PositiveFloat = 1800.0
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     rendezvous: Literal["auto", "mpi", "file"] = "auto"
     interface: Text | None = "auto"
     nccl: Annotated[dict[Variable, str], BeforeValidator(_as_texts)] = Field(default={})
-    flight_recorder: Number = 2000
+    flight_recorder: NonNegativeInt = 2000
     share_devices: bool = False
     debug: bool = False

@@ -11,21 +11,10 @@ from dataclasses import dataclass
 from operator import not_
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
 from experiments.settings.cadence import Period, Wait
-from experiments.settings.kinds import (
-    Component,
-    Count,
-    Different,
-    Name,
-    Named,
-    NotNegative,
-    Positive,
-    Seeds,
-    Share,
-    Text,
-)
+from experiments.settings.kinds import Component, Different, Name, Named, Seeds, Share, Text
 from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.schema import Settings, read_settings
 from experiments.settings.suggestion import not_one_of
@@ -44,16 +33,16 @@ class PublishedConfig(Settings):
     history_depth: Annotated[int, Field(ge=3)] = 5
     store_each_nth: Period = 1
     frequency: Period = 10
-    reg_acc: NotNegative = 0.0
+    reg_acc: NonNegativeFloat = 0.0
     average: bool = False
-    average_tolerance: NotNegative = 0.1
+    average_tolerance: NonNegativeFloat = 0.1
     safeguard: bool = False
 
 
 class SecondStage(Settings):
     """What goes on from an iteration on: another optimizer, without the scheduler."""
 
-    after: Count
+    after: PositiveInt
     optimizer: Named
     acceleration: dict[str, Any] | None = None
 
@@ -76,7 +65,7 @@ class VariantConfig(Settings):
     published: PublishedConfig | None = None
     ema_decay: Share | None = None
     # A record leaves these two out where they are not given: they are younger than the first records.
-    mean_epochs: Count | None = Field(default=None, exclude_if=not_)
+    mean_epochs: PositiveInt | None = Field(default=None, exclude_if=not_)
     then: SecondStage | None = Field(default=None, exclude_if=not_)
     problem: dict[str, Any] = Field(default={}, exclude=True)
     training: dict[str, Any] = Field(default={}, exclude=True)
@@ -119,7 +108,7 @@ class LearningRateStudy(Settings):
     """
 
     variants: Different[Name]
-    rates: Different[Positive]
+    rates: Different[PositiveFloat]
     seeds: Seeds = (0, 1, 2)
 
     @staticmethod
@@ -132,7 +121,7 @@ class BatchSizeStudy(Settings):
     """Relative standard deviation of consecutive updates against the batch size, over equally many steps."""
 
     variant: Name
-    sizes: Different[Count]
+    sizes: Different[PositiveInt]
     steps: Annotated[int, Field(ge=2)] = 800
     seeds: Seeds = (0, 1, 2)
 
@@ -165,7 +154,7 @@ class SaveConfig(Settings):
         tensorboard: whether the series are also written for TensorBoard, into a folder beside the record.
     """
 
-    every_seconds: NotNegative = 300.0
+    every_seconds: NonNegativeFloat = 300.0
     keep: Annotated[int, Field(ge=1, lt=1000)] = 2
     asynchronous: bool = False
     agree_every: Annotated[int, Field(ge=1, le=10_000)] = 1
@@ -194,7 +183,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
     variants: Annotated[dict[Name, VariantConfig], Field(min_length=1)]
     baseline: Name = ""
     studies: Studies = Studies()
-    expected_minutes: Positive | None = None
+    expected_minutes: PositiveFloat | None = None
     num_ranks: Annotated[int, Field(ge=1, le=1024)] = 1
     save: SaveConfig = SaveConfig()
     launch: LaunchSettings = LaunchSettings()

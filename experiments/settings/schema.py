@@ -3,7 +3,7 @@
 A section of a configuration is a class, and reading it checks it:
 
     class Training(Settings):
-        epochs: Count = 100
+        epochs: PositiveInt = 100
         precision: Literal["float32", "bfloat16"] = "float32"
 
     training = read_settings(Training, {"epochs": 5}, "training")

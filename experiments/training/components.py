@@ -10,9 +10,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 
 import aadl
-from experiments.settings.kinds import Component, Count
+from experiments.settings.kinds import Component
 from experiments.settings.schema import read_settings, refuse_unknown
 from experiments.settings.suggestion import not_one_of
 from experiments.training import optimizers as own
@@ -166,7 +167,7 @@ def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], probe
     if solves_residuals(arguments):
         defaults |= dict.fromkeys(probes)
         for name in probes:
-            read_settings(Count | None, arguments.get(name), name)
+            read_settings(PositiveInt | None, arguments.get(name), name)
     refuse_unknown(arguments, defaults)
     try:
         accelerate(check_optimizer(optimizer), {k: v for k, v in arguments.items() if k not in probes})

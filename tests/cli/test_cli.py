@@ -340,7 +340,7 @@ def test_workers_end_with_their_parent(config, tmp_path, number):
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "missing.yaml"),
-        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be greater than or equal to 1, got 0"),
+        (["run", "CONFIG", "--set", "training.epochs=0"], "training.epochs must be greater than 0, got 0"),
         (["run", "CONFIG", "--jobs", "0"], "--jobs must be an integer >= 1, got 0"),
         (["run", "CONFIG", "--set", "problem.data_path=missing.csv"], "missing.csv does not exist"),
         (["run", "CONFIG", "--set", "problem.validation_fraction=0.999"], "leaves none for training"),

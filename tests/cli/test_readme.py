@@ -58,3 +58,28 @@ def test_examples_are_found_and_can_fail(tmp_path):
     assert list(examples(text)) == found
     assert [bool(run(code, tmp_path, ranks).returncode) for _, code, ranks in found] == [False, True, True]
     assert run("import os\nassert os.environ['WORLD_SIZE'] == '2'", tmp_path, 2).returncode == 0
+
+
+def test_the_site_file_of_the_page_makes_a_script(tmp_path):
+    """docs/hpc.md shows what a copy of generic-slurm.yaml may hold beside the rest."""
+    (shown,) = re.findall(r"^```yaml\n(node: .*?)^```$", DOCUMENTS["docs/hpc.md"], flags=re.DOTALL | re.MULTILINE)
+    generic = (ROOT / "jobs" / "sites" / "generic-slurm.yaml").read_text("utf-8")
+    rest = [line for line in generic.splitlines() if not line.startswith(("node:", "ranks:"))]
+    site = tmp_path / "my-cluster.yaml"
+    site.write_text("\n".join([*rest, shown]), "utf-8")
+    config = "experiments/configs/graduate_admissions/laptop.yaml"
+    request = [
+        config,
+        "--site",
+        str(site),
+        "--nodes",
+        "1",
+        "--time",
+        "0:30:00",
+        "--results",
+        str(tmp_path),
+        "--dry-run",
+    ]
+    result = subprocess.run([sys.executable, "-m", "jobs.submit", *request], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "#SBATCH --partition=gpu\n" in result.stdout and "module load python/3.11 cuda\n" in result.stdout

@@ -62,12 +62,12 @@ def build(kind, rank, size):
 
 
 def situation(optimizer):
-    books = json.loads(aadl.accelerator_of(optimizer).state_dict()["books"])
+    values = json.loads(aadl.accelerator_of(optimizer).state_dict()["values"])
     return {
-        "mid macro-step": books["progress"]["in_macro_step"] > 0,
-        "pending": books["pending"] is not None,
-        "no pair": not books["history"]["has_pair"],
-        "accepted": books["statistics"]["accepted"],
+        "mid macro-step": values["progress"]["in_macro_step"] > 0,
+        "pending": values["accepted"] is not None,
+        "no pair": not values["history"]["has_pair"],
+        "accepted": values["statistics"]["accepted"],
     }
 
 

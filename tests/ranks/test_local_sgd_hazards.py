@@ -61,8 +61,8 @@ def averaged_weights(rank, size, *, forget=False):
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     steps(model, optimizer, range(21, 41))
     if forget:
-        books = json.loads(saved[1]["aadl"]["books"])
-        saved[1]["aadl"]["books"] = json.dumps(books | {"averaged": not books["averaged"]})
+        values = json.loads(saved[1]["aadl"]["values"])
+        saved[1]["aadl"]["values"] = json.dumps(values | {"averaged": not values["averaged"]})
     again, other = make()
     again.load_state_dict(saved[0])
     other.load_state_dict(saved[1])

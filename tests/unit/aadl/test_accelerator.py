@@ -15,7 +15,6 @@ from small_runs import (
     ALWAYS,
     EAGER,
     RESIDUAL,
-    Pairs,
     closure_of,
     identical,
     network,
@@ -23,7 +22,6 @@ from small_runs import (
     snapshot,
     squared_error,
     statistics,
-    stored_columns,
     train,
 )
 from torch import nn
@@ -214,24 +212,6 @@ def test_schedulers_built_before_and_after(make):
     assert before[2][-1] < before[2][0]
 
 
-def test_a_learning_rate_change_rescales_or_resets_and_pairs_stay_true():
-    """Within the band the columns are those of the present rate; beyond it the history starts again."""
-    model = network()
-    optimizer = sgd(model)
-    pairs = Pairs(optimizer)
-    aadl.accelerate(optimizer, **EAGER | {"frequency": 1000})
-    train(model, optimizer, 8)
-    optimizer.param_groups[0]["lr"] *= 1.1
-    train(model, optimizer, 1)
-    residuals = [g - x for x, g in pairs.pairs[-2:]]
-    assert torch.allclose(stored_columns(aadl.accelerator_of(optimizer))[0][-1], residuals[1] - 1.1 * residuals[0])
-    assert statistics(optimizer)["resets"] == {}
-    optimizer.param_groups[0]["lr"] *= 5
-    train(model, optimizer, 3)
-    assert statistics(optimizer)["resets"] == {"learning_rate": 1}
-    assert identical(stored_columns(aadl.accelerator_of(optimizer)), pairs.columns(2))
-
-
 def test_rates_of_groups_that_do_not_train_are_of_no_matter():
     model, frozen = network(), nn.Parameter(torch.zeros(2), requires_grad=False)
     optimizer = sgd(model)
@@ -258,7 +238,7 @@ def test_a_group_that_comes_within_a_macro_step_leaves_the_rates_as_they_are():
 
 def state_of(optimizer):
     state = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
-    return state | {"books": json.loads(state["books"])}
+    return state | {"values": json.loads(state["values"])}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"fused": True}], ids=["plain", "fused"])
@@ -284,7 +264,7 @@ def test_steps_that_a_grad_scaler_skips_leave_history_and_counters_alone(argumen
             if settings and settings["history_depth"]:
                 now = state_of(optimizer)
                 if overflow and (step or not arguments):  # a fused first step notes where it starts
-                    skipped = [books["statistics"].pop("skipped_steps") for books in (held["books"], now["books"])]
+                    skipped = [values["statistics"].pop("skipped_steps") for values in (held["values"], now["values"])]
                     assert skipped[1] - skipped[0] == len(arguments)
                     assert identical(held, now)
                     assert identical(before, snapshot(model, optimizer)["model"])

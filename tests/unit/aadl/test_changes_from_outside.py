@@ -75,18 +75,6 @@ def test_pairs_stay_true_where_the_user_changes_parameters(change, settings):
     assert statistics(optimizer)["accepted"] > 0
 
 
-@pytest.mark.parametrize("settings", [ALWAYS, RESIDUAL], ids=["all taken", "residual"])
-@pytest.mark.parametrize("average", [False, "always"])
-def test_pairs_stay_true_after_accepting_rejecting_and_reverting(settings, average):
-    model = network()
-    optimizer = sgd(model, 0.01, momentum=0.9)
-    pairs = Pairs(optimizer)
-    aadl.accelerate(optimizer, **settings | {"average": average})
-    for _ in range(60):
-        step_with_true_pairs(model, optimizer, pairs)
-    assert statistics(optimizer)["accepted"] > 3
-
-
 def test_reset_abandons_the_running_macro_step():
     model = network()
     optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": 3, "frequency": 300})

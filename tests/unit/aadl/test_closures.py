@@ -375,36 +375,6 @@ def trials_of(optimizer, accepted):
 
 
 @pytest.mark.parametrize("accepted", [False, True])
-def test_gradients_of_other_optimizers_survive_a_trial(accepted):
-    """The closure clears and fills the gradients of the whole model; a second optimizer steps after the first."""
-
-    def run(accelerated):
-        model = network()
-        first = torch.optim.SGD(model[0].parameters(), lr=0.02)
-        second = torch.optim.SGD(model[2].parameters(), lr=0.02)
-        if accelerated:
-            aadl.accelerate(first, **TRIED)
-        loss_of = verdict(accepted)
-
-        def closure():
-            model.zero_grad()
-            loss = loss_of(model)
-            loss.backward()
-            return loss
-
-        missing = 0
-        for _ in range(20):
-            first.step(closure)
-            missing += sum(p.grad is None or not bool(p.grad.any()) for p in model[2].parameters())
-            second.step()
-        return missing, trials_of(first, accepted) if accelerated else 0
-
-    assert run(False) == (0, 0)
-    missing, evaluations = run(True)
-    assert missing == 0 and evaluations > 0
-
-
-@pytest.mark.parametrize("accepted", [False, True])
 def test_buffers_that_are_reassigned_are_put_back(accepted):
     class Counting(nn.Module):
         def __init__(self):

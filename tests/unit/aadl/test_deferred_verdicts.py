@@ -12,7 +12,7 @@ from histories import copied_to_the_host
 from small_runs import identical, network, train
 
 import aadl
-from aadl import decisions
+from aadl import decisions, judgments
 from aadl.history_layout import Layout
 
 SCHEDULES = {
@@ -39,9 +39,14 @@ def same(weights, others):
     return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(weights, others, strict=True))
 
 
+def decide_on_the_device(monkeypatch):
+    for module in (decisions, judgments):
+        monkeypatch.setattr(module, "on_host", lambda number: False)
+
+
 def outcomes(monkeypatch, settings, **options):
     on_host = train_network(settings, **options)
-    monkeypatch.setattr(decisions, "on_host", lambda number: False)
+    decide_on_the_device(monkeypatch)
     return on_host, train_network(settings, **options)
 
 
@@ -70,7 +75,7 @@ def test_rejected_reverted_and_suspended_ones_are_among_them(monkeypatch):
 
 
 def test_a_verdict_waits_for_the_next_step_or_for_who_asks(monkeypatch):
-    monkeypatch.setattr(decisions, "on_host", lambda number: False)
+    decide_on_the_device(monkeypatch)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     aadl.accelerate(optimizer, store_each_nth=1, frequency=1, history_depth=4, safeguard="residual")
@@ -92,7 +97,7 @@ def test_a_verdict_waits_for_the_next_step_or_for_who_asks(monkeypatch):
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_non_finite_residual_is_taken_back_on_the_device(asked, monkeypatch):
     if asked:
-        monkeypatch.setattr(decisions, "on_host", lambda number: False)
+        decide_on_the_device(monkeypatch)
     x = torch.nn.Parameter(torch.linspace(1.0, 2.0, 5))
     optimizer = torch.optim.SGD([x], lr=0.1)
     aadl.accelerate(optimizer, store_each_nth=1, frequency=2, history_depth=3, average=False, safeguard="residual")

@@ -75,17 +75,6 @@ def test_a_row_takes_and_gives_back_every_element(case, short, monkeypatch):
     assert torch.equal(flat.sort().values, expected)
 
 
-@pytest.mark.usefixtures("in_pieces")
-@pytest.mark.parametrize("case", CASES)
-def test_pieces_cover_the_row_once(case):
-    tensors = CASES[case]()
-    row = FlatRow(tensors)
-    for parts in ([part for part, _ in row.read(tensors)], list(row.ranges())):
-        assert [part.start for part in parts] == [0, *(part.stop for part in parts)][: len(parts)]
-        assert (parts[-1].stop if parts else 0) == row.numel
-        assert all(0 < part.stop - part.start <= CPU_PIECE for part in parts)
-
-
 @pytest.mark.parametrize(("size", "cut"), [(0, False), (3, False), (SHORT_ROW, False), (SHORT_ROW + 1, True)])
 def test_short_rows_are_one_piece(size, cut):
     tensors = [numbers(size // 3), numbers(0), numbers(size - size // 3)]
@@ -255,14 +244,6 @@ def test_windows_laid_end_to_end_are_the_whole_row(case, short, monkeypatch):
         assert full == sorted(full, reverse=True), count  # only the last ones are shorter, or empty
 
 
-def test_there_are_windows_that_cut_tensors_and_windows_without_elements():
-    """What the cases above contain."""
-    tensors = CASES["complex channels_last"]()
-    assert FlatRow(tensors, (1, 7)).window == slice(35, 70) and numel(tensors) == 240
-    assert [FlatRow(CASES["plain"](), (index, 60)).numel for index in (0, 16, 17, 59)] == [1, 1, 0, 0]
-    assert [FlatRow(CASES["plain"](), (index, 7)).numel for index in range(7)] == [3, 3, 3, 3, 3, 2, 0]
-
-
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("case", ["plain", "channels_last", "complex channels_last", "strided slice", "many tiny"])
 def test_a_window_writes_whole_rows(case, index):
@@ -271,13 +252,6 @@ def test_a_window_writes_whole_rows(case, index):
     targets = [torch.zeros_like(t) for t in tensors]
     row.write(row.views(whole), targets)
     assert all(map(torch.equal, targets, tensors)) and row.numel < whole.numel()
-
-
-def test_none_is_read_as_zeros_in_a_window():
-    tensors = [numbers(5), numbers(6), numbers(4)]
-    rows = [FlatRow(tensors, (index, 2)) for index in range(2)]
-    flat = torch.cat([gather(row, [tensors[0], None, tensors[2]]) for row in rows])
-    assert torch.equal(flat, torch.cat([tensors[0], torch.zeros(6), tensors[2]]))
 
 
 # ---- samples and logical views -------------------------------------------------------------------------------------

@@ -73,6 +73,10 @@ def no_dictionaries(optimizer):
         optimizer.state[p] = (momentum, torch.ones(3))
 
 
+def bare_tensors(optimizer):
+    optimizer.state.update(optimizer.momenta)
+
+
 def rates_of_its_own(optimizer):
     """None at first, a number from the fifth step on."""
     optimizer.calls = getattr(optimizer, "calls", 0) + 1
@@ -93,6 +97,7 @@ OPTIMIZERS = {
     "plain values": {"later": plain_values},
     "other keys": {"later": other_keys},
     "no dictionaries": {"later": no_dictionaries},
+    "bare tensors": {"later": bare_tensors},
     "lr=None": {"groups": lambda group: group.update(lr=None)},
     "no lr": {"groups": lambda group: group.pop("lr")},
     "lr of its own": {"later": rates_of_its_own},

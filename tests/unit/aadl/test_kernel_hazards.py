@@ -180,7 +180,7 @@ def test_what_was_asked_about_averages_stands_above_a_checkpoint(average):
     _, saved, step = quadratic(6, average=False if average == "always" else "always")
     step(10)
     state = copy.deepcopy(saved.state_dict())
-    assert json.loads(state["aadl"]["books"])["averaging"] == (average != "always")
+    assert json.loads(state["aadl"]["values"])["averaging"] == (average != "always")
     _, optimizer, step = quadratic(6, average=average)
     optimizer.load_state_dict(state)
     restored = aadl.accelerator_of(optimizer).decisions

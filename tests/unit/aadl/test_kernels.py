@@ -1,6 +1,9 @@
 """The arithmetic of the passes over memory against plain formulas, and compiled kernels against uncompiled ones."""
 
 import itertools
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -276,6 +279,25 @@ def test_an_accelerated_run_with_compiled_kernels():
     assert not torch.allclose(plain, quadratic_run(history_depth=0)[0], rtol=1e-2)
     aadl.remove_acceleration(optimizer)
     assert not accelerator.uses_compiled_kernels
+
+
+DOUBLED_SUM = """
+import torch
+from aadl import compilation
+print(float(compilation.run_compiled(lambda vector: (2 * vector).sum(), torch.arange(1000.0))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_a_cache_that_processors_share_never_gives_kernels_for_other_vector_instructions(tmp_path):
+    """torch 2.13 by itself hands the second process kernels of the first one, which then add half of the numbers."""
+    fewer = "avx2" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "default"
+    for capability in ({}, {"ATEN_CPU_CAPABILITY": fewer}):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | capability
+        command = [sys.executable, "-c", DOUBLED_SUM]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.stdout.strip() == "999000.0", done.stderr
 
 
 @pytest.mark.parametrize("numel", [4095, 4096, 2_000_000])

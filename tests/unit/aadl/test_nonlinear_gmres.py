@@ -678,7 +678,7 @@ def test_states_that_do_not_fit_are_refused_or_start_the_history_again():
     with pytest.raises(ValueError, match=r"acceleration_type=.*this one acceleration_type='nonlinear_gmres'"):
         accelerator.load_state_dict(anderson.state_dict())
     with pytest.raises(ValueError, match="damaged"):
-        accelerator.load_state_dict({**state, "books": "{}"})
+        accelerator.load_state_dict({**state, "values": "{}"})
     smaller = nn.Linear(2, 1).double()
     narrow = SGD(smaller.parameters(), lr=0.02)
     with pytest.raises(ValueError, match=r"other parameters|other shapes"):
@@ -688,7 +688,7 @@ def test_states_that_do_not_fit_are_refused_or_start_the_history_again():
 def state_attempts(state):
     import json
 
-    return json.loads(state["books"])["statistics"]["attempts"]
+    return json.loads(state["values"])["statistics"]["attempts"]
 
 
 def test_the_weights_of_a_model_may_be_exchanged_by_a_load():

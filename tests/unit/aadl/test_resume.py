@@ -15,6 +15,7 @@ from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, s
 
 import aadl
 from aadl.acceptance import Cause, count
+from aadl.attached import VERSION
 
 STEPS = 54
 SAVED_AT = range(10, 44, 3)
@@ -68,9 +69,9 @@ def go_on(model, optimizer, first, last, after=lambda step: None):
         after(step)
 
 
-def books_of(state):
+def values_of(state):
     """The plain values in the state of an accelerator."""
-    return json.loads(state["books"])
+    return json.loads(state["values"])
 
 
 def end_of(model, optimizer):
@@ -110,12 +111,12 @@ def uninterrupted(tmp_path_factory):
             if step in SAVED_AT:
                 checkpoint = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(checkpoint, folder / f"{name}-{step}.checkpoint")
-                state = books_of(checkpoint["optimizer"]["aadl"])
+                state = values_of(checkpoint["optimizer"]["aadl"])
                 situations.setdefault(name, []).append(
                     {
                         "mid macro-step": state["progress"]["in_macro_step"] > 0,
-                        "pending": state["pending"] is not None,
-                        "watched": state["watched"] is not None,
+                        "on trial": state["accepted"] is not None,
+                        "confirmed": state["confirmed"] is not None,
                         "averaging": state["averaging"],
                         "reverted": accelerator.statistics["reverted"] > 0,
                         "paused": state["pause"]["until"] > accelerator.statistics["macro_steps"],
@@ -133,7 +134,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_repeats_the_uninterrupted_one(uninterrupted, name):
     folder, ends, _ = uninterrupted
-    assert books_of(ends[name]["accelerator"])["statistics"]["accepted"] >= 1
+    assert values_of(ends[name]["accelerator"])["statistics"]["accepted"] >= 1
     for step in SAVED_AT:
         assert identical(torch.load(folder / f"{name}-{step}.end"), ends[name]), step
 
@@ -145,9 +146,9 @@ def test_the_runs_were_interrupted_in_all_situations(uninterrupted):
         for name, entries in situations.items()
     }
     assert "mid macro-step" in seen["nesterov"] & seen["adam"] & seen["always averaged"]
-    assert "pending" in seen["adam by loss"] & seen["adam"] & seen["plain SGD"] & seen["bfloat16 history"]
+    assert "on trial" in seen["adam by loss"] & seen["adam"] & seen["plain SGD"] & seen["bfloat16 history"]
     assert "averaging" in seen["always averaged"] & seen["moving average alone"] & seen["averaged at times"]
-    assert any("watched" in keys for keys in seen.values())
+    assert any("confirmed" in keys for keys in seen.values())
     assert any("reverted" in keys for keys in seen.values())
     assert any("paused" in keys for keys in seen.values())
 
@@ -159,9 +160,9 @@ LOSSES = {
     "progress": "nesterov",
     "disturbed": "averaged at times",
     "averaging": "averaged at times",
-    "pending": "parameters only",
+    "accepted": "parameters only",
     "pause": "parameters only",
-    "refusals": "adam",
+    "direction_pause": "adam",
 }
 """Parts of the state, and a run in which each matters."""
 
@@ -184,7 +185,7 @@ def test_every_part_of_the_state_matters(lost):
             elif not complete and lost == "rows":
                 state["aadl"]["rows"] = copy.deepcopy(fresh["rows"])
             elif not complete:
-                state["aadl"]["books"] = json.dumps(books_of(state["aadl"]) | {lost: books_of(fresh)[lost]})
+                state["aadl"]["values"] = json.dumps(values_of(state["aadl"]) | {lost: values_of(fresh)[lost]})
             optimizer.load_state_dict(state)
             deviations = []
 
@@ -231,13 +232,13 @@ def test_a_saved_state_is_no_view_of_the_counters():
     _, optimizer = accelerated()
     accelerator = aadl.accelerator_of(optimizer)
     state = accelerator.state_dict()
-    kept = state["books"]
+    kept = state["values"]
     for _ in range(2):
         aadl.reset_history(optimizer)
         count(accelerator.statistics["rejected"], Cause.LOSS)
-        assert accelerator.state_dict()["books"] != kept
+        assert accelerator.state_dict()["values"] != kept
         accelerator.load_state_dict(state)
-    assert state["books"] == accelerator.state_dict()["books"] == kept
+    assert state["values"] == accelerator.state_dict()["values"] == kept
     assert accelerator.statistics is accelerator.statistics is not accelerator.state_dict()
 
 
@@ -267,16 +268,16 @@ def test_an_accelerated_checkpoint_loads_into_a_plain_optimizer():
     assert "aadl" not in plain.state_dict()
 
 
-def with_books(state, **changes):
-    return state | {"books": json.dumps(books_of(state) | changes)}
+def with_values(state, **changes):
+    return state | {"values": json.dumps(values_of(state) | changes)}
 
 
 def with_map(state, **changes):
-    return with_books(state, map=books_of(state)["map"] | changes)
+    return with_values(state, map=values_of(state)["map"] | changes)
 
 
-def without_books(state, name):
-    return state | {"books": json.dumps({key: value for key, value in books_of(state).items() if key != name})}
+def without_value(state, name):
+    return state | {"values": json.dumps({key: value for key, value in values_of(state).items() if key != name})}
 
 
 def with_rows(state, change):
@@ -287,7 +288,12 @@ MISMATCHES = {
     "no dict": (lambda state: [1], "got a list"),
     "empty": (lambda state: {}, "got version None with keys []"),
     "another version": (lambda state: state | {"version": 0}, "got version 0 with keys"),
-    "something missing": (lambda state: {k: v for k, v in state.items() if k != "rows"}, "got version 4 with keys"),
+    "something missing": (
+        lambda state: {k: v for k, v in state.items() if k != "rows"},
+        f"got version {VERSION} with keys",
+    ),
+    "no gaps": (lambda state: without_value(state, "outside"), "is damaged: KeyError('outside')"),
+    "odd rates": (lambda state: with_values(state, rates={"odd": 1}), "is damaged"),
     "depth": (
         lambda state: with_map(state, history_depth=9),
         "delta_mapped has shape (4, 6, 3), not (9, 6, 3)",
@@ -296,13 +302,13 @@ MISMATCHES = {
     "macro-step": (lambda state: with_map(state, store_each_nth=3), "store_each_nth=3"),
     "coupling": (lambda state: with_map(state, state_coupling="params"), "state_coupling='params'"),
     "dtype": (lambda state: with_map(state, history_dtype="torch.float64"), "history_dtype="),
-    "no json": (lambda state: state | {"books": state["books"][:-1]}, "is damaged"),
-    "no text": (lambda state: state | {"books": None}, "is damaged"),
-    "no pause": (lambda state: without_books(state, "pause"), "is damaged: KeyError('pause')"),
-    "no progress": (lambda state: without_books(state, "progress"), "is damaged: KeyError('progress')"),
-    "an odd pause": (lambda state: with_books(state, pause={"length": 1, "odd": 2}), "is damaged"),
+    "no json": (lambda state: state | {"values": state["values"][:-1]}, "is damaged"),
+    "no text": (lambda state: state | {"values": None}, "is damaged"),
+    "no pause": (lambda state: without_value(state, "pause"), "is damaged: KeyError('pause')"),
+    "no progress": (lambda state: without_value(state, "progress"), "is damaged: KeyError('progress')"),
+    "an odd pause": (lambda state: with_values(state, pause={"length": 1, "odd": 2}), "is damaged"),
     "odd columns": (
-        lambda state: with_books(state, history=books_of(state)["history"] | {"columns": [1]}),
+        lambda state: with_values(state, history=values_of(state)["history"] | {"columns": [1]}),
         "is damaged",
     ),
     "shapes": (

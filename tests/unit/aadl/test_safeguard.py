@@ -18,7 +18,6 @@ from small_runs import (
     stored_columns,
     train,
 )
-from torch import nn
 
 import aadl
 from aadl import acceptance
@@ -115,20 +114,6 @@ def test_a_residual_that_is_not_finite_resets_the_history(value, frequency):
     train(model, optimizer, 40)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert accelerator.statistics["accepted"] > 1 and accelerator.statistics["resets"] == {"non_finite": 1}
-
-
-def test_a_revert_never_undoes_what_the_user_wrote():
-    model, other = network(), network()
-    for p in other.parameters():
-        nn.init.constant_(p, 0.3)
-    optimizer = sgd(model, **EAGER | {"safeguard": "residual", "average": False})
-    accelerator = aadl.accelerator_of(optimizer)
-    while not accelerator.statistics["accepted"]:
-        train(model, optimizer, 1)
-    model.load_state_dict(other.state_dict())
-    train(model, optimizer, 1, loss=lambda m: 1e4 * squared_error(m))
-    assert accelerator.statistics["reverted"] == 0
-    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_pauses_double_up_to_a_limit_and_halve():

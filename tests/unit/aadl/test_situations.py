@@ -188,36 +188,6 @@ def test_a_group_added_within_a_macro_step():
     assert torch.isfinite(torch.cat([x, y])).all()
 
 
-@pytest.mark.parametrize(
-    ("store_each_nth", "frequency", "wait", "expected"),
-    [
-        (1, 1, 0, [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
-        (1, 5, 0, [5, 10]),
-        (2, 5, 0, [6, 12]),
-        (3, 4, 0, [6, 12]),
-        (3, 2, 0, [6, 9, 12]),
-        (2, 2, 7, [8, 10, 12]),
-        (2, 2, 8, [10, 12]),
-        (1, 3, 6, [9, 12]),
-        (4, 1, 100, []),
-    ],
-)
-def test_stores_and_accelerations_stay_in_phase(store_each_nth, frequency, wait, expected):
-    x, gradient = scaled([0.1, 1.0, 0.5, 0.3])
-    optimizer = torch.optim.SGD([x], lr=0.2)
-    aadl.accelerate(optimizer, "anderson", 1.0, wait, 3, store_each_nth, frequency, 1e-8, False, safeguard=False)
-    attempts, stored = [], []
-
-    def after(step):
-        if statistics(optimizer)["attempts"] > len(attempts):
-            attempts.append(step)
-        stored.append(statistics(optimizer)["macro_steps"])
-
-    descend([x], optimizer, 12, gradient, after)
-    assert attempts == expected
-    assert stored == [step // store_each_nth for step in range(1, 13)]
-
-
 @pytest.mark.parametrize("safeguard", SAFEGUARDS)
 @pytest.mark.parametrize("kind", ["anderson", "identity"])
 def test_averaging_needs_no_closure(kind, safeguard):
@@ -369,18 +339,6 @@ def test_lbfgs_starts_anew_from_an_accepted_candidate():
     for number in range(1, 30):  # an accepted step itself moves elsewhere
         assert after_accepted[number] or along_gradient[number] == after_accepted[number - 1], number
     assert 3 < sum(after_accepted) < 20
-
-
-def test_averaging_is_reported_and_switched_by_its_tolerance():
-    def run(tolerance):
-        model = network()
-        optimizer = aadl.accelerate(sgd(model), **EAGER | {"average": True, "average_tolerance": tolerance})
-        train(model, optimizer, 20)
-        return statistics(optimizer)
-
-    assert run(1e-9)["averaging"] is True
-    assert run(1e9)["averaging"] is False
-    assert 0 < run(1e9)["relative_standard_deviation"] < 1
 
 
 def test_counts_survive_a_plain_value_round_trip():

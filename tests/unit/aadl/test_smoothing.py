@@ -119,13 +119,6 @@ def test_smoothed_coefficients_are_anderson_mixing_of_averaged_pairs(window):
     assert not np.allclose(mixed(averaged(pairs, window % 5 + 1)), expected, rtol=1e-3)  # the window matters
 
 
-def test_a_window_of_one_is_plain_mixing():
-    _, gram, _, _ = pairs_of(6)
-    plain, smooth = mixing_coefficients(gram, 1e-3, CUTOFF), smoothed_coefficients(gram, 1, 1e-3, CUTOFF)
-    assert torch.allclose(plain.gamma, smooth.gamma, rtol=1e-12)
-    assert plain.numerical_rank == smooth.numerical_rank == 5
-
-
 def test_the_mean_of_the_smoothed_residuals_is_reported():
     pairs, gram, _, _ = pairs_of(6)
     residuals = torch.from_numpy(np.stack([g - x for x, g in pairs], axis=1))

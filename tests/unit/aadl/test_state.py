@@ -1,4 +1,4 @@
-"""The vectors of a history as named tensors, and the rest as plain values."""
+"""The vectors of a history as named tensors, and the rest of it as plain values."""
 
 import copy
 import json
@@ -25,11 +25,11 @@ def saved(history):
     return rows, json.dumps(plain_state_of(history))
 
 
-def restore(history, rows, books):
+def restore(history, rows, values):
     wanted = rows_of(history, ONE, False)
     check_rows(rows, wanted)
     load_rows(rows, wanted)
-    parsed = json.loads(books)
+    parsed = json.loads(values)
     restore_plain_state(history, parsed_plain_state(parsed), parsed["starts_at_mapped"])
     return history
 
@@ -62,7 +62,7 @@ def test_a_restored_history_goes_on_bit_for_bit(ring, with_gram, from_mapped, co
     assert torch.equal(candidates[0], candidates[1]) and not torch.equal(candidates[0], candidates[2])
 
 
-def test_books_survive_json_bit_for_bit():
+def test_values_survive_json_bit_for_bit():
     history = filled_history(random_pairs(4))
     history.gram()
     history.grams["parameters"][0][0] /= 3
@@ -75,10 +75,10 @@ def test_books_survive_json_bit_for_bit():
     assert fields["stale"] == [] and plain_state_of(filled_history(random_pairs(3)))["stale"] == [0, 1]
 
 
-@pytest.mark.parametrize("books", [{}, {"grams": 1}, {"grams": {}, "columns": [[1]]}])
-def test_damaged_books_are_found_before_anything_is_changed(books):
+@pytest.mark.parametrize("values", [{}, {"grams": 1}, {"grams": {}, "columns": [[1]]}])
+def test_damaged_values_are_found_before_anything_is_changed(values):
     with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
-        parsed_plain_state(books)
+        parsed_plain_state(values)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +201,9 @@ def test_the_state_of_a_fresh_accelerator_has_the_entries_of_a_saved_one():
     assert not any(row.any() for row in fresh["rows"].values())
     go(parameters, optimizer, 9)
     used = aadl.accelerator_of(optimizer).state_dict()
-    assert fresh.keys() == used.keys() == {"version", "books", "rows"}
+    assert fresh.keys() == used.keys() == {"version", "values", "rows"}
     assert {name: (row.shape, row.dtype) for name, row in used["rows"].items()} == shapes
-    assert json.loads(fresh["books"]).keys() == json.loads(used["books"]).keys()
+    assert json.loads(fresh["values"]).keys() == json.loads(used["values"]).keys()
     kinds = {name.split(".")[0] for name in shapes}
     assert kinds == {"parameters", "momentum"} and len(shapes) == 20
     assert aadl.accelerator_of(adam(convolution(), EAGER | {"history_depth": 0})).state_dict()["rows"] == {}
@@ -304,16 +304,3 @@ def test_a_state_of_another_version_is_refused_by_its_number(version):
     state = aadl.accelerator_of(optimizer).state_dict()
     with pytest.raises(ValueError, match=rf"whose states have version {VERSION}, got version {version} with keys"):
         aadl.accelerator_of(optimizer).load_state_dict(state | {"version": version})
-
-
-def test_a_state_from_before_writes_were_watched_loads():
-    """States of older versions have fewer entries of the progress."""
-    parameters = convolution()
-    optimizer = adam(parameters, EAGER | {"store_each_nth": 3})
-    go(parameters, optimizer, 7)
-    state = copy.deepcopy(aadl.accelerator_of(optimizer).state_dict())
-    books = json.loads(state["books"])
-    books["progress"] = {name: books["progress"][name] for name in ("in_macro_step", "learning_rate", "rates")}
-    aadl.accelerator_of(optimizer).load_state_dict(state | {"books": json.dumps(books)})
-    go(parameters, optimizer, 9)
-    assert aadl.accelerator_of(optimizer).statistics["macro_steps"] == 5

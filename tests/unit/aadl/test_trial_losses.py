@@ -43,19 +43,9 @@ class Scored:
     def __call__(self):
         self.masks.append(torch.rand(3))
         self.values.append(torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]))
-        if self.form == "set_to_zero":
-            self.optimizer.zero_grad(set_to_none=False)
-        else:
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss = squared_error(self.model)
-        if self.form == "autograd.backward":
-            torch.autograd.backward(loss)
-        else:
-            loss.backward()
-        if self.form == "clipping":
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1e3)
-            for p in self.model.parameters():
-                p.grad.clamp_(-1e3, 1e3)
+        loss.backward()
         score = next(self.scores)
         return score if self.form == "float" else loss * 0 + score
 
@@ -75,11 +65,8 @@ def falling():
     return iter(range(10**6, 0, -1))
 
 
-FORMS = ["documented", "set_to_zero", "autograd.backward", "clipping", "float"]
-
-
 @pytest.mark.parametrize("make", [adam, sgd])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["documented", "float"])
 def test_rejected_trials_leave_no_trace(make, form):
     outcomes = []
     for settings in ({}, LOSS | {"wait_iterations": 10**9}, LOSS):
@@ -217,31 +204,6 @@ def test_a_closure_may_differentiate_inside():
     assert points.grad is not None  # by the base optimizer's own calls
 
 
-def test_trials_add_nothing_to_gradients_of_other_leaves():
-    scale = torch.ones(1, requires_grad=True)
-
-    def run(**settings):
-        scale.grad = None
-        model = network()
-        optimizer = adam(model, **settings)
-        closure = Scored(model, optimizer, rising())
-        closure.model = nn.Sequential(model, Scale(scale))
-        for _ in range(12):
-            optimizer.step(closure)
-        return scale.grad.clone()
-
-    assert identical(run(), run(**LOSS))
-
-
-class Scale(nn.Module):
-    def __init__(self, scale):
-        super().__init__()
-        self.scale = [scale]  # no parameter of the module
-
-    def forward(self, inputs):
-        return inputs * self.scale[0]
-
-
 class Interruption(Exception):
     pass
 
@@ -365,16 +327,6 @@ def test_loss_safeguard_without_closure_is_refused_at_the_first_step():
     assert aadl.accelerator_of(optimizer).statistics["steps"] == 2
 
 
-def test_a_closure_without_value_is_named():
-    model = network()
-    optimizer = adam(model, **LOSS)
-    closure = closure_of(model, optimizer)
-    with pytest.raises(ValueError, match="closure must return the training loss, got None"):
-        for _ in range(10):
-            optimizer.step(lambda: closure() and None)
-    assert torch.Tensor.backward is BACKWARD
-
-
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_accepts_nothing_and_raises_nothing(loss):
     model = network()
@@ -385,17 +337,3 @@ def test_a_loss_that_is_not_finite_accepts_nothing_and_raises_nothing(loss):
     statistics = aadl.accelerator_of(optimizer).statistics
     assert statistics["accepted"] == 0
     assert statistics["rejected"]["loss"] > 0
-
-
-@pytest.mark.parametrize("make", [adam, sgd])
-def test_two_hundred_rejections_equal_the_plain_run(make):
-    model, plain_model = network(), network()
-    optimizer, plain = make(model, **LOSS), make(plain_model)
-    closure = Scored(model, optimizer, rising())
-    for step in range(280):
-        optimizer.step(closure)
-        plain.step(closure_of(plain_model, plain))
-        assert identical(snapshot(model, optimizer), snapshot(plain_model, plain)), step
-    rejected = aadl.accelerator_of(optimizer).statistics["rejected"]
-    assert rejected["loss"] + rejected.get("backward", 0) >= 200
-    assert rejected["loss"] >= 100

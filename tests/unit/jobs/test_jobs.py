@@ -101,7 +101,7 @@ def test_the_sites_of_the_suite():
         ("frontier", ["--account", "A", "--time", "0:04:00"], "--time must be longer than the 300 seconds"),
         ("frontier", ["--account", "A", "--time", "2:00:01"], "at most 2:00:00 for 1 nodes in queue batch"),
         ("frontier", ["--account", "A b", "--time", "2:00:00"], "--account must be a word"),
-        ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be greater than or equal to 1, got 0"),
+        ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be greater than 0, got 0"),
         ("frontier", [*COMMON, "--nodes", "9473"], "--nodes must be at most 9472 in queue batch"),
         ("frontier", [*COMMON, "--queue", "extended", "--nodes", "65"], "--nodes must be at most 64"),
         ("frontier", [*COMMON, "--queue", "fast"], "--queue must be one of batch, extended, debug on frontier"),
@@ -109,7 +109,7 @@ def test_the_sites_of_the_suite():
         ("frontier", [*COMMON, "--gpus-per-node", "9"], "--gpus-per-node must be at most 8 on frontier, got 9"),
         ("frontier", [*COMMON, "--gpus-per-node", "0", "--ranks-per-node", "57"], "at most the 56 cores"),
         ("frontier", [*COMMON, "--cores-per-rank", "8"], "--cores-per-rank must be at most 7: 8 ranks share the 56"),
-        ("frontier", [*COMMON, "--chain", "0"], "--chain must be greater than or equal to 1, got 0"),
+        ("frontier", [*COMMON, "--chain", "0"], "--chain must be greater than 0, got 0"),
         ("frontier", [*COMMON, "--chain", "2", "--array", "seeds=0-1"], "--chain and --array exclude each other"),
         ("frontier", [*COMMON, "--array", "sizes=1-2"], "--array must be seeds=... as seeds=0-9"),
         ("frontier", [*COMMON, "--array", "seeds=a"], "--array: seeds must be integers as 3, [0, 1, 2]"),
@@ -150,7 +150,7 @@ def test_a_request_that_a_site_cannot_run_is_one_sentence(name, options, message
 def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path, capsys):
     arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
     assert submit.main([*arguments, "--set", "training.epochs=0"]) == 2
-    assert "training.epochs must be greater than or equal to 1, got 0" in capsys.readouterr().err
+    assert "training.epochs must be greater than 0, got 0" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 

@@ -54,7 +54,7 @@ def test_a_good_configuration_is_read_with_defaults(tmp_path):
     [
         (["epochs"], 5, r"^unknown key epochs; valid keys are: experiment, scale, seeds, problem, training"),
         (["training", "epoch"], 5, r"^unknown key training\.epoch; .*epochs \(default 100\).*; did you mean epochs\?$"),
-        (["training", "epochs"], 0, r"^training\.epochs must be greater than or equal to 1, got 0"),
+        (["training", "epochs"], 0, r"^training\.epochs must be greater than 0, got 0"),
         (["training"], [1], r"^training must be a mapping of settings, got \[1\]"),
         (["training", "scheduler"], {"name": "StepLr"}, r"^training\.scheduler: name must be one of .*StepLR"),
         (["training", "scheduler"], {"name": "StepLR"}, r"^training\.scheduler: .*step_size"),

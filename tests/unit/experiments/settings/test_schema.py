@@ -8,25 +8,25 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from paths import ROOT
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from experiments.settings.kinds import Component, Count, Different, Items, Name, Named, Positive, Seeds, must, one_of
+from experiments.settings.kinds import Component, Different, Items, Name, Named, Seeds, must, one_of
 from experiments.settings.schema import Settings, at, read_settings, refuse_unknown
 
 
 class Part(Settings):
-    size: Count = 1
-    sizes: Items[Count] = ()
+    size: PositiveInt = 1
+    sizes: Items[PositiveInt] = ()
 
 
 class Whole(Settings):
     seeds: Seeds
-    rate: Positive = 1.0
+    rate: PositiveFloat = 1.0
     flag: bool = False
     word: Literal["tanh", "relu"] = "tanh"
     name: Annotated[str, one_of(["plain", "fast"])] = "plain"
     even: Annotated[int, AfterValidator(must("be even", lambda number: number % 2 == 0))] = 0
-    different: Different[Count] = (1,)
+    different: Different[PositiveInt] = (1,)
     part: Part = Part()
     parts: dict[Name, Part] = Field(default={})
     optional: Part | None = None
@@ -70,7 +70,7 @@ def test_good_settings_are_frozen_and_of_the_kinds_that_were_asked_for():
         ({"part": {"sizes": 1}}, "top.part.sizes must be a list, got 1"),
         ({"different": []}, "top.different must have at least 1 item, got []"),
         ({"different": [1, 1]}, "top.different must have no entry twice, got [1, 1]"),
-        ({"optional": {"size": 0}}, "top.optional.size must be greater than or equal to 1, got 0"),
+        ({"optional": {"size": 0}}, "top.optional.size must be greater than 0, got 0"),
         (
             {"optional": {"seize": 0}},
             "unknown key top.optional.seize; valid keys are: size (default 1), sizes (default ()); did you mean size?",

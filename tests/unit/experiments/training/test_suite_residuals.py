@@ -125,7 +125,8 @@ def test_the_loss_on_unseen_points_is_of_one_draw_that_training_does_not_see():
         problem = build(config, Ranks())
         for iteration in (0, 5, 10):
             problem.points(problem.model, iteration)
-    unseen, *others = draws
+    first, unseen, *later = draws
+    others = [first, *later]
     assert len(others) == 3 and unseen.num_interior == 32 and unseen.num_conditions == 8
     for name in ("interior", "conditions"):
         known = {tuple(row) for points in others for row in getattr(points, name).tolist()}
@@ -329,7 +330,7 @@ def with_acceleration(raw, settings, **more):
 @pytest.mark.parametrize(
     ("raw", "settings", "more", "message"),
     [
-        (RAW, {"probe_rows": 0}, {}, r"acceleration: probe_rows must be greater than or equal to 1, got 0"),
+        (RAW, {"probe_rows": 0}, {}, r"acceleration: probe_rows must be greater than 0, got 0"),
         (RAW, {"check_rows": True}, {}, r"acceleration: check_rows must be an integer, got True"),
         (RAW, {"check_points": 3}, {}, r"unknown key variants\.sgd\.acceleration\.check_points; .*probe_rows"),
         (RAW, {"residuals": 3}, {}, r"unknown key variants\.sgd\.acceleration\.residuals"),
