@@ -100,7 +100,7 @@ def checked_job(site: Site, request: Request) -> Job:
         OSError: the configuration cannot be read.
     """
     from experiments.catalog import load_config  # here, because they import torch
-    from experiments.runs.execute import single_process_variants
+    from experiments.runs.runs_to_make import single_process_variants
 
     seeds = [f"seeds={','.join(map(str, request.array))}"] if request.array else []
     config = load_config(request.config, [*request.set, *seeds])

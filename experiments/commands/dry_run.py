@@ -6,11 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from experiments.distributed.launch import ranks_from_environment
+from experiments.distributed.ranks import ranks_from_environment
 from experiments.distributed.rendezvous import spans
 from experiments.records.text_table import text_table
-from experiments.runs.execute import single_process_variants
-from experiments.runs.states import described_runs, states_of_runs
+from experiments.runs.runs_to_make import described_runs, single_process_variants, states_of_runs
 from experiments.settings.run_config import ExperimentConfig
 
 MEANING = {

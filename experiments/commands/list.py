@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.records.overview import states_of_folder
+from experiments.records.status import states_of_folder
 from experiments.records.text_table import text_table
 from experiments.settings.config_files import config_files, find_config
 from experiments.settings.kinds import Seeds

@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.catalog import experiment_of, load_config
 from experiments.commands.running import execute, resumable
 from experiments.commands.showing import show_each
-from experiments.distributed.launch import ranks_from_environment
+from experiments.distributed.ranks import ranks_from_environment
 from experiments.settings.config_files import LAPTOP, config_files
 from experiments.settings.run_config import ExperimentConfig
 from experiments.settings.suggestion import did_you_mean

@@ -8,7 +8,7 @@ import os
 from experiments.catalog import load_config
 from experiments.commands import dry_run
 from experiments.commands.running import execute, resumable
-from experiments.distributed.launch import ranks_from_environment
+from experiments.distributed.ranks import ranks_from_environment
 from experiments.runs.complete_settings import complete_settings
 from experiments.settings.config_files import find_config
 from experiments.settings.overrides import read_overridden

@@ -30,8 +30,9 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from experiments.distributed.interruption import EXIT_RESUME
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
-from experiments.distributed.rendezvous import Deadline, host_of, spans
+from experiments.distributed.rendezvous import host_of, spans
 
 WATCH_SECONDS = 1.0
 STALL_SECONDS = 2.0  # a process that stood still for longer prints it
@@ -274,27 +275,6 @@ def _wait_for_cause(met: Joined, what: str) -> tuple[dict[str, Any] | None, str]
         return None, ""
     except RuntimeError:
         return STORE_IS_GONE, ""
-
-
-def lost_ranks(ranks: Ranks, *, timed_out: bool) -> list[int]:
-    """Returns the ranks that are gone or, after a timeout, those that do not wait; it takes up to three seconds.
-
-    The result is empty where nobody can know, because the store went with the rank that held it.
-    """
-    end = Deadline(CAUSE_SECONDS)
-    try:
-        if _joined is not None and not timed_out:
-            before = _pulses(_joined)
-            while end.pause():
-                pass
-            return _standing_still(_joined, before)
-        store = _joined.store if _joined is not None else dist.distributed_c10d._get_default_store()
-        store.set(f"waiting {ranks.rank}", "")
-        while _not_waiting(store, ranks) and end.pause():
-            pass
-        return _not_waiting(store, ranks)
-    except (RuntimeError, ValueError):
-        return [0] if _joined is not None else []
 
 
 def _pulses(met: Joined) -> list[int]:

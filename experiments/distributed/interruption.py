@@ -37,40 +37,30 @@ class Interruption:
     def __init__(
         self,
         *,
-        deadline_seconds: float | None = None,
         margin_seconds: float = 60.0,
-        include_interrupt: bool = False,
         environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Args:
-            deadline_seconds: time limit from now on, > 0; None leaves the time limit of the environment, and otherwise
-                the earlier one counts.
+        """
+        Args:
             margin_seconds: see above, >= 0.
-            include_interrupt: True if SIGINT (Ctrl-C) is a reason to stop as well, and raises no KeyboardInterrupt.
             environment: variables; AADL_END_TIME or SLURM_JOB_END_TIME is in seconds since the epoch.
             clock: returns seconds since the epoch.
 
         Raises:
             ValueError: a time is not a number, or out of its range.
         """
-        if deadline_seconds is not None and not deadline_seconds > 0:
-            raise ValueError(f"deadline_seconds must be > 0, got {deadline_seconds}")
         if not margin_seconds >= 0:
             raise ValueError(f"margin_seconds must be >= 0, got {margin_seconds}")
-        ends = [_end_time(environment)]
-        if deadline_seconds is not None:
-            ends.append(clock() + deadline_seconds)
-        self.end_time: float | None = min((end for end in ends if end is not None), default=None)
+        self.end_time = _end_time(environment)
         self.margin_seconds = margin_seconds
         self._clock = clock
-        self._signals = (*SIGNALS, signal.SIGINT) if include_interrupt else SIGNALS
         self._previous: dict[signal.Signals, Any] = {}
         self._reason = ""
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in self._signals:
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import MPI_LAUNCHERS, Ranks
-from experiments.distributed.rendezvous import Announcement, Deadline, host_of
+from experiments.distributed.rendezvous import Announcement, host_of
 from experiments.settings.launch_settings import LaunchSettings
 
 _was_used = False

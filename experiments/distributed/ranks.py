@@ -12,6 +12,7 @@ variables set by hand, jsrun, srun, mpiexec. Variables of the suite itself win o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,25 +98,27 @@ DAEMON_MARKS = ("PRTE_LAUNCHED", "OMPI_MCA_orte_hnp_uri", "MPI_LOCALRANKID")
 MpiNumbers = Callable[[], tuple[int, int, int, int]]
 
 
-def read_ranks(env: Mapping[str, str], *, command: Sequence[str], mpi: MpiNumbers) -> Ranks:
+def ranks_from_environment(
+    env: Mapping[str, str], *, command: Sequence[str] | None = None, mpi: MpiNumbers | None = None
+) -> Ranks:
     """Reads the ranks from the variables that the launcher set.
 
     Args:
         env: environment variables.
-        command: what was typed, for the message that says what to type instead.
-        mpi: asks the MPI library; called only where MPI spawned this process without giving the number of ranks, or
-            where AADL_LAUNCHER=mpi4py asks for it.
+        command: what was typed, for the message that says what to type instead; None for the command of this process.
+        mpi: asks the MPI library, None for `mpi.numbers_of_mpi`; called only where MPI spawned this process without
+            giving the number of ranks, or where AADL_LAUNCHER=mpi4py asks for it.
 
     Raises:
         ValueError: a variable is missing, is no integer, or contradicts another one; or this is the batch shell of a
-            job with several tasks.
+            job with several tasks, and the message has the line to type.
     """
     wanted = env.get("AADL_LAUNCHER", "")
     if wanted and wanted not in NAMES:
         raise ValueError(f"AADL_LAUNCHER must be one of {', '.join(NAMES)}, got {wanted!r}")
-    name = wanted or _spawner(env)
+    name = wanted or launcher_of(env)
     if not wanted and name in ("single", "env"):
-        refuse_batch_shell(env, command, name)
+        refuse_batch_shell(env, sys.orig_argv if command is None else command, name)
     ranks = _with_job(_read(name, env, mpi), env)
     if not wanted:
         _refuse_contradictions(name, ranks, env)
@@ -124,7 +127,7 @@ def read_ranks(env: Mapping[str, str], *, command: Sequence[str], mpi: MpiNumber
     return _with_master(ranks, env)
 
 
-def _spawner(env: Mapping[str, str]) -> str:
+def launcher_of(env: Mapping[str, str]) -> str:
     """Returns the innermost launcher that has set variables."""
     mpi = next((name for name in ("openmpi", "mvapich", "mpich") if _numbers(name, env)), "")
     others = mpi or "JSM_NAMESPACE_RANK" in env or _is_step(env)
@@ -159,7 +162,7 @@ def _numbers(name: str, env: Mapping[str, str]) -> tuple[int, ...]:
 # --- one reader for all launchers, and what some of them add
 
 
-def _read(name: str, env: Mapping[str, str], mpi: MpiNumbers) -> Ranks:
+def _read(name: str, env: Mapping[str, str], mpi: MpiNumbers | None) -> Ranks:
     if name == "single":
         return Ranks()
     if name in ("pmix", "mpi4py"):
@@ -247,8 +250,10 @@ def _slurm_hosts(env: Mapping[str, str], counts: Sequence[int], world_size: int)
     return tuple(node for node, count in zip(nodes, counts, strict=True) for _ in range(count))
 
 
-def _ask_mpi(name: str, env: Mapping[str, str], mpi: MpiNumbers) -> Ranks:
-    rank, world_size, local_rank, local_size = mpi()
+def _ask_mpi(name: str, env: Mapping[str, str], mpi: MpiNumbers | None) -> Ranks:
+    from experiments.distributed.mpi import numbers_of_mpi  # here, because it needs the types of this module
+
+    rank, world_size, local_rank, local_size = (mpi or numbers_of_mpi)()
     if name == "pmix" and env.get("PMIX_RANK", str(rank)) != str(rank):
         raise ValueError(
             f"PMIX_RANK={env['PMIX_RANK']} but MPI.COMM_WORLD has rank {rank} of {world_size}: mpi4py uses another MPI "

@@ -14,8 +14,6 @@ import json
 import os
 import re
 import socket
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -25,12 +23,14 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from data_loaders.files import write_text
 from experiments.distributed.interfaces import LOOPBACK, as_text, interface_addresses
+from experiments.distributed.polling import Deadline, ask_all
 from experiments.distributed.ranks import Ranks
 
 PROBE_SECONDS = 3.0  # for one attempt to reach one address
 GRACE_SECONDS = 5.0  # the other ranks wait this much longer than rank 0, whose message names the missing ranks
-LONGEST_PAUSE_SECONDS = 1.0
+READ_SECONDS = 2.0  # rank 0 gives the others this long to read why it ends
 AGENT_KEY = "aadl rank 0"
 
 
@@ -54,24 +54,6 @@ class Announcement:
         """Reads what `as_json` wrote; raises ValueError, KeyError or TypeError for any other text."""
         raw = json.loads(text)
         return Announcement(tuple(raw["addresses"]), int(raw["port"]), str(raw["token"]))
-
-
-class Deadline:
-    """A point in time, with growing pauses until then."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end, self.seconds, self._pause = time.monotonic() + seconds, seconds, 0.005
-
-    def remaining(self) -> float:
-        """Returns the seconds that are left, negative after the end."""
-        return self._end - time.monotonic()
-
-    def pause(self) -> bool:
-        """Waits a little; returns False if no time was left."""
-        left = self.remaining()
-        time.sleep(max(0.0, min(self._pause, left)))
-        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
-        return left > 0
 
 
 # --- where rank 0 announces
@@ -99,17 +81,9 @@ def write_announcement(path: Path, announcement: Announcement) -> None:
     """Renames the announcement into place and deletes those of earlier attempts of the same step.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            file.write(announcement.as_json())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as error:
-        raise OSError(f"rank 0 cannot announce its address in {path.parent}: {error.strerror or error}") from None
+    write_text(path, announcement.as_json())
     attempt = re.compile(re.escape(path.name.rsplit(".", 2)[0]) + r"\.\d+\.json$")
     for other in path.parent.iterdir():
         if other != path and attempt.match(other.name):
@@ -251,54 +225,30 @@ def roll_call(
     Raises:
         RuntimeError: ranks are missing, which the message names, or cannot work together.
     """
+
+    def answer_to(found: list[Any]) -> dict[str, Any]:
+        missing = [rank for rank, fact in enumerate(found) if fact is None]
+        if missing:
+            return {"several": False, "problem": _missing_text(ranks, missing, deadline)}
+        several = len({(fact["machine"], fact.get("network")) for fact in found}) > 1
+        return {"several": several, "problem": _different_worlds(found) or judge(found)}
+
+    me = f"rank {ranks.rank} on {host_of(ranks)}"
+    own = {"world_size": ranks.world_size, **facts}
     try:
-        store.set(f"hello {ranks.rank}", json.dumps({"world_size": ranks.world_size, **facts}))
-        if ranks.rank == 0:
-            verdict = _call(store, ranks, judge, deadline)
-            store.set("verdict", json.dumps(verdict))
-            if verdict["problem"]:  # the others need a moment to read it
-                end = Deadline(2.0)
-                while store.add("read", 0) < verdict["present"] - 1 and end.pause():
-                    pass
-        else:
-            verdict = _wait_for_verdict(store, ranks, deadline)
+        answer = ask_all(store, "hello", ranks, own, answer_to, deadline, deadline.remaining() + GRACE_SECONDS)
+        if answer is None:
+            raise RuntimeError(f"{me}: rank 0 did not answer in the roll call within {deadline.seconds:g} s")
+        if answer["problem"]:  # the store ends with rank 0, and the others need a moment to read it
+            num_read, end = store.add("hello read", 1), Deadline(READ_SECONDS)
+            while ranks.rank == 0 and num_read < ranks.world_size and end.pause():
+                num_read = store.add("hello read", 0)
     except dist.DistError as error:
         cause = str(error).split("\n")[0]
-        raise RuntimeError(
-            f"rank {ranks.rank} on {host_of(ranks)}: the store of rank 0 was lost in the roll call: {cause}"
-        ) from None
-    if verdict["problem"]:
-        stops = f"rank {ranks.rank} on {host_of(ranks)} stops: " if ranks.rank else ""
-        raise RuntimeError(stops + verdict["problem"])
-    return bool(verdict["several"])
-
-
-def _call(
-    store: Store, ranks: Ranks, judge: Callable[[Sequence[Mapping[str, Any]]], str], deadline: Deadline
-) -> dict[str, Any]:
-    keys = [f"hello {rank}" for rank in range(ranks.world_size)]
-    while not store.check(keys):
-        if not deadline.pause():
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            if missing:
-                present, problem = ranks.world_size - len(missing), _missing_text(ranks, missing, deadline)
-                return {"several": False, "problem": problem, "present": present}
-    facts = [json.loads(text) for text in store.multi_get(keys)]
-    several = len({(fact["machine"], fact.get("network")) for fact in facts}) > 1
-    return {"several": several, "problem": _different_worlds(facts) or judge(facts), "present": len(facts)}
-
-
-def _wait_for_verdict(store: Store, ranks: Ranks, deadline: Deadline) -> dict[str, Any]:
-    end = Deadline(deadline.remaining() + GRACE_SECONDS)
-    while not store.check(["verdict"]):
-        if not end.pause():
-            raise RuntimeError(
-                f"rank {ranks.rank} on {host_of(ranks)}: rank 0 did not answer in the roll call within "
-                f"{deadline.seconds:g} s"
-            )
-    verdict: dict[str, Any] = json.loads(store.get("verdict"))
-    store.add("read", 1)
-    return verdict
+        raise RuntimeError(f"{me}: the store of rank 0 was lost in the roll call: {cause}") from None
+    if answer["problem"]:
+        raise RuntimeError((f"{me} stops: " if ranks.rank else "") + answer["problem"])
+    return bool(answer["several"])
 
 
 def _different_worlds(facts: Sequence[Mapping[str, Any]]) -> str:

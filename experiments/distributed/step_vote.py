@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from experiments.distributed.departure import RanksDisagree, control_group, lost_ranks
+from experiments.distributed.departure import RanksDisagree, control_group
 from experiments.distributed.ranks import Ranks
 
 LARGEST = 1 << 46
@@ -139,7 +139,7 @@ class StepVote:
         """Waits for the vote that was cast last and returns its result; None if no vote was cast since the last call.
 
         Raises:
-            RanksDisagree: steps or fingerprints differ, or a rank is gone or hangs; the message names the ranks.
+            RanksDisagree: steps or fingerprints differ, and the message names the ranks; or a rank is gone or hangs.
         """
         if self._step is None:
             return None
@@ -169,15 +169,7 @@ class StepVote:
         return tally
 
     def _lost(self, step: int, error: RuntimeError) -> RanksDisagree:
-        """Names the missing ranks, which the store of all ranks knows: the connections of the group are broken now.
-
-        Only the neighbors of a dead rank notice a lost connection, while the others wait. After a timeout, all ranks
-        come here except the one that hangs.
-        """
+        """Says when a rank was missing; `end_on_failure` finds out which one, because this rank cannot know."""
         text = str(error).strip().splitlines()[0][:200]
-        timed_out = "timed out" in text.lower()
-        what = f"did not vote within {self._timeout_seconds:g} s" if timed_out else "was lost"
-        ranks = lost_ranks(self._ranks, timed_out=timed_out)
-        names = [f"rank {rank}" for rank in ranks[:8]]
-        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-        return RanksDisagree(f"{', '.join(names) + more or 'a rank'} {what} at step {step} ({text})")
+        what = f"did not vote within {self._timeout_seconds:g} s" if "timed out" in text.lower() else "was lost"
+        return RanksDisagree(f"a rank {what} at step {step} ({text})")

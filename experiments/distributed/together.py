@@ -7,29 +7,20 @@ file system is still being read.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import Store  # type: ignore[attr-defined]
 
+from experiments.distributed.polling import Deadline, ask_all
 from experiments.distributed.ranks import Ranks
-from experiments.distributed.rendezvous import Deadline, host_of, spans
+from experiments.distributed.rendezvous import host_of, spans
 
 T = TypeVar("T")
 GRACE_SECONDS = 10.0
 """The other ranks wait this much longer than rank 0, which names the ranks that are late."""
 SHOWN = 8
 _meetings = itertools.count()  # all ranks come to all meetings, so that their numbers are the same
-
-
-class Outcome(NamedTuple):
-    """What a rank reports to the others; kind and text are "" where nothing went wrong."""
-
-    host: str
-    kind: str = ""
-    text: str = ""
 
 
 def by_first(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T:
@@ -108,50 +99,28 @@ def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = No
         ValueError, OSError: what the first rank with a failure ran into.
         TimeoutError: ranks did not come; the message names them.
     """
+    kind = "" if failure is None else "OSError" if isinstance(failure, OSError) else "ValueError"
+    text = "" if failure is None else " ".join(str(failure).split()) or type(failure).__name__
+    own = {"host": host_of(ranks), "kind": kind, "text": text}
+
+    def answer_to(found: list[Any]) -> dict[str, str]:
+        if late := [rank for rank, each in enumerate(found) if each is None]:
+            return {"kind": "TimeoutError", "text": _late_text(ranks, late, what, seconds)}
+        for rank, each in enumerate(found):
+            if each["kind"]:
+                where = f"rank {rank} on {each['host']}: " if rank > 0 else ""
+                return {"kind": each["kind"], "text": where + each["text"]}
+        return {"kind": "", "text": ""}
+
     store = dist.distributed_c10d._get_default_store()
-    name = f"aadl-meeting-{next(_meetings)}"
-    own = Outcome(host_of(ranks))
-    if failure is not None:
-        own = own._replace(kind="OSError" if isinstance(failure, OSError) else "ValueError", text=_one_line(failure))
-    store.set(f"{name} {ranks.rank}", json.dumps(own))
-    if ranks.rank == 0:
-        verdict = _verdict(store, name, ranks, what, seconds)
-        store.set(f"{name} verdict", json.dumps(verdict))
-    else:
-        verdict = _wait_for_verdict(store, name, ranks, what, seconds)
-    if verdict.kind:
-        if failure is not None and verdict.text == own.text:
+    patience = 2 * seconds + GRACE_SECONDS  # rank 0 may come late, and then waits for others
+    answer = ask_all(store, f"meeting {next(_meetings)}", ranks, own, answer_to, Deadline(seconds), patience)
+    if answer is None:
+        raise TimeoutError(_late_text(ranks, [0], what, seconds))
+    if answer["kind"]:
+        if failure is not None and answer["text"] == text:
             raise failure
-        raise {"OSError": OSError, "ValueError": ValueError}.get(verdict.kind, TimeoutError)(verdict.text)
-
-
-def _verdict(store: Store, name: str, ranks: Ranks, what: str, seconds: float) -> Outcome:
-    """Returns, on rank 0, what all ranks raise, after all have come or the time is up."""
-    keys = [f"{name} {rank}" for rank in range(ranks.world_size)]
-    deadline = Deadline(seconds)
-    while not store.check(keys):
-        if not deadline.pause():
-            late = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            if late:
-                return Outcome("", "TimeoutError", _late_text(ranks, late, what, seconds))
-    for rank, text in enumerate(store.multi_get(keys)):
-        outcome = Outcome(*json.loads(text))
-        if outcome.kind:
-            where = f"rank {rank} on {outcome.host}: " if rank > 0 else ""
-            return outcome._replace(text=where + outcome.text)
-    return Outcome("")
-
-
-def _wait_for_verdict(store: Store, name: str, ranks: Ranks, what: str, seconds: float) -> Outcome:
-    """Returns the verdict of rank 0 on another rank, which polls: a blocking wait would block the watcher as well."""
-    deadline, is_first_there = Deadline(seconds), False
-    while not store.check([f"{name} verdict"]):
-        if deadline.pause():
-            continue
-        if is_first_there or not store.check([f"{name} 0"]):
-            return Outcome("", "TimeoutError", _late_text(ranks, [0], what, seconds))
-        deadline, is_first_there = Deadline(seconds + GRACE_SECONDS), True
-    return Outcome(*json.loads(store.get(f"{name} verdict")))
+        raise {"OSError": OSError, "ValueError": ValueError}.get(answer["kind"], TimeoutError)(answer["text"])
 
 
 def _late_text(ranks: Ranks, late: list[int], what: str, seconds: float) -> str:
@@ -163,7 +132,3 @@ def _late_text(ranks: Ranks, late: list[int], what: str, seconds: float) -> str:
 
 def _has_group(ranks: Ranks) -> bool:
     return ranks.world_size > 1 and dist.is_available() and dist.is_initialized()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

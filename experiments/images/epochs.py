@@ -14,7 +14,7 @@ from experiments.training.progress import Bar
 if TYPE_CHECKING:
     from experiments.training.train import Training
 
-INPUT, EVALUATION = "timing/input_seconds", "timing/evaluation_seconds"
+INPUT = "timing/input_seconds"
 
 
 class ImageEpochs(Epochs):
@@ -69,15 +69,9 @@ class ImageEpochs(Epochs):
             # GradScaler often skips the first step, and the schedule goes on all the same.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.step_scheduler()
-        run.bar.update(1)
-        if run.bar.is_due:
-            run.bar.show({"metrics/train/loss": float(run.losses[-1])})
 
     def after_steps(self, run: Training) -> None:
         """Nothing: the schedule has stepped already."""
-
-    def after_evaluation(self, run: Training, seconds: float) -> None:
-        run.add_seconds(EVALUATION, seconds)
 
     def is_evaluated(self, run: Training) -> bool:
         return run.interval % self._evaluate_every == 0 or run.interval == self.num_intervals
@@ -89,6 +83,3 @@ class ImageEpochs(Epochs):
             seconds = run.clock.values()["timing/training_seconds"] - before
             values["timing/images_per_second"] = len(run.losses) * self._batch_images / seconds
         return values
-
-    def after_interval(self, run: Training) -> None:
-        """Nothing: the bar counts steps."""

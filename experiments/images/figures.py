@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.images.tables import STALE_TOP1, TOP1, cost_shares, images_per_second, total_seconds
+from experiments.records.acceleration_figure import draw_acceleration
 from experiments.records.compare import VALIDATION, Comparison, Variant
 from experiments.records.figures import (
     Coinciding,
@@ -25,7 +26,7 @@ from experiments.records.figures import (
     training_line,
 )
 from experiments.records.palette import styled
-from experiments.records.shared_figures import draw_acceleration, draw_batch_size
+from experiments.records.training_figures import draw_batch_size
 
 COLORS = {"network": "#BBBBBB", "acceleration": "#D55E00", "input": "#8FB3CC", "evaluation": "#5F5F5F"}
 """Of the parts of the time."""

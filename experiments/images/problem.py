@@ -152,6 +152,7 @@ class ImageProblem(Problem):
     # ---- evaluation ----
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
+        begin = time.perf_counter()
         with untouched_buffers(network):
             broadcast_buffers(network, self._ranks.world_size)
             stale = self._counts(network)
@@ -159,7 +160,8 @@ class ImageProblem(Problem):
             self._recompute_statistics(network)
             seconds = time.perf_counter() - start
             renewed = self._counts(network)
-        return renewed.series() | stale.series("stale_") | {"timing/batchnorm_seconds": seconds}
+        times = {"timing/batchnorm_seconds": seconds, "timing/evaluation_seconds": time.perf_counter() - begin}
+        return renewed.series() | stale.series("stale_") | times
 
     def _recompute_statistics(self, network: nn.Module) -> None:
         """Replaces the statistics of BatchNorm by those of training images with the present weights."""

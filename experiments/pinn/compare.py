@@ -17,11 +17,7 @@ from experiments.records.compare import (
     TRAIN,
     Records,
     Variant,
-    commits_of,
-    family_of,
     grouped,
-    role_of,
-    seeds_of,
 )
 from experiments.records.reading import Run, read_runs, say
 from experiments.runs.config import expand_runs, load_config
@@ -103,24 +99,13 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
         OSError: none of the records can be read.
     """
     runs = read_runs(folder, note)
-    main, studies = grouped(runs)
-    _check_variants(folder, main)
-    _check_shared(folder, [run for group in main.values() for run in group])
-    variants = []
-    for name, of_variant in sorted(main.items(), key=lambda item: (item[1][0].attributes["variant_index"], item[0])):
-        definition = of_variant[0].config["variant"]
-        variants.append(
-            Variant(
-                name=name,
-                label=definition["label"],
-                role=role_of(definition),
-                family=family_of(definition["optimizer"]),
-                runs={run.attributes["seed"]: run for run in of_variant},
-            )
-        )
+    variants, studies = grouped(runs)
+    _check_variants(folder, {variant.name: list(variant.runs.values()) for variant in variants})
+    _check_shared(folder, [run for variant in variants for run in variant.runs.values()])
+    variants.sort(key=lambda variant: (variant.first.attributes["variant_index"], variant.name))
     is_as_configured = _are_as_configured(folder, runs, experiment)
     groups = []
-    for key in dict.fromkeys(_key(first_run(variant)) for variant in variants):
+    for key in dict.fromkeys(_key(variant.first) for variant in variants):
         members = [variant for variant in variants if key in _keys(variant)]
         own = [run for variant in members for run in variant.runs.values()]
         attributes = own[0].attributes
@@ -128,10 +113,8 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
         groups.append(
             Group(
                 folder=folder,
+                runs=own,
                 studies={study: some for study, some in of_group.items() if some},
-                data_source=attributes["data_source"],
-                seeds=seeds_of(own),
-                commits=commits_of(own),
                 name=key[0],
                 variants=members,
                 equation=key[1],
@@ -145,11 +128,6 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
     return groups
 
 
-def first_run(variant: Variant) -> Run:
-    """One run of a variant, for what is the same in all of them."""
-    return next(iter(variant.runs.values()))
-
-
 def _key(run: Run) -> Key:
     """The group of a run."""
     return (run.attributes["baseline"], *solution_of(run))
@@ -157,7 +135,7 @@ def _key(run: Run) -> Key:
 
 def _keys(variant: Variant) -> tuple[Key, Key]:
     """The group of a variant, and the one whose baseline it is, which there need not be."""
-    run = first_run(variant)
+    run = variant.first
     return _key(run), (variant.name, *solution_of(run))
 
 
@@ -182,7 +160,7 @@ def objective_of(variant: Variant) -> tuple[Any, ...]:
 
     Numbers of points, sampler and dtype change how it is estimated. Slope weights are left out of recorded losses.
     """
-    problem = first_run(variant).config["problem"]
+    problem = variant.first.config["problem"]
     weight = problem["condition_weight"] if problem["num_conditions"] > 0 else None
     points = [float(problem["options"].get(name, 0)) for name in OF_POINTS]
     if problem["equation"] not in EQUATIONS:
@@ -383,7 +361,7 @@ def diverged_note(variants: Iterable[Variant]) -> str:
 
 def settings_line(group: Group) -> str:
     """Network, points and budget of the baseline, or of the first variant without one."""
-    config = first_run(group.baseline or group.variants[0]).config
+    config = (group.baseline or group.variants[0]).first.config
     problem: dict[str, Any] = config["problem"]
     sizes, every = problem["hidden_sizes"], problem["resample_every"]
     alike = len(set(sizes)) == 1 and len(sizes) > 1

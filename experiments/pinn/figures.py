@@ -15,14 +15,16 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
+from experiments.records.acceleration_figure import acceleration_panels
 from experiments.records.compare import SECONDS, TRAIN, Variant
 from experiments.records.figures import Coinciding, as_text, finish, save_figures, spread_over_seeds, spread_words
-from experiments.records.palette import COLORS, styled
+from experiments.records.palette import styled
 from experiments.records.reading import Run, read_fields
-from experiments.records.shared_figures import acceleration_panels
 
 SLICES = (0.25, 0.5, 0.75)
 MAX_ACCELERATED = 4
+Curve = tuple[str, np.ndarray, str, Any]
+"""Label, values over x and t, color and line style."""
 FLOOR = 1e-16
 """Least error and residual on logarithmic color scales: zeros have no logarithm."""
 
@@ -209,12 +211,15 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
         _map(grid[0, 1], fields, exact, "exact u", colors, vmin=limits[0], vmax=limits[1])
         _map(grid[0, 2], fields, np.abs(u - exact), "|error|", "viridis", norm=_log_norm(u - exact))
     else:
-        grid[0, 1].set_axis_off()
-        grid[0, 2].set_axis_off()
-    residual = fields["pde_residual"]
-    _map(grid[0, 3], fields, np.abs(residual), "|pde_residual|", "magma", norm=_log_norm(residual))
+        for axis in grid[0, 2:]:
+            axis.set_axis_off()
+    residual, axis = fields["pde_residual"], grid[0, 1 if exact is None else 3]
+    _map(axis, fields, np.abs(residual), "|pde_residual|", "magma", norm=_log_norm(residual))
     handles: dict[str, Any] = {}
-    curves = [("network", u, COLORS["aadl"], "-")] if exact is None else _errors(group, variant, run, exact)
+    styles = {entry.name: (color, style) for entry, color, style in styled(group.variants)}
+    curves = [("network", u, *styles[variant.name])]
+    if exact is not None:
+        curves = _errors(group, variant, run, exact, styles)
     _slices(grid[1], fields, curves, handles)
     seed = run.attributes["seed"]
     error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
@@ -222,14 +227,15 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     return figure
 
 
-def _errors(group: Group, variant: Variant, run: Run, exact: np.ndarray) -> list[tuple[str, np.ndarray, str, Any]]:
-    """Errors of this run, of the median run of the baseline and of the best variant: label, values, color and style."""
+def _errors(
+    group: Group, variant: Variant, run: Run, exact: np.ndarray, styles: dict[str, tuple[str, Any]]
+) -> list[Curve]:
+    """Errors of this run, of the median run of the baseline and of the best variant."""
     shown = {variant.name: (variant, run, "this run")}
     best = min(group.variants, key=lambda other: badness(median_run(other, group), group))
     for other, words in ((group.baseline, "median run"), (best, "median run, the best of all variants")):
         if other is not None:
             shown.setdefault(other.name, (other, median_run(other, group), words))
-    styles = {entry.name: (color, style) for entry, color, style in styled(group.variants)}
     coinciding, curves = Coinciding(), []
     for other, own, words in shown.values():
         u = read_fields(own.path).get("u")
@@ -240,12 +246,7 @@ def _errors(group: Group, variant: Variant, run: Run, exact: np.ndarray) -> list
     return curves
 
 
-def _slices(
-    axes: np.ndarray,
-    fields: dict[str, np.ndarray],
-    curves: list[tuple[str, np.ndarray, str, Any]],
-    handles: dict[str, Any],
-) -> None:
+def _slices(axes: np.ndarray, fields: dict[str, np.ndarray], curves: list[Curve], handles: dict[str, Any]) -> None:
     """Slices in time of errors, or of a solution that nothing is known about; the last panel zooms in on the front."""
     x, t, solution = fields["x"], fields["t"], fields.get("exact", fields["u"])
     times = slice_places(t)
@@ -257,7 +258,8 @@ def _slices(
         axis.set_title(f"t = {t[place]:.3g}", loc="left")
     axes[-1].set_xlim(*front(x, solution[:, steepest]))
     axes[-1].set_title(f"t = {t[steepest]:.3g}, the steepest place", loc="left")
-    low, high = float(solution.min()), float(solution.max())
+    margin = 0.05 * float(np.ptp(solution))
+    low, high = float(solution.min()) - margin, float(solution.max()) + margin
     if "exact" in fields:
         for axis in axes:
             axis.set_yscale("log")

@@ -68,10 +68,9 @@ def summarize_pinn(groups: list[Group]) -> str:
         diverged = diverged_note(group.variants)
         if diverged:
             page.say(f"Diverged: {diverged}.")
-    seeds = sorted({seed for group in groups for seed in group.seeds})
-    commits = tuple(sorted({commit for group in groups for commit in group.commits}))
+    whole = replace(groups[0], runs=[run for group in groups for run in group.runs])
     page.say(LEGEND)
-    page.say(f"Source: {replace(groups[0], commits=commits).source_line(seeds)}")
+    page.say(f"Source: {whole.source_line()}")
     return page.write(folder)
 
 

@@ -21,22 +21,36 @@ SECONDS = "timing/training_seconds"
 
 @dataclass(frozen=True)
 class Variant:
-    """All seeds of one variant of the main comparison.
-
-    Attributes:
-        name: folder of its records.
-        label: name for people.
-        role: "plain", "ema", "mean", "aadl" (defaults), "aadl settings" or "published", with "average" and
-            "safeguard" if on.
-        family: the base optimizer in words; variants of one family are compared.
-        runs: by seed.
-    """
+    """All seeds of one variant of the main comparison: the name of their folder, and the runs by seed."""
 
     name: str
-    label: str
-    role: str
-    family: str
     runs: dict[int, Run]
+
+    @property
+    def first(self) -> Run:
+        """One of the runs, which have the same settings."""
+        return next(iter(self.runs.values()))
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """Its configuration."""
+        definition: dict[str, Any] = self.first.config["variant"]
+        return definition
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return str(self.definition["label"])
+
+    @property
+    def role(self) -> str:
+        """What it is compared as, see `role_of`."""
+        return role_of(self.definition)
+
+    @property
+    def family(self) -> str:
+        """The base optimizer in words; variants of one family are compared."""
+        return family_of(self.definition["optimizer"])
 
     def series(self, name: str) -> np.ndarray:
         """One series, (num_seeds, epochs + 1); a diverged run counts as infinitely bad."""
@@ -50,21 +64,32 @@ class Records:
 
     Attributes:
         folder: where they lie.
+        runs: the records.
         studies: runs by study, "learning_rate" and "batch_size".
-        data_source: "csv", "surrogate" or "computed".
-        seeds: of the main comparison.
-        commits: short commits that made the records, with "+" where the checkout had changes.
         is_as_configured: whether the configuration's file, if there is one, has the settings of the records.
         trained: what was trained on what, in words, for titles; empty: the name of the experiment.
     """
 
     folder: Path
+    runs: list[Run]
     studies: dict[str, list[Run]]
-    data_source: str
-    seeds: tuple[int, ...]
-    commits: tuple[str, ...]
     is_as_configured: bool = field(default=True, kw_only=True)
     trained: str = field(default="", kw_only=True)
+
+    @property
+    def data_source(self) -> str:
+        """ "csv", "surrogate" or "computed"."""
+        return ", ".join(sorted({run.attributes["data_source"] for run in self.runs}))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the main comparison."""
+        return tuple(sorted({run.attributes["seed"] for run in self.runs if not run.attributes["study"]}))
+
+    @property
+    def commits(self) -> list[str]:
+        """Short commits that made the records, with "+" where the checkout had changes."""
+        return sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in self.runs})
 
     @property
     def is_surrogate(self) -> bool:
@@ -106,32 +131,18 @@ class Comparison(Records):
 
     families: dict[str, list[Variant]]
 
-    @property
-    def any_run(self) -> Run:
-        """One of the runs; all of them have the same problem."""
-        runs = [run for family in self.families.values() for variant in family for run in variant.runs.values()]
-        return next(iter([*runs, *(run for study in self.studies.values() for run in study)]))
 
-
-def grouped(runs: Iterable[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
-    """The runs of the main comparison by variant, and the others by study."""
-    main: dict[str, list[Run]] = {}
+def grouped(runs: Iterable[Run]) -> tuple[list[Variant], dict[str, list[Run]]]:
+    """The variants of the main comparison, and the other runs by study."""
+    main: dict[str, dict[int, Run]] = {}
     studies: dict[str, list[Run]] = {}
     for run in runs:
         study = run.attributes["study"]
-        groups, key = (studies, study) if study else (main, run.attributes["variant"])
-        groups.setdefault(key, []).append(run)
-    return main, studies
-
-
-def seeds_of(runs: Iterable[Run]) -> tuple[int, ...]:
-    """Seeds of the main comparison."""
-    return tuple(sorted({run.attributes["seed"] for run in runs if not run.attributes["study"]}))
-
-
-def commits_of(runs: Iterable[Run]) -> tuple[str, ...]:
-    """Short commits that made the records, with "+" where the checkout had changes."""
-    return tuple(sorted({run.attributes["git_commit"][:9] + "+" * bool(run.attributes["git_dirty"]) for run in runs}))
+        if study:
+            studies.setdefault(study, []).append(run)
+        else:
+            main.setdefault(run.attributes["variant"], {})[run.attributes["seed"]] = run
+    return [Variant(name, of_variant) for name, of_variant in main.items()], studies
 
 
 def find_folders(results: Path, only: str | None = None) -> list[Path]:
@@ -172,29 +183,14 @@ def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparis
                 f"{folder} holds records with different {what}, for instance {some}: "
                 "run the experiment again, or keep trials apart with --set scale=NAME"
             )
-    main, studies = grouped(runs)
+    variants, studies = grouped(runs)
     families: dict[str, list[Variant]] = {}
-    for name, group in main.items():
-        definition = group[0].config["variant"]
-        variant = Variant(
-            name=name,
-            label=definition["label"],
-            role=role_of(definition),
-            family=family_of(definition["optimizer"]),
-            runs={run.attributes["seed"]: run for run in group},
-        )
+    for variant in variants:
         families.setdefault(variant.family, []).append(variant)
-    for variants in families.values():
-        variants.sort(key=lambda variant: (_ROLES.index(variant.role.split()[0]), variant.role, variant.name))
+    for of_family in families.values():
+        of_family.sort(key=lambda variant: (_ROLES.index(variant.role.split()[0]), variant.role, variant.name))
     order = sorted(families, key=lambda family: (not family.startswith("SGD"), -len(families[family]), family))
-    return Comparison(
-        folder=folder,
-        families={family: families[family] for family in order},
-        studies=studies,
-        data_source=", ".join(sorted({run.attributes["data_source"] for run in runs})),
-        seeds=seeds_of(runs),
-        commits=commits_of(runs),
-    )
+    return Comparison(folder, runs, studies, {family: families[family] for family in order})
 
 
 _ROLES = ("plain", "ema", "mean", "published", "aadl")
@@ -211,7 +207,7 @@ def _settings(run: Run) -> str:
 
 
 def role_of(definition: dict[str, Any]) -> str:
-    """The role of a variant, from its configuration."""
+    """ "plain", "ema", "mean", "aadl" (defaults), "aadl settings", or "published" with "average" and "safeguard"."""
     if definition["published"] is not None:
         return "published" + "".join(
             f" {option}" for option in ("average", "safeguard") if definition["published"][option]

@@ -30,8 +30,7 @@ LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 1.5, 
 
 def method_of(variant: Variant) -> str:
     """The method of a variant, a key of COLORS; a run of two stages has the method of the stage that sets it apart."""
-    definition = next(iter(variant.runs.values())).config["variant"]
-    stages = [stage for stage in (definition.get("then"), definition) if stage]
+    stages = [stage for stage in (variant.definition.get("then"), variant.definition) if stage]
     if variant.role.startswith("aadl"):
         accelerated = next(stage["acceleration"] for stage in stages if stage.get("acceleration") is not None)
         return "aadl residuals" if accelerated.get("acceleration_type") == "nonlinear_gmres" else variant.role

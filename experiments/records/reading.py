@@ -8,14 +8,16 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import torch
 
 from experiments.records.hdf5 import ForeignRecord, IncompleteRecord, RecordError, opened
 from experiments.records.series import ATTEMPTS, SCALES, SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    import torch
 
 OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
 """Attributes that every record has, beside its configuration."""
@@ -120,6 +122,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
     """
+    import torch  # here, because `list` reads records too, and is to answer before torch could be imported
+
     with opened(path) as file:
         if not file.attrs.get("complete"):
             raise IncompleteRecord(f"{path} is incomplete")

@@ -1,11 +1,11 @@
-"""Where the record of a run is, and whether the run must be made."""
+"""When a run is done: where its record is, and whether it must be made. It imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
 
-from experiments.records.hdf5 import DamagedRecord, IncompleteRecord, UnreadableRecord
+from experiments.records.hdf5 import DamagedRecord, IncompleteRecord, UnreadableRecord, opened
 from experiments.records.reading import has_groups, read_run
 from experiments.settings.run_config import RunConfig
 
@@ -66,3 +66,33 @@ def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size
         return "changed"
     identity = (recorded, run.attributes.get("data_digest"), run.attributes.get("world_size"))
     return "finished" if identity == (config.identity(), data_digest, world_size) else "changed"
+
+
+def states_of_folder(folder: Path) -> dict[tuple[str, int], str]:
+    """The state of every run in `results/<experiment>/<scale>`, by name and seed.
+
+    The settings are not compared, which `state_of` does.
+
+    Returns:
+        "finished"; "stopped", where checkpoints wait for the same command; "unfinished", where a record has no end and
+        no checkpoint is left; "unreadable".
+    """
+    states: dict[tuple[str, int], str] = {}
+    for path in sorted(folder.glob("*/seed-*")):
+        seed = path.stem.removeprefix("seed-")
+        if path.suffix not in (".h5", ".run") or not seed.isdecimal():
+            continue
+        run = (path.parent.name, int(seed))
+        if path.suffix == ".h5":
+            states.setdefault(run, _completeness(path))
+        elif any(path.glob("step-*")):
+            states[run] = "stopped"
+    return states
+
+
+def _completeness(path: Path) -> str:
+    try:
+        with opened(path) as file:
+            return "finished" if file.attrs.get("complete") else "unfinished"
+    except OSError:
+        return "unreadable"

@@ -53,7 +53,7 @@ def write_run(
         end: end of the run, UTC.
         complete: whether the run is finished.
         restart_count: how often it was taken up again.
-        places: of the ranks, see `experiments.distributed.launch.binding`.
+        places: of the ranks, see `experiments.distributed.devices.binding`.
 
     Raises:
         OSError: the folder or the file cannot be written.
@@ -80,9 +80,7 @@ def note_place(path: Path, config: RunConfig) -> None:
         OSError: the file cannot be read or written.
     """
     attributes = read_run(path).attributes
-    wanted = {"label": config.variant.label, "config": config.as_json()}
-    if "equation" in attributes:
-        wanted |= place_of(config)
+    wanted = {"label": config.variant.label, "config": config.as_json(), **place_of(config)}
     if all(attributes.get(name) == value for name, value in wanted.items()):
         return
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -24,8 +22,9 @@ import torch.distributed as dist
 
 from experiments.distributed.departure import control_group
 from experiments.distributed.ranks import Ranks
-from experiments.runs.checkpoint_files import FORMAT, names_of_checkpoints, prune, read, write
-from experiments.runs.state import State, architecture_of, check_state, num_bytes_of, on_cpu
+from experiments.records.reading import say
+from experiments.runs.checkpoint_files import FORMAT, name_of, names_of_checkpoints, prune, read, write
+from experiments.runs.checkpoint_state import State, check_state, num_bytes_of, on_cpu
 
 # Errors that another attempt may not meet: a quota that was freed, a server that came back.
 TRANSIENT = frozenset(
@@ -50,7 +49,6 @@ class Loaded:
         shared: the same on every rank, tensors on the CPU, those that were sharded whole.
         own: what this rank saved, None where there was no such rank.
         world_size_saved: number of ranks that saved it.
-        path: its file.
         rejected: newer checkpoints that could not be used, (name of the file, reason).
     """
 
@@ -58,7 +56,6 @@ class Loaded:
     shared: State
     own: State | None
     world_size_saved: int
-    path: Path
     rejected: list[tuple[str, str]]
 
 
@@ -76,18 +73,13 @@ class Checkpoints:
             folder: on a file system that all ranks see; made when the first checkpoint is saved.
             ranks: this process.
             keep: number of newest checkpoints to keep, >= 1; the best one stays as well.
-            asynchronous: whether `save` copies the state and leaves the writing to a thread of rank 0.
-
-        Raises:
-            ValueError: keep is less than 1.
+            asynchronous: whether `save` copies the state and does not wait until it is written.
         """
-        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-            raise ValueError(f"keep must be an integer >= 1, got {keep!r}")
         self.folder = Path(folder)
         self._ranks, self._keep, self._asynchronous = ranks, keep, asynchronous
         self._group = control_group(ranks)  # gloo: the values live on the CPU
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None  # of rank 0
         self._is_pending = False  # whether the ranks do not know yet how the last save ended
         self.write_seconds = 0.0
         self._unusable: set[str] = set()  # names of checkpoints that were passed over
@@ -98,7 +90,7 @@ class Checkpoints:
         """Saves a state; on all ranks together.
 
         Args:
-            step: number of the step, >= 0; the checkpoint with the largest one is the newest.
+            step: number of the step, in [0, 10^10); the checkpoint with the largest one is the newest.
             shared: the same on every rank, or DTensors, which are gathered.
             own: of this rank.
             best: whether this is the best so far, which stays until a later one is.
@@ -109,30 +101,15 @@ class Checkpoints:
             CheckpointError: the state could not be written, or the one before it, if asynchronous; on all ranks.
         """
         self.wait()
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**15:
-            raise ValueError(f"step must be an integer in [0, 10^15), got {step!r}")
-        self._check(step, shared, own)
+        check_state(shared, "shared")
+        check_state(own, "own", sharded=False)
         is_first = self._ranks.rank == 0
         whole = on_cpu(shared, copy=self._asynchronous, keep=is_first)
         every = self._gathered(on_cpu(own, copy=self._asynchronous))
-        self._is_pending = True
         if is_first:
-            name = f"step-{step:010d}{'-best' * best}.pt"
             content = {"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every}
-
-            def write_it() -> None:
-                start = time.monotonic()
-                try:
-                    self._write(name, content)
-                except Exception as error:
-                    self._error = error
-                self.write_seconds = max(self.write_seconds, time.monotonic() - start)
-
-            if self._asynchronous:  # a daemon, because a process that fails must not wait for it
-                self._thread = threading.Thread(target=write_it, name="checkpoint", daemon=True)
-                self._thread.start()
-            else:
-                write_it()
+            self._writing = self._writer.submit(self._write, name_of(step, best), content)
+        self._is_pending = True
         if not self._asynchronous:
             self.wait()
 
@@ -145,41 +122,15 @@ class Checkpoints:
         if not self._is_pending:
             return
         self._is_pending = False
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        self._from_first(lambda: _raise(error))
-
-    def close(self) -> None:
-        """The same as `wait`; to be called at the end of a run."""
-        self.wait()
-
-    def _check(self, step: int, shared: State, own: State) -> None:
-        """Checks that all ranks save the same kind of state, before anything is gathered."""
-        cause: TypeError | None = None
-        architecture = ""
-        try:
-            check_state(own, "own", sharded=False)
-            architecture = architecture_of(shared, "shared")
-        except TypeError as error:
-            cause = error
-        reports = self._exchange((step, architecture, str(cause or "")))
-        if cause is not None:
-            raise cause
-        first_step, first_architecture, _ = reports[0]
-        for rank, (other_step, other_architecture, problem) in enumerate(reports):
-            if problem:
-                problem = f"{problem} (rank {rank})"
-            elif other_step != first_step:
-                problem = f"rank {rank} saves step {other_step}, unlike rank 0"
-            elif other_architecture != first_architecture:
-                problem = f"rank {rank} saves tensors of other names or shapes, unlike rank 0"
-            if problem:
-                raise CheckpointError(f"the checkpoint of step {first_step} was not written: {problem}")
+        error = self._writing.exception() if self._writing is not None else None
+        self._writing = None
+        text = self._exchange("" if error is None else str(error) or repr(error))[0]
+        if text:
+            raise CheckpointError(text) from error
 
     def _write(self, name: str, content: State) -> None:
         """Writes a checkpoint, or nothing; after an error that may be gone once more. Then the old ones go."""
+        start = time.monotonic()
         for is_last in (False, True):
             try:
                 write(self.folder / name, content)
@@ -187,12 +138,13 @@ class Checkpoints:
             except OSError as error:
                 if is_last or error.errno not in TRANSIENT:
                     raise CheckpointError(self._failure(content, error)) from error
-                note(f"warning: the checkpoint of step {content['step']} failed ({error}) and is written once more")
+                say(f"warning: the checkpoint of step {content['step']} failed ({error}) and is written once more")
         self._unusable.discard(name)
         try:
             prune(self.folder, name, self._keep, self._unusable)
         except OSError as error:
-            note(f"warning: old checkpoints in {self.folder} cannot be removed: {error}")
+            say(f"warning: old checkpoints in {self.folder} cannot be removed: {error}")
+        self.write_seconds = max(self.write_seconds, time.monotonic() - start)
 
     def _failure(self, content: State, error: OSError) -> str:
         free = ""
@@ -221,10 +173,10 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and none can be used.
         """
         self.wait()
-        names = self._from_first(lambda: names_of_checkpoints(self.folder))
         rejected: list[tuple[str, str]] = []
         num_strangers = 0
-        for name in names:
+        is_first = self._ranks.rank == 0
+        for name in self._exchange(names_of_checkpoints(self.folder) if is_first else [])[0]:
             content, reason = None, ""
             try:
                 content = read(self.folder / name)
@@ -236,16 +188,15 @@ class Checkpoints:
                 if content["identity"] == identity:
                     own, rank = content["own"], self._ranks.rank
                     mine = own[rank] if rank < len(own) else None
-                    path = self.folder / name
-                    return Loaded(content["step"], content["shared"], mine, len(own), path, rejected)
+                    return Loaded(content["step"], content["shared"], mine, len(own), rejected)
                 num_strangers += 1
                 reasons = [f"it was saved by another run (identity {content['identity']!r}, not {identity!r})"]
             rank, reason = next((rank, text) for rank, text in enumerate(reasons) if text)
             reason += f" (rank {rank})" if len(set(reasons)) > 1 else ""
             rejected.append((name, reason))
             self._unusable.add(name)
-            if self._ranks.rank == 0:
-                note(f"checkpoint {name} is not used: {reason}")
+            if is_first:
+                say(f"checkpoint {name} is not used: {reason}")
         if not rejected:
             return None
         advice = "give the run another folder, or delete them to start from the beginning"
@@ -254,55 +205,20 @@ class Checkpoints:
         every = "; ".join(f"{name}: {reason}" for name, reason in rejected)
         raise CheckpointError(f"no checkpoint in {self.folder} can be used ({every}); {advice}")
 
-    # ---- agreement between ranks
+    # ---- between ranks
 
     def _exchange(self, mine: T) -> list[T]:
-        """What each rank says, by rank."""
-        said: list[Any] = [mine]
+        """What each rank has, by rank."""
+        found: list[Any] = [mine]
         if self._ranks.world_size > 1:
-            said = [None] * self._ranks.world_size
-            with self._naming_losses():
-                dist.all_gather_object(said, mine, group=self._group)
-        return cast(list[T], said)
+            found = [None] * self._ranks.world_size
+            dist.all_gather_object(found, mine, group=self._group)
+        return cast(list[T], found)
 
     def _gathered(self, mine: T) -> list[T]:
-        """What each rank says, by rank, on rank 0; nothing on the others."""
+        """What each rank has, by rank, on rank 0; nothing on the others."""
         if self._ranks.world_size == 1:
             return [mine]
-        said: list[Any] | None = [None] * self._ranks.world_size if self._ranks.rank == 0 else None
-        with self._naming_losses():
-            dist.gather_object(mine, said, dst=0, group=self._group)
-        return said or []
-
-    def _from_first(self, action: Callable[[], T]) -> T:
-        """Runs an action on rank 0 and returns its result on all ranks; an error is raised on all."""
-        outcome: list[Any] = [None, ""]
-        cause: Exception | None = None
-        if self._ranks.rank == 0:
-            try:
-                outcome[0] = action()
-            except Exception as error:
-                outcome[1] = str(error) if isinstance(error, CheckpointError | OSError | ValueError) else repr(error)
-                cause = error
-        if self._ranks.world_size > 1:
-            with self._naming_losses():
-                dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[1]:
-            raise CheckpointError(outcome[1]) from cause
-        return cast(T, outcome[0])
-
-    @contextmanager
-    def _naming_losses(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # of gloo
-            raise CheckpointError(f"a rank was lost among the checkpoints in {self.folder} ({error})") from error
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        found: list[Any] | None = [None] * self._ranks.world_size if self._ranks.rank == 0 else None
+        dist.gather_object(mine, found, dst=0, group=self._group)
+        return found or []

@@ -1,105 +1,80 @@
-"""The files of checkpoints in a folder: written whole or not at all, and read without executing anything in them.
+"""The files of checkpoints in a folder: their names, how they are written, checked and read, and which of them stay.
 
-step-0000001234.pt             torch.save of plain values and tensors; -best before .pt for the best so far
+step-0000001234.pt             torch.save of plain values and tensors (`checkpoint_state`); nothing in it is executed
 .step-0000001234.pt-....tmp    is being written, or was left behind by a process that was killed
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 
 from data_loaders.files import replacing
-from experiments.runs.state import State
+from experiments.runs.checkpoint_state import State
 
 FORMAT = 3
 KEYS = {"format", "identity", "step", "shared", "own"}
 BLOCK = 1 << 22  # bytes written at once
 
-_NAME = re.compile(r"step-(\d{10,})(-best)?\.pt")
-_LEFTOVER = re.compile(r"\.((tmp|old)-)?step-.*")  # the prefixes are those of former versions
-_FORMER = re.compile(r"step-\d{10,}(\.\d+)?")  # folders, of format 1
+_NAME = re.compile(r"step-(\d{10})(-best)?\.pt")
 
 
-def names_of_checkpoints(folder: Path) -> list[str]:
-    """Newest first, of a step the best one first.
-
-    Raises:
-        ValueError: there are checkpoints of a former version alone.
-        OSError: the folder cannot be read; a missing one has no checkpoints.
-    """
-    try:
-        present = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    names = sorted(filter(_NAME.fullmatch, present), key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
-    former = [name for name in present if _FORMER.fullmatch(name)]
-    if former and not names:
-        raise ValueError(
-            f"the checkpoints in {folder}, as {former[0]}, are folders, which a former version wrote and this one does "
-            "not read: finish the run with that version, or begin again with --force"
-        )
-    return names
+def name_of(step: int, best: bool) -> str:
+    """`step-0000001234.pt`, or `step-0000001234-best.pt` for the best so far; in the order of their steps."""
+    return f"step-{step:010d}{'-best' * best}.pt"
 
 
 def _step_of(name: str) -> int:
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1])
+    return int(name[5:15])
 
 
 def _is_best(name: str) -> bool:
     return name.endswith("-best.pt")
 
 
+def names_of_checkpoints(folder: Path) -> list[str]:
+    """Newest first, of a step the best one first.
+
+    Raises:
+        OSError: the folder cannot be read; a missing one has no checkpoints.
+    """
+    try:
+        present = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted(filter(_NAME.fullmatch, present), key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Removes all checkpoints of a folder, and what killed processes left."""
-    for name in os.listdir(folder):
-        if _NAME.fullmatch(name):
-            os.unlink(folder / name)
-        elif _FORMER.fullmatch(name):
-            shutil.rmtree(folder / name)
+    for name in names_of_checkpoints(folder):
+        os.unlink(folder / name)
     _remove_leftovers(folder)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left, also folders of a former version."""
-    for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            os.unlink(folder / name)
+    for path in folder.glob(".step-*.tmp"):
+        path.unlink()
 
 
-class _Counted:
-    """A file that counts what is written; torch hides the OSError of a full disk, so that is kept as well."""
+class _File(io.FileIO):
+    """Keeps the OSError of a write, as that of a full disk, because torch hides it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.num_bytes = 0
-        self.error: OSError | None = None
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
         try:
-            self._file.write(view)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
-        self.num_bytes += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def write(path: Path, content: State) -> None:
@@ -111,19 +86,14 @@ def write(path: Path, content: State) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     with replacing(path) as temporary:
-        with open(temporary, "xb", buffering=0) as raw:
-            file = _Counted(io.BufferedWriter(raw, BLOCK))
-            try:
-                torch.save(content, file)  # type: ignore[arg-type]
-            except RuntimeError:
-                if file.error is None:
-                    raise
-                raise file.error from None
-            file.flush()
-            os.fsync(raw.fileno())
-            size = os.fstat(raw.fileno()).st_size
-        if size != file.num_bytes:
-            raise OSError(errno.EIO, f"{path.name} has {size} bytes after {file.num_bytes} were written")
+        raw = _File(temporary, "xb")
+        try:
+            with io.BufferedWriter(raw, BLOCK) as file:
+                torch.save(content, file)
+        except RuntimeError:
+            if raw.error is None:
+                raise
+            raise raw.error from None
 
 
 def read(path: Path) -> State:

@@ -127,7 +127,7 @@ class Experiment(ABC, Generic[P, T]):
         from experiments.records.training_figures import draw_training_figures
 
         comparison = read_comparison(folder, note)
-        trained = self.trained(comparison.any_run.config["problem"])
+        trained = self.trained(comparison.runs[0].config["problem"])
         return draw_training_figures(replace(comparison, trained=trained), self.loss_name)
 
     def table(self, folder: Path, note: Note = say) -> str:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
+from experiments.distributed.together import by_first
+from experiments.records.reading import say
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints, remove_checkpoints
-from experiments.runs.lock import FolderInUse, FolderLock
-from experiments.runs.state import rng_state, set_rng_state
+from experiments.runs.checkpoint_state import rng_state, set_rng_state
+from experiments.runs.lock import STALE_SECONDS, FolderLock
 from experiments.settings.run_config import RunConfig, SaveConfig
 from experiments.training.losses import FiniteLosses
 from experiments.training.result import Result
@@ -110,10 +109,9 @@ class RunSession:
         self._identity = identity_of_checkpoints(config, data_digest, ranks)
         self._finite = FiniteLosses()
         self._is_finite = True
-        self._lock: AbstractContextManager[Any] = nullcontext()
-        if ranks.rank == 0:
-            self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks)
+        self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks) if ranks.rank == 0 else None
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
+        self._timeout_seconds = timeout_seconds
         self._vote = StepVote(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1  # that was saved
@@ -124,32 +122,34 @@ class RunSession:
         self.num_restores = 0
 
     def __enter__(self) -> RunSession:
-        failure: OSError | None = None
-        try:
-            self._lock.__enter__()
-            if self._from_start and self._ranks.rank == 0:
-                remove_checkpoints(self.folder)
-        except OSError as error:
-            failure = error
-            self._lock.__exit__(None, None, None)
-        message = [str(failure) if failure is not None else ""]
-        if self._ranks.world_size > 1:
-            dist.broadcast_object_list(message, src=0)
-        if message[0]:
-            raise FolderInUse(message[0]) from failure
-        if isinstance(self._lock, FolderLock) and self._lock.note:
-            _say(self._lock.note)
+        # Another job that died a moment ago is waited out, which takes longer than a collective may.
+        seconds = self._timeout_seconds + 2 * STALE_SECONDS
+        by_first(self._ranks, self._take_folder, "locking the folder of the run", seconds)
         return self
+
+    def _take_folder(self) -> None:
+        """Takes the lock, on rank 0."""
+        assert self._lock is not None
+        self._lock.acquire()
+        try:
+            if self._lock.note:
+                say(self._lock.note)
+            if self._from_start:
+                remove_checkpoints(self.folder)
+        except OSError:
+            self._lock.release()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._vote.result()  # of the last step
-                self._checkpoints.close()
+                self._checkpoints.wait()
             if kind is None and self._ranks.rank == 0:
                 remove_checkpoints(self.folder)
         finally:
-            self._lock.__exit__(None, None, None)
+            if self._lock is not None:
+                self._lock.release()
         if kind is None and self._ranks.rank == 0:
             with suppress(OSError):  # somebody else is there by now
                 self.folder.rmdir()
@@ -178,7 +178,7 @@ class RunSession:
         self._last_step = self._seen_step = loaded.step
         if self._ranks.rank == 0:
             other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
-            _say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
+            say(f"taken up again after step {loaded.step}{other}: {self.folder.parent.name}/{self.folder.stem}")
         return True
 
     def after_step(self, run: Training, loss: Tensor) -> None:
@@ -241,7 +241,7 @@ class RunSession:
 
     def _stop(self, run: Training, *, best: bool = False) -> None:
         self._save(run, best=best)
-        self._checkpoints.close()
+        self._checkpoints.wait()
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
@@ -268,7 +268,7 @@ class RunSession:
 
     def check_lock(self) -> None:
         """Raises FolderInUse, on rank 0, where another job has taken the run over meanwhile."""
-        if isinstance(self._lock, FolderLock):
+        if self._lock is not None:
             self._lock.check()
 
     def _publish_unfinished(self, run: Training) -> None:
@@ -277,9 +277,5 @@ class RunSession:
         try:
             self._publish(run.result(finished=False))
         except OSError as error:
-            _say(f"warning: the record of the unfinished run cannot be written now: {error}")
+            say(f"warning: the record of the unfinished run cannot be written now: {error}")
         self._published_at = time.monotonic()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

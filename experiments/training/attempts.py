@@ -31,13 +31,14 @@ class AttemptTrace:
     trust ratio of a row is that of the last judgment up to its step, which may belong to an earlier candidate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = stages
         self._rows: list[list[Any]] = []  # step, stage, outcome, values
         self._counts: dict[int, dict[str, int]] = {}  # by stage
 
-    def after_step(self, step: int, stages: Sequence[Stage]) -> None:
+    def after_step(self, step: int) -> None:
         """Adds the attempts of a step; steps count from 1."""
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(self._stages):
             if stage.statistics is None:
                 continue
             statistics = stage.statistics()
@@ -61,16 +62,13 @@ class AttemptTrace:
     def state_dict(self) -> dict[str, Any]:
         return {"rows": [list(row) for row in self._rows], "counts": {**self._counts}}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, stages: Sequence[Stage]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Goes on with a saved trace, or at the present counts of a run that was saved without one."""
         if state is not None:
             self._rows, self._counts = [list(row) for row in state["rows"]], dict(state["counts"])
         else:
-            self._counts = {
-                number: _outcomes(stage.statistics())
-                for number, stage in enumerate(stages)
-                if stage.statistics is not None
-            }
+            self.after_step(0)
+            self._rows.clear()
 
 
 def _outcomes(statistics: Mapping[str, Any]) -> dict[str, int]:

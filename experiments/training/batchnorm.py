@@ -53,7 +53,7 @@ def recompute_statistics(
     Args:
         model: the bare module, not DistributedDataParallel. Its buffers may differ between the ranks.
         batches: images of this rank, (B, ...) each; ranks may have different numbers of them, and none.
-        forward: called with a batch (normalization, autocast, model); None: the model, with the batch on its device.
+        forward: called with a batch (normalization, autocast, model); None: the model.
         world_size: number of ranks, all of which must call.
 
     Returns:
@@ -71,8 +71,7 @@ def recompute_statistics(
     if not layers:
         return 0
     moments = _Moments(layers)
-    if forward is None:
-        forward = partial(_forward, model, moments.device)
+    forward = model if forward is None else forward
     num_images, failure = 0, None
     try:
         with in_eval_mode(model), moments.observing():
@@ -97,10 +96,6 @@ def recompute_statistics(
     return num_images
 
 
-def _forward(model: nn.Module, device: torch.device, images: Tensor) -> Tensor:
-    return model(images.to(device, non_blocking=True))
-
-
 class _Moments:
     """Number of values, mean and sum of squared deviations of every channel of the layers: of this rank, so far.
 
@@ -108,12 +103,11 @@ class _Moments:
     """
 
     def __init__(self, layers: list[_BatchNorm]) -> None:
-        means = [layer.running_mean for layer in layers]
-        assert all(mean is not None for mean in means)
-        self.device = means[0].device  # type: ignore[union-attr]
+        means = [layer.running_mean for layer in layers if layer.running_mean is not None]
+        self.device = means[0].device
         self._layers = layers
-        self._batch_mean = [torch.zeros_like(mean) for mean in means]  # type: ignore[arg-type]
-        self._batch_var = [torch.zeros_like(mean) for mean in means]  # type: ignore[arg-type]
+        self._batch_mean = [torch.zeros_like(mean) for mean in means]
+        self._batch_var = [torch.zeros_like(mean) for mean in means]
         self._batch_count = [0] * len(layers)
         sizes = [layer.num_features for layer in layers]
         self._starts = [0, *accumulate(sizes)]

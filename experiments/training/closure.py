@@ -26,7 +26,8 @@ class Closure:
         stages: the optimizers; the first one is the present one.
 
     Attributes:
-        batch, optimizer: the present ones, which the plan sets.
+        batch: the present one, which the plan sets.
+        optimizer: the present one.
         num_losses: calls, trial evaluations of an acceleration included.
         num_linearizations, num_residuals: calls of the two methods.
     """
@@ -50,6 +51,14 @@ class Closure:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), untouched_buffers(self.problem.model):
             self.problem.loss(self.model, batch).backward()
         self.optimizer.zero_grad()
+
+    def begun(self) -> list[Stage]:
+        """The stages that have begun; the first one always has, and the count may wait for a device."""
+        return [stage for stage in self.stages if stage.after == 0 or stage.after <= self.iterations]
+
+    def choose_stage(self) -> None:
+        """Makes the optimizer of the last stage that has begun the present one."""
+        self.optimizer = self.begun()[-1].optimizer
 
     def step(self) -> Tensor:
         """One step of the present optimizer; returns the loss before the step."""

@@ -70,12 +70,6 @@ class Epochs(Plan):
     def place(self, run: Training) -> int:
         return run.interval
 
-    def reached(self, run: Training) -> int:
-        return 0  # a second stage begins at an iteration
-
-    def after_interval(self, run: Training) -> None:
-        run.bar.update(1)
-
     def following(self, run: Training) -> int:
         return run.interval + 1
 

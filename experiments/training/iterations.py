@@ -70,15 +70,10 @@ class Iterations(Plan):
     def batches(self, run: Training) -> Iterator[Any]:
         """The points of one step after the other, until the interval or the time is over."""
         target = min(run.interval * self._evaluate_every, self._num_iterations)
+        if not run.losses:  # otherwise the interval goes on, and so does the list
+            self._steps = []
         while (iteration := run.closure.iterations) < target and not self._is_time_up(run):
-            self._choose_stage(run)
             yield run.problem.to_device(self._points(run.problem.model, iteration))
-
-    def _choose_stage(self, run: Training) -> None:
-        """Steps are those of the last stage that has begun."""
-        for stage in run.stages:
-            if stage.after <= run.closure.iterations:
-                run.closure.optimizer = stage.optimizer
 
     def _is_time_up(self, run: Training) -> bool:
         """Whether the training has lasted long enough by the clock of rank 0."""
@@ -111,7 +106,6 @@ class Iterations(Plan):
         self._steps.append(run.closure.iterations)
         if run.closure.optimizer is run.stages[0].optimizer:
             self.step_scheduler(self._steps[-1] - before)
-        run.bar.update(self._steps[-1] - before)
 
     def after_steps(self, run: Training) -> None:
         self._evaluated += self._steps[-1:]  # none where the time was up before a step
@@ -132,12 +126,6 @@ class Iterations(Plan):
 
     def place(self, run: Training) -> int:
         return self._evaluated[-1]
-
-    def reached(self, run: Training) -> int:
-        return self._steps[-1]
-
-    def after_interval(self, run: Training) -> None:
-        self._steps = []
 
     def following(self, run: Training) -> int:
         """The interval of the next step, because the last step may have gone beyond several."""
@@ -163,6 +151,3 @@ class Iterations(Plan):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._evaluated, self._steps = list(state["evaluated"]), list(state["steps"])
-
-    def resume(self, run: Training) -> None:
-        self._choose_stage(run)

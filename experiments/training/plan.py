@@ -74,9 +74,6 @@ class Plan(ABC):
     def after_steps(self, run: Training) -> None:
         """What follows the last step of an interval, as a part of the training time."""
 
-    def after_evaluation(self, run: Training, seconds: float) -> None:
-        """What follows an evaluation that took so many seconds."""
-
     @abstractmethod
     def judge(self, run: Training, losses: Tensor) -> tuple[dict[str, float], bool]:
         """Series of the losses of an interval, and whether they are finite."""
@@ -98,13 +95,6 @@ class Plan(ABC):
         """Where the present interval ends on the axis of the series: an epoch or an iteration."""
 
     @abstractmethod
-    def reached(self, run: Training) -> int:
-        """Iteration that decides which stages have begun."""
-
-    def after_interval(self, run: Training) -> None:
-        """What follows the entries of an interval in the series."""
-
-    @abstractmethod
     def following(self, run: Training) -> int:
         """Number of the interval that follows the present one; above `num_intervals` at the end of the run."""
 
@@ -120,9 +110,6 @@ class Plan(ABC):
         """Continues where a run with the same settings was."""
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-
-    def resume(self, run: Training) -> None:
-        """What follows once everything of a saved run is back."""
 
 
 def schedule_of(component: Component | None) -> Scheduling | None:

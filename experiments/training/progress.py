@@ -68,15 +68,16 @@ class Bar:
         self._last: dict[str, str] = {}
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
 
-    def skip(self, count: int) -> None:
-        """Counts what an earlier process has done."""
+    def start_at(self, count: int) -> None:
+        """Starts at what an earlier process has done."""
         self._skipped = count
-        self.update(count)
+        self.move_to(count)
 
-    def update(self, count: int) -> None:
-        self._count += count
+    def move_to(self, count: int) -> None:
+        """Moves to a count; the last step may go beyond the end."""
+        self._count = count
         if self._bar is not None:
-            self._bar.update(min(count, self._total - self._bar.n))  # the last step may go beyond
+            self._bar.update(min(count, self._total) - self._bar.n)
 
     @property
     def is_due(self) -> bool:

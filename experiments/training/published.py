@@ -58,7 +58,7 @@ def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Ten
 
 
 class PublishedScheme:
-    """The scheme on one optimizer, attached by a step hook; `remove` detaches it.
+    """The scheme on one optimizer, attached by a step hook.
 
     After each step of the optimizer:
 
@@ -93,11 +93,7 @@ class PublishedScheme:
             "relative_standard_deviation": math.nan,
         }
         self._groups = optimizer.param_groups
-        self._handle = optimizer.register_step_post_hook(self._after_step)
-
-    def remove(self) -> None:
-        """Detaches the scheme."""
-        self._handle.remove()
+        optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         closures = [value for value in (*args, *kwargs.values()) if callable(value) and value is not optimizer]
@@ -108,8 +104,8 @@ class PublishedScheme:
             self.since_store += 1
             if self.since_store >= self.settings.store_each_nth:
                 self.since_store = 0
-                for window, group in zip(self.windows, optimizer.param_groups, strict=True):
-                    window.append(parameters_to_vector(group["params"]).detach())
+                for window, vector in zip(self.windows, _vectors(optimizer), strict=True):
+                    window.append(vector)
         self.since_acceleration += 1
         due = self.statistics["steps"] > self.settings.wait_iterations
         if due and self.since_acceleration >= self.settings.frequency and len(self.windows[0]) >= 3:
@@ -119,8 +115,8 @@ class PublishedScheme:
     def _average(self, optimizer: torch.optim.Optimizer) -> None:
         largest_std = largest_mean = 0.0
         means = []
-        for raw, group in zip(self.raw, optimizer.param_groups, strict=True):
-            raw.append(parameters_to_vector(group["params"]).detach())
+        for raw, vector in zip(self.raw, _vectors(optimizer), strict=True):
+            raw.append(vector)
             mean = torch.empty_like(raw[-1])
             size = max(1, len(mean)) if mean.is_cuda else CHUNK  # parts that stay in the cache of a CPU
             for part in range(0, len(mean), size):
@@ -135,12 +131,11 @@ class PublishedScheme:
         self.statistics["relative_standard_deviation"] = relative
         self.statistics["averaging"] = relative > self.settings.average_tolerance
         if self.statistics["averaging"]:
-            for mean, group in zip(means, optimizer.param_groups, strict=True):
-                vector_to_parameters(mean, group["params"])
+            _write(optimizer, means)
 
     def _accelerate(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor] | None) -> None:
         self.statistics["attempts"] += 1
-        plain = [parameters_to_vector(group["params"]).detach() for group in optimizer.param_groups]
+        plain = _vectors(optimizer)
         with torch.no_grad():
             candidates = [
                 extrapolate(torch.stack(list(window), dim=1), self.settings.relaxation, self.settings.reg_acc)
@@ -153,22 +148,16 @@ class PublishedScheme:
         if not all(bool(candidate.isfinite().all()) for candidate in candidates):
             self.statistics["rejected"]["non_finite"] += 1
             return
-        plain_loss = math.inf
-        if self.settings.safeguard and closure is not None:
-            plain_loss = self._loss(closure)
-        self._write(optimizer, candidates)
-        if self.settings.safeguard and closure is not None and not self._loss(closure) < plain_loss:
-            self._write(optimizer, plain)
+        judge = closure if self.settings.safeguard else None
+        plain_loss = self._loss(judge) if judge is not None else math.inf
+        _write(optimizer, candidates)
+        if judge is not None and not self._loss(judge) < plain_loss:
+            _write(optimizer, plain)
             self.statistics["rejected"]["loss"] += 1
             return
         self.statistics["accepted"] += 1
         for window, candidate in zip(self.windows, candidates, strict=True):
             window[-1] = candidate.clone()
-
-    def _write(self, optimizer: torch.optim.Optimizer, vectors: list[Tensor]) -> None:
-        with torch.no_grad():
-            for vector, group in zip(vectors, optimizer.param_groups, strict=True):
-                vector_to_parameters(vector.clone(), group["params"])
 
     def _loss(self, closure: Callable[[], Tensor]) -> float:
         self.statistics["closure_evaluations"] += 1
@@ -201,3 +190,14 @@ class PublishedScheme:
                 own.extend(tensor.to(group["params"][0].device, copy=True) for tensor in saved)
         self.since_store, self.since_acceleration = state["since_store"], state["since_acceleration"]
         self.statistics = {**state["statistics"], "rejected": dict(state["statistics"]["rejected"])}
+
+
+def _vectors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The weights of each group as one vector."""
+    return [parameters_to_vector(group["params"]).detach() for group in optimizer.param_groups]
+
+
+@torch.no_grad()
+def _write(optimizer: torch.optim.Optimizer, vectors: list[Tensor]) -> None:
+    for vector, group in zip(vectors, optimizer.param_groups, strict=True):
+        vector_to_parameters(vector.clone(), group["params"])  # which become views of it

@@ -64,29 +64,36 @@ class Stage:
 
 def make_stages(problem: Problem, variant: VariantConfig) -> list[Stage]:
     """The stages of a variant, over the model of the problem."""
-    first = make_stage(problem, variant.optimizer, variant.acceleration)
+    published = None
     if variant.published is not None:
-        first = _published(problem, first, variant.published)
-    if variant.then is None:
-        return [first]
-    then = make_stage(problem, variant.then.optimizer, variant.then.acceleration)
-    return [first, replace(then, after=variant.then.after)]
+        published = PublishedConfig(**in_steps(variant.published.model_dump(), problem.steps_per_epoch))
+    stages = [_make_stage(problem, variant.optimizer, variant.acceleration, published)]
+    if variant.then is not None:
+        then = _make_stage(problem, variant.then.optimizer, variant.then.acceleration)
+        stages.append(replace(then, after=variant.then.after))
+    return stages
 
 
-def make_stage(problem: Problem, component: Component, acceleration: Mapping[str, Any] | None = None) -> Stage:
-    """An optimizer of the problem, with the acceleration of aadl where there are settings for it."""
+def _make_stage(
+    problem: Problem,
+    component: Component,
+    acceleration: Mapping[str, Any] | None,
+    published: PublishedConfig | None = None,
+) -> Stage:
+    """An optimizer of the problem, with the acceleration of aadl or the published one where there are settings."""
     optimizer = problem.optimizer(component)
-    if acceleration is None:
-        return Stage(optimizer)
     seconds = HookSeconds(optimizer)
-    _accelerate(problem, optimizer, in_steps(acceleration, problem.steps_per_epoch))
-    accelerator = aadl.accelerator_of(optimizer)
-    return Stage(
-        optimizer,
-        statistics=lambda: accelerator.statistics,
-        seconds=seconds.enclose() if problem.times_acceleration else None,
-        accelerator=accelerator if isinstance(accelerator, aadl.ResidualAccelerator) else None,
-    )
+    if acceleration is not None:
+        _accelerate(problem, optimizer, in_steps(acceleration, problem.steps_per_epoch))
+        accelerator = aadl.accelerator_of(optimizer)
+        observed = accelerator if isinstance(accelerator, aadl.ResidualAccelerator) else None
+        stage = Stage(optimizer, lambda: accelerator.statistics, accelerator=observed)
+    elif published is not None:
+        scheme = PublishedScheme(optimizer, published)
+        stage = Stage(optimizer, lambda: scheme.statistics, memory=scheme)
+    else:
+        return Stage(optimizer)
+    return replace(stage, seconds=seconds.enclose()) if problem.times_acceleration else stage
 
 
 def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> None:
@@ -98,16 +105,3 @@ def _accelerate(problem: Problem, optimizer: torch.optim.Optimizer, arguments: M
     found = problem.least_squares(**{name: arguments[name] for name in names if name in arguments})
     settings = {name: value for name, value in arguments.items() if name not in names}
     accelerate(optimizer, settings, residuals=found.solved, check=found.checked)
-
-
-def _published(problem: Problem, stage: Stage, settings: PublishedConfig) -> Stage:
-    """The stage with the published scheme, some of whose cadences may be given in epochs."""
-    seconds = HookSeconds(stage.optimizer)
-    arguments = in_steps(settings.model_dump(), problem.steps_per_epoch)
-    scheme = PublishedScheme(stage.optimizer, PublishedConfig(**arguments))
-    return replace(
-        stage,
-        statistics=lambda: scheme.statistics,
-        seconds=seconds.enclose() if problem.times_acceleration else None,
-        memory=scheme,
-    )

@@ -47,28 +47,16 @@ def train(
     stages: Sequence[Stage],
     ranks: Ranks,
     *,
-    ema_decay: float | None = None,
-    mean_epochs: int | None = None,
     session: Session | None = None,
-    show_progress: bool = False,
     save_weights: bool = False,
-    trace_attempts: bool = False,
-    watch: Watch | None = None,
+    **options: Any,
 ) -> Result:
     """Trains interval by interval, as the plan of the problem divides the run, and evaluates off the clock.
 
     Args:
-        problem: model, plan, loss and evaluation.
-        stages: optimizers over the parameters of the model, accelerated or not, each from its iteration on; the first
-            one has the schedule.
-        ranks: this process; the gradients are averaged over `world_size` ranks.
-        ema_decay: evaluates an exponential moving average of the weights, see `averaging.moving_average`.
-        mean_epochs: evaluates, in this many last epochs, the mean of the weights after each of their steps.
+        problem, stages, ranks, options: as of `Training`.
         session: takes up a saved run, saves this one on the way, and may stop it.
-        show_progress: a progress bar on a terminal, plain lines elsewhere.
         save_weights: whether the result has the weights.
-        trace_attempts: whether the result has every attempt of the acceleration.
-        watch: receives the entries of the series as they come, and the learning rate.
 
     Returns:
         The series. A loss that is not finite ends the run, and the result says where it diverged.
@@ -76,16 +64,7 @@ def train(
     Raises:
         ValueError: there is nothing to train on.
     """
-    run = Training(
-        problem,
-        stages,
-        ranks,
-        ema_decay=ema_decay,
-        mean_epochs=mean_epochs,
-        show_progress=show_progress,
-        trace_attempts=trace_attempts,
-        watch=watch,
-    )
+    run = Training(problem, stages, ranks, **options)
     if session is None or not session.restore(run):
         run.begin()
     while run.goes_on:
@@ -99,6 +78,17 @@ def train(
 
 class Training:
     """A run in the making: everything that a step changes, so that it can be saved and taken up again.
+
+    Args:
+        problem: model, plan, loss and evaluation.
+        stages: optimizers over the parameters of the model, accelerated or not, each from its iteration on; the first
+            one has the schedule.
+        ranks: this process; the gradients are averaged over `world_size` ranks.
+        ema_decay: evaluates an exponential moving average of the weights, see `averaging.moving_average`.
+        mean_epochs: evaluates, in this many last epochs, the mean of the weights after each of their steps.
+        show_progress: a progress bar on a terminal, plain lines elsewhere.
+        trace_attempts: whether the result has every attempt of the acceleration.
+        watch: receives the entries of the series as they come, and the learning rate.
 
     Attributes:
         plan: what is trained in each interval.
@@ -134,7 +124,7 @@ class Training:
         elif mean_epochs is not None:
             self.average = WeightAverage(problem.model, None, self.plan.num_intervals - mean_epochs)
         self.updates = Updates() if self.plan.measures_updates else None
-        self.trace = AttemptTrace() if trace_attempts else None
+        self.attempts = AttemptTrace(stages) if trace_attempts else None
         self._watch = watch
         self.clock = Clock(problem.model)
         self.series: dict[str, list[float]] = {}
@@ -196,6 +186,7 @@ class Training:
     def _step(self, batch: Any) -> None:
         """One step of the optimizer, and what follows it."""
         model = self.problem.model
+        self.closure.choose_stage()
         self.plan.prepare(self, batch)
         if self.updates is not None:
             self.updates.before(model)
@@ -206,9 +197,12 @@ class Training:
             self.average.update(model)
         self.num_steps += 1
         self.step += 1
-        if self.trace is not None:
-            self.trace.after_step(self.num_steps, self.stages)
+        if self.attempts is not None:
+            self.attempts.after_step(self.num_steps)
         self.plan.after_step(self)
+        self.bar.move_to(self.plan.done(self))
+        if self.bar.is_due:
+            self.bar.show({"metrics/train/loss": float(self.losses[-1])})
 
     def _finish_interval(self) -> None:
         """Evaluates, keeps the values, and goes on to the next interval."""
@@ -221,13 +215,12 @@ class Training:
         if plan.is_evaluated(self) or not finite:
             values |= self._evaluate()
         values |= self.seconds
-        begun = [stage for stage in self.stages if stage.after <= plan.reached(self)]
-        self._append(values, begun, plan.place(self))
+        self._append(values, self.closure.begun(), plan.place(self))
         if self.is_lost or not (finite and math.isfinite(values.get("metrics/train/loss", 0.0))):
             self.diverged_at = plan.diverged_at(self, losses)
-        plan.after_interval(self)
-        self.bar.show(values)
         self.interval, self.step, self.losses = plan.following(self), 0, []
+        self.bar.move_to(plan.done(self))
+        self.bar.show(values)
 
     def _append(self, values: Mapping[str, float], stages: Sequence[Stage], place: int) -> None:
         num_entries = len(self.series.get("timing/training_seconds", ()))
@@ -243,9 +236,7 @@ class Training:
             values = evaluate(self.problem, self.evaluated)
         for name in [name for name in values if name.startswith(VALUE_SECONDS)]:
             self.add_seconds(name, values.pop(name))
-        seconds = time.monotonic() - start
-        self.longest_evaluation = max(self.longest_evaluation, seconds)
-        self.plan.after_evaluation(self, seconds)
+        self.longest_evaluation = max(self.longest_evaluation, time.monotonic() - start)
         return values
 
     def add_seconds(self, name: str, seconds: float) -> None:
@@ -270,6 +261,10 @@ class Training:
         dist.all_reduce(total)
         return total / self.ranks.world_size
 
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own that all ranks share; None for what this run does without."""
+        return {name: getattr(self, name) for name in ("average", "updates", "attempts", "closure", "clock", "plan")}
+
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What all ranks have in common, and what belongs to this one; all ranks must call."""
         self.problem.synchronize()
@@ -278,12 +273,7 @@ class Training:
         shared = {
             "model": self.problem.model.state_dict(),
             "stages": list(stages),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "updates": self.updates.state_dict() if self.updates is not None else None,
-            "attempts": self.trace.state_dict() if self.trace is not None else None,
-            "closure": self.closure.state_dict(),
-            "clock": self.clock.state_dict(),
-            "plan": self.plan.state_dict(),
+            **{name: part.state_dict() if part is not None else None for name, part in self._parts().items()},
             "problem": self.problem.state(),
             "series": {name: list(values) for name, values in self.series.items()},
             "seconds": dict(self.seconds),
@@ -303,14 +293,9 @@ class Training:
         accelerators = own["accelerators"] if own is not None else [None] * len(self.stages)
         for stage, state, of_rank in zip(self.stages, shared["stages"], accelerators, strict=True):
             stage.load_state_dict(state, of_rank)
-        if self.average is not None:
-            self.average.load_state_dict(shared["average"])
-        if self.updates is not None:
-            self.updates.load_state_dict(shared["updates"], device)
-        if self.trace is not None:
-            self.trace.load_state_dict(shared.get("attempts"), self.stages)
-        for name in ("closure", "clock", "plan"):
-            getattr(self, name).load_state_dict(shared[name])
+        for name, part in self._parts().items():
+            if part is not None:
+                part.load_state_dict(shared.get(name))
         for name in ("interval", "step", "num_steps", "diverged_at"):
             setattr(self, name, shared[name])
         self.series = {name: list(values) for name, values in shared["series"].items()}
@@ -318,12 +303,12 @@ class Training:
         losses = own["losses"] if own is not None else shared["mean_losses"]
         self.losses = list(losses.to(device))
         self.closure.batch = self.problem.restore(shared["problem"])
-        self.plan.resume(self)
-        self.bar.skip(self.plan.done(self))
+        self.closure.choose_stage()
+        self.bar.start_at(self.plan.done(self))
 
     def result(self, *, finished: bool, weights: bool = False) -> Result:
         """The series so far; of a finished run also what is worth one evaluation at the end, and the weights."""
-        more: dict[str, Any] = {"attempts": self.trace.columns() if self.trace is not None else None}
+        more: dict[str, Any] = {"attempts": self.attempts.columns() if self.attempts is not None else None}
         if finished:
             with torch.no_grad(), answering(self.closure.optimizer):
                 more |= {

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -34,8 +33,9 @@ class Updates:
         assert self._start is not None  # before() was called
         update = parameters_to_vector(model.parameters()).detach() - self._start
         if self._last is not None:
-            self._sums[0] += float((update - self._last).double().square().sum())
-            self._sums[1] += float((update + self._last).double().square().sum())
+            last = self._last.to(update.device)  # that of a saved run may be elsewhere
+            self._sums[0] += float((update - last).double().square().sum())
+            self._sums[1] += float((update + last).double().square().sum())
         self._last = update
 
     def relative_standard_deviation(self) -> float:
@@ -46,6 +46,5 @@ class Updates:
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last, "sums": list(self._sums)}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
-        last = state["last"]
-        self._last, self._sums = last if last is None else last.to(device), list(state["sums"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._last, self._sums = state["last"], list(state["sums"])

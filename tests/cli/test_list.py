@@ -10,7 +10,7 @@ from suite_cases import RAW, load_or_skip
 
 from experiments.__main__ import main
 from experiments.commands import list as command
-from experiments.records.overview import states_of_folder
+from experiments.records.status import states_of_folder
 from experiments.runs.config import expand_runs
 from experiments.settings import config_files
 from experiments.settings.yaml_file import read_yaml

@@ -255,7 +255,7 @@ def _context() -> Any:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = PYTHONPATH
     # Commands import what they need when they run, which another user may not be allowed to.
-    commands = ["experiments.catalog", "experiments.distributed.launch", "experiments.runs.execute"]
+    commands = ["experiments.catalog", "experiments.distributed.process_group", "experiments.runs.execute"]
     kinds = ["experiments.admissions.experiment", "experiments.images.experiment", "experiments.pinn.experiment"]
     context.set_forkserver_preload(["fault_jobs", *commands, *kinds])
     multiprocessing.forkserver.ensure_running()

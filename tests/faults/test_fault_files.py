@@ -22,7 +22,7 @@ from system_calls import POINTS
 from torch import Tensor
 
 from experiments.runs.checkpoint_files import read
-from experiments.runs.state import leaves
+from experiments.runs.checkpoint_state import leaves
 
 
 @pytest.mark.parametrize("point", ["after fsync", "after replace"] if QUICK else POINTS)

@@ -12,7 +12,7 @@ from collections import Counter
 
 import h5py
 import pytest
-from fault_jobs import PYTHONPATH, ROOT, Ended, Fault, Hung, Job, clean_environment, differences
+from fault_jobs import LONGEST_SECONDS, PYTHONPATH, ROOT, Ended, Fault, Hung, Job, clean_environment, differences
 from fault_site import (
     EAGER,
     IMAGES,
@@ -126,7 +126,7 @@ def test_a_rank_that_crashes_again_and_again_under_torchrun(site):
             launcher, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code = process.wait(timeout=60 + 40 * count)
+            code = process.wait(timeout=LONGEST_SECONDS + 40 * count)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -6,7 +6,7 @@ import json
 import torch
 from torch import Tensor
 
-from experiments.runs.state import is_sharded, layout_of, leaves
+from experiments.runs.checkpoint_state import is_sharded, leaves
 
 
 def digest(state):
@@ -16,7 +16,7 @@ def digest(state):
         if isinstance(value, Tensor):
             local = value.to_local() if is_sharded(value) else value
             plain = local.detach().resolve_conj().resolve_neg().cpu().contiguous()
-            result.update(json.dumps(layout_of(name, value)).encode())
+            result.update(json.dumps([name, list(value.shape), str(value.dtype)]).encode())
             result.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         else:
             result.update(json.dumps([name, type(value).__qualname__, value]).encode())

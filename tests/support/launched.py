@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from experiments.distributed.departure import end_on_failure, leave, stop_process_group
 from experiments.distributed.devices import binding
-from experiments.distributed.launch import ranks_from_environment, start_process_group
+from experiments.distributed.process_group import start_process_group
+from experiments.distributed.ranks import ranks_from_environment
 from experiments.settings.launch_settings import LaunchSettings
 
 CONTEXT = multiprocessing.get_context("forkserver")

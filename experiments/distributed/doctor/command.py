@@ -21,8 +21,8 @@ from experiments.distributed.doctor.network import bandwidth, clocks
 from experiments.distributed.doctor.placement import binding_of, launcher, versions
 from experiments.distributed.doctor.site import ReadSite, compare_site, read_site_file, traps
 from experiments.distributed.doctor.storage import probe_folder, shared_folder, storage
-from experiments.distributed.launch import ranks_from_environment, start_process_group
-from experiments.distributed.ranks import Ranks
+from experiments.distributed.process_group import start_process_group
+from experiments.distributed.ranks import Ranks, ranks_from_environment
 from experiments.settings.launch_settings import LaunchSettings
 
 

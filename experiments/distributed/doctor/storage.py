@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from experiments.distributed.doctor.facts import gather
 from experiments.distributed.doctor.finding import Finding, who
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
-from experiments.distributed.rendezvous import Deadline
 
 TOKEN_SECONDS = 10.0
 LITTLE_SPACE_BYTES = 2**30

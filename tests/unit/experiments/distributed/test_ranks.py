@@ -2,7 +2,7 @@ import launched
 import pytest
 
 from experiments.distributed.nodes import expand_nodelist, tasks_per_node
-from experiments.distributed.ranks import Ranks, read_ranks
+from experiments.distributed.ranks import Ranks, ranks_from_environment
 
 COMMAND = ["python", "-m", "experiments", "run", "my config.yaml"]
 
@@ -12,7 +12,7 @@ def no_mpi():
 
 
 def read(env, mpi=no_mpi):
-    return read_ranks(env, command=COMMAND, mpi=mpi)
+    return ranks_from_environment(env, command=COMMAND, mpi=mpi)
 
 
 TORCHRUN = {
@@ -159,6 +159,10 @@ def test_the_innermost_spawner_decides(env, launcher, rank):
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE must be an integer >= 1, got ''"),
         (JSRUN | {"JSM_NAMESPACE_LOCAL_SIZE": "13"}, "13 ranks of this node must not exceed JSM_NAMESPACE_SIZE=12"),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID or PALS_LOCAL_RANKID or PMI_LOCAL_RANK is missing"),
+        (BY_HAND | {"RANK": "x"}, "RANK must be an integer >= 0, got 'x'"),
+        (BY_HAND | {"LOCAL_RANK": "7"}, "LOCAL_RANK=7 must not exceed RANK=3"),
+        (BY_HAND | {"MASTER_PORT": "70000"}, r"MASTER_PORT must be an integer in \[1, 65535\]"),
+        (BY_HAND | {"MASTER_ADDR": ""}, "MASTER_ADDR must name the host"),
         ({"AADL_LAUNCHER": "slurm"}, "AADL_LAUNCHER must be one of torchrun, env, srun, .*, got 'slurm'"),
         ({"AADL_LAUNCHER": "srun"}, "AADL_LAUNCHER=srun needs SLURM_STEP_ID"),
         ({"AADL_LAUNCHER": "mpich"}, "AADL_LAUNCHER=mpich needs PMI_RANK and PMI_SIZE"),
@@ -168,6 +172,16 @@ def test_the_innermost_spawner_decides(env, launcher, rank):
 def test_a_contradiction_names_both_values(env, message):
     with pytest.raises(ValueError, match=message):
         read(env)
+
+
+@pytest.mark.parametrize("name", sorted(BY_HAND))
+def test_a_missing_variable_is_named(name):
+    with pytest.raises(ValueError, match=rf"environment variable {name} is missing .*torchrun sets all of"):
+        read({key: value for key, value in BY_HAND.items() if key != name})
+
+
+def test_elements_of_an_lsf_array_are_different_jobs():
+    assert read(JSRUN | {"LSB_JOBINDEX": "3"}).job_id == "331_3"
 
 
 def test_the_variables_of_the_suite_win():

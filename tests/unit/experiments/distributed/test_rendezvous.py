@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import random
 import socket
@@ -19,10 +18,10 @@ from experiments.distributed.interfaces import (
     interface_towards,
     own_addresses,
 )
+from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import (
     Announcement,
-    Deadline,
     announcement_path,
     read_announcement,
     read_board,
@@ -98,12 +97,6 @@ def test_the_file_names_job_step_and_restart(tmp_path):
     assert announcement_path(tmp_path, here).name.startswith(f".rendezvous-{socket.gethostname()}-")
     with pytest.raises(ValueError, match="mpich gives the job no name: set AADL_JOB_ID"):
         announcement_path(tmp_path, replace(here, world_size=4))
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=f"rank 0 cannot announce its address in {tmp_path / 'file' / 'results'}"):
-        write_announcement(tmp_path / "file" / "results" / name_of(), Announcement((), 1, ""))
 
 
 # --- ranks that do not come
@@ -270,8 +263,3 @@ def test_the_store_of_rank_0_answers_by_both_protocols(address):
 )
 def test_spans(numbers, text):
     assert spans(numbers) == text
-
-
-def test_announcement_is_plain_json(tmp_path):
-    write_announcement(tmp_path / "a.0.json", Announcement(("10.0.0.1",), 1, "t"))
-    assert json.loads((tmp_path / "a.0.json").read_text()) == {"addresses": ["10.0.0.1"], "port": 1, "token": "t"}

@@ -18,6 +18,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run
 from experiments.runs import execute
 from experiments.runs.execute import execute_run
+from experiments.runs.runs_to_make import runs_to_make, single_process_variants
 from experiments.training.stage import Stage
 from experiments.training.train import train
 
@@ -239,7 +240,7 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
         execute.execute_experiment(parse_config(raw), Ranks(world_size=2), tmp_path, num_jobs=1)
     raw["variants"]["adam"] = PINN["variants"]["adam"]
     config = parse_config(raw)
-    left_out = execute.single_process_variants(config)
-    runs, _ = execute._plan(config, Ranks(world_size=2), tmp_path, False, left_out)
+    left_out = single_process_variants(config)
+    runs, _ = runs_to_make(config, Ranks(world_size=2), tmp_path, left_out, from_start=False)
     assert left_out == ["second"] and {run.name for run in runs} == {"adam"}
     assert "left out on 2 ranks, because they run in a single process: second" in capsys.readouterr().err

@@ -6,12 +6,12 @@ import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
 from experiments.distributed.ranks import Ranks
+from experiments.records.acceleration_figure import threshold_of
 from experiments.records.compare import find_folders, read_comparison
 from experiments.records.figures import Coinciding, spread_over_seeds
 from experiments.records.palette import COLORS, method_of, styled
-from experiments.records.shared_figures import oscillation_by_batch_size, slopes, threshold_of
 from experiments.records.status import run_path
-from experiments.records.training_figures import draw_training_figures
+from experiments.records.training_figures import draw_training_figures, oscillation_by_batch_size, slopes
 from experiments.records.writing import write_run
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)

@@ -81,10 +81,10 @@ def test_a_run_reports_its_share_and_loss(capsys):
     told = []
     with reported_to(lambda *values: told.append(values)):
         bar = Bar(10, "epochs", enabled=False)
-        bar.update(5)
+        bar.move_to(5)
         bar.show({"metrics/train/loss": 0.5, "metrics/validation/loss": 2.0})
         bar = Bar(1000, "iterations", enabled=False, max_seconds=10.0)
-        bar.update(100)
+        bar.move_to(100)
         bar.show({"timing/training_seconds": 8.0})
     bar.show()
     assert told[0] == (0.5, 0.5) and told[1][0] == 0.8 and math.isnan(told[1][1]) and len(told) == 2
@@ -93,8 +93,8 @@ def test_a_run_reports_its_share_and_loss(capsys):
 
 def test_a_log_of_one_run_says_how_much_time_is_left(capsys):
     bar = Bar(20, "epochs")
-    for _ in range(20):
-        bar.update(1)
+    for count in range(1, 21):
+        bar.move_to(count)
         bar.show({"metrics/train/loss": 0.5})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and lines[-1] == "20/20 epochs, 0 s, loss 0.5"

@@ -296,8 +296,9 @@ def command(config, results, *options):
     return main(["run", str(config), "--results", str(results), *options])
 
 
-@pytest.mark.parametrize("raw", [RAW, PINN], ids=["epochs", "iterations"])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("raw", "number"), [(RAW, signal.SIGUSR1), (PINN, signal.SIGTERM)], ids=["epochs", "iterations"]
+)
 def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, raw, number):
     config = write(raw, tmp_path)
     assert command(config, tmp_path / "whole", "--jobs", "1") == 0

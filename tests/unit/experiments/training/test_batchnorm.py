@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 
-from experiments.images.resnet import resnet18
 from experiments.training.batchnorm import broadcast_buffers, in_eval_mode, recompute_statistics, untouched_buffers
 
 SIZES = (6, 3, 8, 2, 5, 4, 7)  # of batches: unequal
@@ -124,16 +123,6 @@ def test_statistics_are_those_of_all_values_in_float64():
     torchs = network(torch.float64).eval()
     update_bn(batches, torchs)  # whose variance lacks the part between the batches
     assert not torch.allclose(statistics(torchs)["bn1"][1], expected["bn1"][1], rtol=0.1)
-
-
-def test_statistics_of_a_resnet():
-    torch.manual_seed(0)
-    model, batches = resnet18(5).double(), batches_of((5, 2, 4), torch.float64, pixels=64)
-    expected = reference(model, batches)
-    assert recompute_statistics(model, batches) == 11
-    assert_equal(statistics(model), expected, 1e-9)
-    evaluated, trained = model.eval()(batches[0]), model.train()(batches[0])
-    assert not torch.allclose(evaluated, trained, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "mean", "rtol"), [(torch.float32, 1e4, 1e-4), (torch.float64, 1e6, 1e-8)])
@@ -344,13 +333,9 @@ def test_statistics_do_not_depend_on_the_number_of_ranks(on_ranks, world_size, c
         assert_equal(rank_statistics, statistics(model), 1e-6)
         assert_equal(rank_statistics, reference(model, batches), 1e-5)
         assert all(torch.equal(values, results[0][2][name]) for name, values in rank_statistics.items())
-
-
-def test_a_rank_by_itself_finds_other_statistics():
-    together, alone = network(), network()
-    recompute_statistics(together, batches_of())
-    recompute_statistics(alone, batches_of()[::2])
-    assert not torch.allclose(statistics(alone)["bn1"], statistics(together)["bn1"], rtol=1e-2)
+    alone = network()
+    recompute_statistics(alone, batches[::world_size])
+    assert len(batches) == 1 or not torch.allclose(statistics(alone)["bn1"], statistics(model)["bn1"], rtol=1e-2)
 
 
 def test_a_replaced_forward_method_is_put_back():
@@ -434,7 +419,7 @@ def test_on_a_gpu_the_host_waits_once():
     expected = reference(model, batches)
     model.cuda()
     images = [batch.pin_memory() for batch in batches]
-    recompute_statistics(model, images)  # libraries are loaded
+    recompute_statistics(model, [batch.cuda() for batch in images])  # libraries are loaded
     assert_equal({name: values.cpu() for name, values in statistics(model).items()}, expected, 1e-4)
 
     def forward(batch):

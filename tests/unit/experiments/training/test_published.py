@@ -132,17 +132,6 @@ def test_a_point_that_is_not_finite_is_rejected():
     assert x.isfinite().all()
 
 
-def test_remove():
-    matrix, offset = linear_map()
-    x = torch.nn.Parameter(offset.clone())
-    optimizer = torch.optim.SGD([x], lr=1.0)
-    scheme = PublishedScheme(optimizer, PublishedConfig())
-    scheme.remove()
-    x.grad = torch.zeros_like(x)
-    optimizer.step()
-    assert scheme.statistics["steps"] == 0 and len(matrix) == 4
-
-
 @pytest.mark.parametrize("average", [False, True])
 def test_several_groups_are_extrapolated_alone(average):
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
@@ -193,25 +182,3 @@ def test_ranks_take_the_same_points(spawn_ranks, safeguard):
     assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
     assert all(counts[name] == others[name] for name in ("attempts", "accepted", "rejected"))
     assert counts["attempts"] > 5 and counts["accepted"] > 0
-
-
-def test_a_scheme_goes_on_where_it_was_saved():
-    ends = []
-    for stop in (None, 7):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 1)
-        optimizer, inputs = torch.optim.SGD(model.parameters(), lr=0.05), torch.randn(8, 3)
-        scheme = PublishedScheme(
-            optimizer, PublishedConfig(wait_iterations=0, history_depth=4, frequency=3, average=True)
-        )
-        for step in range(20):
-            if step == stop:
-                saved = scheme.state_dict()
-                scheme.remove()
-                scheme = PublishedScheme(optimizer, scheme.settings)
-                scheme.load_state_dict(saved)
-            optimizer.zero_grad()
-            model(inputs).square().mean().backward()
-            optimizer.step()
-        ends.append((model.weight.detach().clone(), scheme.statistics["accepted"]))
-    assert torch.equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1] > 0

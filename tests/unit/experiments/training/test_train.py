@@ -5,7 +5,6 @@ import pytest
 import torch
 from suite_cases import run_config
 
-import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.distributed.ranks import Ranks
 from experiments.models.mlp import MLP
@@ -160,16 +159,6 @@ def test_updates_of_random_sign_have_deviation_one():
             model.weight += torch.randn_like(model.weight)
         measure.after(model)
     assert measure.relative_standard_deviation() == pytest.approx(1.0, abs=0.03)
-
-
-def test_the_acceleration_is_driven_by_the_loop():
-    config = run_config("sgd_aadl", epochs=10)
-    problem = graduate_admissions.AdmissionsProblem(config, Ranks())
-    optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-    aadl.accelerate(optimizer, store_each_nth=1, frequency=2)
-    result = train(problem, [Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics)], Ranks())
-    assert result.series["acceleration/attempts"][-1] > 0
-    assert result.series["acceleration/steps"][-1] == result.num_steps == 40
 
 
 def test_the_problem_is_set_by_its_seeds():

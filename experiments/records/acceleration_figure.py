@@ -1,4 +1,4 @@
-"""Two figures that several experiments share: what the acceleration did, and oscillations against the batch size."""
+"""The figure of what the acceleration did, for every experiment."""
 
 from __future__ import annotations
 
@@ -14,93 +14,14 @@ from matplotlib.figure import Figure
 
 import aadl
 from experiments.records.compare import Comparison, Variant
-from experiments.records.figures import as_text, finish, spread_over_seeds, spread_words, training_line
+from experiments.records.figures import as_text, finish, spread_words, training_line
 from experiments.records.palette import COLORS, method_of
-from experiments.records.reading import Run
 
 # Causes of rejection, in the order of their appearance.
 CAUSE_COLORS = ("#C9C9C9", "#8F8F8F", "#B9A5C9", "#C9B79C", "#9DB8C9", "#5F5F5F")
 ACCEPTED_COLOR = "#2E7D32"
 AVERAGING_COLOR = "#5B7DB1"
 DEVIATION = "acceleration/relative_standard_deviation"
-EARLY, LATE = (0.0, 0.25), (0.75, 1.0)
-"""Parts of a training that the figure of the batch sizes compares."""
-
-
-# ---- batch size ------------------------------------------------------------------------------------------------------
-
-
-def draw_batch_size(comparison: Comparison) -> Figure | None:
-    """Relative standard deviation of consecutive updates against the batch size, with the slope of each segment."""
-    runs = comparison.studies.get("batch_size", [])
-    if len({run.config["training"]["batch_size"] for run in runs}) < 3:  # fewer show no course
-        return None
-    figure, axis = plt.subplots(figsize=(8.0, 5.2))
-    steps = max(int(run.attributes["num_steps"]) for run in runs)
-    for part, color, marker, name, side in (
-        (EARLY, "#333333", "o", "first quarter", -15),
-        (LATE, "#7B3FA0", "s", "last quarter", 9),
-    ):
-        sizes, values = oscillation_by_batch_size(runs, *part)
-        low, middle, high = spread_over_seeds(values.T)
-        axis.errorbar(sizes, middle, yerr=[middle - low, high - middle], color=color, marker=marker, capsize=3,
-                      label=f"{name} of {steps} steps")  # fmt: skip
-        for place, slope in zip(np.sqrt(sizes[:-1] * sizes[1:]), slopes(sizes, middle), strict=True):
-            height = float(np.exp(np.interp(np.log(place), np.log(sizes), np.log(middle))))
-            axis.annotate(f"{slope:+.2f}", (place, height), (0, side), textcoords="offset points", ha="center",
-                          color=color, fontsize=8)  # fmt: skip
-    sizes, values = oscillation_by_batch_size(runs, *EARLY)
-    reference = 0.55 * np.median(values[0]) * (sizes / sizes[0]) ** -0.5
-    axis.plot(
-        sizes, reference, color="#999999", linestyle=(0, (4, 2)), label="slope -1/2 (independent rows, no momentum)"
-    )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set_xlabel("batch size" + " (the largest one is the whole training set)" * _takes_all(runs, sizes[-1]))
-    axis.set_ylabel("relative standard deviation\nof consecutive updates")
-    axis.legend(loc="best")
-    seeds = {int(run.attributes["seed"]) for run in runs}
-    note = f"Marks: median of {len(seeds)} seeds, bars: minimum to maximum; numbers: slope between two neighbors"
-    finish(figure, comparison, "Oscillations against the batch size", {}, seeds, note)
-    return figure
-
-
-def _takes_all(runs: Sequence[Run], size: int) -> bool:
-    """Whether an epoch with this batch size has one step."""
-    own = next(run for run in runs if run.config["training"]["batch_size"] == size)
-    return int(own.attributes["num_steps"]) == int(own.config["training"]["epochs"])
-
-
-def oscillation_by_batch_size(runs: list[Run], first: float, last: float) -> tuple[np.ndarray, np.ndarray]:
-    """Median over a part of the training of the relative standard deviation of consecutive updates.
-
-    Args:
-        runs: of the batch-size study.
-        first: start of the part, as a share of the epochs in [0, 1).
-        last: its end, in (first, 1].
-
-    Returns:
-        Batch sizes, ascending, and values (num_sizes, num_seeds).
-    """
-    groups: dict[int, list[float]] = {}
-    for run in runs:
-        values = run.series["updates/relative_standard_deviation"][1:]
-        start = int(first * len(values))
-        part = values[start : max(int(last * len(values)), start + 1)]
-        groups.setdefault(run.config["training"]["batch_size"], []).append(float(np.nanmedian(part)))
-    sizes = sorted(groups)
-    num_seeds = min(len(values) for values in groups.values())
-    return np.array(sizes), np.array([groups[size][:num_seeds] for size in sizes])
-
-
-def slopes(sizes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Slope of log(values) over log(sizes) between each size and the next."""
-    result: np.ndarray = np.diff(np.log(values)) / np.diff(np.log(sizes))
-    return result
-
-
-# ---- acceleration ----------------------------------------------------------------------------------------------------
 
 
 def draw_acceleration(comparison: Comparison) -> Figure | None:
@@ -198,8 +119,7 @@ def _deviation(axis: Axes, variant: Variant, handles: dict[str, Any]) -> None:
 
 def threshold_of(variant: Variant) -> float:
     """`average_tolerance` of a variant: its setting, or the default of its method."""
-    definition = next(iter(variant.runs.values())).config["variant"]
-    for stage in (definition, definition.get("then") or {}):
+    for stage in (variant.definition, variant.definition.get("then") or {}):
         settings = stage.get("acceleration") or stage.get("published") or {}
         if "average_tolerance" in settings:
             return float(settings["average_tolerance"])

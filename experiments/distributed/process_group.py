@@ -1,4 +1,4 @@
-"""How a process becomes one of the ranks: the ranks meet, and start a process group.
+"""How the ranks meet and start a process group.
 
 `ranks` says who is who, `devices` which device is whose, `rendezvous` lets the ranks meet, `mpi` asks MPI, and
 `departure` says how they leave.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import resource
 import secrets
-import sys
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,22 +19,13 @@ from torch.distributed import PrefixStore, Store, set_debug_level_from_env  # ty
 
 from experiments.distributed import devices, interfaces, rendezvous
 from experiments.distributed.departure import Joined, control_group, join, joined, watch
-from experiments.distributed.mpi import broadcast, mpi_for_rendezvous, numbers_of_mpi
-from experiments.distributed.ranks import Ranks, read_ranks
-from experiments.distributed.rendezvous import Announcement, Deadline, host_of
+from experiments.distributed.mpi import broadcast, mpi_for_rendezvous
+from experiments.distributed.polling import Deadline
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.rendezvous import Announcement, host_of
 from experiments.settings.launch_settings import LaunchSettings
 
 OTHER_FILES = 512  # beside connections: libraries, data, workers
-
-
-def ranks_from_environment(env: Mapping[str, str]) -> Ranks:
-    """Reads the ranks from the variables that the launcher set; `experiments.distributed.ranks` has the rules.
-
-    Raises:
-        ValueError: a variable is missing, is no integer, or contradicts another one; or this is the batch shell of a
-            job with several tasks, and the message has the line to type.
-    """
-    return read_ranks(env, command=sys.orig_argv, mpi=numbers_of_mpi)
 
 
 def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, folder: Path | None = None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +16,6 @@ State = dict[str, Any]
 
 PLAIN = (str, int, float, bool, type(None))
 ALLOWED = "dicts (keys str or int), lists, tuples, tensors, str, int, float, bool and None"
-
-
-class Layout(NamedTuple):
-    """Name, shape and dtype of a tensor: what two states of one architecture have in common."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def is_sharded(value: object) -> bool:
@@ -90,80 +80,43 @@ def check_state(state: Any, name: str, *, sharded: bool = True) -> None:
             raise TypeError(f"{leaf} is a DTensor, which belongs into the shared state")
 
 
-def architecture_of(state: Any, name: str) -> str:
-    """Short hash of names, shapes (the global ones of DTensors) and dtypes of all tensors.
-
-    Raises:
-        TypeError: the state holds something else than tensors and plain values; the message names it.
-    """
-    layouts = sorted(layout_of(leaf, value) for leaf, value in leaves(state, name) if isinstance(value, Tensor))
-    return hashlib.sha256(json.dumps(layouts).encode()).hexdigest()[:16]
-
-
-def layout_of(name: str, tensor: Tensor) -> Layout:
-    return Layout(name, tuple(tensor.shape), str(tensor.dtype))
-
-
 def num_bytes_of(state: Any) -> int:
-    """Bytes of all tensors of a state on the CPU, of tied ones once."""
-    tensors = {id(value): value for _, value in leaves(state, "") if isinstance(value, Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    """Bytes of all tensors of a state on the CPU."""
+    tensors = (value for _, value in leaves(state, "") if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def on_cpu(state: Any, *, copy: bool = False, keep: bool = True) -> Any:
-    """The same state with plain tensors on the CPU: tied ones once, and DTensors whole.
+    """The same state with plain tensors on the CPU, and DTensors whole.
 
     All ranks that hold parts of DTensors must call, because these are gathered one after the other.
 
     Args:
         state: see `State`.
-        copy: whether the result must stay as it is while the state changes; tensors of other devices are copied (to
-            pinned memory, if asked to copy) in any case.
+        copy: whether the result must stay as it is while the state changes.
         keep: whether this rank wants the result; else it only does its part of the gathering, and gets None.
     """
-    result = _on_cpu(state, copy, keep, {})
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # the copies to pinned memory are under way
-    return result
-
-
-def _on_cpu(value: Any, copy: bool, keep: bool, seen: dict[Any, Tensor]) -> Any:
-    if isinstance(value, dict):
-        entries = {key: _on_cpu(entry, copy, keep, seen) for key, entry in value.items()}
+    if isinstance(state, dict):
+        entries = {key: on_cpu(entry, copy=copy, keep=keep) for key, entry in state.items()}
         return entries if keep else None
-    if isinstance(value, (list, tuple)):
-        parts = [_on_cpu(entry, copy, keep, seen) for entry in value]
-        return (tuple(parts) if isinstance(value, tuple) else parts) if keep else None
-    if is_sharded(value):
-        whole = value.detach().full_tensor()
+    if isinstance(state, (list, tuple)):
+        parts = [on_cpu(entry, copy=copy, keep=keep) for entry in state]
+        return (tuple(parts) if isinstance(state, tuple) else parts) if keep else None
+    if is_sharded(state):
+        whole = state.detach().full_tensor()
         return _plain(whole, copy=False) if keep else None
-    if not isinstance(value, Tensor) or not keep:
-        return value if keep else None
-    # Empty tensors have no address that could tell them apart.
-    identity = (
-        value.device,
-        value.data_ptr(),
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.is_conj(),
-        value.is_neg(),
-    )
-    if identity not in seen or not value.numel():
-        seen[identity] = _plain(value.detach(), copy)
-    return seen[identity]
+    if not keep:
+        return None
+    return _plain(state.detach(), copy) if isinstance(state, Tensor) else state
 
 
 def _plain(tensor: Tensor, copy: bool) -> Tensor:
     tensor = tensor.resolve_conj().resolve_neg()
-    if tensor.device.type == "cpu":
-        # torch.save writes the whole storage behind a view.
-        is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-        return tensor.clone() if copy or is_view else tensor
-    if tensor.device.type == "cuda" and copy:
-        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
-    return tensor.cpu()
+    if tensor.device.type != "cpu":
+        return tensor.cpu()
+    # torch.save writes the whole storage behind a view.
+    is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return tensor.clone() if copy or is_view else tensor
 
 
 def rng_state() -> State:

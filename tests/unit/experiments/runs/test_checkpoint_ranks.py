@@ -1,0 +1,145 @@
+"""Checkpoints of several ranks: one file for all, the same one on all, and errors on all."""
+
+import errno
+import os
+import threading
+
+import pytest
+import torch
+from digests import digest
+from saved_states import assert_loads, names, own_at, save, saved, state_at
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from experiments.distributed import departure
+from experiments.distributed.ranks import Ranks
+from experiments.distributed.step_vote import StepVote, Tally
+from experiments.runs import checkpoint
+from experiments.runs.checkpoint import CheckpointError, Checkpoints
+
+
+def two_ranks(rank, world_size, folder):
+    checkpoints = Checkpoints(folder, Ranks(rank, world_size))
+    found = {"none": checkpoints.load() is None}
+    for step in (1, 2):
+        save(checkpoints, step, rank)
+    found["loaded"] = outcome(checkpoints, rank)
+
+    read = checkpoint.read
+    if rank == 1:
+        checkpoint.read = lambda path: unreadable(path) if "2" in path.name else read(path)
+    found["one cannot read"] = outcome(checkpoints, rank)
+    checkpoint.read = read
+
+    original = checkpoint.write
+    checkpoint.write = no_space if rank == 0 else unexpected  # a full disk
+    found["the first fails"] = error_of(lambda: save(checkpoints, 3, rank))
+    checkpoint.write = original
+    found["after a failure"] = names(folder)
+    found["identity"] = error_of(lambda: checkpoints.load(identity="other"))
+    save(checkpoints, 4, rank)
+    found["later"] = outcome(checkpoints, rank)
+    return found
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def unexpected(*_):
+    raise AssertionError("rank 0 alone writes")
+
+
+def unreadable(path):
+    raise ValueError(f"{path.name} cannot be read (Input/output error)")
+
+
+def outcome(checkpoints, rank):
+    loaded = checkpoints.load(identity="run")
+    assert digest(loaded.shared) == digest(state_at(loaded.step))
+    assert digest(loaded.own) == digest(own_at(loaded.step, rank))
+    return loaded.step, loaded.world_size_saved, loaded.rejected
+
+
+def error_of(action):
+    try:
+        action()
+    except (CheckpointError, TypeError, ValueError) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.smoke
+def test_ranks_save_load_and_fail_together(spawn_ranks, tmp_path):
+    first, second = spawn_ranks(two_ranks, 2, tmp_path / "run")
+    assert first == second
+    assert first["none"] and first["loaded"] == (2, 2, []) and first["later"] == (4, 2, [])
+    reason = "step-0000000002.pt cannot be read (Input/output error) (rank 1)"
+    assert first["one cannot read"] == (1, 2, [("step-0000000002.pt", reason)])
+    kind, text = first["the first fails"]
+    assert kind == "CheckpointError" and "No space left on device; it needs" in text
+    size = (tmp_path / "run" / "step-0000000004.pt").stat().st_size
+    assert 0.8 * size < int(text.split("it needs ")[1].split()[0]) < size
+    assert first["after a failure"] == ["step-0000000001.pt", "step-0000000002.pt"]
+    assert first["identity"][0] == "ValueError"
+    alone = Checkpoints(tmp_path / "run", Ranks())  # fewer ranks
+    assert assert_loads(alone, 4).world_size_saved == 2
+
+
+FULL = torch.arange(70, dtype=torch.float32).reshape(7, 10)
+
+
+def sharded_ranks(rank, world_size, folder, asynchronous):
+    mesh = init_device_mesh("cpu", (world_size,))
+    checkpoints = Checkpoints(folder, Ranks(rank, world_size), asynchronous=asynchronous)
+    found = {"own": checkpoints.load(identity="run").own}  # of fewer ranks
+    state = {
+        "weight": distribute_tensor(FULL, mesh, [Shard(0)]),
+        "copy": distribute_tensor(FULL + 1, mesh, [Replicate()]),
+        "plain": torch.ones(3),
+    }
+    checkpoints.save(1, state, own_at(1, rank))
+    state["weight"].to_local().mul_(-1)
+    checkpoints.save(2, state, own_at(2, rank))
+    state["weight"].to_local().zero_()
+    loaded = checkpoints.load().shared
+    found["equal"] = [torch.equal(loaded["weight"], -FULL), torch.equal(loaded["copy"], FULL + 1)]
+    found["own of a DTensor"] = error_of(lambda: checkpoints.save(3, {}, state))
+    return found
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_sharded_tensors_are_saved_whole(spawn_ranks, tmp_path, asynchronous):
+    saved(tmp_path / "run", 0)
+    first, second = spawn_ranks(sharded_ranks, 2, tmp_path / "run", asynchronous)
+    assert first.pop("own")["rank"] == 0 and second.pop("own") is None
+    text = "own['weight'] is a DTensor, which belongs into the shared state"
+    assert first == second == {"equal": [True, True], "own of a DTensor": ("TypeError", text)}
+    alone = Checkpoints(tmp_path / "run", Ranks()).load()  # without any process group
+    assert alone.step == 2 and torch.equal(alone.shared["weight"], -FULL)
+
+
+def agree_while_saving(rank, world_size, folder):
+    """The thread of rank 0 hangs behind while the main threads go on."""
+    departure.PATIENCE_SECONDS = 20.0  # of a group, if the thread should use one
+    ranks = Ranks(rank, world_size)
+    checkpoints, vote = Checkpoints(folder, ranks, asynchronous=True), StepVote(ranks, timeout_seconds=20)
+    goes_on = threading.Event()
+    if rank == 0:
+        write = checkpoint.write
+        checkpoint.write = lambda *arguments: goes_on.wait() and write(*arguments)
+    save(checkpoints, 1, rank)
+    tallies = [vote.vote_now(step, step == 3 and rank == 1, True) for step in range(5)]
+    if rank == 0:  # the other one may look when this one has gone on
+        assert names(folder) == []
+    goes_on.set()
+    checkpoints.wait()
+    return tallies, outcome(checkpoints, rank), names(folder)
+
+
+def test_ranks_agree_while_a_checkpoint_is_written(spawn_ranks, tmp_path):
+    first, second = spawn_ranks(agree_while_saving, 2, tmp_path / "run")
+    assert first == second
+    tallies, loaded, files = first
+    assert tallies == [Tally(step, step == 3, True) for step in range(5)]
+    assert loaded == (1, 2, []) and files == ["step-0000000001.pt"]
