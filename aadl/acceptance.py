@@ -12,7 +12,8 @@ When an acceleration is due, the history makes one attempt at a candidate x+. Th
 
 Nonlinear GMRES evaluates the residuals at its candidate (`cause_of_residuals`): `RESIDUALS`, `CHECK`, `NON_FINITE`.
 
-`aadl.decisions` applies these rules for Anderson acceleration, `aadl.nonlinear_gmres` for nonlinear GMRES;
+`aadl.decisions` (1 to 3) and `aadl.judgments` (4 and 5) apply these rules for Anderson acceleration,
+`aadl.nonlinear_gmres` for nonlinear GMRES;
 docs/method.md says why each rule is there.
 """
 

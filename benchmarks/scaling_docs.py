@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from benchmarks.fake_ranks import Count
 from benchmarks.machine_model import (
@@ -43,10 +44,10 @@ class Report:
     def world_sizes(self) -> list[int]:
         return sorted({count.case.ranks for count in self.counts})
 
-    def acceleration(self, layout: str, setting: Setting, ranks: int | None = None) -> Acceleration:
-        """AA as counted in that layout (at `ranks`, if given); its overhead is that of this host."""
-        found = [c for c in self.counts if c.case.layout == layout and ranks in (None, c.case.ranks)]
-        return Acceleration(setting, found[0].pattern, self.overhead)
+    def acceleration(self, layout: str, setting: Setting, ranks: int) -> Acceleration:
+        """AA as counted in that layout on so many ranks; its overhead is that of this host."""
+        found = next(c for c in self.counts if (c.case.layout, c.case.ranks) == (layout, ranks))
+        return Acceleration(setting, found.pattern, self.overhead)
 
 
 def summary(collectives: Iterable[Collective]) -> str:
@@ -107,14 +108,11 @@ def memory_table(report: Report) -> str:
                 size(count.history_bytes), size(formula), f"{count.history_bytes / formula:.3f}",
             ]
         )  # fmt: skip
-    for workload in report.workloads:
-        for layout in report.layouts:
-            for ranks in report.world_sizes:
-                counted = any(c.case.layout == layout and c.case.workload == workload for c in report.counts)
-                if not counted:
-                    formula = DEFAULTS.history_bytes * local_elements(workload.units, layout, ranks)
-                    row = [workload.name, layout, f"{ranks:,}", "10", f"{workload.elements:,}", "-", size(formula), "-"]
-                    rows.append(row)
+    counted = {(count.case.workload.name, count.case.layout) for count in report.counts}
+    for workload, layout, ranks in product(report.workloads, report.layouts, report.world_sizes):
+        if (workload.name, layout) not in counted:
+            by_formula = size(DEFAULTS.history_bytes * local_elements(workload.units, layout, ranks))
+            rows.append([workload.name, layout, f"{ranks:,}", "10", f"{workload.elements:,}", "-", by_formula, "-"])
     header = ["network", "layout", "ranks", "m", "parameters held", "history held", "formula", "held / formula"]
     return markdown(header, rows)
 
@@ -140,17 +138,15 @@ def machines_table() -> str:
 def predictions_table(report: Report, workload: Workload) -> str:
     """Seconds per step and share of AA, for two cadences and a lean setting."""
     rows = []
-    for machine in MACHINES:
-        for ranks in report.world_sizes:
-            for layout in report.layouts:
-                usual, often, lean = (
-                    predict(machine, workload, report.acceleration(layout, s, ranks), layout, ranks)
-                    for s in (DEFAULTS, OFTEN, LEAN)
-                )
-                cells = [f"{milliseconds(p.acceleration)} ({100 * p.share:.2g} %)" for p in (usual, often, lean)]
-                memory = f"{size(usual.plain_bytes)} + {size(usual.history_bytes)}"
-                fits = usual.fits if usual.fits == lean.fits else f"{usual.fits}; lean {lean.fits}"
-                rows.append([machine.name, f"{ranks:,}", layout, milliseconds(usual.plain), *cells, memory, fits])
+    for machine, ranks, layout in product(MACHINES, report.world_sizes, report.layouts):
+        usual, often, lean = (
+            predict(machine, workload, report.acceleration(layout, setting, ranks), layout, ranks)
+            for setting in (DEFAULTS, OFTEN, LEAN)
+        )
+        cells = [f"{milliseconds(p.acceleration)} ({100 * p.share:.2g} %)" for p in (usual, often, lean)]
+        memory = f"{size(usual.plain_bytes)} + {size(usual.history_bytes)}"
+        fits = usual.fits if usual.fits == lean.fits else f"{usual.fits}; lean {lean.fits}"
+        rows.append([machine.name, f"{ranks:,}", layout, milliseconds(usual.plain), *cells, memory, fits])
     header = [
         "machine", "ranks", "layout", "plain step ms", "AA ms: 10/20", "AA ms: 1/2", "AA ms: lean, 10/20",
         "memory: plain + AA", "fits",
@@ -158,30 +154,10 @@ def predictions_table(report: Report, workload: Workload) -> str:
     return markdown(header, rows)
 
 
-def conclusion(report: Report) -> str:
-    """What the predictions say in one paragraph."""
-    ranges = {}
-    for layout in report.layouts:
-        shares = [
-            100 * predict(machine, workload, report.acceleration(layout, DEFAULTS, ranks), layout, ranks).share
-            for machine in MACHINES
-            for workload in report.workloads
-            for ranks in report.world_sizes
-        ]
-        ranges[layout] = f"{min(shares):.2g} to {max(shares):.2g} % ({layout})"
-    return (
-        "By a model of thousands of devices, acceleration at the defaults adds "
-        f"{', '.join(ranges.values())} to a step. An acceleration needs one short all-reduce of about a kilobyte; "
-        "what costs is reading the history, and gathering it where replicas share one. "
-        "Accelerating every second step costs about ten times as much."
-    )
-
-
 def blocks_of(report: Report) -> dict[str, str]:
     """What docs/reports/scaling.md has between its marks."""
     fixed = report.overhead
     return {
-        "conclusion": conclusion(report),
         "origin": origin("python -m benchmarks.scaling --docs"),
         "counts": counts_table(report),
         "memory": memory_table(report),

@@ -17,7 +17,7 @@ from experiments.settings.yaml_file import read_yaml
 
 
 @pytest.fixture
-def configs(tmp_path, monkeypatch):
+def configs(plainly, tmp_path, monkeypatch):
     """A folder with two configurations of one experiment."""
     folder = tmp_path / "configs"
     (folder / "graduate_admissions").mkdir(parents=True)
@@ -25,8 +25,6 @@ def configs(tmp_path, monkeypatch):
         path = folder / "graduate_admissions" / f"{scale}.yaml"
         path.write_text(yaml.safe_dump(RAW | {"scale": scale}))
     monkeypatch.setattr(config_files, "CONFIGS", folder)
-    for name in ("RANK", "WORLD_SIZE", "AADL_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
     return folder
 
 

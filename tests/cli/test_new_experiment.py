@@ -34,9 +34,7 @@ def commands(part=HEAT):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "ONLY"):
-        monkeypatch.delenv(name, raising=False)
+def folder(plainly, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     equation, check, _ = blocks("python")
     (settings,) = blocks("yaml")

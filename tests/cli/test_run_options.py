@@ -16,15 +16,6 @@ from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import parse_yaml, to_yaml
 
 
-@pytest.fixture
-def config(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "AADL_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(RAW))
-    return path
-
-
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 

@@ -8,12 +8,10 @@ must end by themselves.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
 import os
 import secrets
 import signal
@@ -24,11 +22,11 @@ import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+import launched
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -51,7 +49,6 @@ ROOT = HERE.parent.parent
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", HERE)))
 """Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
-LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "JSM", "LSB", "TORCH", "AADL", "MASTER", "GLOO", "MV2", "PRTE")
 LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
 STATE_OF_THE_END = (
@@ -130,9 +127,6 @@ class _Injector:
 
     def _raise_in_worker(self) -> NoReturn:
         raise ZeroDivisionError("in a worker")
-
-    def _raise_transient(self) -> NoReturn:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _skip_step(self) -> bool:
         return True
@@ -234,52 +228,27 @@ def run_command(arguments: Sequence[str]) -> NoReturn:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def clean_environment() -> dict[str, str]:
-    """The environment without the variables of any launcher, one thread a process."""
-    alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS) and key not in alone}
-    return kept | {"OMP_NUM_THREADS": "1"}
-
-
 def start_server() -> None:
     """Waits until processes start quickly, so that no time that is measured holds the start of the server."""
-    process = _context().Process(target=clean_environment)
+    # Commands import what they need when they run.
+    commands = ["experiments.catalog", "experiments.distributed.process_group", "experiments.runs.execute"]
+    kinds = ["experiments.admissions.experiment", "experiments.images.experiment", "experiments.pinn.experiment"]
+    launched.start_server("fault_jobs", *commands, *kinds)
+    process = launched.CONTEXT.Process(target=launched.clean_environment)
     process.start()
     process.join()
 
 
-@cache
-def _context() -> Any:
-    """A server that has imported all that processes forked from it need; it finds modules by PYTHONPATH alone."""
-    context = multiprocessing.get_context("forkserver")
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = PYTHONPATH
-    # Commands import what they need when they run, which another user may not be allowed to.
-    commands = ["experiments.catalog", "experiments.distributed.process_group", "experiments.runs.execute"]
-    kinds = ["experiments.admissions.experiment", "experiments.images.experiment", "experiments.pinn.experiment"]
-    context.set_forkserver_preload(["fault_jobs", *commands, *kinds])
-    multiprocessing.forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
-    return context
-
-
-def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str, user: int | None) -> NoReturn:
+def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str) -> NoReturn:
     """In the new process: becomes one of the job's."""
     os.setsid()
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(variables)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    launched.write_to(log)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if user is not None:
-        os.setuid(user)
     run_command(arguments)
 
 
@@ -443,7 +412,6 @@ class Place:
         *faults: Fault,
         ranks: int = 1,
         variables: Mapping[str, str] | None = None,
-        user: int | None = None,
         **more: Any,
     ) -> Job:
         """Starts the command.
@@ -452,18 +420,17 @@ class Place:
             faults: that happen to it.
             ranks: number of processes, which find each other as those of mpiexec do.
             variables: of the environment, besides.
-            user: number of the user who runs it; None for this one.
             more: options of `_Injector`: pace, rows, skewed, ballast.
         """
         log, diary = self.files()
-        base = clean_environment() | self.instructions(diary, faults, **more) | dict(variables or {})
+        base = launched.clean_environment() | self.instructions(diary, faults, **more) | dict(variables or {})
         job = secrets.token_hex(4)
         processes = []
         for rank in range(ranks):
             own = {"PMI_RANK": str(rank), "PMI_SIZE": str(ranks), "MPI_LOCALRANKID": str(rank)}
             own |= {"MPI_LOCALNRANKS": str(ranks), "AADL_JOB_ID": job}
-            given = (self.arguments, base | (own if ranks > 1 else {}), str(log), user)
-            processes.append(_context().Process(target=_become, args=given))
+            given = (self.arguments, base | (own if ranks > 1 else {}), str(log))
+            processes.append(launched.CONTEXT.Process(target=_become, args=given))
         return Job(processes, log, diary)
 
     def run(self, *faults: Fault, **more: Any) -> Ended:

@@ -112,6 +112,12 @@ class Site:
         """Checks that a run has the end of the uninterrupted one, bit for bit without a tolerance."""
         assert differences(self.reference(config, ranks), (place, ended), tolerance) == []
 
+    def recovers(self, place: Place, first: Ended, config: Mapping[str, Any] = TABLE, ranks: int = 1) -> None:
+        """Checks that the next job goes on from what the first one saved, to the end of the uninterrupted run."""
+        again = place.run(ranks=ranks)
+        goes_on(first, again)
+        self.equals(place, again, config, ranks)
+
     def stopped(self, place: Place, *faults: Fault, ranks: int = 1, **more: Any) -> Ended:
         """A job that signals stop: all ranks after the same step, which is saved."""
         first = place.run(*faults, ranks=ranks, **more)

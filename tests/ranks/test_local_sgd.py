@@ -220,22 +220,3 @@ def check_lost_rank(outcomes):
         assert (outcome["lost"]["statistics"]["accepted"] > 0) == (rank != 1)  # three of four can
         assert outcome["lost by loss"]["statistics"]["accepted"] == 0
     assert outcomes[1]["lost"]["statistics"]["resets"].get("non_finite", 0) > 0
-
-
-def average_in_place(rank, size):
-    """An averaging of one's own, which leaves no mark on the tensors."""
-
-    def average(step, model, optimizer):
-        if step in AVERAGED_AFTER:
-            for p in model.parameters():
-                dist.all_reduce(p.data)
-                p.data /= size
-
-    return run(
-        rank, size, SETTINGS | {"local_sgd": True}, make=gentle_adam, loss=part_of_batch, steps=STEPS, after=average
-    )  # fmt: skip
-
-
-def test_averaging_through_data_starts_the_history_anew_too(spawn_ranks):
-    for outcome in spawn_ranks(average_in_place, 2):
-        assert outcome["statistics"]["resets"] == {"averaged": len(AVERAGED_AFTER)}

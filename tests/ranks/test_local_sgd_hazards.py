@@ -5,17 +5,13 @@ import json
 
 import torch
 import torch.distributed as dist
+from parallel_runs import outcome
 from small_runs import EAGER, identical
 from torch import nn
 
 import aadl
 
 CANDIDATES = EAGER | {"average": False, "local_sgd": True}
-
-
-def outcome(model, optimizer):
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    return {"weights": weights, "statistics": copy.deepcopy(aadl.accelerator_of(optimizer).statistics)}
 
 
 def one_equals_the_average(rank, size):

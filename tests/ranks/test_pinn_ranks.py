@@ -1,20 +1,12 @@
 """Collocation points over several ranks: one loss, one gradient, the same weights everywhere."""
 
-import copy
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-import yaml
-from paths import ROOT
-from suite_cases import PINN, build, pinn_run
+from suite_cases import build, pinn_run
 from torch.nn.utils import parameters_to_vector
 
 import aadl
 from experiments.distributed.ranks import Ranks
-from experiments.records.reading import read_run
 from experiments.training.stage import make_stages
 from experiments.training.train import train
 
@@ -101,23 +93,3 @@ def _stop_rank(rank, world_size):
 def test_ranks_stop_together(spawn_ranks):
     first, second = spawn_ranks(_stop_rank, 2)
     assert first == second and first[1] == "time"
-
-
-def test_torchrun(tmp_path):
-    """Two ranks make one record, which equals that of a single process to rounding."""
-    raw = copy.deepcopy(PINN) | {"seeds": [0]}
-    raw["problem"] |= SETTINGS
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for launcher, name in ((launch, "two"), ([sys.executable], "one")):
-        command = [*launcher, "-m", "experiments", "run", str(path), "--results", str(tmp_path / name), "--jobs", "1"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
-    paths = sorted((tmp_path / "two").rglob("*.h5"))
-    assert [path.parent.name for path in paths] == ["adam", "adam_aadl"]
-    for path in paths:
-        two, one = (read_run(tmp_path / name / path.relative_to(tmp_path / "two")) for name in ("two", "one"))
-        assert two.attributes["world_size"] == 2 and one.attributes["world_size"] == 1
-        assert two.series["metrics/train/loss"] == pytest.approx(one.series["metrics/train/loss"], rel=1e-8)

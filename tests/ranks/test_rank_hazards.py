@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from parallel_runs import outcome
 from small_runs import EAGER, identical, missing_for_compilation
 from torch import nn
 
@@ -46,12 +47,6 @@ def averaged_step(model, optimizer, x, y):
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
     optimizer.step()
-
-
-def outcome(model, optimizer):
-    """Weights, in float64 without loss, and statistics."""
-    weights = torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
-    return {"weights": weights, "statistics": copy.deepcopy(aadl.accelerator_of(optimizer).statistics)}
 
 
 def training(model, optimizer, steps, after=lambda step: None):
@@ -105,11 +100,11 @@ def swap_on_rank_0(rank, swap):
 def apart(rank, written_on, with_closure, store_each_nth):
     """The weights of some ranks are changed whenever a candidate waits for its judgment, and stay different.
 
-    Returns what must be equal on all ranks. They wait for each other for seconds only.
+    Returns what must be equal on all ranks. They wait for each other for a minute only.
     """
     model = three_layers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    group = dist.new_group(timeout=timedelta(seconds=20))
+    group = dist.new_group(timeout=timedelta(seconds=60))
     settings = EAGER | {"average": False, "store_each_nth": store_each_nth, "frequency": 3 * store_each_nth}
     aadl.accelerate(optimizer, **settings, process_group=group)
     decisions = aadl.accelerator_of(optimizer).decisions

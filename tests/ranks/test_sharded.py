@@ -1,6 +1,5 @@
 """Sharded parameters (FSDP2, DTensor): the run is that of one process with everything, and the memory is split."""
 
-from contextlib import nullcontext
 from unittest import mock
 
 import gloo
@@ -10,40 +9,26 @@ from parallel_runs import (
     CALM,
     LOSS,
     RESIDUAL,
-    UNSAFE,
-    adam,
+    SAME_ON_RANKS,
     agree,
+    check_same_run,
     counts_of,
     distance,
     gamma_distance,
-    momentum,
     network,
     part_of_batch,
-    refusing,
     replica,
-    reverting,
     run,
     shard,
     sharded,
     whole_batch,
 )
-from small_runs import EAGER, identical
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-VARIANTS = {  # settings, closure, optimizer, context
-    "residual": (RESIDUAL, False, momentum, nullcontext),
-    "refused": (LOSS | {"reg_acc": 1e-2}, True, momentum, refusing),
-    "loss": (LOSS, True, momentum, nullcontext),
-    "unsafe": (UNSAFE, False, momentum, nullcontext),
-    "always": (EAGER | {"average": "always", "average_window": 2}, False, adam, nullcontext),
-    "adam": (RESIDUAL | {"store_each_nth": 2, "frequency": 4}, False, adam, nullcontext),
-    "coefficients only": (RESIDUAL | {"state_coupling": "combine"}, False, momentum, nullcontext),
-    "reverts": (RESIDUAL, False, momentum, reverting),
-    "bfloat16": (RESIDUAL | {"history_dtype": torch.bfloat16}, False, momentum, nullcontext),
-}
+VARIANTS = SAME_ON_RANKS | {"bfloat16": {"settings": RESIDUAL | {"history_dtype": torch.bfloat16}}}
 ON_FOUR = {"one dimension": {"residual", "refused", "unsafe", "loss"}, "replicas": {"residual"}}
 """Of VARIANTS; there are two cores."""
 STEPS = 32
@@ -69,18 +54,8 @@ def batch_of(wrap):
 
 
 def train(rank, size, wrap, name):
-    settings, closure, make, context = VARIANTS[name]
-    return run(
-        rank,
-        size,
-        CALM | settings,
-        wrap=wrap,
-        make=make,
-        loss=batch_of(wrap),
-        closure=closure,
-        context=context,
-        steps=STEPS,
-    )
+    more = VARIANTS[name] | {"settings": CALM | VARIANTS[name]["settings"]}
+    return run(rank, size, wrap=wrap, loss=batch_of(wrap), steps=STEPS, **more)
 
 
 def kept_gathered(model, rank, size):
@@ -145,13 +120,8 @@ def test_shards_decide_and_move_like_one_process_with_everything(world, referenc
     assert len(layouts) >= 1
     for layout in layouts:
         ours = [outcome[layout, name] for outcome in outcomes]
-        assert agree(ours), layout
-        assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours), layout
-        assert counts_of(ours[0]) == counts_of(expected), layout
+        check_same_run(ours, expected, layout, gammas=1e-10 if name == "refused" else 1e-8)
         assert ours[0]["statistics"]["accepted"] > 0 or name == "refused", layout
-        # an accepted candidate that differs by one rounding is magnified by the differences after it
-        assert gamma_distance(ours[0], expected) < (1e-10 if name == "refused" else 1e-8), layout
-        assert distance(ours[0], expected) < 1e-10, layout
 
 
 def test_before_the_first_acceptance_coefficients_agree_to_rounding(world, references):

@@ -26,9 +26,10 @@ LAUNCHERS = ("SLURM", "OMPI", "PMI", "MPI_", "JSM", "LSB", "TORCH", "AADL", "MAS
 
 
 def clean_environment():
-    """The environment of this process without the variables of any launcher."""
+    """The environment of this process without the variables of any launcher, one thread a process."""
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-    return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS) and key not in alone}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS) and key not in alone}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def srun_variables(rank, world_size, *, job=7, step=0, nodes="node[01-99]", layout=None):
@@ -49,18 +50,18 @@ def srun_variables(rank, world_size, *, job=7, step=0, nodes="node[01-99]", layo
 
 def start(function, variables, log, *args):
     """A process with these variables of its launcher that calls function(*args), with its output in the file `log`."""
-    _start_server()
+    start_server("launched")
     process = CONTEXT.Process(target=_run, args=(function, variables, str(log), args))
     process.start()
     return process
 
 
 @cache
-def _start_server():
-    """The server that the processes are forked from; it finds modules to import beforehand by PYTHONPATH alone."""
+def start_server(*modules):
+    """The server that processes are forked from, with modules imported; it finds them by PYTHONPATH alone."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    CONTEXT.set_forkserver_preload(["launched"])
+    CONTEXT.set_forkserver_preload([*modules])
     multiprocessing.forkserver.ensure_running()
     if before is None:
         del os.environ["PYTHONPATH"]
@@ -83,11 +84,16 @@ def _run(function, variables, log, args):
     environment = clean_environment()
     os.environ.clear()
     os.environ.update(environment | variables)
+    write_to(log)
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def write_to(log):
+    """From now on, this process writes to the end of a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    torch.set_num_threads(1)
-    function(*args)
 
 
 def job(folder, fail="", failing_rank=1, *, start_seconds=30.0, rendezvous="auto", groups=1):

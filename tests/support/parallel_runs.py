@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from small_runs import EAGER
+from small_runs import EAGER, identical
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -184,6 +184,19 @@ def refusing():
     return mock.patch.object(trial_loss, "mean_over_ranks", lambda *_: (1.0, 2.0, 1.0))
 
 
+SAME_ON_RANKS = {  # arguments of run
+    "residual": {"settings": RESIDUAL},
+    "refused": {"settings": LOSS | {"reg_acc": 1e-2}, "closure": True, "context": refusing},
+    "loss": {"settings": LOSS, "closure": True},
+    "unsafe": {"settings": UNSAFE},
+    "always": {"settings": EAGER | {"average": "always", "average_window": 2}, "make": adam},
+    "adam": {"settings": RESIDUAL | {"store_each_nth": 2, "frequency": 4}, "make": adam},
+    "coefficients only": {"settings": RESIDUAL | {"state_coupling": "combine"}},
+    "reverts": {"settings": RESIDUAL, "context": reverting},
+}
+"""What ranks that share a history, or the parameters, must do like one process with everything."""
+
+
 def run(
     rank=0,
     size=1,
@@ -245,9 +258,26 @@ def statistics_of(optimizer):
     return copy.deepcopy(aadl.accelerator_of(optimizer).statistics)
 
 
+def outcome(model, optimizer):
+    """Weights, in float64 without loss, and statistics."""
+    return {"weights": values_of(model).double(), "statistics": statistics_of(optimizer)}
+
+
 def agree(outcomes):
     """Whether all ranks have the same weights, bit for bit."""
     return all(torch.equal(outcomes[0]["weights"], other["weights"]) for other in outcomes)
+
+
+def check_same_run(ours, expected, name, *, gammas=1e-8, weights=1e-10):
+    """Checks that all ranks agree bit for bit, and that their run is the expected one up to rounding.
+
+    An accepted candidate that differs by one rounding is magnified by the differences after it.
+    """
+    assert agree(ours), name
+    assert all(identical(ours[0]["statistics"], other["statistics"]) for other in ours), name
+    assert counts_of(ours[0]) == counts_of(expected), name
+    assert gamma_distance(ours[0], expected) < gammas, name
+    assert distance(ours[0], expected) < weights, name
 
 
 def distance(left, right):

@@ -232,6 +232,18 @@ def test_a_flag_on_a_device_leaves_not_a_number_behind():
     assert torch.equal(target, history.blocks[0].mapped) and history.starts_at([[target]])
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_newest_columns_are_forgotten_and_those_before_stay(count):
+    pairs = random_pairs(6)
+    history = filled_history(pairs)
+    steps = [column.macro_step for column in history.columns]
+    kept = max(0, len(steps) - count)
+    history.forget_last(count)
+    assert [column.macro_step for column in history.columns] == steps[:kept] and not history.has_pair
+    rows = history.blocks[0].delta_residual[history.order()]
+    assert torch.equal(rows, explicit(pairs)[2].T[-3:][:kept])
+
+
 def test_clear_forgets_the_pairs_and_keeps_the_start():
     pairs = random_pairs(9)
     history = filled_history(pairs[:5])

@@ -182,6 +182,8 @@ def test_trust_ratio_and_revert_rule():
     assert acceptance.must_revert(16.1, -1.0, pending)
     assert acceptance.must_revert(16.0, -1.1, pending)
     assert acceptance.must_revert(math.nan, 0.0, pending) and acceptance.must_revert(0.0, math.nan, pending)
+    noisy = acceptance.Candidate(predicted=1.0, before=4.0, noise=3.0, weights={})
+    assert acceptance.trust_ratio(4.0, noisy) == 1.0 and acceptance.revert_bound(noisy) == 28.0
     calm = acceptance.Candidate(predicted=0.0, before=0.0, noise=0.0, weights={})
     assert acceptance.trust_ratio(0.0, calm) == 0.0
     assert acceptance.trust_ratio(1.0, calm) == math.inf

@@ -153,3 +153,12 @@ def test_with_no_column_left_the_result_is_the_plain_mean(window):
     mixing = smoothed_coefficients(gram, window, 0.0, CUTOFF)
     assert torch.allclose(mixing.gamma, window_mean(5, 6)) and mixing.numerical_rank > 0
     assert not torch.allclose(smoothed_coefficients(gram, 5, 0.0, CUTOFF).gamma, window_mean(5, 5))
+
+
+def test_the_rounding_of_a_smoothed_column_is_divided_by_the_window():
+    """Columns e_1 .. e_5, two of which make a smoothed one: its square is 1/2, and its rounding a quarter of theirs."""
+    gram = Gram(torch.eye(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64), 9.0)
+    noise = torch.ones(5, dtype=torch.float64)
+    clean, noisy = (smoothed_coefficients(gram, 2, 0.0, CUTOFF, factor * noise) for factor in (1.0, 4.0))
+    assert torch.equal(noisy.gamma, noisy.mean)  # all columns are rounding
+    assert not torch.equal(clean.gamma, clean.mean)

@@ -143,6 +143,16 @@ def test_better_means_higher_where_the_optimizer_maximizes(maximize):
     assert (after["accepted"] > before["accepted"]) == maximize
 
 
+def test_a_gain_that_grows_stops_no_maximization():
+    model = network()
+    start = float(squared_error(model).detach())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, maximize=True)
+    aadl.accelerate(optimizer, **LOSS)
+    train(model, optimizer, 60, with_closure=True, loss=lambda m: 0.65 * start - squared_error(m))
+    counts = aadl.accelerator_of(optimizer).statistics
+    assert counts["accepted"] > 0 and "stopped" not in counts["rejected"]
+
+
 def test_the_trials_compare_the_plain_point_with_the_candidate_on_the_same_random_numbers():
     model = noisy_network()
     optimizer = sgd(model, **LOSS)

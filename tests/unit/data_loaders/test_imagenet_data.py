@@ -207,6 +207,13 @@ def test_the_central_crop_is_resize_then_crop(width, height, size, resize):
     assert crop.left >= 0 and crop.left + crop.width <= width and crop.top >= 0 and crop.top + crop.height <= height
 
 
+@pytest.mark.parametrize(("short", "start"), [(225, 0), (227, 2), (229, 2), (231, 4)])
+def test_halves_of_a_central_place_are_rounded_to_the_even_neighbor(short, start):
+    """As in torchvision's CenterCrop."""
+    assert central_place(short, 400, 224, short) == (short, 400, start, 88)
+    assert central_place(400, short, 224, short) == (400, short, 88, start)
+
+
 def test_a_random_crop_shows_its_part_of_the_image_and_is_mirrored():
     image = np.asarray(pixels(90, 60, 3), np.int64)
     decode, data = Decoder(Decoding(24, 24)), encoded("PNG", 3, width=90, height=60)

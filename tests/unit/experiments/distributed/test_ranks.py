@@ -165,6 +165,7 @@ def test_the_innermost_spawner_decides(env, launcher, rank):
         (BY_HAND | {"MASTER_ADDR": ""}, "MASTER_ADDR must name the host"),
         ({"AADL_LAUNCHER": "slurm"}, "AADL_LAUNCHER must be one of torchrun, env, srun, .*, got 'slurm'"),
         ({"AADL_LAUNCHER": "srun"}, "AADL_LAUNCHER=srun needs SLURM_STEP_ID"),
+        ({"AADL_LAUNCHER": "srun", "SLURM_PROCID": "0", "SLURM_NTASKS": "6"}, "AADL_LAUNCHER=srun needs SLURM_STEP_ID"),
         ({"AADL_LAUNCHER": "mpich"}, "AADL_LAUNCHER=mpich needs PMI_RANK and PMI_SIZE"),
         (MPICH | {"AADL_MASTER_PORT": "0"}, "AADL_MASTER_PORT must be an integer >= 1"),
     ],
