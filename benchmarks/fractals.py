@@ -81,7 +81,7 @@ def speed(size: int, images: int, repeats: int = 5) -> Speed:
     systems = [class_system(0, index) for index in range(images)]
     random = RandomState(0)
     number = num_points(size)
-    settings = Settings(images, images, images, size, 0, 90, packed=False)
+    settings = Settings(images, images, images, size)
     files = [encode(settings, "train", index, 0) for index in range(images)]
 
     def milliseconds(call: Callable[[int], object]) -> float:

@@ -32,8 +32,8 @@ from benchmarks.tables import REPORTS, markdown, origin, put_into_page, with_qua
 from data_loaders.imagenet.decode import NUM_UNIFORM, Decoding, check_decoder, random_crop
 from data_loaders.imagenet.folder import FolderImages, Images
 from data_loaders.imagenet.loaders import TrainLoader
-from data_loaders.imagenet.packed import PackedImages, write_packed
-from data_loaders.imagenet.packing import Packing, encode
+from data_loaders.imagenet.packed import PackedImages
+from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
 from data_loaders.workers import num_cores
 
@@ -64,14 +64,13 @@ def natural_jpeg(seed: int) -> bytes:
 
 def make_forms(folder: Path, num_images: int) -> dict[str, FolderImages | PackedImages]:
     """The same images in every form."""
-    contents = [natural_jpeg(seed) for seed in range(num_images)]
     files = folder / "files" / "train" / "n00000001"
     files.mkdir(parents=True)
-    for number, data in enumerate(contents):
-        (files / f"n00000001_{number:06d}.JPEG").write_bytes(data)
-    for form, rows in (("packed", contents), ("resized", [encode(data, Packing(resize=RESIZE)) for data in contents])):
-        items = ((f"n00000001/{number}.JPEG", 0, data) for number, data in enumerate(rows))
-        write_packed(folder / form, "train", items, ["n00000001"], images_per_shard=max(1, num_images // 4))
+    for number in range(num_images):
+        (files / f"n00000001_{number:06d}.JPEG").write_bytes(natural_jpeg(number))
+    images = FolderImages(folder / "files", "train")
+    for form, resize in (("packed", None), ("resized", RESIZE)):
+        pack(images, folder / form, "train", Packing(resize=resize, images_per_shard=max(1, num_images // 4)))
     return open_forms(folder)
 
 

@@ -30,12 +30,12 @@ def num_cores() -> int:
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Blocks these signals for processes that are started in the block, until their `follow_parent`; this thread hears
-    them when the block ends.
+    """Blocks the signals for processes that are started in the block, until their `follow_parent`.
 
-    A worker would die of a signal that arrives before its first line of Python. The processes of a forkserver are born
-    as it is. A forkserver that starts here stays deaf: a program that ends others of its own by SIGTERM makes them by
-    "spawn". A forkserver that has started before hears the signals, and so do its processes until `follow_parent`.
+    This thread gets the signals when the block ends. A worker would die of one that arrives before its first line of
+    Python. The processes of a forkserver inherit its mask. A forkserver that starts in the block keeps the signals
+    blocked, so a program that ends its other processes by SIGTERM must start them by "spawn". A forkserver that has
+    started before gets the signals, and so do its processes until `follow_parent`.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # first, because a handler may raise as the next call returns
     with _handlers_held_back():

@@ -104,7 +104,7 @@ def folder_of(results: Path, mode: str, nodes: int) -> Path:
 
 
 def work_overrides(config: ExperimentConfig, mode: str, ranks: int, fewest_ranks: int) -> list[str]:
-    """The settings that keep the work constant: in all where mode is strong, for each rank where it is weak.
+    """Returns the settings that keep the work constant: of all ranks in strong scaling, of each rank in weak scaling.
 
     What the configuration says holds for the job with the fewest ranks.
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_loaders.fractals.sets import ensure
+from data_loaders.fractals.sets import Settings, ensure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,12 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed makes other classes (0)")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG files, 1 to 100 (90)")
     parser.add_argument("--variation", type=float, default=1.0, help="between images of a class, up to 2 (1)")
-    parser.add_argument("--packed", action="store_true", help="shards instead of folders of files")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core); 0: this one alone")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
     options = parser.parse_args(arguments)
     try:
-        ensure(
-            options.target,
+        settings = Settings(
             num_classes=options.classes,
             images_per_class=options.images,
             validation_per_class=options.validation,
@@ -34,9 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seed=options.seed,
             quality=options.quality,
             variation=options.variation,
-            packed=options.packed,
-            num_workers=options.workers,
         )
+        ensure(options.target, settings, num_workers=options.workers)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,131 +6,37 @@ import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data_loaders.imagenet.decode import NUM_UNIFORM, Decoder, Decoding, Pixels, check_decoder
+from data_loaders.imagenet.decode import Decoding, check_decoder
 from data_loaders.imagenet.folder import Images
-from data_loaders.imagenet.pictures import ImageError, quiet
+from data_loaders.imagenet.pictures import ImageError
+from data_loaders.imagenet.reading import Answer, Key, Reader
 from data_loaders.imagenet.sampling import (
     STATISTICS_EPOCH,
     check_divisible,
     epoch_order,
     rank_indices,
-    sample_seed,
     shard_bounds,
-    uniform,
 )
 from data_loaders.workers import follow_parent, signals_held_back
 
-MAX_REPLACED = 1000  # unreadable images in a row, after which the storage is to blame and not an image
 START_METHODS = ("fork", "spawn", "forkserver")
 
 log = logging.getLogger("data_loaders")
 Self = TypeVar("Self", bound="_Loader")
 
 
-# ---- reading, here or in a worker ------------------------------------------------------------------------------------
-
-
-class _Key(NamedTuple):
-    """What is asked of a worker: images of an epoch; None for evaluation."""
-
-    epoch: int | None
-    indices: NDArray[np.int64]
-
-
-class _Answer(NamedTuple):
-    """What a worker answers.
-
-    Attributes:
-        images: (b, 3, size, size), uint8, in channels-last memory.
-        labels: (b,).
-        unreadable: reasons by index.
-        failed: whether the batch is worthless.
-        num_fallbacks: images that the chosen decoder refused and Pillow read.
-    """
-
-    images: Tensor
-    labels: Tensor
-    unreadable: dict[int, str]
-    failed: bool
-    num_fallbacks: int
-
-
-class _Reader:
-    """Makes a batch from its key alone: the same in every process, whatever it made before."""
-
-    def __init__(self, images: Images, decoding: Decoding, seed: int, augment: bool) -> None:
-        self.images, self.decoding, self.seed, self.augment = images, decoding, seed, augment
-        self._decoder: Decoder | None = None
-
-    def __getitem__(self, key: _Key) -> _Answer:
-        size = self.decoding.size
-        squares = np.empty((len(key.indices), size, size, 3), np.uint8)
-        unreadable: dict[int, str] = {}
-        if self._decoder is None:
-            self._decoder = Decoder(self.decoding)
-        before = self._decoder.num_fallbacks
-        with quiet():
-            make = self._evaluation if key.epoch is None else self._training
-            read = make(self._decoder, key, squares, unreadable)
-        failed = -1 in read or bool(unreadable and self.decoding.on_corrupt == "stop")
-        pixels = torch.from_numpy(squares[: len(read)]).permute(0, 3, 1, 2)
-        labels = self.images.labels[np.array(read, np.int64)]
-        return _Answer(pixels, torch.from_numpy(labels), unreadable, failed, self._decoder.num_fallbacks - before)
-
-    def _training(self, decoder: Decoder, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
-        """An image an entry: the one asked for, or in its place the next one that can be read."""
-        numbers: list[list[float] | None] = [None] * len(key.indices)
-        if self.augment:
-            numbers = uniform(sample_seed(self.seed, key.epoch or 0, key.indices), NUM_UNIFORM).tolist()
-        attempts = 1 if self.decoding.on_corrupt == "stop" else min(len(self.images), MAX_REPLACED)
-        read = []
-        for row, index in enumerate(key.indices.tolist()):
-            target = squares[row : row + 1]
-            candidates = (each % len(self.images) for each in range(index, index + attempts))
-            read.append(next((c for c in candidates if self._reads(decoder, c, numbers[row], target, unreadable)), -1))
-            if read[-1] < 0:
-                break
-        return read
-
-    def _evaluation(self, decoder: Decoder, key: _Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
-        """The images that can be read."""
-        read: list[int] = []
-        for index in key.indices.tolist():
-            if self._reads(decoder, index, None, squares[len(read) : len(read) + 1], unreadable):
-                read.append(index)
-            elif self.decoding.on_corrupt == "stop":
-                break
-        return read
-
-    def _reads(
-        self, decoder: Decoder, index: int, numbers: list[float] | None, target: Pixels, unreadable: dict[int, str]
-    ) -> bool:
-        try:
-            target[0] = decoder(self.images.read(index), numbers)
-            return True
-        except ImageError as error:
-            unreadable[index] = str(error)
-        except OSError as error:
-            unreadable[index] = error.strerror or str(error)
-        return False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decoder": None}  # each process makes its own
-
-
 def _start_worker(_: int) -> None:
     follow_parent()
 
 
-def _from_workers(answers: Iterator[_Answer]) -> Iterator[_Answer]:
+def _from_workers(answers: Iterator[Answer]) -> Iterator[Answer]:
     """Says what has happened where a worker that died is noticed by a broken connection first."""
     try:
         yield from answers
@@ -138,7 +44,7 @@ def _from_workers(answers: Iterator[_Answer]) -> Iterator[_Answer]:
         raise RuntimeError("a worker that reads images ended unexpectedly: was it killed for memory?") from error
 
 
-def _as_it_is(answer: _Answer) -> _Answer:
+def _as_it_is(answer: Answer) -> Answer:
     return answer
 
 
@@ -146,9 +52,9 @@ class _Keys:
     """What the next pass asks for; the workers stay while it changes."""
 
     def __init__(self) -> None:
-        self.now: Iterable[_Key] = ()
+        self.now: Iterable[Key] = ()
 
-    def __iter__(self) -> Iterator[_Key]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self.now)
 
 
@@ -191,14 +97,14 @@ class _Loader:
         self.num_unreadable = self.num_fallbacks = 0
         self._pass = 0
         self._started = False  # the workers
-        self._reader = _Reader(images, decoding, seed, augment)
+        self._reader = Reader(images, decoding, seed, augment)
         self._keys = _Keys()
-        self._workers: DataLoader[_Answer] | None = None
+        self._workers: DataLoader[Answer] | None = None
         self._pin = pin_memory and not num_workers  # DataLoader pins for itself
         if num_workers:
             self._workers = self._start(num_workers, start_method, pin_memory)
 
-    def _start(self, num_workers: int, start_method: str, pin_memory: bool) -> DataLoader[_Answer]:
+    def _start(self, num_workers: int, start_method: str, pin_memory: bool) -> DataLoader[Answer]:
         context = multiprocessing.get_context(start_method)
         if start_method == "forkserver":  # it imports torch once, for all workers; without effect once it runs
             context.set_forkserver_preload(["__main__", __name__])
@@ -215,12 +121,12 @@ class _Loader:
             persistent_workers=True,
         )
 
-    def _answers(self, keys: Iterable[_Key], count: int) -> Iterator[_Answer]:
+    def _answers(self, keys: Iterable[Key], count: int) -> Iterator[Answer]:
         """Answers in the order of the `count` keys, with what could not be read noted; one pass at a time."""
         self._pass += 1
         number, self.num_unreadable = self._pass, 0
         if self._workers is None:
-            answers: Iterator[_Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
+            answers: Iterator[Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
         else:
             self._keys.now = keys
             with nullcontext() if self._started else signals_held_back():
@@ -232,11 +138,11 @@ class _Loader:
             if number != self._pass and place < count:
                 raise RuntimeError("another pass over the same loader was begun before this one ended")
 
-    def _pinned(self, key: _Key) -> _Answer:
+    def _pinned(self, key: Key) -> Answer:
         answer = self._reader[key]
         return answer._replace(images=answer.images.pin_memory(), labels=answer.labels.pin_memory())
 
-    def _note(self, answer: _Answer) -> None:
+    def _note(self, answer: Answer) -> None:
         self.num_unreadable += len(answer.unreadable)
         self.num_fallbacks += answer.num_fallbacks
         for index, reason in answer.unreadable.items():
@@ -329,7 +235,7 @@ class TrainLoader(_Loader):
         order = epoch_order(self.seed, epoch, len(self.images))
         place = (self.batch_size, self.rank, self.world_size)
         steps = range(first, self.steps_per_epoch)
-        keys = (_Key(epoch, rank_indices(order, step, *place)) for step in steps)
+        keys = (Key(epoch, rank_indices(order, step, *place)) for step in steps)
         return ((answer.images, answer.labels) for answer in self._answers(keys, len(steps)))
 
     def statistics_batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
@@ -352,7 +258,7 @@ class TrainLoader(_Loader):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         chosen = epoch_order(self.seed, STATISTICS_EPOCH, len(self.images))[:count]
         starts = range(self.rank * batch_size, count, self.world_size * batch_size)
-        keys = (_Key(STATISTICS_EPOCH, chosen[start : start + batch_size]) for start in starts)
+        keys = (Key(STATISTICS_EPOCH, chosen[start : start + batch_size]) for start in starts)
         return (answer.images for answer in self._answers(keys, len(starts)))
 
 
@@ -396,7 +302,7 @@ class EvaluationLoader(_Loader):
         start, stop = self._bounds
         indices = np.arange(start, stop, dtype=np.int64)
         starts = range(0, stop - start, self.batch_size)
-        keys = (_Key(None, indices[each : each + self.batch_size]) for each in starts)
+        keys = (Key(None, indices[each : each + self.batch_size]) for each in starts)
         for answer in self._answers(keys, len(starts)):
             if len(answer.labels):
                 yield answer.images, answer.labels

@@ -24,10 +24,7 @@ from data_loaders.imagenet.shards import (
     find_shards,
     read_header,
     read_names,
-    write_packed,
 )
-
-__all__ = ["SHARD_VERSION", "PackedImages", "info", "packed_splits", "verify", "write_packed"]
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
@@ -78,10 +75,8 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Shard of an image, and its number there."""
-        shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        return shard, index - int(self._first[shard])
+    def _shard_of(self, index: int) -> int:
+        return int(self._first.searchsorted(index, side="right")) - 1
 
     def read(self, index: int) -> bytes:
         """The encoded image.
@@ -90,7 +85,7 @@ class PackedImages:
             ImageError: it is not what was packed.
             OSError: the shard cannot be read.
         """
-        shard = int(self._first.searchsorted(index, side="right")) - 1
+        shard = self._shard_of(index)
         if self._pid != os.getpid():  # forked: what the parent opened stays the parent's
             self._open, self._pid = {}, os.getpid()
         descriptor = self._open.get(shard)
@@ -106,7 +101,8 @@ class PackedImages:
 
     def name(self, index: int) -> str:
         """Name of an image, as "n01440764/n01440764_10026.JPEG"."""
-        shard, number = self.place(index)
+        shard = self._shard_of(index)
+        number = index - int(self._first[shard])
         if shard not in self._names:
             try:
                 self._names[shard] = read_names(read_header(self.paths[shard]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,6 @@ from data_loaders.imagenet.shards import (
     SPLITS,
     Header,
     Item,
-    check_writing,
     digest_of,
     read_header,
     shard_path,
@@ -64,7 +63,8 @@ class Packing:
             raise ValueError(f"quality must be in 1 to 100, got {self.quality}")
         if self.on_corrupt not in POLICIES:
             raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
-        check_writing(SPLITS[0], self.images_per_shard)
+        if self.images_per_shard < 1:
+            raise ValueError(f"images_per_shard must be at least 1, got {self.images_per_shard}")
 
 
 class _Task(NamedTuple):
@@ -73,47 +73,63 @@ class _Task(NamedTuple):
     num_shards: int
 
 
-# ---- one shard, in a worker ------------------------------------------------------------------------------------------
+# ---- one shard, here or in a worker ----------------------------------------------------------------------------------
 
 
-class _Worker:
-    """What the tasks of a worker share; set once by `_start_worker`."""
+@dataclass(frozen=True)
+class _Packer:
+    """Packs shards of a set.
+
+    Attributes:
+        images, header, packing: what, and how.
+        advance: called after each image.
+        is_stopped: whether to end at the next image.
+    """
 
     images: Images
     header: Header
     packing: Packing
-    num_done: Any  # images, of all workers
-    stop: Any  # event
+    advance: Callable[[], object]
+    is_stopped: Callable[[], bool] = lambda: False
+
+    def pack(self, task: _Task) -> None:
+        left_out: list[str] = []
+        with quiet():
+            write_shard(task.path, self.header, task.shard, task.num_shards, self._items(task, left_out), left_out)
+
+    def _items(self, task: _Task, left_out: list[str]) -> Iterator[Item]:
+        first = task.shard * self.packing.images_per_shard
+        for index in range(first, min(first + self.packing.images_per_shard, len(self.images))):
+            if self.is_stopped():
+                raise InterruptedError
+            name = self.images.name(index)
+            try:
+                yield name, int(self.images.labels[index]), encode(self.images.read(index), self.packing)
+            except (ImageError, OSError) as error:
+                reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
+                if self.packing.on_corrupt == "stop":
+                    raise ImageError(f"image {index} ({name}) cannot be read: {reason}") from None
+                left_out.append(f"image {index} ({name}): {reason}")
+            self.advance()
+
+
+_packer: _Packer
+"""Of a worker."""
 
 
 def _start_worker(images: Images, header: Header, packing: Packing, num_done: Any, stop: Any) -> None:
-    follow_parent()  # which tells by the event
-    _Worker.images, _Worker.header, _Worker.packing = images, header, packing
-    _Worker.num_done, _Worker.stop = num_done, stop
+    global _packer
+
+    def advance() -> None:
+        with num_done.get_lock():
+            num_done.value += 1
+
+    follow_parent()  # which ends a packing by the event
+    _packer = _Packer(images, header, packing, advance, stop.is_set)
 
 
-def _pack_shard(task: _Task) -> None:
-    left_out: list[str] = []
-    first = task.shard * _Worker.packing.images_per_shard
-    indices = range(first, min(first + _Worker.packing.images_per_shard, len(_Worker.images)))
-    with quiet():
-        write_shard(task.path, _Worker.header, task.shard, task.num_shards, _items(indices, left_out), left_out)
-
-
-def _items(indices: range, left_out: list[str]) -> Iterator[Item]:
-    images, packing = _Worker.images, _Worker.packing
-    for index in indices:
-        if _Worker.stop.is_set():
-            raise InterruptedError
-        try:
-            yield images.name(index), int(images.labels[index]), encode(images.read(index), packing)
-        except (ImageError, OSError) as error:
-            reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
-            if packing.on_corrupt == "stop":
-                raise ImageError(f"image {index} ({images.name(index)}) cannot be read: {reason}") from None
-            left_out.append(f"image {index} ({images.name(index)}): {reason}")
-        with _Worker.num_done.get_lock():
-            _Worker.num_done.value += 1
+def _pack_in_worker(task: _Task) -> None:
+    _packer.pack(task)
 
 
 def encode(data: bytes, packing: Packing) -> bytes:
@@ -158,7 +174,7 @@ def pack(
         folder: made where it is missing.
         split: "train" or "validation".
         packing: how.
-        num_workers: processes, >= 1; each writes a shard at a time.
+        num_workers: processes, >= 1; each writes a shard at a time. One, or a single shard, needs no other than this.
         progress: whether to show a bar.
 
     Raises:
@@ -167,7 +183,8 @@ def pack(
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed.
     """
-    check_writing(split, packing.images_per_shard)
+    if split not in SPLITS:
+        raise ValueError(f"split must be train or validation, got {split!r}")
     if num_workers < 1:
         raise ValueError(f"workers must be at least 1, got {num_workers}")
     target = Path(folder)
@@ -187,8 +204,12 @@ def pack(
         finished = _finished(target, split, tasks, digest)
         remaining = [task for task in tasks if task.path not in finished]
         bar.update(min(len(images), len(finished) * packing.images_per_shard))
-        if remaining:
-            _run(remaining, images, header, packing, min(num_workers, len(remaining)), bar)
+        if min(num_workers, len(remaining)) > 1:
+            _pack_in_workers(remaining, (images, header, packing), min(num_workers, len(remaining)), bar)
+        else:
+            packer = _Packer(images, header, packing, bar.update)
+            for task in remaining:
+                packer.pack(task)
     result = packed.PackedImages(target, split)
     if not len(result):
         raise ImageError(f"none of the {len(images)} images can be read; the first is {result.left_out[0]}")
@@ -229,24 +250,22 @@ def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> 
     return finished
 
 
-def _run(
-    tasks: Sequence[_Task], images: Images, header: Header, packing: Packing, num_workers: int, bar: tqdm[Any]
+def _pack_in_workers(
+    tasks: Sequence[_Task], what: tuple[Images, Header, Packing], num_workers: int, bar: tqdm[Any]
 ) -> None:
     """Fills shards in processes; after an error or an interruption the others end at their next image."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once, for all workers
     with signals_held_back():  # their helper process is not to die of them either
         num_done, stop = context.Value("q", 0), context.Event()
-    arguments = (images, header, packing, num_done, stop)
-    with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (*what, num_done, stop)) as pool:
         before = bar.n
         try:
             with signals_held_back():
-                waiting: set[Future[None]] = {pool.submit(_pack_shard, task) for task in tasks}
+                waiting: set[Future[None]] = {pool.submit(_pack_in_worker, task) for task in tasks}
             while waiting:
                 done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-                if before + num_done.value > bar.n:
-                    bar.update(before + num_done.value - bar.n)
+                bar.update(before + num_done.value - bar.n)
                 for future in done:
                     future.result()
         except BaseException:

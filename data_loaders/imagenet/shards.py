@@ -15,14 +15,11 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -248,145 +245,78 @@ class Header(NamedTuple):
     pack_digest: str
 
 
-def write_packed(
-    folder: str | os.PathLike[str],
-    split: str,
-    items: Iterable[Item],
-    class_names: Sequence[str],
-    *,
-    images_per_shard: int = IMAGES_PER_SHARD,
-    source: str = "packed",
-) -> list[Path]:
-    """Writes a split in this process, all of it or nothing, in place of one that the folder holds already.
-
-    Args:
-        folder: made where it is missing.
-        split: "train" or "validation".
-        items: name, label and encoded image of each; read once, one after the other.
-        class_names: in the order of the labels.
-        images_per_shard: >= 1.
-        source: what the images are, for records.
-
-    Returns:
-        The shards.
-
-    Raises:
-        ValueError: an argument outside its range, or no item.
-        OSError: writing failed.
-    """
-    folder = Path(folder)
-    check_writing(split, images_per_shard)
-    folder.mkdir(parents=True, exist_ok=True)
-    remaining = iter(items)
-    written: list[Path] = []
-    digest = hashlib.sha256(json.dumps([source, list(class_names), images_per_shard]).encode())
-    header = Header(split, tuple(class_names), source, "")
-    try:
-        for first in remaining:
-            written.append(folder / f".{split}-{secrets.token_hex(4)}.tmp")
-            shard = chain([first], islice(remaining, images_per_shard - 1))
-            digest.update(_fill(written[-1], header, shard, ()).tobytes())
-        if not written:
-            raise ValueError(f"there is no image to pack for {split}")
-        for number, path in enumerate(written):
-            _complete(path, number, len(written), digest.hexdigest()[:16])
-        shards = [path.replace(shard_path(folder, split, number, len(written))) for number, path in enumerate(written)]
-        for path in set(folder.glob(f"{split}-*-of-*.h5")).difference(shards):
-            path.unlink()
-        return shards
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-
-
 def write_shard(
     path: Path, header: Header, shard: int, num_shards: int, items: Iterable[Item], left_out: Sequence[str] = ()
 ) -> None:
-    """Writes one shard to a temporary file and moves it into place; `left_out` may grow while items are taken."""
-    with _temporary(path) as temporary:
-        _fill(temporary, header, items, left_out)
-        _complete(temporary, shard, num_shards, header.pack_digest)
+    """Writes one shard to a temporary file and moves it into place.
 
+    The size of a contiguous dataset must be known when it is made, so the images are spooled first: memory stays small,
+    and a full disk shows in an ordinary write. HDF5 itself brings the interpreter down when it runs out of space.
 
-def check_writing(split: str, images_per_shard: int) -> None:
-    """Raises ValueError for an unknown split or a shard without images."""
-    if split not in SPLITS:
-        raise ValueError(f"split must be train or validation, got {split!r}")
-    if images_per_shard < 1:
-        raise ValueError(f"images_per_shard must be at least 1, got {images_per_shard}")
+    Args:
+        path: of the shard.
+        header: what it has in common with the others.
+        shard, num_shards: its number, and how many there are.
+        items: name, label and encoded image of each.
+        left_out: names of unreadable images; may grow while items are taken.
 
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A file in the same folder that takes the place of `path` in the end, or goes away."""
+    Raises:
+        ValueError: a label outside the classes.
+        OSError: writing failed; the error names the file.
+    """
+    names: list[str] = []
+    rows: list[tuple[int, int, int]] = []  # label, size, checksum
     try:
-        with replacing(path, sync=False) as temporary:  # `_complete` has synced it
-            yield temporary
+        with replacing(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as spool:
+            for name, label, data in items:
+                if not 0 <= label < len(header.class_names):
+                    raise ValueError(f"{name} has label {label}, outside the {len(header.class_names)} classes")
+                names.append(name)
+                rows.append((label, len(data), zlib.crc32(data)))
+                spool.write(data)
+            labels, sizes, crc32 = np.array(rows, np.int64).reshape(-1, 3).T
+            num_bytes = int(sizes.sum())
+            if shutil.disk_usage(path.parent).free < num_bytes + 100 * len(names) + (1 << 20):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            table = (np.concatenate([[0], np.cumsum(sizes)]), labels, crc32.astype(np.uint32))
+            with h5py.File(temporary, "w", locking=False) as file:
+                start = _write_tables(file, header, table, PackedNames.of(names), left_out, num_bytes)
+                file.attrs["shard"], file.attrs["num_shards"] = shard, num_shards
+                file.attrs["text_crc32"] = _crc32_of_text(file.attrs)
+                file.attrs["complete"] = True
+            if start is not None:  # None where no image has a byte
+                spool.seek(0)
+                with temporary.open("rb+") as packed:
+                    packed.seek(start)
+                    shutil.copyfileobj(spool, packed, 1 << 22)
     except OSError as error:
         if error.errno and not error.filename:  # of a write, which knows no name
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
         raise
 
 
-def _fill(path: Path, header: Header, items: Iterable[Item], left_out: Sequence[str]) -> NDArray[np.uint32]:
-    """Writes all but the last attributes; returns the checksums.
-
-    The size of a contiguous dataset must be known when it is made, so the images are spooled first: memory stays small,
-    and a full disk shows in an ordinary write. HDF5 itself brings the interpreter down when it runs out of space.
-    """
-    names: list[str] = []
-    labels: list[int] = []
-    sizes: list[int] = []
-    checksums: list[int] = []
-    with tempfile.TemporaryFile(dir=path.parent) as spool:
-        for name, label, data in items:
-            if not 0 <= label < len(header.class_names):
-                raise ValueError(f"{name} has label {label}, outside the {len(header.class_names)} classes")
-            names.append(name)
-            labels.append(label)
-            sizes.append(len(data))
-            checksums.append(zlib.crc32(data))
-            spool.write(data)
-        spool.seek(0)
-        crc32 = np.array(checksums, np.uint32)
-        packed = PackedNames.of(names)
-        needed = sum(sizes) + 40 * len(names) + len(packed.data) + (1 << 20)
-        if shutil.disk_usage(path.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
-        with h5py.File(path, "w", locking=False) as file:
-            table = (np.cumsum([0, *sizes], dtype=np.int64), np.array(labels, np.int64), crc32)
-            file["offsets"], file["labels"], file["crc32"] = table
-            file["names"] = packed.data
-            file["name_offsets"] = packed.offsets
-            file.attrs["format"], file.attrs["version"], file.attrs["split"] = FORMAT, SHARD_VERSION, header.split
-            file.attrs["source"] = header.source
-            file.attrs["table_crc32"] = _crc32_of(*table)
-            file.attrs["names_crc32"] = _crc32_of(packed.data, packed.offsets)
-            _set_text(file, "class_names", json.dumps(header.class_names))
-            _set_text(file, "left_out", json.dumps(list(left_out)))
-            plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            plist.set_layout(h5py.h5d.CONTIGUOUS)
-            plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            space = h5py.h5s.create_simple((sum(sizes),))
-            start = h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U8LE, space, plist).get_offset()
-        if start is not None:  # None where no image has a byte
-            with path.open("rb+") as file:
-                file.seek(start)
-                shutil.copyfileobj(spool, file, 1 << 22)
-    return crc32
-
-
-def _set_text(file: h5py.File, name: str, text: str) -> None:
-    """An attribute of any length: beyond 64 KB, HDF5 takes text of variable length only."""
-    file.attrs.create(name, text, dtype=h5py.string_dtype())
-
-
-def _complete(path: Path, shard: int, num_shards: int, pack_digest: str) -> None:
-    with h5py.File(path, "r+", locking=False) as file:
-        file.attrs["shard"], file.attrs["num_shards"], file.attrs["pack_digest"] = shard, num_shards, pack_digest
-        file.attrs["text_crc32"] = _crc32_of_text(file.attrs)
-        file.attrs["complete"] = True
-    with path.open("rb+") as written:
-        os.fsync(written.fileno())
+def _write_tables(
+    file: h5py.File,
+    header: Header,
+    table: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
+    names: PackedNames,
+    left_out: Sequence[str],
+    num_bytes: int,
+) -> int | None:
+    """Writes all but the images; returns where in the file their bytes begin."""
+    file["offsets"], file["labels"], file["crc32"] = table
+    file["names"], file["name_offsets"] = names.data, names.offsets
+    file.attrs["format"], file.attrs["version"] = FORMAT, SHARD_VERSION
+    for name in ("split", "source", "pack_digest"):
+        file.attrs[name] = getattr(header, name)
+    file.attrs["table_crc32"], file.attrs["names_crc32"] = _crc32_of(*table), _crc32_of(names.data, names.offsets)
+    for name, texts in (("class_names", header.class_names), ("left_out", left_out)):
+        # Beyond 64 KB, an attribute takes text of variable length only.
+        file.attrs.create(name, json.dumps(list(texts)), dtype=h5py.string_dtype())
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_layout(h5py.h5d.CONTIGUOUS)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple((num_bytes,))
+    start: int | None = h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U8LE, space, layout).get_offset()
+    return start

@@ -100,8 +100,7 @@ def _first_sets(config: ImageConfig) -> Sets:
     """The sets as a single process makes and opens them."""
     folder = data_folder(config)
     if config.data == "fractals":
-        settings = _fractal_settings(config)
-        fractals.ensure(folder, packed=True, num_workers=num_cores(), **settings)
+        fractals.ensure(folder, fractals.Settings(**_fractal_settings(config)), num_workers=num_cores())
     return _open(folder)
 
 

@@ -3,7 +3,7 @@
 #
 # Exit code 75 means "stopped early, state saved, start me again". To a launcher that ends the job when a rank fails it
 # looks like a crash, and the first rank to leave would take the others with it. So 75 becomes 0 here, and rank 0 leaves
-# a file that tells the job script.
+# a file that the job script looks for.
 
 # The program answers these signals once it is up; until then they must not kill it, nor a helper process of it later.
 trap '' USR1 USR2

@@ -18,7 +18,6 @@ from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
 from experiments.distributed.doctor import finding, placement, site, storage
 from experiments.distributed.doctor.finding import Finding
-from experiments.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.smoke
 SITE = {
@@ -250,13 +249,13 @@ def test_an_hdf5_file_that_cannot_be_written(monkeypatch, tmp_path, error, fails
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(storage.h5py, "File", File)
-    told = storage.storage(Ranks(), tmp_path)[0]
+    told = storage.storage(tmp_path)[0]
     assert told.bad == fails_without_locks and cure in told.cure
 
 
 def test_little_space(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: argparse.Namespace(free=10))
-    assert storage.storage(Ranks(), tmp_path)[1].bad
+    assert storage.storage(tmp_path)[1].bad
 
 
 def test_the_report(capsys):

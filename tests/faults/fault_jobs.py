@@ -34,7 +34,7 @@ from digests import digest
 from system_calls import meet_points
 
 from aadl.decisions import Decisions
-from data_loaders.imagenet import loaders
+from data_loaders.imagenet.reading import Reader
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
 from experiments.records.reading import read_run
@@ -147,7 +147,7 @@ class _Injector:
         """Puts the diary and the faults around the suite's functions, in this process."""
         step, result, restore, save = Training._step, Training.result, RunSession.restore, RunSession._save
         evaluate, accelerate, call = train.evaluate, Decisions.accelerate, Closure.__call__
-        read, on_cpu = loaders._Reader.__getitem__, checkpoint.on_cpu
+        read, on_cpu = Reader.__getitem__, checkpoint.on_cpu
 
         def stepping(run: Training, batch: Any) -> None:
             self._run, self._steps = run, run.num_steps
@@ -204,7 +204,7 @@ class _Injector:
             (train, "evaluate"): evaluating,
             (Decisions, "accelerate"): accelerating,
             (checkpoint, "on_cpu"): gathering,
-            (loaders._Reader, "__getitem__"): reading,
+            (Reader, "__getitem__"): reading,
             **({(Closure, "__call__"): skewed} if self._skewed else {}),
         }
         for (owner, name), function in replacements.items():

@@ -129,8 +129,8 @@ class Site:
         """A small set of images."""
         folder = self.folder / "images"
         if not folder.exists():
-            options = {"num_classes": 4, "images_per_class": 12, "validation_per_class": 5, "size": 24, "seed": 3}
-            fractals.write_folder(folder, **options, num_workers=1, progress=False)
+            settings = fractals.Settings(4, images_per_class=12, validation_per_class=5, size=24, seed=3)
+            fractals.ensure(folder, settings, num_workers=1, progress=False)
         return str(folder)
 
 

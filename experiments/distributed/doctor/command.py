@@ -61,7 +61,7 @@ def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
 
 def _alone(results: Path) -> list[Finding]:
     """Returns what one process finds although the variables of its launcher contradict each other."""
-    return [*versions([facts_of(Ranks(), results)]), *storage(Ranks(), results)]
+    return [*versions([facts_of(Ranks(), results)]), *storage(results)]
 
 
 def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any]) -> list[Finding]:
@@ -73,7 +73,7 @@ def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any])
         *launcher(ranks, facts),
         *binding_of(places, facts),
         *shared_folder(ranks, options.results),
-        *(storage(ranks, options.results) if ranks.rank == 0 else []),
+        *(storage(options.results) if ranks.rank == 0 else []),
         *clocks(ranks),
         *bandwidth(ranks, options.floor),
         *traps(facts),

@@ -22,6 +22,7 @@ from experiments.distributed.ranks import Ranks
 
 TOKEN_SECONDS = 10.0
 LITTLE_SPACE_BYTES = 2**30
+WITHOUT_LOCKS = "export HDF5_USE_FILE_LOCKING=FALSE in the job script, before Python starts"
 
 
 def probe_folder(results: Path) -> None:
@@ -58,28 +59,33 @@ def shared_folder(ranks: Ranks, results: Path) -> list[Finding]:
     return [Finding("shared folder", f"{who(blind, ranks.world_size)} cannot read in {results}", cure, bad=True)]
 
 
-def storage(ranks: Ranks, results: Path) -> list[Finding]:
+def storage(results: Path) -> list[Finding]:
     """Reports whether HDF5 files can be written where the results go, and the free space there."""
-    findings = []
     folder = results if results.exists() else Path()
-    without_locks = "export HDF5_USE_FILE_LOCKING=FALSE in the job script, before Python starts"
-    try:
-        _probe_hdf5(folder, locking=False)  # as the suite opens its records
-    except OSError as error:
-        number = error.errno or _errno_in(str(error))
-        cure = without_locks if "lock file" in str(error) else "choose another folder with --results"
-        findings.append(Finding("HDF5 files", f"{folder}: {os.strerror(number) if number else error}", cure, bad=True))
-    else:
-        try:
-            findings.append(Finding("HDF5 files", f"files can be written; {_probe_hdf5(folder, locking=None)}"))
-        except OSError as error:
-            number = error.errno or _errno_in(str(error))
-            text = f"files can be written without locks, but not with them: {os.strerror(number) if number else error}"
-            findings.append(Finding("HDF5 files", text, f"{without_locks}, if other programs open records there"))
     free = shutil.disk_usage(folder).free
     cure = "make room, or choose another folder with --results" if free < LITTLE_SPACE_BYTES else ""
-    findings.append(Finding("free space", f"{free / 2**30:.1f} GiB in {folder.resolve()}", cure, bad=bool(cure)))
-    return findings
+    space = Finding("free space", f"{free / 2**30:.1f} GiB in {folder.resolve()}", cure, bad=bool(cure))
+    return [_hdf5(folder), space]
+
+
+def _hdf5(folder: Path) -> Finding:
+    """Tries a file without locks, as the suite opens its records, and then one as other programs open them."""
+    try:
+        _probe_hdf5(folder, locking=False)
+    except OSError as error:
+        cure = WITHOUT_LOCKS if "lock file" in str(error) else "choose another folder with --results"
+        return Finding("HDF5 files", f"{folder}: {_reason(error)}", cure, bad=True)
+    try:
+        return Finding("HDF5 files", f"files can be written; {_probe_hdf5(folder, locking=None)}")
+    except OSError as error:
+        found = f"files can be written without locks, but not with them: {_reason(error)}"
+        return Finding("HDF5 files", found, f"{WITHOUT_LOCKS}, if other programs open records there")
+
+
+def _reason(error: OSError) -> str:
+    """Returns the system's words, whose number HDF5 may give in its text alone."""
+    number = error.errno or int((re.search(r"errno = (\d+)", str(error)) or ["", "0"])[1])
+    return os.strerror(number) if number else str(error)
 
 
 def _probe_hdf5(folder: Path, locking: bool | None) -> str:
@@ -95,8 +101,3 @@ def _probe_hdf5(folder: Path, locking: bool | None) -> str:
                 except OSError:
                     return "a second writer is refused"
     return "no lock is taken, so nothing refuses a second writer"
-
-
-def _errno_in(text: str) -> int:
-    match = re.search(r"errno = (\d+)", text)
-    return int(match[1]) if match else 0

@@ -32,28 +32,25 @@ from data_loaders.fractals.drawing import (
     perturbed,
     random_generator,
 )
-from data_loaders.fractals.sets import VALIDATION, class_names, ensure, write_folder, write_shards
+from data_loaders.fractals.sets import VALIDATION, Settings, class_names, ensure
 from data_loaders.imagenet.packed import PackedImages
 
-SMALL = {"num_classes": 3, "images_per_class": 5, "validation_per_class": 2, "size": 16, "num_workers": 0}
+SMALL = Settings(num_classes=3, images_per_class=5, validation_per_class=2, size=16)
 MEANS = [[67.1, 109.8, 75.6], [80.7, 58.6, 53.6], [48.0, 114.3, 105.6]]
 
 
-def files_of(folder):
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != fractals.LOCK)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+def make(folder, settings=SMALL, **changes):
+    return ensure(folder, replace(settings, **changes), num_workers=1, progress=False)
 
 
 def images_of(folder):
-    """Names and files of a set in their order, in either form."""
-    if (folder / "train").is_dir():
-        return sorted(files_of(folder / "train").items()) + sorted(files_of(folder / "val").items())
-    images = []
-    for split in ("train", "validation"):
-        packed = PackedImages(folder, split)
-        images += [(packed.name(index), packed.read(index)) for index in range(len(packed))]
-        packed.close()
-    return images
+    """Names and files of a set in their order."""
+    sets = [PackedImages(folder, split) for split in ("train", "validation")]
+    return [(images.name(index), images.read(index)) for images in sets for index in range(len(images))]
+
+
+def state_of(folder):
+    return {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
 
 
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
@@ -133,14 +130,6 @@ def test_a_variation_times_a_factor_moves_the_images_of_a_class_apart():
     assert spread[0] < spread[1] < spread[2]
 
 
-def test_a_set_is_drawn_with_its_variation(tmp_path):
-    usual, apart = (ensure(tmp_path / str(factor), **SMALL, variation=factor) for factor in (1.0, 2.0))
-    name = "train/fractal_0001/fractal_0001_00004.JPEG"
-    with Image.open(apart / name) as image:
-        assert np.abs(np.asarray(image).astype(int) - draw(0, 1, 4, 16, USUAL.times(2.0))).mean() < 12
-    assert (usual / name).read_bytes() != (apart / name).read_bytes()
-
-
 def test_the_strongest_perturbation_still_contracts():
     system = perturbed(class_system(0, 0), np.random.RandomState(0), USUAL._replace(stretch=5.0))
     assert np.abs(system.stretch).max() == CONTRACTION
@@ -208,65 +197,48 @@ def test_class_names_are_in_alphabetical_order():
 # ---- how it is written -----------------------------------------------------------------------------------------------
 
 
-def test_a_folder_holds_what_is_drawn(tmp_path):
-    write_folder(tmp_path / "set", **SMALL, seed=4, quality=95)
-    files = files_of(tmp_path / "set")
-    assert len(files) == 3 * 7 + 1
-    for name, instance in (("train/fractal_0001/fractal_0001_00004", 4), ("val/fractal_0001/fractal_0001_00001", None)):
-        image = Image.open(io.BytesIO(files[name + ".JPEG"]))
-        assert (image.format, image.size) == ("JPEG", (16, 16))
-        drawn = draw(4, 1, VALIDATION + 1 if instance is None else instance, 16)
-        assert np.abs(np.asarray(image).astype(int) - drawn).mean() < 12
-        assert np.abs(np.asarray(image).astype(int) - draw(4, 1, 3, 16)).mean() > 12
-    settings = json.loads(files["fractals.json"])
+def test_shards_hold_what_is_drawn_in_turns_of_the_classes(tmp_path):
+    folder = make(tmp_path / "set", seed=4, quality=95, variation=2.0)
+    settings = json.loads((folder / "fractals.json").read_text())
     assert settings["complete"] and settings["quality"] == 95 and settings["seed"] == 4
-
-
-def test_shards_hold_the_files_of_the_folder(tmp_path):
-    write_folder(tmp_path / "folder", **SMALL)
-    write_shards(tmp_path / "shards", **SMALL)
-    files = files_of(tmp_path / "folder")
-    for split, folder, number in (("train", "train", 15), ("validation", "val", 6)):
-        images = PackedImages(tmp_path / "shards", split)
+    for split, number, first in (("train", 15, 0), ("validation", 6, VALIDATION)):
+        images = PackedImages(folder, split)
         assert len(images) == number and images.class_names == class_names(3)
-        assert images.labels[:3].tolist() == [0, 1, 2]
-        for index in range(number):
-            assert images.read(index) == files[f"{folder}/{images.name(index)}"]
-            assert images.name(index).startswith(class_names(3)[images.labels[index]] + "/")
-        images.close()
+        assert images.labels.tolist() == [0, 1, 2] * (number // 3)
+        assert images.name(4) == "fractal_0001/fractal_0001_00001.JPEG"
+        with Image.open(io.BytesIO(images.read(4))) as image:
+            assert (image.format, image.size) == ("JPEG", (16, 16))
+            shown = np.asarray(image).astype(int)
+        assert np.abs(shown - draw(4, 1, first + 1, 16, USUAL.times(2.0))).mean() < 12
+        assert np.abs(shown - draw(4, 1, first, 16, USUAL.times(2.0))).mean() > 12
+        assert np.abs(shown - draw(4, 1, first + 1, 16)).mean() > 12
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_worker_processes_change_nothing(tmp_path, packed):
-    settings = {**SMALL, "images_per_class": 70, "packed": packed}  # more than a worker makes at a time
-    one = images_of(ensure(tmp_path / "one", **settings))
-    two = images_of(ensure(tmp_path / "two", **{**settings, "num_workers": 2}))
-    assert one == two
-    assert images_of(ensure(tmp_path / "other", **settings, seed=1)) != one
+def test_worker_processes_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(fractals, "IMAGES_PER_SHARD", 6)
+    two = ensure(tmp_path / "two", SMALL, num_workers=2, progress=False)
+    assert len(list(two.glob("train-*.h5"))) == 3
+    one = images_of(make(tmp_path / "one"))
+    assert images_of(two) == one and images_of(make(tmp_path / "other", seed=1)) != one
 
 
 def test_neither_split_changes_with_the_other_or_with_more_classes(tmp_path):
-    small = files_of(ensure(tmp_path / "small", **SMALL))
-    large = files_of(
-        ensure(tmp_path / "large", **{**SMALL, "num_classes": 4, "images_per_class": 6, "validation_per_class": 3})
-    )
-    assert {name: large[name] for name in small if name != "fractals.json"} == {
-        name: content for name, content in small.items() if name != "fractals.json"
-    }
+    small = images_of(make(tmp_path / "small"))
+    large = images_of(make(tmp_path / "large", num_classes=4, images_per_class=6))
+    assert set(small[:15]) <= set(large[:24]) and not set(small[:15]) & set(large[24:])
+    large = images_of(make(tmp_path / "other", num_classes=4, validation_per_class=3))
+    assert set(small[15:]) <= set(large[20:])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_complete_set_is_left_alone(tmp_path, monkeypatch, packed):
-    target = ensure(tmp_path / "set", **SMALL, packed=packed)
-    before = files_of(target)
+def test_a_complete_set_is_left_alone(tmp_path, monkeypatch):
+    target = make(tmp_path / "set")
+    before = state_of(target)
     monkeypatch.setattr(fractals, "draw", lambda *_: pytest.fail("drawn again"))
-    assert ensure(target, **SMALL, packed=packed) == target
-    assert files_of(target) == before
+    assert make(target) == target and state_of(target) == before
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_an_interrupted_set_is_taken_up(tmp_path, monkeypatch, packed):
-    whole = images_of(ensure(tmp_path / "whole", **SMALL, packed=packed))
+def test_an_interrupted_set_is_taken_up(tmp_path, monkeypatch):
+    whole = images_of(make(tmp_path / "whole"))
     drawn = []
 
     def draw_until(last):
@@ -280,39 +252,25 @@ def test_an_interrupted_set_is_taken_up(tmp_path, monkeypatch, packed):
 
     monkeypatch.setattr(fractals, "draw", draw_until(17))  # within the validation set
     with pytest.raises(KeyboardInterrupt):
-        ensure(tmp_path / "set", **SMALL, packed=packed)
+        make(tmp_path / "set")
     assert not json.loads((tmp_path / "set" / "fractals.json").read_text())["complete"]
-    assert not [name for name in files_of(tmp_path / "set") if name.endswith((".partial", ".tmp"))]
+    assert not list((tmp_path / "set").glob("*.tmp"))
     with pytest.raises(ValueError, match="made with seed 0, not 1"):
-        ensure(tmp_path / "set", **SMALL, packed=packed, seed=1)
+        make(tmp_path / "set", seed=1)
     monkeypatch.setattr(fractals, "draw", draw_until(None))
-    assert images_of(ensure(tmp_path / "set", **SMALL, packed=packed)) == whole
-    assert len(drawn) == (21 if not packed else 17 + 6)  # packed: the validation set again, the training set not
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
-def test_a_damaged_file_of_an_unfinished_set_is_written_again(tmp_path, damage):
-    target = ensure(tmp_path / "set", **SMALL)
-    before = files_of(target)
-    path = target / "train" / "fractal_0002" / "fractal_0002_00003.JPEG"
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(b"" if damage == "empty" else before[path.relative_to(target).as_posix()][:-5])
-    settings = target / "fractals.json"
-    settings.write_text(settings.read_text().replace('"complete": true', '"complete": false'))
-    assert files_of(target) != before
-    assert files_of(ensure(target, **SMALL)) == before
+    assert images_of(make(tmp_path / "set")) == whole
+    assert len(drawn) == 17 + 6  # the validation set again, the training set not
 
 
 def test_two_processes_may_make_a_set_at_once(tmp_path):
-    command = [sys.executable, "-m", "data_loaders.fractals", str(tmp_path / "set"), "--workers", "0"]
+    command = [sys.executable, "-m", "data_loaders.fractals", str(tmp_path / "set"), "--workers", "1"]
     command += ["--classes", "3", "--images", "60", "--validation", "10", "--size", "32"]
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
         error = process.communicate(timeout=600)[1]
         assert process.returncode == 0, error
-    alone = {"num_classes": 3, "images_per_class": 60, "validation_per_class": 10, "size": 32, "num_workers": 0}
-    assert files_of(tmp_path / "set") == files_of(ensure(tmp_path / "alone", **alone))
+    alone = make(tmp_path / "alone", images_per_class=60, validation_per_class=10, size=32)
+    assert images_of(tmp_path / "set") == images_of(alone)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -330,75 +288,68 @@ def test_two_processes_may_make_a_set_at_once(tmp_path):
         ("seed", -1),
         ("quality", 0),
         ("quality", 101),
-        ("num_workers", -1),
         ("num_classes", True),
+        ("variation", 0.0),
+        ("variation", 2.5),
+        ("variation", float("nan")),
     ],
 )
-def test_settings_out_of_range_are_refused_before_anything_is_made(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"^{name} must be an integer in .*, got {value}$"):
-        ensure(tmp_path / "set", **{**SMALL, name: value})
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be an? (integer|number) in .*, got {value}$"):
+        replace(SMALL, **{name: value})
+
+
+def test_a_number_of_workers_out_of_range_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match=r"^num_workers must be an integer in \[1, 4096\], got 0$"):
+        ensure(tmp_path / "set", SMALL, num_workers=0)
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, 2.5, float("nan")])
-def test_variations_out_of_range_are_refused(tmp_path, value):
-    with pytest.raises(ValueError, match=r"^variation must be a number in \(0, 2\], got"):
-        ensure(tmp_path / "set", **SMALL, variation=value)
-    assert not (tmp_path / "set").exists()
+@pytest.mark.parametrize("change", [{"num_classes": 4}, {"size": 17}, {"quality": 91}, {"variation": 2.0}])
+def test_another_set_is_not_mixed_in(tmp_path, change):
+    target = make(tmp_path / "set")
+    before = state_of(target)
+    [(name, value)] = change.items()
+    with pytest.raises(ValueError, match=f"made with {name} {getattr(SMALL, name)}, not {value}"):
+        make(target, **change)
+    assert state_of(target) == before
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_classes": 4}, "made with num_classes 3, not 4"),
-        ({"size": 17}, "made with size 16, not 17"),
-        ({"quality": 91}, "made with quality 90, not 91"),
-        ({"variation": 2.0}, "made with variation 1.0, not 2.0"),
-        ({"packed": True}, "made with packed False, not True"),
-    ],
-)
-def test_another_set_is_not_mixed_in(tmp_path, change, message):
-    target = ensure(tmp_path / "set", **SMALL)
-    before = files_of(target)
-    with pytest.raises(ValueError, match=message):
-        ensure(target, **{**SMALL, **change})
-    assert files_of(target) == before
-
-
-def test_other_versions_of_the_pictures_are_refused(tmp_path):
-    target = ensure(tmp_path / "set", **SMALL)
-    settings = target / "fractals.json"
-    settings.write_text(settings.read_text().replace('"version": 1', '"version": 0'))
-    with pytest.raises(ValueError, match="made with version 0, not 1"):
-        ensure(target, **SMALL)
+@pytest.mark.parametrize(("old", "new"), [('"version": 1', '"version": 0'), ('"packed": true', '"packed": false')])
+def test_sets_of_other_versions_are_refused(tmp_path, old, new):
+    settings = make(tmp_path / "set") / "fractals.json"
+    assert old in settings.read_text()
+    settings.write_text(settings.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=r"made with (version 0, not 1|packed False, not True)"):
+        make(tmp_path / "set")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"complete": "', "\N{SNOWMAN}"])
 def test_a_file_that_holds_no_settings_is_named(tmp_path, content):
     (tmp_path / "fractals.json").write_text(content, "utf-16")
     with pytest.raises(ValueError, match=r"fractals\.json does not hold the settings"):
-        ensure(tmp_path, **SMALL)
+        make(tmp_path)
 
 
 def test_folders_with_other_files_and_files_are_refused(tmp_path):
     (tmp_path / "holiday.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"has files but no fractals\.json"):
-        ensure(tmp_path, **SMALL)
+        make(tmp_path)
     with pytest.raises(ValueError, match=r"holiday\.png is not a folder"):
-        ensure(tmp_path / "holiday.png", **SMALL)
+        make(tmp_path / "holiday.png")
 
 
 def test_a_set_that_another_process_is_about_to_begin_is_not_refused(tmp_path):
     for name in (fractals.LOCK, ".fractals.json.0123.partial"):
         (tmp_path / name).write_bytes(b"")
-    assert json.loads((ensure(tmp_path, **SMALL) / "fractals.json").read_text())["complete"]
+    assert json.loads((make(tmp_path) / "fractals.json").read_text())["complete"]
 
 
 def test_the_command_explains_mistakes_in_one_sentence(tmp_path, capsys):
     assert command([str(tmp_path / "set"), "--size", "4"]) == 2
     error = capsys.readouterr().err
     assert error == "error: size must be an integer in [8, 2048], got 4\n"
-    arguments = ["--classes", "2", "--images", "2", "--validation", "1", "--size", "16", "--workers", "0", "--packed"]
+    arguments = ["--classes", "2", "--images", "2", "--validation", "1", "--size", "16", "--workers", "1"]
     assert command([str(tmp_path / "set"), *arguments]) == 0
     assert len(PackedImages(tmp_path / "set", "train")) == 4
 

@@ -23,7 +23,8 @@ from data_loaders.imagenet.decode import (
 )
 from data_loaders.imagenet.folder import FolderImages
 from data_loaders.imagenet.loaders import EvaluationLoader, TrainLoader
-from data_loaders.imagenet.packed import PackedImages, write_packed
+from data_loaders.imagenet.packed import PackedImages
+from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.pictures import ImageError, quiet
 from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
 from data_loaders.imagenet.sets import check_pair, open_images
@@ -108,7 +109,7 @@ def test_open_images_tells_folders_and_shards_apart(tmp_path, name):
     (root / "val").rename(root / name)
     assert isinstance(open_images(root, "train"), FolderImages)
     assert len(open_images(root, "validation")) == 9
-    write_packed(root, "train", [("x", 0, b"1")], ["n01"])
+    pack(open_images(root, "train"), root, "train", Packing())
     assert isinstance(open_images(root, "train"), PackedImages)
 
 
@@ -423,9 +424,7 @@ def test_torch_random_numbers_are_neither_used_nor_advanced():
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_that_start_anew_read_what_was_open_here(tmp_path, method):
-    rows = [(f"{index}", index, data) for index, data in enumerate(CONTENTS)]
-    write_packed(tmp_path, "train", rows, [f"c{index:02d}" for index in range(30)], images_per_shard=9)
-    images = PackedImages(tmp_path, "train")
+    images = pack(listed(), tmp_path, "train", Packing(images_per_shard=9))
     images.read(0)
     with TrainLoader(images, SMALL, batch_size=8, seed=5, num_workers=1, start_method=method) as loader:
         assert same(list(loader.batches(3)), global_batches(listed(), 1))
@@ -548,15 +547,15 @@ def test_stop_ends_training_with_one_sentence(kind, num_workers):
 
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_a_damaged_shard_is_met_by_the_policy(tmp_path, policy):
-    (path,) = write_packed(
-        tmp_path, "train", [(f"n/{i}", i, d) for i, d in enumerate(CONTENTS)], list(map(str, range(30)))
-    )
+    (path,) = pack(listed(), tmp_path, "train", Packing()).paths
     data = bytearray(path.read_bytes())
     data[data.find(CONTENTS[7]) + 100] ^= 1
     path.write_bytes(data)
     loader = TrainLoader(open_images(tmp_path, "train"), Decoding(16, 20, on_corrupt=policy), batch_size=30, seed=5)
     if policy == "stop":
-        with pytest.raises(ImageError, match=r"^image 7 \(n/7\) cannot be read: its checksum in train-00000-of-00001"):
+        with pytest.raises(
+            ImageError, match=r"^image 7 \(image-7\) cannot be read: its checksum in train-00000-of-00001"
+        ):
             list(loader.batches(0))
     else:
         ((_, labels),) = loader.batches(0)

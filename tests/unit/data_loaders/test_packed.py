@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -20,7 +19,7 @@ from paths import ROOT
 
 from data_loaders.imagenet import packing, shards
 from data_loaders.imagenet.__main__ import main
-from data_loaders.imagenet.packed import PackedImages, info, verify, write_packed
+from data_loaders.imagenet.packed import PackedImages, info, verify
 from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.pictures import ImageError, open_image
 from data_loaders.imagenet.sets import open_images
@@ -28,14 +27,14 @@ from data_loaders.imagenet.sets import open_images
 CONTENTS = [encoded(seed=seed) for seed in range(25)]
 
 
-def items(contents=CONTENTS):
-    return ((f"a/{number}.JPEG", number % 2, data) for number, data in enumerate(contents))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    write_packed(tmp_path / "set", "train", items(), ["a", "b"], images_per_shard=10, source="test")
+    packed(tmp_path / "set")
     return tmp_path / "set"
+
+
+def packed(folder, contents=CONTENTS, split="train", class_names=("a", "b"), per_shard=10):
+    return pack(ListedImages(contents, class_names=class_names), folder, split, Packing(images_per_shard=per_shard))
 
 
 def shard(folder, number=1, split="train"):
@@ -70,9 +69,8 @@ def test_what_was_written_is_read(folder):
     assert [path.name for path in images.paths] == [f"train-0000{number}-of-00003.h5" for number in range(3)]
     assert [images.read(index) for index in range(25)] == CONTENTS
     assert images.labels.tolist() == [index % 2 for index in range(25)] and images.labels.dtype == np.int64
-    assert [images.name(index) for index in (0, 9, 10, 24)] == ["a/0.JPEG", "a/9.JPEG", "a/10.JPEG", "a/24.JPEG"]
-    assert (images.class_names, images.source, len(images), images.left_out) == (("a", "b"), "test", 25, ())
-    assert not [path for path in folder.iterdir() if path.suffix != ".h5"]
+    assert [images.name(index) for index in (0, 9, 10, 24)] == ["image-0", "image-9", "image-10", "image-24"]
+    assert (images.class_names, images.source, len(images), images.left_out) == (("a", "b"), "packed memory", 25, ())
 
 
 def test_a_shard_is_plain_hdf5(folder):
@@ -85,71 +83,27 @@ def test_a_shard_is_plain_hdf5(folder):
 
 
 def test_the_digest_is_that_of_contents_and_labels_not_of_shards(tmp_path):
-    def digest(name, contents, class_names=("a", "b"), images_per_shard=10):
-        write_packed(tmp_path / name, "train", items(contents), class_names, images_per_shard=images_per_shard)
-        return PackedImages(tmp_path / name, "train").digest
-
-    first = digest("1", CONTENTS)
-    assert digest("2", CONTENTS, images_per_shard=7) == first
-    assert digest("3", CONTENTS[::-1]) != first
-    assert digest("4", CONTENTS, ("a", "c")) != first
+    first = packed(tmp_path / "1").digest
+    assert packed(tmp_path / "2", per_shard=7).digest == first
+    assert packed(tmp_path / "3", CONTENTS[::-1]).digest != first
+    assert packed(tmp_path / "4", class_names=("a", "c")).digest != first
 
 
 def test_many_classes_and_strange_names_fit(tmp_path):
     names = [f"class-{number:06d}-é\udcff" if number == 3 else f"class-{number:06d}" for number in range(21_841)]
-    write_packed(tmp_path, "validation", [("x/\udcff é.JPEG", 21_840, b"1"), ("", 0, b"")], names)
-    images = PackedImages(tmp_path, "validation")
+    given = ListedImages(CONTENTS[:2], [21_840, 0], names)
+    given.name = ["x/\udcff é.JPEG", ""].__getitem__
+    images = pack(given, tmp_path, "validation", Packing())
     assert images.class_names == tuple(names) and images.labels.tolist() == [21_840, 0]
-    assert images.name(0) == "x/\udcff é.JPEG"
-    assert [images.read(0), images.read(1)] == [b"1", b""]
+    assert [images.name(0), images.name(1)] == ["x/\udcff é.JPEG", ""]
 
 
-def test_writing_again_replaces_the_split_and_no_other(folder):
-    write_packed(folder, "validation", items(CONTENTS[:4]), ["a", "b"])
-    write_packed(folder, "train", items(CONTENTS[5:10]), ["a", "b"], images_per_shard=5)
-    assert PackedImages(folder, "train").read(0) == CONTENTS[5]
-    assert len(PackedImages(folder, "validation")) == 4
-    assert len(list(folder.iterdir())) == 2
-
-
-def test_a_failed_writing_leaves_the_old_set(folder):
-    def broken():
-        yield from list(items())[:12]
-        raise KeyError("no more")
-
-    with pytest.raises(KeyError, match="no more"):
-        write_packed(folder, "train", broken(), ["a", "b"], images_per_shard=5)
-    assert len(list(folder.iterdir())) == 3 and not verify(folder)
-
-
-@pytest.mark.parametrize("per_shard", [5, 10])
-def test_a_set_whose_replacement_cannot_be_renamed_stays(folder, monkeypatch, per_shard):
-    def refuse(path, target):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refuse)
-        with pytest.raises(OSError, match="Input/output error"):
-            write_packed(folder, "train", items(CONTENTS[::-1]), ["a", "b"], images_per_shard=per_shard)
-    images = PackedImages(folder, "train")
-    assert [images.read(index) for index in range(25)] == CONTENTS and len(list(folder.iterdir())) == 3
-    write_packed(folder, "train", items(CONTENTS[::-1]), ["a", "b"], images_per_shard=per_shard)
-    assert PackedImages(folder, "train").read(0) == CONTENTS[-1]
-
-
-@pytest.mark.parametrize(
-    ("split", "rows", "per_shard", "message"),
-    [
-        ("test", [("x", 0, b"1")], 5, "split must be train or validation, got 'test'"),
-        ("train", [("x", 0, b"1")], 0, "images_per_shard must be at least 1, got 0"),
-        ("train", [], 5, "there is no image to pack for train"),
-        ("train", [("x", 2, b"1")], 5, "x has label 2, outside the 2 classes"),
-    ],
-)
-def test_what_cannot_be_packed_is_one_sentence(tmp_path, split, rows, per_shard, message):
-    with pytest.raises(ValueError, match=message):
-        write_packed(tmp_path, split, rows, ["a", "b"], images_per_shard=per_shard)
-    assert not list(tmp_path.iterdir())
+def test_labels_and_splits_that_there_are_not_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="image-1 has label 2, outside the 2 classes"):
+        pack(ListedImages(CONTENTS[:2], [0, 2]), tmp_path, "train", Packing())
+    with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
+        pack(ListedImages(CONTENTS[:2]), tmp_path, "test", Packing())
+    assert not list(tmp_path.glob("*.h5")) and not list(tmp_path.glob(".*.tmp"))
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -170,7 +124,7 @@ def test_two_processes_read_a_set_that_is_open_here(folder, method):
     answers = [queue.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join(60)
-    assert answers == [[*CONTENTS, b"a/24.JPEG"]] * 2
+    assert answers == [[*CONTENTS, b"image-24"]] * 2
     assert images.read(7) == CONTENTS[7]
 
 
@@ -193,7 +147,7 @@ def test_a_set_is_read_from_a_copy_of_its_folder(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     moved = images.at(tmp_path / "copy")
     shutil.rmtree(folder)
-    assert [moved.read(index) for index in range(25)] == CONTENTS and moved.name(24) == "a/24.JPEG"
+    assert [moved.read(index) for index in range(25)] == CONTENTS and moved.name(24) == "image-24"
     with pytest.raises(FileNotFoundError):
         images.read(24)
 
@@ -203,21 +157,16 @@ def test_a_set_is_read_from_a_copy_of_its_folder(folder, tmp_path):
 
 def test_a_flipped_byte_is_named_by_verify_and_by_reading(folder):
     assert verify(folder) == []
-    flip(shard(folder), place_of(shard(folder), 4))
-    assert verify(folder) == ["train-00001-of-00003.h5: image 4 (a/14.JPEG, index 14) is damaged"]
+    for number in (1, 2):
+        flip(shard(folder, number), place_of(shard(folder, number), 4))
+    assert verify(folder) == [
+        "train-00001-of-00003.h5: image 4 (image-14, index 14) is damaged",
+        "train-00002-of-00003.h5: image 4 (image-24, index 24) is damaged",
+    ]
     images = PackedImages(folder, "train")
     with pytest.raises(ImageError, match=r"its checksum in train-00001-of-00003.h5 is wrong"):
         images.read(14)
     assert images.read(13) == CONTENTS[13]
-
-
-def test_two_damages_are_both_named(folder):
-    flip(shard(folder, 0), place_of(shard(folder, 0), 0))
-    flip(shard(folder, 2), place_of(shard(folder, 2), 4))
-    assert [line.partition(" is")[0] for line in verify(folder)] == [
-        "train-00000-of-00003.h5: image 0 (a/0.JPEG, index 0)",
-        "train-00002-of-00003.h5: image 4 (a/24.JPEG, index 24)",
-    ]
 
 
 @pytest.mark.parametrize("name", ["offsets", "labels", "crc32"])
@@ -274,7 +223,7 @@ def test_a_flipped_letter_of_a_class_name_is_found(folder):
 
 
 def test_a_shard_of_the_other_split_is_refused(folder, tmp_path):
-    write_packed(tmp_path / "other", "validation", items(CONTENTS), ["a", "b"], images_per_shard=10)
+    packed(tmp_path / "other", split="validation")
     for path in sorted((tmp_path / "other").glob("*.h5")):
         shutil.copy(path, folder / path.name.replace("validation", "train"))
     with pytest.raises(ValueError, match=r"train-00000-of-00003.h5 is a validation shard by its contents"):
@@ -301,7 +250,9 @@ def test_sets_of_different_lengths_do_not_mix(folder):
 
 
 def test_a_shard_of_another_set_is_refused(folder, tmp_path):
-    write_packed(tmp_path / "other", "train", items(CONTENTS[::-1]), ["a", "b"], images_per_shard=10)
+    other = ListedImages(CONTENTS[::-1])
+    other.digest = "another"
+    pack(other, tmp_path / "other", "train", Packing(images_per_shard=10))
     shutil.copy(shard(tmp_path / "other"), shard(folder))
     with pytest.raises(ValueError, match=r"00001-of-00003.h5 belongs to another set than train-00000-of-00003.h5"):
         open_images(folder, "train")
@@ -338,21 +289,7 @@ def test_missing_folders_are_named(tmp_path):
 # ---- pack ------------------------------------------------------------------------------------------------------------
 
 
-def pack_here(monkeypatch):
-    """Packs without processes: what a worker does, in this one."""
-
-    def run(tasks, images, header, settings, num_workers, bar):
-        packing._Worker.images, packing._Worker.header, packing._Worker.packing = images, header, settings
-        context = multiprocessing.get_context("spawn")
-        packing._Worker.num_done, packing._Worker.stop = context.Value("q", 0), context.Event()
-        for task in tasks:
-            packing._pack_shard(task)
-
-    monkeypatch.setattr(packing, "_run", run)
-
-
-def test_packing_keeps_bytes_and_names(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_packing_keeps_bytes_and_names(tmp_path):
     images = open_images(write_folders(tmp_path / "images"), "train")
     result = pack(images, tmp_path / "set", "train", Packing(images_per_shard=7))
     assert [result.read(index) for index in range(30)] == [images.read(index) for index in range(30)]
@@ -361,8 +298,7 @@ def test_packing_keeps_bytes_and_names(tmp_path, monkeypatch):
     assert len(result.paths) == 5 and not verify(tmp_path / "set")
 
 
-def test_resizing_shrinks_the_short_side_and_never_enlarges(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_resizing_shrinks_the_short_side_and_never_enlarges(tmp_path):
     contents = [encoded(width=90, height=60), encoded(width=60, height=90), encoded(width=20, height=40)]
     result = pack(ListedImages(contents, [0, 1, 1]), tmp_path, "train", Packing(resize=30, quality=85))
     assert [open_image(result.read(index)).size for index in range(3)] == [(45, 30), (30, 45), (20, 40)]
@@ -370,8 +306,7 @@ def test_resizing_shrinks_the_short_side_and_never_enlarges(tmp_path, monkeypatc
     assert result.source == "packed memory, short side 30, quality 85"
 
 
-def test_unreadable_images_are_left_out_and_named(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_unreadable_images_are_left_out_and_named(tmp_path):
     contents = [*CONTENTS[:4], *UNREADABLE.values(), CONTENTS[4]]
     result = pack(ListedImages(contents), tmp_path, "train", Packing(images_per_shard=4))
     assert len(result) == 5 and len(result.left_out) == len(UNREADABLE)
@@ -382,28 +317,24 @@ def test_unreadable_images_are_left_out_and_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_under_stop_the_first_unreadable_image_ends_the_packing(tmp_path, monkeypatch, kind):
-    pack_here(monkeypatch)
+def test_under_stop_the_first_unreadable_image_ends_the_packing(tmp_path, kind):
     images = ListedImages([CONTENTS[0], UNREADABLE[kind], CONTENTS[1]])
     with pytest.raises(ImageError, match=r"^image 1 \(image-1\) cannot be read: "):
         pack(images, tmp_path, "train", Packing(on_corrupt="stop"))
     assert [path.name for path in tmp_path.iterdir()] == [".packing-train.lock"]
 
 
-def test_nothing_readable_is_an_error(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_nothing_readable_is_an_error(tmp_path):
     with pytest.raises(ImageError, match="none of the 2 images can be read; the first is image 0"):
         pack(ListedImages([b"", b""]), tmp_path, "train", Packing())
 
 
-def test_a_class_that_loses_all_images_is_named(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_a_class_that_loses_all_images_is_named(tmp_path):
     with pytest.raises(ValueError, match="no image of b in train can be read"):
         pack(ListedImages([CONTENTS[0], b""]), tmp_path, "train", Packing())
 
 
-def test_a_broken_packing_goes_on(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_a_broken_packing_goes_on(tmp_path):
     images = ListedImages(CONTENTS)
     settings = Packing(images_per_shard=10)
     before = pack(images, tmp_path, "train", settings)
@@ -417,8 +348,7 @@ def test_a_broken_packing_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [Packing(images_per_shard=9), Packing(resize=20, images_per_shard=10)])
-def test_shards_of_other_settings_or_images_are_not_touched(tmp_path, monkeypatch, settings):
-    pack_here(monkeypatch)
+def test_shards_of_other_settings_or_images_are_not_touched(tmp_path, settings):
     pack(ListedImages(CONTENTS), tmp_path, "train", Packing(images_per_shard=10))
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"holds train-00000-of-00003.h5 of other images or settings"):
@@ -430,8 +360,7 @@ def test_shards_of_other_settings_or_images_are_not_touched(tmp_path, monkeypatc
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-def test_leftovers_of_a_killed_packing_go_and_two_at_a_time_are_refused(tmp_path, monkeypatch):
-    pack_here(monkeypatch)
+def test_leftovers_of_a_killed_packing_go_and_two_at_a_time_are_refused(tmp_path):
     (tmp_path / ".train-00000-of-00001-x.tmp").write_bytes(b"half a shard")
     (tmp_path / ".validation-00000-of-00001-x.tmp").write_bytes(b"of another split")
     with packing._alone(tmp_path, "validation"):
@@ -445,13 +374,11 @@ def test_a_folder_that_cannot_be_locked_is_packed_all_the_same(tmp_path, monkeyp
     def unsupported(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    pack_here(monkeypatch)
     monkeypatch.setattr(fcntl, "flock", unsupported)
     assert len(pack(ListedImages(CONTENTS), tmp_path, "train", Packing())) == 25
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path, monkeypatch, capsys):
-    pack_here(monkeypatch)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -497,8 +424,7 @@ def command(*arguments, **options):
     )
 
 
-def test_pack_info_verify_from_the_command_line(tmp_path, monkeypatch, capsys):
-    pack_here(monkeypatch)
+def test_pack_info_verify_from_the_command_line(tmp_path, capsys):
     root = write_folders(tmp_path / "images")
     (root / "train/n02/n02_4.JPEG").write_bytes(UNREADABLE["truncated"])
     target = tmp_path / "set"
@@ -533,7 +459,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, message):
 
 
 @pytest.mark.slow
-def test_workers_pack_what_one_process_packs(tmp_path, monkeypatch):
+def test_workers_pack_what_one_process_packs(tmp_path):
     root, target = write_folders(tmp_path / "images"), tmp_path / "set"
     (root / "train/n02/n02_4.JPEG").write_bytes(UNREADABLE["truncated"])
     process = command("pack", root, target, "--workers", 2, "--images-per-shard", 8)
@@ -541,7 +467,6 @@ def test_workers_pack_what_one_process_packs(tmp_path, monkeypatch):
     assert process.returncode == 0, errors
     assert "train: 29 images of 3 classes in 4 shards" in output and "left out image 14" in errors
     assert "30/30" in errors and "9/9" in errors  # the bars
-    pack_here(monkeypatch)
     alone = pack(open_images(root, "train"), tmp_path / "alone", "train", Packing(images_per_shard=8))
     assert alone.digest == PackedImages(target, "train").digest
     strict = command("pack", root, tmp_path / "strict", "--workers", 2, "--on-corrupt", "stop")
@@ -553,7 +478,7 @@ def test_workers_pack_what_one_process_packs(tmp_path, monkeypatch):
 def test_an_interrupted_packing_says_so_and_goes_on(tmp_path):
     images = write_folders(tmp_path / "images", train=100)
     target = tmp_path / "set"
-    arguments = ("pack", images, target, "--workers", 1, "--images-per-shard", 3, "--split", "train")
+    arguments = ("pack", images, target, "--workers", 2, "--images-per-shard", 3, "--split", "train")
     first = command(*arguments, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(target.glob("train-*.h5")) and time.monotonic() < deadline:

@@ -18,7 +18,7 @@ from suite_cases import build
 import aadl
 from data_loaders.imagenet.decode import Decoding
 from data_loaders.imagenet.loaders import TrainLoader
-from data_loaders.imagenet.packed import write_packed
+from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.sets import open_images
 from experiments.distributed.ranks import Ranks
 from experiments.images import data as image_data
@@ -125,18 +125,16 @@ def test_bfloat16_and_channels_last_compute_nearly_the_same(folder):
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and losses[1] != losses[0]
 
 
-def pack(folder, target):
+def packed(folder, target):
     for split in ("train", "validation"):
-        images = open_images(folder, split)
-        items = ((images.name(i), int(images.labels[i]), images.read(i)) for i in range(len(images)))
-        write_packed(target, split, items, images.class_names, images_per_shard=16)
+        pack(open_images(folder, split), target, split, Packing(images_per_shard=16))
     return target
 
 
 def test_packed_images_are_the_same_data(folder, tmp_path):
-    pack(folder, tmp_path / "packed")
-    plain, packed = (build(image_run(place), Ranks()) for place in (folder, tmp_path / "packed"))
-    for left, right in zip(plain.batches(1, 0), packed.batches(1, 0), strict=True):
+    packed(folder, tmp_path / "packed")
+    plain, shards = (build(image_run(place), Ranks()) for place in (folder, tmp_path / "packed"))
+    for left, right in zip(plain.batches(1, 0), shards.batches(1, 0), strict=True):
         assert identical(list(left), list(right))
 
 
@@ -253,14 +251,14 @@ def outcomes_on_ranks(rank, world_size, folder, packed, broken, tmp_path):
 
 @pytest.mark.slow
 def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
-    packed = pack(folder, tmp_path / "packed")
+    shards = packed(folder, tmp_path / "packed")
     for name in ("node-0", "node-1", "broken", "odd-0", "odd-1"):
         shutil.copytree(folder, tmp_path / name)
     first, second, *_ = sorted((tmp_path / "odd-1/train").rglob("*.JPEG"))
     shutil.copy(second, first)
     for path in [*(tmp_path / "broken/val").rglob("*.JPEG"), *sorted((tmp_path / "broken/train").rglob("*.JPEG"))[:5]]:
         path.write_bytes(b"")
-    places = (folder, packed, tmp_path / "broken", tmp_path)
+    places = (folder, shards, tmp_path / "broken", tmp_path)
     found = gloo.spawn_ranks(tmp_path / "ranks", outcomes_on_ranks, 2, *places)
     images, validation = open_images(folder, "train"), open_images(folder, "validation")
     problem = build(image_run(folder), Ranks())
@@ -269,7 +267,7 @@ def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
         content = images.read(40), validation.read(3), images.name(40), images.digest
         assert each["copy"] == (tmp_path / f"node-{rank}" / "train", *content)
         assert each["opened"] == (2 if rank == 0 else 0)
-        assert each["packed"] == (packed, images.read(40), 4 * (1 - rank))
+        assert each["packed"] == (shards, images.read(40), 4 * (1 - rank))
         assert each["missing"] == f"ImageNet: {tmp_path / 'missing'} does not exist"
         assert re.search(r"some images in \S+odd-\d is \w{8} here and \w{8} on rank 0", each["other copy"])
         for name, value in alone.items():
