@@ -32,7 +32,7 @@ from experiments.settings.run_config import ExperimentConfig, RunConfig, SaveCon
 from experiments.training.progress import reported_to
 from experiments.training.result import Result
 from experiments.training.stage import make_stages
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 
 def execute_run(
@@ -106,18 +106,17 @@ def execute_run(
         )
         board = TensorBoard(tensorboard_folder(path), enabled=save.tensorboard and ranks.rank == 0)
         with closing(board), session, _failures_named(config):
-            result = train(
+            run = Training(
                 problem,
                 make_stages(problem, variant),
                 ranks,
                 ema_decay=variant.ema_decay,
                 mean_epochs=variant.mean_epochs,
-                session=session,
                 show_progress=show_progress and ranks.rank == 0,
-                save_weights=save.weights,
                 trace_attempts=save.attempts,
                 watch=board,
             )
+            result = train(run, session, save_weights=save.weights)
             if ranks.rank == 0:
                 session.check_lock()
                 write(result, complete=True)

@@ -42,29 +42,17 @@ class Session(Protocol):
         """The loop calls it after every interval; may raise."""
 
 
-def train(
-    problem: Problem,
-    stages: Sequence[Stage],
-    ranks: Ranks,
-    *,
-    session: Session | None = None,
-    save_weights: bool = False,
-    **options: Any,
-) -> Result:
+def train(run: Training, session: Session | None = None, *, save_weights: bool = False) -> Result:
     """Trains interval by interval, as the plan of the problem divides the run, and evaluates off the clock.
 
     Args:
-        problem, stages, ranks, options: as of `Training`.
+        run: a new run.
         session: takes up a saved run, saves this one on the way, and may stop it.
         save_weights: whether the result has the weights.
 
     Returns:
         The series. A loss that is not finite ends the run, and the result says where it diverged.
-
-    Raises:
-        ValueError: there is nothing to train on.
     """
-    run = Training(problem, stages, ranks, **options)
     if session is None or not session.restore(run):
         run.begin()
     while run.goes_on:

@@ -8,7 +8,7 @@ from torch.nn.utils import parameters_to_vector
 import aadl
 from experiments.distributed.ranks import Ranks
 from experiments.training.stage import make_stages
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 ADAM = {"name": "Adam", "lr": 1e-2}
 SETTINGS = {"dtype": "float64", "num_points": 33, "num_conditions": 9, "condition_weight": 2.0}  # odd, for 2 ranks
@@ -47,7 +47,7 @@ def _train_rank(rank, world_size, variant, settings):
     config = pinn_run(variant, {"iterations": 24, "evaluate_every": 6}, resample_every=12, **settings)
     problem = build(config, ranks)
     (stage,) = make_stages(problem, config.variant)
-    result = train(problem, [stage], ranks)
+    result = train(Training(problem, [stage], ranks))
     accepted = 0
     if config.variant.acceleration is not None:
         accepted = aadl.accelerator_of(stage.optimizer).statistics["accepted"]
@@ -86,7 +86,7 @@ def _stop_rank(rank, world_size):
     config = pinn_run({"optimizer": ADAM}, training)
     problem = build(config, ranks)
     (stage,) = make_stages(problem, config.variant)
-    result = train(problem, [stage], ranks)
+    result = train(Training(problem, [stage], ranks))
     return result.iterations.tolist(), result.stop_reason
 
 

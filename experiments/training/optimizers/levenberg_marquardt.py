@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 ACCEPT_FAST, ACCEPT_SLOW = 0.75, 0.25
 """Gain ratios above which the damping falls to a third, and below which it doubles."""
@@ -74,7 +74,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
             solution = solve(damping)
             if solution is not None:
                 update, predicted = solution
-                vector_to_parameters(start + update, parameters)
+                _write(start + update, parameters)
                 decrease = float(loss - closure.residuals().square().sum())
                 if decrease > 0:
                     ratio = decrease / predicted if predicted > 0 else math.inf
@@ -86,8 +86,14 @@ class LevenbergMarquardt(torch.optim.Optimizer):
                 group["damping"] = self.defaults["damping"]  # other points, or other weights, may go better
                 break
             group["damping"] = 4 * damping
-        vector_to_parameters(start, parameters)
+        _write(start, parameters)
         return loss
+
+
+def _write(vector: Tensor, parameters: list[Tensor]) -> None:
+    """Writes into the parameters' own memory, which `vector_to_parameters` exchanges: hooks would see new tensors."""
+    for p, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(part.view_as(p))
 
 
 class _Damped:

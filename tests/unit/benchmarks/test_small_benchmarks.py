@@ -1,8 +1,10 @@
-"""Derivatives of PINNs, where acceleration pays, and the tables that all benchmarks print."""
+"""Derivatives of PINNs, where acceleration pays, tuned rates, and the tables that all benchmarks print."""
 
 import math
+import types
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from benchmarks import pinn_operators, tables
 from benchmarks import where_it_pays as study
 from benchmarks.pinn_operators import WAYS, Case, Row, all_cases, errors, measure
 from benchmarks.small_training import PROBLEMS, SCHEDULES, Run, train
+from benchmarks.tuned_rates import HEADER, LOSS, rows
 from benchmarks.where_it_pays import best_rate, compared, middle, rate_of
 
 
@@ -109,3 +112,28 @@ def test_a_table_is_measured_kept_and_drawn(tmp_path, monkeypatch):
     assert figure.stat().st_size > 10_000
     study.main(["--problems", "digits", *places])
     assert sorted(map(str, study.read(table))) == sorted(map(str, first))
+
+
+# ---- tuned rates -----------------------------------------------------------------------------------------------------
+
+
+def run_with_rate(variant, lr, losses):
+    optimizer = {"name": "SGD", "arguments": {"lr": lr}}
+    config = {"experiment": "graduate_admissions", "variant_name": variant, "variant": {"optimizer": optimizer}}
+    series = {LOSS: np.array(losses), "metrics/validation/loss": np.array([3.0, 4.0, 2.0])}
+    return types.SimpleNamespace(config=config | {"problem": {}}, series=series, diverged=False)
+
+
+def test_a_rate_is_tuned_when_both_neighbors_are_worse():
+    ends = {"inner": {0.1: [3.0, 9.0, 1.0], 0.2: [2.0, 1.0, 8.0], 0.3: [math.nan, 1.0, math.nan]}, "end": {0.1: [1.0]}}
+    ends["end"] |= {0.2: [2.0], 0.3: [3.0]}
+    runs = [run_with_rate(name, lr, [7.0, end]) for name in ends for lr, of in ends[name].items() for end in of]
+    table = [dict(zip(HEADER, row, strict=True)) for row in rows(runs)]
+    assert {(row["variant"], row["lr"]): row["tuned"] for row in table if row["tuned"]} == {
+        ("inner", "0.2"): "yes",
+        ("end", "0.1"): "end",
+    }
+    (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.2"))
+    assert list(row.values())[4:9] == ["3", "2.000e+00", "1.000e+00", "8.000e+00", "2.000e+00"]
+    (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.3"))
+    assert row["loss"] == row["highest"] == "inf" and row["lowest"] == "1.000e+00"

@@ -18,7 +18,7 @@ from experiments.records.status import run_path, state_of
 from experiments.runs import execute
 from experiments.runs.config import expand_runs
 from experiments.training.stage import Stage
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 LOSS = "metrics/train/loss"
 SGD = {"name": "SGD", "lr": 1e-3}
@@ -120,7 +120,7 @@ def test_a_run_with_a_time_limit_tells_its_progress_by_time(monkeypatch, capsys)
     limited = pinn_run(training={"iterations": 10**6, "evaluate_every": 1, "max_seconds": 60})
     problem = build(limited, Ranks())
     optimizer = torch.optim.Adam(problem.model.parameters())
-    result = train(problem, [Stage(optimizer)], Ranks(), show_progress=True)
+    result = train(Training(problem, [Stage(optimizer)], Ranks(), show_progress=True))
     lines = capsys.readouterr().err.splitlines()
     assert result.stop_reason == "time" and len(result.iterations) > 11
     assert 5 <= len(lines) <= 10 and all("/1000000 iterations, " in line and "loss " in line for line in lines)

@@ -20,7 +20,7 @@ from experiments.runs import execute
 from experiments.runs.execute import execute_run
 from experiments.runs.runs_to_make import runs_to_make, single_process_variants
 from experiments.training.stage import Stage
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 LOSS = "metrics/train/loss"
 ADAM = {"name": "Adam", "lr": 1e-2}
@@ -120,7 +120,7 @@ def test_a_run_ends_when_its_time_is_up(monkeypatch):
             return backward(model, points, observe)
 
         problem.backward = slow
-        return train(problem, [Stage(torch.optim.Adam(problem.model.parameters()))], Ranks())
+        return train(Training(problem, [Stage(torch.optim.Adam(problem.model.parameters()))], Ranks()))
 
     result = trained_slowly(max_seconds=6.5)
     assert result.stop_reason == "time" and result.iterations.tolist() == [0, 4, 7]
@@ -179,12 +179,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_iteration():
     config = pinn_run(training={"iterations": 40, "evaluate_every": 10})
     problem = build(config, Ranks())
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=1e-3)
-    result = train(failing(problem, 13), [Stage(optimizer)], Ranks())
+    result = train(Training(failing(problem, 13), [Stage(optimizer)], Ranks()))
     assert result.diverged_iteration == 13 and result.stop_reason == "diverged" and result.diverged_epoch is None
     assert result.iterations.tolist() == [0, 10, 20] and np.isfinite(result.series[LOSS][:2]).all()
     problem = build(config, Ranks())
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=1e30)  # the loss is finite, the weights are not
-    assert train(problem, [Stage(optimizer)], Ranks()).diverged_iteration in range(1, 11)
+    assert train(Training(problem, [Stage(optimizer)], Ranks())).diverged_iteration in range(1, 11)
 
 
 @pytest.mark.parametrize(

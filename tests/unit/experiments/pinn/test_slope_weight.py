@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 from experiments.distributed.ranks import Ranks
 from experiments.training.optimizers import LevenbergMarquardt
 from experiments.training.stage import Stage
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 LM = {"optimizer": {"name": "LevenbergMarquardt"}}
 LOSS = "metrics/train/loss"
@@ -110,14 +110,14 @@ def test_recorded_losses_are_without_the_weight():
     problem, plain = build(config, Ranks()), build(pinn_run(LM, dtype="float64"), Ranks())
     optimizer = LevenbergMarquardt(problem.model.parameters())
     start = float(plain.loss(plain.model, plain.points(plain.model, 0)).detach())
-    result = train(problem, [Stage(optimizer)], Ranks())
+    result = train(Training(problem, [Stage(optimizer)], Ranks()))
     points = problem.points(problem.model, 0)
     plain.model.load_state_dict(problem.model.state_dict())
     end = float(plain.loss(plain.model, points).detach())
     assert result.series[LOSS][[0, -1]] == pytest.approx([start, end], rel=1e-12)
     weighted = float(problem.residuals(problem.model, points).square().sum())
     assert weighted < 0.99 * end
-    trained_plainly = train(plain, [Stage(LevenbergMarquardt(plain.model.parameters()))], Ranks())
+    trained_plainly = train(Training(plain, [Stage(LevenbergMarquardt(plain.model.parameters()))], Ranks()))
     assert trained_plainly.series[LOSS][-1] < result.series[LOSS][-1]  # it goes on from there, without the weight
 
 

@@ -23,7 +23,7 @@ from experiments.settings.run_config import PublishedConfig, SaveConfig, Variant
 from experiments.training.attempts import AttemptTrace
 from experiments.training.components import make_optimizer
 from experiments.training.stage import Stage
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 RATE = {"lr": 3e-2, "momentum": 0.9}
 
@@ -41,7 +41,7 @@ def test_every_attempt_has_a_row_with_its_step_and_outcome():
     aadl.accelerate(optimizer, **EAGER)
     statistics = aadl.accelerator_of(optimizer).statistics
     stages = [Stage(optimizer, lambda: aadl.accelerator_of(optimizer).statistics)]
-    attempts = train(problem, stages, Ranks(), trace_attempts=True).attempts
+    attempts = train(Training(problem, stages, Ranks(), trace_attempts=True)).attempts
     outcomes = Counter(attempts["outcome"])
     assert outcomes.pop("accepted", 0) == statistics["accepted"]
     assert outcomes.pop("reverted", 0) == statistics["reverted"]
@@ -74,8 +74,8 @@ def test_a_run_without_a_trace_has_none():
     run = config()
     problem = graduate_admissions.AdmissionsProblem(run, Ranks())
     stage = Stage(make_optimizer(run.variant.optimizer, problem.model.parameters()))
-    assert train(problem, [stage], Ranks()).attempts is None
-    assert train(problem, [stage], Ranks(), trace_attempts=True).attempts["step"].tolist() == []
+    assert train(Training(problem, [stage], Ranks())).attempts is None
+    assert train(Training(problem, [stage], Ranks(), trace_attempts=True)).attempts["step"].tolist() == []
 
 
 class StopsAt(Interruption):

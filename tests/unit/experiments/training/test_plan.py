@@ -11,7 +11,7 @@ from experiments.training.optimizers import LevenbergMarquardt
 from experiments.training.plan import schedule_of
 from experiments.training.problem import Problem
 from experiments.training.stage import Stage
-from experiments.training.train import train
+from experiments.training.train import Training, train
 
 LOSS = "metrics/train/loss"
 SEARCH = {"line_search_fn": "strong_wolfe", "max_iter": 9, "tolerance_grad": 0.0, "tolerance_change": 0.0}
@@ -41,7 +41,7 @@ def run(plan, *optimizers):
     """The result of a run; the optimizers are (first iteration, function of the parameters)."""
     problem = Valley(plan)
     stages = [Stage(make(problem.model.parameters()), after=after) for after, make in optimizers]
-    return train(problem, stages, Ranks())
+    return train(Training(problem, stages, Ranks()))
 
 
 def sgd(parameters):
@@ -93,7 +93,7 @@ def test_other_points_reset_the_history_of_a_line_search_if_told(resets, expecte
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("experiments.training.iterations.LINE_SEARCHES", (Watched,))
         stage = Stage(Watched(problem.model.parameters(), lr=1e-4, max_iter=9, tolerance_change=0.0))
-        train(problem, [stage], Ranks())
+        train(Training(problem, [stage], Ranks()))
     assert empty == expected
 
 

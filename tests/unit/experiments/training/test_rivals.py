@@ -22,7 +22,7 @@ def trained(config):
     """The result of a run."""
     problem = build(config, Ranks())
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-    return train(problem, [Stage(optimizer)], Ranks())
+    return train(Training(problem, [Stage(optimizer)], Ranks()))
 
 
 def test_ssbroyden_counts_every_evaluation_and_keeps_the_budget():
@@ -82,7 +82,7 @@ def test_schedule_free_is_evaluated_at_its_average(monkeypatch):
 
     step = Training._step
     monkeypatch.setattr(Training, "_step", lambda run, batch: modes.append(mode()) or step(run, batch))
-    result = train(problem, [Stage(optimizer)], Ranks())
+    result = train(Training(problem, [Stage(optimizer)], Ranks()))
     steps = modes.count(True)
     assert steps == result.num_steps and modes.count(False) == 11 and mode()  # ten epochs and the start
     with torch.no_grad():

@@ -40,7 +40,7 @@ def trained(config, ranks=None):
     ranks = ranks or Ranks()
     problem = build(config, ranks)
     (stage,) = make_stages(problem, config.variant)
-    return train(problem, [stage], ranks), problem, stage
+    return train(Training(problem, [stage], ranks)), problem, stage
 
 
 def admissions_run(settings, **training):
@@ -174,7 +174,7 @@ def test_other_optimizers_hand_nothing_over():
     config = pinn_run({"optimizer": ADAM, "acceleration": {}})
     (stage,) = make_stages(problem, config.variant)
     problem.backward = note
-    train(problem, [stage], Ranks())
+    train(Training(problem, [stage], Ranks()))
     assert set(observers) == {None} and stage.accelerator is None
 
 

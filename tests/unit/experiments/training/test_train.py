@@ -15,7 +15,7 @@ from experiments.training.epochs import Epochs
 from experiments.training.plan import schedule_of
 from experiments.training.problem import Problem
 from experiments.training.stage import Stage
-from experiments.training.train import train
+from experiments.training.train import Training, train
 from experiments.training.updates import Updates
 
 TRAIN = "metrics/train/loss"
@@ -48,7 +48,7 @@ class Quadratic(Problem):
 def run(problem, lr=0.1, **options):
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=lr)
     stage = Stage(optimizer, options.pop("statistics", None))
-    return train(problem, [stage], Ranks(), **options)
+    return train(Training(problem, [stage], Ranks(), **options))
 
 
 def test_the_loop_is_gradient_descent():
@@ -202,7 +202,7 @@ def _train_rank(rank, world_size):
     ranks = Ranks(rank=rank, world_size=world_size)
     problem = graduate_admissions.AdmissionsProblem(config, ranks)
     optimizer = make_optimizer(config.variant.optimizer, problem.model.parameters())
-    return train(problem, [Stage(optimizer)], ranks).series[TRAIN]
+    return train(Training(problem, [Stage(optimizer)], ranks)).series[TRAIN]
 
 
 @pytest.mark.smoke

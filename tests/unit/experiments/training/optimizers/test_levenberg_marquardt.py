@@ -158,3 +158,15 @@ def test_a_jacobian_that_is_not_finite_is_not_tried(entry):
     script.linearize = lambda: (torch.ones(1).double(), torch.full((1, 1), entry).double())
     LevenbergMarquardt([script.weight]).step(script)
     assert script.trials == [] and float(script.weight.detach()) == 0.0
+
+
+def test_the_weights_stay_in_their_memory():
+    """Hooks of others, aadl's among them, see the same tensors after each step, also after one that goes back."""
+    problem = LeastSquares(rosenbrock, [-1.2], [1.0])
+    optimizer = LevenbergMarquardt(problem.parameters, max_trials=1)
+    places = [p.data_ptr() for p in problem.parameters]
+    vectors = []
+    for _ in range(4):
+        optimizer.step(problem)
+        vectors.append(problem.vector())
+    assert [p.data_ptr() for p in problem.parameters] == places and not torch.equal(vectors[0], vectors[-1])
