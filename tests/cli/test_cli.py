@@ -46,7 +46,7 @@ def test_run_figures_summarize(config, tmp_path, capsys):
     ]
     assert len(read_run(results / records[0]).series["metrics/train/loss"]) == 4
     told = capsys.readouterr().err
-    assert "4 of 4 runs to do" in told
+    assert "4 of 4 runs to do" in told and "--force" not in told
     written, merit, *variants, following = told.splitlines()[-5:]
     assert written == f"written: 4 records in {results}/graduate_admissions/test"
     assert merit == "validation loss at the end, the best first:"

@@ -544,6 +544,14 @@ def test_points_of_physics_informed_networks_grow_with_the_ranks():
     assert scaling.work_overrides(config, "strong", 8, 2) == []
 
 
+def test_a_batch_for_each_rank_stays_or_becomes_that_of_the_smallest_job():
+    config = load_config(ROOT / "experiments" / "configs" / "imagenet" / "paper.yaml")
+    whole = 6 * config.training.batch_size_per_rank
+    assert scaling.work_overrides(config, "weak", 12, 6) == []
+    strong = [f"training.batch_size={whole}", "training.batch_size_per_rank=null"]
+    assert scaling.work_overrides(config, "strong", 12, 6) == strong
+
+
 def test_collecting_gives_rates_efficiencies_and_a_figure(tmp_path, capsys):
     """Twice the ranks in 0.625 of the time: efficiency 80 %."""
     for (nodes, ranks, seconds), seed in itertools.product([(1, 8, 10.0), (2, 16, 6.25)], (0, 1)):

@@ -51,6 +51,7 @@ def test_a_diverged_run_counts_as_infinitely_bad(tmp_path):
     save(tmp_path, "sgd", 0, PLAIN)
     save(tmp_path, "sgd_aadl", 0, [11, np.inf] + [np.nan] * 9, diverged_epoch=1)
     found = variants(tmp_path)
+    assert found["sgd_aadl"].series("metrics/train/loss").tolist() == [[11, *[np.inf] * 10]]
     measures = measure(found["sgd_aadl"], found["sgd"])
     assert measures.epochs.tolist() == [np.inf] and measures.train_ratio.tolist() == [np.inf]
     assert "1 of 1" in summarize(compare(tmp_path))

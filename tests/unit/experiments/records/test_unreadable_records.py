@@ -96,9 +96,10 @@ def test_what_somebody_else_wrote_is_named_and_not_replaced(tmp_path):
     path = foreign(run_path(tmp_path, run_config()))
     with pytest.raises(ForeignRecord, match=r"seed-0\.h5 is an HDF5 file, but no record of this suite"):
         state_of(path, run_config(), "abc", 1)
-    foreign(path, config="{}", schema_version=9, complete=True)
-    with pytest.raises(ForeignRecord, match="has schema version 9, not 1"):
-        state_of(path, run_config(), "abc", 1)
+    for version in (0, 9):
+        foreign(path, config="{}", schema_version=version, complete=True)
+        with pytest.raises(ForeignRecord, match=f"has schema version {version}, not 1"):
+            state_of(path, run_config(), "abc", 1)
     foreign(path, config="{}", schema_version=1, complete=True)
     with pytest.raises(ForeignRecord, match="has no attribute variant, seed"):
         read_run(path)

@@ -129,6 +129,7 @@ def test_overrides(tmp_path):
     assert list(load_config(path, ["variants=fast"]).variants) == ["fast"]
     for override, message in (
         ("training.epochs", "--set needs key=value"),
+        ("training..epochs=5", "--set needs key=value"),
         ("training.epochs=[", "is not a YAML value"),
         ("training.epochs=many", "training.epochs must be an integer"),
         ("seeds.a=1", "seeds is a value, not a group"),
