@@ -19,11 +19,11 @@ from experiments.training.components import needs_residuals
 from experiments.training.problem import Description
 
 MADE = {
-    "unfinished": "runs were stopped on the way: they are taken up again",
-    "damaged": "records are damaged or incomplete: these runs are made again",
-    "changed": "records have other settings, other data or another number of ranks: these runs are made again",
+    "unfinished": "stopped on the way and taken up again",
+    "damaged": "made again, because the record is damaged or incomplete",
+    "changed": "made again, because the record has other settings, other data or another number of ranks",
 }
-"""What is said of the runs in a state, after their number."""
+"""What is said of the runs in a state, before their number."""
 
 
 def runs_to_make(
@@ -108,10 +108,10 @@ def _unfinished(
             digest = descriptions[repr(run.problem)].digest
             check_checkpoints(run_folder(run_path(results, run)), run, digest, ranks)
     counts = Counter(states)
-    lack = {"without parts": f"records have no {' or no '.join(parts)} (save): these runs are made again"}
+    lack = {"without parts": f"made again, because the record has no {' or no '.join(parts)} (save)"}
     for state, text in (MADE | lack).items():
         if counts[state]:
-            say(f"{counts[state]} {text}")
+            say(f"{text}: {counts[state]}")
     for run in finished:
         try:
             note_place(run_path(results, run), run)
@@ -121,6 +121,6 @@ def _unfinished(
         commit, dirty = git_state()
         commits = [read_run(run_path(results, run)).attributes["git_commit"] for run in finished]
         other = len(finished) if dirty else len(finished) - commits.count(commit)
-        note = f", {other} of them by other or uncommitted code (--force makes them again)" if other else ""
-        say(f"{len(finished)} runs are finished already{note}")
+        note = f", of these by other or uncommitted code: {other} (--force makes them again)" if other else ""
+        say(f"finished already: {len(finished)}{note}")
     return [run for run, state in zip(runs, states, strict=True) if state != "finished"]

@@ -68,13 +68,13 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     capsys.readouterr()
     assert run(config, results) == 0
     told = capsys.readouterr().err
-    assert "1 records are damaged or incomplete" in told and "1 of 4 runs to do" in told
+    assert "made again, because the record is damaged or incomplete: 1" in told and "1 of 4 runs to do" in told
     read_run(records[0])
     assert all(path.stat().st_mtime_ns == before[path] for path in records[1:])
     run(config, results, "--set", "seeds=0-2")
     assert "2 of 6 runs to do" in capsys.readouterr().err
     run(config, results, "--set", "training.epochs=5", "--set", "variants=sgd")
-    assert "2 records have other settings" in capsys.readouterr().err
+    assert "another number of ranks: 2" in capsys.readouterr().err
     run(config, results, "--force")
     told = capsys.readouterr().err
     assert "4 of 4 runs to do" in told and told.count("; world size: 1\n") == 1
@@ -238,7 +238,7 @@ def test_a_record_holds_the_weights_that_were_evaluated_last(config, tmp_path, c
     results = tmp_path / "results"
     for settings, told in (
         ("false", "1 of 1 runs to do"),
-        ("true", "records have no weights (save)"),
+        ("true", "the record has no weights (save)"),
         ("false", "0 of 1"),
     ):
         assert run(path, results, "--set", f"save.weights={settings}") == 0

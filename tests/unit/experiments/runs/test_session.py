@@ -316,7 +316,7 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, monke
     told = capsys.readouterr().err
     assert f"stopped by {number.name} after step" in told and "the same command goes on" in told
     assert command(config, tmp_path / "again", "--jobs", "1") == 0
-    assert "1 runs were stopped on the way: they are taken up again" in capsys.readouterr().err
+    assert "stopped on the way and taken up again: 1" in capsys.readouterr().err
     paths = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.h5"))
     assert len(paths) == 4
     for path in paths:
