@@ -116,13 +116,14 @@ class BandwidthMeter:
 
 
 def storages(device: str = "cpu") -> dict[int, int]:
-    """Bytes of the memory behind all plain tensors of Python that exist on the device, by address.
+    """Bytes of the memory behind all plain dense tensors of Python that exist on the device, by address.
 
     Exact at any size, and blind to memory that is not torch's, which `resident_bytes` sees.
     """
     found = {}
     for item in gc.get_objects():
-        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.device.type == torch.device(device).type:
+        is_plain = type(item) in (torch.Tensor, torch.nn.Parameter) and item.layout == torch.strided
+        if is_plain and item.device.type == torch.device(device).type:
             storage = item.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

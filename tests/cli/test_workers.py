@@ -1,5 +1,6 @@
 """Workers and signals: those of a scheduler do not end them, the end of their parent does."""
 
+import contextlib
 import json
 import os
 import re
@@ -137,12 +138,12 @@ from experiments.runs.lock import LOCK_NAME
 
 train = execute.train
 
-def train_or_fail(*arguments, session, **options):
+def train_or_fail(run, session, **options):
     if f"{{session.folder.parent.name}} {{session.folder.stem.removeprefix('seed-')}}" == {failing!r}:
         while len(list(pathlib.Path({results!r}).rglob(LOCK_NAME))) < 2:  # another run has begun
             time.sleep(0.05)
         raise ZeroDivisionError("its own")
-    return train(*arguments, session=session, **options)
+    return train(run, session, **options)
 
 def print_and_note(text, **options):  # the parent has heard of the failure
     print(text, **options)
@@ -176,8 +177,10 @@ def start_jobs(folder, seeds, running, failing=""):
             return False
         return {run_of(results, lock) for lock in results.rglob(LOCK_NAME)} == running
 
-    if not wait_until(have_begun, 600):
-        os.killpg(process.pid, signal.SIGKILL)
+    wait_until(lambda: have_begun() or process.poll() is not None, 600)
+    if process.poll() is not None or not have_begun():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(process.communicate()[1])
     return process, results
 

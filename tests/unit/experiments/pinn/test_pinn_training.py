@@ -38,9 +38,9 @@ def trained(config):
     seen = {}
     original = execute.train
 
-    def keep(problem, stages, *args, **kwargs):
-        seen["problem"], seen["optimizer"] = problem, stages[0].optimizer
-        seen["result"] = original(problem, stages, *args, **kwargs)
+    def keep(run, *args, **kwargs):
+        seen["problem"], seen["optimizer"] = run.problem, run.stages[0].optimizer
+        seen["result"] = original(run, *args, **kwargs)
         return seen["result"]
 
     with pytest.MonkeyPatch.context() as patch:
