@@ -133,7 +133,7 @@ def test_a_mistake_is_named(path, value, message):
 
 
 def test_studies_of_another_experiment_are_not_offered():
-    with pytest.raises(ValueError, match=r"^unknown key studies\.lr; valid keys are: learning_rate \(default None\)"):
+    with pytest.raises(ValueError, match=r"^unknown key studies\.lr; valid keys are: learning_rate \(default None\)$"):
         parse_config({**copy.deepcopy(PINN), "studies": {"lr": {}}})
 
 
