@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -15,6 +16,8 @@ from experiments.records.compare import find_folders
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_runs
 from experiments.records.report import html_page, section_of
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -47,9 +50,9 @@ def _write(output: Path | None, results: Path, page: str) -> Path:
     try:
         write_text(path, page)
     except OSError as error:
-        if output is not None:
+        if output is not None or error.errno not in READ_ONLY:
             raise
         path = Path("report.html")
-        print(f"note: {error}: the report is in {path.resolve()}", file=sys.stderr)
         write_text(path, page)
+        print(f"note: {error}: the report is in {path.resolve()}", file=sys.stderr)
     return path
