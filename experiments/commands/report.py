@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -16,8 +15,6 @@ from experiments.records.compare import find_folders
 from experiments.records.provenance import git_state
 from experiments.records.reading import read_runs
 from experiments.records.report import html_page, section_of
-
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -45,12 +42,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _write(output: Path | None, results: Path, page: str) -> Path:
-    """Writes the page, in the current folder where nobody named a file and the results are read-only."""
+    """Writes the page, in the current folder where nobody named a file and that of the results takes none."""
     path = output or results / "report.html"
     try:
         write_text(path, page)
     except OSError as error:
-        if output is not None or error.errno not in READ_ONLY:
+        if output is not None:
             raise
         path = Path("report.html")
         write_text(path, page)
