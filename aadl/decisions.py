@@ -1,4 +1,4 @@
-"""Decisions of Anderson acceleration: when one is due, the next candidate is made, judged and taken or rejected."""
+"""Decisions of Anderson acceleration: when an acceleration is due, and how its candidate is made, judged and taken."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from aadl.trial_loss import LossTrials
 Place = Callable[[bool], None]
 """Called with whether the plain iterate returns; starts the next macro-step there, or at the mapped iterate."""
 MOST_MOVES = 65_521
-"""Bound of `Decisions.moves`, so that its square, summed over any number of ranks, is exact in float64."""
+"""Bound of `Judgments.moves`, so that its square, summed over any number of ranks, is exact in float64."""
 
 
 @dataclass

@@ -52,7 +52,7 @@ def _obstacle(p: Tensor) -> str:
     name = f"parameter of shape {tuple(p.shape)}"
     if getattr(p, "_fsdp_flattened", False):  # marks flat parameters and the views of them (use_orig_params)
         return (
-            f"{name} belongs to torch.distributed.fsdp.FullyShardedDataParallel, whose shards cannot be told from "
+            f"{name} belongs to torch.distributed.fsdp.FullyShardedDataParallel, whose shards look like "
             f"whole parameters: use torch.distributed.fsdp.fully_shard"
         )
     if p.dtype not in DTYPES:

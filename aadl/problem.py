@@ -69,7 +69,7 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
     Args:
         step: the macro-step that has ended.
         accepted: the candidate that its residual judges, if any.
-        moves: `Decisions.moves` of this rank.
+        moves: `Judgments.moves` of this rank.
     """
     history, ranks = step.history, step.history.ranks
     own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2]

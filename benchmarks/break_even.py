@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median
 
+import torch
+
 from benchmarks.accelerated_step import RESNET50, Case, Problem, accelerate
 from benchmarks.machine import in_fresh_process
 from benchmarks.tables import head, line, number, origin
@@ -97,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--couplings", nargs="+", choices=("params", "full"), default=("params", "full"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)  # as in the processes that measure; the last line says so
     print(head([
         "parameters", "depth", "coupling", "period, ms", "compiled, ms", "compilation, s", "from torch's cache, s",
         "earned after, steps", "from the cache",

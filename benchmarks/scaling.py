@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/reports/scaling.md")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as in the processes that measure; the tables say so
     workloads = list(WORKLOADS.values())
     overhead = in_fresh_process(measure_overhead)
     counts = count_all(cases_of(LAYOUTS, WORLD_SIZES, workloads))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -95,11 +96,14 @@ def measure_all(options: argparse.Namespace) -> tuple[Report, BandwidthMeter]:
     return Report(options.device, meter.median(), results, textbooks), meter
 
 
-def write(report: Report, figures: Path, folder: Path) -> None:
+def write(report: Report, options: argparse.Namespace) -> None:
     """Leaves the figure in one folder and the tables of the steps in another, and prints all tables."""
+    docs = ROOT / "docs"
+    figures, folder = (docs / "figures", docs / "tables") if options.docs else (options.output, options.output)
     figures.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    draw(report, figures / "step_roofline.png")
+    if not options.docs or max(options.sizes) > SMALL:  # the page's figure shows large cases
+        draw(report, figures / "step_roofline.png")
     for name, table in tables(report).items():
         if name.startswith("step_"):
             (folder / f"{name}.csv").write_text(table.csv())
@@ -130,11 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes, prints; returns 1 where memory and its count disagree."""
     options = parse(arguments)
     report, meter = measure_all(options)
-    docs = ROOT / "docs"
-    write(report, *((docs / "figures", docs / "tables") if options.docs else (options.output, options.output)))
+    write(report, options)
     copies = [sample.copy / 1e9 for sample in meter.samples]
     print(origin("python -m benchmarks.step", options.device))
     print(f"copy bandwidth over the run: {min(copies):.1f} to {max(copies):.1f} GB/s ({len(copies)} samples)")
+    slow = sum(copy < 0.75 * median(copies) for copy in copies)
+    if slow:
+        print(f"others used the machine: copying fell below 3/4 of its median in {slow} of {len(copies)} samples")
     wrong = disagreements(report)
     for line in wrong:
         print(f"not what is counted: {line}")

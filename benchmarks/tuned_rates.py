@@ -7,6 +7,7 @@ tuned: the row says "end".
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 from collections import defaultdict
@@ -53,7 +54,11 @@ def _finite(value: float) -> float:
 
 def main() -> None:
     """Writes the table of all finished runs whose scale is `rates` and whose study is the learning rate."""
-    folders = sorted(Path(sys.argv[1]).glob("*/rates"))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuned_rates", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("results", type=Path, help="folder of results")
+    folders = sorted(parser.parse_args().results.glob("*/rates"))
+    if not folders:
+        parser.error("the folder holds no results of a rates.yaml")
     runs = [run for folder in folders for run in read_runs(folder) if run.attributes["study"] == "learning_rate"]
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(HEADER)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,14 @@ from data_loaders.workers import follow_parent, signals_held_back
 
 PICTURES = 2
 """Version of what is encoded again: a packing that was begun before a change is not finished with other pictures."""
+
+LEFTOVER_SECONDS = 6 * 3600
+"""Age of an unfinished file that no process writes any more. Where locks hold within a node alone, a younger one may be
+that of a process on another node; a shard is written within minutes."""
+
+
+class OtherShardsError(ValueError):
+    """A folder holds shards of other images or settings."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +187,8 @@ def pack(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument outside its range, the folder holds shards of other images or settings, or another
-            process is at work there.
+        OtherShardsError: the folder holds shards of other images or settings.
+        ValueError: an argument outside its range, or another process is at work in the folder.
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed.
     """
@@ -226,13 +235,16 @@ def _alone(folder: Path, split: str) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another process is packing {split} into {folder}") from None
         if is_held:
+            oldest = time.time() - LEFTOVER_SECONDS
             for leftover in folder.glob(f".{split}-*.tmp"):
-                leftover.unlink()
+                with suppress(FileNotFoundError):
+                    if leftover.stat().st_mtime < oldest:
+                        leftover.unlink()
         yield
 
 
 def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> set[Path]:
-    """Shards that are there already; ValueError where one belongs to another set."""
+    """Shards that are there already; OtherShardsError where one belongs to another set."""
     wanted = {task.path for task in tasks}
     finished = set()
     for path in sorted(folder.glob(f"{split}-*-of-*.h5")):
@@ -243,7 +255,7 @@ def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> 
                 continue
             same = False
         if not same or path not in wanted:
-            raise ValueError(
+            raise OtherShardsError(
                 f"{folder} holds {path.name} of other images or settings: choose another folder, or delete its shards"
             )
         finished.add(path)

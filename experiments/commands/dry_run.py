@@ -19,7 +19,7 @@ MEANING = {
     "missing": "not made yet",
     "changed": "other settings, data or number of ranks: made again",
     "damaged": "damaged or without an end: made again",
-    "without parts": "the record lacks what `save` asks for: made again",
+    "without parts": "the record has not all of what `save` asks for ({parts}): made again",
 }
 
 
@@ -46,7 +46,10 @@ def _lines(config: ExperimentConfig, results: Path, world_size: int, force: bool
     groups: dict[tuple[str, str], list[int]] = {}
     for run, state in zip(runs, states, strict=True):
         groups.setdefault((run.name, state), []).append(run.seed)
-    rows = [(name, spans(sorted(seeds)), MEANING[state]) for (name, state), seeds in groups.items()]
+    rows = [
+        (name, spans(sorted(seeds)), MEANING[state].format(parts=" and ".join(config.save.parts)))
+        for (name, state), seeds in groups.items()
+    ]
     num_finished = states.count("finished")
     sources = ", ".join(dict.fromkeys(description.source for description in descriptions.values()))
     lines = [

@@ -15,7 +15,7 @@ from typing import Any
 from experiments.records.status import states_of_folder
 from experiments.records.text_table import text_table
 from experiments.settings.config_files import config_files, find_config
-from experiments.settings.kinds import Seeds
+from experiments.settings.kinds import Seeds, Text
 from experiments.settings.run_config import Studies
 from experiments.settings.schema import read_settings
 from experiments.settings.yaml_file import read_yaml
@@ -39,7 +39,7 @@ def _all(results: Path) -> list[str]:
     """One line a configuration, and one for each folder of results that belongs to none."""
     rows, folders = [], set()
     for name, path in config_files().items():
-        raw = read_yaml(path)
+        raw = _outline(path)
         folder = results / str(raw["experiment"]) / str(raw["scale"])
         folders.add(folder)
         runs = _runs_of(raw, path)
@@ -60,7 +60,7 @@ def _some(name: str, results: Path) -> list[str]:
     of_experiment = {key: path for key, path in config_files().items() if key.partition("/")[0] == name}
     lines: list[str] = []
     for key, path in (of_experiment or {name: first}).items():
-        raw = read_yaml(path)
+        raw = _outline(path)
         states = states_of_folder(results / str(raw["experiment"]) / str(raw["scale"]))
         runs = _runs_of(raw, path)
         rows = []
@@ -73,6 +73,21 @@ def _some(name: str, results: Path) -> list[str]:
             lines.append(f"  studies of {', '.join(raw['studies'])}: {_state(studies, states)}")
         lines.append("")
     return lines[:-1]
+
+
+def _outline(path: Path) -> Mapping[str, Any]:
+    """A configuration of which what `list` reads has the right shape; the rest is not checked."""
+    raw = read_yaml(path)
+    try:
+        for key in ("experiment", "scale"):
+            read_settings(Text, raw.get(key), key)
+        for name, settings in read_settings(dict[str, Any], raw.get("variants"), "variants").items():
+            own = read_settings(dict[str, Any], settings, f"variants.{name}")
+            if own.get("acceleration") is not None:
+                read_settings(dict[str, Any], own["acceleration"], f"variants.{name}.acceleration")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return raw
 
 
 def _runs_of(raw: Mapping[str, Any], path: Path) -> Runs:

@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _write(output: Path | None, results: Path, page: str) -> Path:
-    """Writes the page, in the current folder where nobody named a file and the results are read-only."""
+    """Writes the page, in the current folder where nobody named a file and that of the results takes none."""
     path = output or results / "report.html"
     try:
         write_text(path, page)
@@ -50,6 +50,6 @@ def _write(output: Path | None, results: Path, page: str) -> Path:
         if output is not None:
             raise
         path = Path("report.html")
-        print(f"note: {error}: the report is in {path.resolve()}", file=sys.stderr)
         write_text(path, page)
+        print(f"note: {error}: the report is in {path.resolve()}", file=sys.stderr)
     return path

@@ -125,8 +125,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     import torch  # here, because `list` reads records too, and is to answer before torch could be imported
 
     with opened(path) as file:
-        if not file.attrs.get("complete"):
-            raise IncompleteRecord(f"{path} is incomplete")
+        _refuse_incomplete(file, path)
         return {name: torch.from_numpy(np.asarray(item)) for name, item in file.get("weights", {}).items()}
 
 
@@ -134,11 +133,17 @@ def read_attempts(path: Path) -> dict[str, np.ndarray]:
     """Every attempt of the acceleration by column, as "step" and "outcome"; {} where it has none (`save.attempts`).
 
     Raises:
-        RecordError: the file cannot be read, or is damaged.
+        RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
     """
     with opened(path) as file:
+        _refuse_incomplete(file, path)
         columns = file.get(ATTEMPTS, {}).items()
         return {name: item.asstr()[:] if name == "outcome" else np.asarray(item) for name, item in columns}
+
+
+def _refuse_incomplete(file: h5py.File, path: Path) -> None:
+    if not file.attrs.get("complete"):
+        raise IncompleteRecord(f"{path} is incomplete")
 
 
 def has_groups(path: Path, names: Collection[str]) -> bool:

@@ -48,7 +48,7 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, p
     if _has_checkpoints(run_folder(path)):
         return "unfinished"
     state = _state_of_record(path, config, data_digest, world_size)
-    return "without parts" if state == "finished" and not has_groups(path, parts) else state
+    return "without parts" if parts and state == "finished" and not has_groups(path, parts) else state
 
 
 def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int) -> bool:

@@ -79,7 +79,7 @@ def execute_run(
 
         def write(result: Result, complete: bool = False) -> None:
             if not complete and is_finished(path, config, problem.data_digest, ranks.world_size):
-                return  # made again, by --force or for its weights: a part of the new record is worth less than the old
+                return  # it is made again, and the old record is worth more than a part of the new one
             write_run(
                 path,
                 config,

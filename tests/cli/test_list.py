@@ -88,3 +88,20 @@ def test_a_name_that_is_none_is_one_sentence(configs, capsys, of, name, message)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message.replace("CONFIGS", str(configs)) in line
     assert ("did you mean" in line) == ("did you mean" in message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experiment": None}, "experiment must be a text"),
+        ({"variants": ["sgd"]}, "variants must be a mapping"),
+        ({"variants": {"sgd": None}}, "variants.sgd must be a mapping"),
+        ({"variants": {"sgd": {"acceleration": True}}}, "variants.sgd.acceleration must be a mapping"),
+    ],
+)
+def test_a_file_of_the_wrong_shape_is_one_sentence(tmp_path, capsys, change, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"experiment": "graduate_admissions", "scale": "test", "seeds": 0} | change))
+    assert main(["list", str(path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{path}: {message}" in line

@@ -1,13 +1,16 @@
 """The hooks around a step: counted once however a step is nested, and in an order that hides nothing from others."""
 
+import importlib.util
 import sys
 
 import pytest
 import torch
 from small_runs import RESIDUAL, closure_of, identical, network, sgd, snapshot, statistics, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.torch_version import TorchVersion
 
 import aadl
+from aadl import hooks
 
 COUNTS = ("steps", "macro_steps", "attempts", "accepted", "moved", "closure_evaluations")
 
@@ -194,3 +197,11 @@ def test_steps_give_no_references_away():
     before = sys.getrefcount(None)
     train(model, optimizer, 300)
     assert sys.getrefcount(None) > before - 200
+
+
+def test_torch_before_2_9_is_not_asked_for_its_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0"))
+    specification = importlib.util.spec_from_file_location("hooks_of_torch_2_8", hooks.__file__)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert module.compiler_of_frames is None and hooks.compiler_of_frames is not None

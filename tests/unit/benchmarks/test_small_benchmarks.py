@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import pinn_operators, tables
+from benchmarks import deepxde_burgers, pinn_operators, tables
 from benchmarks import where_it_pays as study
 from benchmarks.pinn_operators import WAYS, Case, Row, all_cases, errors, measure
 from benchmarks.small_training import PROBLEMS, SCHEDULES, Run, train
 from benchmarks.tuned_rates import HEADER, LOSS, rows
 from benchmarks.where_it_pays import best_rate, compared, middle, rate_of
+from experiments.pinn.burgers import cole_hopf
 
 
 def test_numbers_of_tables():
@@ -137,3 +138,14 @@ def test_a_rate_is_tuned_when_both_neighbors_are_worse():
     assert list(row.values())[4:9] == ["3", "2.000e+00", "1.000e+00", "8.000e+00", "2.000e+00"]
     (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.3"))
     assert row["loss"] == row["highest"] == "inf" and row["lowest"] == "1.000e+00"
+
+
+# ---- DeepXDE's example -----------------------------------------------------------------------------------------------
+
+
+def test_the_exact_solution_of_the_example_has_no_error():
+    def exact(points):
+        return cole_hopf(torch.from_numpy(points), deepxde_burgers.NU).numpy()
+
+    assert deepxde_burgers.error_of(exact) == 0.0
+    assert deepxde_burgers.error_of(lambda points: 1.1 * exact(points)) == pytest.approx(0.1)
