@@ -173,8 +173,8 @@ def test_a_lock_that_cannot_be_looked_at_is_not_waited_for_without_end(tmp_path,
         assert len(looks) < 10_000, "it does not sleep"
         return stat(path, **options)
 
-    monkeypatch.setattr(os, "stat", look)
-    with pytest.raises(FolderInUse, match="an unknown host"):
+    with monkeypatch.context() as patch, pytest.raises(FolderInUse, match="an unknown host"):
+        patch.setattr(os, "stat", look)
         lock_of(tmp_path, stale_seconds=10).acquire()
     assert 11 <= sum(naps) < 12
 
