@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import os
@@ -35,6 +36,13 @@ from data_loaders.workers import follow_parent, signals_held_back
 
 PICTURES = 2
 """Version of what is encoded again: a packing that was begun before a change is not finished with other pictures."""
+
+# What says nothing about an image: the file system or the process failed, and another attempt may read it.
+PASSING = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "EREMOTEIO", "EMFILE", "ENFILE", "ENOMEM")
+    if hasattr(errno, name)
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,11 @@ class _Packer:
             try:
                 yield name, int(self.images.labels[index]), encode(self.images.read(index), self.packing)
             except (ImageError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in PASSING:
+                    raise OSError(
+                        f"image {index} ({name}) cannot be read: {os.strerror(error.errno)}. It may be whole, so "
+                        "that it is not left out: start the packing again, and delete the image if it fails always"
+                    ) from None
                 reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
                 if self.packing.on_corrupt == "stop":
                     raise ImageError(f"image {index} ({name}) cannot be read: {reason}") from None
@@ -181,7 +194,7 @@ def pack(
         ValueError: an argument outside its range, the folder holds shards of other images or settings, or another
             process is at work there.
         ImageError: an unreadable image under "stop", or no readable one.
-        OSError: writing failed.
+        OSError: writing failed, or reading for a reason that may pass.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be train or validation, got {split!r}")
