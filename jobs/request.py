@@ -28,7 +28,7 @@ def _array(text: str | None) -> tuple[int, ...]:
 
 def _path(path: Path) -> Path:
     if re.search(r"[%\n]", str(path)):
-        raise ValueError("must hold neither % nor a new line")
+        raise ValueError(f"must hold neither % nor a new line, got {str(path)!r}")
     return path.resolve()
 
 

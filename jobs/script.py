@@ -90,12 +90,12 @@ def _directives(job: Job) -> list[str]:
 def _of_site(job: Job) -> list[str]:
     """The directives that the site's file gives: account, queue, and its own."""
     site = job.site
-    texts = [site.account_directive.format(account=job.request.account)] if job.request.account else []
+    texts = [site.account_directive] if job.request.account else []
     if job.queue is not None:
-        texts += site.queues[job.queue].directives if site.queues else [site.queue_directive.format(queue=job.queue)]
+        texts += site.queues[job.queue].directives if site.queues else [site.queue_directive]
     texts += site.directives
     texts += site.gpu_directives if job.gpus_per_node else ()
-    return [text.format(**_fields(job)) for text in texts]
+    return [text.format(**_fields(job), account=job.request.account, queue=job.queue) for text in texts]
 
 
 def _features(job: Job) -> list[str]:

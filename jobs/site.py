@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,8 +29,18 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _has_known_fields(text: str) -> bool:
-    return "\n" not in text and set(re.findall(r"{(\w*)}", text)) <= set(FIELDS)
+def _naming(*fields: str) -> AfterValidator:
+    """A line in whose braces nothing but names of these fields stands."""
+
+    def names_known_fields(text: str) -> bool:
+        try:
+            parts = list(string.Formatter().parse(text))
+        except ValueError:  # a single brace
+            return False
+        named = {f"{name}{conversion or ''}{form}" for _, name, form, conversion in parts if name is not None}
+        return "\n" not in text and named <= set(fields)
+
+    return AfterValidator(must(f"be a line in which braces hold one of {', '.join(fields)}", names_known_fields))
 
 
 def _is_plain(text: str) -> bool:
@@ -38,9 +49,7 @@ def _is_plain(text: str) -> bool:
 
 
 Day = Annotated[str, AfterValidator(must("be a date as 2026-01-31", _is_date))]
-Line = Annotated[
-    Text, AfterValidator(must(f"be a line in which braces hold one of {', '.join(FIELDS)}", _has_known_fields))
-]
+Line = Annotated[Text, _naming(*FIELDS)]
 Variable = Annotated[str, AfterValidator(must("be a name of a variable", re.compile(r"[A-Za-z_]\w*").fullmatch))]
 Value = Annotated[
     str,
@@ -158,8 +167,8 @@ class Site(Settings):
     launcher: Text
     submit: Literal["file", "stdin"] = "file"
     account: Literal["required", "optional", "none"] = "optional"
-    account_directive: Text = "--account={account}"
-    queue_directive: Text = "--partition={queue}"
+    account_directive: Annotated[Text, _naming("account", *FIELDS)] = "--account={account}"
+    queue_directive: Annotated[Text, _naming("queue", *FIELDS)] = "--partition={queue}"
     queues: dict[Name, Queue] = {}  # noqa: RUF012
     node: Node = Node()
     ranks: RanksPerNode = RanksPerNode()

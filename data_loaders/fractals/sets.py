@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_loaders.files import locked, replacing
 from data_loaders.fractals.drawing import SIZES, USUAL, VERSION, check_integer, draw
-from data_loaders.imagenet.packing import Packing, pack
+from data_loaders.imagenet.packing import OtherShardsError, Packing, pack
 from data_loaders.imagenet.shards import SPLITS, digest_of
 from data_loaders.workers import num_cores
 
@@ -157,7 +157,10 @@ def ensure(
             packing = Packing(images_per_shard=IMAGES_PER_SHARD)
             for split in SPLITS:
                 images = FractalImages(settings, split)
-                pack(images, folder, split, packing, num_workers=workers, progress=progress and sys.stderr.isatty())
+                try:
+                    pack(images, folder, split, packing, num_workers=workers, progress=progress and sys.stderr.isatty())
+                except OtherShardsError:  # of these settings, as was just checked, but of another writer
+                    raise ValueError(_of_earlier_version(folder)) from None
             _write_settings(folder, settings, complete=True)
     return folder
 
@@ -181,11 +184,17 @@ def _is_complete(target: Path, settings: Settings) -> bool:
         return False
     except (ValueError, KeyError, AttributeError):
         raise ValueError(f"{path} does not hold the settings of a fractal set: name another folder") from None
+    if found.get("packed") is False:
+        raise ValueError(_of_earlier_version(target))
     for name, value in _as_json(settings).items():
         if found.get(name) != value:
             message = f"{target} was made with {name} {found.get(name)}, not {value}: name another folder, or delete it"
             raise ValueError(message)
     return complete
+
+
+def _of_earlier_version(target: Path) -> str:
+    return f"{target} was made by an earlier version of this program: name another folder, or delete it"
 
 
 def _as_json(settings: Settings) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import errno
 import io
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from data_loaders.imagenet.shards import (
     shard_path,
     write_shard,
 )
-from data_loaders.workers import follow_parent, signals_held_back
+from data_loaders.workers import check_temporary_folder, follow_parent, signals_held_back
 
 PICTURES = 2
 """Version of what is encoded again: a packing that was begun before a change is not finished with other pictures."""
@@ -43,6 +44,14 @@ PASSING = frozenset(
     for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "EREMOTEIO", "EMFILE", "ENFILE", "ENOMEM")
     if hasattr(errno, name)
 )
+
+LEFTOVER_SECONDS = 6 * 3600
+"""Age of an unfinished file that no process writes any more. Where locks hold within a node alone, a younger one may be
+that of a process on another node; a shard is written within minutes."""
+
+
+class OtherShardsError(ValueError):
+    """A folder holds shards of other images or settings."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +200,8 @@ def pack(
         progress: whether to show a bar.
 
     Raises:
-        ValueError: an argument outside its range, the folder holds shards of other images or settings, or another
-            process is at work there.
+        OtherShardsError: the folder holds shards of other images or settings.
+        ValueError: an argument outside its range, or another process is at work in the folder.
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed, or reading for a reason that may pass.
     """
@@ -239,13 +248,16 @@ def _alone(folder: Path, split: str) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"another process is packing {split} into {folder}") from None
         if is_held:
+            oldest = time.time() - LEFTOVER_SECONDS
             for leftover in folder.glob(f".{split}-*.tmp"):
-                leftover.unlink()
+                with suppress(FileNotFoundError):
+                    if leftover.stat().st_mtime < oldest:
+                        leftover.unlink()
         yield
 
 
 def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> set[Path]:
-    """Shards that are there already; ValueError where one belongs to another set."""
+    """Shards that are there already; OtherShardsError where one belongs to another set."""
     wanted = {task.path for task in tasks}
     finished = set()
     for path in sorted(folder.glob(f"{split}-*-of-*.h5")):
@@ -256,7 +268,7 @@ def _finished(folder: Path, split: str, tasks: Sequence[_Task], digest: str) -> 
                 continue
             same = False
         if not same or path not in wanted:
-            raise ValueError(
+            raise OtherShardsError(
                 f"{folder} holds {path.name} of other images or settings: choose another folder, or delete its shards"
             )
         finished.add(path)
@@ -267,6 +279,7 @@ def _pack_in_workers(
     tasks: Sequence[_Task], what: tuple[Images, Header, Packing], num_workers: int, bar: tqdm[Any]
 ) -> None:
     """Fills shards in processes; after an error or an interruption the others end at their next image."""
+    check_temporary_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once, for all workers
     with signals_held_back():  # their helper process is not to die of them either

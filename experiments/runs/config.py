@@ -99,27 +99,37 @@ def parse_config(
     Raises:
         ValueError: unknown key, wrong type, value out of range; the message names the key.
     """
+    if "experiment" not in raw:
+        raise ValueError("experiment is missing")
     raw = {"problem": {}, "training": {}, **raw}
     problem = raw["problem"] if isinstance(raw["problem"], Mapping) else {}
-    kind = find(read_settings(Name, raw.get("experiment"), "experiment"), problem)
+    kind = find(read_settings(Name, raw["experiment"], "experiment"), problem)
+    _refuse_keys_of_other_experiments(raw, kind)
     form = ExperimentConfig[kind.problem_settings, kind.training_settings]  # type: ignore[name-defined]
     config: ExperimentConfig = read_settings(form, raw, context={"kind": kind, "folder": str(folder)})
-    keys = {
-        key: field.default
-        for key, field in VariantConfig.model_fields.items()
-        if key in kind.variant_keys or key not in OF_SOME_EXPERIMENTS
-    }
-    for name, variant in config.variants.items():
-        with at(f"variants.{name}"):
-            refuse_unknown(variant.model_fields_set, keys)
-    with at("studies"):
-        refuse_unknown(config.studies.model_fields_set, dict.fromkeys(kind.studies))
     if config.save.tensorboard:
         check_tensorboard()
     config = config.completed(only)
     for name in config.variants:
         _check_variant(config, name)
     return config
+
+
+def _refuse_keys_of_other_experiments(raw: Mapping[str, Any], kind: Experiment) -> None:
+    """Comes before the settings are read, because their classes know the keys of all experiments."""
+    keys = {
+        key: field.default
+        for key, field in VariantConfig.model_fields.items()
+        if key in kind.variant_keys or key not in OF_SOME_EXPERIMENTS
+    }
+    variants, studies = raw.get("variants"), raw.get("studies")
+    for name, variant in variants.items() if isinstance(variants, Mapping) else ():
+        if isinstance(variant, Mapping):
+            with at(f"variants.{name}"):
+                refuse_unknown(variant, keys)
+    if isinstance(studies, Mapping):
+        with at("studies"):
+            refuse_unknown(studies, dict.fromkeys(kind.studies))
 
 
 def _check_variant(config: ExperimentConfig, name: str) -> None:
@@ -148,11 +158,16 @@ def _check_variant(config: ExperimentConfig, name: str) -> None:
     with at(where):
         kind.check(problem, training, variant)
     study = config.studies.learning_rate
-    if study is not None and name in study.variants and not takes(variant.optimizer.name, "lr"):
+    if study is None or name not in study.variants:
+        return
+    if not takes(variant.optimizer.name, "lr"):
         raise ValueError(
             f"studies.learning_rate: {where} must have an optimizer with a learning rate lr, got "
             f"{variant.optimizer.name}"
         )
+    for rate in study.rates:
+        with at(f"studies.learning_rate: {where} with lr {rate:g}"):
+            check_optimizer(variant.with_rate(rate).optimizer)
 
 
 def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: str) -> None:

@@ -18,6 +18,8 @@ from experiments.settings.schema import read_settings, refuse_unknown
 from experiments.settings.suggestion import not_one_of
 from experiments.training import optimizers as own
 
+REFUSALS = (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError)
+"""How torch refuses arguments, besides ValueError."""
 PACKAGES = {"SOAP": "pytorch_optimizer", "AdamWScheduleFree": "schedulefree", "SGDScheduleFree": "schedulefree"}
 """Optimizers of packages that need not be there, and are imported when a configuration names one."""
 
@@ -110,8 +112,8 @@ def check_optimizer(component: Component) -> torch.optim.Optimizer:
             raise ValueError(f"{key} must be a number, got {value!r}")
     try:
         return make_optimizer(component, [torch.nn.Parameter(torch.zeros(2))])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(str(error)) from None
+    except REFUSALS as error:
+        raise ValueError(_refusal(component, error)) from None
 
 
 def check_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> None:
@@ -132,8 +134,14 @@ def check_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a scheduler that steps first
             scheduler.step()
-    except (TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise ValueError(str(error)) from None
+    except REFUSALS as error:
+        raise ValueError(_refusal(component, error)) from None
+
+
+def _refusal(component: Component, error: Exception) -> str:
+    """What torch refuses, with the arguments, since "tuple index out of range" names none."""
+    arguments = ", ".join(f"{key} = {value!r}" for key, value in component.arguments.items())
+    return f"{component.name} refuses {arguments or 'to be without arguments'}: {error}"
 
 
 def accelerate(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], **functions: Any) -> None:

@@ -54,6 +54,7 @@ def facts_of(ranks: Ranks, results: Path) -> dict[str, Any]:
             "NCCL": nccl,
             "mpi4py": _version("mpi4py"),
             "MPI library": mpi.Get_library_version().split(",")[0].splitlines()[0] if mpi else "not in use",
+            "pydantic": _version("pydantic"),
             "h5py": h5py.__version__,
             "HDF5": h5py.version.hdf5_version,
         },

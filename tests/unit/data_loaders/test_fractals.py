@@ -320,7 +320,15 @@ def test_sets_of_other_versions_are_refused(tmp_path, old, new):
     settings = make(tmp_path / "set") / "fractals.json"
     assert old in settings.read_text()
     settings.write_text(settings.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=r"made with (version 0, not 1|packed False, not True)"):
+    with pytest.raises(ValueError, match=r"set was made (with version 0, not 1|by an earlier version of .*): "):
+        make(tmp_path / "set")
+
+
+def test_a_set_that_an_earlier_version_began_is_refused(tmp_path, monkeypatch):
+    settings = make(tmp_path / "set") / "fractals.json"
+    settings.write_text(settings.read_text().replace('"complete": true', '"complete": false'))
+    monkeypatch.setattr(fractals, "IMAGES_PER_SHARD", 6)  # as if another writer had made the shards
+    with pytest.raises(ValueError, match=r"set was made by an earlier version .*: name another folder, or delete it$"):
         make(tmp_path / "set")
 
 

@@ -363,11 +363,15 @@ def test_shards_of_other_settings_or_images_are_not_touched(tmp_path, settings):
 def test_leftovers_of_a_killed_packing_go_and_two_at_a_time_are_refused(tmp_path):
     (tmp_path / ".train-00000-of-00001-x.tmp").write_bytes(b"half a shard")
     (tmp_path / ".validation-00000-of-00001-x.tmp").write_bytes(b"of another split")
+    for leftover in tmp_path.glob(".*.tmp"):
+        os.utime(leftover, (0, 0))
+    of_another_node = tmp_path / ".train-00000-of-00001-y.tmp"  # where flock does not reach from there to here
+    of_another_node.write_bytes(b"half a shard")
     with packing._alone(tmp_path, "validation"):
         pack(ListedImages(CONTENTS), tmp_path, "train", Packing())
         with pytest.raises(ValueError, match="another process is packing validation into"):
             pack(ListedImages(CONTENTS), tmp_path, "validation", Packing())
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert list(tmp_path.glob(".*.tmp")) == [of_another_node]
 
 
 def test_a_folder_that_cannot_be_locked_is_packed_all_the_same(tmp_path, monkeypatch):

@@ -195,6 +195,15 @@ def test_equations_are_loaded_by_name(name, tmp_path):
     assert changed.num_space == (1 if name == "burgers_2d" else 6)
 
 
+def test_a_set_of_test_points_may_be_one_point_but_not_none(tmp_path):
+    x = "torch.linspace(0, 1, 11, dtype=torch.float64)"
+    write(tmp_path, HEAT.replace(x, "torch.full((1,), 0.5, dtype=torch.float64)"))
+    assert len(solutions(load_equation("heat.py", {}, tmp_path))["grid"][0]) == 1
+    write(tmp_path, HEAT.replace(x, "torch.zeros(0, dtype=torch.float64)"), "empty.py")
+    with pytest.raises(ValueError, match=r"'grid' must be a tensor of shape \(1, 2\), got \(0, 2\)"):
+        load_equation("empty.py", {}, tmp_path)
+
+
 def test_an_equation_is_loaded_from_a_file(tmp_path):
     path = write(tmp_path, HEAT)
     for name in ("heat.py", str(path)):

@@ -5,12 +5,14 @@ import math
 import re
 
 import pytest
+import torch
 import yaml
 from paths import CONFIGS
 from suite_cases import PINN, RAW, load_or_skip
 
 from experiments.catalog import load_config, parse_config
 from experiments.runs.config import expand_runs
+from experiments.training import components
 
 
 def with_value(path, value):
@@ -69,11 +71,17 @@ def test_a_good_configuration_is_read_with_defaults(tmp_path):
         (["problem", "validation_fraction"], 1.0, r"^problem\.validation_fraction must be less than 1, got 1\.0"),
         (["problem", "activation"], "relus", r"^problem\.activation must be one of tanh, .*; did you mean relu\?$"),
         (["experiment"], "graduate", r"one of graduate_admissions, burgers_2d, .*, got 'graduate'"),
+        (["studies", "lr"], {}, r"^unknown key studies\.lr; valid keys are: learning_rate .*, batch_size"),
         (["experiment"], None, r"^experiment must be a text, got None"),
         (["scale"], "../x", r"^scale must be a name"),
         (["seeds"], [0, 0], r"^seeds must have no entry twice"),
         (["variants"], {}, r"^variants must have at least 1 item, got {}"),
         (["variants", "a b"], {"optimizer": {"name": "SGD"}}, r"^a name in variants must be a name"),
+        (
+            ["variants", "sgd", "wait"],
+            1,
+            r"^unknown key variants\.sgd\.wait; valid keys are: label .*, ema_decay \(default None\)$",
+        ),
         (["variants", "sgd", "optimiser"], {}, r"^unknown key variants\.sgd\.optimiser; valid keys are: label"),
         (["variants", "sgd", "then"], {"optimizer": {"name": "SGD"}, "after": 1}, r"^unknown key variants\.sgd\.then"),
         (["variants", "sgd", "optimizer"], None, r"^variants\.sgd\.optimizer must be a mapping with a name"),
@@ -86,6 +94,12 @@ def test_a_good_configuration_is_read_with_defaults(tmp_path):
         (["variants", "sgd", "optimizer", "lr"], True, r"optimizer: lr must be a number, got True"),
         (["variants", "sgd", "optimizer", "lr"], math.nan, r"optimizer: lr must be finite, got nan"),
         (["variants", "sgd", "optimizer", "lr"], -1.0, r"^variants\.sgd\.optimizer: Invalid learning rate"),
+        (
+            ["variants", "sgd", "optimizer"],
+            {"name": "Adam", "betas": [0.9]},
+            r"^variants\.sgd\.optimizer: Adam refuses betas = \(0\.9,\): tuple index out of range$",
+        ),
+        (["variants", "sgd", "optimizer"], {"name": "Rprop", "etas": [1]}, r"^variants\.sgd\.optimizer: Rprop refuses"),
         (["variants", "sgd", "ema_decay"], 1.0, r"^variants\.sgd\.ema_decay must be less than 1, got 1\.0"),
         (["variants", "sgd_aadl", "acceleration", "depth"], 3, r"acceleration\.depth; valid .*history_depth \(default"),
         (["variants", "sgd_aadl", "acceleration", "process_group"], 3, r"unknown key .*process_group"),
@@ -116,6 +130,31 @@ def test_a_mistake_is_named(path, value, message):
     parse_config(copy.deepcopy(RAW))  # without the mistake it is read
     with pytest.raises(ValueError, match=message):
         parse_config(with_value(path, value))
+
+
+def test_studies_of_another_experiment_are_not_offered():
+    with pytest.raises(ValueError, match=r"^unknown key studies\.lr; valid keys are: learning_rate \(default None\)$"):
+        parse_config({**copy.deepcopy(PINN), "studies": {"lr": {}}})
+
+
+def test_a_rate_of_a_study_that_the_optimizer_refuses_is_named(monkeypatch):
+    class Timid(torch.optim.SGD):
+        def __init__(self, params, lr=0.1):
+            if lr > 1:
+                raise ValueError(f"lr must be at most 1, got {lr}")
+            super().__init__(params, lr)
+
+    monkeypatch.setitem(components.optimizers(), "Timid", Timid)
+    raw = with_value(["variants", "timid"], {"optimizer": {"name": "Timid"}})
+    with pytest.raises(
+        ValueError, match=r"^studies\.learning_rate: variants\.timid with lr 2: lr must be at most 1, got 2\.0$"
+    ):
+        parse_config({**raw, "studies": {"learning_rate": {"variants": ["timid"], "rates": [0.5, 2]}}})
+
+
+def test_a_file_without_an_experiment_misses_it():
+    with pytest.raises(ValueError, match=r"^experiment is missing$"):
+        parse_config({key: value for key, value in RAW.items() if key != "experiment"})
 
 
 def test_overrides(tmp_path):

@@ -147,6 +147,12 @@ def test_what_is_refused_elsewhere_gets_its_key():
         refuse_unknown({"b": 1}, {"c": 1, "d": object()})
 
 
+def test_an_old_pydantic_is_refused_in_one_sentence():
+    code = "import pydantic; pydantic.VERSION = '2.9.2'; import experiments.settings.schema"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.endswith("pydantic must be at least 2.12, got 2.9.2: pip install --upgrade pydantic\n")
+
+
 def test_reading_settings_imports_neither_torch_nor_numpy():
     code = "import sys, experiments.settings.kinds; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
