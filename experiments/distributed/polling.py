@@ -52,8 +52,8 @@ def ask_all(
         ranks: this process.
         own: what this rank says, as JSON holds it.
         judge: called on rank 0 with what each rank has said, None for a rank that was not heard; returns the answer.
-        deadline: how long rank 0 waits for the others.
-        patience_seconds: how long the others wait for the answer.
+        deadline: how long rank 0 waits for the others, and these for rank 0.
+        patience_seconds: how much longer the others wait for the answer if rank 0 has come by then.
 
     Returns:
         The answer; None, on another rank than 0, if there was none in time.
@@ -61,10 +61,13 @@ def ask_all(
     answer_key = f"{name} answer"
     store.set(f"{name} {ranks.rank}", json.dumps(own))
     if ranks.rank > 0:
-        end = Deadline(patience_seconds)
+        is_first_there = False
         while not store.check([answer_key]):
-            if not end.pause():
+            if deadline.pause():
+                continue
+            if is_first_there or not store.check([f"{name} 0"]):
                 return None
+            deadline, is_first_there = Deadline(patience_seconds), True
         return json.loads(store.get(answer_key))
     keys = [f"{name} {rank}" for rank in range(ranks.world_size)]
     while not (is_complete := store.check(keys)) and deadline.pause():

@@ -27,7 +27,8 @@ class Ranks:
     `local_size` is 0 and `node_rank` -1 where the launcher does not give them; `master_port` is 0 where rank 0 picks a
     port and announces it. `hosts` has the expected host of each rank, as a hint for messages, or is empty.
     `agent_store` is True if torchrun's agent holds the store at the master's address. `device` is "auto", "cpu" or
-    "cuda", as the configuration has it.
+    "cuda", as the configuration has it. `restart_count` counts the attempts of torchrun and the restarts of the
+    scheduler's job; `job_restarts` the latter alone.
     """
 
     rank: int = 0
@@ -46,6 +47,7 @@ class Ranks:
     hosts: tuple[str, ...] = ()
     agent_store: bool = False
     device: str = "auto"
+    job_restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -264,10 +266,10 @@ def _ask_mpi(name: str, env: Mapping[str, str], mpi: MpiNumbers | None) -> Ranks
 
 
 def _with_job(ranks: Ranks, env: Mapping[str, str]) -> Ranks:
-    scheduler, job_id, restart_count = "none", ranks.job_id, ranks.restart_count
+    scheduler, job_id, job_restarts = "none", ranks.job_id, 0
     if "SLURM_JOB_ID" in env:
         scheduler, job_id = "slurm", env["SLURM_JOB_ID"]
-        restart_count += first(env, ("SLURM_RESTART_COUNT",), 0, 0)
+        job_restarts = first(env, ("SLURM_RESTART_COUNT",), 0, 0)
     elif "LSB_JOBID" in env:
         element = env.get("LSB_JOBINDEX", "0")
         scheduler, job_id = "lsf", env["LSB_JOBID"] + ("" if element in ("", "0") else f"_{element}")
@@ -277,7 +279,8 @@ def _with_job(ranks: Ranks, env: Mapping[str, str]) -> Ranks:
         ranks,
         scheduler=scheduler,
         job_id=env.get("AADL_JOB_ID") or job_id,
-        restart_count=first(env, ("AADL_RESTART_COUNT",), 0, restart_count),
+        restart_count=first(env, ("AADL_RESTART_COUNT",), 0, ranks.restart_count + job_restarts),
+        job_restarts=first(env, ("AADL_RESTART_COUNT",), 0, job_restarts),
         host=env.get("SLURMD_NODENAME", "") if scheduler == "slurm" else "",
     )
 

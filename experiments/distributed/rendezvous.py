@@ -236,7 +236,7 @@ def roll_call(
     me = f"rank {ranks.rank} on {host_of(ranks)}"
     own = {"world_size": ranks.world_size, **facts}
     try:
-        answer = ask_all(store, "hello", ranks, own, answer_to, deadline, deadline.remaining() + GRACE_SECONDS)
+        answer = ask_all(store, "hello", ranks, own, answer_to, deadline, GRACE_SECONDS)
         if answer is None:
             raise RuntimeError(f"{me}: rank 0 did not answer in the roll call within {deadline.seconds:g} s")
         if answer["problem"]:  # the store ends with rank 0, and the others need a moment to read it

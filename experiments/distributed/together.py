@@ -113,7 +113,7 @@ def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = No
         return {"kind": "", "text": ""}
 
     store = dist.distributed_c10d._get_default_store()
-    patience = 2 * seconds + GRACE_SECONDS  # rank 0 may come late, and then waits for others
+    patience = seconds + GRACE_SECONDS  # rank 0 may come late, and then waits for others
     answer = ask_all(store, f"meeting {next(_meetings)}", ranks, own, answer_to, Deadline(seconds), patience)
     if answer is None:
         raise TimeoutError(_late_text(ranks, [0], what, seconds))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from experiments.records.hdf5 import DamagedRecord, IncompleteRecord, UnreadableRecord, opened
 from experiments.records.reading import has_groups, read_run
 from experiments.settings.run_config import RunConfig
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{10})(-best)?\.pt")
+"""Of a file from which a run goes on; a former version of this suite has left others behind."""
 
 
 def run_path(results: Path, config: RunConfig) -> Path:
@@ -25,6 +29,10 @@ def run_folder(path: Path) -> Path:
     return path.with_suffix(".run")
 
 
+def _has_checkpoints(folder: Path) -> bool:
+    return any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.glob("step-*"))
+
+
 def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, parts: Collection[str] = ()) -> str:
     """Whether the run must be made: "finished", "unfinished", "missing", "changed", "damaged" or "without parts".
 
@@ -37,7 +45,7 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, p
         RecordError: there is a file, and it cannot be opened here or now, or is none of this suite's records; it may
             be worth more than a new one, so nothing replaces it.
     """
-    if any(run_folder(path).glob("step-*")):
+    if _has_checkpoints(run_folder(path)):
         return "unfinished"
     state = _state_of_record(path, config, data_digest, world_size)
     return "without parts" if parts and state == "finished" and not has_groups(path, parts) else state
@@ -85,7 +93,7 @@ def states_of_folder(folder: Path) -> dict[tuple[str, int], str]:
         run = (path.parent.name, int(seed))
         if path.suffix == ".h5":
             states.setdefault(run, _completeness(path))
-        elif any(path.glob("step-*")):
+        elif _has_checkpoints(path):
             states[run] = "stopped"
     return states
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,9 @@ TRANSIENT = frozenset(
     for name in ("EIO", "ENOSPC", "EDQUOT", "EAGAIN", "EINTR", "EBUSY", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO")
     if hasattr(errno, name)
 )
+
+SETTLE_SECONDS = 10.0
+"""How long a run that failed waits for the thread that writes; the file server may hang."""
 
 T = TypeVar("T")
 
@@ -78,8 +81,8 @@ class Checkpoints:
         self.folder = Path(folder)
         self._ranks, self._keep, self._asynchronous = ranks, keep, asynchronous
         self._group = control_group(ranks)  # gloo: the values live on the CPU
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None  # of rank 0
+        self._writer: threading.Thread | None = None  # of rank 0, if asynchronous
+        self._error: Exception | None = None  # of the last save, on rank 0
         self._is_pending = False  # whether the ranks do not know yet how the last save ended
         self.write_seconds = 0.0
         self._unusable: set[str] = set()  # names of checkpoints that were passed over
@@ -108,7 +111,12 @@ class Checkpoints:
         every = self._gathered(on_cpu(own, copy=self._asynchronous))
         if is_first:
             content = {"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every}
-            self._writing = self._writer.submit(self._write, name_of(step, best), content)
+            arguments = (name_of(step, best), content)
+            if self._asynchronous:  # a daemon, because a process that fails must not wait for it
+                self._writer = threading.Thread(target=self._try, args=arguments, name="checkpoint", daemon=True)
+                self._writer.start()
+            else:
+                self._try(*arguments)
         self._is_pending = True
         if not self._asynchronous:
             self.wait()
@@ -122,11 +130,23 @@ class Checkpoints:
         if not self._is_pending:
             return
         self._is_pending = False
-        error = self._writing.exception() if self._writing is not None else None
-        self._writing = None
+        if self._writer is not None:
+            self._writer.join()
+        error, self._error = self._error, None
         text = self._exchange("" if error is None else str(error) or repr(error))[0]
         if text:
             raise CheckpointError(text) from error
+
+    def settle(self) -> None:
+        """Waits, on this rank alone and for SETTLE_SECONDS at most, until no thread writes; errors are not raised."""
+        if self._writer is not None:
+            self._writer.join(SETTLE_SECONDS)
+
+    def _try(self, name: str, content: State) -> None:
+        try:
+            self._write(name, content)
+        except Exception as error:  # `wait` raises it
+            self._error = error
 
     def _write(self, name: str, content: State) -> None:
         """Writes a checkpoint, or nothing; after an error that may be gone once more. Then the old ones go."""
@@ -170,13 +190,23 @@ class Checkpoints:
 
         Raises:
             ValueError: all checkpoints belong to runs of another identity.
-            CheckpointError: there are checkpoints, and none can be used.
+            CheckpointError: there are checkpoints, and none can be used; or rank 0 cannot read the folder.
         """
         self.wait()
         rejected: list[tuple[str, str]] = []
         num_strangers = 0
         is_first = self._ranks.rank == 0
-        for name in self._exchange(names_of_checkpoints(self.folder) if is_first else [])[0]:
+        names: list[str] = []
+        problem = ""
+        if is_first:
+            try:
+                names = names_of_checkpoints(self.folder)
+            except OSError as error:  # the other ranks must not wait for the names
+                problem = str(error)
+        names, problem = self._exchange((names, problem))[0]
+        if problem:
+            raise CheckpointError(problem)
+        for name in names:
             content, reason = None, ""
             try:
                 content = read(self.folder / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -17,13 +18,12 @@ from typing import Any, cast
 import torch
 
 from data_loaders.files import replacing
+from experiments.records.status import CHECKPOINT_NAME
 from experiments.runs.checkpoint_state import State
 
 FORMAT = 3
 KEYS = {"format", "identity", "step", "shared", "own"}
 BLOCK = 1 << 22  # bytes written at once
-
-_NAME = re.compile(r"step-(\d{10})(-best)?\.pt")
 
 
 def name_of(step: int, best: bool) -> str:
@@ -45,17 +45,27 @@ def names_of_checkpoints(folder: Path) -> list[str]:
     Raises:
         OSError: the folder cannot be read; a missing one has no checkpoints.
     """
+    names = filter(CHECKPOINT_NAME.fullmatch, _names_in(folder))
+    return sorted(names, key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
+
+
+def _names_in(folder: Path) -> list[str]:
     try:
-        present = os.listdir(folder)
+        return os.listdir(folder)
     except FileNotFoundError:
         return []
-    return sorted(filter(_NAME.fullmatch, present), key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Removes all checkpoints of a folder, and what killed processes left."""
-    for name in names_of_checkpoints(folder):
-        os.unlink(folder / name)
+    """Removes all checkpoints of a folder, those of former versions too, and what killed processes left."""
+    for name in _names_in(folder):
+        path = folder / name
+        if not name.startswith("step-"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     _remove_leftovers(folder)
 
 

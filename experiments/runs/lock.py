@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,13 @@ class FolderLock:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + 1.1 * self._stale_seconds  # some file systems do not tell the time
-        first: tuple[str | None, int] | None = None
+        first: tuple[str | None, int | None] | None = None
         while not _create(self.path, self._me):
             holder, touched = _read(self.path), _touched(self.path)
-            if touched is None:
-                continue  # it was given back
             is_over = time.monotonic() > end
+            if touched is None and not is_over:  # it was given back, or its server does not answer
+                time.sleep(0.05)
+                continue
             if not is_over and (why := self._why_stale(self.path, holder)):
                 self._take_over(holder, why)
                 continue
@@ -196,7 +198,7 @@ def _holder(what: str, ranks: Ranks) -> dict[str, Any]:
         "pid": os.getpid(),
         "pid_started": _started(os.getpid()),
         "job": f"{ranks.scheduler} {ranks.job_id}" if ranks.scheduler != "none" else "",
-        "restart": ranks.restart_count,
+        "restart": ranks.job_restarts,
         "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -212,11 +214,17 @@ def _name(holder: Mapping[str, Any]) -> str:
 def _create(path: Path, holder: Mapping[str, Any]) -> bool:
     """Makes a file that says who holds it; False where it exists."""
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(holder, file)
-        return True
+        file = open(path, "x", encoding="utf-8")  # noqa: SIM115
     except FileExistsError:
         return False
+    try:
+        with file:
+            json.dump(holder, file)
+    except BaseException:  # on a full disk, the empty file would look like the lock of another job
+        with suppress(OSError):
+            path.unlink()
+        raise
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -48,7 +48,6 @@ def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: 
 
     Raises:
         OtherRun: settings, data or the batch over all ranks have changed.
-        ValueError: they are of a former version.
     """
     identity = identity_of_checkpoints(config, data_digest, ranks)
     others = []
@@ -124,21 +123,22 @@ class RunSession:
     def __enter__(self) -> RunSession:
         # Another job that died a moment ago is waited out, which takes longer than a collective may.
         seconds = self._timeout_seconds + 2 * STALE_SECONDS
-        by_first(self._ranks, self._take_folder, "locking the folder of the run", seconds)
+        try:
+            by_first(self._ranks, self._take_folder, "locking the folder of the run", seconds)
+        except BaseException:  # of another rank too, which may have been late
+            if self._lock is not None:
+                self._lock.release()
+            raise
         return self
 
     def _take_folder(self) -> None:
         """Takes the lock, on rank 0."""
         assert self._lock is not None
         self._lock.acquire()
-        try:
-            if self._lock.note:
-                say(self._lock.note)
-            if self._from_start:
-                remove_checkpoints(self.folder)
-        except OSError:
-            self._lock.release()
-            raise
+        if self._lock.note:
+            say(self._lock.note)
+        if self._from_start:
+            remove_checkpoints(self.folder)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
@@ -149,7 +149,10 @@ class RunSession:
                 remove_checkpoints(self.folder)
         finally:
             if self._lock is not None:
-                self._lock.release()
+                try:
+                    self._checkpoints.settle()  # what still writes would prune the files of the next holder
+                finally:
+                    self._lock.release()
         if kind is None and self._ranks.rank == 0:
             with suppress(OSError):  # somebody else is there by now
                 self.folder.rmdir()

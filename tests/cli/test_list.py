@@ -36,7 +36,9 @@ def test_the_state_of_results_is_listed(configs, tmp_path, capsys):
     assert main([*run, "variants=sgd"]) == 0  # that of the laptop
     assert main([*run, "variants=sgd", "--set", "scale=trial"]) == 0
     folder = results / "graduate_admissions" / "laptop" / "sgd_aadl"
-    (folder / "seed-0.run" / "step-3").mkdir(parents=True)
+    (folder / "seed-0.run").mkdir(parents=True)
+    (folder / "seed-0.run" / "step-0000000003.pt").touch()
+    (folder / "seed-1.run" / "step-0000000003").mkdir(parents=True)  # of a former version
     (folder / "seed-1.h5").write_bytes(b"killed while writing")
     capsys.readouterr()
     assert main(["list", "--results", str(results)]) == 0

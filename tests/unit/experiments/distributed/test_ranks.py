@@ -66,7 +66,7 @@ SHELL = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM
         (JSRUN, Ranks(7, 12, 1, launcher="jsrun", local_size=6, node_rank=-1, scheduler="lsf", job_id="331")),
         (
             SRUN,
-            Ranks(1, 2, 0, "", 0, "srun", 1, 1, "node03", 1, "slurm", "41", "1", hosts=("node02", "node03")),
+            Ranks(1, 2, 0, "", 0, "srun", 1, 1, "node03", 1, "slurm", "41", "1", ("node02", "node03"), job_restarts=1),
         ),
         (OPENMPI, Ranks(1, 2, 1, launcher="openmpi", local_size=2, node_rank=-1, step_id="prterun-vm-6041@1")),
         (MPICH, Ranks(1, 2, 1, launcher="mpich", local_size=2, node_rank=-1)),
@@ -181,6 +181,11 @@ def test_a_missing_variable_is_named(name):
         read({key: value for key, value in BY_HAND.items() if key != name})
 
 
+def test_restarts_of_the_job_are_counted_without_those_of_torchrun():
+    ranks = read(TORCHRUN | {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "1"})
+    assert (ranks.restart_count, ranks.job_restarts) == (3, 1)
+
+
 def test_elements_of_an_lsf_array_are_different_jobs():
     assert read(JSRUN | {"LSB_JOBINDEX": "3"}).job_id == "331_3"
 
@@ -192,6 +197,7 @@ def test_the_variables_of_the_suite_win():
     assert read(TORCHRUN | given).master_address == "node01"  # where its agent holds the store
     assert read(MPICH | {"AADL_JOB_ID": "mine", "AADL_RESTART_COUNT": "3"}).job_id == "mine"
     assert read(SRUN | {"AADL_RESTART_COUNT": "3"}).restart_count == 3
+    assert read(SRUN | {"AADL_RESTART_COUNT": "3"}).job_restarts == 3
     leaked = SRUN | LEAKED
     assert read(leaked | {"AADL_LAUNCHER": "srun"}).rank == 1
     assert read(leaked | {"AADL_LAUNCHER": "openmpi"}).world_size == 1

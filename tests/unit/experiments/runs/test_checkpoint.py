@@ -411,6 +411,20 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_error(tmp_path, monkeypat
     assert_loads(checkpoints, 2)
 
 
+def test_ctrl_c_ends_the_writing(tmp_path, monkeypatch):
+    """No other thread goes on with it after the folder was given back."""
+    threads = []
+
+    def interrupted(*_):
+        threads.append(threading.current_thread())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(Checkpoints(tmp_path, Ranks()), 1)
+    assert threads == [threading.main_thread()]
+
+
 # ---- asynchronous ones -----------------------------------------------------------------------------------------------
 
 
@@ -424,6 +438,7 @@ def test_later_changes_do_not_reach_an_asynchronous_checkpoint(tmp_path, monkeyp
     own["rng"].zero_()
     state["history"]["count"] = 99
     assert names(tmp_path) == []  # nothing was written yet
+    assert threading.enumerate()[-1].daemon  # a process that fails does not wait for a server that hangs
     gate.set()
     checkpoints.wait()
     assert_loads(checkpoints, 1)

@@ -37,6 +37,10 @@ def two_ranks(rank, world_size, folder):
     checkpoint.write = original
     found["after a failure"] = names(folder)
     found["identity"] = error_of(lambda: checkpoints.load(identity="other"))
+    listed = checkpoint.names_of_checkpoints
+    checkpoint.names_of_checkpoints = no_space if rank == 0 else unexpected  # which stands for any error
+    found["no names"] = error_of(checkpoints.load)
+    checkpoint.names_of_checkpoints = listed
     save(checkpoints, 4, rank)
     found["later"] = outcome(checkpoints, rank)
     return found
@@ -82,6 +86,7 @@ def test_ranks_save_load_and_fail_together(spawn_ranks, tmp_path):
     assert 0.8 * size < int(text.split("it needs ")[1].split()[0]) < size
     assert first["after a failure"] == ["step-0000000001.pt", "step-0000000002.pt"]
     assert first["identity"][0] == "ValueError"
+    assert first["no names"] == ("CheckpointError", "[Errno 28] No space left on device")
     alone = Checkpoints(tmp_path / "run", Ranks())  # fewer ranks
     assert assert_loads(alone, 4).world_size_saved == 2
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
@@ -53,7 +54,7 @@ def lock_of(folder, ranks=None, what="this run", **options):
 @pytest.fixture
 def holder(tmp_path):
     """The lock of a job that gives no sign of life, as if it were on another host."""
-    lock = lock_of(tmp_path, Ranks(scheduler="slurm", job_id="5", restart_count=1), "the other run", stale_seconds=1e6)
+    lock = lock_of(tmp_path, Ranks(scheduler="slurm", job_id="5", job_restarts=1), "the other run", stale_seconds=1e6)
     lock.acquire()
     rewrite(tmp_path, machine="elsewhere", host="elsewhere", pid=2**22 + 1)  # no process here has this number
     yield lock
@@ -145,11 +146,50 @@ def test_elsewhere_the_next_sign_of_life_is_waited_for(tmp_path, capsys):
         assert os.listdir(tmp_path) == [LOCK_NAME]
 
 
-def test_a_holder_elsewhere_that_died_a_moment_ago_is_waited_out(tmp_path, holder, capsys):
+@pytest.fixture
+def naps(monkeypatch):
+    """Time passes where the lock sleeps, and nowhere else."""
+    naps = []
+    clock = SimpleNamespace(sleep=naps.append, monotonic=lambda: sum(naps))
+    monkeypatch.setattr("experiments.runs.lock.time", clock)
+    return naps
+
+
+def test_a_holder_elsewhere_that_died_a_moment_ago_is_waited_out(tmp_path, holder, capsys, naps, monkeypatch):
     """As when a node fails and a chained job begins at once."""
-    with lock_of(tmp_path, stale_seconds=1) as lock:
-        assert "on elsewhere" in lock.note and "no sign of life for 1 s" in lock.note
-    assert "waited for, " in capsys.readouterr().err
+    monkeypatch.setattr(FolderLock, "_age", lambda lock, path: sum(naps))
+    with lock_of(tmp_path, stale_seconds=100) as lock:
+        assert "on elsewhere" in lock.note and "no sign of life for 101 s" in lock.note
+    assert sum(naps) == 101
+    assert capsys.readouterr().err.count("waited for, 100 s at most") == 1
+
+
+def test_a_lock_that_cannot_be_looked_at_is_not_waited_for_without_end(tmp_path, naps, monkeypatch):
+    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "gone")  # or its server has lost it
+    looks, stat = [], os.stat
+
+    def look(path, **options):
+        looks.append(path)
+        assert len(looks) < 10_000, "it does not sleep"
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(FolderInUse, match="an unknown host"):
+        patch.setattr(os, "stat", look)
+        lock_of(tmp_path, stale_seconds=10).acquire()
+    assert 11 <= sum(naps) < 12
+
+
+def test_a_full_disk_leaves_no_lock_behind(tmp_path, holder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        lock_of(tmp_path / "own").acquire()
+    touch(tmp_path, 60)
+    with pytest.raises(OSError, match="No space"):  # from the guard of a takeover
+        lock_of(tmp_path, stale_seconds=50).acquire()
+    assert os.listdir(tmp_path / "own") == [] and sorted(os.listdir(tmp_path)) == ["own", LOCK_NAME]
 
 
 def at_first_sleep(monkeypatch, action):
@@ -173,11 +213,12 @@ def test_one_that_took_over_meanwhile_is_named(tmp_path, holder, monkeypatch):
 @pytest.mark.parametrize(
     ("ranks", "is_taken"),
     [
-        (Ranks(scheduler="slurm", job_id="5", restart_count=2), True),
-        (Ranks(scheduler="slurm", job_id="5", restart_count=1), False),
-        (Ranks(scheduler="slurm", job_id="6", restart_count=2), False),
-        (Ranks(scheduler="lsf", job_id="5", restart_count=2), False),
-        (Ranks(job_id="5", restart_count=2), False),  # torchrun's, which may be the same for all of its jobs
+        (Ranks(scheduler="slurm", job_id="5", job_restarts=2), True),
+        (Ranks(scheduler="slurm", job_id="5", job_restarts=1), False),
+        (Ranks(scheduler="slurm", job_id="5", job_restarts=1, restart_count=4), False),  # another torchrun in this job
+        (Ranks(scheduler="slurm", job_id="6", job_restarts=2), False),
+        (Ranks(scheduler="lsf", job_id="5", job_restarts=2), False),
+        (Ranks(job_id="5", job_restarts=2), False),  # torchrun's id, which may be the same for all of its jobs
     ],
 )
 def test_a_restart_of_the_same_job_takes_over(tmp_path, holder, monkeypatch, ranks, is_taken):

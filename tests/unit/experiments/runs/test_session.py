@@ -25,10 +25,10 @@ from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run
 from experiments.records.status import run_folder, run_path, state_of
-from experiments.runs import execute
+from experiments.runs import checkpoint, execute
 from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.execute import execute_run
-from experiments.runs.lock import FolderInUse
+from experiments.runs.lock import FolderInUse, FolderLock
 from experiments.runs.session import OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
 from experiments.training.closure import Closure
@@ -281,6 +281,49 @@ def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):
     ):
         execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
     execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+
+
+def test_checkpoints_of_a_former_version_hold_no_run_up(tmp_path):
+    config = run_config("sgd", epochs=2)
+    path = run_path(tmp_path, config)
+    (run_folder(path) / "step-0000000010" / "parts").mkdir(parents=True)
+    assert state_of(path, config, "", 1) == "missing"
+    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    assert read_run(path).attributes["restart_count"] == 0 and not run_folder(path).exists()
+
+
+def test_the_lock_is_given_back_where_the_ranks_do_not_meet(tmp_path, monkeypatch):
+    def late(ranks, make, what, seconds):
+        make()
+        raise TimeoutError("rank 1 was late")
+
+    monkeypatch.setattr("experiments.runs.session.by_first", late)
+    config, place = run_config("sgd"), tmp_path / "seed-0.run"
+    session = RunSession(place, config, Ranks(), "", SaveConfig(), Interruption(environment={}), print)
+    with pytest.raises(TimeoutError), session:
+        pass
+    assert list(place.iterdir()) == []
+
+
+def test_a_run_that_fails_keeps_its_lock_until_nothing_writes(tmp_path, monkeypatch):
+    write, release, present = checkpoint.write, FolderLock.release, []
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        write(*arguments)
+
+    def listed(lock):
+        present.extend(path.name for path in tmp_path.glob("*/*/*/*/step-*"))
+        release(lock)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(FolderLock, "release", listed)
+    monkeypatch.setattr(Checkpoints, "wait", lambda checkpoints: None)
+    monkeypatch.setattr(RunSession, "_publish_unfinished", lambda session, run: 1 / 0)
+    save = SaveConfig(every_seconds=0.0, asynchronous=True)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        execute_run(run_config("sgd"), Ranks(), tmp_path, save=save, interruption=Interruption(environment={}))
+    assert len(present) == 1
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
