@@ -40,8 +40,8 @@ def check_temporary_folder() -> None:
     longest = MAX_SOCKET_PATH - len("/pymp-12345678/listener-12345678")
     if len(os.fsencode(folder)) > longest:
         raise ValueError(
-            f"workers need a temporary folder whose path has at most {longest} bytes, got {folder}: export TMPDIR=/tmp, or "
-            "another short one"
+            f"workers need a temporary folder whose path has at most {longest} bytes, got {folder}: "
+            "export TMPDIR=/tmp, or another short one"
         )
 
 

@@ -281,9 +281,7 @@ def test_a_temporary_folder_too_deep_for_sockets_is_refused_because_its_workers_
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
     TrainLoader(listed(), SMALL, batch_size=15, seed=0)
-    with pytest.raises(
-        ValueError, match="path has at most 75 bytes, got .*x: export TMPDIR=/tmp, or another short one"
-    ):
+    with pytest.raises(ValueError, match=r"path has at most 75 bytes, got .*x: export TMPDIR=/tmp"):
         TrainLoader(listed(), SMALL, batch_size=15, seed=0, num_workers=1)
 
 
