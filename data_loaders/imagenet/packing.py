@@ -123,7 +123,7 @@ class _Packer:
             try:
                 yield name, int(self.images.labels[index]), encode(self.images.read(index), self.packing)
             except (ImageError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in PASSING:
+                if isinstance(error, OSError) and error.errno and error.errno in PASSING:
                     raise OSError(
                         f"image {index} ({name}) cannot be read: {os.strerror(error.errno)}. It may be whole, so "
                         "that it is not left out: start the packing again, and delete the image if it fails always"
