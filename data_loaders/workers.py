@@ -7,6 +7,7 @@ import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,26 @@ SIGNALS = {
     signal.SIGXCPU,
 }
 
+MAX_SOCKET_PATH = 107  # bytes, in sockaddr_un of Linux
+
 
 def num_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_temporary_folder() -> None:
+    """Raises ValueError where the sockets of workers, which lie in the temporary folder, would have too long a path.
+
+    A worker that sends a tensor would fail in a thread, and the process that waits for it would wait for ever.
+    """
+    folder = tempfile.gettempdir()
+    longest = MAX_SOCKET_PATH - len("/pymp-12345678/listener-12345678")
+    if len(os.fsencode(folder)) > longest:
+        raise ValueError(
+            f"workers need a temporary folder whose path has at most {longest} bytes, got {folder}: "
+            "export TMPDIR=/tmp, or another short one"
+        )
 
 
 @contextmanager

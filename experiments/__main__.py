@@ -61,6 +61,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a locale may lack letters of labels
     code = main()
     departure = sys.modules.get("experiments.distributed.departure")  # without it there is no process group to leave
     if departure is not None:

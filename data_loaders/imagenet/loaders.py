@@ -24,7 +24,7 @@ from data_loaders.imagenet.sampling import (
     rank_indices,
     shard_bounds,
 )
-from data_loaders.workers import follow_parent, signals_held_back
+from data_loaders.workers import check_temporary_folder, follow_parent, signals_held_back
 
 START_METHODS = ("fork", "spawn", "forkserver")
 
@@ -105,6 +105,7 @@ class _Loader:
             self._workers = self._start(num_workers, start_method, pin_memory)
 
     def _start(self, num_workers: int, start_method: str, pin_memory: bool) -> DataLoader[Answer]:
+        check_temporary_folder()
         context = multiprocessing.get_context(start_method)
         if start_method == "forkserver":  # it imports torch once, for all workers; without effect once it runs
             context.set_forkserver_preload(["__main__", __name__])

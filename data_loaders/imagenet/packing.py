@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import os
@@ -32,10 +33,17 @@ from data_loaders.imagenet.shards import (
     shard_path,
     write_shard,
 )
-from data_loaders.workers import follow_parent, signals_held_back
+from data_loaders.workers import check_temporary_folder, follow_parent, signals_held_back
 
 PICTURES = 2
 """Version of what is encoded again: a packing that was begun before a change is not finished with other pictures."""
+
+# What says nothing about an image: the file system or the process failed, and another attempt may read it.
+PASSING = frozenset(
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ESHUTDOWN", "EREMOTEIO", "EMFILE", "ENFILE", "ENOMEM")
+    if hasattr(errno, name)
+)
 
 LEFTOVER_SECONDS = 6 * 3600
 """Age of an unfinished file that no process writes any more. Where locks hold within a node alone, a younger one may be
@@ -115,6 +123,11 @@ class _Packer:
             try:
                 yield name, int(self.images.labels[index]), encode(self.images.read(index), self.packing)
             except (ImageError, OSError) as error:
+                if isinstance(error, OSError) and error.errno and error.errno in PASSING:
+                    raise OSError(
+                        f"image {index} ({name}) cannot be read: {os.strerror(error.errno)}. It may be whole, so "
+                        "that it is not left out: start the packing again, and delete the image if it fails always"
+                    ) from None
                 reason = str(error) if isinstance(error, ImageError) else error.strerror or str(error)
                 if self.packing.on_corrupt == "stop":
                     raise ImageError(f"image {index} ({name}) cannot be read: {reason}") from None
@@ -190,7 +203,7 @@ def pack(
         OtherShardsError: the folder holds shards of other images or settings.
         ValueError: an argument outside its range, or another process is at work in the folder.
         ImageError: an unreadable image under "stop", or no readable one.
-        OSError: writing failed.
+        OSError: writing failed, or reading for a reason that may pass.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be train or validation, got {split!r}")
@@ -266,6 +279,7 @@ def _pack_in_workers(
     tasks: Sequence[_Task], what: tuple[Images, Header, Packing], num_workers: int, bar: tqdm[Any]
 ) -> None:
     """Fills shards in processes; after an error or an interruption the others end at their next image."""
+    check_temporary_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imported once, for all workers
     with signals_held_back():  # their helper process is not to die of them either

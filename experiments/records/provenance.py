@@ -95,10 +95,12 @@ def place_of(config: RunConfig) -> dict[str, Any]:
 def git_state() -> tuple[str, bool]:
     """Commit of the checkout and whether it has changes; ("unknown", False) where git or the history is missing."""
     folder = Path(__file__).parent
+    # git refuses the checkout of a colleague for what its configuration may start; the code of this one runs already.
+    git = ["git", "-c", f"safe.directory={folder.resolve().parents[1]}"]
     answers = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
         try:
-            answers.append(subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False))
+            answers.append(subprocess.run([*git, *arguments], cwd=folder, capture_output=True, text=True, check=False))
         except OSError:
             return "unknown", False
     commit, status = answers

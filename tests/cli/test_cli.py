@@ -366,6 +366,15 @@ def test_the_module_runs_from_the_checkout():
     assert done.returncode == 0 and "reproduce" in done.stdout and not done.stderr
 
 
+def test_a_label_with_letters_that_the_locale_lacks_is_printed(config, tmp_path):
+    label = ["--set", "variants.sgd.label=Größe →", "--set", "seeds=0", "--set", "variants=sgd"]
+    assert run(config, tmp_path / "results", *label) == 0
+    command = [sys.executable, "-m", "experiments", "summarize", "--results", str(tmp_path / "results")]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and r"Gr\xf6\xdfe \u2192" in done.stdout, done.stderr
+
+
 def test_torchrun(config, tmp_path):
     """Two ranks, one record."""
     env = {key: value for key, value in os.environ.items() if key != "AADL_DATA_DIR"}

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -273,6 +274,15 @@ def test_a_decoder_that_does_not_import_is_one_sentence(monkeypatch):
     message = "decoder 'torchvision' needs no_such_package.io, which does not import here .*: install it, or choose pil"
     with pytest.raises(ValueError, match=message):
         TrainLoader(listed(), Decoding(16, 20, "torchvision"), batch_size=2, seed=0)
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_refused_because_its_workers_would_hang(tmp_path, monkeypatch):
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    TrainLoader(listed(), SMALL, batch_size=15, seed=0)
+    with pytest.raises(ValueError, match=r"path has at most 75 bytes, got .*x: export TMPDIR=/tmp"):
+        TrainLoader(listed(), SMALL, batch_size=15, seed=0, num_workers=1)
 
 
 def test_an_image_that_the_chosen_decoder_refuses_is_read_by_pillow(monkeypatch):

@@ -395,6 +395,23 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path, monkeypatch, c
     assert [path.name for path in (tmp_path / "set").iterdir()] == [".packing-train.lock"]
 
 
+def test_a_failing_file_system_leaves_out_no_image_and_the_packing_goes_on_later(tmp_path, monkeypatch):
+    images = ListedImages(CONTENTS)
+    read, fails = ListedImages.read, OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def failing(self, index):
+        if index == 12:
+            raise fails
+        return read(self, index)
+
+    monkeypatch.setattr(ListedImages, "read", failing)
+    with pytest.raises(OSError, match=r"image 12 \(image-12\) cannot be read: Input/output error\. It may be whole"):
+        pack(images, tmp_path, "train", Packing(images_per_shard=10))
+    assert [path.name for path in tmp_path.glob("*.h5")] == ["train-00000-of-00003.h5"]
+    monkeypatch.setattr(ListedImages, "read", read)
+    assert pack(images, tmp_path, "train", Packing(images_per_shard=10)).left_out == ()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -146,3 +146,11 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
         assert git_state() == ("unknown", False)
     finally:
         git_state.cache_clear()
+
+
+def test_the_commit_of_a_checkout_of_another_account_is_known(monkeypatch):
+    git_state.cache_clear()
+    before = git_state()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    git_state.cache_clear()
+    assert git_state() == before
