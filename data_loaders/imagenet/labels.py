@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")  # in any case
+SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+"""Of images, in any case."""
 
 KAGGLE_LIST = "LOC_val_solution.csv"
 TEXT_LISTS = ("val.txt", "validation.txt")

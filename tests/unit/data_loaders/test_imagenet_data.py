@@ -52,15 +52,19 @@ def test_folders_are_read_in_the_order_of_names(tmp_path):
     (root / "train/n02/.hidden.JPEG").write_bytes(b"")
     (root / "train/n02/notes.txt").write_bytes(b"")
     (root / "train/n02/zebra.PnG").write_bytes(b"png")
+    for suffix in ("jpe", "JFIF"):
+        (root / f"train/n03/old.{suffix}").write_bytes(b"jpeg")
     (root / "train/.cache").mkdir()
     images = FolderImages(root, "train")
-    assert len(images) == 37 and images.class_names == ("n01", "n02", "n03")
-    assert images.labels.tolist() == [0] * 12 + [1] * 13 + [2] * 12
-    assert [images.name(index) for index in (0, 1, 2, 24)] == [
+    assert len(images) == 39 and images.class_names == ("n01", "n02", "n03")
+    assert images.labels.tolist() == [0] * 12 + [1] * 13 + [2] * 14
+    assert [images.name(index) for index in (0, 1, 2, 24, 37, 38)] == [
         "n01/n01_0.JPEG",
         "n01/n01_1.JPEG",
         "n01/n01_10.JPEG",
         "n02/zebra.PnG",
+        "n03/old.JFIF",
+        "n03/old.jpe",
     ]
     assert images.read(24) == b"png"
     assert images.read(2) == (root / "train/n01/n01_10.JPEG").read_bytes()
