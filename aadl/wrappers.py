@@ -16,7 +16,13 @@ from aadl.parameters import all_parameters
 
 INSIDE = ("Lookahead",)
 """Classes of wrappers that change the weights after the step inside: that step is the map, theirs is not."""
+LEARNS_ITS_RATE = (
+    "estimates its learning rate from its way since the first weights, which an extrapolation lengthens: the rate stays "
+    "too large"
+)
 REFUSED = {
+    "DAdapt": LEARNS_ITS_RATE,
+    "Prodigy": LEARNS_ITS_RATE,
     "ScheduleFree": "averages the weights over all its steps, so that every step is another map",
     "Rprop": "changes the step size of every weight at every step, by the signs of its last two gradients, so that its "
     "updates say nothing of the next ones",
