@@ -83,7 +83,7 @@ def test_no_optimizer_is_forgotten():
 
 def test_rprop_is_refused():
     optimizer = torch.optim.Rprop(network().parameters())
-    with pytest.raises(ValueError, match="^Rprop cannot be accelerated: it changes the step size of every weight"):
+    with pytest.raises(ValueError, match=r"^Rprop cannot be accelerated: it changes the step size of every weight"):
         aadl.accelerate(optimizer)
     assert not optimizer._optimizer_step_post_hooks  # nothing is attached
 
