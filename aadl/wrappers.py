@@ -17,8 +17,8 @@ from aadl.parameters import all_parameters
 INSIDE = ("Lookahead",)
 """Classes of wrappers that change the weights after the step inside: that step is the map, theirs is not."""
 LEARNS_ITS_RATE = (
-    "estimates its learning rate from the way since the first weights, which extrapolation lengthens: the rate stays too "
-    "large"
+    "estimates its learning rate from the way since the first weights, which extrapolation lengthens: the rate stays "
+    "too large"
 )
 REFUSED = {
     "DAdapt": LEARNS_ITS_RATE,
