@@ -21,7 +21,10 @@ LEARNS_ITS_RATE = (
     "too large"
 )
 REFUSED = {
+    "AggMo": "keeps several momentum buffers, which do not follow a candidate",
     "DAdapt": LEARNS_ITS_RATE,
+    "MADGRAD": "computes the weights from sums of all gradients, which do not follow a candidate",
+    "NovoGrad": "normalizes the gradients before their momentum, so that its steps do not shrink near a minimum",
     "Prodigy": LEARNS_ITS_RATE,
     "ScheduleFree": "averages the weights over all its steps, so that every step is another map",
     "Rprop": "changes the step size of every weight at every step, by the signs of its last two gradients, so that its "
