@@ -55,7 +55,7 @@ def test_the_runs_of_a_configuration_are_counted_as_they_are_made(name):
     path = config_files.find_config(name)
     config = load_or_skip(path)
     made = expand_runs(config, num_rows=10**6)
-    listed = command._runs_of(read_yaml(path), path)
+    listed = command.runs_of(read_yaml(path), path)
     assert sorted(listed) == sorted((run.name, run.seed) for run in made)
 
 

@@ -542,7 +542,7 @@ def test_a_resumed_run_knows_which_writes_are_regular(change):
         assert identical(statistics(again), statistics(optimizer)), last
 
 
-def test_macro_steps_that_never_end_are_told_of_once():
+def test_macro_steps_that_never_end_give_one_warning():
     model = network()
     optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
 

@@ -315,7 +315,7 @@ def test_a_run_that_turned_into_nans_recovers_with_restored_weights(steps):
     assert statistics(optimizer)["accepted"] > 5
 
 
-def test_lbfgs_starts_anew_from_an_accepted_candidate():
+def test_lbfgs_starts_again_from_an_accepted_candidate():
     """Its next direction is the gradient there: curvature pairs would span two points without a step between them.
 
     It is as long as that of a first iteration with the magnitude of the gradient before; iterations are counted on.

@@ -47,7 +47,7 @@ def test_a_wrong_count_of_bytes_is_noticed(monkeypatch, coupling, history):
         assert step_report.disagreements(report)
 
 
-def test_steps_are_told_apart_by_the_counters():
+def test_the_counters_distinguish_steps():
     def kind(*change, last="idle"):
         before = dict.fromkeys(accelerated_step.COUNTED, 3)
         return kind_of(before, {name: 3 + c for name, c in zip(before, change, strict=True)}, last)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -17,7 +18,8 @@ import pytest
 from image_sets import UNREADABLE, ListedImages, encoded, read_all, write_folders
 from paths import ROOT
 
-from data_loaders.imagenet import packing, shards
+from data_loaders.files import locked
+from data_loaders.imagenet import shards
 from data_loaders.imagenet.__main__ import main
 from data_loaders.imagenet.packed import PackedImages, info, verify
 from data_loaders.imagenet.packing import Packing, pack
@@ -128,17 +130,27 @@ def test_two_processes_read_a_set_that_is_open_here(folder, method):
     assert images.read(7) == CONTENTS[7]
 
 
-def test_a_pickle_carries_no_open_file_and_a_fork_opens_its_own(folder):
+def opened(folder):
+    """The descriptors of this process for files of a folder."""
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return {int(link.name) for link in links if str(link.readlink()).startswith(str(folder))}
+
+
+def test_a_pickle_carries_no_open_file_and_a_fork_opens_its_own(folder, monkeypatch):
     images = PackedImages(folder, "train")
     images.read(0)
-    assert images._open and not pickle.loads(pickle.dumps(images))._open
-    mine = dict(images._open)
-    images._pid -= 1  # as in a child
+    mine = opened(folder)
+    copied = pickle.loads(pickle.dumps(images))
+    copied.close()
+    assert len(mine) == 1 and opened(folder) == mine
+    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a child
     assert images.read(0) == CONTENTS[0]
-    assert images._open and images._open != mine
-    os.close(mine[0])
+    assert mine < opened(folder)
     images.close()
+    assert opened(folder) == mine
     assert images.read(24) == CONTENTS[24]
+    images.close()
+    os.close(mine.pop())
 
 
 def test_a_set_is_read_from_a_copy_of_its_folder(folder, tmp_path):
@@ -367,10 +379,11 @@ def test_leftovers_of_a_killed_packing_go_and_two_at_a_time_are_refused(tmp_path
         os.utime(leftover, (0, 0))
     of_another_node = tmp_path / ".train-00000-of-00001-y.tmp"  # where flock does not reach from there to here
     of_another_node.write_bytes(b"half a shard")
-    with packing._alone(tmp_path, "validation"):
+    with locked(tmp_path / ".packing-validation.lock", wait=False):
         pack(ListedImages(CONTENTS), tmp_path, "train", Packing())
         with pytest.raises(ValueError, match="another process is packing validation into"):
             pack(ListedImages(CONTENTS), tmp_path, "validation", Packing())
+    pack(ListedImages(CONTENTS), tmp_path, "validation", Packing())
     assert list(tmp_path.glob(".*.tmp")) == [of_another_node]
 
 
