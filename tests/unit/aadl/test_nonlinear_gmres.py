@@ -472,16 +472,18 @@ def test_states_that_do_not_fit_are_refused_or_empty_the_history():
     assert other.num_columns == 0 and other.statistics["resets"] == {"resumed": 1}
     train(model, deeper, 8)
     assert other.statistics["attempts"] > json.loads(state["values"])["statistics"]["attempts"]
-    anderson = aadl.accelerator_of(aadl.accelerate(SGD(model.parameters(), lr=0.02)))
+    plain = aadl.accelerate(SGD(model.parameters(), lr=0.02))
+    anderson = aadl.accelerator_of(plain)
     with pytest.raises(ValueError, match="acceleration_type='nonlinear_gmres'"):
         anderson.load_state_dict(state)
     with pytest.raises(ValueError, match=r"acceleration_type=.*this one acceleration_type='nonlinear_gmres'"):
         accelerator.load_state_dict(anderson.state_dict())
     with pytest.raises(ValueError, match="damaged"):
         accelerator.load_state_dict({**state, "values": "{}"})
-    narrow = attach(SGD(nn.Linear(2, 1).double().parameters(), lr=0.02), frequency=4, history_depth=5)
+    narrow = SGD(nn.Linear(2, 1).double().parameters(), lr=0.02)
+    narrow_accelerator = attach(narrow, frequency=4, history_depth=5)
     with pytest.raises(ValueError, match=r"other parameters|other shapes"):
-        narrow.load_state_dict(state)
+        narrow_accelerator.load_state_dict(state)
 
 
 def test_removal_leaves_the_plain_optimizer():

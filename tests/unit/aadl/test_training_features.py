@@ -149,36 +149,6 @@ def test_a_tensor_shared_by_modules_counts_once(settings, closure):
     assert distance(ours, run(build=lambda: tied(True))) > 1e-4
 
 
-def compiled(part):
-    """wrap and make of a run of which one part is compiled."""
-
-    def wrap(model, rank, size):
-        return torch.compile(model, backend="aot_eager") if part == "model" else model
-
-    def make(parameters):
-        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-        if part == "optimizer":
-            optimizer.step = torch.compile(optimizer.step, backend="eager")
-        return optimizer
-
-    return {"wrap": wrap, "make": make}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("part", "settings", "closure"),
-    [("model", LOSS, True), ("model", RESIDUAL, False), ("optimizer", RESIDUAL, False)],
-)
-def test_compiled_runs_are_those_without_compilation(part, settings, closure):
-    torch._dynamo.reset()
-    ours = run(0, 1, settings, closure=closure, steps=30, **compiled(part))
-    expected = run(0, 1, settings, closure=closure, steps=30)
-    assert distance(ours, expected) < 1e-12
-    assert ours["statistics"]["accepted"] == expected["statistics"]["accepted"] > 0
-    assert ours["statistics"]["steps"] == 30
-    assert distance(ours, run(steps=30)) > 1e-4
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_train_step():
     """Forward, backward and step in one function, as in the tutorials of torch.compile."""

@@ -314,7 +314,8 @@ def test_a_chain_depends_link_by_link(scheduler, tmp_path, capsys):
     assert "max_restarts=0" in kept.read_text() and "--no-requeue" in kept.read_text()
 
 
-def test_lsf_takes_a_file_or_stdin_as_its_site_says(scheduler, tmp_path, capsys):
+def test_lsf_takes_a_file_or_stdin_as_its_site_says(scheduler, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TMPDIR", raising=False)
     calls = scheduler("bsub", "echo 'Job <77> is submitted to queue <batch>.'")
     assert submit.main(arguments(tmp_path, "summit", *COMMON)) == 0
     assert calls.read_text().rstrip().endswith(".sh") and not (tmp_path / "stdin").read_text()
