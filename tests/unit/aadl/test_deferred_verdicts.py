@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from histories import copy_histories_to_the_host
-from small_runs import identical, network, train
+from small_runs import flat, identical, network, train
 
 import aadl
 from aadl import decisions, judgments
@@ -29,7 +29,7 @@ def train_network(settings, steps=80, optimizer_class=torch.optim.SGD, **options
     weights = []
     for _ in range(steps):
         train(model, optimizer, 1)
-        weights.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        weights.append(flat(model))
     return weights, copy.deepcopy(aadl.accelerator_of(optimizer).statistics)
 
 
@@ -137,7 +137,7 @@ def test_a_store_is_postponed_until_the_copy_had_time(monkeypatch):
     assert accelerator.is_copying and len(accelerator.history.columns) == 1
     state = accelerator.state_dict()  # stores first
     assert not accelerator.is_copying and len(accelerator.history.columns) == 2
-    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    after = flat(model)
     rows = [state["rows"][f"parameters.{index}.mapped"].reshape(-1) for index in range(4)]
     assert torch.equal(torch.cat(rows), after)
     train(model, optimizer, 1)

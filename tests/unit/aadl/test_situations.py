@@ -10,6 +10,7 @@ from small_runs import (
     EAGER,
     Pairs,
     closure_of,
+    flat,
     identical,
     network,
     sgd,
@@ -326,9 +327,9 @@ def test_lbfgs_starts_again_from_an_accepted_candidate():
     along_gradient, after_accepted, last = [], [], None
     for number in range(30):
         accepted = statistics(optimizer)["accepted"]
-        before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        before = flat(model)
         optimizer.step(closure_of(model, optimizer))
-        moved = torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - before
+        moved = flat(model) - before
         gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
         length = 0.3 * min(1.0, 1.0 / float((gradient if last is None else last).abs().sum()))
         last = gradient

@@ -20,7 +20,7 @@ from parallel_runs import (
     replica,
     run,
 )
-from small_runs import identical
+from small_runs import flat, identical
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +39,7 @@ def accumulate(rank, size, synchronize_always):
             with nullcontext() if last or synchronize_always else model.no_sync():
                 ((model(INPUTS[rows]) - TARGETS[rows]).square().mean() / 4).backward()
         optimizer.step()
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    weights = flat(model)
     return {"weights": weights, "statistics": aadl.accelerator_of(optimizer).statistics}
 
 
@@ -167,7 +167,7 @@ def test_a_compiled_train_step():
         used = step if backend is None else torch.compile(step, backend=backend)
         for _ in range(30):
             used()
-        weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        weights = flat(model)
         ends.append((weights, aadl.accelerator_of(optimizer).statistics))
     assert torch.allclose(ends[0][0], ends[1][0], rtol=0, atol=1e-12)
     assert ends[0][1]["accepted"] == ends[1][1]["accepted"] > 0
