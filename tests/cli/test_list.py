@@ -83,7 +83,7 @@ def test_a_folder_without_records_has_no_states(tmp_path):
     ],
 )
 @pytest.mark.parametrize("of", ["list", "run"])
-def test_a_name_that_is_none_is_one_sentence(configs, capsys, of, name, message):
+def test_an_unknown_name_is_one_sentence(configs, capsys, of, name, message):
     assert main([of, name.replace("CONFIGS", str(configs))]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message.replace("CONFIGS", str(configs)) in line

@@ -1,4 +1,4 @@
-"""What may befall an accelerated run from outside: modes, threads, blow-ups, refused states, failing compilers."""
+"""What may happen to an accelerated run from outside: modes, threads, blow-ups, refused states, failing compilers."""
 
 import copy
 import json
@@ -173,7 +173,7 @@ def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
 
 
 @pytest.mark.parametrize("average", [False, "always", "auto"])
-def test_what_was_asked_about_averages_stands_above_a_checkpoint(average):
+def test_the_argument_about_averages_overrides_a_checkpoint(average):
     _, saved, step = quadratic(6, average=False if average == "always" else "always")
     step(10)
     state = copy.deepcopy(saved.state_dict())
@@ -210,7 +210,7 @@ def test_a_state_loaded_while_a_store_waits_continues_as_the_saved_run(offloaded
 
 
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])
-def test_weights_of_losses_that_are_none(weight):
+def test_weights_of_losses_out_of_range_are_refused(weight):
     accelerator = aadl.accelerator_of(quadratic(6)[1])
     accelerator.loss_weight = 3
     with pytest.raises(ValueError, match=r"loss_weight.*got"):

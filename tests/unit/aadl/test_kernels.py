@@ -251,7 +251,7 @@ def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message
     assert compilation.failure().startswith(message)
     assert torch.equal(fused, kernels.inner_products(ring, residual, DEPTH, [1, 2], False))
     given = problem(5000, torch.bfloat16, torch.float32)
-    assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without a word
+    assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without another warning
     assert failing.calls == 1
 
 

@@ -307,7 +307,7 @@ def test_overshoots_without_end_stop_acceleration():
     assert decisions.pause.until == 100
 
 
-# ---- silence ---------------------------------------------------------------------------------------------------------
+# ---- warnings --------------------------------------------------------------------------------------------------------
 
 
 def run_idle(steps, gradient, filters="default", **settings):

@@ -22,7 +22,7 @@ def test_steps_that_undo_what_was_gained_make_accelerations_more_frequent():
     assert ends[None] < 0.5 * ends[10]
 
 
-def test_points_learned_by_heart_make_accelerations_rare():
+def test_jumps_at_new_points_make_accelerations_rare():
     own = Pace(10, adapts=True, due=10)
     for square in (1.0, 4.0, 16.0, 64.0):
         own.note_square(square, normalized=False)

@@ -122,7 +122,7 @@ def promises(growth):
     return ratios, counts
 
 
-def test_broken_promises_suspend_and_kept_ones_do_not():
+def test_residuals_beyond_the_prediction_suspend_acceleration():
     ratios, counts = promises(growth=1.0)
     assert all(0.5 - 1e-6 < ratio < 1 + 1e-6 for ratio in ratios)
     assert counts["suspensions"] == counts["suspended"] == counts["reverted"] == 0

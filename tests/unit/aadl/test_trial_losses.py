@@ -34,7 +34,7 @@ def sgd(model, **settings):
 
 
 class Scored:
-    """A closure that trains as ever but reports the next of given numbers as its loss; notes what it saw."""
+    """A closure that trains as usual but reports the next of given numbers as its loss; notes what it saw."""
 
     def __init__(self, model, optimizer, scores, form="documented"):
         self.model, self.optimizer, self.scores, self.form = model, optimizer, iter(scores), form

@@ -84,7 +84,7 @@ def test_rank_0_deletes_the_announcements_of_earlier_attempts_only(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"addresses": ["a"]}', '{"addresses": 1, "port": 2, "token": ""}'])
-def test_half_an_announcement_is_none(tmp_path, text):
+def test_half_an_announcement_is_ignored(tmp_path, text):
     (tmp_path / "file").write_text(text)
     assert read_announcement(tmp_path / "file") is None
     assert read_announcement(tmp_path / "missing") is None

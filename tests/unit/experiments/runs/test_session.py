@@ -134,6 +134,19 @@ def test_physics_informed_networks_go_on(tmp_path, variant, problem):
     assert_same(config, tmp_path, (2, 9))
 
 
+def test_random_numbers_go_on(tmp_path, monkeypatch):
+    step, draws = Closure.step, []
+    monkeypatch.setattr(Closure, "step", lambda closure: (draws.append(float(torch.rand(()))), step(closure))[1])
+    config = run_config("sgd", epochs=3)
+    run_to_the_end(config, Ranks(), tmp_path / "whole")
+    whole = draws.copy()
+    draws.clear()
+    for stop in (5, None):
+        torch.rand(7)  # what the process did before
+        run_to_the_end(config, Ranks(), tmp_path / "resumed", stop)
+    assert draws == whole and len(set(draws)) == len(draws) == 12
+
+
 def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path):
     config = run_config("sgd_aadl", epochs=6)
     late = Interruption(environment={"AADL_END_TIME": "1000"}, clock=lambda: 1000.0)
