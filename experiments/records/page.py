@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_loaders.files import write_text
+from data_loaders.files import takes_no_files, write_text
 from experiments.records.text_table import markdown_table, text_table
 
 
@@ -36,5 +36,7 @@ class Page:
         try:
             write_text(folder / "summary.md", "\n".join(self._markdown))
         except OSError as error:
+            if not takes_no_files(error):
+                raise
             print(f"note: {error}; the table is printed all the same", file=sys.stderr)
         return "\n".join(self._text[:-1])

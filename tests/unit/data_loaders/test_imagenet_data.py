@@ -132,7 +132,13 @@ def test_what_is_missing_or_ambiguous_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="train has no folder of a class"):
         open_images(tmp_path, "train")
     (tmp_path / "train/n01").mkdir()
-    with pytest.raises(ValueError, match="train holds no image"):
+    with pytest.raises(ValueError, match=r"train holds no image \([^)]*\)$"):
+        open_images(tmp_path, "train")
+    (tmp_path / "train/n01/images").mkdir()
+    (tmp_path / "train/n01/images/1.jpg").touch()
+    with pytest.raises(
+        ValueError, match="images in train/n01/images lie one folder too deep, they belong into train/n01"
+    ):
         open_images(tmp_path, "train")
     (tmp_path / "val").mkdir()
     (tmp_path / "validation").mkdir()

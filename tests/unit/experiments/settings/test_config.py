@@ -198,6 +198,8 @@ def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):
     assert load_config(path).studies.batch_size is not None and not capsys.readouterr().err
     assert load_config(path, ["variants=plain"]).studies.batch_size is None
     assert capsys.readouterr().err == "--set variants leaves out the studies of the configuration\n"
+    notes = []
+    assert load_config(path, ["variants=plain"], notes.append) and len(notes) == 1 and not capsys.readouterr().err
 
 
 def test_runs_of_an_experiment():
