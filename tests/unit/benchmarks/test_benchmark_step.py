@@ -131,5 +131,5 @@ def test_the_figure_reads_its_cases_from_the_tables_of_the_documentation():
     for name in step_report.UNITS:
         rows = step_report.read_csv(machine.ROOT / "docs" / "tables" / name)
         cases = [step_report.case_of(row) for row in rows]
-        assert [step_report._case_cells(case)[1:] for case in cases] == [list(row.values())[1:7] for row in rows]
+        assert [step_report.case_cells(case)[1:] for case in cases] == [list(row.values())[1:7] for row in rows]
         assert [str(case.parameters) for case in cases] == [row["parameters"] for row in rows]
