@@ -40,12 +40,12 @@ def execute(
     if config.num_ranks == 1 or ranks.launcher != "single process":
         for note in notes if ranks.rank == 0 else ():
             say(note)
-        _execute_here(config, ranks, options)
+        execute_here(config, ranks, options)
     else:
         _execute_by_torchrun(path, config, options)
 
 
-def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
+def execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs in this process and its like; a rank that fails ends the others."""
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.

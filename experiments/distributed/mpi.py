@@ -14,12 +14,10 @@ from experiments.distributed.ranks import MPI_LAUNCHERS, Ranks
 from experiments.distributed.rendezvous import Announcement, host_of
 from experiments.settings.launch_settings import LaunchSettings
 
-_was_used = False
-
 
 def mpi_is_in_use() -> bool:
     """Returns whether MPI was started in this process."""
-    return _was_used or "mpi4py.MPI" in sys.modules
+    return "mpi4py.MPI" in sys.modules
 
 
 def start_mpi() -> Any:
@@ -28,10 +26,8 @@ def start_mpi() -> Any:
     Raises:
         ImportError, RuntimeError: mpi4py, or the MPI library that it needs, is missing.
     """
-    global _was_used
     from mpi4py import MPI
 
-    _was_used = True
     return MPI
 
 

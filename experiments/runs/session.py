@@ -203,7 +203,7 @@ class RunSession:
         if tally is not None and tally.stop:
             self._stop(run)
         if tally is not None and tally.save:
-            self._save(run)
+            self.save(run)
         self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
@@ -230,7 +230,7 @@ class RunSession:
         if tally.stop:
             self._stop(run, best=is_best)
         elif tally.save:
-            self._save(run, best=is_best)
+            self.save(run, best=is_best)
 
     def _is_time(self, or_after: float | None = None) -> bool:
         """Whether to save, by the clock of rank 0: after `save.every_seconds`, or after `or_after` if it is less."""
@@ -243,12 +243,12 @@ class RunSession:
         return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
 
     def _stop(self, run: Training, *, best: bool = False) -> None:
-        self._save(run, best=best)
+        self.save(run, best=best)
         self._checkpoints.wait()
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
-    def _save(self, run: Training, *, best: bool = False) -> None:
+    def save(self, run: Training, *, best: bool = False) -> None:
         """Saves the run, unless it was saved at this very step. Rank 0 publishes the record as well."""
         start = self._saved_at = time.monotonic()
         if run.num_steps == self._last_step and not best:

@@ -26,7 +26,7 @@ def files(folder):
 
 
 def test_what_an_override_leaves_out_is_said_once_by_all_ranks(monkeypatch, capsys):
-    monkeypatch.setattr(running, "_execute_here", lambda *_: None)
+    monkeypatch.setattr(running, "execute_here", lambda *_: None)
     for rank in (0, 1):
         ranks = Ranks(rank=rank, world_size=2, launcher="torchrun")
         running.execute(Path("a.yaml"), types.SimpleNamespace(num_ranks=2), ranks, argparse.Namespace(), ["a note"])

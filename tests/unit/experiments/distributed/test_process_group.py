@@ -56,7 +56,7 @@ def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_pat
     raw = {"nccl": variables, "flight_recorder": 100}
     settings = read_settings(LaunchSettings, raw, "launch")
     environment["NCCL_DEBUG"] = "INFO"
-    process_group._export_settings(settings, tmp_path)
+    process_group.export_settings(settings, tmp_path)
     assert environment["NCCL_DEBUG"] == "INFO"
     assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600" and environment["NCCL_IB_DISABLE"] == "1"
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
@@ -65,7 +65,7 @@ def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_pat
     assert "TORCH_DISTRIBUTED_DEBUG" not in environment
     for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
         del environment[name]
-    process_group._export_settings(LaunchSettings(flight_recorder=0), None)
+    process_group.export_settings(LaunchSettings(flight_recorder=0), None)
     assert not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} & environment.keys()
 
 
@@ -97,9 +97,9 @@ def limit(monkeypatch):
 )
 def test_many_ranks_need_many_files(limit, soft, hard, expected):
     told = limit(soft, hard)
-    process_group._allow_many_files(1536)
+    process_group.allow_many_files(1536)
     assert told == expected
-    text = process_group._few_files(Ranks(3, 1536, host="n7"))
+    text = process_group.few_files(Ranks(3, 1536, host="n7"))
     assert bool(text) == (hard == 4096)
     if text:
         assert "a process on n7 may open 4096 files, and one of 1536 ranks needs 4672" in text
@@ -155,7 +155,7 @@ def test_runs_share_their_groups(tmp_path):
     assert [(tmp_path / f"groups-{rank}").read_text() for rank in range(2)] == [str([[2, 2, 2, 2]] * 2)] * 2
 
 
-def test_a_rank_without_a_group_is_told():
+def test_a_rank_without_a_group_is_an_error():
     assert control_group(Ranks()) is None
     with pytest.raises(RuntimeError, match="rank 1 of 2 has no process group yet"):
         control_group(Ranks(1, 2, 1))

@@ -294,7 +294,7 @@ def test_what_a_record_holds_stays_as_it_is():
     assert found == ["7ed5e0bf996235c5", "7a28d5f058e0161f"]
 
 
-def test_overrides_that_miss_a_variant_are_told(tmp_path, capsys):
+def test_overrides_that_miss_a_variant_are_reported(tmp_path, capsys):
     raw = copy.deepcopy(PINN)
     for name in ("own", "second"):
         raw["variants"][name] = {
