@@ -115,8 +115,6 @@ def choose(ranks: Ranks, settings: LaunchSettings) -> tuple[str, torch.device, s
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         problem = problem or f"launch.backend is nccl, but {host_of(ranks)} has no GPU that this process sees"
-    if settings.debug and backend == "gloo":  # torch 2.13: a segmentation fault in the first pass of a model
-        problem = problem or "launch.debug needs launch.backend nccl: with gloo torch's checks of collectives crash"
     return backend, device, problem
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, set_debug_level_from_env  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from experiments.distributed import devices, interfaces, rendezvous
 from experiments.distributed.departure import Joined, control_group, join, joined, watch
@@ -146,12 +146,8 @@ def _export_settings(settings: LaunchSettings, folder: Path | None) -> None:
         wanted |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": str(settings.flight_recorder)}
         if folder is not None:
             wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")
-    if settings.debug:
-        wanted |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TORCH_NCCL_DESYNC_DEBUG": "1"}
     for name, value in {**wanted, **settings.nccl}.items():
         os.environ.setdefault(name, value)
-    if settings.debug:
-        set_debug_level_from_env()
 
 
 def _export_interface(ranks: Ranks, settings: LaunchSettings, store: Store, several_hosts: bool) -> None:

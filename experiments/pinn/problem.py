@@ -73,7 +73,6 @@ class PinnProblem(Problem):
             model.zero_grad()
         self._tests = reference_sets(equation, settings, device_of(ranks))
         self._unseen = self._collocation.unseen()
-        self.best_by = next((f"metrics/validation/relative_l2_{name}" for name in self._tests), "metrics/train/loss")
         attributes = {
             "equation": equation.label,
             "degenerate": equation.degenerate,

@@ -11,7 +11,7 @@ from experiments.records.reading import has_groups, read_run
 from experiments.settings.run_config import RunConfig
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{10})(-best)?\.pt")
-"""Of a file from which a run goes on; a former version of this suite has left others behind."""
+"""Of a file from which a run goes on; a former version marked the best one, and left others behind."""
 
 
 def run_path(results: Path, config: RunConfig) -> Path:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +30,6 @@ TRANSIENT = frozenset(
     for name in ("EIO", "ENOSPC", "EDQUOT", "EAGAIN", "EINTR", "EBUSY", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO")
     if hasattr(errno, name)
 )
-
-SETTLE_SECONDS = 10.0
-"""How long a run that failed waits for the thread that writes; the file server may hang."""
 
 T = TypeVar("T")
 
@@ -63,94 +58,52 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of a run in one folder.
+    """The checkpoints of a run in one folder; all ranks make it together, for it uses `control_group`.
 
-    Attributes:
-        write_seconds: the longest that writing one took, on rank 0.
+    Args:
+        folder: on a file system that all ranks see; made when the first checkpoint is saved.
+        ranks: this process.
+        keep: number of newest checkpoints to keep, >= 1.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2, asynchronous: bool = False) -> None:
-        """Made by all ranks together; it uses `control_group`.
-
-        Args:
-            folder: on a file system that all ranks see; made when the first checkpoint is saved.
-            ranks: this process.
-            keep: number of newest checkpoints to keep, >= 1; the best one stays as well.
-            asynchronous: whether `save` copies the state and does not wait until it is written.
-        """
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
         self.folder = Path(folder)
-        self._ranks, self._keep, self._asynchronous = ranks, keep, asynchronous
+        self._ranks, self._keep = ranks, keep
         self._group = control_group(ranks)  # gloo: the values live on the CPU
-        self._writer: threading.Thread | None = None  # of rank 0, if asynchronous
-        self._error: Exception | None = None  # of the last save, on rank 0
-        self._is_pending = False  # whether the ranks do not know yet how the last save ended
-        self.write_seconds = 0.0
         self._unusable: set[str] = set()  # names of checkpoints that were passed over
 
     # ---- saving
 
-    def save(self, step: int, shared: State, own: State, *, best: bool = False, identity: str = "") -> None:
+    def save(self, step: int, shared: State, own: State, *, identity: str = "") -> None:
         """Saves a state; on all ranks together.
 
         Args:
             step: number of the step, in [0, 10^10); the checkpoint with the largest one is the newest.
             shared: the same on every rank, or DTensors, which are gathered.
             own: of this rank.
-            best: whether this is the best so far, which stays until a later one is.
             identity: text that must be equal on load, as a hash of the configuration.
 
         Raises:
             TypeError: an entry is neither a tensor nor a plain value, on this rank.
-            CheckpointError: the state could not be written, or the one before it, if asynchronous; on all ranks.
+            CheckpointError: the state could not be written; on all ranks.
         """
-        self.wait()
         check_state(shared, "shared")
         check_state(own, "own", sharded=False)
         is_first = self._ranks.rank == 0
-        whole = on_cpu(shared, copy=self._asynchronous, keep=is_first)
-        every = self._gathered(on_cpu(own, copy=self._asynchronous))
+        whole, every = on_cpu(shared, keep=is_first), self._gathered(on_cpu(own))
+        failure: Exception | None = None
         if is_first:
-            content = {"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every}
-            arguments = (name_of(step, best), content)
-            if self._asynchronous:  # a daemon, because a process that fails must not wait for it
-                self._writer = threading.Thread(target=self._try, args=arguments, name="checkpoint", daemon=True)
-                self._writer.start()
-            else:
-                self._try(*arguments)
-        self._is_pending = True
-        if not self._asynchronous:
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits until the last checkpoint is written; on all ranks together.
-
-        Raises:
-            CheckpointError: it could not be written; on all ranks, and once.
-        """
-        if not self._is_pending:
-            return
-        self._is_pending = False
-        if self._writer is not None:
-            self._writer.join()
-        error, self._error = self._error, None
-        text = self._exchange("" if error is None else str(error) or repr(error))[0]
+            try:
+                self._write({"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every})
+            except Exception as error:  # raised when the other ranks, which wait for this one, know
+                failure = error
+        text = self._exchange("" if failure is None else str(failure) or repr(failure))[0]
         if text:
-            raise CheckpointError(text) from error
+            raise CheckpointError(text) from failure
 
-    def settle(self) -> None:
-        """Waits, on this rank alone and for SETTLE_SECONDS at most, until no thread writes; errors are not raised."""
-        if self._writer is not None:
-            self._writer.join(SETTLE_SECONDS)
-
-    def _try(self, name: str, content: State) -> None:
-        try:
-            self._write(name, content)
-        except Exception as error:  # `wait` raises it
-            self._error = error
-
-    def _write(self, name: str, content: State) -> None:
+    def _write(self, content: State) -> None:
         """Writes a checkpoint, or nothing; after an error that may be gone once more. Then the old ones go."""
-        start = time.monotonic()
+        name = name_of(content["step"])
         for is_last in (False, True):
             try:
                 write(self.folder / name, content)
@@ -164,7 +117,6 @@ class Checkpoints:
             prune(self.folder, name, self._keep, self._unusable)
         except OSError as error:
             say(f"warning: old checkpoints in {self.folder} cannot be removed: {error}")
-        self.write_seconds = max(self.write_seconds, time.monotonic() - start)
 
     def _failure(self, content: State, error: OSError) -> str:
         free = ""
@@ -192,7 +144,6 @@ class Checkpoints:
             ValueError: all checkpoints belong to runs of another identity.
             CheckpointError: there are checkpoints, and none can be used; or rank 0 cannot read the folder.
         """
-        self.wait()
         rejected: list[tuple[str, str]] = []
         num_strangers = 0
         is_first = self._ranks.rank == 0

@@ -86,37 +86,36 @@ def num_bytes_of(state: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def on_cpu(state: Any, *, copy: bool = False, keep: bool = True) -> Any:
+def on_cpu(state: Any, *, keep: bool = True) -> Any:
     """The same state with plain tensors on the CPU, and DTensors whole.
 
     All ranks that hold parts of DTensors must call, because these are gathered one after the other.
 
     Args:
         state: see `State`.
-        copy: whether the result must stay as it is while the state changes.
         keep: whether this rank wants the result; else it only does its part of the gathering, and gets None.
     """
     if isinstance(state, dict):
-        entries = {key: on_cpu(entry, copy=copy, keep=keep) for key, entry in state.items()}
+        entries = {key: on_cpu(entry, keep=keep) for key, entry in state.items()}
         return entries if keep else None
     if isinstance(state, (list, tuple)):
-        parts = [on_cpu(entry, copy=copy, keep=keep) for entry in state]
+        parts = [on_cpu(entry, keep=keep) for entry in state]
         return (tuple(parts) if isinstance(state, tuple) else parts) if keep else None
     if is_sharded(state):
         whole = state.detach().full_tensor()
-        return _plain(whole, copy=False) if keep else None
+        return _plain(whole) if keep else None
     if not keep:
         return None
-    return _plain(state.detach(), copy) if isinstance(state, Tensor) else state
+    return _plain(state.detach()) if isinstance(state, Tensor) else state
 
 
-def _plain(tensor: Tensor, copy: bool) -> Tensor:
+def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.device.type != "cpu":
         return tensor.cpu()
     # torch.save writes the whole storage behind a view.
     is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone() if copy or is_view else tensor
+    return tensor.clone() if is_view else tensor
 
 
 def rng_state() -> State:

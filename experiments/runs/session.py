@@ -29,9 +29,6 @@ from experiments.training.train import Training
 PUBLISH_SECONDS = 10.0
 """Least time between two versions of the record of an unfinished run, each of which is a whole file."""
 
-BEST_SHARE = 0.05
-"""At most this share of the run time goes into saving new best checkpoints."""
-
 
 class OtherRun(ValueError):
     """The checkpoints are of a run with other settings or data."""
@@ -109,14 +106,13 @@ class RunSession:
         self._finite = FiniteLosses()
         self._is_finite = True
         self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks) if ranks.rank == 0 else None
-        self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
+        self._checkpoints = Checkpoints(folder, ranks, keep=save.keep)
         self._timeout_seconds = timeout_seconds
         self._vote = StepVote(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1  # that was saved
         self._seen_step = 0
         self._save_seconds = 0.0  # the longest
-        self._best: float | None = None  # value of the best checkpoint
         self.start = datetime.now(timezone.utc)
         self.num_restores = 0
 
@@ -144,15 +140,11 @@ class RunSession:
         try:
             if kind is None:
                 self._vote.result()  # of the last step
-                self._checkpoints.wait()
-            if kind is None and self._ranks.rank == 0:
-                remove_checkpoints(self.folder)
+                if self._ranks.rank == 0:
+                    remove_checkpoints(self.folder)
         finally:
             if self._lock is not None:
-                try:
-                    self._checkpoints.settle()  # what still writes would prune the files of the next holder
-                finally:
-                    self._lock.release()
+                self._lock.release()
         if kind is None and self._ranks.rank == 0:
             with suppress(OSError):  # somebody else is there by now
                 self.folder.rmdir()
@@ -177,7 +169,6 @@ class RunSession:
             set_rng_state(own["rng"])
         self.start = datetime.fromisoformat(loaded.shared["start"])
         self.num_restores = loaded.shared["num_restores"] + 1
-        self._best = loaded.shared["best"]
         self._last_step = self._seen_step = loaded.step
         if self._ranks.rank == 0:
             other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
@@ -210,57 +201,41 @@ class RunSession:
         self._vote.cast(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
-        """Publishes the record now and then, and saves when it is time, or when the evaluation is the best so far."""
+        """Publishes the record now and then, and saves when it is time."""
         if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self._publish_unfinished(run)
         # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
-        margin = run.longest_evaluation + 3 * max(self._save_seconds, self._checkpoints.write_seconds)
+        margin = run.longest_evaluation + 3 * self._save_seconds
         self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
         self._vote.result()
-        value = run.best_by  # the same on all ranks
-        is_best = value is not None and (self._best is None or value < self._best)
-        save = self._is_time(or_after=self._pause_before_best() if is_best else None)
-        tally = self._vote.vote_now(
-            run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
-        )
-        if not run.goes_on:
-            return
-        if (tally.stop or tally.save) and is_best:
-            self._best = value
-        if tally.stop:
-            self._stop(run, best=is_best)
-        elif tally.save:
-            self._save(run, best=is_best)
+        stop = bool(self._interruption.reason)
+        tally = self._vote.vote_now(run.num_steps, stop, True, run.closure.evaluations, save=self._is_time())
+        if tally.stop and run.goes_on:
+            self._stop(run)
+        if tally.save and run.goes_on:
+            self._save(run)
 
-    def _is_time(self, or_after: float | None = None) -> bool:
-        """Whether to save, by the clock of rank 0: after `save.every_seconds`, or after `or_after` if it is less."""
-        seconds = self._save_settings.every_seconds
-        seconds = seconds if or_after is None else min(seconds, or_after)
-        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > seconds
+    def _is_time(self) -> bool:
+        """Whether to save, by the clock of rank 0."""
+        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > self._save_settings.every_seconds
 
-    def _pause_before_best(self) -> float:
-        """Seconds before a better run is saved, because at first almost every evaluation is better than the last."""
-        return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
-
-    def _stop(self, run: Training, *, best: bool = False) -> None:
-        self._save(run, best=best)
-        self._checkpoints.wait()
+    def _stop(self, run: Training) -> None:
+        self._save(run)
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
-    def _save(self, run: Training, *, best: bool = False) -> None:
+    def _save(self, run: Training) -> None:
         """Saves the run, unless it was saved at this very step. Rank 0 publishes the record as well."""
         start = self._saved_at = time.monotonic()
-        if run.num_steps == self._last_step and not best:
+        if run.num_steps == self._last_step:
             return
         self.check_lock()
         with run.clock.stopped():
             shared, own = run.state()
             self._checkpoints.save(
                 run.num_steps,
-                {"run": shared, "start": self.start.isoformat(), "num_restores": self.num_restores, "best": self._best},
+                {"run": shared, "start": self.start.isoformat(), "num_restores": self.num_restores},
                 {"run": own, "rng": rng_state()},
-                best=best,
                 identity=self._identity,
             )
         self._last_step = run.num_steps

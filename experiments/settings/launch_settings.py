@@ -47,7 +47,6 @@ class LaunchSettings(Settings):
         nccl: variables for NCCL and its watchdog.
         flight_recorder: how many of the last collectives are kept for the dump after a timeout; 0 for none.
         share_devices: True lets several ranks use one GPU.
-        debug: True lets torch check that all ranks call the same collective, which is slow; with NCCL only.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,4 +59,3 @@ class LaunchSettings(Settings):
     nccl: Annotated[dict[Variable, str], BeforeValidator(_as_texts)] = Field(default={})
     flight_recorder: NonNegativeInt = 2000
     share_devices: bool = False
-    debug: bool = False

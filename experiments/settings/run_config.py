@@ -142,10 +142,7 @@ class SaveConfig(Settings):
 
     Attributes:
         every_seconds: between two checkpoints of a run.
-        keep: newest checkpoints of a run that are kept, besides the best one. After an evaluation that is better than
-            that of the best checkpoint the run is saved at once, but not within 10 s of the last checkpoint, nor so
-            often that it takes more than a twentieth of the time. Those of a finished run are removed.
-        asynchronous: whether a thread writes them while the training goes on.
+        keep: newest checkpoints of a run that are kept; those of a finished run are removed.
         agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
             ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
@@ -156,7 +153,6 @@ class SaveConfig(Settings):
 
     every_seconds: NonNegativeFloat = 300.0
     keep: Annotated[int, Field(ge=1, lt=1000)] = 2
-    asynchronous: bool = False
     agree_every: Annotated[int, Field(ge=1, le=10_000)] = 1
     weights: bool = False
     attempts: bool = False

@@ -98,12 +98,10 @@ class Problem(ABC):
         data_source: where the data comes from, as "csv", "surrogate" or "computed".
         data_digest: short hash of the data, which tells whether two runs saw the same.
         attributes: further attributes of the record.
-        best_by: series that chooses the best checkpoint; a smaller value is better.
         steps_per_epoch: optimizer steps in an epoch, where a cadence may be given as "2 epochs".
         times_acceleration: whether the record has the seconds that the acceleration takes.
     """
 
-    best_by = "metrics/validation/loss"
     steps_per_epoch: int | None = None
     times_acceleration = False
 

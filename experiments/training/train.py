@@ -137,13 +137,6 @@ class Training:
         is_averaged = self.average is not None and self.average.covers(self.interval)
         return self.average.model if is_averaged and self.average is not None else self.problem.model
 
-    @property
-    def best_by(self) -> float | None:
-        """Value of the last evaluation by which runs are compared; None where the last interval had none."""
-        entries = self.series.get(self.problem.best_by, [])
-        is_new = len(entries) == len(self.series["timing/training_seconds"])
-        return entries[-1] if is_new and math.isfinite(entries[-1]) else None
-
     def begin(self) -> None:
         """Evaluates the initial weights."""
         self.plan.begin(self)
