@@ -30,8 +30,8 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
     """Returns the ranks with the device of the configuration, and stops a job that has lost its GPUs.
 
     Raises:
-        ValueError: the job asked for GPUs, or the configuration does, and this process sees none; or the settings of
-            device and backend contradict each other.
+        ValueError: the job or the configuration asks for GPUs and this process sees none, or device and backend
+            contradict each other.
     """
     if settings.device == "cpu":
         if settings.backend == "nccl":
@@ -61,11 +61,7 @@ def _build() -> str:
 
 
 def device_of(ranks: Ranks) -> torch.device:
-    """Returns the only GPU that this process sees, or the GPU of its local rank, or the CPU.
-
-    Raises:
-        ValueError: there are fewer GPUs than ranks on this node.
-    """
+    """Returns the only GPU that this process sees, that of its local rank, or the CPU; ValueError for too few GPUs."""
     if ranks.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -89,11 +85,9 @@ def describe_device(ranks: Ranks) -> str:
 
 
 def safe_start_method(wish: str = "auto") -> str:
-    """Returns how the workers of data are to start; a forked copy of a process that uses MPI or a GPU may hang.
+    """Returns how the workers of data start: as wished, but by forkserver instead of fork where MPI or a GPU is in use.
 
-    Args:
-        wish: "spawn" and "forkserver" are granted, "fork" only where neither MPI nor a GPU is in use, and "auto" is
-            Python's own choice there; otherwise both become "forkserver".
+    A forked copy of such a process may hang. "auto" wishes for Python's own choice.
     """
     usual = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     method = usual if wish == "auto" else wish

@@ -31,11 +31,9 @@ OTHER_FILES = 512  # beside connections: libraries, data, workers
 def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, folder: Path | None = None) -> None:
     """Joins the ranks, by nccl on GPUs and by gloo on CPUs; a single rank needs no group and no network.
 
-    Every group of gloo, the control group among them, connects each rank with each other one.
-
     Args:
         ranks: this process.
-        settings: deadlines, interfaces and so on; the defaults if None.
+        settings: deadlines, interfaces and so on.
         folder: seen by all ranks, where rank 0 announces its address if the launcher has no channel of its own; the
             current one if None.
 
@@ -181,8 +179,8 @@ def _interface_between_hosts(ranks: Ranks, store: Store) -> str:
 def _allow_many_files(world_size: int) -> None:
     """Raises the limit of open files, usually 1024, to what this rank may need.
 
-    Each group of gloo takes one connection per rank: the world, if it is gloo's, and the control group. Rank 0 holds
-    one more for each client of its store, and for a moment two.
+    Each group of gloo, the world's and the control group, takes one connection per rank. Rank 0 holds one more for each
+    client of its store, and for a moment two.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 5 * world_size + OTHER_FILES

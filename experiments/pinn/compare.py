@@ -85,14 +85,10 @@ Key = tuple[str, str, str]
 
 
 def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None] = say) -> list[Group]:
-    """Reads the records of a folder and groups them by solution and baseline, in the order of the configuration.
+    """Reads the records of `results/<experiment>/<scale>` and groups them by solution and baseline, as configured.
 
     A variant belongs to the group of its baseline, and to that of its own name, if another one is compared with it.
-
-    Args:
-        folder: results/<experiment>/<scale>.
-        experiment: reads the configuration that the records are compared with.
-        note: gets a line about each record that cannot be read.
+    `note` gets a line about each record that cannot be read.
 
     Raises:
         ValueError: records that do not belong together: one variant, or the settings that all variants share, differ.

@@ -31,8 +31,8 @@ def load_equation(name: str, options: Mapping[str, Any], folder: str | Path) -> 
     """The equation that a configuration asks for.
 
     Args:
-        name: a key of `EQUATIONS`, or the path of a Python file that defines exactly one
-            subclass of `Equation`; a relative path starts at `folder`.
+        name: a key of `EQUATIONS`, or the path of a Python file, from `folder` on, that defines exactly one subclass of
+            `Equation`.
         options: keyword arguments of its constructor.
         folder: where the configuration's file is.
 

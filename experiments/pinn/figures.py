@@ -94,16 +94,9 @@ def draw_convergence(group: Group) -> Figure | None:
 def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """A series over the seeds, evaluation by evaluation, from the first one after the start on.
 
-    The place of an evaluation is the median over the seeds. It ends with the shortest run that did not diverge; a
-    diverged run counts as infinitely bad from its last loss on.
-
-    Args:
-        variant: whose runs.
-        series: name.
-        against: "iterations" or the name of a series.
-
-    Returns:
-        Places, and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
+    The place of an evaluation, by "iterations" or by a series, is the median over the seeds. The curve ends with the
+    shortest run that did not diverge; a diverged run counts as infinitely bad from its last loss on. Returns places,
+    and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
     """
     runs = list(variant.runs.values())
     length = min((len(run.places) for run in runs if not run.diverged), default=max(len(run.places) for run in runs))

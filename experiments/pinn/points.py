@@ -26,12 +26,6 @@ TRAINED, POOL, CHOICE, UNSEEN, OTHERS = (0, 1), 2, 3, (4, 5), (6, 7)
 class Collocation:
     """The points of a run: every rank draws all of them and keeps each world_size-th.
 
-    Args:
-        equation: makes interior points and conditions of uniform numbers.
-        config: how many points there are, and when others replace them.
-        seed: of the run, which determines the points.
-        ranks: this process.
-
     Attributes:
         present: points of this rank.
         whole: interior points of all ranks.

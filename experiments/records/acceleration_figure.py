@@ -41,14 +41,9 @@ def draw_acceleration(comparison: Comparison) -> Figure | None:
 
 
 def acceleration_panels(variants: Sequence[tuple[str, Variant]], unit: str) -> tuple[Figure, dict[str, Any]]:
-    """Three panels a variant, one quantity each: outcomes, relative standard deviation, averaging.
+    """Three panels a variant: outcomes, relative standard deviation, averaging. Returns the legend's handles, too.
 
-    Args:
-        variants: titles and variants.
-        unit: of the horizontal axis, the places of the records.
-
-    Returns:
-        The figure and the handles of its legend.
+    `variants` are titles and variants; `unit` is that of the horizontal axis, the places of the records.
     """
     causes = list(dict.fromkeys(cause for _, variant in variants for cause in _causes(variant)))
     colors = {cause: CAUSE_COLORS[position % len(CAUSE_COLORS)] for position, cause in enumerate(causes)}

@@ -146,11 +146,7 @@ def grouped(runs: Iterable[Run]) -> tuple[list[Variant], dict[str, list[Run]]]:
 
 
 def find_folders(results: Path, only: str | None = None) -> list[Path]:
-    """Folders `<experiment>/<scale>` with records.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Folders `<experiment>/<scale>` with records; ValueError where there is none."""
     folders = sorted({path.parent.parent for path in results.glob("*/*/*/seed-*.h5")})
     folders = [folder for folder in folders if only is None or folder.parent.name == only]
     if not folders:

@@ -44,10 +44,7 @@ def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure
     """Writes what is drawn by file name, returns the paths; what gives no figure is left out.
 
     Where the folder cannot be written, as in the results of a colleague, `figures/<experiment>/<scale>` below the
-    current folder takes its place, and a line on stderr says so.
-
-    Raises:
-        ValueError: two figures have the same name: one would overwrite the other.
+    current folder takes its place, and a line on stderr says so. ValueError for two figures of one name.
     """
     twice = sorted(name for name, count in Counter(name for name, _ in drawings).items() if count > 1)
     if twice:

@@ -30,8 +30,7 @@ class Run:
     """One recorded run.
 
     Attributes:
-        path: its file.
-        attributes: of the root.
+        attributes: of the root of the file at `path`.
         config: its configuration.
         series: by name ("metrics/train/loss").
         places: where the series were evaluated: epochs, or iterations of a physics-informed network.
@@ -107,21 +106,13 @@ def _check(path: Path, attributes: dict[str, Any]) -> None:
 
 
 def read_fields(path: Path) -> dict[str, np.ndarray]:
-    """The fields of a run by name, coordinates included; {} where there are none.
-
-    Raises:
-        RecordError: the file cannot be read, or is damaged.
-    """
+    """The fields of a run by name, coordinates included; {} where there are none."""
     with opened(path) as file:
         return {name: np.asarray(item) for name, item in file.get("fields", {}).items()}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a run, a state_dict; {} where it has none (`save.weights`).
-
-    Raises:
-        RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
-    """
+    """The weights of a run, a state_dict; {} where it has none (`save.weights`)."""
     import torch  # here, because `list` reads records too, and is to answer before torch could be imported
 
     with opened(path) as file:
@@ -130,11 +121,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_attempts(path: Path) -> dict[str, np.ndarray]:
-    """Every attempt of the acceleration by column, as "step" and "outcome"; {} where it has none (`save.attempts`).
-
-    Raises:
-        RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
-    """
+    """Every attempt of the acceleration by column, as "step" and "outcome"; {} where it has none (`save.attempts`)."""
     with opened(path) as file:
         _refuse_incomplete(file, path)
         columns = file.get(ATTEMPTS, {}).items()
@@ -162,17 +149,10 @@ def say(line: str) -> None:
 
 
 def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
-    """Reads all finished runs below a folder, ordered by variant and seed.
+    """Reads all finished runs below `results/<experiment>/<scale>`, ordered by variant and seed.
 
     A record that cannot be read hides no other one: `note` gets a line about it. Those of unfinished runs are named on
-    stderr, because they are no fault.
-
-    Args:
-        folder: `results/<experiment>/<scale>`.
-        note: called with a line about each record that is left out for a fault.
-
-    Raises:
-        RecordError: no run is left; the message says why.
+    stderr, because they are no fault. RecordError where no run is left.
     """
     runs: list[Run] = []
     unfinished: list[str] = []

@@ -77,13 +77,10 @@ def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size
 
 
 def states_of_folder(folder: Path) -> dict[tuple[str, int], str]:
-    """The state of every run in `results/<experiment>/<scale>`, by name and seed.
+    """The state of every run in `results/<experiment>/<scale>`, by name and seed; settings are not compared.
 
-    The settings are not compared, which `state_of` does.
-
-    Returns:
-        "finished"; "stopped", where checkpoints wait for the same command; "unfinished", where a record has no end and
-        no checkpoint is left; "unreadable".
+    "finished"; "stopped", where checkpoints wait for the same command; "unfinished", where a record has no end and no
+    checkpoint is left; "unreadable".
     """
     states: dict[tuple[str, int], str] = {}
     for path in sorted(folder.glob("*/seed-*")):

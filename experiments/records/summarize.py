@@ -48,11 +48,7 @@ class Measures:
 
 
 def measure(variant: Variant, plain: Variant) -> Measures:
-    """Compares a variant with the plain one, seed by seed.
-
-    Raises:
-        ValueError: the two have no seed in common.
-    """
+    """Compares a variant with the plain one, seed by seed; ValueError where they have no seed in common."""
     seeds = tuple(sorted(set(variant.runs) & set(plain.runs)))
     if not seeds:
         raise ValueError(f"{variant.name} and {plain.name} have no seed in common: run both with the same seeds")
@@ -87,12 +83,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 
 def summarize(comparison: Comparison, loss_name: str = "loss") -> str:
-    """Writes `summary.md` beside the records and returns the same as text for a terminal.
-
-    Args:
-        comparison: the records.
-        loss_name: what the table calls the loss.
-    """
+    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
     page = Page(f"{comparison.folder.parent.name}, {comparison.folder.name}")
     if comparison.is_surrogate:
         page.say(

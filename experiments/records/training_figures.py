@@ -32,12 +32,7 @@ LABELS = {"plain": "plain optimizer", "ema": "EMA of the weights", "aadl": "aadl
 
 
 def draw_training_figures(comparison: Comparison, loss_name: str = "loss") -> list[Path]:
-    """Draws every figure that the records allow into `figures/` beside them, returns the paths.
-
-    Args:
-        comparison: the records.
-        loss_name: what the figures call the loss.
-    """
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
     drawings: list[tuple[str, Callable[[], Figure | None]]] = [
         ("loss.png", partial(draw_loss, comparison, loss_name)),
         ("published_scheme.png", partial(draw_published_scheme, comparison, loss_name)),
@@ -200,15 +195,10 @@ def _takes_all(runs: Sequence[Run], size: int) -> bool:
 
 
 def oscillation_by_batch_size(runs: list[Run], first: float, last: float) -> tuple[np.ndarray, np.ndarray]:
-    """Median over a part of the training of the relative standard deviation of consecutive updates.
+    """Batch sizes, ascending, and values (num_sizes, num_seeds) of runs of the batch-size study.
 
-    Args:
-        runs: of the batch-size study.
-        first: start of the part, as a share of the epochs in [0, 1).
-        last: its end, in (first, 1].
-
-    Returns:
-        Batch sizes, ascending, and values (num_sizes, num_seeds).
+    A value is the median, over the part of the epochs from the share `first` to the share `last`, of the relative
+    standard deviation of consecutive updates.
     """
     groups: dict[int, list[float]] = {}
     for run in runs:

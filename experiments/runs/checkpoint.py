@@ -1,10 +1,8 @@
-"""Checkpoints: one file a step, written by rank 0 for all ranks, and loaded by all of them.
+"""Checkpoints: one file a step, written by rank 0 for all ranks, and read by each of them.
 
 A killed process, a full disk or a lost permission leaves the checkpoint before untouched: a new one is written under
 another name, synced and renamed. The checksums in the file (those of zip) are compared before it is used, and nothing
 in it is executed (weights_only). The newest file that all ranks can use is taken.
-
-What W ranks ask of the file system: one file is written, and each of them reads it.
 """
 
 from __future__ import annotations
@@ -40,14 +38,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint.
+    """A checkpoint: what is the same on every rank, and what this rank saved (None where there was no such rank).
 
-    Attributes:
-        step: as saved.
-        shared: the same on every rank, tensors on the CPU, those that were sharded whole.
-        own: what this rank saved, None where there was no such rank.
-        world_size_saved: number of ranks that saved it.
-        rejected: newer checkpoints that could not be used, (name of the file, reason).
+    Tensors are on the CPU, those that were sharded whole. `rejected` has newer checkpoints that could not be used, as
+    (name of the file, reason).
     """
 
     step: int
@@ -58,12 +52,9 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of a run in one folder; all ranks make it together, for it uses `control_group`.
+    """The checkpoints of a run in one folder that all ranks see; the newest `keep` of them stay.
 
-    Args:
-        folder: on a file system that all ranks see; made when the first checkpoint is saved.
-        ranks: this process.
-        keep: number of newest checkpoints to keep, >= 1.
+    All ranks make it together, because it uses `control_group`.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
@@ -132,13 +123,7 @@ class Checkpoints:
     def load(self, *, identity: str = "") -> Loaded | None:
         """Loads the newest checkpoint that all ranks can use, on all ranks together; those passed over are named.
 
-        The number of ranks may differ from the one that saved.
-
-        Args:
-            identity: of this run, compared with what was saved.
-
-        Returns:
-            The checkpoint, None where there is none at all.
+        The number of ranks may differ from the one that saved. Returns None where there is no checkpoint at all.
 
         Raises:
             ValueError: all checkpoints belong to runs of another identity.

@@ -75,11 +75,7 @@ class _File(io.FileIO):
 
 
 def write(path: Path, content: State) -> None:
-    """Writes a file whole or not at all, synced; what killed processes left in the folder is removed.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a file whole or not at all, synced; what killed processes left in the folder is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     with replacing(path) as temporary:
@@ -96,8 +92,7 @@ def write(path: Path, content: State) -> None:
 def read(path: Path) -> State:
     """Compares the checksums of a file and reads it, on the CPU; nothing in it is executed.
 
-    Raises:
-        ValueError: it is damaged, of another format, or holds something else; the message names it.
+    ValueError, which names it, where it is damaged, of another format, or holds something else.
     """
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
@@ -121,11 +116,7 @@ def read(path: Path) -> State:
 
 
 def identity_of(path: Path) -> str:
-    """The identity in a checkpoint, whose tensors are not read.
-
-    Raises:
-        ValueError: it cannot be read; `read` says why.
-    """
+    """The identity in a checkpoint, whose tensors are not read; ValueError where it cannot be read."""
     try:
         return str(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
     except Exception as error:
@@ -144,19 +135,10 @@ def _short(error: BaseException) -> str:
 
 
 def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ()) -> None:
-    """Removes the checkpoints that are older than the newest `keep`.
+    """Removes the checkpoints that are older than the newest `keep`, not counting those known to be `unusable`.
 
-    Later ones than the present were not taken when the run was continued, so they count for nothing, and somebody may
-    want to know why.
-
-    Args:
-        folder: of the checkpoints.
-        present: name of the one that was just written.
-        keep: number that stay.
-        unusable: names of checkpoints known to be damaged, which do not count among those.
-
-    Raises:
-        OSError: a file cannot be removed.
+    Later ones than the `present`, which was just written, were not taken when the run was continued, so they count for
+    nothing, and somebody may want to know why.
     """
     older = [name for name in names_of_checkpoints(folder) if name < present]
     kept = [present, *(name for name in older if name not in unusable)][:keep]

@@ -27,8 +27,7 @@ def is_sharded(value: object) -> bool:
 def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Tensors and plain values by name, as `shared['model']['weight']`, and an empty container for each container.
 
-    Raises:
-        TypeError: an entry or a key has another type; the message names it.
+    TypeError, which names it, where an entry or a key has another type.
     """
     items: Iterator[tuple[Any, Any]]
     if isinstance(state, dict):
@@ -70,11 +69,7 @@ def _type(value: object) -> str:
 
 
 def check_state(state: Any, name: str, *, sharded: bool = True) -> None:
-    """Checks that a state holds nothing but tensors and plain values, and where `sharded` is false no DTensors.
-
-    Raises:
-        TypeError: it holds something else; the message names it.
-    """
+    """Raises TypeError where a state holds anything but tensors and plain values, or DTensors unless `sharded`."""
     for leaf, value in leaves(state, name):
         if not sharded and is_sharded(value):
             raise TypeError(f"{leaf} is a DTensor, which belongs into the shared state")
@@ -89,11 +84,8 @@ def num_bytes_of(state: Any) -> int:
 def on_cpu(state: Any, *, keep: bool = True) -> Any:
     """The same state with plain tensors on the CPU, and DTensors whole.
 
-    All ranks that hold parts of DTensors must call, because these are gathered one after the other.
-
-    Args:
-        state: see `State`.
-        keep: whether this rank wants the result; else it only does its part of the gathering, and gets None.
+    All ranks that hold parts of DTensors must call, because these are gathered one after the other. A rank that does
+    not `keep` the result only does its part, and gets None.
     """
     if isinstance(state, dict):
         entries = {key: on_cpu(entry, keep=keep) for key, entry in state.items()}

@@ -18,13 +18,7 @@ SHOWN_VARIANTS = 8
 
 
 def closing_lines(kind: Experiment, runs: Sequence[Run], results: Path) -> list[str]:
-    """Lines about the finished runs of an experiment.
-
-    Args:
-        kind: the experiment.
-        runs: records of one folder `results/<experiment>/<scale>`, at least one.
-        results: the folder of all results, as given on the command line.
-    """
+    """Lines about the finished runs of one folder `results/<experiment>/<scale>`; `results` is as typed."""
     main = [run for run in runs if not run.attributes["study"]] or list(runs)
     by_variant: dict[str, list[Run]] = {}
     for run in main:

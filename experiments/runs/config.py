@@ -36,15 +36,11 @@ OF_SOME_EXPERIMENTS = ("mean_epochs", "then", "baseline", "problem", "training")
 
 
 def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads and checks a configuration.
+    """Reads and checks a configuration; `find` finds its experiment.
 
-    Args:
-        path: YAML file.
-        find: finds its experiment.
-        overrides: texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
-            seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study, which
-            is said on stderr. So are the variants that have a setting for themselves, which an override of the
-            setting of all does not change.
+    Overrides are texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
+    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study, which is said
+    on stderr. So are the variants with a setting of their own, which an override of the setting of all does not change.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
@@ -189,13 +185,8 @@ def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: st
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
     """All runs of an experiment: seed by seed, so that what is compared runs close together in time.
 
-    Args:
-        config: the experiment.
-        num_rows: training rows, None where there are none; the batch-size study turns its number of steps into epochs
-            with it.
-
-    Raises:
-        ValueError: a batch that is larger than the training set.
+    The batch-size study turns its number of steps into epochs of `num_rows` training rows, None where there are none.
+    ValueError for a batch that is larger than the training set.
     """
     settings = {name: config.settings_of(name) for name in config.variants}
 

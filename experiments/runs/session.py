@@ -41,11 +41,7 @@ def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -
 
 
 def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: Ranks) -> None:
-    """Refuses a folder in which every readable checkpoint belongs to another run. Called before any run is made.
-
-    Raises:
-        OtherRun: settings, data or the batch over all ranks have changed.
-    """
+    """Raises OtherRun, before any run is made, where every readable checkpoint in a folder belongs to another run."""
     identity = identity_of_checkpoints(config, data_digest, ranks)
     others = []
     for name in names_of_checkpoints(folder):
@@ -70,6 +66,17 @@ class RunSession:
 
     A run has a folder beside its record, which holds checkpoints and a lock. The folder goes when the run is finished.
 
+    Args:
+        folder: of this run alone.
+        config: what determines the run, with the data: a checkpoint of another one is refused.
+        ranks: this process.
+        data_digest: of the data.
+        save: how often to save, and how many checkpoints to keep.
+        interruption: says whether to stop.
+        publish: writes the record of the unfinished run; called on rank 0.
+        from_start: whether to remove the checkpoints that are there.
+        timeout_seconds: how long the ranks wait for each other.
+
     Attributes:
         start: when the run began, in the first process that had it; UTC.
         num_restores: how often the run has resumed.
@@ -88,18 +95,6 @@ class RunSession:
         from_start: bool = False,
         timeout_seconds: float = 600.0,
     ) -> None:
-        """
-        Args:
-            folder: of this run alone.
-            config: what determines the run; a checkpoint of another one is refused.
-            ranks: this process.
-            data_digest: of the data, which determines the run as well.
-            save: how often to save, and how many checkpoints to keep.
-            interruption: says whether to stop.
-            publish: writes the record of the unfinished run; called on rank 0.
-            from_start: whether to remove the checkpoints that are there.
-            timeout_seconds: how long the ranks wait for each other.
-        """
         self.folder, self._ranks, self._save_settings = folder, ranks, save
         self._interruption, self._publish, self._from_start = interruption, publish, from_start
         self._identity = identity_of_checkpoints(config, data_digest, ranks)

@@ -11,12 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class WeightAverage:
-    """An average of the weights after each step, from some interval on; a copy of the model holds it.
+    """An average of the weights after each step of the intervals beyond `after`; a copy of the model holds it.
 
-    Args:
-        model: the model that is trained.
-        decay: of an exponential moving average, see `moving_average`; None for the mean.
-        after: number of the last interval, from 1, whose steps are not in the average.
+    A `decay` is that of an exponential moving average, see `moving_average`; None stands for the mean.
     """
 
     def __init__(self, model: nn.Module, decay: float | None, after: int = 0) -> None:

@@ -44,11 +44,7 @@ class Epochs(Plan):
         return run.interval - 1
 
     def batches(self, run: Training) -> Iterator[Any]:
-        """The rest of the epoch.
-
-        Raises:
-            ValueError: the epoch has none, so that nothing would be trained.
-        """
+        """The rest of the epoch; ValueError if the epoch has none, so that nothing would be trained."""
         yield from self._loaded(run)
         if not run.losses:
             raise ValueError(f"epoch {run.interval} has no batches, so that nothing is trained")

@@ -54,11 +54,8 @@ Observer = Callable[[Tensor], None]
 class Residuals(NamedTuple):
     """Residuals of the loss at the present weights of the network, on the rows or points of this rank.
 
-    Their squares, summed over all ranks, are the loss of these rows or points up to a factor.
-
-    Attributes:
-        solved: residuals that an acceleration makes small.
-        checked: residuals on other rows or points, which judge the acceleration; None where nothing judges it.
+    Their squares, summed over all ranks, are the loss of these rows or points up to a factor. An acceleration makes
+    those that are `solved` small; those `checked`, on other rows or points, judge it (None: nothing does).
     """
 
     solved: Callable[[], Tensor]
@@ -141,10 +138,8 @@ class Problem(ABC):
     def backward(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> Tensor:
         """The loss; its gradient is added to that of the parameters.
 
-        Args:
-            network: the model as the closure trains it.
-            batch: of this rank.
-            observe: receives the residuals of this evaluation, as those of `least_squares`; None where nobody asks.
+        `network` is the model as the closure trains it. `observe` receives the residuals of this evaluation, as those
+        of `least_squares`; None where nobody asks.
         """
         loss = self.loss(network, batch)
         loss.backward()
@@ -153,17 +148,12 @@ class Problem(ABC):
     def linearize(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
         """Residuals r (rows,), weighted so that the loss is sum r^2, and their Jacobian (rows, parameters).
 
-        Raises:
-            ValueError: the loss is no sum of squares.
+        ValueError where the loss is no sum of squares.
         """
         raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
 
     def residuals(self, network: nn.Module, batch: Any) -> Tensor:
-        """The residuals of `linearize` alone, without gradients.
-
-        Raises:
-            ValueError: the loss is no sum of squares.
-        """
+        """The residuals of `linearize` alone, without gradients."""
         raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
 
     def to_device(self, batch: Any) -> Any:
@@ -179,8 +169,7 @@ class Problem(ABC):
     def least_squares(self) -> Residuals:
         """The residuals for an acceleration by residuals; a subclass may add keyword arguments, which become settings.
 
-        Raises:
-            ValueError: the loss is no sum of squares.
+        ValueError where the loss is no sum of squares.
         """
         raise ValueError(f"{type(self).__name__} has no residuals, which this acceleration needs")
 

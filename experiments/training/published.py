@@ -23,7 +23,7 @@ CHUNK = 1 << 16
 
 
 def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Tensor:
-    """Anderson point of a window of iterates, each taken as the image of the one before.
+    """Anderson point (num_parameters,) of a window of iterates, each taken as the image of the one before.
 
     With columns `X = [x_1 .. x_n]`, first differences `R = DX` (n - 1 columns) and second differences `DR` (n - 2):
 
@@ -31,15 +31,13 @@ def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Ten
         mean   = x_{n-1} - DX_{:-1} gamma
         result = mean + relaxation (R_last - DR gamma)
 
-    so that `relaxation = 1` gives `x_n - DX_{1:} gamma`. `reg` is absolute, as published.
+    so that `relaxation = 1` gives `x_n - DX_{1:} gamma`. `reg` is absolute, as published. The result is NaN where
+    differences of the window are not finite.
 
     Args:
         window: iterates in columns, (num_parameters, n), oldest first, n >= 3.
         relaxation: in (0, 1]; 1 takes the mapped combination.
         regularization: Tikhonov factor >= 0.
-
-    Returns:
-        The extrapolated parameters, (num_parameters,); NaN where differences of the window are not finite.
     """
     first = window.diff(dim=1)
     second = first.diff(dim=1)
@@ -72,10 +70,6 @@ class PublishedScheme:
     Momentum is left as it is, and every parameter group is extrapolated alone. Ranks that hold copies of one model take
     the same points: those of rank 0, judged by the mean of the ranks' losses. (The package lets each rank judge by its
     own loss, whereupon the copies differ for good.)
-
-    Args:
-        optimizer: any torch optimizer whose `step` gets a closure if `safeguard` is wanted.
-        settings: see `PublishedConfig`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: PublishedConfig) -> None:

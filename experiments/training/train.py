@@ -45,13 +45,8 @@ class Session(Protocol):
 def train(run: Training, session: Session | None = None, *, save_weights: bool = False) -> Result:
     """Trains interval by interval, as the plan of the problem divides the run, and evaluates off the clock.
 
-    Args:
-        run: a new run.
-        session: takes up a saved run, saves this one on the way, and may stop it.
-        save_weights: whether the result has the weights.
-
-    Returns:
-        The series. A loss that is not finite ends the run, and the result says where it diverged.
+    A session takes up a saved run, saves this one on the way, and may stop it. A loss that is not finite ends the run,
+    and the result says where it diverged.
     """
     if session is None or not session.restore(run):
         run.begin()
@@ -69,8 +64,7 @@ class Training:
 
     Args:
         problem: model, plan, loss and evaluation.
-        stages: optimizers over the parameters of the model, accelerated or not, each from its iteration on; the first
-            one has the schedule.
+        stages: optimizers over the parameters of the model, each from its iteration on; the first has the schedule.
         ranks: this process; the gradients are averaged over `world_size` ranks.
         ema_decay: evaluates an exponential moving average of the weights, see `averaging.moving_average`.
         mean_epochs: evaluates, in this many last epochs, the mean of the weights after each of their steps.
@@ -80,8 +74,7 @@ class Training:
 
     Attributes:
         plan: what is trained in each interval.
-        interval: the present one, from 1.
-        step: steps taken in it.
+        interval, step: the present one, from 1, and the steps taken in it.
         losses: of its steps.
         num_steps: steps taken in all.
         diverged_at: interval or iteration of the first loss that is not finite.

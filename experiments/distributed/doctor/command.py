@@ -27,14 +27,7 @@ from experiments.settings.launch_settings import LaunchSettings
 
 
 def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
-    """Prints the table on rank 0.
-
-    Args:
-        options: of the command line, see `experiments.commands.arguments.add_doctor_arguments`.
-        read_site: reads the YAML file of a site; needed with --site alone.
-
-    Returns:
-        0, or 1 if something must change.
+    """Prints the table on rank 0 and returns 1 if something must change, else 0.
 
     Raises:
         ValueError: an option is wrong.

@@ -17,14 +17,7 @@ class FrozenAdam(torch.optim.Optimizer):
         m <- beta1 m + (1 - beta1) grad,        w <- w - lr m_hat / (sqrt(v_hat) + eps),
 
     gradient descent with momentum and a constant diagonal preconditioner, which the theory of Anderson acceleration
-    assumes.
-
-    Args:
-        params, lr, betas, eps: as of torch.optim.Adam.
-        freeze_after: >= 1 steps of Adam before.
-
-    Raises:
-        ValueError: a `freeze_after` out of its range.
+    assumes. The other arguments are those of torch.optim.Adam. ValueError for `freeze_after` below 1.
     """
 
     def __init__(

@@ -21,16 +21,7 @@ class LARS(torch.optim.Optimizer):
     and ratio = 1 for tensors of less than two dimensions (BatchNorm, biases) and where |w| or |grad| is zero. As in
     torch's SGD, and unlike in the paper, the rate multiplies the update and not what goes into the momentum.
 
-    Args:
-        params: parameters or groups of them.
-        lr: > 0.
-        momentum: in [0, 1).
-        weight_decay: >= 0.
-        trust: > 0.
-        eps: >= 0.
-
-    Raises:
-        ValueError: an argument out of its range.
+    ValueError unless lr and trust are > 0, momentum is in [0, 1), and weight_decay and eps are >= 0.
 
     Source: You, Gitman, Ginsburg, "Large batch training of convolutional networks", arXiv 1708.03888, algorithm 1.
     """

@@ -52,13 +52,10 @@ class LevenbergMarquardt(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
-        """One step.
+        """One step; returns the loss before it.
 
         Args:
             closure: object with `linearize() -> (r (rows,), J (rows, parameters))` and `residuals() -> r`.
-
-        Returns:
-            The loss before the step.
         """
         group = self.param_groups[0]
         parameters = group["params"]

@@ -14,15 +14,8 @@ from experiments.training.optimizers.evaluation import loss_of
 class MuonAdam(torch.optim.Optimizer):
     """Applies torch's Muon to the matrices and torch's Adam to biases and matrices of one row or column.
 
-    Args:
-        params: an iterable of parameters.
-        lr: of Muon.
-        adam_lr: of Adam; a scheduler multiplies both.
-        momentum: of Muon, whose Nesterov form and learning-rate adjustment are torch's defaults.
-        betas: of Adam.
-
-    Raises:
-        ValueError: what torch refuses; parameters in groups.
+    `lr` and `momentum` are those of Muon, in torch's Nesterov form, `adam_lr` and `betas` those of Adam; a scheduler
+    multiplies both rates. ValueError for what torch refuses, and for parameters in groups.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
