@@ -107,8 +107,6 @@ def split(
         ValueError: test_fraction outside (0, 1), or no row left for training.
     """
     rows = len(data.target)
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must be in (0, 1), got {test_fraction}")
     num_test = int(np.ceil(test_fraction * rows))
     if num_test >= rows:
         raise ValueError(f"test_fraction {test_fraction} of {rows} rows leaves none for training")
@@ -126,8 +124,6 @@ def surrogate(rows: int = 400, seed: int = 0) -> GraduateAdmissions:
         rows: at least 100, below which eight correlated columns cannot be fitted.
         seed: of the normal deviates; the same seed gives the same table.
     """
-    if rows < 100:
-        raise ValueError(f"rows must be at least 100, got {rows}")
     lowest, highest, step, mean, std = np.array([(c.minimum, c.maximum, c.step, c.mean, c.std) for c in COLUMNS]).T
     target = np.array(CORRELATIONS)
     white = np.random.RandomState(seed).standard_normal((rows, len(COLUMNS)))

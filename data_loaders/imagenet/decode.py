@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, to_rgb
+from data_loaders.imagenet.pictures import ImageError, open_image, orientation, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: packing and reading start faster without torch
@@ -42,9 +42,6 @@ class Decoding:
         on_corrupt: what an unreadable image does: "skip" it, count it and go on, or "stop".
         smallest_crop: least area of a random crop, as a share of the image's, in (0, 1].
         exif_orientation: whether images are turned as their EXIF orientation says.
-
-    Raises:
-        ValueError: a value outside its range.
     """
 
     size: int
@@ -53,18 +50,6 @@ class Decoding:
     on_corrupt: str = "skip"
     smallest_crop: float = SMALLEST
     exif_orientation: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
-        if self.resize < self.size:
-            raise ValueError(f"resize must be at least size, {self.size} pixels, got {self.resize}")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
-        if self.on_corrupt not in POLICIES:
-            raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
-        if not 0 < self.smallest_crop <= 1:
-            raise ValueError(f"smallest_crop must be a share in (0, 1], got {self.smallest_crop}")
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,6 @@ class FolderImages:
 
 def split_folder(root: Path, split: str) -> Path:
     """`<root>/train`, `<root>/val` or `<root>/validation`; raises FileNotFoundError, or ValueError where both exist."""
-    if split not in FOLDERS:
-        raise ValueError(f"split must be train or validation, got {split!r}")
     found = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(FOLDERS[split])}")

@@ -19,14 +19,11 @@ from data_loaders.imagenet.pictures import ImageError
 from data_loaders.imagenet.reading import Answer, Key, Reader
 from data_loaders.imagenet.sampling import (
     STATISTICS_EPOCH,
-    check_divisible,
     epoch_order,
     rank_indices,
     shard_bounds,
 )
 from data_loaders.workers import check_temporary_folder, follow_parent, signals_held_back
-
-START_METHODS = ("fork", "spawn", "forkserver")
 
 log = logging.getLogger("data_loaders")
 Self = TypeVar("Self", bound="_Loader")
@@ -82,14 +79,6 @@ class _Loader:
         seed: int,
         augment: bool,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0 to {world_size - 1}, got {rank}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        if start_method not in START_METHODS:
-            raise ValueError(f"start_method must be one of {', '.join(START_METHODS)}, got {start_method!r}")
-        if not len(images):
-            raise ValueError("the set has no image")
         check_decoder(decoding.decoder)
         self.images, self.decoding = images, decoding
         self.rank, self.world_size = rank, world_size
@@ -214,7 +203,6 @@ class TrainLoader(_Loader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, seed, augment)
-        check_divisible(batch_size, world_size)
         if len(images) < batch_size:
             raise ValueError(f"batch_size {batch_size} is larger than the set, which has {len(images)} images")
         self.batch_size, self.seed = batch_size, seed
@@ -231,8 +219,6 @@ class TrainLoader(_Loader):
             ValueError: `first` outside its range.
             ImageError: an unreadable image where decoding.on_corrupt is "stop", or too many in a row.
         """
-        if not 0 <= first <= self.steps_per_epoch:
-            raise ValueError(f"first must be in 0 to {self.steps_per_epoch}, got {first}")
         order = epoch_order(self.seed, epoch, len(self.images))
         place = (self.batch_size, self.rank, self.world_size)
         steps = range(first, self.steps_per_epoch)
@@ -253,10 +239,6 @@ class TrainLoader(_Loader):
             ValueError: an argument outside its range.
             ImageError: as `batches`.
         """
-        if not 1 <= count <= len(self.images):
-            raise ValueError(f"count must be in 1 to {len(self.images)}, the size of the set, got {count}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         chosen = epoch_order(self.seed, STATISTICS_EPOCH, len(self.images))[:count]
         starts = range(self.rank * batch_size, count, self.world_size * batch_size)
         keys = (Key(STATISTICS_EPOCH, chosen[start : start + batch_size]) for start in starts)
@@ -288,8 +270,6 @@ class EvaluationLoader(_Loader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, 0, False)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self._bounds = shard_bounds(len(images), rank, world_size)
         self.num_images = self._bounds[1] - self._bounds[0]

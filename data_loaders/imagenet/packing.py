@@ -21,11 +21,10 @@ from tqdm import tqdm
 from data_loaders.files import locked
 from data_loaders.imagenet import packed
 from data_loaders.imagenet.folder import Images
-from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, quiet, to_rgb
+from data_loaders.imagenet.pictures import ImageError, open_image, orientation, quiet, to_rgb
 from data_loaders.imagenet.shards import (
     IMAGES_PER_SHARD,
     SHARD_VERSION,
-    SPLITS,
     Header,
     Item,
     digest_of,
@@ -78,8 +77,6 @@ class Packing:
             raise ValueError(f"resize must be at least 1 pixel, got {self.resize}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be in 1 to 100, got {self.quality}")
-        if self.on_corrupt not in POLICIES:
-            raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
         if self.images_per_shard < 1:
             raise ValueError(f"images_per_shard must be at least 1, got {self.images_per_shard}")
 
@@ -205,8 +202,6 @@ def pack(
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed, or reading for a reason that may pass.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be train or validation, got {split!r}")
     if num_workers < 1:
         raise ValueError(f"workers must be at least 1, got {num_workers}")
     target = Path(folder)

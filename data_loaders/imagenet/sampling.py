@@ -46,17 +46,7 @@ def rank_indices(
     Raises:
         ValueError: B is no multiple of W.
     """
-    check_divisible(batch_size, world_size)
     return order[step * batch_size + rank : (step + 1) * batch_size : world_size]
-
-
-def check_divisible(batch_size: int, world_size: int) -> None:
-    """Raises ValueError unless every rank gets the same share of a global batch."""
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"batch_size counts the images of all ranks and must be a multiple of their number, {world_size}, "
-            f"got {batch_size}"
-        )
 
 
 def shard_bounds(num_images: int, rank: int, world_size: int) -> tuple[int, int]:

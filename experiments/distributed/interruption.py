@@ -43,8 +43,6 @@ class Interruption:
         environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if not margin_seconds >= 0:
-            raise ValueError(f"margin_seconds must be >= 0, got {margin_seconds}")
         self.end_time = _end_time(environment)
         self.margin_seconds = margin_seconds
         self._clock = clock

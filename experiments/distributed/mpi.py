@@ -14,20 +14,16 @@ from experiments.distributed.ranks import MPI_LAUNCHERS, Ranks
 from experiments.distributed.rendezvous import Announcement, host_of
 from experiments.settings.launch_settings import LaunchSettings
 
-_was_used = False
-
 
 def mpi_is_in_use() -> bool:
     """Returns whether MPI was started in this process."""
-    return _was_used or "mpi4py.MPI" in sys.modules
+    return "mpi4py.MPI" in sys.modules
 
 
 def start_mpi() -> Any:
     """Returns mpi4py's MPI, initialized; ImportError or RuntimeError where it, or its MPI library, is missing."""
-    global _was_used
     from mpi4py import MPI
 
-    _was_used = True
     return MPI
 
 

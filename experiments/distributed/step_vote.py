@@ -57,10 +57,6 @@ class StepVote:
     """
 
     def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0, every: int = 1) -> None:
-        if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be > 0, got {timeout_seconds}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every!r}")
         self._ranks, self._timeout_seconds, self._every = ranks, timeout_seconds, every
         self._group = control_group(ranks) if ranks.world_size > 1 else None
         self._kept: _Ballot | None = None  # flags since the previous vote

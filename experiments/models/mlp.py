@@ -203,8 +203,6 @@ class MLP(nn.Module):
         """Zeros, time, sum of the spatial axes and the directions (K, d + 1); with d = 1 the sum is the direction."""
         weight = self._first_weight()
         num_space = self._sizes[0] - 1
-        if directions is not None and (directions.ndim != 2 or len(directions) != num_space):
-            raise ValueError(f"directions must have shape ({num_space}, r), got {tuple(directions.shape)}")
         rule = rules.RULES[self._activation_name]
         shared = num_space == 1 and directions is None
         rows = (self.directions() if directions is None else directions.detach()).T
@@ -228,8 +226,6 @@ def _keep_freed_memory() -> None:
 
 def chunks(count: int, size: int) -> Iterator[slice]:
     """As few slices as a size of at most `size` allows, all of one length but the last, which may be shorter."""
-    if size < 1:
-        raise ValueError(f"chunk must be at least 1, got {size}")
     length = math.ceil(count / math.ceil(count / size)) if count else size
     for start in range(0, count, length):
         yield slice(start, min(start + length, count))

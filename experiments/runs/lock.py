@@ -49,8 +49,6 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, what: str, ranks: Ranks, *, stale_seconds: float = STALE_SECONDS) -> None:
-        if not stale_seconds > 0:
-            raise ValueError(f"stale_seconds must be > 0, got {stale_seconds}")
         self.folder, self.path = Path(folder), Path(folder) / LOCK_NAME
         self.note = ""
         self._stale_seconds = stale_seconds

@@ -2,7 +2,6 @@ import argparse
 import errno
 import os
 import re
-import sys
 from pathlib import Path
 
 import h5py
@@ -13,7 +12,7 @@ import yaml
 
 from experiments.__main__ import main
 from experiments.commands.arguments import add_doctor_arguments
-from experiments.distributed import mpi
+from experiments.distributed import devices
 from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
 from experiments.distributed.doctor import finding, placement, site, storage
@@ -64,12 +63,11 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
 
 def test_the_start_method_of_workers_is_told(single, monkeypatch, tmp_path, capsys):
     for in_use in (False, True):
-        monkeypatch.setattr(mpi, "_was_used", in_use)
+        monkeypatch.setattr(devices, "mpi_is_in_use", lambda in_use=in_use: in_use)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         doctor.main(options("--results", tmp_path))
         [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
-        granted = "mpi4py.MPI" not in sys.modules and not in_use
-        assert line.endswith("; forkserver also where fork is wished, for MPI or a GPU is in use") == (not granted)
+        assert line.endswith("; forkserver also where fork is wished, for MPI or a GPU is in use") == in_use
 
 
 def test_launchers_in_disorder_are_a_finding(single, monkeypatch, tmp_path, capsys):

@@ -6,7 +6,7 @@ import launched
 import pytest
 import torch
 
-from experiments.distributed import devices, mpi
+from experiments.distributed import devices
 from experiments.distributed.devices import device_of, safe_start_method
 from experiments.distributed.ranks import Ranks
 from experiments.settings.launch_settings import LaunchSettings
@@ -26,7 +26,7 @@ def test_the_binding_is_the_same_on_all_ranks(tmp_path):
 def test_nothing_is_forked_where_mpi_or_a_gpu_is_in_use(monkeypatch, in_use):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: in_use == "a GPU")
     monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
-    monkeypatch.setattr(mpi, "_was_used", in_use == "MPI")
+    monkeypatch.setattr(devices, "mpi_is_in_use", lambda: in_use == "MPI")
     assert safe_start_method("spawn") == "spawn" and safe_start_method("forkserver") == "forkserver"
     assert safe_start_method("fork") == ("fork" if in_use == "nothing" else "forkserver")
     for usual in ("fork", "spawn", "forkserver"):
