@@ -17,9 +17,8 @@ def uniform_points(kind: str, count: int, dimension: int, seed: int) -> Tensor:
 
     - "random": independent.
     - "latin_hypercube": each column has one point in each of `count` intervals of equal width (McKay et al. 1979).
-    - "sobol": the first points of a Sobol sequence, scrambled by `seed` (Owen 1998; torch's SobolEngine). Powers of two
-      are the counts it balances best.
-    At most MAX_SOBOL_COUNT of MAX_SOBOL_DIMENSION.
+    - "sobol": the first points of a Sobol sequence, scrambled by `seed` (Owen 1998; torch's SobolEngine), at most
+      MAX_SOBOL_COUNT of MAX_SOBOL_DIMENSION. Powers of two are the counts it balances best.
     """
     if kind == "sobol":
         return SobolEngine(dimension, scramble=True, seed=seed).draw(count, dtype=torch.float64)

@@ -94,11 +94,7 @@ class Job:
 
 
 def read_request(options: Mapping[str, Any]) -> Request:
-    """Checks what needs no site.
-
-    Raises:
-        ValueError: a value that is not allowed; the message names the option.
-    """
+    """Checks what needs no site; ValueError names the option whose value is not allowed."""
     try:
         request: Request = read_settings(Request, {key: options[key] for key in Request.model_fields if key in options})
     except ValueError as error:

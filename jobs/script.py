@@ -50,13 +50,7 @@ def _fields(job: Job) -> dict[str, object]:
 
 
 def render(job: Job, path: Path, command: Sequence[str]) -> str:
-    """The script of a job.
-
-    Args:
-        job: a checked job.
-        path: where the script will be kept.
-        command: the command line that asked for it.
-    """
+    """The script of a job, which will be kept at `path`; `command` is the command line that asked for it."""
     site = job.site
     template = {"slurm": "slurm.sh", "lsf": "lsf.sh", "none": "workstation.sh"}[site.scheduler]
     index = {"slurm": "SLURM_ARRAY_TASK_ID", "lsf": "LSB_JOBINDEX - 1", "none": ""}[site.scheduler]

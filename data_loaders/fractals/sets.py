@@ -38,16 +38,8 @@ IMAGES_PER_SHARD = 1000  # a shard is what a worker makes at a time
 class Settings:
     """What the files of a set depend on; as JSON beside them.
 
-    Attributes:
-        num_classes, images_per_class, validation_per_class: at least 1.
-        size: pixels of a side, in [8, 2048].
-        seed: in [0, 2^63).
-        quality: of the JPEG files, in [1, 100].
-        variation: how far the images of a class are apart, in (0, 2]; 1 is the usual, see `drawing.Variation`.
-        version: of the pictures.
-
-    Raises:
-        ValueError: a value outside its range.
+    The size is the pixels of a side, the quality that of the JPEG files. The variation says how far the images of a
+    class are apart; 1 is the usual, see `drawing.Variation`. ValueError for a value outside its range.
     """
 
     num_classes: int
@@ -137,9 +129,6 @@ def ensure(
         num_workers: processes, one a core by default; a script that calls this with several needs the line
             `if __name__ == "__main__":`.
         progress: whether to show a bar on a terminal.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: a value outside its range, or `target` holds something else.

@@ -25,8 +25,7 @@ class Images(Protocol):
         labels: (n,), numbers of classes.
         class_names: in the order of the labels.
         digest: short hash that tells whether two sets are the same.
-        source: where the images come from, for records.
-        folder: where they are.
+        source, folder: where the images come from, for records, and where they are.
     """
 
     folder: Path
@@ -52,11 +51,7 @@ class FolderImages:
 
     Training: `<root>/train/<class>/<image>`. Validation: `<root>/val` or `<root>/validation`, with a folder a class, or
     flat with a list of labels (see `data_loaders.imagenet.labels`). Files of other suffixes and hidden ones do not
-    count.
-
-    Attributes:
-        labels, class_names: the classes are the names of the folders, sorted.
-        digest: of class names, names and labels. Sizes are not looked up: that is a call to the file system each.
+    count. The digest is one of class names, names and labels, because each size would be a call to the file system.
 
     Raises:
         FileNotFoundError: the folder or the list of a flat one is missing.

@@ -171,8 +171,7 @@ class TrainLoader(_Loader):
         decoding: size of the crop, decoder, what an unreadable image does.
         batch_size: images of all ranks together; a multiple of `world_size`.
         seed: of orders and augmentation.
-        rank: of this process.
-        world_size: number of ranks.
+        rank, world_size: of this process, and the number of ranks.
         num_workers: processes that decode; 0 for this one.
         start_method: of the workers: "fork", "spawn" or "forkserver". A forkserver that starts here leaves SIGTERM
             blocked in all processes of the program that come from it later: those it terminates must be of "spawn".
@@ -182,10 +181,9 @@ class TrainLoader(_Loader):
     Attributes:
         steps_per_epoch: full global batches.
         num_left_out: images that an epoch leaves out, other ones in each: the remainder of the last batch.
-        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
 
     Raises:
-        ValueError: an argument outside its range, a decoder that does not import, fewer images than a batch.
+        ValueError: a decoder that does not import, fewer images than a batch.
     """
 
     def __init__(
@@ -209,15 +207,9 @@ class TrainLoader(_Loader):
         self.steps_per_epoch, self.num_left_out = divmod(len(images), batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (batch_size / world_size, 3, size, size) and labels of this rank, from step `first` on.
+        """Images (batch_size / world_size, 3, size, size) and labels of this rank in an epoch, from step `first` on.
 
-        Args:
-            epoch: any number; each has its own order and crops.
-            first: 0 to `steps_per_epoch`; nothing before it is read.
-
-        Raises:
-            ValueError: `first` outside its range.
-            ImageError: an unreadable image where decoding.on_corrupt is "stop", or too many in a row.
+        Nothing before it is read. ImageError for an unreadable image under "stop", or too many in a row.
         """
         order = epoch_order(self.seed, epoch, len(self.images))
         place = (self.batch_size, self.rank, self.world_size)
@@ -226,18 +218,10 @@ class TrainLoader(_Loader):
         return ((answer.images, answer.labels) for answer in self._answers(keys, len(steps)))
 
     def statistics_batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """Training images to recompute statistics on: always the same ones, with the same crops.
+        """`count` training images to recompute statistics on: always the same ones, with the same crops.
 
         They are cut into the same batches for any number of ranks; batch b goes to rank b modulo world_size. The last
         batch may be smaller, and ranks may get different numbers of batches.
-
-        Args:
-            count: 1 to the size of the set.
-            batch_size: >= 1, of one batch.
-
-        Raises:
-            ValueError: an argument outside its range.
-            ImageError: as `batches`.
         """
         chosen = epoch_order(self.seed, STATISTICS_EPOCH, len(self.images))[:count]
         starts = range(self.rank * batch_size, count, self.world_size * batch_size)
@@ -250,11 +234,7 @@ class EvaluationLoader(_Loader):
 
     Short side resized, central crop. An image that cannot be read is left out and counted: over all ranks, images
     returned and `num_unreadable` add up to the size of the set. Args as `TrainLoader`, but for `batch_size`, which
-    counts the images of this rank.
-
-    Attributes:
-        num_images: of this rank.
-        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
+    counts the images of this rank, of which there are `num_images`.
     """
 
     def __init__(
@@ -277,8 +257,7 @@ class EvaluationLoader(_Loader):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (b, 3, size, size) and labels, b at most batch_size and at least 1.
 
-        Raises:
-            ImageError: an unreadable image where decoding.on_corrupt is "stop", or no readable one in the whole set.
+        ImageError for an unreadable image under "stop", or no readable one in the whole set.
         """
         start, stop = self._bounds
         indices = np.arange(start, stop, dtype=np.int64)

@@ -79,12 +79,7 @@ class PackedImages:
         return int(self._first.searchsorted(index, side="right")) - 1
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            ImageError: it is not what was packed.
-            OSError: the shard cannot be read.
-        """
+        """The encoded image; ImageError where it is not what was packed, OSError where the shard cannot be read."""
         shard = self._shard_of(index)
         if self._pid != os.getpid():  # forked: what the parent opened stays the parent's
             self._open, self._pid = {}, os.getpid()
@@ -135,11 +130,7 @@ class PackedImages:
 
 
 def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
-    """Every damage of a packed set, one sentence each with shard, index and name; none for a sound set.
-
-    Raises:
-        FileNotFoundError: the folder holds no packed set.
-    """
+    """Every damage of a packed set, one sentence each with shard, index and name; none for a sound set."""
     damages: list[str] = []
     for split in packed_splits(folder):
         try:
@@ -169,9 +160,7 @@ def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
 def damaged_images(shard: Shard, first: int | None = None) -> list[str]:
     """Images of a shard whose bytes are not those that were packed, and names that are not.
 
-    Args:
-        shard: its header.
-        first: index of its first image in the set, None where that is unknown.
+    `first` is the index of its first image in the set, None where that is unknown.
     """
     damages = []
     try:
@@ -192,12 +181,7 @@ def damaged_images(shard: Shard, first: int | None = None) -> list[str]:
 
 
 def info(folder: str | os.PathLike[str]) -> str:
-    """What a packed set holds, as text.
-
-    Raises:
-        FileNotFoundError: the folder holds no packed set.
-        ValueError: it is damaged, or of another version.
-    """
+    """What a packed set holds, as text."""
     lines = [f"{folder}: packed images, shard version {SHARD_VERSION}"]
     for split in packed_splits(folder):
         images = PackedImages(folder, split)

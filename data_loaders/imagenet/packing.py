@@ -62,9 +62,6 @@ class Packing:
         quality: of this JPEG, 1 to 100.
         images_per_shard: >= 1.
         on_corrupt: what an unreadable image does: "skip" leaves it out and names it, "stop" ends the packing.
-
-    Raises:
-        ValueError: a value outside its range.
     """
 
     resize: int | None = None
@@ -92,13 +89,7 @@ class _Task(NamedTuple):
 
 @dataclass(frozen=True)
 class _Packer:
-    """Packs shards of a set.
-
-    Attributes:
-        images, header, packing: what, and how.
-        advance: called after each image.
-        is_stopped: whether to end at the next image.
-    """
+    """Packs shards of a set; calls `advance` after each image, and ends at the next one where `is_stopped`."""
 
     images: Images
     header: Header
@@ -154,10 +145,7 @@ def _pack_in_worker(task: _Task) -> None:
 def encode(data: bytes, packing: Packing) -> bytes:
     """Returns the bytes to pack: those given, or a smaller JPEG with the same EXIF orientation.
 
-    All pixels are decoded in either case, so that damage shows here and not in the midst of a training.
-
-    Raises:
-        ImageError: the image cannot be read.
+    All pixels are decoded in either case, so that damage shows here, as an ImageError, and not in a training.
     """
     image = open_image(data)
     picture = to_rgb(image)
@@ -188,17 +176,11 @@ def pack(
 ) -> packed.PackedImages:
     """Packs a split in parallel; shards that an earlier call finished stay, all others are made again.
 
-    Args:
-        images: what to pack.
-        folder: made where it is missing.
-        split: "train" or "validation".
-        packing: how.
-        num_workers: processes, >= 1; each writes a shard at a time. One, or a single shard, needs no other than this.
-        progress: whether to show a bar.
+    Each of the workers, of which one needs no other process than this, writes a shard at a time.
 
     Raises:
         OtherShardsError: the folder holds shards of other images or settings.
-        ValueError: an argument outside its range, or another process is at work in the folder.
+        ValueError: no worker, or another process is at work in the folder.
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed, or reading for a reason that may pass.
     """

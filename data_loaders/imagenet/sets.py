@@ -15,9 +15,7 @@ from data_loaders.imagenet.shards import find_shards
 def open_images(root: str | os.PathLike[str], split: str) -> Images:
     """The images of a split, packed or in folders; packed ones are preferred.
 
-    Args:
-        root: folder that holds shards `<split>-00000-of-*.h5`, or `train/` and `val/` (or `validation/`).
-        split: "train" or "validation".
+    The root holds shards `<split>-00000-of-*.h5`, or `train/` and `val/` (or `validation/`).
 
     Raises:
         FileNotFoundError: there is neither form.

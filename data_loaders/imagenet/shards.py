@@ -69,8 +69,6 @@ class Shard:
     """What is known of a shard without its images.
 
     Attributes:
-        path: its file.
-        split: "train" or "validation".
         shard, num_shards: its number, and how many there are.
         class_names: of the whole set.
         source: what the set was made from.
@@ -79,8 +77,7 @@ class Shard:
         names_crc32: checksum of the names.
         start: place of the first image in the file, in bytes.
         offsets: of each image from there, and of the end, (n + 1,).
-        labels: (n,).
-        crc32: (n,).
+        labels, crc32: (n,).
     """
 
     path: Path
@@ -106,8 +103,7 @@ def shard_path(folder: Path, split: str, shard: int, num_shards: int) -> Path:
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split, in order; none where the split is not packed here.
 
-    Raises:
-        ValueError: shards are missing, or belong to sets of different numbers of shards.
+    ValueError where shards are missing, or belong to sets of different numbers of shards.
     """
     pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})-of-(\d{{5,}})\.h5")
     found: dict[tuple[int, int], Path] = {}  # by (number of shards, number of the shard)
@@ -131,8 +127,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 def read_header(path: Path) -> Shard:
     """Everything but the images, checked for consistency.
 
-    Raises:
-        ValueError: the file is no shard, is incomplete, damaged, or of another version; one sentence names it.
+    ValueError, which names the file, where it is no shard, is incomplete, damaged, or of another version.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -252,13 +247,7 @@ def write_shard(
 
     The size of a contiguous dataset must be known when it is made, so the images are spooled first: memory stays small,
     and a full disk shows in an ordinary write. HDF5 itself brings the interpreter down when it runs out of space.
-
-    Args:
-        path: of the shard.
-        header: what it has in common with the others.
-        shard, num_shards: its number, and how many there are.
-        items: name, label and encoded image of each.
-        left_out: names of unreadable images; may grow while items are taken.
+    `left_out` may grow while items are taken.
 
     Raises:
         ValueError: a label outside the classes.
