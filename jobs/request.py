@@ -84,7 +84,6 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the job."""
         return self.request.nodes * self.ranks_per_node
 
     @property
@@ -232,5 +231,4 @@ def _check_limits(site: Site, queue: str, nodes: int, seconds: int) -> None:
 
 
 def clock(seconds: int) -> str:
-    """A duration as 2:00:00."""
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

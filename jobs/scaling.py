@@ -140,7 +140,6 @@ class Point:
 
     @property
     def rate(self) -> float:
-        """Samples per second, median over the seeds."""
         return statistics.median(self.rates)
 
 
@@ -208,7 +207,6 @@ def _figures(value: float) -> str:
 
 
 def table(points: Sequence[Point]) -> str:
-    """A table in Markdown: one row a mode, variant and number of ranks."""
     lines = [
         "| scaling | variant | ranks | samples/s | steps/s | speed-up | efficiency |",
         "|---|---|--:|--:|--:|--:|--:|",

@@ -143,7 +143,6 @@ def _variables(job: Job) -> dict[str, str]:
 
 
 def _setup(job: Job) -> str:
-    """Shell lines that make the environment of the ranks."""
     lines = list(job.site.setup)
     if job.site.modules:
         lines.append(f"module load {' '.join(map(_quoted, job.site.modules))}")
@@ -179,7 +178,6 @@ def _stage(job: Job) -> str:
 
 
 def _launch(job: Job) -> str:
-    """The command that starts the ranks."""
     python = _quoted(job.python)
     if job.request.stage_environment is not None and job.site.node_local is not None:
         python = f'"{job.site.node_local.path}/environment/bin/python"'

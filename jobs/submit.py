@@ -29,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m jobs.submit`."""
     parser = argparse.ArgumentParser(prog="python -m jobs.submit", description=__doc__)
     add_job_options(parser)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")

@@ -286,7 +286,6 @@ def _waves(size: int, random: RandomState, wave: float) -> NDArray[np.float64]:
 
 
 def _sum(rows: NDArray[np.float64], columns: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(3, size, size)."""
     return rows.astype(np.float32)[:, :, None] + columns.astype(np.float32)[:, None, :]
 
 

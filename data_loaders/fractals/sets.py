@@ -63,7 +63,6 @@ class Settings:
             raise ValueError(f"variation must be a number in ({low:g}, {high:g}], got {self.variation}")
 
     def count(self, split: str) -> int:
-        """Images of a class in "train" or "validation"."""
         return self.images_per_class if split == "train" else self.validation_per_class
 
 
@@ -100,18 +99,15 @@ class FractalImages:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        """The JPEG file."""
         number, class_index = divmod(index, self.settings.num_classes)
         return encode(self.settings, self.split, class_index, number)
 
     def name(self, index: int) -> str:
-        """As "fractal_0001/fractal_0001_00004.JPEG"."""
         number, class_index = divmod(index, self.settings.num_classes)
         name = self.class_names[class_index]
         return f"{name}/{name}_{number:05d}.JPEG"
 
     def at(self, root: Path) -> FractalImages:
-        """The same set: it has no folder."""
         return self
 
 

@@ -85,7 +85,6 @@ class FolderImages:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        """The encoded image; raises OSError."""
         descriptor = os.open(self._folder + self._names[index], os.O_RDONLY | os.O_CLOEXEC)
         try:
             return _read_all(descriptor)
@@ -93,11 +92,9 @@ class FolderImages:
             os.close(descriptor)
 
     def name(self, index: int) -> str:
-        """Path of an image below the folder of its split."""
         return self._names[index]
 
     def at(self, root: Path) -> FolderImages:
-        """The same set in a copy of its root."""
         moved = copy.copy(self)
         moved.folder = root / self.folder.name
         moved._folder = os.fspath(moved.folder) + os.sep
@@ -127,7 +124,6 @@ def _read_all(descriptor: int) -> bytes:
 
 
 def _scan(folder: Path) -> dict[str, list[str]]:
-    """Returns the images below each folder of a class, as paths from `folder`."""
     return {name: [f"{name}/{image}" for image in _images_in(folder / name)] for name in _class_folders(folder)}
 
 

@@ -95,7 +95,6 @@ class PackedImages:
         return data
 
     def name(self, index: int) -> str:
-        """Name of an image, as "n01440764/n01440764_10026.JPEG"."""
         shard = self._shard_of(index)
         number = index - int(self._first[shard])
         if shard not in self._names:
@@ -106,7 +105,6 @@ class PackedImages:
         return self._names[shard][number]
 
     def at(self, root: Path) -> PackedImages:
-        """The same set in a copy of its folder."""
         moved = copy.copy(self)  # with no shard open, see __getstate__
         moved.folder, moved.paths = root, tuple(root / path.name for path in self.paths)
         return moved

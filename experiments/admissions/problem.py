@@ -31,7 +31,6 @@ def read_data(path: str | None) -> tuple[GraduateAdmissions, str]:
 
 
 def describe(config: GraduateAdmissionsConfig) -> Description:
-    """The table, before any run."""
     data, digest = read_data(config.data_path)
     return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 
@@ -84,7 +83,6 @@ class AdmissionsProblem(Problem):
             yield self._of_this_rank(rows)
 
     def _order(self, seed: int) -> Tensor:
-        """All rows of the training set in a random order."""
         features = self._train_set[0]
         return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
 

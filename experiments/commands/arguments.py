@@ -41,17 +41,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder of results."""
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
 
 
 def add_list_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `list`."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="an experiment, or a configuration of one")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `run`."""
     text = "an experiment (its laptop configuration), a configuration as burgers_2d/paper, or a YAML file"
     parser.add_argument("config", metavar="CONFIG", help=text)
     text = "override a setting, repeatable; variants=NAME,NAME keeps these variants and leaves out the studies"
@@ -65,7 +62,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `export`."""
     parser.add_argument("--csv", metavar="FILE", help="a line for each group and metric; - prints it")
     parser.add_argument(
         "--latex", metavar="FILE", help="a table for each experiment, of the package booktabs; - prints it"
@@ -77,7 +73,6 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `doctor`."""
     add_results(parser)
     parser.add_argument(
         "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"

@@ -72,7 +72,6 @@ _control: dist.ProcessGroup | None = None
 
 
 def joined() -> Joined | None:
-    """Returns the ranks that this process has met, or None."""
     return _joined
 
 

@@ -16,7 +16,6 @@ from experiments.settings.launch_settings import LaunchSettings
 
 
 def mpi_is_in_use() -> bool:
-    """Returns whether MPI was started in this process."""
     return "mpi4py.MPI" in sys.modules
 
 

@@ -46,7 +46,6 @@ class Announcement:
     token: str | None = None
 
     def as_json(self) -> str:
-        """Returns the announcement as text."""
         return json.dumps(asdict(self))
 
     @staticmethod

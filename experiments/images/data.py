@@ -62,7 +62,6 @@ def describe(config: ImageConfig) -> Description:
 
 
 def description_of(config: ImageConfig, sets: Sets) -> Description:
-    """What is known of the opened sets."""
     train, validation = sets
     digest = hashlib.sha256(f"{train.digest} {validation.digest}".encode()).hexdigest()[:16]
     return Description(config.data if config.data == "fractals" else train.source, digest, len(train))

@@ -93,7 +93,6 @@ def _limit(axis: Axes, comparison: Comparison) -> None:
 
 
 def draw_cost(comparison: Comparison) -> Figure:
-    """Images per second, and where the time goes."""
     variants = list(_variants(comparison))
     labels = [as_text(_label(comparison, variant)) for variant in variants]
     places = np.arange(len(variants))
@@ -160,7 +159,6 @@ def _label(comparison: Comparison, variant: Variant) -> str:
 
 
 def _evaluated(variant: Variant) -> np.ndarray:
-    """Epochs with a validation."""
     stacked = np.stack([run.series[VALIDATION] for run in variant.runs.values()])
     return np.flatnonzero(np.isfinite(stacked).any(axis=0))
 

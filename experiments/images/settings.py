@@ -160,7 +160,6 @@ class ImageTrainingConfig(Settings):
         return self
 
     def global_batch(self, ranks: Ranks) -> int:
-        """Images in a step, over all ranks."""
         if self.batch_size is not None:
             return self.batch_size
         assert self.batch_size_per_rank is not None  # checked

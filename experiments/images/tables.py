@@ -56,7 +56,6 @@ def _or_zero(run: Run, name: str) -> np.ndarray:
 
 
 def _last(values: np.ndarray) -> float:
-    """The last value that is known."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else np.nan
 
@@ -92,7 +91,6 @@ def _counted(comparison: Comparison) -> str:
 
 
 def _row(variant: Variant, plain: Variant | None) -> tuple[str, ...]:
-    """A line of the table."""
 
     def final(name: str, factor: float = 1.0, worst: float = np.inf) -> np.ndarray:
         values = [factor * run.series[name][-1] if not run.diverged else worst for run in variant.runs.values()]

@@ -18,7 +18,6 @@ class Sine(nn.Module):
     """sin(z)."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Elementwise."""
         return torch.sin(inputs)
 
 

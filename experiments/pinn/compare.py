@@ -66,17 +66,14 @@ class Group(Records):
 
     @property
     def caution(self) -> str:
-        """Names an equation that says little."""
         return "DEGENERATE" if self.degenerate else ""
 
     @property
     def explanation(self) -> str:
-        """Why it does."""
         return self.degenerate
 
     @property
     def subject(self) -> str:
-        """The equation."""
         return self.equation
 
 
@@ -125,7 +122,6 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
 
 
 def _key(run: Run) -> Key:
-    """The group of a run."""
     return (run.attributes["baseline"], *solution_of(run))
 
 
@@ -302,7 +298,6 @@ def _end(run: Run, series: str) -> float:
 
 
 def final_error(run: Run, test_set: str) -> float:
-    """The relative L2 error at the end; inf for a diverged run."""
     error = float(run.attributes[ERROR + test_set])
     return error if np.isfinite(error) and not run.diverged else np.inf
 
@@ -356,7 +351,6 @@ def diverged_note(variants: Iterable[Variant]) -> str:
 
 
 def settings_line(group: Group) -> str:
-    """Network, points and budget of the baseline, or of the first variant without one."""
     config = (group.baseline or group.variants[0]).first.config
     problem: dict[str, Any] = config["problem"]
     sizes, every = problem["hidden_sizes"], problem["resample_every"]

@@ -139,7 +139,6 @@ def _column(equation: Equation, method: str, *arguments: Any) -> Tensor:
 
 
 def _check_array(equation: Equation, what: str, found: Any, shape: tuple[int, ...], finite: bool = True) -> None:
-    """Whether a method returned a tensor of this shape, and of finite values."""
     name = type(equation).__name__
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else _kind(found)

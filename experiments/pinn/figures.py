@@ -264,14 +264,12 @@ def _slices(axes: np.ndarray, fields: dict[str, np.ndarray], curves: list[Curve]
 
 
 def settings_line_of(run: Run) -> str:
-    """Points and iterations of one run."""
     problem = run.config["problem"]
     points = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations"
     return f"{points}, {run.series[SECONDS][-1]:.1f} s of training"
 
 
 def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: str, colors: str, **scale: Any) -> None:
-    """A map over time and space with its color bar."""
     image = axis.pcolormesh(fields["t"], fields["x"], values, cmap=colors, shading="nearest", rasterized=True, **scale)
     axis.figure.colorbar(image, ax=axis, pad=0.02, aspect=25)
     axis.set_title(title, loc="left")

@@ -57,7 +57,6 @@ class Loss:
         return self._ranks.world_size * self.residuals(network, points).square().sum()
 
     def parts(self, network: nn.Module, points: Points) -> dict[str, float]:
-        """The loss and its parts, as series."""
         pde = residual_at(self._equation, network, points, self._config.chunk_points).double().square().sum()
         error = self._error(network, points).double().square().sum()
         sums = torch.stack([pde, error])

@@ -40,7 +40,6 @@ def describe(config: PinnConfig) -> Description:
 
 
 def digest_of(config: PinnConfig) -> str:
-    """Short hash of the equation, its options and the text of a user's file."""
     text = json.dumps([config.equation, config.options], sort_keys=True)
     if config.equation.endswith(".py"):
         text += (Path(config.folder) / config.equation).read_text(encoding="utf-8")
@@ -135,7 +134,6 @@ class PinnProblem(Problem):
         return values | {"metrics/validation/loss": self._loss.parts(network, self._unseen)["metrics/train/loss"]}
 
     def finish(self, network: nn.Module) -> dict[str, float]:
-        """The errors on every test set."""
         return {f"{key}_{name}": e for name, test in self._tests.items() for key, e in errors_on(network, test).items()}
 
     def fields(self, network: nn.Module) -> dict[str, Field]:

@@ -101,5 +101,4 @@ def _composed(u: Derivatives, points: Points, rows: slice) -> Derivatives:
 
 
 def lifted(value: Tensor, lift: Lift | None) -> Tensor:
-    """a + b N."""
     return value if lift is None else lift[0].value + lift[1].value * value

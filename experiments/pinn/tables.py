@@ -130,7 +130,6 @@ def _comparison_row(group: Group, variant: Variant, measures: Measures) -> tuple
 
 
 def _learning_rate_rows(group: Group, runs: list[Run]) -> list[tuple[str, ...]]:
-    """One row a variant and rate."""
     by_rate: dict[tuple[int, float], list[Run]] = {}
     for run in runs:
         rate = run.config["variant"]["optimizer"]["arguments"]["lr"]

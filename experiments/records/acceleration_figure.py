@@ -122,12 +122,10 @@ def threshold_of(variant: Variant) -> float:
 
 
 def _say(axis: Axes, sentence: str) -> None:
-    """A sentence in an empty panel."""
     axis.text(0.5, 0.5, sentence, transform=axis.transAxes, ha="center", va="center", fontsize=8, color="#666666")
 
 
 def _places(variant: Variant) -> np.ndarray:
-    """The places of the longest run."""
     return max((run.places for run in variant.runs.values()), key=len)
 
 

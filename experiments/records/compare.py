@@ -28,23 +28,19 @@ class Variant:
 
     @property
     def first(self) -> Run:
-        """One of the runs, which have the same settings."""
         return next(iter(self.runs.values()))
 
     @property
     def definition(self) -> dict[str, Any]:
-        """Its configuration."""
         definition: dict[str, Any] = self.first.config["variant"]
         return definition
 
     @property
     def label(self) -> str:
-        """Its name for people."""
         return str(self.definition["label"])
 
     @property
     def role(self) -> str:
-        """What it is compared as, see `role_of`."""
         return role_of(self.definition)
 
     @property
@@ -228,5 +224,4 @@ def family_of(optimizer: dict[str, Any]) -> str:
 
 
 def plain_of(variants: list[Variant]) -> Variant | None:
-    """The plain variant of a family, None if it was not run."""
     return next((variant for variant in variants if variant.role == "plain"), None)

@@ -86,12 +86,10 @@ def spread_over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def spread_words(count: int) -> str:
-    """What lines and bands are, in words."""
     return "one seed" if count == 1 else f"line: median of {count} seeds, band: minimum to maximum"
 
 
 def training_line(comparison: Comparison) -> str:
-    """Batch size and epochs of the main comparison, in words."""
     run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
     training = run.config["training"]
     batch = run.attributes.get("batch_images", training["batch_size"])

@@ -17,17 +17,14 @@ class Page:
         self._markdown, self._text = [f"# {title}", ""], [title, ""]
 
     def section(self, heading: str) -> None:
-        """Begins a section."""
         self._markdown += [f"## {heading}", ""]
         self._text += [heading, ""]
 
     def say(self, sentence: str, strong: bool = False) -> None:
-        """Adds a paragraph."""
         self._markdown += [f"**{sentence}**" if strong else sentence, ""]
         self._text += [sentence, ""]
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Adds a table."""
         self._markdown += [*markdown_table(header, rows), ""]
         self._text += [*text_table(header, rows), ""]
 

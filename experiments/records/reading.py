@@ -50,7 +50,6 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended with a loss that is not finite."""
         return self.diverged_epoch is not None or self.diverged_iteration is not None
 
     @property
@@ -144,7 +143,6 @@ def _plain(value: Any) -> Any:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

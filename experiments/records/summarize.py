@@ -11,7 +11,6 @@ from experiments.records.page import Page
 
 
 def header(loss_name: str) -> tuple[str, ...]:
-    """The names of the table's columns."""
     return (
         "variant",
         "epochs to plain's final loss",

@@ -20,7 +20,6 @@ class TensorBoard:
         self._writer: Any = None
 
     def __call__(self, place: int, values: Mapping[str, float]) -> None:
-        """Writes one entry, by the names of the series."""
         if not self._is_enabled:
             return
         if self._writer is None:

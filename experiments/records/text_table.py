@@ -18,7 +18,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The same for a terminal."""
     widths = [max(_width(line[column]) for line in (header, *rows)) for column in range(len(header))]
     return [
         "  " + "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -189,7 +189,6 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
 
 
 def _takes_all(runs: Sequence[Run], size: int) -> bool:
-    """Whether an epoch with this batch size has one step."""
     own = next(run for run in runs if run.config["training"]["batch_size"] == size)
     return int(own.attributes["num_steps"]) == int(own.config["training"]["epochs"])
 

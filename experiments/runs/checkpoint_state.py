@@ -76,7 +76,6 @@ def check_state(state: Any, name: str, *, sharded: bool = True) -> None:
 
 
 def num_bytes_of(state: Any) -> int:
-    """Bytes of all tensors of a state on the CPU."""
     tensors = (value for _, value in leaves(state, "") if isinstance(value, Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

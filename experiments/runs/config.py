@@ -167,7 +167,6 @@ def _check_variant(config: ExperimentConfig, name: str) -> None:
 
 
 def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: str) -> None:
-    """An optimizer and its acceleration."""
     with at(f"{where}.optimizer"):
         check_component(stage.optimizer, kind.optimizers())
         check_optimizer(stage.optimizer)

@@ -191,7 +191,6 @@ def _execute_in_turn(
     config: ExperimentConfig,
     interruption: Interruption,
 ) -> None:
-    """One run after the other, in this process."""
     vote = StepVote(ranks, timeout_seconds=config.launch.collective_seconds)
     has_own_bar = len(pending) == 1 or config.kind.runs_in_turn
     with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:

@@ -66,7 +66,6 @@ class Experiment(ABC, Generic[P, T]):
         """The problem of a run; all ranks call it. It raises what `describe` does."""
 
     def num_threads(self, training: T) -> int:
-        """Threads of torch in a rank."""
         return int(getattr(training, "num_threads", 1))
 
     def global_batch(self, training: T, ranks: Ranks) -> int | None:
@@ -80,7 +79,6 @@ class Experiment(ABC, Generic[P, T]):
     # ---- its settings ----
 
     def optimizers(self) -> dict[str, Any]:
-        """The optimizers that a configuration may name."""
         return {name: kind for name, kind in optimizers().items() if not needs_residuals(name)}
 
     def check(self, problem: P, training: T, variant: VariantConfig) -> None:

@@ -53,7 +53,6 @@ class RunsBar:
             self._show()
 
     def finish(self, number: int) -> None:
-        """Counts a run as done."""
         self._running.pop(number, None)
         self._done += 1
         if self._bar is not None:

@@ -81,7 +81,6 @@ def states_of_runs(
     world_size: int,
     parts: Collection[str],
 ) -> list[str]:
-    """The state of each run, see `experiments.records.status.state_of`."""
     return [
         state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size, parts) for run in runs
     ]

@@ -123,7 +123,6 @@ class RunSession:
         return self
 
     def _take_folder(self) -> None:
-        """Takes the lock, on rank 0."""
         assert self._lock is not None
         self._lock.acquire()
         if self._lock.note:

@@ -96,7 +96,6 @@ class VariantConfig(Settings):
         return copy
 
     def with_rate(self, rate: float) -> VariantConfig:
-        """The variant with another learning rate."""
         optimizer = Component(self.optimizer.name, {**self.optimizer.arguments, "lr": rate})
         return self.model_copy(update={"optimizer": optimizer})
 

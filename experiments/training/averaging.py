@@ -30,12 +30,10 @@ class WeightAverage:
 
     @property
     def model(self) -> nn.Module:
-        """The model that has the average."""
         averaged: nn.Module = self._average.module
         return averaged
 
     def update(self, model: nn.Module) -> None:
-        """Takes the present weights into the average."""
         self._average.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:

@@ -104,7 +104,6 @@ class Closure:
         return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def measures(self) -> dict[str, float]:
-        """Series of the record that this closure adds."""
         return {}
 
     def _counted(self, name: str) -> int:
@@ -112,11 +111,9 @@ class Closure:
         return sum(stage.statistics().get(name, 0) for stage in self.stages if stage.statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
         return {name: getattr(self, name) for name in ("num_losses", "num_linearizations", "num_residuals")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues the counts."""
         for name in ("num_losses", "num_linearizations", "num_residuals"):
             setattr(self, name, state[name])
 

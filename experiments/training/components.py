@@ -52,7 +52,6 @@ def needs_residuals(name: str) -> bool:
 
 @cache
 def schedulers() -> dict[str, type[torch.optim.lr_scheduler.LRScheduler]]:
-    """The learning-rate schedulers of torch."""
     return _with_step(torch.optim.lr_scheduler)
 
 
@@ -88,7 +87,6 @@ def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimiz
 
 
 def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate scheduler of torch over the given optimizer."""
     return schedulers()[component.name](optimizer, **component.arguments)
 
 

@@ -45,7 +45,6 @@ class Plan(ABC):
             self.scheduler = self._schedule(optimizer)
 
     def step_scheduler(self, count: int = 1) -> None:
-        """Advances the schedule, where there is one."""
         for _ in range(count if self.scheduler is not None else 0):
             self.scheduler.step()  # type: ignore[union-attr]
 
@@ -103,11 +102,9 @@ class Plan(ABC):
         """The series so far, padded with NaN to their full length where the run is finished, and what else is given."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the plan needs to go on."""
         return {"scheduler": self.scheduler.state_dict() if self.scheduler is not None else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where a run with the same settings was."""
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 

@@ -157,7 +157,6 @@ class Problem(ABC):
         raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
 
     def to_device(self, batch: Any) -> Any:
-        """A batch of the plan, on the device."""
         return batch
 
     # ---- the optimizer and its acceleration ----
@@ -193,7 +192,6 @@ class Problem(ABC):
         return {}
 
     def fields(self, network: nn.Module) -> dict[str, Field]:
-        """Fields of the record, by name."""
         return {}
 
     def export(self, network: nn.Module) -> dict[str, Tensor]:
@@ -205,5 +203,4 @@ class Problem(ABC):
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state_dict on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}

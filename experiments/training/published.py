@@ -167,7 +167,6 @@ class PublishedScheme:
         return dist.get_world_size() if dist.is_initialized() else 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Windows, counters and statistics: what a resumed run needs."""
         return {
             "windows": [list(window) for window in self.windows],
             "raw": [list(raw) for raw in self.raw],
@@ -177,7 +176,6 @@ class PublishedScheme:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues as the saved scheme would have."""
         for name in ("windows", "raw"):
             for own, saved, group in zip(getattr(self, name), state[name], self._groups, strict=True):
                 own.clear()
@@ -187,7 +185,6 @@ class PublishedScheme:
 
 
 def _vectors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The weights of each group as one vector."""
     return [parameters_to_vector(group["params"]).detach() for group in optimizer.param_groups]
 
 

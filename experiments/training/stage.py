@@ -61,7 +61,6 @@ class Stage:
 
 
 def make_stages(problem: Problem, variant: VariantConfig) -> list[Stage]:
-    """The stages of a variant, over the model of the problem."""
     published = None
     if variant.published is not None:
         published = PublishedConfig(**in_steps(variant.published.model_dump(), problem.steps_per_epoch))

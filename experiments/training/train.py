@@ -121,7 +121,6 @@ class Training:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is an interval to train."""
         return self.interval <= self.plan.num_intervals and self.diverged_at is None
 
     @property
@@ -131,7 +130,6 @@ class Training:
         return self.average.model if is_averaged and self.average is not None else self.problem.model
 
     def begin(self) -> None:
-        """Evaluates the initial weights."""
         self.plan.begin(self)
         self._append(self._evaluate() | self._measures() | self.seconds, self.stages[:1], place=0)
 
@@ -158,7 +156,6 @@ class Training:
         return True
 
     def _step(self, batch: Any) -> None:
-        """One step of the optimizer, and what follows it."""
         model = self.problem.model
         self.closure.choose_stage()
         self.plan.prepare(self, batch)
@@ -214,7 +211,6 @@ class Training:
         return values
 
     def add_seconds(self, name: str, seconds: float) -> None:
-        """Adds to the seconds of a series."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _measures(self) -> dict[str, float]:
@@ -228,7 +224,6 @@ class Training:
         return self._earlier_seconds + sum(stage.seconds() for stage in self.stages if stage.seconds is not None)
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all ranks, which must all call."""
         if self.ranks.world_size == 1:
             return value
         total = value.to(device_of(self.ranks), copy=True)

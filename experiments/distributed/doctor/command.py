@@ -58,7 +58,6 @@ def _alone(results: Path) -> list[Finding]:
 
 
 def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any]) -> list[Finding]:
-    """Returns all findings, the same on every rank."""
     facts = gather(ranks, facts_of(ranks, options.results))
     places = binding(ranks)
     findings = [

@@ -17,7 +17,6 @@ SIZES_BYTES = (2**12, 2**20, 2**24)
 
 
 def clocks(ranks: Ranks) -> list[Finding]:
-    """Reports how far apart the clocks of the ranks are."""
     if ranks.world_size == 1:
         return []
     skews = []

@@ -34,7 +34,6 @@ class FrozenAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what the closure returns."""
         loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -64,7 +64,6 @@ class MuonAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both; returns what the closure returns."""
         loss = loss_of(closure)
         for part in self._parts:
             part.step()
