@@ -69,7 +69,6 @@ class PackedImages:
         self.num_bytes = int(self._size.sum())
         self.digest = digest_of(self._crc32, self.labels, self.class_names)
         self._open: dict[int, int] = {}
-        self._pid = os.getpid()
         self._names: dict[int, PackedNames] = {}
 
     def __len__(self) -> int:
@@ -81,8 +80,6 @@ class PackedImages:
     def read(self, index: int) -> bytes:
         """The encoded image; ImageError where it is not what was packed, OSError where the shard cannot be read."""
         shard = self._shard_of(index)
-        if self._pid != os.getpid():  # forked: what the parent opened stays the parent's
-            self._open, self._pid = {}, os.getpid()
         descriptor = self._open.get(shard)
         if descriptor is None:
             descriptor = self._open[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
@@ -111,9 +108,8 @@ class PackedImages:
 
     def close(self) -> None:
         """Closes the shards; reading opens them again."""
-        if self._pid == os.getpid():
-            for descriptor in self._open.values():
-                os.close(descriptor)
+        for descriptor in self._open.values():
+            os.close(descriptor)
         self._open = {}
 
     def __getstate__(self) -> dict[str, Any]:

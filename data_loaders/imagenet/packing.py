@@ -278,10 +278,6 @@ def _pack_in_workers(
 
 
 def _check_counts(images: Images, result: packed.PackedImages) -> None:
-    if len(result) + len(result.left_out) != len(images):
-        raise ValueError(
-            f"{result.folder} holds {len(result)} images and left out {len(result.left_out)} of {len(images)}"
-        )
     before, after = (np.bincount(each.labels, minlength=len(each.class_names)) for each in (images, result))
     emptied = [images.class_names[label] for label in np.flatnonzero((before > 0) & (after == 0))]
     if emptied:

@@ -143,7 +143,6 @@ def read_header(path: Path) -> Shard:
                 raise ValueError(f"{path} is incomplete: pack the images again")
             if _crc32_of_text(attributes) != int(attributes["text_crc32"]):
                 raise ValueError(f"{path} is damaged: its attributes have the wrong checksum")
-            data = file["data"]
             shard = Shard(
                 path,
                 str(attributes["split"]),
@@ -154,37 +153,21 @@ def read_header(path: Path) -> Shard:
                 str(attributes["pack_digest"]),
                 tuple(json.loads(attributes["left_out"])),
                 int(attributes["names_crc32"]),
-                data.id.get_offset() or 0,
+                file["data"].id.get_offset() or 0,
                 file["offsets"][:],
                 file["labels"][:],
                 file["crc32"][:],
             )
-            num_bytes, contiguous, table_crc32 = len(data), data.chunks is None, int(attributes["table_crc32"])
+            table_crc32 = int(attributes["table_crc32"])
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip("'\"").partition("\n")[0]
         raise ValueError(f"{path} cannot be read as a shard of packed images ({reason})") from None
-    problem = "its table of images has the wrong checksum"
-    if _crc32_of(shard.offsets, shard.labels, shard.crc32) == table_crc32:
-        problem = _inconsistency(shard, num_bytes, contiguous)
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
+    if _crc32_of(shard.offsets, shard.labels, shard.crc32) != table_crc32:
+        raise ValueError(f"{path} is damaged: its table of images has the wrong checksum")
+    size, end = path.stat().st_size, shard.start + int(shard.offsets[-1])
+    if size < end:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes where its images end at byte {end:,}")
     return shard
-
-
-def _inconsistency(shard: Shard, num_bytes: int, contiguous: bool) -> str:
-    offsets, labels = shard.offsets, shard.labels
-    size = shard.path.stat().st_size
-    if not contiguous:
-        return "its images are not contiguous"
-    if not len(offsets) == len(labels) + 1 == len(shard.crc32) + 1:
-        return f"it has {len(offsets)} offsets, {len(labels)} labels and {len(shard.crc32)} checksums"
-    if offsets[0] != 0 or offsets[-1] != num_bytes or bool((np.diff(offsets) < 0).any()):
-        return "its offsets do not divide its images"
-    if size < shard.start + num_bytes:
-        return f"it has {size:,} bytes where its images end at byte {shard.start + num_bytes:,}"
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(shard.class_names):
-        return f"it has labels outside its {len(shard.class_names)} classes"
-    return ""
 
 
 def read_names(shard: Shard) -> PackedNames:

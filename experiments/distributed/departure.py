@@ -250,36 +250,21 @@ def _failure_of_another(met: Joined) -> dict[str, Any] | None:
 
 def _wait_for_cause(met: Joined, what: str) -> tuple[dict[str, Any] | None, str]:
     """Finds out why a connection was lost: the failure of another rank, or a text that names ranks that are silent."""
-    end = Deadline(CAUSE_SECONDS)
+    end, store = Deadline(CAUSE_SECONDS), met.store
+    others = [rank for rank in range(met.ranks.world_size) if rank != met.ranks.rank]
     try:
-        met.store.set(f"waiting {met.ranks.rank}", "")
-        before = _pulses(met)
+        store.set(f"waiting {met.ranks.rank}", "")
+        pulses = {rank: store.add(f"pulse {rank}", 0) for rank in others}
         while end.pause():
             if (first := _failure_of_another(met)) is not None:
                 return first, ""
-        if dead := _standing_still(met, before):
+        if dead := [rank for rank in others if store.add(f"pulse {rank}", 0) == pulses[rank]]:
             return None, f"rank {spans(dead)} was killed, or its host is gone ({what[:300]})"
-        if late := _not_waiting(met.store, met.ranks):
+        if late := [rank for rank in others if not store.check([f"waiting {rank}"])]:
             return None, f"rank {spans(late)} hangs, or is late for a collective ({what[:300]})"
         return None, ""
     except RuntimeError:
         return STORE_IS_GONE, ""
-
-
-def _pulses(met: Joined) -> list[int]:
-    return [met.store.add(f"pulse {rank}", 0) for rank in range(met.ranks.world_size)]
-
-
-def _standing_still(met: Joined, before: list[int]) -> list[int]:
-    """Ranks whose watcher has not counted since `before`; this rank is none of them."""
-    pairs = enumerate(zip(before, _pulses(met), strict=True))
-    return [rank for rank, (old, new) in pairs if old == new and rank != met.ranks.rank]
-
-
-def _not_waiting(store: Store, ranks: Ranks) -> list[int]:
-    if store.check([f"waiting {rank}" for rank in range(ranks.world_size)]):
-        return []
-    return [rank for rank in range(ranks.world_size) if not store.check([f"waiting {rank}"])]
 
 
 def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:

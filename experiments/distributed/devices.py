@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from experiments.distributed.host import machine, namespace
 from experiments.distributed.mpi import mpi_is_in_use
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import host_of, spans
+from experiments.distributed.together import gather
 from experiments.settings.launch_settings import LaunchSettings
 
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -168,8 +168,4 @@ def binding(ranks: Ranks) -> list[dict[str, Any]]:
         "device_id": _device_name(device),
         "interface": os.environ.get("NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME", ""),
     }
-    if ranks.world_size == 1:
-        return [own]
-    found: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(found, own)
-    return found
+    return gather(ranks, own)

@@ -80,6 +80,15 @@ def check_same(ranks: Ranks, value: str | None, what: str, seconds: float) -> No
     meet(ranks, f"comparing {what}", seconds, failure)
 
 
+def gather(ranks: Ranks, own: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns the values of all ranks, by rank, on every rank, by default through the group of the training."""
+    found: list[Any] = [own]
+    if ranks.world_size > 1:
+        found = [None] * ranks.world_size
+        dist.all_gather_object(found, own, group=group)
+    return found
+
+
 def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = None) -> None:
     """Waits for all ranks; the ValueError or OSError of the first with a failure is raised on all of them.
 

@@ -19,11 +19,6 @@ from experiments.records.series import ATTEMPTS, SCALES, SCHEMA_VERSION
 if TYPE_CHECKING:
     import torch
 
-OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
-"""Attributes that every record has, beside its configuration."""
-PARTS = ("experiment", "variant", "problem", "training")
-"""What every recorded configuration has."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -85,9 +80,6 @@ def read_run(path: Path) -> Run:
         _check(path, attributes)
         file.visititems(visit)
         config = json.loads(attributes["config"])
-    missing = [name for name in PARTS if not isinstance(config, dict) or name not in config]
-    if missing:
-        raise ForeignRecord(f"{path} is no record of this suite: its configuration has no {', '.join(missing)}")
     return Run(path, attributes, config, series, places[0] if places else np.empty(0))
 
 
@@ -99,9 +91,6 @@ def _check(path: Path, attributes: dict[str, Any]) -> None:
         raise ForeignRecord(f"{path} has schema version {attributes['schema_version']}, not {SCHEMA_VERSION}")
     if not attributes.get("complete"):
         raise IncompleteRecord(f"{path} is incomplete")
-    missing = [name for name in OF_ALL if name not in attributes]
-    if missing:
-        raise ForeignRecord(f"{path} is no record of this suite: it has no attribute {', '.join(missing)}")
 
 
 def read_fields(path: Path) -> dict[str, np.ndarray]:

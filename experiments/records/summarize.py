@@ -133,11 +133,4 @@ def spread(values: np.ndarray, form: str, infinite: str = "never") -> str:
     def show(value: float) -> str:
         return form.format(value) if np.isfinite(value) else infinite
 
-    return f"{show(median(known))} [{show(known.min())} .. {show(known.max())}]"
-
-
-def median(values: np.ndarray) -> float:
-    """The median; infinite as soon as the upper one of the two middle values is."""
-    ordered = np.sort(values)
-    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-    return float(low) if low == high else float(0.5 * (low + high))
+    return f"{show(float(np.median(known)))} [{show(known.min())} .. {show(known.max())}]"

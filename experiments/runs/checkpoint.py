@@ -12,12 +12,13 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from experiments.distributed.departure import control_group
 from experiments.distributed.ranks import Ranks
+from experiments.distributed.together import gather
 from experiments.records.reading import say
 from experiments.runs.checkpoint_files import FORMAT, name_of, names_of_checkpoints, prune, read, write
 from experiments.runs.checkpoint_state import State, check_state, num_bytes_of, on_cpu
@@ -88,7 +89,7 @@ class Checkpoints:
                 self._write({"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every})
             except Exception as error:  # raised when the other ranks, which wait for this one, know
                 failure = error
-        text = self._exchange("" if failure is None else str(failure) or repr(failure))[0]
+        text = gather(self._ranks, "" if failure is None else str(failure) or repr(failure), self._group)[0]
         if text:
             raise CheckpointError(text) from failure
 
@@ -139,7 +140,7 @@ class Checkpoints:
                 names = names_of_checkpoints(self.folder)
             except OSError as error:  # the other ranks must not wait for the names
                 problem = str(error)
-        names, problem = self._exchange((names, problem))[0]
+        names, problem = gather(self._ranks, (names, problem), self._group)[0]
         if problem:
             raise CheckpointError(problem)
         for name in names:
@@ -148,7 +149,7 @@ class Checkpoints:
                 content = read(self.folder / name)
             except ValueError as error:
                 reason = str(error)
-            reasons = self._exchange(reason)
+            reasons = gather(self._ranks, reason, self._group)
             if not any(reasons):
                 assert content is not None
                 if content["identity"] == identity:
@@ -172,14 +173,6 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint in {self.folder} can be used ({every}); {advice}")
 
     # ---- between ranks
-
-    def _exchange(self, mine: T) -> list[T]:
-        """What each rank has, by rank."""
-        found: list[Any] = [mine]
-        if self._ranks.world_size > 1:
-            found = [None] * self._ranks.world_size
-            dist.all_gather_object(found, mine, group=self._group)
-        return cast(list[T], found)
 
     def _gathered(self, mine: T) -> list[T]:
         """What each rank has, by rank, on rank 0; nothing on the others."""

@@ -40,7 +40,8 @@ def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, [] if isinstance(state, list) else ()
         items = iter(enumerate(state))
     elif isinstance(state, Tensor):
-        _check_tensor(state, name)
+        if not is_sharded(state) and type(state.detach()) is not Tensor:
+            raise TypeError(f"{name} is a {_type(state)}: a checkpoint holds plain tensors and DTensors")
         yield name, state
         return
     elif type(state) in PLAIN:
@@ -50,18 +51,6 @@ def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
         raise TypeError(f"{name} is a {_type(state)}: a checkpoint holds {ALLOWED}")
     for key, value in items:
         yield from leaves(value, f"{name}[{key!r}]")
-
-
-def _check_tensor(tensor: Tensor, name: str) -> None:
-    if is_sharded(tensor):
-        if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
-            raise TypeError(f"{name} is a DTensor with a partial placement: redistribute it before it is saved")
-        return
-    if type(tensor.detach()) is not Tensor:
-        raise TypeError(f"{name} is a {_type(tensor)}: a checkpoint holds plain tensors and DTensors")
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        kind = "without data (meta)" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
-        raise TypeError(f"{name} is a tensor {kind}: a checkpoint holds dense tensors")
 
 
 def _type(value: object) -> str:

@@ -10,7 +10,6 @@ from shlex import quote
 import numpy as np
 
 from experiments.records.reading import Run
-from experiments.records.summarize import median
 from experiments.runs.experiment import Experiment, Merit
 
 SHOWN_VARIANTS = 8
@@ -49,7 +48,7 @@ def median_of(runs: Iterable[Run], merit: Merit) -> float:
     """Median of the last values over the seeds; a diverged run is infinitely bad."""
     name, worst = merit.series, -math.inf if merit.more_is_better else math.inf
     finals = [worst if run.diverged or name not in run.series else float(run.series[name][-1]) for run in runs]
-    return median(np.array([value if math.isfinite(value) else worst for value in finals]))
+    return float(np.median([value if math.isfinite(value) else worst for value in finals]))
 
 
 def diverged_lines(runs: Iterable[Run]) -> list[str]:

@@ -21,15 +21,6 @@ from experiments.distributed.interfaces import interface_addresses
 from experiments.distributed.ranks import Ranks
 
 
-def gather(ranks: Ranks, own: Any) -> list[Any]:
-    """Returns the values of all ranks, by rank, on every rank."""
-    if ranks.world_size == 1:
-        return [own]
-    found: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(found, own)
-    return found
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from experiments.distributed.devices import device_of
-from experiments.distributed.doctor.facts import gather
 from experiments.distributed.doctor.finding import Finding
 from experiments.distributed.ranks import Ranks
+from experiments.distributed.together import gather
 
 SKEW_SECONDS = 1.0
 SIZES_BYTES = (2**12, 2**20, 2**24)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
+from experiments.settings.schema import read_settings
 from experiments.training.optimizers.evaluation import loss_of
 
 
@@ -28,8 +30,7 @@ class FrozenAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         freeze_after: int = 1000,
     ) -> None:
-        if isinstance(freeze_after, bool) or not isinstance(freeze_after, int) or freeze_after < 1:
-            raise ValueError(f"freeze_after must be an integer >= 1, got {freeze_after!r}")
+        read_settings(PositiveInt, freeze_after, "freeze_after")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "freeze_after": freeze_after})
 
     @torch.no_grad()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from experiments.settings.schema import read_settings
 from experiments.training.optimizers.evaluation import loss_of
+
+ALLOWED: dict[str, Any] = {
+    "lr": PositiveFloat,
+    "momentum": Annotated[float, Field(ge=0, lt=1)],
+    "weight_decay": NonNegativeFloat,
+    "trust": PositiveFloat,
+    "eps": NonNegativeFloat,
+}
 
 
 class LARS(torch.optim.Optimizer):
@@ -35,17 +44,9 @@ class LARS(torch.optim.Optimizer):
         trust: float = 1e-3,
         eps: float = 0.0,
     ) -> None:
-        allowed = {
-            "lr": ("> 0", 0 < lr < math.inf),
-            "momentum": ("in [0, 1)", 0 <= momentum < 1),
-            "weight_decay": (">= 0", 0 <= weight_decay < math.inf),
-            "trust": ("> 0", 0 < trust < math.inf),
-            "eps": (">= 0", 0 <= eps < math.inf),
-        }
         values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "eps": eps}
-        for name, (text, is_allowed) in allowed.items():
-            if not is_allowed:
-                raise ValueError(f"{name} must be a number {text}, got {values[name]}")
+        for name, value in values.items():
+            read_settings(ALLOWED[name], value, name)
         super().__init__(params, values)
 
     @torch.no_grad()

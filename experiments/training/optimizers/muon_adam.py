@@ -41,12 +41,6 @@ class MuonAdam(torch.optim.Optimizer):
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses parameters after the construction, because no part would step them."""
-        if len(self.param_groups) == len(self._parts):
-            raise ValueError("MuonAdam takes all parameters when it is made, and no further groups")
-        super().add_param_group(param_group)
-
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_parts": self._parts}  # for copies
 
