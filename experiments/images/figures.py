@@ -49,7 +49,7 @@ def draw_image_figures(comparison: Comparison) -> list[Path]:
 
 def _trained(comparison: Comparison) -> str:
     """ "ResNet18 on fractals (320 images, 10 classes)"."""
-    about = next(iter(next(iter(comparison.families.values()))[0].runs.values())).attributes
+    about = comparison.variants[0].first.attributes
     model = str(about["classification"]).replace("resnet", "ResNet")
     data = {"fractals": "fractals"}.get(comparison.data_source, f"ImageNet ({comparison.data_source})")
     return f"{model} on {data}, {about['num_train_images']:,} images of {about['num_classes']:,} classes"
@@ -60,7 +60,7 @@ def draw_validation(comparison: Comparison) -> Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 6.8), sharey="row")
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in styled(_variants(comparison)):
+    for variant, color, style in styled(comparison.variants):
         epochs = _evaluated(variant)
         style = coinciding.style(_label(comparison, variant), np.median(variant.series(VALIDATION), axis=0), style)
         seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
@@ -84,7 +84,7 @@ def _limit(axis: Axes, comparison: Comparison) -> None:
     """Ends the loss axis a little above the highest loss after the first evaluation, but for runs that blew up."""
     starts = [
         float(np.median(variant.series(VALIDATION)[:, epochs[1:]], axis=0).max())
-        for variant in _variants(comparison)
+        for variant in comparison.variants
         if len(epochs := _evaluated(variant)) > 1
     ]
     finite = [start for start in starts if np.isfinite(start)]
@@ -93,7 +93,7 @@ def _limit(axis: Axes, comparison: Comparison) -> None:
 
 
 def draw_cost(comparison: Comparison) -> Figure:
-    variants = list(_variants(comparison))
+    variants = comparison.variants
     labels = [as_text(_label(comparison, variant)) for variant in variants]
     places = np.arange(len(variants))
     size = (9.5, 1.6 + 0.42 * len(variants))
@@ -125,7 +125,7 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.0, 5.0))
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in styled(_variants(comparison)):
+    for variant, color, style in styled(comparison.variants):
         if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
         epochs = _evaluated(variant)[1:]
@@ -148,13 +148,9 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _variants(comparison: Comparison) -> list[Variant]:
-    return [variant for variants in comparison.families.values() for variant in variants]
-
-
 def _label(comparison: Comparison, variant: Variant) -> str:
     """The label; with the optimizer in words where several variants have the same one."""
-    is_unique = [other.label for other in _variants(comparison)].count(variant.label) == 1
+    is_unique = [other.label for other in comparison.variants].count(variant.label) == 1
     return variant.label if is_unique else f"{variant.label} ({variant.family})"
 
 

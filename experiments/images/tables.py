@@ -66,7 +66,7 @@ def summarize_images(comparison: Comparison) -> str:
     for family, variants in comparison.families.items():
         page.section(family)
         page.table(HEADER, [_row(variant, plain_of(variants)) for variant in variants])
-    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    run = comparison.variants[0].first
     about = run.attributes
     page.say(
         f"{about['classification']}, {about['num_classes']} classes, {about['num_train_images']} training and "
@@ -81,8 +81,7 @@ def summarize_images(comparison: Comparison) -> str:
 
 def _counted(comparison: Comparison) -> str:
     """Which validation images an accuracy counts, in words."""
-    variants = [variant for family in comparison.families.values() for variant in family]
-    runs = [run for variant in variants for run in variant.runs.values() if not run.diverged]
+    runs = [run for variant in comparison.variants for run in variant.runs.values() if not run.diverged]
     shares = [(int(run.series[NUM_IMAGES][-1]), int(run.attributes["num_validation_images"])) for run in runs]
     if all(counted == total for counted, total in shares):
         return "all validation images once"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.pinn.equations import EQUATIONS
-from experiments.records.compare import (
-    SECONDS,
-    TRAIN,
-    Records,
-    Variant,
-    grouped,
-)
+from experiments.records.compare import SECONDS, TRAIN, Records, Variant, check_same, grouped
 from experiments.records.reading import Run, read_runs, say
 from experiments.runs.config import expand_runs, load_config
 from experiments.runs.experiment import Experiment
@@ -43,15 +37,11 @@ class Group(Records):
     Attributes:
         name: of the baseline.
         variants: in the order of the configuration, the baseline included, whatever it is compared with itself.
-        equation: in words.
-        degenerate: why the equation says little; empty: it does not.
         predictors: relative L2 errors of the trivial predictors, by test set; the first set is the main one.
     """
 
     name: str
     variants: list[Variant]
-    equation: str
-    degenerate: str
     predictors: dict[str, dict[str, float]]
 
     @property
@@ -63,18 +53,6 @@ class Group(Records):
     def main_set(self) -> str | None:
         """Name of the main test set; None for an equation without a known solution."""
         return next(iter(self.predictors), None)
-
-    @property
-    def caution(self) -> str:
-        return "DEGENERATE" if self.degenerate else ""
-
-    @property
-    def explanation(self) -> str:
-        return self.degenerate
-
-    @property
-    def subject(self) -> str:
-        return self.equation
 
 
 Key = tuple[str, str, str]
@@ -110,7 +88,7 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
                 studies={study: some for study, some in of_group.items() if some},
                 name=key[0],
                 variants=members,
-                equation=key[1],
+                trained=key[1],
                 degenerate=attributes["degenerate"].removeprefix("degenerate: "),
                 predictors=json.loads(attributes["predictors"]),
                 is_as_configured=is_as_configured,
@@ -202,7 +180,7 @@ def _without_seed(config: dict[str, Any]) -> str:
 def _check_variants(folder: Path, main: dict[str, list[Run]]) -> None:
     """The seeds of a variant must have the same settings and the same equation."""
     for runs in main.values():
-        _check_same(
+        check_same(
             folder, "settings", runs, [_without_seed(run.config) + run.attributes["data_digest"] for run in runs]
         )
 
@@ -214,16 +192,7 @@ def _check_shared(folder: Path, runs: list[Run]) -> None:
             own = [run for run in runs if key not in run.config["variant"].get("overrides", {}).get(part, {})]
             own = [run for run in own if key in run.config[part]]
             values = [json.dumps(run.config[part][key], sort_keys=True) for run in own]
-            _check_same(folder, f"{part}.{key}", own, values)
-
-
-def _check_same(folder: Path, what: str, runs: Sequence[Run], values: Sequence[str]) -> None:
-    other = next((run for run, value in zip(runs, values, strict=True) if value != values[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"{folder} holds records with different {what}, for instance {runs[0].path} and {other.path}: "
-            "run the experiment again, or keep trials apart with --set scale=NAME"
-        )
+            check_same(folder, f"{part}.{key}", own, values)
 
 
 @dataclass(frozen=True)

@@ -54,12 +54,12 @@ def summarize_pinn(groups: list[Group]) -> str:
     """Writes `summary.md` beside the records and returns the same as text for a terminal."""
     folder = groups[0].folder
     title = f"{folder.parent.name}, {folder.name}"
-    cautions = {f"{group.equation}: {group.degenerate}" for group in groups if group.degenerate}
+    cautions = {f"{group.trained}: {group.degenerate}" for group in groups if group.degenerate}
     title += f" - DEGENERATE EQUATION: {'; '.join(sorted(cautions))}" if cautions else ""
     page = Page(title)
     for group in groups:
         against = group.baseline.label if group.baseline is not None else f"{group.name} (not run)"
-        page.section(f"{group.caution} - " * bool(group.caution) + f"{group.equation}, compared with {against}")
+        page.section(f"{group.caution} - " * bool(group.caution) + f"{group.trained}, compared with {against}")
         if group.degenerate:
             page.say(group.degenerate, strong=True)
         page.say(f"{settings_line(group)}.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +63,7 @@ class Records:
         studies: runs by study, "learning_rate" and "batch_size".
         is_as_configured: whether the configuration's file, if there is one, has the settings of the records.
         trained: what was trained on what, in words, for titles; empty: the name of the experiment.
+        degenerate: why results on this equation say little; empty: they do not.
     """
 
     folder: Path
@@ -71,6 +71,7 @@ class Records:
     studies: dict[str, list[Run]]
     is_as_configured: bool = field(default=True, kw_only=True)
     trained: str = field(default="", kw_only=True)
+    degenerate: str = field(default="", kw_only=True)
 
     @property
     def data_source(self) -> str:
@@ -94,12 +95,7 @@ class Records:
     @property
     def caution(self) -> str:
         """What stands first in every title; empty for nothing."""
-        return "SURROGATE DATA" if self.is_surrogate else ""
-
-    @property
-    def explanation(self) -> str:
-        """A second line of every title; empty for none."""
-        return ""
+        return "DEGENERATE" if self.degenerate else "SURROGATE DATA" if self.is_surrogate else ""
 
     @property
     def subject(self) -> str:
@@ -126,6 +122,11 @@ class Comparison(Records):
     """The records of one folder, the variants by family, the plain one first."""
 
     families: dict[str, list[Variant]]
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Those of all families, at least one."""
+        return [variant for variants in self.families.values() for variant in variants]
 
 
 def grouped(runs: Iterable[Run]) -> tuple[list[Variant], dict[str, list[Run]]]:
@@ -165,16 +166,11 @@ def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparis
         OSError: none of the records can be read.
     """
     runs = read_runs(folder, note)
-    for what, key in (("data", lambda run: run.attributes["data_digest"]), ("settings", _settings)):
-        groups: dict[str, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(key(run), []).append(run)
-        if len(groups) > (1 if what == "data" else len({_study(run) for run in runs})):
-            some = " and ".join(str(group[0].path) for group in list(groups.values())[-2:])
-            raise ValueError(
-                f"{folder} holds records with different {what}, for instance {some}: "
-                "run the experiment again, or keep trials apart with --set scale=NAME"
-            )
+    check_same(folder, "data", runs, [run.attributes["data_digest"] for run in runs])
+    for study in {_study(run) for run in runs}:
+        own = [run for run in runs if _study(run) == study]
+        settings = [[run.config["problem"], run.config["training"]] for run in own]
+        check_same(folder, "settings", own, settings)
     variants, studies = grouped(runs)
     families: dict[str, list[Variant]] = {}
     for variant in variants:
@@ -194,8 +190,14 @@ def _study(run: Run) -> str:
     return f"{study} {run.attributes['variant']}" if study == "batch_size" else ""
 
 
-def _settings(run: Run) -> str:
-    return _study(run) + json.dumps([run.config["problem"], run.config["training"]], sort_keys=True)
+def check_same(folder: Path, what: str, runs: Sequence[Run], values: Sequence[Any]) -> None:
+    """Raises ValueError where the values of the runs are not all the same."""
+    other = next((run for run, value in zip(runs, values, strict=True) if value != values[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{folder} holds records with different {what}, for instance {runs[0].path} and {other.path}: "
+            "run the experiment again, or keep trials apart with --set scale=NAME"
+        )
 
 
 def role_of(definition: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def spread_words(count: int) -> str:
 
 
 def training_line(comparison: Comparison) -> str:
-    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    run = comparison.variants[0].first
     training = run.config["training"]
     batch = run.attributes.get("batch_images", training["batch_size"])
     return f"batches of {batch}, {training['epochs']} epochs"
@@ -145,7 +145,7 @@ def finish(
     height = figure.get_size_inches()[1]
     top = 0.32
     _fitted_text(figure, 1 - 0.1 / height, head, 10.5, va="top", weight="bold", color=color)
-    for line, shade in ((records.explanation, color), *((line, "#444444") for line in note.split("\n"))):
+    for line, shade in ((records.degenerate, color), *((line, "#444444") for line in note.split("\n"))):
         if line:
             _fitted_text(figure, 1 - top / height, line, 8.5, va="top", color=shade)
             top += 0.2

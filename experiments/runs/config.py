@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,19 +190,11 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
     """
     settings = {name: config.settings_of(name) for name in config.variants}
 
-    def run(variant: str, seed: int, name: str = "", study: str = "", **changes: Any) -> RunConfig:
+    def run(variant: str, seed: int) -> RunConfig:
         problem, training = settings[variant]
+        definition = config.variants[variant]
         return RunConfig(
-            experiment=config.experiment,
-            scale=config.scale,
-            name=name or variant,
-            variant_name=variant,
-            study=study,
-            seed=seed,
-            kind=config.kind,
-            problem=problem,
-            training=changes.get("training", training),
-            variant=changes.get("definition", config.variants[variant]),
+            config.experiment, config.scale, variant, variant, "", seed, config.kind, problem, training, definition
         )
 
     if num_rows is not None:
@@ -211,13 +204,13 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
         for seed in rates.seeds:
             for variant in rates.variants:
                 for rate in rates.rates:
-                    definition = config.variants[variant].with_rate(rate)
-                    name = rates.run_name(variant, rate)
-                    runs.append(run(variant, seed, name, "learning_rate", definition=definition))
+                    own, name = run(variant, seed), rates.run_name(variant, rate)
+                    runs.append(replace(own, name=name, study="learning_rate", variant=own.variant.with_rate(rate)))
     if (sizes := config.studies.batch_size) is not None:
         assert num_rows is not None  # points are sampled where there is no such study
         for seed in sizes.seeds:
             for size in sizes.sizes:
                 training = config.kind.training_of_study(config.training, num_rows, size, sizes.steps)
-                runs.append(run(sizes.variant, seed, sizes.run_name(size), "batch_size", training=training))
+                own, name = run(sizes.variant, seed), sizes.run_name(size)
+                runs.append(replace(own, name=name, study="batch_size", training=training))
     return runs
