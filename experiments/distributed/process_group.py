@@ -45,7 +45,7 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
     if ranks.world_size == 1:
         return
     settings = settings or LaunchSettings()
-    _export_settings(settings, folder)
+    _export_settings(folder)
     _allow_many_files(ranks.world_size)
     met = joined() or _meet(ranks, settings, folder or Path(), Deadline(settings.start_seconds))
     backend, device, _ = devices.choose(ranks, settings)
@@ -137,14 +137,19 @@ def _host(ranks: Ranks, settings: LaunchSettings, wanted: str) -> tuple[Announce
 # --- variables and limits that the libraries read
 
 
-def _export_settings(settings: LaunchSettings, folder: Path | None) -> None:
-    """Sets what torch and NCCL read when the group starts, unless the user did."""
-    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}
-    if settings.flight_recorder:
-        wanted |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": str(settings.flight_recorder)}
-        if folder is not None:
-            wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")
-    for name, value in {**wanted, **settings.nccl}.items():
+def _export_settings(folder: Path | None) -> None:
+    """Sets what torch and NCCL read when the group starts, unless the user did.
+
+    The last collectives are kept for the dump after a timeout.
+    """
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+    }
+    if folder is not None:
+        wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 
