@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant, plain_of
-from experiments.records.page import Page
 from experiments.records.reading import Run
 from experiments.records.summarize import spread
+from experiments.records.text_table import Page
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))

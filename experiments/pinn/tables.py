@@ -17,9 +17,9 @@ from experiments.pinn.compare import (
     settings_line,
 )
 from experiments.records.compare import TRAIN, Variant
-from experiments.records.page import Page
 from experiments.records.reading import Run
 from experiments.records.summarize import spread
+from experiments.records.text_table import Page
 
 TOLERANCE = 1.02
 """A final loss of more than this times the baseline's counts as above it."""

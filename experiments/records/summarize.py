@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
-from experiments.records.page import Page
+from experiments.records.text_table import Page
 
 
 def header(loss_name: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aadl.deferred import Deferred
 from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
@@ -22,7 +23,6 @@ from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints,
 from experiments.runs.checkpoint_state import rng_state, set_rng_state
 from experiments.runs.lock import STALE_SECONDS, FolderLock
 from experiments.settings.run_config import RunConfig, SaveConfig
-from experiments.training.losses import FiniteLosses
 from experiments.training.result import Result
 from experiments.training.train import Training
 
@@ -59,6 +59,21 @@ def _other_run(what: str) -> str:
         f"{what}: its settings, its data or its batch over all ranks have changed; go back to them, keep both apart "
         "with --set scale=NAME, or start from the beginning with --force"
     )
+
+
+class FiniteLosses:
+    """Says whether the losses were finite, some steps late, so that the host does not wait for a device."""
+
+    def __init__(self) -> None:
+        self._pending: list[Deferred] = []
+        self._finite = True
+
+    def __call__(self, loss: Tensor) -> bool:
+        """Takes the present loss; returns whether those of two steps ago and before were finite."""
+        self._pending.append(Deferred(loss.isfinite().all()))
+        if len(self._pending) > 2:
+            self._finite = self._finite and bool(self._pending.pop(0).value())
+        return self._finite
 
 
 class RunSession:

@@ -65,27 +65,7 @@ class Residuals(NamedTuple):
 class Problem(ABC):
     """One run as the training loop sees it: the model, what to train it on, its loss and its evaluation.
 
-    A new kind of experiment subclasses it and defines three methods; the loop asks nothing else of most of them:
-
-        class Digits(Problem):
-            def __init__(self, images, labels, settings):
-                super().__init__(MLP((64, 32, 10), "relu"), data_source="scikit-learn", data_digest="1797 digits")
-                self.images, self.labels, self.settings = images, labels, settings
-
-            def plan(self):
-                return Epochs(self.batches, self.settings.epochs)
-
-            def batches(self, epoch, first):
-                order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch))
-                for rows in order.split(32)[first:]:
-                    yield self.images[rows], self.labels[rows]
-
-            def loss(self, network, batch):
-                return cross_entropy(network(batch[0]), batch[1])
-
-            def evaluate(self, network):
-                return {"metrics/train/loss": float(self.loss(network, (self.images, self.labels)))}
-
+    A new kind of experiment subclasses it and defines `plan`, `loss` and `evaluate` (docs/new_experiment.md has one).
     Every other method has a default, which fits data that is in memory, torch's optimizers and gradients that
     DistributedDataParallel averages. A subclass overrides what differs. All ranks build the same problem and call its
     methods together, so a method may communicate.

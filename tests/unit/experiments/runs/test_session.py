@@ -28,10 +28,9 @@ from experiments.records.status import run_folder, run_path, state_of
 from experiments.runs import execute
 from experiments.runs.execute import execute_run
 from experiments.runs.lock import FolderInUse
-from experiments.runs.session import OtherRun, RunSession
+from experiments.runs.session import FiniteLosses, OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
 from experiments.training.closure import Closure
-from experiments.training.losses import FiniteLosses
 from experiments.training.train import Training
 
 TIMES = ("timing/", "metrics/evaluations_per_second")
