@@ -20,6 +20,7 @@ from experiments.records.figures import (
     Coinciding,
     as_text,
     finish,
+    legend_line,
     save_figures,
     spread_over_seeds,
     spread_words,
@@ -62,14 +63,15 @@ def draw_validation(comparison: Comparison) -> Figure:
     coinciding = Coinciding()
     for variant, color, style in styled(comparison.variants):
         epochs = _evaluated(variant)
-        style = coinciding.style(_label(comparison, variant), np.median(variant.series(VALIDATION), axis=0), style)
+        label = _label(comparison, variant)
+        dashed = coinciding.style(label, np.median(variant.series(VALIDATION), axis=0), style)
+        handles[label] = legend_line(color, style)
         seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
         for row, series, factor in zip(grid, (VALIDATION, TOP1), (1.0, 100.0), strict=True):
             low, middle, high = (factor * values[epochs] for values in spread_over_seeds(variant.series(series)))
-            for axis, places in zip(row, (epochs, seconds[epochs]), strict=True):
-                (line,) = axis.plot(places, middle, color=color, linestyle=style)
+            for axis, places, drawn in zip(row, (epochs, seconds[epochs]), (dashed, style), strict=True):
+                axis.plot(places, middle, color=color, linestyle=drawn)
                 axis.fill_between(places, low, high, color=color, alpha=0.13, linewidth=0)
-                handles.setdefault(_label(comparison, variant), line)
     for axis, name in zip(grid[:, 0], ("validation loss", "validation top-1 (%)"), strict=True):
         axis.set_ylabel(name)
     for axis, name in zip(grid[1], ("epoch", "seconds, evaluation included (median)"), strict=True):
@@ -133,10 +135,10 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
         if not np.isfinite(difference).all():
             continue
         low, middle, high = spread_over_seeds(difference)
-        style = coinciding.style(_label(comparison, variant), middle, style)
-        (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
+        label = _label(comparison, variant)
+        handles[label] = legend_line(color, style)
+        axis.plot(epochs, middle, color=color, linestyle=coinciding.style(label, middle, style))
         axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
-        handles.setdefault(_label(comparison, variant), line)
     if not handles:
         plt.close(figure)
         return None

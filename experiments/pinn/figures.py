@@ -17,7 +17,15 @@ from matplotlib.figure import Figure
 from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
 from experiments.records.acceleration_figure import acceleration_panels
 from experiments.records.compare import SECONDS, TRAIN, Variant
-from experiments.records.figures import Coinciding, as_text, finish, save_figures, spread_over_seeds, spread_words
+from experiments.records.figures import (
+    Coinciding,
+    as_text,
+    finish,
+    legend_line,
+    save_figures,
+    spread_over_seeds,
+    spread_words,
+)
 from experiments.records.palette import styled
 from experiments.records.reading import Run, read_fields
 
@@ -64,17 +72,18 @@ def draw_convergence(group: Group) -> Figure | None:
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
     for variant, color, style in styled(group.variants):
-        style = coinciding.style(_label(variant), curve(variant, rows[-1][0], "iterations")[1][1], style)
+        dashed = coinciding.style(_label(variant), curve(variant, rows[-1][0], "iterations")[1][1], style)
         for axes, (series, _) in zip(grid, rows, strict=True):
             if series == TRAIN and has_other_loss(variant, group):
                 continue  # two losses are not compared on one axis
-            for axis, against in zip(axes, ("iterations", SECONDS), strict=True):
+            for axis, against, drawn in zip(axes, ("iterations", SECONDS), (dashed, style), strict=True):
                 places, (low, middle, high) = curve(variant, series, against)
                 if not len(places):
                     continue
-                (line,) = axis.plot(places, middle, color=color, linestyle=style, linewidth=1.4)
+                axis.plot(places, middle, color=color, linestyle=drawn, linewidth=1.4)
                 axis.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
-                handles[_label(variant) + " (other loss: error alone)" * has_other_loss(variant, group)] = line
+                label = _label(variant) + " (other loss: error alone)" * has_other_loss(variant, group)
+                handles[label] = legend_line(color, style)
     for axes, (_, name) in zip(grid, rows, strict=True):
         axes[0].set_ylabel(name)
         axes[0].set_yscale("log")

@@ -17,6 +17,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from data_loaders.files import replacing
 from experiments.records.compare import Comparison, Records
@@ -34,6 +35,7 @@ RC: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.handlelength": 2.8,
     "lines.linewidth": 1.6,
     "figure.dpi": 100,
     "savefig.dpi": 100,
@@ -96,6 +98,11 @@ def training_line(comparison: Comparison) -> str:
     return f"batches of {batch}, {training['epochs']} epochs"
 
 
+def legend_line(color: str, style: Any) -> Line2D:
+    """A variant in the legend, in its own line style: where it coincides with another one it is drawn in dashes."""
+    return Line2D([], [], color=color, linestyle=style)
+
+
 class Coinciding:
     """Finds curves that lie exactly on earlier ones: they are dashed, and a note names them."""
 
@@ -136,22 +143,30 @@ def finish(
         seeds: those of the figure, None for those of the main comparison.
         note: lines below the title.
     """
-    for axis in figure.axes:
-        axis.tick_params(which="minor", labelsize=7)
     head = f"{records.subject}: {title[:1].lower()}{title[1:]}"
     color = "#111111"
     if records.caution:
         head, color = f"{records.caution} - {head}", "#B00020"
+    lines = [(records.degenerate, color), *((line, "#444444") for line in note.split("\n"))]
+    frame(figure, (head, color), lines, records.source_line(seeds), handles)
+
+
+def frame(
+    figure: Figure, head: tuple[str, str], lines: Iterable[tuple[str, str]], source: str, handles: dict[str, Any]
+) -> None:
+    """Title and lines below it, each with its color, one legend below the panels, and the source at the bottom."""
+    for axis in figure.axes:
+        axis.tick_params(which="minor", labelsize=7)
     height = figure.get_size_inches()[1]
     top = 0.32
-    _fitted_text(figure, 1 - 0.1 / height, head, 10.5, va="top", weight="bold", color=color)
-    for line, shade in ((records.degenerate, color), *((line, "#444444") for line in note.split("\n"))):
+    _fitted_text(figure, 1 - 0.1 / height, head[0], 10.5, va="top", weight="bold", color=head[1])
+    for line, shade in lines:
         if line:
             _fitted_text(figure, 1 - top / height, line, 8.5, va="top", color=shade)
             top += 0.2
-    _fitted_text(figure, 0.08 / height, f"Source: {records.source_line(seeds)}", 7, va="bottom", color="#666666")
-    lines = _legend(figure, handles)
-    figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / height, 1, 1 - top / height))
+    _fitted_text(figure, 0.08 / height, f"Source: {source}", 7, va="bottom", color="#666666")
+    rows = _legend(figure, handles)
+    figure.tight_layout(rect=(0, (0.3 + 0.2 * rows) / height, 1, 1 - top / height))
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from experiments.records.figures import (
     Coinciding,
     as_text,
     finish,
+    legend_line,
     save_figures,
     spread_over_seeds,
     spread_words,
@@ -84,9 +86,8 @@ def _loss_figure(
             for variant, color, style in styled(variants):
                 low, middle, high = spread_over_seeds(variant.series(series))
                 epochs = np.arange(len(middle))
-                style = coinciding.style(variant.label, middle, style)
-                (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
-                handles.setdefault(LABELS.get(variant.role, variant.label), line)
+                handles.setdefault(LABELS.get(variant.role, variant.label), legend_line(color, style))
+                axis.plot(epochs, middle, color=color, linestyle=coinciding.style(variant.label, middle, style))
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
             axis.set_yscale("log")
             axis.set_ylabel(f"{name} {loss_name}")
@@ -169,7 +170,8 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
                       label=f"{name} of {steps} steps")  # fmt: skip
         for place, slope in zip(np.sqrt(sizes[:-1] * sizes[1:]), slopes(sizes, middle), strict=True):
             height = float(np.exp(np.interp(np.log(place), np.log(sizes), np.log(middle))))
-            axis.annotate(f"{slope:+.2f}", (place, height), (0, side), textcoords="offset points", ha="center",
+            beside = math.copysign(22, side) if slope < -1.5 else 0  # a steep line would go through the number
+            axis.annotate(f"{slope:+.2f}", (place, height), (beside, side), textcoords="offset points", ha="center",
                           color=color, fontsize=8)  # fmt: skip
     sizes, values = oscillation_by_batch_size(runs, *EARLY)
     reference = 0.55 * np.median(values[0]) * (sizes / sizes[0]) ** -0.5

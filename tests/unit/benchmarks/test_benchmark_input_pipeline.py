@@ -107,7 +107,8 @@ def test_a_quick_run_puts_its_tables_into_the_page(tmp_path, capsys):
     shutil.copy(REPORTS / "input_pipeline.md", tmp_path)
     benchmark.main(["--quick", "--images", "3", "--rounds", "1", "--folder", str(tmp_path), "--docs"], tmp_path)
     page, printed = (tmp_path / "input_pipeline.md").read_text(), capsys.readouterr().out
-    assert all(line in page for line in printed.splitlines())
+    assert all(line in page for line in printed.splitlines() if line.startswith("|"))
+    page = " ".join(page.split())
     assert "| TrainLoader |" in printed and "3 files, 1 rounds" in page and "256 files" not in page
     assert [path.name for path in tmp_path.iterdir()] == ["input_pipeline.md"]  # the data are gone
 

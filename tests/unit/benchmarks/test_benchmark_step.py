@@ -124,3 +124,12 @@ def test_the_command_leaves_tables_and_a_figure(tmp_path, capsys):
     assert (tmp_path / "out" / "step_roofline.png").read_bytes().startswith(b"\x89PNG")
     header, first, *_ = (tmp_path / "out" / "step_small.csv").read_text().splitlines()
     assert header.startswith("parameters,depth,history") and first.startswith("1000,5,")
+    assert step_report.read_csv(tmp_path / "out" / "step_bandwidth.csv")[1]["kind"] == "read"
+
+
+def test_the_figure_reads_its_cases_from_the_tables_of_the_documentation():
+    for name in step_report.UNITS:
+        rows = step_report.read_csv(machine.ROOT / "docs" / "tables" / name)
+        cases = [step_report.case_of(row) for row in rows]
+        assert [step_report._case_cells(case)[1:] for case in cases] == [list(row.values())[1:7] for row in rows]
+        assert [str(case.parameters) for case in cases] == [row["parameters"] for row in rows]
