@@ -77,7 +77,5 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
     )
-    text = "fail below this bandwidth of all_reduce (no limit)"
-    parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
     text = "until all ranks have met (60)"
     parser.add_argument("--start-seconds", type=float, default=60.0, metavar="S", help=text)

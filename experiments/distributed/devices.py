@@ -84,15 +84,13 @@ def describe_device(ranks: Ranks) -> str:
     return f"device: {name}; world size: {ranks.world_size}"
 
 
-def safe_start_method(wish: str = "auto") -> str:
-    """Returns how the workers of data start: as wished, but by forkserver instead of fork where MPI or a GPU is in use.
+def safe_start_method() -> str:
+    """Returns how the workers of data start: as is Python's choice, but not as a fork where MPI or a GPU is in use.
 
-    A forked copy of such a process may hang. "auto" wishes for Python's own choice.
+    A forked copy of such a process may hang.
     """
     usual = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    method = usual if wish == "auto" else wish
-    in_use = mpi_is_in_use() or torch.cuda.is_available()
-    return "forkserver" if in_use and method == "fork" else method
+    return "forkserver" if usual == "fork" and (mpi_is_in_use() or torch.cuda.is_available()) else usual
 
 
 # --- what the roll call compares

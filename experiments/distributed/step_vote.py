@@ -25,22 +25,8 @@ class Tally(NamedTuple):
     save: bool = False
 
 
-class _Ballot(NamedTuple):
-    """The flags of one rank for the steps since the previous vote."""
-
-    stop: bool
-    finite: bool
-    save: bool
-    fingerprint: int
-
-    def merged(self, later: _Ballot) -> _Ballot:
-        """Combines two ballots; if two ranks differ in the fingerprint of either one, they differ in the result."""
-        fingerprint = (self.fingerprint * 1_000_003 + later.fingerprint) % LARGEST
-        return _Ballot(self.stop or later.stop, self.finite and later.finite, self.save or later.save, fingerprint)
-
-
 class StepVote:
-    """All-reduces the stop, save and finite flags once per optimizer step, or at the steps that `every` divides.
+    """All-reduces the stop, save and finite flags once per optimizer step.
 
     Within a step, `result()` comes before `cast()`: it returns the vote of the previous step, which has traveled in the
     meantime, so the ranks stop one step after a flag was set. A vote is an all-reduce of int64 numbers on the CPU whose
@@ -50,22 +36,20 @@ class StepVote:
     another place of the program when it reads the same vote.
 
     Cost: gloo reduces around a ring, which takes about 2 (W - 1) messages of 10 to 50 us, 30 to 150 ms at 1,536 ranks.
-    It costs nothing where a step takes longer. Otherwise choose `every` such that so many steps take several times as
-    long as a vote; the ranks then stop, save, or notice that they disagree so many steps later.
+    It costs nothing where a step takes longer.
 
     All ranks make their StepVote together; `timeout_seconds` is how late the vote of another rank may be.
     """
 
-    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0, every: int = 1) -> None:
-        self._ranks, self._timeout_seconds, self._every = ranks, timeout_seconds, every
+    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0) -> None:
+        self._ranks, self._timeout_seconds = ranks, timeout_seconds
         self._group = control_group(ranks) if ranks.world_size > 1 else None
-        self._kept: _Ballot | None = None  # flags since the previous vote
         self._step: int | None = None  # of the vote that is traveling
         self._numbers = torch.empty(0)
         self._work: Any = None
 
     def cast(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> None:
-        """Starts to send the flags of this rank, or keeps them for the next step that `every` divides.
+        """Starts to send the flags of this rank.
 
         Args:
             step: number of the step, in [0, 2^46).
@@ -78,19 +62,11 @@ class StepVote:
         Raises:
             RanksDisagree: a rank is gone.
         """
-        self._cast(step, _Ballot(stop, finite, save, fingerprint % LARGEST), now=step % self._every == 0)
-
-    def _cast(self, step: int, ballot: _Ballot, *, now: bool) -> None:
         if self._step is not None:
             raise RuntimeError("a vote was cast before the result of the previous one was read")
-        if self._kept is not None:
-            ballot = self._kept.merged(ballot)
-        self._kept = None if now else ballot
-        if not now:
-            return
         # The maximum of -x is the negative minimum of x.
-        own = [value * RANKS + self._ranks.rank for value in (step, ballot.fingerprint)]
-        numbers = [ballot.stop, not ballot.finite, ballot.save, *own, *(-number for number in own)]
+        own = [value * RANKS + self._ranks.rank for value in (step, fingerprint % LARGEST)]
+        numbers = [stop, not finite, save, *own, *(-number for number in own)]
         self._step = step
         self._numbers = torch.tensor([int(number) for number in numbers], dtype=torch.int64)
         if self._group is not None:
@@ -130,8 +106,8 @@ class StepVote:
         return Tally(step, bool(stop), not not_finite, bool(save))
 
     def vote_now(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> Tally:
-        """Votes at any step, with the flags that were kept, and waits for the result; arguments as in `cast`."""
-        self._cast(step, _Ballot(stop, finite, save, fingerprint % LARGEST), now=True)
+        """Votes and waits for the result; arguments as in `cast`."""
+        self.cast(step, stop, finite, fingerprint, save=save)
         tally = self.result()
         assert tally is not None
         return tally

@@ -71,7 +71,7 @@ class ImageProblem(Problem):
             "rank": ranks.rank,
             "world_size": ranks.world_size,
             "num_workers": settings.num_workers,
-            "start_method": safe_start_method(settings.start_method),
+            "start_method": safe_start_method(),
             "pin_memory": device.type == "cuda",
         }
         self._train = TrainLoader(train_set, decoding, batch_size=self._batch_images, seed=run.seed, **share)

@@ -118,7 +118,7 @@ class RunSession:
         self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks) if ranks.rank == 0 else None
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep)
         self._timeout_seconds = timeout_seconds
-        self._vote = StepVote(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
+        self._vote = StepVote(ranks, timeout_seconds=timeout_seconds)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1  # that was saved
         self._seen_step = 0

@@ -142,8 +142,6 @@ class SaveConfig(Settings):
     Attributes:
         every_seconds: between two checkpoints of a run.
         keep: newest checkpoints of a run that are kept; those of a finished run are removed.
-        agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
-            ranks many (`distributed.step_vote` says what one costs).
         weights: whether the record of a finished run holds the weights that were evaluated last, see
             `records.reading.read_weights`.
         attempts: whether the record holds every attempt of the acceleration, see `records.reading.read_attempts`.
@@ -152,7 +150,6 @@ class SaveConfig(Settings):
 
     every_seconds: NonNegativeFloat = 300.0
     keep: Annotated[int, Field(ge=1, lt=1000)] = 2
-    agree_every: Annotated[int, Field(ge=1, le=10_000)] = 1
     weights: bool = False
     attempts: bool = False
     tensorboard: bool = False

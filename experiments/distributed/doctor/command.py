@@ -66,7 +66,7 @@ def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any])
         *shared_folder(ranks, options.results),
         *(storage(options.results) if ranks.rank == 0 else []),
         *clocks(ranks),
-        *bandwidth(ranks, options.floor),
+        *bandwidth(ranks),
         *traps(facts),
         *compare_site(site, ranks, facts),
     ]
