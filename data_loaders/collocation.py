@@ -27,7 +27,7 @@ def uniform_points(kind: str, count: int, dimension: int, seed: int) -> Tensor:
     if kind == "random":
         return jitter
     strata = torch.stack([torch.randperm(count, generator=generator) for _ in range(dimension)], dim=1)
-    return ((strata + jitter) / count).clamp_(max=_below_one(torch.float64))
+    return ((strata + jitter) / count).clamp_(max=1.0 - torch.finfo(torch.float64).eps / 2)
 
 
 def adaptive_points(pool: Tensor, residual: Tensor, count: int, seed: int) -> Tensor:
@@ -57,7 +57,3 @@ def normal(uniform: Tensor, deviation: float | Tensor) -> Tensor:
     """
     margin = torch.finfo(uniform.dtype).eps / 2
     return deviation * torch.special.ndtri(uniform.clamp(margin, 1 - margin))
-
-
-def _below_one(dtype: torch.dtype) -> float:
-    return 1.0 - torch.finfo(dtype).eps / 2

@@ -61,7 +61,8 @@ class FolderImages:
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         self.source = "folder"
         self.folder = split_folder(Path(root), split)
-        found = _scan(self.folder)
+        names = _class_folders(self.folder)
+        found = {name: [f"{name}/{image}" for image in _images_in(self.folder / name)] for name in names}
         if split == "validation" and not any(found.values()):
             flat = _images_in(self.folder)
             if flat:
@@ -121,10 +122,6 @@ def _read_all(descriptor: int) -> bytes:
     while parts[-1]:
         parts.append(os.read(descriptor, 1 << 20))
     return b"".join(parts)
-
-
-def _scan(folder: Path) -> dict[str, list[str]]:
-    return {name: [f"{name}/{image}" for image in _images_in(folder / name)] for name in _class_folders(folder)}
 
 
 def _class_folders(folder: Path) -> list[str]:

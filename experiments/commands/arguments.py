@@ -23,7 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=parents, help=text, description=text)
 
     text = "list the experiments and their configurations; with NAME, the variants too; both with the state of results"
-    add_list_arguments(add("list", text, everywhere))
+    listing = add("list", text, everywhere)
+    listing.add_argument("name", nargs="?", metavar="NAME", help="an experiment, or a configuration of one")
     add_run_arguments(add("run", "make the runs of one configuration that are not finished yet", everywhere, running))
     text = "make all laptop configurations: runs, figures and tables; the variable ONLY stands for --only"
     add("reproduce", text, everywhere, running, several)
@@ -42,10 +43,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
-
-
-def add_list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="an experiment, or a configuration of one")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -48,16 +48,13 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
         names += [RESERVED_BY_LSF] if re.search(r"ngpus_\w+=[\d.]*[1-9]", env.get(RESERVED_BY_LSF, "")) else []
         why = f"{names[0]}={env[names[0]]} gives the job GPUs" if names else ""
     if why:
+        built = "GPUs" if torch.version.cuda or torch.version.hip else "CPUs alone"
         raise ValueError(
-            f"{why}, but rank {ranks.rank} on {host_of(ranks)} sees no GPU ({_build()}): ask for GPUs on the line that "
+            f"{why}, but rank {ranks.rank} on {host_of(ranks)} sees no GPU (torch {torch.__version__} is built for "
+            f"{built}): ask for GPUs on the line that "
             "starts the ranks, load a torch that is built for them, or set launch.device: cpu"
         )
     return replace(ranks, device=settings.device)
-
-
-def _build() -> str:
-    built = torch.version.cuda or torch.version.hip
-    return f"torch {torch.__version__} is built for {'GPUs' if built else 'CPUs alone'}"
 
 
 def device_of(ranks: Ranks) -> torch.device:

@@ -71,7 +71,9 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
     """
     runs = read_runs(folder, note)
     variants, studies = grouped(runs)
-    _check_variants(folder, {variant.name: list(variant.runs.values()) for variant in variants})
+    for variant in variants:
+        own = list(variant.runs.values())
+        check_same(folder, "settings", own, [(_without_seed(run.config), run.attributes["data_digest"]) for run in own])
     _check_shared(folder, [run for variant in variants for run in variant.runs.values()])
     variants.sort(key=lambda variant: (variant.first.attributes["variant_index"], variant.name))
     is_as_configured = _are_as_configured(folder, runs, experiment)
@@ -175,14 +177,6 @@ def _are_as_configured(folder: Path, runs: list[Run], experiment: Experiment) ->
 
 def _without_seed(config: dict[str, Any]) -> str:
     return identity_of({key: value for key, value in config.items() if key != "seed"})
-
-
-def _check_variants(folder: Path, main: dict[str, list[Run]]) -> None:
-    """The seeds of a variant must have the same settings and the same equation."""
-    for runs in main.values():
-        check_same(
-            folder, "settings", runs, [_without_seed(run.config) + run.attributes["data_digest"] for run in runs]
-        )
 
 
 def _check_shared(folder: Path, runs: list[Run]) -> None:

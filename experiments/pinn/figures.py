@@ -223,9 +223,11 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     if exact is not None:
         curves = _errors(group, variant, run, exact, styles)
     _slices(grid[1], fields, curves, handles)
-    seed = run.attributes["seed"]
+    seed, problem = run.attributes["seed"], run.config["problem"]
+    note = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations, "
+    note += f"{run.series[SECONDS][-1]:.1f} s of training"
     error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
-    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], settings_line_of(run))
+    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], note)
     return figure
 
 
@@ -270,12 +272,6 @@ def _slices(axes: np.ndarray, fields: dict[str, np.ndarray], curves: list[Curve]
     for axis in axes:
         axis.set_ylim(low, high)
     axes[0].set_ylabel("|error|" if "exact" in fields else "u")
-
-
-def settings_line_of(run: Run) -> str:
-    problem = run.config["problem"]
-    points = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations"
-    return f"{points}, {run.series[SECONDS][-1]:.1f} s of training"
 
 
 def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: str, colors: str, **scale: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,18 +181,15 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set_xlabel("batch size" + " (the largest one is the whole training set)" * _takes_all(runs, sizes[-1]))
+    largest = next(run for run in runs if run.config["training"]["batch_size"] == sizes[-1])
+    is_whole = int(largest.attributes["num_steps"]) == int(largest.config["training"]["epochs"])
+    axis.set_xlabel("batch size" + " (the largest one is the whole training set)" * is_whole)
     axis.set_ylabel("relative standard deviation\nof consecutive updates")
     axis.legend(loc="best")
     seeds = {int(run.attributes["seed"]) for run in runs}
     note = f"Marks: median of {len(seeds)} seeds, bars: minimum to maximum; numbers: slope between two neighbors"
     finish(figure, comparison, "Oscillations against the batch size", {}, seeds, note)
     return figure
-
-
-def _takes_all(runs: Sequence[Run], size: int) -> bool:
-    own = next(run for run in runs if run.config["training"]["batch_size"] == size)
-    return int(own.attributes["num_steps"]) == int(own.config["training"]["epochs"])
 
 
 def oscillation_by_batch_size(runs: list[Run], first: float, last: float) -> tuple[np.ndarray, np.ndarray]:

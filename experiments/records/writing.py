@@ -12,7 +12,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
 from data_loaders.files import replacing
 from experiments.distributed.ranks import Ranks
@@ -60,7 +59,10 @@ def write_run(
         for name, values in result.series.items():
             _write_series(file, name, values, result.iterations)
         _write_fields(file, result.fields)
-        _write_weights(file, result.weights)
+        if result.weights:
+            weights = file.create_group("weights", track_order=True)  # that of the state_dict
+            for name, value in result.weights.items():
+                weights.create_dataset(name, data=value.numpy())
         _write_attempts(file, result.attempts)
         if places:  # a dataset, because attributes have no room for a thousand ranks
             file.create_dataset("launch/binding", data=json.dumps([*places]))
@@ -126,13 +128,6 @@ def _write_fields(file: h5py.File, fields: Mapping[str, Field]) -> None:
         for axis, dimension in enumerate(entry.dimensions):
             if dimension != name:
                 file["fields"][name].dims[axis].attach_scale(file["fields"][dimension])
-
-
-def _write_weights(file: h5py.File, weights: Mapping[str, torch.Tensor]) -> None:
-    if weights:
-        group = file.create_group("weights", track_order=True)  # that of the state_dict
-        for name, value in weights.items():
-            group.create_dataset(name, data=value.numpy())
 
 
 def _write_attempts(file: h5py.File, attempts: Mapping[str, np.ndarray] | None) -> None:

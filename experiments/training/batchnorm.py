@@ -62,7 +62,8 @@ def recompute_statistics(
         RuntimeError: no image on any rank, a forward pass that reaches no BatchNorm layer, or a failure on another
             rank. The model is then as it was, as after any other exception.
     """
-    refuse_wrapped(model)
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("model must be the bare module, not DistributedDataParallel: pass model.module")
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
@@ -186,12 +187,6 @@ class _Moments:
 
 
 # ---- modes and buffers -----------------------------------------------------------------------------------------------
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raises ValueError for DistributedDataParallel: its forward communicates, and ranks may have fewer batches."""
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("model must be the bare module, not DistributedDataParallel: pass model.module")
 
 
 @contextmanager
