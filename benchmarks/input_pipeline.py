@@ -137,13 +137,13 @@ def cases_of(forms: dict[str, FolderImages | PackedImages]) -> dict[str, Case]:
     cases: dict[str, Case] = {"files": _at(partial(read_files, paths), indices)}
     for form, images in forms.items():
         cases[f"read {form}"] = _at(partial(read_images, images), indices)
-        cases[f"load {form}"] = partial(load_batch, _loader(images))
+        cases[f"load {form}"] = partial(load_batch, loader_of(images))
         if form != "folder":  # whose bytes are those of "packed"
             contents = [[images.read(index) for index in step] for step in indices]
             cases[f"floor {form}"] = _at(floor, contents, numbers)
     for decoder in importable():
         for form in ("packed", "resized"):
-            cases[f"{decoder} {form}"] = partial(load_batch, _loader(forms[form], decoder))
+            cases[f"{decoder} {form}"] = partial(load_batch, loader_of(forms[form], decoder))
     return cases
 
 
@@ -157,7 +157,7 @@ def batch_size(num_images: int) -> int:
     return min(BATCH, num_images)
 
 
-def _loader(images: Images, decoder: str = "pillow", num_workers: int = 0) -> TrainLoader:
+def loader_of(images: Images, decoder: str = "pillow", num_workers: int = 0) -> TrainLoader:
     decoding = Decoding(SIZE, RESIZE, decoder, on_corrupt="stop")
     return TrainLoader(images, decoding, batch_size=batch_size(len(images)), seed=0, num_workers=num_workers)
 
@@ -243,7 +243,7 @@ def cold_seconds(images: FolderImages | PackedImages, rounds: int) -> list[float
 
 def with_workers(images: Images, num_workers: int, passes: int) -> tuple[float, float]:
     """Images a second by the clock, and processor seconds an image of this process, which only receives them."""
-    with _loader(images, num_workers=num_workers) as loader:
+    with loader_of(images, num_workers=num_workers) as loader:
         deque(loader.batches(0), maxlen=0)  # the workers start
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(passes):

@@ -11,6 +11,7 @@ from benchmarks.fake_ranks import Count
 from benchmarks.machine_model import (
     LAYOUTS,
     MACHINES,
+    NEVER,
     Acceleration,
     Collective,
     Overhead,
@@ -136,13 +137,15 @@ def machines_table() -> str:
 
 
 def predictions_table(report: Report, workload: Workload) -> str:
-    """Seconds per step and share of AA, for two cadences and a lean setting."""
+    """Seconds per step and share of AA, for two cadences and a lean setting; rows that fit without AA."""
     rows = []
     for machine, ranks, layout in product(MACHINES, report.world_sizes, report.layouts):
         usual, often, lean = (
             predict(machine, workload, report.acceleration(layout, setting, ranks), layout, ranks)
             for setting in (DEFAULTS, OFTEN, LEAN)
         )
+        if usual.fits == NEVER:
+            continue
         cells = [f"{milliseconds(p.acceleration)} ({100 * p.share:.2g} %)" for p in (usual, often, lean)]
         memory = f"{size(usual.plain_bytes)} + {size(usual.history_bytes)}"
         fits = usual.fits if usual.fits == lean.fits else f"{usual.fits}; lean {lean.fits}"

@@ -102,7 +102,7 @@ def _small_table(results: Sequence[Result]) -> Table:
     kinds = {"idle": "+idle", "open": "+macro-step begins", "store": "+store", "both": "+both"}
     rows = [
         [
-            *_case_cells(result.case),
+            *case_cells(result.case),
             with_quartiles(result.steps["plain"], lambda seconds: number(seconds, 1e6)),
             *(number(added(result).get(kind), 1e6) for kind in kinds),
         ]
@@ -122,7 +122,7 @@ def _large_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
         seconds, ratio = added(result), ratios(result, bandwidth)
         rows.append(
             [
-                *_case_cells(result.case),
+                *case_cells(result.case),
                 *(with_quartiles(result.steps[kind], lambda value: number(value, 1e3)) for kind in ("plain", "both")),
                 *(number(seconds.get(event), 1e3) for event in EVENTS),
                 number(floor_seconds(result.case, bandwidth)["both"], 1e3),
@@ -204,7 +204,7 @@ def _host_waits_table(results: Sequence[Result]) -> Table:
     return Table("GPU: times the host waits in a step", ["case", *kinds], rows)
 
 
-def _case_cells(case: Case) -> list[str]:
+def case_cells(case: Case) -> list[str]:
     other = [f"stores every {case.store_every}"] if case.store_every > 1 else []
     other += ["no safeguard"] if not case.safeguard else []
     other += ["compiled"] if case.fused else []
@@ -217,7 +217,7 @@ def _case_cells(case: Case) -> list[str]:
 
 def name_of(case: Case) -> str:
     """The case in a line."""
-    return " ".join(f"{name} {cell}" for name, cell in zip(CASE_HEADER, _case_cells(case), strict=True) if cell != "-")
+    return " ".join(f"{name} {cell}" for name, cell in zip(CASE_HEADER, case_cells(case), strict=True) if cell != "-")
 
 
 # ---- figure --------------------------------------------------------------------------------------------------------

@@ -48,6 +48,15 @@ def write_text(path: Path, text: str, *, executable: bool = False) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def takes_no_files(error: OSError) -> bool:
+    """Whether an error of `write_text` or of the system means a place in which this user may not write.
+
+    A full disk or a quota is no such error: another place in its stead would hide it.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Holds a lock (flock) on a file while the block runs, and makes the file.

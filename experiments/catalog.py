@@ -52,9 +52,11 @@ def experiment_of(folder: Path) -> Experiment:
     return find_experiment(run.config["experiment"], run.config["problem"])
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), note: configurations.Note | None = None
+) -> ExperimentConfig:
     """Reads and checks the configuration of any experiment, see `experiments.runs.config.load_config`."""
-    return configurations.load_config(path, find_experiment, overrides)
+    return configurations.load_config(path, find_experiment, overrides, note)
 
 
 def parse_config(

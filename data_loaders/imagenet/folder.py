@@ -71,7 +71,7 @@ class FolderImages:
         elif not found:
             raise ValueError(f"{self.folder} has no folder of a class")
         if not any(found.values()):
-            raise ValueError(f"{self.folder} holds no image ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{self.folder} holds no image ({', '.join(SUFFIXES)}){_deeper(self.folder)}")
         self.class_names = tuple(sorted(found))
         counts = [len(found[name]) for name in self.class_names]
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -122,6 +122,16 @@ def _read_all(descriptor: int) -> bytes:
     while parts[-1]:
         parts.append(os.read(descriptor, 1 << 20))
     return b"".join(parts)
+
+
+def _deeper(folder: Path) -> str:
+    """Where images lie that are looked for in the folders of classes; nothing if there are none."""
+    for name in _class_folders(folder):
+        for below in _class_folders(folder / name):
+            if _images_in(folder / name / below):
+                place = f"{folder.name}/{name}/{below}"
+                return f": the images in {place} lie one folder too deep, they belong into {folder.name}/{name}"
+    return ""
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -36,13 +36,14 @@ def main(options: argparse.Namespace) -> int:
 def _reproduce(chosen: list[tuple[Path, ExperimentConfig]], options: argparse.Namespace) -> int:
     configs = [config for _, config in chosen]
     ranks = ranks_from_environment(os.environ)
-    print("This will run:", file=sys.stderr)
-    for config in configs:
-        minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
-        print(
-            f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
-            file=sys.stderr,
-        )
+    if ranks.rank == 0:
+        print("This will run:", file=sys.stderr)
+        for config in configs:
+            minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
+            print(
+                f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
+                file=sys.stderr,
+            )
     start = time.perf_counter()
     for number, (path, config) in enumerate(chosen, 1):
         execute(path, config, ranks, options)

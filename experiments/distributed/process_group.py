@@ -45,8 +45,8 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
     if ranks.world_size == 1:
         return
     settings = settings or LaunchSettings()
-    _export_settings(folder)
-    _allow_many_files(ranks.world_size)
+    export_settings(folder)
+    allow_many_files(ranks.world_size)
     met = joined() or _meet(ranks, settings, folder or Path(), Deadline(settings.start_seconds))
     backend, device, _ = devices.choose(ranks, settings)
     if device.type == "cuda":
@@ -68,7 +68,7 @@ def _meet(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: Deadli
     """Meets the other ranks, once for all process groups of this process."""
     store, announced = _open_store(ranks, settings, folder, deadline)
     facts = devices.facts_of(ranks, settings)
-    facts["problem"] = facts["problem"] or _few_files(ranks)
+    facts["problem"] = facts["problem"] or few_files(ranks)
     try:
         several = rendezvous.roll_call(store, ranks, facts, lambda found: devices.judge(found, settings), deadline)
         _export_interface(ranks, settings, store, several)
@@ -137,7 +137,7 @@ def _host(ranks: Ranks, settings: LaunchSettings, wanted: str) -> tuple[Announce
 # --- variables and limits that the libraries read
 
 
-def _export_settings(folder: Path | None) -> None:
+def export_settings(folder: Path | None) -> None:
     """Sets what torch and NCCL read when the group starts, unless the user did.
 
     The last collectives are kept for the dump after a timeout.
@@ -181,7 +181,7 @@ def _interface_between_hosts(ranks: Ranks, store: Store) -> str:
     return ""
 
 
-def _allow_many_files(world_size: int) -> None:
+def allow_many_files(world_size: int) -> None:
     """Raises the limit of open files, usually 1024, to what this rank may need.
 
     Each group of gloo, the world's and the control group, takes one connection per rank. Rank 0 holds one more for each
@@ -194,7 +194,7 @@ def _allow_many_files(world_size: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-def _few_files(ranks: Ranks) -> str:
+def few_files(ranks: Ranks) -> str:
     """Returns what is wrong with the limit of open files, which the roll call hands to all ranks."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 3 * ranks.world_size + 64

@@ -78,7 +78,7 @@ class ImageProblem(Problem):
         self._validation = EvaluationLoader(validation_set, decoding, batch_size=settings.evaluation_batch, **share)
         self._settings, self._training, self._ranks, self._device = settings, training, ranks, device
         self._forward = forward_pass(training, device)
-        self._settings_of_torch = _set_torch(training, device)
+        self._settings_of_torch = set_torch(training, device)
         attributes = {
             "classification": settings.model,
             "num_classes": len(train_set.class_names),
@@ -250,7 +250,7 @@ def check_settings(problem: ImageConfig, training: ImageTrainingConfig, ranks: R
                 )
 
 
-def _set_torch(training: ImageTrainingConfig, device: torch.device) -> Callable[[], None]:
+def set_torch(training: ImageTrainingConfig, device: torch.device) -> Callable[[], None]:
     """Makes torch reproducible or, on a GPU, lets cuDNN try which algorithm is fastest; returns what undoes it."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     benchmark = torch.backends.cudnn.benchmark

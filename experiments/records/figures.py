@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from data_loaders.files import replacing
+from data_loaders.files import replacing, takes_no_files
 from experiments.records.compare import Comparison, Records
 
 RC: dict[Any, Any] = {
@@ -67,10 +66,13 @@ def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure
 
 def _writable(folder: Path) -> Path:
     """Makes the folder of figures, or one below the current folder where the results are read-only."""
-    with suppress(OSError):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
+    except OSError as error:
+        if not takes_no_files(error):
+            raise
     instead = Path("figures", *folder.parts[-3:-1])
     instead.mkdir(parents=True, exist_ok=True)
     print(f"note: {folder} cannot be written: the figures are in {instead}", file=sys.stderr)

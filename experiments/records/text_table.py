@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import combining, east_asian_width
 
-from data_loaders.files import write_text
+from data_loaders.files import takes_no_files, write_text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -57,5 +57,7 @@ class Page:
         try:
             write_text(folder / "summary.md", "\n".join(self._markdown))
         except OSError as error:
+            if not takes_no_files(error):
+                raise
             print(f"note: {error}; the table is printed all the same", file=sys.stderr)
         return "\n".join(self._text[:-1])

@@ -32,16 +32,20 @@ from experiments.training.optimizers import is_schedule_free
 
 FindExperiment = Callable[[str, Mapping[str, Any]], Experiment]
 """(name, raw settings of the problem) -> the experiment, see `experiments.catalog.find_experiment`."""
+Note = Callable[[str], None]
+"""Takes a line for the user."""
 OF_SOME_EXPERIMENTS = ("mean_epochs", "then", "baseline", "problem", "training")
 """Keys of a variant that `Experiment.variant_keys` may allow."""
 
 
-def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    path: str | Path, find: FindExperiment, overrides: Sequence[str] = (), note: Note | None = None
+) -> ExperimentConfig:
     """Reads and checks a configuration; `find` finds its experiment.
 
     Overrides are texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
-    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study, which is said
-    on stderr. So are the variants with a setting of their own, which an override of the setting of all does not change.
+    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study. `note` is told
+    what they do not reach, studies and variants with a setting of their own; None prints it on stderr.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
@@ -54,10 +58,15 @@ def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str]
     except ValueError as error:
         raise ValueError(f"{_source_of(str(error), path, find, overrides)}: {error}") from None
     if selected is not None and raw.get("studies"):
-        print("--set variants leaves out the studies of the configuration", file=sys.stderr)
+        (note or say)("--set variants leaves out the studies of the configuration")
     for text in overrides:
-        _say_what_is_not_reached(config, text.partition("=")[0].strip())
+        _say_what_is_not_reached(config, text.partition("=")[0].strip(), note or say)
     return config
+
+
+def say(text: str) -> None:
+    """Prints a note on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _source_of(mistake: str, path: str | Path, find: FindExperiment, overrides: Sequence[str]) -> str:
@@ -73,13 +82,13 @@ def _source_of(mistake: str, path: str | Path, find: FindExperiment, overrides: 
     return sources[-1]
 
 
-def _say_what_is_not_reached(config: ExperimentConfig, key: str) -> None:
-    """Names on stderr the variants that an override does not reach, because they have the setting for themselves."""
+def _say_what_is_not_reached(config: ExperimentConfig, key: str, note: Note) -> None:
+    """Names the variants that an override does not reach, because they have the setting for themselves."""
     part, _, rest = key.partition(".")
     name = rest.partition(".")[0]
     own = [variant for variant, settings in config.variants.items() if name in settings.overrides.get(part, {})]
     if own:
-        print(f"--set {key}: these variants keep their own {part}.{name}: {', '.join(own)}", file=sys.stderr)
+        note(f"--set {key}: these variants keep their own {part}.{name}: {', '.join(own)}")
 
 
 def parse_config(

@@ -203,7 +203,7 @@ class RunSession:
         if tally is not None and tally.stop:
             self._stop(run)
         if tally is not None and tally.save:
-            self._save(run)
+            self.save(run)
         self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
@@ -222,18 +222,18 @@ class RunSession:
         if tally.stop and run.goes_on:
             self._stop(run)
         if tally.save and run.goes_on:
-            self._save(run)
+            self.save(run)
 
     def _is_time(self) -> bool:
         """Whether to save, by the clock of rank 0."""
         return self._ranks.rank == 0 and time.monotonic() - self._saved_at > self._save_settings.every_seconds
 
     def _stop(self, run: Training) -> None:
-        self._save(run)
+        self.save(run)
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
-    def _save(self, run: Training) -> None:
+    def save(self, run: Training) -> None:
         """Saves the run, unless it was saved at this very step. Rank 0 publishes the record as well."""
         start = self._saved_at = time.monotonic()
         if run.num_steps == self._last_step:

@@ -143,7 +143,7 @@ class Training:
                 with self.clock.stopped():
                     self.closure.warm_up(batch)
                 self._is_warm = True
-            self._step(batch)
+            self.take_step(batch)
             if session is not None:
                 session.after_step(self, self.losses[-1])
             if self.is_lost:
@@ -155,7 +155,7 @@ class Training:
         self._finish_interval()
         return True
 
-    def _step(self, batch: Any) -> None:
+    def take_step(self, batch: Any) -> None:
         model = self.problem.model
         self.closure.choose_stage()
         self.plan.prepare(self, batch)

@@ -1,6 +1,9 @@
 """`run --dry-run` and `run --print-config`, and names that were meant otherwise."""
 
+import argparse
 import copy
+import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +11,8 @@ from suite_cases import PINN, RAW, load_or_skip
 
 from experiments.__main__ import main
 from experiments.catalog import load_config, parse_config
+from experiments.commands import running
+from experiments.distributed.ranks import Ranks
 from experiments.runs import execute
 from experiments.runs.complete_settings import complete_settings
 from experiments.runs.config import expand_runs
@@ -18,6 +23,14 @@ from experiments.settings.yaml_file import parse_yaml, to_yaml
 
 def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_what_an_override_leaves_out_is_said_once_by_all_ranks(monkeypatch, capsys):
+    monkeypatch.setattr(running, "execute_here", lambda *_: None)
+    for rank in (0, 1):
+        ranks = Ranks(rank=rank, world_size=2, launcher="torchrun")
+        running.execute(Path("a.yaml"), types.SimpleNamespace(num_ranks=2), ranks, argparse.Namespace(), ["a note"])
+    assert capsys.readouterr().err == "a note\n"
 
 
 def test_a_dry_run_shows_the_runs_and_changes_nothing(config, tmp_path, monkeypatch, capsys):

@@ -126,7 +126,7 @@ def wait_for_ranks(tmp_path, job, number, count=0, log=lambda: ""):
 
 
 def test_signals_reach_the_ranks_where_the_launcher_passes_them_on(lsf, tmp_path):
-    """Stop, requeue with the same id, resume; the restarts are counted, for LSF does not."""
+    """Stop, requeue with the same id, resume; the restarts are counted, because LSF counts none."""
     lsf.env["FAKE_LSF_FORWARDS"] = "1"
     [job] = lsf.submit("--nodes", "2", "--ranks-per-node", "2", "--python", stand_in.make(tmp_path))
     wait_for_ranks(tmp_path, job, 4, 0, lambda: lsf.log(job))

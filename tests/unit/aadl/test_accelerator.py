@@ -212,7 +212,7 @@ def test_schedulers_built_before_and_after(make):
     assert before[2][-1] < before[2][0]
 
 
-def test_rates_of_groups_that_do_not_train_are_of_no_matter():
+def test_rates_of_groups_that_do_not_train_reset_nothing():
     model, frozen = network(), nn.Parameter(torch.zeros(2), requires_grad=False)
     optimizer = sgd(model)
     aadl.accelerate(optimizer, **RESIDUAL)
@@ -423,7 +423,7 @@ def test_steps_under_a_mode_of_torch(mode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_default_type_of_torch_is_of_no_matter(dtype):
+def test_the_default_type_of_torch_changes_nothing(dtype):
     ends, before = [], torch.get_default_dtype()
     for default in (before, dtype):
         model = network()

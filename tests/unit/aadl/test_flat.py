@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from aadl.flat import CPU_PIECE, SAMPLE, SHORT_ROW, FlatRow
 
@@ -209,16 +210,32 @@ def test_views_follow_tensors_that_change_their_memory(change, part):
     assert torch.equal(old, kept) != (change is turn)  # which turned the same memory
 
 
+class Detached(TorchFunctionMode):
+    """Counts the calls of `detach`, with which every view of a tensor begins."""
+
+    num_calls = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.num_calls += function is torch.Tensor.detach
+        return function(*args, **kwargs or {})
+
+
 def test_views_are_kept_for_a_list_of_tensors_while_nothing_changes():
     tensors = [numbers(4, 4), numbers(5)]
     row = FlatRow(tensors)
-    kept = row._seen(tensors)
+
+    def makes_views(given):
+        with Detached() as detached:
+            result = gather(row, given)
+        assert torch.equal(result, torch.cat([tensor.reshape(-1) for tensor in given]))
+        return detached.num_calls > 0
+
+    assert makes_views(tensors)
     tensors[0].add_(1)
-    assert torch.equal(gather(row, tensors)[:16], tensors[0].reshape(-1)) and row._seen(tensors) is kept
+    assert not makes_views(tensors)
     rebind(tensors)
-    assert row._seen(tensors) is not kept
-    kept = row._seen(tensors)
-    assert row._seen(tensors) is kept is not row._seen(list(tensors))
+    assert makes_views(tensors) and not makes_views(tensors)
+    assert makes_views(list(tensors))
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ class LoadsAsEver(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("kind", [LoadsAlone, LoadsAsEver])
-def test_a_load_that_passes_over_the_history_is_told_of_at_the_save(kind):
+def test_a_load_that_will_pass_over_the_history_is_announced_at_the_save(kind):
     model = network()
     optimizer = aadl.accelerate(kind(model.parameters(), lr=0.05, momentum=0.5), **EAGER)
     train(model, optimizer, 11)

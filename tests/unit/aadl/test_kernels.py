@@ -242,7 +242,7 @@ class Failing:
 )
 def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message, monkeypatch, unbroken):
     failing = Failing(when)
-    monkeypatch.setattr(compilation, "_compiled", failing)
+    monkeypatch.setattr(compilation, "compiled", failing)
     ring, residual = numbers(DEPTH, 5000, dtype=torch.float32), numbers(5000, dtype=torch.float32, seed=1)
     told = f"goes on with uncompiled kernels, torch.compile failed: {message}"
     with pytest.warns(UserWarning, match=told) as caught:
@@ -251,12 +251,12 @@ def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message
     assert compilation.failure().startswith(message)
     assert torch.equal(fused, kernels.inner_products(ring, residual, DEPTH, [1, 2], False))
     given = problem(5000, torch.bfloat16, torch.float32)
-    assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without a word
+    assert identical(combined(given, 5000, fused=True)[0], combined(given, 5000)[0])  # without another warning
     assert failing.calls == 1
 
 
 def test_an_accelerated_run_goes_on_where_compilation_fails(monkeypatch, unbroken):
-    monkeypatch.setattr(compilation, "_compiled", Failing("at once"))
+    monkeypatch.setattr(compilation, "compiled", Failing("at once"))
     with pytest.warns(UserWarning, match="uncompiled kernels") as caught:
         broken, accelerator, _ = quadratic_run(fused=True)
     assert len(caught) == 1 and not accelerator.uses_compiled_kernels
@@ -305,7 +305,7 @@ def test_a_cache_that_processors_share_never_gives_kernels_for_other_vector_inst
 def test_kernels_are_compiled_only_where_that_was_asked_for(numel, arguments, monkeypatch, unbroken):
     """Nobody waits for a compiler who did not ask for one, and short rows would never earn it."""
     calls = []
-    monkeypatch.setattr(compilation, "_compiled", lambda function, variant: calls.append(function) or function)
+    monkeypatch.setattr(compilation, "compiled", lambda function, variant: calls.append(function) or function)
     x = torch.nn.Parameter(torch.ones(numel))
     optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.5), **ALWAYS | {"history_depth": 2} | arguments)
     for _ in range(4):

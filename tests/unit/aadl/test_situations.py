@@ -10,6 +10,7 @@ from small_runs import (
     EAGER,
     Pairs,
     closure_of,
+    flat,
     identical,
     network,
     sgd,
@@ -315,7 +316,7 @@ def test_a_run_that_turned_into_nans_recovers_with_restored_weights(steps):
     assert statistics(optimizer)["accepted"] > 5
 
 
-def test_lbfgs_starts_anew_from_an_accepted_candidate():
+def test_lbfgs_starts_again_from_an_accepted_candidate():
     """Its next direction is the gradient there: curvature pairs would span two points without a step between them.
 
     It is as long as that of a first iteration with the magnitude of the gradient before; iterations are counted on.
@@ -326,9 +327,9 @@ def test_lbfgs_starts_anew_from_an_accepted_candidate():
     along_gradient, after_accepted, last = [], [], None
     for number in range(30):
         accepted = statistics(optimizer)["accepted"]
-        before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        before = flat(model)
         optimizer.step(closure_of(model, optimizer))
-        moved = torch.cat([p.detach().reshape(-1) for p in model.parameters()]) - before
+        moved = flat(model) - before
         gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
         length = 0.3 * min(1.0, 1.0 / float((gradient if last is None else last).abs().sum()))
         last = gradient

@@ -199,5 +199,7 @@ def test_the_page_takes_every_table(tmp_path):
     shutil.copy(REPORTS / "scaling.md", tmp_path)
     put_into_page("scaling", blocks, tmp_path, conclusion)
     text = (tmp_path / "scaling.md").read_text(encoding="utf-8")
-    assert sum(line.startswith("| H100 SXM | 6,144 |") for line in text.splitlines()) == 2 * len(LAYOUTS)
+    assert (
+        sum(line.startswith("| H100 SXM | 6,144 |") for line in text.splitlines()) == len(LAYOUTS) + 1
+    )  # fsdp2 alone fits 7e9
     assert "acceleration 1, judgment 0.1." in text and torch.__version__ in text

@@ -47,7 +47,7 @@ def test_a_wrong_count_of_bytes_is_noticed(monkeypatch, coupling, history):
         assert step_report.disagreements(report)
 
 
-def test_steps_are_told_apart_by_the_counters():
+def test_the_counters_distinguish_steps():
     def kind(*change, last="idle"):
         before = dict.fromkeys(accelerated_step.COUNTED, 3)
         return kind_of(before, {name: 3 + c for name, c in zip(before, change, strict=True)}, last)
@@ -131,5 +131,5 @@ def test_the_figure_reads_its_cases_from_the_tables_of_the_documentation():
     for name in step_report.UNITS:
         rows = step_report.read_csv(machine.ROOT / "docs" / "tables" / name)
         cases = [step_report.case_of(row) for row in rows]
-        assert [step_report._case_cells(case)[1:] for case in cases] == [list(row.values())[1:7] for row in rows]
+        assert [step_report.case_cells(case)[1:] for case in cases] == [list(row.values())[1:7] for row in rows]
         assert [str(case.parameters) for case in cases] == [row["parameters"] for row in rows]

@@ -1,5 +1,6 @@
 """Derivatives of PINNs, where acceleration pays, tuned rates, and the tables that all benchmarks print."""
 
+import csv
 import math
 import re
 import types
@@ -147,7 +148,12 @@ def test_a_rate_is_tuned_when_both_neighbors_are_worse():
     (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.2"))
     assert list(row.values())[4:9] == ["3", "2.000e+00", "1.000e+00", "8.000e+00", "2.000e+00"]
     (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.3"))
-    assert row["loss"] == row["highest"] == "inf" and row["lowest"] == "1.000e+00"
+    assert row["final_loss"] == row["highest_final_loss"] == "inf" and row["lowest_final_loss"] == "1.000e+00"
+
+
+def test_the_table_of_rates_is_the_one_that_the_command_writes():
+    with (tables.REPORTS.parent / "tables" / "tuned_rates.csv").open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == HEADER
 
 
 # ---- DeepXDE's example -----------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_a_wrong_setting_is_named(raw, message):
 
 def test_the_dump_after_a_timeout_is_asked_for_but_not_over_what_was_exported(environment, tmp_path):
     environment["TORCH_FR_BUFFER_SIZE"] = "100"
-    process_group._export_settings(tmp_path)
+    process_group.export_settings(tmp_path)
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     assert environment["TORCH_FR_BUFFER_SIZE"] == "100" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
@@ -83,9 +83,9 @@ def limit(monkeypatch):
 )
 def test_many_ranks_need_many_files(limit, soft, hard, expected):
     told = limit(soft, hard)
-    process_group._allow_many_files(1536)
+    process_group.allow_many_files(1536)
     assert told == expected
-    text = process_group._few_files(Ranks(3, 1536, host="n7"))
+    text = process_group.few_files(Ranks(3, 1536, host="n7"))
     assert bool(text) == (hard == 4096)
     if text:
         assert "a process on n7 may open 4096 files, and one of 1536 ranks needs 4672" in text
@@ -138,7 +138,7 @@ def test_runs_share_their_groups(tmp_path):
     assert [(tmp_path / f"groups-{rank}").read_text() for rank in range(2)] == [str([[2, 2, 2, 2]] * 2)] * 2
 
 
-def test_a_rank_without_a_group_is_told():
+def test_a_rank_without_a_group_is_an_error():
     assert control_group(Ranks()) is None
     with pytest.raises(RuntimeError, match="rank 1 of 2 has no process group yet"):
         control_group(Ranks(1, 2, 1))

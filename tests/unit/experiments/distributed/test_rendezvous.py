@@ -84,7 +84,7 @@ def test_rank_0_deletes_the_announcements_of_earlier_attempts_only(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"addresses": ["a"]}', '{"addresses": 1, "port": 2, "token": ""}'])
-def test_half_an_announcement_is_none(tmp_path, text):
+def test_half_an_announcement_is_ignored(tmp_path, text):
     (tmp_path / "file").write_text(text)
     assert read_announcement(tmp_path / "file") is None
     assert read_announcement(tmp_path / "missing") is None
@@ -181,7 +181,7 @@ def test_an_attempt_of_torchrun_does_not_take_the_announcement_of_an_earlier_one
     assert found.get("token") == b"second"
 
 
-def test_ranks_that_count_differently_are_told(store):
+def test_ranks_that_count_differently_are_an_error(store):
     outcomes = call_all(store, [2, 3])
     assert outcomes[0] == "rank 0 on host0 counts 2 ranks, but rank 1 on host1 counts 3"
     assert outcomes[0] in outcomes[1]
@@ -195,7 +195,7 @@ def test_containers_of_one_machine_are_on_several_networks(store):
     assert call_all(store, [2, 2], facts=lambda rank: {"network": f"net:[{rank}]"}) == [True, True]
 
 
-def test_what_rank_0_judges_all_are_told(store):
+def test_all_ranks_hear_the_verdict_of_rank_0(store):
     outcomes = call_all(store, [2, 2], judge=lambda facts: f"{facts[1]['host']} has no GPU")
     assert outcomes[0] == "host1 has no GPU" and "host1 has no GPU" in outcomes[1]
 

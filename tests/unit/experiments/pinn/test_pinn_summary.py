@@ -244,7 +244,7 @@ def test_a_seed_on_which_only_the_baseline_diverged_is_unknown(tmp_path):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_are_written_and_told(tmp_path):
+def test_the_tables_are_written_and_printed(tmp_path):
     for seed in (0, 1):
         save(tmp_path, "adam", PLAIN, seed)
         save(tmp_path, "adam_aadl", FAST, seed)

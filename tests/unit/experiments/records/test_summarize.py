@@ -85,7 +85,7 @@ def test_no_seed_in_common(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["csv", "surrogate"])
-def test_the_table_is_written_and_told(tmp_path, source):
+def test_the_table_is_written_and_printed(tmp_path, source):
     save(tmp_path, "sgd", 0, PLAIN, source=source)
     save(tmp_path, "sgd_aadl", 0, FAST, source=source)
     text = summarize(compare(tmp_path))

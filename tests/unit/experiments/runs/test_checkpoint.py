@@ -118,7 +118,7 @@ def test_random_generators_continue(tmp_path):
 # ---- which of them stay ----------------------------------------------------------------------------------------------
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_a_folder_without_checkpoints_loads_none(tmp_path):
     assert Checkpoints(tmp_path / "missing", Ranks()).load() is None
     (tmp_path / ".step-0000000009.pt-abcd.tmp").touch()  # leftovers and other files are none
     (tmp_path / "results.h5").touch()
@@ -194,7 +194,7 @@ def test_damage_is_found_named_and_the_one_before_is_taken(tmp_path, capsys, dam
     assert name == path.name and f"{path.name} is damaged" in reason
     assert f"checkpoint {path.name} is not used: {path.name} is damaged" in capsys.readouterr().err
 
-    (tmp_path / "step-0000000001.pt").unlink()  # nothing left: the run does not start again in silence
+    (tmp_path / "step-0000000001.pt").unlink()  # nothing left: the run does not start again without a message
     with pytest.raises(CheckpointError, match=f"no checkpoint in .* can be used .{path.name}: {path.name} is damaged"):
         checkpoints.load(identity="run")
 

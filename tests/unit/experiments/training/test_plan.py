@@ -72,7 +72,7 @@ def test_the_schedule_belongs_to_the_first_stage_and_steps_once_an_iteration():
 
 
 @pytest.mark.parametrize(("resets", "expected"), [(True, [True, False, True, False]), (False, [True] + 3 * [False])])
-def test_other_points_reset_the_history_of_a_line_search_if_told(resets, expected):
+def test_other_points_reset_the_history_of_a_line_search_on_request(resets, expected):
     empty = []
 
     class Watched(torch.optim.LBFGS):
