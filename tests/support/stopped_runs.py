@@ -31,7 +31,7 @@ def signal_after(step, number=SIGUSR1):
         yield
 
 
-def run_to_the_end(config, ranks, results, stop=None, last=None):
+def run_to_the_end(config, ranks, results, stop=None, last=None, save=None):
     """Executes a run, which a signal stops after a step, and returns its end: state, weights, statistics.
 
     Args:
@@ -39,6 +39,7 @@ def run_to_the_end(config, ranks, results, stop=None, last=None):
         ranks: this process.
         results: the folder of the records.
         stop: the step after which this process gets the signal; None for none, and for a run that goes on to its end.
+        save: the settings of saving.
         last: the step after which the run stops; stop + 1 if None, because the ranks vote one step later.
     """
     end, result = SimpleNamespace(), Training.result
@@ -60,5 +61,5 @@ def run_to_the_end(config, ranks, results, stop=None, last=None):
         expected = pytest.raises(Interrupted, match=rf"SIGUSR1 after step {last or stop + 1}; the state is saved")
     patched = mock.patch.object(Training, "result", kept)
     with Interruption(environment={}) as interruption, signal_after(stop), patched, expected:
-        execute_run(config, ranks, results, interruption=interruption)
+        execute_run(config, ranks, results, interruption=interruption, **({} if save is None else {"save": save}))
     return end

@@ -63,15 +63,6 @@ def test_without_residuals_only_the_mapped_iterates_are_kept(aliased, ring):
     assert not torch.equal(row, (value - start).to(ring))
 
 
-@pytest.mark.parametrize("aliased", [False, True])
-@pytest.mark.parametrize("ring", [torch.float32, torch.bfloat16])
-def test_what_does_not_move_leaves_zeros(aliased, ring):
-    value = numbers(50, dtype=torch.float32)
-    residual, mapped, rows = torch.zeros(50), value.clone(), torch.ones(2, 50, dtype=ring)
-    kernels.store(value, mapped if aliased else value.clone(), residual, mapped, (rows[0], rows[1]), 0.9)
-    assert not rows.any() and not residual.any() and torch.equal(mapped, value)
-
-
 # ---- inner products ------------------------------------------------------------------------------------------------
 
 SLOTS = [[], [2], [3, 0], [0, 1, 2, 3]]
@@ -95,14 +86,6 @@ def test_inner_products_are_those_of_float64(dtype):
         assert products.shape == expected.shape == (len(slots) + 1, filled + 1), case
         assert torch.allclose(products, expected, rtol=1e-12, atol=1e-9), case
         assert numel < 2 or not torch.allclose(products, expected.flip(1), rtol=1e-3), case
-
-
-def test_products_of_different_lengths_do_not_share_numbers():
-    """The work area is kept between calls."""
-    for numel in (100, 40_000, 100):
-        ring, residual = numbers(2, numel, seed=numel), numbers(numel, seed=numel + 1)
-        products = kernels.inner_products(ring, residual, 2, [0, 1], False)
-        assert torch.allclose(products, expected_products(ring, residual, 2, [0, 1]), rtol=1e-12)
 
 
 # ---- combination ---------------------------------------------------------------------------------------------------
