@@ -11,6 +11,8 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
+from aadl.trial import on_trial
+
 compiler_of_frames: Callable[[], Any] | None = None
 """Returns what torch.compile does with frames that begin here and now; None where torch has no such function.
 
@@ -58,6 +60,8 @@ class StepHooks:
         self._post.remove()
 
     def _enter(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if on_trial():  # whose closure steps this optimizer; such a step moves nothing
+            return
         if self._running and _is_inside_a_step(optimizer):
             self._entered_again = True
             return
@@ -69,7 +73,7 @@ class StepHooks:
             if _is_inside_a_step(optimizer):
                 return
             self._entered_again = False
-        if not self._running:
+        if not self._running or on_trial():
             return
         self._running = False
         if len(self._pre_hooks) != self._number:

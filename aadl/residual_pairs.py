@@ -85,7 +85,12 @@ class ResidualPairs(Accelerator):
         Args:
             residuals: r, of any shape; float64, float32 or lower, real or complex. It is read at the end of the step,
                 and must not be changed in place before.
+
+        Raises:
+            ValueError: it is no tensor.
         """
+        if not isinstance(residuals, Tensor):
+            raise ValueError(f"observe takes one tensor a call, got {type(residuals).__name__}: call it for each term")
         residuals = residuals.detach()
         if self._trial_parts is not None:
             self._trial_parts.append(residuals)

@@ -5,6 +5,7 @@ The function was written for training. After a trial everything that torch's Pyt
 - *Gradients.* A trial has its own value of every attribute `.grad` that it reads or writes, on any tensor. Backward
   passes that accumulate into leaves are skipped; all of them enter the engine through one call. Derivatives that are
   values (torch.autograd.grad, torch.func) are computed as always.
+- *Steps.* A step of any optimizer within a trial finds no gradients, so that it moves nothing; it counts nowhere.
 - *Modules.* A trial restores the buffers and the train/eval flags of the modules that it calls.
 - *Random numbers.* Every evaluation of a trial sees the same random numbers of torch, on all devices.
 - *Autocast.* Its cache of weights is emptied around each evaluation, because the weights change in between.
@@ -30,6 +31,8 @@ from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import stateless
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from aadl.parameters import all_parameters
 
@@ -184,6 +187,13 @@ _trials: dict[int, _Trial] = {}
 _replaced: list[tuple[Any, str, Any]] = []
 """Owner, name and original of what is replaced while any trial runs; `_ABSENT` for what the owner inherits."""
 _ABSENT = object()
+_steps: list[RemovableHandle] = []
+"""The hook that sees the steps of all optimizers while any trial runs."""
+
+
+def on_trial() -> bool:
+    """Whether this thread evaluates a closure in a trial."""
+    return bool(_trials) and threading.get_ident() in _trials
 
 
 @contextmanager
@@ -262,15 +272,26 @@ def _replace() -> None:
     for owner, name, replacement in replacements:
         _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, replacement)
+    _steps.append(register_optimizer_step_pre_hook(_take_gradients))
 
 
 def _put_back() -> None:
+    while _steps:
+        _steps.pop().remove()
     while _replaced:
         owner, name, original = _replaced.pop()
         if original is _ABSENT:
             delattr(owner, name)
         else:
             setattr(owner, name, original)
+
+
+def _take_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Let a step that a closure makes within a trial find no gradients."""
+    del args, kwargs
+    trial = _trial()
+    if trial is not None:
+        trial.clear(all_parameters(optimizer), to_none=True)
 
 
 class _Engine:

@@ -173,12 +173,14 @@ def mean_over_ranks(plain: float, candidate: float, weight: float, ranks: Ranks)
 
 def _value(loss: Any) -> float:
     """The loss as a number."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not (loss.is_complex() or loss.dtype == torch.bool):
         return float(loss.detach())
     try:
-        if not isinstance(loss, Tensor | str):
+        if not isinstance(loss, Tensor | str | bytes | bool):
             return float(loss)
     except (TypeError, ValueError):
         pass
-    kind = f"a {type(loss).__name__}" if not isinstance(loss, Tensor) else f"a tensor of shape {tuple(loss.shape)}"
+    kind = f"a {type(loss).__name__}"
+    if isinstance(loss, Tensor):
+        kind = f"a tensor of shape {tuple(loss.shape)} and type {loss.dtype}"
     raise NoLossError(f"the closure must return the training loss, got {'None' if loss is None else kind}")

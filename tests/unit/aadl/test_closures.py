@@ -25,6 +25,7 @@ from small_runs import (
 )
 from torch import nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vjp
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import aadl
 from aadl import trial_loss
@@ -171,9 +172,21 @@ def switching_the_cache_off(scene):
     return loss
 
 
+def stepping_others(scene):
+    """Gradients of the second optimizer are from before."""
+    scene.second.step()
+    return of_all(scene)
+
+
+def stepping_itself(scene):
+    of_all(scene)
+    scene.optimizer.step()
+    return of_all(scene)
+
+
 FORMS = [
     of_all, set_to_zero, accumulating, by_hand, of_some_inputs, scaled, functional, pulled_back, buffers_from_outside,
-    toggling, cast_inside, cast_by_a_context_made_before, switching_the_cache_off,
+    toggling, cast_inside, cast_by_a_context_made_before, switching_the_cache_off, stepping_others, stepping_itself,
 ]  # fmt: skip
 AROUND = {"plain": functools.partial(torch.autocast, "cpu", enabled=False), "autocast": CAST}
 
@@ -213,6 +226,7 @@ def test_trials_leave_no_trace_whatever_the_closure_does(form, around):
         assert all(a is b for a, b in zip(buffers, scene.model.buffers(), strict=True))
         scene.second.step()
     assert type(torch.autograd.Variable._execution_engine).__module__.startswith("torch")
+    assert not _global_optimizer_pre_hooks
     assert "grad" not in vars(torch.Tensor) and nn.Module.train.__module__ == "torch.nn.modules.module"
 
 

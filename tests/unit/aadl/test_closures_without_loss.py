@@ -25,6 +25,9 @@ VALUELESS = {
     "got a dict": lambda loss: {"loss": loss},
     r"got a tensor of shape \(2,\)": lambda loss: loss.expand(2),
     "got a str": lambda loss: "0.5",
+    "got a bytes": lambda loss: b"0.5",
+    "got a bool": lambda loss: True,
+    r"got a tensor of shape \(\) and type torch.bool": lambda loss: loss > 0,
 }
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import RESIDUAL, closure_of, flat, identical, network, sgd, snapshot, statistics, train
+from small_runs import EAGER, RESIDUAL, closure_of, flat, identical, network, sgd, snapshot, statistics, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.torch_version import TorchVersion
 
@@ -86,6 +86,26 @@ def test_a_step_that_a_closure_makes_belongs_to_the_outer_one():
         optimizer.step(with_a_step)
     assert statistics(optimizer)["steps"] == 20 and statistics(optimizer)["moved"] == 0
     assert statistics(optimizer)["accepted"] > 0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Twice])
+def test_a_step_that_a_closure_makes_counts_nowhere_in_a_trial(kind):
+    """Two networks, the closure of one steps the other (and itself), as adversarial trainings do."""
+    models = network(), network()
+    first, second = (aadl.accelerate(kind(m.parameters(), lr=0.05), **EAGER | {"average": False}) for m in models)
+    closures = [closure_of(m, o) for m, o in zip(models, (first, second), strict=True)]
+
+    def closure():
+        second.step(closures[1])
+        closures[0]()
+        first.step()
+        return closures[0]()
+
+    for number in range(1, 31):
+        first.step(closure)
+        assert statistics(first)["steps"] == statistics(second)["steps"] == number
+    assert statistics(first)["closure_evaluations"] > 0 and statistics(second)["closure_evaluations"] > 0
+    assert statistics(first)["accepted"] > 0 and statistics(second)["accepted"] > 0
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, Twice])

@@ -393,6 +393,8 @@ def test_misuse_gets_one_sentence():
     with pytest.raises(ValueError, match=r"observe needs .*nonlinear_gmres"):
         aadl.accelerator_of(aadl.accelerate(fresh())).observe(torch.zeros(1))
     optimizer = aadl.accelerate(fresh(), "nonlinear_gmres")
+    with pytest.raises(ValueError, match="observe takes one tensor a call, got tuple"):
+        aadl.accelerator_of(optimizer).observe((torch.zeros(1), torch.zeros(1)))
     with pytest.raises(ValueError, match="step was called without a closure"):
         optimizer.step()
     with pytest.raises(ValueError, match="this closure called no observe"):
