@@ -25,12 +25,7 @@ Runs = list[tuple[str, int]]
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the tables; returns 0.
-
-    Raises:
-        ValueError: no experiment or configuration has this name, or a configuration is no valid YAML.
-        OSError: a file cannot be read.
-    """
+    """Prints the tables; returns 0. ValueError where no configuration has this name, or one is no valid YAML."""
     print("\n".join(_all(options.results) if options.name is None else _some(options.name, options.results)))
     return 0
 

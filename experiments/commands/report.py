@@ -20,9 +20,7 @@ from experiments.records.report import html_page, section_of
 def main(options: argparse.Namespace) -> int:
     """Draws the figures, writes the file and prints its path; returns 2 where some results cannot be shown, else 0.
 
-    Raises:
-        ValueError: there are no results, or none can be shown.
-        OSError: the file cannot be written.
+    ValueError where there are no results, or none can be shown.
     """
     sections: list[str] = []
 

@@ -24,11 +24,6 @@ def main(options: argparse.Namespace) -> int:
 
     Returns:
         0; 2 where some results cannot be shown; 75 after a signal or a time limit.
-
-    Raises:
-        ValueError: no experiment has the name of `--only`, or a configuration is wrong.
-        OSError: a file cannot be read or written.
-        RuntimeError: a run failed.
     """
     only = options.only or os.environ.get("ONLY") or None
     paths = {path.parent.name: path for path in config_files().values() if path.stem == LAPTOP}

@@ -21,11 +21,6 @@ def main(options: argparse.Namespace) -> int:
 
     Returns:
         0, or 75 after a signal or a time limit.
-
-    Raises:
-        ValueError: a setting is wrong, or no configuration has this name.
-        OSError: a file cannot be read or written.
-        RuntimeError: a run failed.
     """
     path = find_config(options.config)
     notes: list[str] = []

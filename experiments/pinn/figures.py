@@ -103,16 +103,9 @@ def draw_convergence(group: Group) -> Figure | None:
 def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """A series over the seeds, evaluation by evaluation, from the first one after the start on.
 
-    The place of an evaluation is the median over the seeds. It ends with the shortest run that did not diverge; a
-    diverged run counts as infinitely bad from its last loss on.
-
-    Args:
-        variant: whose runs.
-        series: name.
-        against: "iterations" or the name of a series.
-
-    Returns:
-        Places, and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
+    The place of an evaluation, by "iterations" or by a series, is the median over the seeds. The curve ends with the
+    shortest run that did not diverge; a diverged run counts as infinitely bad from its last loss on. Returns places,
+    and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
     """
     runs = list(variant.runs.values())
     length = min((len(run.places) for run in runs if not run.diverged), default=max(len(run.places) for run in runs))
@@ -230,9 +223,11 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     if exact is not None:
         curves = _errors(group, variant, run, exact, styles)
     _slices(grid[1], fields, curves, handles)
-    seed = run.attributes["seed"]
+    seed, problem = run.attributes["seed"], run.config["problem"]
+    note = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations, "
+    note += f"{run.series[SECONDS][-1]:.1f} s of training"
     error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
-    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], settings_line_of(run))
+    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], note)
     return figure
 
 
@@ -279,15 +274,7 @@ def _slices(axes: np.ndarray, fields: dict[str, np.ndarray], curves: list[Curve]
     axes[0].set_ylabel("|error|" if "exact" in fields else "u")
 
 
-def settings_line_of(run: Run) -> str:
-    """Points and iterations of one run."""
-    problem = run.config["problem"]
-    points = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations"
-    return f"{points}, {run.series[SECONDS][-1]:.1f} s of training"
-
-
 def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: str, colors: str, **scale: Any) -> None:
-    """A map over time and space with its color bar."""
     image = axis.pcolormesh(fields["t"], fields["x"], values, cmap=colors, shading="nearest", rasterized=True, **scale)
     axis.figure.colorbar(image, ax=axis, pad=0.02, aspect=25)
     axis.set_title(title, loc="left")

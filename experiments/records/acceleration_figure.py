@@ -51,14 +51,9 @@ def draw_acceleration(comparison: Comparison) -> Figure | None:
 
 
 def acceleration_panels(variants: Sequence[tuple[str, Variant]], unit: str) -> tuple[Figure, dict[str, Any]]:
-    """Three panels a variant, one quantity each: outcomes, relative standard deviation, averaging.
+    """Three panels a variant: outcomes, relative standard deviation, averaging. Returns the legend's handles, too.
 
-    Args:
-        variants: titles and variants.
-        unit: of the horizontal axis, the places of the records.
-
-    Returns:
-        The figure and the handles of its legend.
+    `variants` are titles and variants; `unit` is that of the horizontal axis, the places of the records.
     """
     causes = list(dict.fromkeys(cause for _, variant in variants for cause in _causes(variant)))
     colors = {cause: CAUSE_COLORS[position % len(CAUSE_COLORS)] for position, cause in enumerate(causes)}
@@ -137,12 +132,10 @@ def threshold_of(variant: Variant) -> float:
 
 
 def _say(axis: Axes, sentence: str) -> None:
-    """A sentence in an empty panel."""
     axis.text(0.5, 0.5, sentence, transform=axis.transAxes, ha="center", va="center", fontsize=8, color="#666666")
 
 
 def _places(variant: Variant) -> np.ndarray:
-    """The places of the longest run."""
     return max((run.places for run in variant.runs.values()), key=len)
 
 

@@ -45,10 +45,7 @@ def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure
     """Writes what is drawn by file name, returns the paths; what gives no figure is left out.
 
     Where the folder cannot be written, as in the results of a colleague, `figures/<experiment>/<scale>` below the
-    current folder takes its place, and a line on stderr says so.
-
-    Raises:
-        ValueError: two figures have the same name: one would overwrite the other.
+    current folder takes its place, and a line on stderr says so. ValueError for two figures of one name.
     """
     twice = sorted(name for name, count in Counter(name for name, _ in drawings).items() if count > 1)
     if twice:
@@ -93,13 +90,11 @@ def spread_over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def spread_words(count: int) -> str:
-    """What lines and bands are, in words."""
     return "one seed" if count == 1 else f"line: median of {count} seeds, band: minimum to maximum"
 
 
 def training_line(comparison: Comparison) -> str:
-    """Batch size and epochs of the main comparison, in words."""
-    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    run = comparison.variants[0].first
     training = run.config["training"]
     batch = run.attributes.get("batch_images", training["batch_size"])
     return f"batches of {batch}, {training['epochs']} epochs"
@@ -154,7 +149,7 @@ def finish(
     color = "#111111"
     if records.caution:
         head, color = f"{records.caution} - {head}", "#B00020"
-    lines = [(records.explanation, color), *((line, "#444444") for line in note.split("\n"))]
+    lines = [(records.degenerate, color), *((line, "#444444") for line in note.split("\n"))]
     frame(figure, (head, color), lines, records.source_line(seeds), handles)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,11 @@ OF_SOME_EXPERIMENTS = ("mean_epochs", "then", "baseline", "problem", "training")
 def load_config(
     path: str | Path, find: FindExperiment, overrides: Sequence[str] = (), note: Note | None = None
 ) -> ExperimentConfig:
-    """Reads and checks a configuration.
+    """Reads and checks a configuration; `find` finds its experiment.
 
-    Args:
-        path: YAML file.
-        find: finds its experiment.
-        overrides: texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
-            seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study.
-        note: is told what the overrides do not reach: studies that are left out, and variants that have a setting for
-            themselves; None prints it on stderr.
+    Overrides are texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
+    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study. `note` is told
+    what they do not reach, studies and variants with a setting of their own; None prints it on stderr.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
@@ -180,7 +177,6 @@ def _check_variant(config: ExperimentConfig, name: str) -> None:
 
 
 def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: str) -> None:
-    """An optimizer and its acceleration."""
     with at(f"{where}.optimizer"):
         check_component(stage.optimizer, kind.optimizers())
         check_optimizer(stage.optimizer)
@@ -198,29 +194,16 @@ def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: st
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
     """All runs of an experiment: seed by seed, so that what is compared runs close together in time.
 
-    Args:
-        config: the experiment.
-        num_rows: training rows, None where there are none; the batch-size study turns its number of steps into epochs
-            with it.
-
-    Raises:
-        ValueError: a batch that is larger than the training set.
+    The batch-size study turns its number of steps into epochs of `num_rows` training rows, None where there are none.
+    ValueError for a batch that is larger than the training set.
     """
     settings = {name: config.settings_of(name) for name in config.variants}
 
-    def run(variant: str, seed: int, name: str = "", study: str = "", **changes: Any) -> RunConfig:
+    def run(variant: str, seed: int) -> RunConfig:
         problem, training = settings[variant]
+        definition = config.variants[variant]
         return RunConfig(
-            experiment=config.experiment,
-            scale=config.scale,
-            name=name or variant,
-            variant_name=variant,
-            study=study,
-            seed=seed,
-            kind=config.kind,
-            problem=problem,
-            training=changes.get("training", training),
-            variant=changes.get("definition", config.variants[variant]),
+            config.experiment, config.scale, variant, variant, "", seed, config.kind, problem, training, definition
         )
 
     if num_rows is not None:
@@ -230,13 +213,13 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
         for seed in rates.seeds:
             for variant in rates.variants:
                 for rate in rates.rates:
-                    definition = config.variants[variant].with_rate(rate)
-                    name = rates.run_name(variant, rate)
-                    runs.append(run(variant, seed, name, "learning_rate", definition=definition))
+                    own, name = run(variant, seed), rates.run_name(variant, rate)
+                    runs.append(replace(own, name=name, study="learning_rate", variant=own.variant.with_rate(rate)))
     if (sizes := config.studies.batch_size) is not None:
         assert num_rows is not None  # points are sampled where there is no such study
         for seed in sizes.seeds:
             for size in sizes.sizes:
                 training = config.kind.training_of_study(config.training, num_rows, size, sizes.steps)
-                runs.append(run(sizes.variant, seed, sizes.run_name(size), "batch_size", training=training))
+                own, name = run(sizes.variant, seed), sizes.run_name(size)
+                runs.append(replace(own, name=name, study="batch_size", training=training))
     return runs

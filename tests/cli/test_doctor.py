@@ -7,12 +7,10 @@ from pathlib import Path
 import h5py
 import launched
 import pytest
-import torch
 import yaml
 
 from experiments.__main__ import main
 from experiments.commands.arguments import add_doctor_arguments
-from experiments.distributed import devices
 from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
 from experiments.distributed.doctor import finding, placement, site, storage
@@ -61,13 +59,11 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_the_start_method_of_workers_is_reported(single, monkeypatch, tmp_path, capsys):
-    for in_use in (False, True):
-        monkeypatch.setattr(devices, "mpi_is_in_use", lambda in_use=in_use: in_use)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        doctor.main(options("--results", tmp_path))
-        [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
-        assert line.endswith("; forkserver also where fork is wished, for MPI or a GPU is in use") == in_use
+def test_the_start_method_of_workers_is_told(single, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("experiments.distributed.doctor.facts.safe_start_method", lambda: "a safe one")
+    doctor.main(options("--results", tmp_path))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
+    assert line.endswith("  a safe one")
 
 
 def test_launchers_in_disorder_are_a_finding(single, monkeypatch, tmp_path, capsys):
@@ -88,7 +84,7 @@ def test_launchers_in_disorder_are_a_finding(single, monkeypatch, tmp_path, caps
 )
 def test_a_mistake_is_named(single, sites, arguments, message):
     with pytest.raises(ValueError, match=message):
-        doctor.main(options(*arguments), read_site)
+        doctor.main(options(*arguments))
 
 
 def test_a_folder_that_cannot_be_written_is_named(single, tmp_path):
@@ -97,15 +93,11 @@ def test_a_folder_that_cannot_be_written_is_named(single, tmp_path):
         doctor.main(options("--results", tmp_path / "file" / "results"))
 
 
-def read_site(path):
-    return yaml.safe_load(path.read_text())
-
-
 def test_a_site_of_ones_own_is_a_file(single, sites, monkeypatch, tmp_path, capsys):
     (tmp_path / "my-cluster.yaml").write_text(yaml.safe_dump(SITE | {"ranks": {"per_node": 7}}))
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     arguments = ["--results", tmp_path / "results", "--site", tmp_path / "my-cluster.yaml"]
-    assert doctor.main(options(*arguments), read_site) == 0
+    assert doctor.main(options(*arguments)) == 0
     assert "the site file has 7" in capsys.readouterr().out
 
 
@@ -131,10 +123,10 @@ def test_a_file_that_is_no_site_is_one_sentence(single, tmp_path, capsys, text, 
 
 
 def test_a_site_is_compared(single, sites, monkeypatch, tmp_path, capsys):
-    assert doctor.main(options("--results", tmp_path, "--site", "mine"), read_site) == 0
+    assert doctor.main(options("--results", tmp_path, "--site", "mine")) == 0
     assert "was not compared" in capsys.readouterr().out  # outside of a job
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    assert doctor.main(options("--results", tmp_path, "--site", "mine"), read_site) == 1
+    assert doctor.main(options("--results", tmp_path, "--site", "mine")) == 1
     told = capsys.readouterr().out
     assert "ranks a node" in told and "the site file has 4" in told and "the site file has 10000" in told
     assert re.search(r"AADL_TEST_OF_SITE +not set on rank 0", told)

@@ -41,7 +41,6 @@ IMAGES: dict[str, Any] = TABLE | {
         "statistics_images": 16,
         "statistics_batch": 8,
         "evaluation_batch": 8,
-        "start_method": "fork",  # the server that torch's workers are forked from otherwise would be started each time
     },
     "training": {"epochs": 2, "batch_size": 8, "schedule": "cosine", "warmup_epochs": 0.5},
     "variants": {"sgd": {"optimizer": {"name": "SGD", "lr": 0.02, "momentum": 0.9}}},

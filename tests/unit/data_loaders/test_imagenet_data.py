@@ -126,8 +126,6 @@ def test_what_is_missing_or_ambiguous_is_one_sentence(tmp_path):
         open_images(tmp_path / "nowhere", "train")
     with pytest.raises(FileNotFoundError, match=r"neither packed images .validation-00000-of-.* nor a folder val or"):
         open_images(tmp_path, "validation")
-    with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
-        open_images(tmp_path, "test")
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match="train has no folder of a class"):
         open_images(tmp_path, "train")
@@ -266,22 +264,6 @@ def test_broken_images_have_a_reason(kind):
         Decoder(SMALL)(UNREADABLE[kind], None)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"size": 0}, "size must be at least 1 pixel, got 0"),
-        ({"resize": 15}, "resize must be at least size, 16 pixels, got 15"),
-        ({"decoder": "opencv"}, "decoder must be one of pillow, torchvision, got 'opencv'"),
-        ({"smallest_crop": 0.0}, r"smallest_crop must be a share in \(0, 1\], got 0\.0"),
-        ({"smallest_crop": 1.5}, r"smallest_crop must be a share in \(0, 1\], got 1\.5"),
-        ({"on_corrupt": "warn"}, "on_corrupt must be skip or stop, got 'warn'"),
-    ],
-)
-def test_decodings_outside_their_range_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Decoding(**{"size": 16, "resize": 20, **settings})
-
-
 def test_a_decoder_that_does_not_import_is_one_sentence(monkeypatch):
     monkeypatch.setitem(decoding_module.NEEDS, "torchvision", "no_such_package.io")
     message = "decoder 'torchvision' needs no_such_package.io, which does not import here .*: install it, or choose pil"
@@ -415,8 +397,6 @@ def test_a_start_in_mid_epoch_is_the_tail_of_the_epoch(num_workers):
         assert len(whole) == 7
         for first in (0, 1, 5, 6, 7):
             assert same(list(loader.batches(2, first)), whole[first:])
-        with pytest.raises(ValueError, match="first must be in 0 to 7, got 8"):
-            loader.batches(2, 8)
 
 
 def test_nothing_before_the_first_step_is_read():
@@ -494,25 +474,9 @@ def test_statistics_use_the_same_images_for_any_ranks(world_size):
     assert all(torch.equal(batch, parts[b % world_size][b // world_size]) for b, batch in enumerate(expected))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 6, "world_size": 4}, "batch_size .* 4, got 6"),
-        ({"batch_size": 31}, "batch_size 31 is larger than the set, which has 30 images"),
-        ({"rank": 2, "world_size": 2}, "rank must be in 0 to 1, got 2"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"start_method": "thread"}, "start_method must be one of fork, spawn, forkserver, got 'thread'"),
-    ],
-)
-def test_loaders_refuse_arguments_outside_their_range(settings, message):
-    with pytest.raises(ValueError, match=message):
-        TrainLoader(listed(), SMALL, **{"batch_size": 4, "seed": 0, **settings})
-
-
-@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (31, 4), (10, 0)])
-def test_statistics_refuse_arguments_outside_their_range(count, batch_size):
-    with pytest.raises(ValueError, match="must be"):
-        TrainLoader(listed(), SMALL, batch_size=4, seed=0).statistics_batches(count, batch_size)
+def test_a_batch_that_is_larger_than_the_set_is_refused():
+    with pytest.raises(ValueError, match="batch_size 31 is larger than the set, which has 30 images"):
+        TrainLoader(listed(), SMALL, batch_size=31, seed=0)
 
 
 # ---- unreadable images -----------------------------------------------------------------------------------------------

@@ -103,11 +103,9 @@ def test_many_classes_and_strange_names_fit(tmp_path):
     assert [images.name(0), images.name(1)] == ["x/\udcff é.JPEG", ""]
 
 
-def test_labels_and_splits_that_there_are_not_are_refused(tmp_path):
+def test_labels_that_there_are_not_are_refused(tmp_path):
     with pytest.raises(ValueError, match="image-1 has label 2, outside the 2 classes"):
         pack(ListedImages(CONTENTS[:2], [0, 2]), tmp_path, "train", Packing())
-    with pytest.raises(ValueError, match="split must be train or validation, got 'test'"):
-        pack(ListedImages(CONTENTS[:2]), tmp_path, "test", Packing())
     assert not list(tmp_path.glob("*.h5")) and not list(tmp_path.glob(".*.tmp"))
 
 
@@ -139,21 +137,17 @@ def opened(folder):
     return {int(link.name) for link in links if str(link.readlink()).startswith(str(folder))}
 
 
-def test_a_pickle_carries_no_open_file_and_a_fork_opens_its_own(folder, monkeypatch):
+def test_a_pickle_carries_no_open_file(folder):
     images = PackedImages(folder, "train")
     images.read(0)
     mine = opened(folder)
     copied = pickle.loads(pickle.dumps(images))
     copied.close()
     assert len(mine) == 1 and opened(folder) == mine
-    monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a child
-    assert images.read(0) == CONTENTS[0]
-    assert mine < opened(folder)
     images.close()
-    assert opened(folder) == mine
+    assert not opened(folder)
     assert images.read(24) == CONTENTS[24]
     images.close()
-    os.close(mine.pop())
 
 
 def test_a_set_is_read_from_a_copy_of_its_folder(folder, tmp_path):
@@ -399,7 +393,6 @@ def test_a_failing_file_system_leaves_out_no_image_and_the_packing_goes_on_later
         ({"quality": 0}, "quality must be in 1 to 100, got 0"),
         ({"quality": 101}, "quality must be in 1 to 100, got 101"),
         ({"images_per_shard": 0}, "images_per_shard must be at least 1, got 0"),
-        ({"on_corrupt": "ignore"}, "on_corrupt must be skip or stop, got 'ignore'"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):

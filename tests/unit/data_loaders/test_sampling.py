@@ -51,12 +51,6 @@ def test_ranks_interleave_to_the_global_batch(world_size):
         assert np.array_equal(np.stack(parts, axis=1).ravel(), order[24 * step : 24 * step + 24])
 
 
-@pytest.mark.parametrize(("batch_size", "world_size"), [(10, 4), (0, 1), (3, 8)])
-def test_a_batch_that_does_not_divide_is_refused(batch_size, world_size):
-    with pytest.raises(ValueError, match=f"batch_size .* {world_size}, got {batch_size}"):
-        rank_indices(epoch_order(0, 0, 100), 0, batch_size, 0, world_size)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 97, 120])
 def test_shards_of_an_evaluation_partition_the_set(world_size):
     bounds = [shard_bounds(97, rank, world_size) for rank in range(world_size)]

@@ -38,11 +38,7 @@ def environment(monkeypatch):
         ({"start_seconds": 0}, "launch.start_seconds must be greater than 0"),
         ({"backend": "mpi"}, "launch.backend must be one of auto, nccl, gloo"),
         ({"device": "gpu"}, "launch.device must be one of auto, cpu, cuda"),
-        ({"nccl": {"PATH": "x"}}, "a name in launch.nccl must be a variable NCCL_"),
-        ({"nccl": ["NCCL_DEBUG"]}, "launch.nccl must be a mapping"),
         ({"interface": ""}, "launch.interface must be a text that is not empty"),
-        ({"flight_recorder": -1}, "launch.flight_recorder must be greater than or equal to 0"),
-        ({"start_method": "fork"}, "unknown key launch.start_method"),  # the problem has it
         ({"timeout": 3}, "unknown key launch.timeout"),
     ],
 )
@@ -51,22 +47,12 @@ def test_a_wrong_setting_is_named(raw, message):
         read_settings(LaunchSettings, raw, "launch")
 
 
-def test_settings_reach_nccl_but_not_over_what_was_exported(environment, tmp_path):
-    variables = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": 600, "NCCL_IB_DISABLE": True}
-    raw = {"nccl": variables, "flight_recorder": 100}
-    settings = read_settings(LaunchSettings, raw, "launch")
-    environment["NCCL_DEBUG"] = "INFO"
-    process_group.export_settings(settings, tmp_path)
-    assert environment["NCCL_DEBUG"] == "INFO"
-    assert environment["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600" and environment["NCCL_IB_DISABLE"] == "1"
+def test_the_dump_after_a_timeout_is_asked_for_but_not_over_what_was_exported(environment, tmp_path):
+    environment["TORCH_FR_BUFFER_SIZE"] = "100"
+    process_group.export_settings(tmp_path)
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     assert environment["TORCH_FR_BUFFER_SIZE"] == "100" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
-    assert "TORCH_DISTRIBUTED_DEBUG" not in environment
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
-        del environment[name]
-    process_group.export_settings(LaunchSettings(flight_recorder=0), None)
-    assert not {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"} & environment.keys()
 
 
 # --- open files
@@ -134,10 +120,7 @@ def count_groups(folder):
         start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
         numbers = [len(dist.distributed_c10d._world.pg_map)]
         for run in range(3):
-            for asynchronous in (False, True):
-                checkpoints = Checkpoints(folder / "run", ranks, asynchronous=asynchronous)
-                checkpoints.save(run, {}, {})
-                checkpoints.wait()
+            Checkpoints(folder / "run", ranks).save(run, {}, {})
             assert StepVote(ranks).vote_now(run, ranks.rank == 1, True).stop
             numbers.append(len(dist.distributed_c10d._world.pg_map))
         stop_process_group(ranks)

@@ -253,8 +253,3 @@ def test_a_damaged_lock_is_taken_over_when_it_is_old(tmp_path, monkeypatch):
     touch(tmp_path, 1000)
     with lock_of(tmp_path) as lock:
         assert "no sign of life" in lock.note
-
-
-def test_wrong_limits_are_named(tmp_path):
-    with pytest.raises(ValueError, match="stale_seconds must be > 0, got 0"):
-        lock_of(tmp_path, stale_seconds=0)

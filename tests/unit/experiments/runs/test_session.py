@@ -26,16 +26,12 @@ from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run
 from experiments.records.status import run_folder, run_path, state_of
-from experiments.runs import checkpoint, execute
-from experiments.runs import session as sessions
-from experiments.runs.checkpoint import Checkpoints
+from experiments.runs import execute
 from experiments.runs.execute import execute_run
-from experiments.runs.lock import FolderInUse, FolderLock
-from experiments.runs.session import OtherRun, RunSession
+from experiments.runs.lock import FolderInUse
+from experiments.runs.session import FiniteLosses, OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
 from experiments.training.closure import Closure
-from experiments.training.losses import FiniteLosses
-from experiments.training.train import Training
 
 TIMES = ("timing/", "metrics/evaluations_per_second")
 
@@ -166,14 +162,14 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path):
     assert read_run(path).attributes["restart_count"] == 0
 
 
-def test_a_run_is_saved_by_the_clock_and_the_best_one_stays(tmp_path, monkeypatch):
+def test_a_run_is_saved_by_the_clock(tmp_path, monkeypatch):
     config = run_config("sgd", epochs=3)
     steps = []
     save = RunSession.save
 
-    def note(session, run, **more):
+    def note(session, run):
         steps.append(run.num_steps)
-        save(session, run, **more)
+        save(session, run)
 
     monkeypatch.setattr(RunSession, "save", note)
     often = SaveConfig(every_seconds=0.0)
@@ -181,44 +177,6 @@ def test_a_run_is_saved_by_the_clock_and_the_best_one_stays(tmp_path, monkeypatc
     assert len(steps) > 10 and not run_folder(run_path(tmp_path, config)).exists()
     execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
     assert steps[-1] == 12 and len([step for step in steps if step == 2]) == 1
-
-
-def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, monkeypatch):
-    config = run_config("sgd", epochs=6)
-    losses = {1: 4.0, 2: 3.0, 3: 3.5, 4: 1.0, 5: 2.0, 6: 0.5}  # by epoch
-    pauses = {4: 1000.0}  # which was saved a moment ago
-
-    def best_by(run):
-        monkeypatch.setattr(sessions, "PUBLISH_SECONDS", pauses.get(run.interval - 1, 0.0))
-        return losses[run.interval - 1]
-
-    monkeypatch.setattr(Training, "best_by", property(best_by))
-    monkeypatch.setattr(sessions, "BEST_SHARE", math.inf)  # saving may take as long as it likes
-    saved = []
-    save = Checkpoints.save
-
-    def note(checkpoints, step, *states, best, identity):
-        saved.append((step, best))
-        save(checkpoints, step, *states, best=best, identity=identity)
-
-    monkeypatch.setattr(Checkpoints, "save", note)
-    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    # The third is worse than the second; the fifth is the best that can be kept, because the fourth was not saved.
-    # After the last there is nothing to go on with.
-    assert saved == [(4, True), (8, True), (20, True)]
-
-
-def test_only_an_evaluation_of_this_interval_makes_a_run_better(folder, tmp_path, monkeypatch):
-    found = []
-    after = RunSession.after_interval
-    monkeypatch.setattr(RunSession, "after_interval", lambda own, run: found.append(run.best_by) or after(own, run))
-    config = image_run(folder, training={"epochs": 4, "evaluate_every": 2})
-    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    assert [value is None for value in found] == [True, False, True, False]
-    found.clear()
-    execute_run(pinn_run(), Ranks(), tmp_path, interruption=Interruption(environment={}))
-    errors = read_run(run_path(tmp_path, pinn_run())).series["metrics/validation/relative_l2_grid"]
-    assert found == errors[1:].tolist()
 
 
 def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
@@ -299,27 +257,6 @@ def test_the_lock_is_given_back_where_the_ranks_do_not_meet(tmp_path, monkeypatc
     with pytest.raises(TimeoutError), session:
         pass
     assert list(place.iterdir()) == []
-
-
-def test_a_run_that_fails_keeps_its_lock_until_nothing_writes(tmp_path, monkeypatch):
-    write, release, present = checkpoint.write, FolderLock.release, []
-
-    def slow(*arguments):
-        time.sleep(0.3)
-        write(*arguments)
-
-    def listed(lock):
-        present.extend(path.name for path in tmp_path.glob("*/*/*/*/step-*"))
-        release(lock)
-
-    monkeypatch.setattr(checkpoint, "write", slow)
-    monkeypatch.setattr(FolderLock, "release", listed)
-    monkeypatch.setattr(Checkpoints, "wait", lambda checkpoints: None)
-    monkeypatch.setattr(execute, "write_run", lambda *_, **more: 1 / 0)
-    save = SaveConfig(every_seconds=0.0, asynchronous=True)
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        execute_run(run_config("sgd"), Ranks(), tmp_path, save=save, interruption=Interruption(environment={}))
-    assert len(present) == 1
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
