@@ -487,10 +487,10 @@ def test_macro_steps_that_never_end_give_one_warning():
                 model[0].weight.mul_(1.0)
 
     train(model, optimizer, 9, after=write)
-    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as told:
+    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as said:
         train(model, optimizer, 80, after=lambda step: write(step + 9))
-    assert len(told) == 1 and statistics(optimizer)["macro_steps"] == 0
-    assert "store_each_nth=1" in str(told[0].message)
+    assert len(said) == 1 and statistics(optimizer)["macro_steps"] == 0
+    assert "store_each_nth=1" in str(said[0].message)
     with warnings.catch_warnings(record=True) as none:
         train(model, optimizer, 10)
         train(model, optimizer, 40, after=lambda step: write(step + 9))
