@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aadl.deferred import Deferred
 from experiments.distributed.departure import Interrupted, RanksDisagree
-from experiments.distributed.interruption import Interruption
+from experiments.distributed.interruption import OF_ANOTHER_RANK, Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
 from experiments.distributed.together import by_first
@@ -230,7 +230,7 @@ class RunSession:
 
     def _stop(self, run: Training) -> None:
         self.save(run)
-        reason = self._interruption.reason or "a signal to another rank"
+        reason = self._interruption.reason or OF_ANOTHER_RANK
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
     def save(self, run: Training) -> None:

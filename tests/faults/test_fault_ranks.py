@@ -178,11 +178,11 @@ def test_a_signal_at_any_moment(site, moment):
 
 
 def test_the_end_of_the_jobs_time(site):
-    """It comes near on one rank, whose clock is ahead."""
+    """It comes near on one rank, whose clock is ahead; rank 0 says that all stopped."""
     place = site.place()
     end = {"AADL_END_TIME": str(time.time() + DAY)}
     first = site.stopped(place, Fault("let_a_day_pass", step=21, rank=1), ranks=2, pace=PACE, variables=end)
-    assert "stopped by time limit" in first.log
+    assert "stopped by a signal or a time limit of another rank" in first.log
     site.recovers(place, first, ranks=2)
 
 

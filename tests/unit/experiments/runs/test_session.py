@@ -336,9 +336,9 @@ def test_ranks_stop_at_the_same_step_and_go_on(folder, tmp_path, spawn_ranks):
     """Three of them, because sums over two are the same in any order."""
     outcomes = spawn_ranks(stopped_and_resumed, 3, folder, tmp_path)
     assert [message for message, _, _ in outcomes] == [
-        "stopped by a signal to another rank after step 6; the state is saved",
+        "stopped by a signal or a time limit of another rank after step 6; the state is saved",
         "stopped by SIGUSR1 after step 6; the state is saved",
-        "stopped by a signal to another rank after step 6; the state is saved",
+        "stopped by a signal or a time limit of another rank after step 6; the state is saved",
     ]
     _, (whole, again), restarts = outcomes[0]
     assert restarts == 1 and whole.keys() == again.keys()
