@@ -229,6 +229,18 @@ def test_the_library_works_with_torch_alone(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("experiments.settings.kinds, experiments.settings.yaml_file", "torch numpy"),
+        ("jobs.submit, jobs.scaling", "mpi4py"),
+    ],
+)
+def test_a_command_line_does_not_wait_for_what_it_does_not_use(modules, heavy):
+    code = f"import sys, {modules}; sys.exit(bool(set({heavy.split()}) & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 OF_OTHERS = {"_replace", "_fields", "_version", "_hooks"}  # of named tuples and of torch, whose tests read them
 
 

@@ -59,7 +59,7 @@ def test_one_process(single, monkeypatch, tmp_path, capsys):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_the_start_method_of_workers_is_told(single, monkeypatch, tmp_path, capsys):
+def test_the_start_method_of_workers_is_printed(single, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("experiments.distributed.doctor.facts.safe_start_method", lambda: "a safe one")
     doctor.main(options("--results", tmp_path))
     [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
@@ -146,7 +146,7 @@ def test_several_ranks(tmp_path):
     printed = (tmp_path / "log-0").read_text()
     for text in ("srun, 2 ranks on 1 hosts", "slurm 7, step 0", "rank 1", "all ranks read in", "all_reduce", "clocks"):
         assert text in printed
-    assert (tmp_path / "log-1").read_text() == ""  # rank 0 alone tells
+    assert (tmp_path / "log-1").read_text() == ""  # rank 0 alone prints
     assert not list((tmp_path / "results").iterdir())
 
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_runs import EAGER, identical, network, sgd, snapshot, squared_error, statistics, train
+from small_runs import EAGER, identical, network, sgd, snapshot, statistics, train
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -212,14 +212,7 @@ def accelerate_shards(rank, size):
             aadl.accelerate(optimizer, **EAGER)
         except ValueError as error:
             outcomes[whole] = str(error)
-        losses = []
-        for _ in range(4):  # the plain optimizer trains on
-            optimizer.zero_grad()
-            loss = squared_error(model)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        outcomes[whole, "losses"] = losses
+        outcomes[whole, "losses"] = train(model, optimizer, 4)  # the plain optimizer trains on
         outcomes[whole, "parts"] = [p.numel() for p in model.parameters()]
     return outcomes
 

@@ -56,14 +56,10 @@ def test_bytes_are_the_same_before_the_first_step_and_after(make, settings):
     assert accelerator.history is None and (before > 0) == (settings != SETTINGS["idle"])
     assert statistics(optimizer)["steps"] == 0
 
-    def closure():
-        optimizer.zero_grad()
-        loss = sum((p * p.conj()).real.sum() for p in model.parameters() if p.requires_grad)
-        loss.backward()
-        return loss
+    def squares(model):
+        return sum((p * p.conj()).real.sum() for p in model.parameters() if p.requires_grad)
 
-    for _ in range(10):
-        optimizer.step(closure)
+    train(model, optimizer, 10, with_closure=True, loss=squares)
     held = [tensor for block in accelerator.history.blocks for tensor in block.tensors.values()] if before else []
     assert accelerator.history_bytes == before == sum(tensor.nbytes for tensor in held)
     aadl.remove_acceleration(optimizer)

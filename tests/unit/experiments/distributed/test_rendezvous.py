@@ -124,7 +124,7 @@ def test_a_missing_rank_is_named_with_its_host(tmp_path):
 def job_with_deadline(folder, together=1):
     """The deadline begins when so many processes have started."""
     (folder.parent / f"started-{os.getpid()}").touch()
-    assert wait_until(lambda: len(list(folder.parent.glob("started-*"))) == together, 60)
+    assert wait_until(lambda: len(list(folder.parent.glob("started-*"))) == together)
     launched.job(folder, start_seconds=4.0)
 
 

@@ -5,7 +5,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import h5py
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
 from paths import ROOT
+from processes import wait_until
 from small_runs import identical
 from stopped_runs import run_to_the_end, signal_after
 from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
@@ -299,19 +299,12 @@ def test_workers_save_when_their_parent_gets_a_signal(tmp_path):
     config = write(raw, tmp_path)
     line = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "r"), "--jobs", "2"]
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
+        assert wait_until(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
         process.send_signal(signal.SIGTERM)
         _, printed = process.communicate(timeout=600)
     assert process.returncode == EXIT_RESUME
     assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in printed
     assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
-
-
-def wait_for(condition, seconds=600):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def stopped_and_resumed(rank, world_size, folder, results):

@@ -224,7 +224,7 @@ def test_two_ranks_train_as_one(spawn_ranks, kind):
 # ---- records and checkpoints -----------------------------------------------------------------------------------------
 
 
-def test_the_record_tells_what_became_of_candidates(tmp_path):
+def test_the_record_counts_what_became_of_candidates(tmp_path):
     config = pinn_run(
         {"optimizer": ADAM, "acceleration": RESIDUALS | {"check_points": 8}}, {"iterations": 80, "evaluate_every": 20}
     )
