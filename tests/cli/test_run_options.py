@@ -138,5 +138,5 @@ def test_texts_that_look_like_numbers_stay_texts():
 def test_the_name_that_was_meant_is_named(config, capsys, raw, change, message):
     config.write_text(yaml.safe_dump(copy.deepcopy(raw)))
     assert main(["run", str(config), "--dry-run", "--set", change]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("error: ") and message in told[-1]
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith("error: ") and message in printed[-1]
