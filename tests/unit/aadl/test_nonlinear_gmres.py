@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import aadl
 from aadl import advice, nonlinear_gmres, pace
+from aadl.least_squares import STEPS, change_by_steps
+from aadl.mixing import Gram
 from aadl.pace import Pace, clears_momentum
 
 DOUBLE = torch.float64
@@ -23,6 +25,22 @@ INPUTS = torch.linspace(-1, 1, 192, dtype=DOUBLE).reshape(64, 3)
 TARGETS = torch.sin(3 * INPUTS).sum(1, keepdim=True)
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
 OFTEN = {"frequency": 2, "history_depth": 6}
+
+
+class SignSGD(torch.optim.Optimizer):
+    """Steps of one length in every weight."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure):
+        with torch.enable_grad():
+            loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad.sign(), alpha=group["lr"])
+        return loss
 
 
 def network():
@@ -529,6 +547,38 @@ def test_only_steps_whose_length_is_free_shorten_the_period():
         for square in (1.0, 4.0):
             own.note_square(square, normalized)
         assert own.period == period
+
+
+def test_gains_that_normalized_steps_undo_are_left_alone():
+    """Steps of one length go back and forth over the valley until the rate falls; then candidates are kept."""
+
+    def train_with(kind, is_accelerated, **arguments):
+        model = network()
+        optimizer = kind(model.parameters(), **arguments)
+        accelerator = accelerated(model, optimizer) if is_accelerated else None
+        train(model, optimizer, 100)
+        early = flat(model), None if accelerator is None else dict(accelerator.statistics)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5
+        train(model, optimizer, 100)
+        return early, accelerator, loss_of(model)
+
+    (start, _), _, plain = train_with(SignSGD, False, lr=0.05)
+    (same, early), accelerator, end = train_with(SignSGD, True, lr=0.05)
+    assert torch.equal(start, same)
+    assert early["accepted"] == 0 < early["rejected"]["steps"]
+    assert accelerator.statistics["accepted"] > 0 and end < 0.9 * plain
+    _, accelerator, _ = train_with(SGD, True, lr=0.05)
+    assert "steps" not in accelerator.statistics["rejected"]
+
+
+def test_what_steps_change_is_read_from_the_products():
+    residuals = torch.tensor([[4.0, 0.0, 1.0], [3.0, 1.0, 1.0], [3.0, -1.0, 0.0], [2.0, 1.0, 0.5]], dtype=DOUBLE)
+    for rows in (residuals, residuals.flip(0)):
+        steps, newest = rows.diff(dim=0), rows[-1]
+        gram = Gram(steps @ steps.T, steps @ newest, float(newest @ newest))
+        moved, gained = steps.square().sum(1).mean(), -rows.square().sum(1).diff().mean()
+        assert change_by_steps(gram) == pytest.approx(max(float(moved), STEPS * float(gained)))
 
 
 def test_the_jump_at_a_change_of_points_is_that_of_the_mean_square():
