@@ -5,16 +5,24 @@ VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 FRAMEWORKS := .venv/frameworks
 DOCS := .venv/docs
+RIVALS := .venv/rivals
 WORKERS ?= 2
 
+# The configurations and benchmarks whose tables docs/ shows, shortest first.
+STUDIES ?= $(addprefix graduate_admissions/,paper rivals rates ablation) \
+  $(addprefix burgers_2d/,rates noise study accurate residuals rivals paper) burgers_100d/hour burgers_100d/residuals
+TABLES ?= design_choices schedules linear_losses where_it_pays
+
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-slow test-all test-frameworks docs test-docs lint clean
+.PHONY: help reproduce studies $(STUDIES:%=study/%) $(TABLES:%=table/%) test test-slow test-all test-frameworks docs test-docs lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make reproduce   run the experiments on this machine: HDF5 results, figures and a table, in results/'
 	@echo '                   ONLY=graduate_admissions   this experiment alone'
 	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
+	@echo 'make studies     make the long runs behind the tables of docs/, nine hours on two cores; it may be stopped'
+	@echo '                   STUDIES=burgers_2d/study TABLES=   these alone'
 	@echo 'make test        test all units, and each way to run once'
 	@echo '                   TESTS=tests/cli   all tests of this folder or file instead'
 	@echo '                   WORKERS=8         processes that share the tests (default: 2)'
@@ -27,6 +35,20 @@ help:
 
 reproduce: $(INSTALLED)
 	$(VENV_PYTHON) -m experiments reproduce $(if $(ONLY),--only '$(ONLY)')
+
+studies: $(STUDIES:%=study/%) $(TABLES:%=table/%)
+	$(VENV_PYTHON) -m experiments summarize
+
+# Finished runs are not made again. Where seconds are compared, one run has the machine for itself.
+$(STUDIES:%=study/%): $(RIVALS)/.installed
+	PYTHONPATH='$(RIVALS)' $(VENV_PYTHON) -m experiments run $(@:study/%=%) $(JOBS)
+
+study/burgers_2d/accurate study/burgers_2d/rivals study/burgers_100d/hour: JOBS := --jobs 1
+
+$(TABLES:%=table/%): $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m $(@:table/%=benchmarks.%) $(OPTIONS)
+
+table/schedules: OPTIONS := --first 5
 
 # Files are shared out whole, in the order of tests/conftest.py: what a file sets up once is not set up twice.
 PYTEST = $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -69,6 +91,13 @@ $(INSTALLED): requirements.txt
 	@echo 'Installing the packages of requirements.txt into .venv (once; torch is large)'
 	$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || '$(PYTHON)' -m venv --clear .venv
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	@touch $@
+
+# Optimizers to compare with, in a folder of their own, so that the tests do not see them.
+$(RIVALS)/.installed: tests/frameworks/requirements-optimizers.txt | $(INSTALLED)
+	@rm -rf $(RIVALS)
+	$(VENV_PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps --target $(RIVALS) \
+	  $$(grep -E '^(pytorch_optimizer|schedulefree)==' $<)
 	@touch $@
 
 # An environment of its own: Lightning fails beside mpi4py where there is no MPI library. torch comes first, on its own,

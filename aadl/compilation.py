@@ -27,7 +27,7 @@ def failure() -> str:
 
 
 @cache
-def _compiled(function: Callable[..., Tensor], variant: tuple[Any, ...]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], variant: tuple[Any, ...]) -> Callable[..., Tensor]:
     """A compiled copy of the function for one variant. Torch counts recompilations by code object, and gives up."""
     del variant
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
@@ -54,10 +54,10 @@ def run_compiled(function: Callable[..., Tensor], *arguments: Any) -> Tensor | N
     variant = function, *map(_kind_of, arguments)
     try:
         if variant in variants:
-            return _compiled(function, variant)(*arguments)
+            return compiled(function, variant)(*arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings of the compiler
-            result = _compiled(function, variant)(*arguments)
+            result = compiled(function, variant)(*arguments)
         variants.add(variant)
         return result
     except Exception as error:  # compilers, headers and caches fail in many ways; the plain kernels always work

@@ -174,7 +174,7 @@ def inner_products(ring: Tensor, residual: Tensor, filled: int, slots: Sequence[
             return torch.cat([products[:, :filled], products[:, -1:]], 1)
     numel = residual.numel()
     longest = WIDE_PIECE if residual.device.type == "cpu" else WIDE_PIECE_ACCELERATOR
-    wide = _scratch(filled + 1, min(longest, max(numel, 1)), residual.device)
+    wide = work_area(filled + 1, min(longest, max(numel, 1)), residual.device)
     products = torch.zeros(len(slots) + 1, filled + 1, dtype=torch.float64, device=residual.device)
     for start in range(0, numel, longest):
         stop = min(start + longest, numel)
@@ -189,7 +189,7 @@ def inner_products(ring: Tensor, residual: Tensor, filled: int, slots: Sequence[
 _local = threading.local()
 
 
-def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
+def work_area(rows: int, length: int, device: torch.device) -> Tensor:
     """A float64 work area that this thread (and stream) keeps between calls."""
     work: dict[Any, Tensor] = _local.__dict__.setdefault("work", {})
     key = rows, length, device, torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
@@ -201,7 +201,7 @@ def _scratch(rows: int, length: int, device: torch.device) -> Tensor:
 
 
 def free_work_areas() -> None:
-    """Free the work areas that `_scratch` keeps for this thread."""
+    """Free the work areas that `work_area` keeps for this thread."""
     _local.__dict__.clear()
 
 

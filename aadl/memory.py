@@ -48,7 +48,7 @@ def check_room(need: Need, settings: Settings) -> None:
         torch.OutOfMemoryError: naming the bytes and what makes them fewer.
     """
     for device, count in need.nbytes.items():
-        room = _room(device)
+        room = room_on(device)
         if room is not None and count > room:
             raise no_room(need, settings, device)
 
@@ -56,7 +56,7 @@ def check_room(need: Need, settings: Settings) -> None:
 def no_room(need: Need, settings: Settings, device: torch.device | None = None) -> torch.OutOfMemoryError:
     """The error about a history that cannot be allocated (on `device`, or on the one that needs most)."""
     device = device or max(need.nbytes, key=need.nbytes.__getitem__)
-    room = _room(device)
+    room = room_on(device)
     has = "" if room is None else f" ({'the host has' if device.type == 'cpu' else 'free:'} {size(room)})"
     elements = " and ".join(f"{count:,} elements of {kind}" for kind, count in need.elements.items())
     return torch.OutOfMemoryError(
@@ -91,7 +91,7 @@ def size(count: int) -> str:
     return f"{number:.3g} {units[0]}"
 
 
-def _room(device: torch.device) -> int | None:
+def room_on(device: torch.device) -> int | None:
     """Most bytes that a history can have; None if that is not known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

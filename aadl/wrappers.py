@@ -16,11 +16,22 @@ from aadl.parameters import all_parameters
 
 INSIDE = ("Lookahead",)
 """Classes of wrappers that change the weights after the step inside: that step is the map, theirs is not."""
+LEARNS_ITS_RATE = (
+    "estimates its learning rate from the way since the first weights, which extrapolation lengthens: the rate stays "
+    "too large"
+)
 REFUSED = {
+    "AggMo": "keeps several momentum buffers, which do not follow a candidate",
+    "DAdapt": LEARNS_ITS_RATE,
+    "MADGRAD": "computes the weights from sums of all gradients, which do not follow a candidate",
+    "NovoGrad": "normalizes the gradients before their momentum, so that its steps do not shrink near a minimum",
+    "Prodigy": LEARNS_ITS_RATE,
     "ScheduleFree": "averages the weights over all its steps, so that every step is another map",
+    "Rprop": "changes the step size of every weight at every step, by the signs of its last two gradients, so that its "
+    "updates say nothing of the next ones",
     "TRAC": "rescales the whole way from the first weights at every step, which leaves no map of the weights alone",
 }
-"""Parts of names of optimizers that ended worse with acceleration than without it (docs/optimizers.md)."""
+"""Parts of names of optimizers that ended worse with acceleration than without it (docs/optimizers.md), and why."""
 SHARDING = (
     "apex.contrib.optimizers.distributed", "colossalai.booster", "colossalai.zero", "deepspeed.runtime",
     "fairscale.optim.oss", "megatron",

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -290,33 +291,43 @@ def draw_figures(curves: Curves, folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from experiments.records.figures import RC, frame, legend_line
+
     rows = [
         np.concatenate([np.pad(draw(0, c, i, 80), ((2, 2), (2, 2), (0, 0)), constant_values=255) for i in range(12)], 1)
         for c in range(10)
     ]
     plt.imsave(folder / "fractals.png", np.concatenate(rows))
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
-    for name, runs in curves.items():
-        color, style = STYLES[name]
-        epochs = range(1, len(runs[0]) + 1)
-        values = 100 * np.array(runs)
-        axes.plot(epochs, values.mean(axis=0), color=color, linestyle=style, label=VARIANTS[name][1])
-        if len(runs) > 1:
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(figsize=(8.0, 5.4))
+        handles = {}
+        for name, runs in curves.items():
+            color, style = STYLES[name]
+            epochs = range(1, len(runs[0]) + 1)
+            values = 100 * np.array(runs)
+            axes.plot(epochs, values.mean(axis=0), color=color, linestyle=style)
             axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
-    for classes, words in ((Task().classes, "chance"), (20, "chance, 20 classes")):
-        axes.axhline(100 / classes, color="#999999", linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(words, (1, 100 / classes), (0, 2), textcoords="offset points", fontsize=7.5, color="#666666")
-    axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
-    task = Task()
-    axes.set_title(
-        f"A small residual network on fractals of {task.size} pixels, {task.classes} classes\nunless said otherwise; "
-        "line: mean of the seeds, band: minimum to maximum", loc="left", fontsize=9.5,
-    )  # fmt: skip
-    axes.grid(color="#E6E6E6", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper left")
-    figure.savefig(folder / "fractals_learning.png", dpi=100)
-    plt.close(figure)
+            handles[f"{VARIANTS[name][1]} ({len(runs)} seed{'s' * (len(runs) > 1)})"] = legend_line(color, style)
+        task = Task()
+        for classes, words in ((task.classes, "chance"), (20, "chance, 20 classes")):
+            axes.axhline(100 / classes, color="#999999", linewidth=1, linestyle=(0, (1, 2)))
+            place: dict[str, Any] = {
+                "xycoords": axes.get_yaxis_transform(),
+                "va": "center",
+                "fontsize": 7.5,
+                "color": "#666666",
+            }
+            axes.annotate(words, (1.01, 100 / classes), **place)
+        axes.set(xlabel="epoch", ylabel="validation accuracy (%)", ylim=(0, 100))
+        head = f"A residual network of eight layers on fractals of {task.size} pixels: how soon it learns the classes"
+        notes = (
+            f"{task.classes} classes unless said otherwise; SGD, batches of 50, {task.epochs} epochs",
+            "line: mean of the seeds, band: minimum to maximum",
+        )
+        lines = [(note, "#444444") for note in notes]
+        frame(figure, (head, "#111111"), lines, "python -m benchmarks.fractals --docs", handles)
+        figure.savefig(folder / "fractals_learning.png", metadata={"Software": None})
+        plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

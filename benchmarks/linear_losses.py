@@ -101,6 +101,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "nesterov": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True),
     "signsgd": lambda p: SignDescent(p, lr=3e-3, momentum=False),
     "lion": lambda p: SignDescent(p, lr=3e-3, momentum=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=3e-3),
 }
 
 

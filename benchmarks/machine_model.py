@@ -26,6 +26,9 @@ scaling efficiency measured on Summit (87 %, Yin et al., DLS 2019; the model say
 LONG_PAYLOAD = 65_536
 """Bytes; accelerator collectives above this are proportional to N, those below (inner products) do not depend on it."""
 
+NEVER = "no, nor without AA"
+"""That a network does not fit into a device."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -230,7 +233,7 @@ class Prediction:
     def fits(self) -> str:
         """Weights, gradients, optimizer state and history; activations are not counted."""
         if self.plain_bytes > self.memory:
-            return "no, nor without AA"
+            return NEVER
         return "yes" if self.plain_bytes + self.history_bytes <= self.memory else "no"
 
 

@@ -19,7 +19,7 @@ import aadl
 from benchmarks.fake_ranks import Descent, accelerate, cases_of, count_all
 from benchmarks.machine import in_fresh_process, time_call
 from benchmarks.machine_model import LAYOUTS, WORKLOADS, Overhead
-from benchmarks.scaling_docs import Report, blocks_of
+from benchmarks.scaling_docs import Report, blocks_of, conclusion
 from benchmarks.tables import put_into_page
 
 WORLD_SIZES = (1536, 6144)
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     blocks = blocks_of(Report(counts, overhead, workloads))
     print("\n\n".join(blocks.values()))
     if options.docs:
-        put_into_page("scaling", blocks)
+        put_into_page("scaling", blocks, conclude=conclusion)
 
 
 if __name__ == "__main__":

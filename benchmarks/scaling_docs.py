@@ -11,6 +11,7 @@ from benchmarks.fake_ranks import Count
 from benchmarks.machine_model import (
     LAYOUTS,
     MACHINES,
+    NEVER,
     Acceleration,
     Collective,
     Overhead,
@@ -20,7 +21,7 @@ from benchmarks.machine_model import (
     predict,
     training_collectives,
 )
-from benchmarks.tables import markdown, number, origin
+from benchmarks.tables import markdown, number, origin, rows_of
 
 DEFAULTS = Setting("defaults: store every 10, accelerate every 20")
 OFTEN = Setting("store every step, accelerate every 2", store_each_nth=1, frequency=2)
@@ -136,13 +137,15 @@ def machines_table() -> str:
 
 
 def predictions_table(report: Report, workload: Workload) -> str:
-    """Seconds per step and share of AA, for two cadences and a lean setting."""
+    """Seconds per step and share of AA, for two cadences and a lean setting; rows that fit without AA."""
     rows = []
     for machine, ranks, layout in product(MACHINES, report.world_sizes, report.layouts):
         usual, often, lean = (
             predict(machine, workload, report.acceleration(layout, setting, ranks), layout, ranks)
             for setting in (DEFAULTS, OFTEN, LEAN)
         )
+        if usual.fits == NEVER:
+            continue
         cells = [f"{milliseconds(p.acceleration)} ({100 * p.share:.2g} %)" for p in (usual, often, lean)]
         memory = f"{size(usual.plain_bytes)} + {size(usual.history_bytes)}"
         fits = usual.fits if usual.fits == lean.fits else f"{usual.fits}; lean {lean.fits}"
@@ -152,6 +155,20 @@ def predictions_table(report: Report, workload: Workload) -> str:
         "memory: plain + AA", "fits",
     ]  # fmt: skip
     return markdown(header, rows)
+
+
+def conclusion(page: str) -> str:
+    """The first sentences of docs/reports/scaling.md, from its predictions."""
+    ranges = []
+    for layout in LAYOUTS:
+        cells = [row["AA ms: 10/20"] for row in rows_of(page, "predictions") if row["layout"] == layout]
+        shares = sorted((cell.partition("(")[2].partition(" %")[0] for cell in cells), key=float)
+        ranges.append(f"{shares[0]} to {shares[-1]} % ({layout})")
+    return (
+        f"By a model of thousands of devices, acceleration at the defaults takes {', '.join(ranges)} of a step. "
+        "An acceleration needs one short all-reduce of about a kilobyte; what costs is reading the history, and "
+        "gathering it where replicas share one. Accelerating every second step costs about ten times as much."
+    )
 
 
 def blocks_of(report: Report) -> dict[str, str]:

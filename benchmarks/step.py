@@ -102,12 +102,13 @@ def write(report: Report, options: argparse.Namespace) -> None:
     figures, folder = (docs / "figures", docs / "tables") if options.docs else (options.output, options.output)
     figures.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if not options.docs or max(options.sizes) > SMALL:  # the page's figure shows large cases
-        draw(report, figures / "step_roofline.png")
+    only_small = options.docs and max(options.sizes) <= SMALL  # the page's other tables and its figure show all sizes
     for name, table in tables(report).items():
-        if name.startswith("step_"):
+        if name == "step_small" or (name.startswith("step_") and not only_small):
             (folder / f"{name}.csv").write_text(table.csv())
         print(table.markdown())
+    if not only_small:
+        draw(folder, figures / "step_roofline.png")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,6 +122,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), metavar="DIR")
     parser.add_argument("--repeats", type=int, help="accelerations timed in a case (default: 20, large ones 9)")
     parser.add_argument("--docs", action="store_true", help="leave figure and tables in docs/ instead of the output")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw the figure of docs/ from its tables")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no GPU is present")
@@ -133,6 +135,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes, prints; returns 1 where memory and its count disagree."""
     options = parse(arguments)
+    if options.draw:
+        draw(ROOT / "docs" / "tables", ROOT / "docs" / "figures" / "step_roofline.png")
+        return 0
     report, meter = measure_all(options)
     write(report, options)
     copies = [sample.copy / 1e9 for sample in meter.samples]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from benchmarks.accelerated_step import Case, Result, Textbook, held_bytes, memory_agrees, moved_bytes
 from benchmarks.machine import Bandwidth
@@ -86,7 +91,8 @@ def tables(report: Report) -> dict[str, Table]:
         "step_small": _small_table(small),
         "step_large": _large_table(large, report.bandwidth),
         "memory": _memory_table(large),
-        "textbook": _textbook_table(report),
+        "step_textbook": _textbook_table(report),
+        "step_bandwidth": _bandwidth_table(report),
         "host_waits": _host_waits_table(report.results),
     }
     return {name: table for name, table in made.items() if table.rows}
@@ -96,7 +102,7 @@ def _small_table(results: Sequence[Result]) -> Table:
     kinds = {"idle": "+idle", "open": "+macro-step begins", "store": "+store", "both": "+both"}
     rows = [
         [
-            *_case_cells(result.case),
+            *case_cells(result.case),
             with_quartiles(result.steps["plain"], lambda seconds: number(seconds, 1e6)),
             *(number(added(result).get(kind), 1e6) for kind in kinds),
         ]
@@ -116,7 +122,7 @@ def _large_table(results: Sequence[Result], bandwidth: Bandwidth) -> Table:
         seconds, ratio = added(result), ratios(result, bandwidth)
         rows.append(
             [
-                *_case_cells(result.case),
+                *case_cells(result.case),
                 *(with_quartiles(result.steps[kind], lambda value: number(value, 1e3)) for kind in ("plain", "both")),
                 *(number(seconds.get(event), 1e3) for event in EVENTS),
                 number(floor_seconds(result.case, bandwidth)["both"], 1e3),
@@ -175,6 +181,12 @@ def _textbook_table(report: Report) -> Table:
     return Table(title, header, rows)
 
 
+def _bandwidth_table(report: Report) -> Table:
+    device = "GPU" if report.device.startswith("cuda") else "CPU"
+    rows = [[name, number(speed, 1e-9), device] for name, speed in asdict(report.bandwidth).items()]
+    return Table("Speed of the memory, median over the run", ["kind", "GB/s", "device"], rows)
+
+
 def _beside(textbook: Textbook, results: Sequence[Result]) -> Result | None:
     """The plainest case of equal size and depth: a float32 history, at the highest frequency measured."""
     base = Case(textbook.parameters, textbook.depth)
@@ -192,7 +204,7 @@ def _host_waits_table(results: Sequence[Result]) -> Table:
     return Table("GPU: times the host waits in a step", ["case", *kinds], rows)
 
 
-def _case_cells(case: Case) -> list[str]:
+def case_cells(case: Case) -> list[str]:
     other = [f"stores every {case.store_every}"] if case.store_every > 1 else []
     other += ["no safeguard"] if not case.safeguard else []
     other += ["compiled"] if case.fused else []
@@ -205,52 +217,90 @@ def _case_cells(case: Case) -> list[str]:
 
 def name_of(case: Case) -> str:
     """The case in a line."""
-    return " ".join(f"{name} {cell}" for name, cell in zip(CASE_HEADER, _case_cells(case), strict=True) if cell != "-")
+    return " ".join(f"{name} {cell}" for name, cell in zip(CASE_HEADER, case_cells(case), strict=True) if cell != "-")
 
 
 # ---- figure --------------------------------------------------------------------------------------------------------
 
+UNITS = {"step_small.csv": 1e-6, "step_large.csv": 1e-3}
+"""Tables of steps, and the seconds in which their added times count."""
+KINDS = {"store": ("a step that stores", "#0072B2"), "both": ("a step that stores and accelerates", "#D55E00")}
+Point = tuple[float, float]
+"""Bytes and seconds."""
 
-def draw(report: Report, path: Path) -> None:
-    """Counted bytes over added time against counted bytes, under the bandwidths of copying and reading."""
+
+def draw(folder: Path, path: Path) -> None:
+    """Counted bytes over added time against counted bytes, under the speed of the memory.
+
+    Args:
+        folder: with the `step_*.csv` of a run.
+        path: of the figure.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8.5, 4.5), layout="constrained")
+    from experiments.records.figures import RC, frame
 
-    def scatter(points: list[tuple[int, float]], label: str, **style: Any) -> None:
-        """Points of bytes and seconds."""
-        points = [(moved, seconds) for moved, seconds in points if seconds > 0]
-        if points:
-            moved = [moved for moved, _ in points]
-            axes.scatter(moved, [each / seconds / 1e9 for each, seconds in points], label=label, **style)
+    with pyplot.rc_context(RC):
+        figure, axes = pyplot.subplots(figsize=(8.5, 5.2))
+        handles = {}
+        for label, (points, style) in _points(folder).items():
+            moved, seconds = np.array(points).T
+            handles[label] = axes.scatter(moved, moved / seconds / 1e9, **style)
+        for row, line, side in zip(
+            read_csv(folder / "step_bandwidth.csv"), ("--", "-"), ("top", "bottom"), strict=False
+        ):
+            axes.axhline(float(row["GB/s"]), color="#333333", linewidth=1, linestyle=line)
+            words, place = f"memory, {row['kind']}: {row['GB/s']} GB/s", (0.01, float(row["GB/s"]))
+            axes.annotate(words, place, xycoords=axes.get_yaxis_transform(), va=side, fontsize=8)
+        axes.set(xscale="log", yscale="log", xlabel="bytes that the step must move for aadl")
+        axes.set(ylabel="these bytes over the time\nthat aadl adds to the step (GB/s)")
+        head = f"One optimizer step with aadl on a {row['device']}: how near it comes to the speed of the memory"
+        note = "A mark: one setting and network of 1,000 to 25.6 million weights, median of repeats; higher is faster"
+        source = f"python -m benchmarks.step · tables {', '.join(UNITS)}"
+        frame(figure, (head, "#111111"), [(note, "#444444")], source, handles)
+        figure.savefig(path, dpi=100, metadata={"Software": None})
+        pyplot.close(figure)
 
-    colors = {"store": "#009E73", "acceleration": "#D55E00", "both": "#7B3FA0"}
-    for event, color in colors.items():
-        for history, marker in (("float32", "o"), ("bfloat16", "^")):
-            points = [
-                (moved_bytes(result.case)[event] * result.case.parameters, added(result).get(event, 0.0))
-                for result in report.results
-                if result.case.history == history
-            ]
-            name = "store + acceleration" if event == "both" else event
-            scatter(points, f"{name}, {history}", s=18, c=color, marker=marker, alpha=0.6)
-    points = [
-        (moved_bytes(Case(t.parameters, t.depth))["both"] * t.parameters, median(t.both) - median(t.plain))
-        for t in report.textbooks
-    ]
-    scatter(points, "textbook code, store + acceleration", s=30, c="#333333", marker="x")
-    for (name, speed), style in zip(asdict(report.bandwidth).items(), ("-", "--", ":"), strict=True):
-        axes.axhline(speed / 1e9, color="black", linestyle=style, linewidth=1, label=f"{name} {speed / 1e9:.1f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="bytes that a store or an acceleration must move")
-    axes.set(ylabel="these bytes over the time that it adds to a step (GB/s)")
-    axes.set_title(
-        "How close aadl comes to the speed of the memory\n(points: measured; lines: speed of copying and reading)",
-        loc="left", fontsize=10,
+
+def _points(folder: Path) -> dict[str, tuple[list[Point], dict[str, Any]]]:
+    """Points and style of each kind of mark that the tables have, by label."""
+    marks: dict[str, tuple[list[Point], dict[str, Any]]] = {}
+
+    def add(label: str, moved: float, cell: str, unit: float, **style: Any) -> None:
+        if cell != "-" and float(cell) > 0:
+            marks.setdefault(label, ([], style))[0].append((moved, float(cell) * unit))
+
+    for compiled, (event, (label, color)) in product((False, True), KINDS.items()):
+        style = {"s": 18, "facecolors": color if compiled else "none", "edgecolors": color, "linewidths": 0.9}
+        for name, unit in UNITS.items():
+            for row in read_csv(folder / name):
+                case = case_of(row)
+                if case.fused == compiled:
+                    moved = moved_bytes(case)[event] * case.parameters
+                    add(label + ", compiled (fused=True)" * compiled, moved, row[f"+{event}"], unit, **style)
+    for row in read_csv(folder / "step_textbook.csv"):
+        case = Case(int(row["parameters"]), int(row["depth"]))
+        moved = moved_bytes(case)["both"] * case.parameters
+        add("textbook code, stores and accelerates", moved, row["textbook ms"], 1e-3, s=32, c="#333333", marker="x")
+    return marks
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where it was not written."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def case_of(row: dict[str, str]) -> Case:
+    """The case of a row of `step_small.csv` or `step_large.csv`."""
+    stores = re.search(r"stores every (\d+)", row["other"])
+    return Case(
+        int(row["parameters"]), int(row["depth"]), row["history"], int(row["accelerates every"]),
+        int(stores[1]) if stores else 1, row["average"] == "always", "full" if row["coupling"] == "full" else "params",
+        "no safeguard" not in row["other"], "compiled" in row["other"],
     )  # fmt: skip
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

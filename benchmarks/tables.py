@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from benchmarks.machine import ROOT, facts
@@ -72,8 +72,12 @@ def origin(command: str, device: str = "cpu") -> str:
     )
 
 
-def put_into_page(name: str, blocks: Mapping[str, str], reports: Path = REPORTS) -> None:
+def put_into_page(
+    name: str, blocks: Mapping[str, str], reports: Path = REPORTS, conclude: Callable[[str], str] | None = None
+) -> None:
     """Puts each block between the lines `<!-- BLOCK -->` and `<!-- end of BLOCK -->` of docs/reports/NAME.md.
+
+    `conclude` makes the block "conclusion" from the page with the other blocks: its numbers are those of the tables.
 
     Raises:
         ValueError: the page has no such lines.
@@ -81,9 +85,49 @@ def put_into_page(name: str, blocks: Mapping[str, str], reports: Path = REPORTS)
     page = reports / f"{name}.md"
     text = page.read_text("utf-8")
     for block, content in blocks.items():
-        begin, end = f"<!-- {block} -->\n", f"<!-- end of {block} -->"
-        found = re.search(re.escape(begin) + ".*?" + re.escape(end), text, re.DOTALL)
-        if found is None:
-            raise ValueError(f"{page} has no lines {begin.strip()} and {end}")
-        text = text[: found.start()] + f"{begin}\n{content.strip()}\n\n{end}" + text[found.end() :]
+        text = _with_block(text, block, content)
+    if conclude is not None:
+        text = _with_block(text, "conclusion", conclude(text))
     page.write_text(text, "utf-8")
+
+
+def _with_block(page: str, block: str, content: str) -> str:
+    """The page with another content of the block, whose paragraphs of text are wrapped."""
+    before, _, after = parts(page, block)
+    paragraphs = content.strip().split("\n\n")
+    lines = [fill(text, 120, break_on_hyphens=False) if text[0].isalnum() else text for text in paragraphs if text]
+    return "\n\n".join([before.rstrip(), *lines, after.lstrip()])
+
+
+def parts(page: str, block: str) -> tuple[str, str, str]:
+    """The text of a page up to the content of a block, this content, and the rest.
+
+    Raises:
+        ValueError: the page has no lines `<!-- BLOCK -->` and `<!-- end of BLOCK -->`.
+    """
+    begin, end = f"<!-- {block} -->\n", f"<!-- end of {block} -->"
+    before, begun, rest = page.partition(begin)
+    content, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise ValueError(f"the page has no lines {begin.strip()} and {end}")
+    return before + begin, content.strip(), end + after
+
+
+def rows_of(page: str, block: str) -> list[dict[str, str]]:
+    """The rows of all tables of a block, each cell by its heading."""
+    rows: list[dict[str, str]] = []
+    header: list[str] = []
+    for text in parts(page, block)[1].splitlines():
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        if not text.startswith("|"):
+            header = []
+        elif not header:
+            header = cells
+        elif set(cells) != {"---"}:
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def middle(cell: str) -> str:
+    """The median of a cell with quartiles or a range behind it."""
+    return cell.partition(" [")[0]

@@ -21,13 +21,16 @@ from experiments.records.reading import Run, read_runs
 from experiments.runs.closing import median_of
 
 LOSS = "metrics/train/loss"
-HEADER = ("experiment", "variant", "optimizer", "lr", "seeds", "loss", "lowest", "highest", "validation", "tuned")
+HEADER = (
+    "experiment", "variant", "optimizer", "lr", "seeds", "final_loss", "lowest_final_loss", "highest_final_loss",
+    "final_validation", "tuned",
+)  # fmt: skip
 
 
 def rows(runs: Iterable[Run]) -> Iterator[tuple[str, ...]]:
     """A row for each experiment, variant and rate: median, lowest and highest training loss at the end, over the seeds.
 
-    The validation is the median of the experiment's main figure of merit at the end.
+    `final_validation` is the median of the experiment's main figure of merit at the end.
     """
     grids: dict[tuple[str, str, str], dict[float, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:

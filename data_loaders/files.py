@@ -15,16 +15,9 @@ from pathlib import Path
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the block writes there replaces `path` at once and whole.
 
-    After an error the old file is untouched and there is no temporary file; a killed process may leave
-    `.NAME-XXXXXXXX.tmp` behind. The mode of the file follows the umask, because the block makes the file itself.
-
-    Args:
-        path: of the file; its folder exists.
-        sync: whether the file is on the disk before it gets its name. Without it a power failure may leave an empty
-            file, which is enough for files that are cheap to make again.
-
-    Raises:
-        OSError: the folder or the file cannot be written.
+    After an error the old file is untouched and there is no temporary file; a killed process may leave `.NAME-
+    XXXXXXXX.tmp` behind. The mode of the file follows the umask, because the block makes the file itself. Without
+    `sync` the file may be empty after a power failure, which is enough for files that are cheap to make again.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:
@@ -40,15 +33,9 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, executable: bool = False) -> None:
-    """Writes a text file (UTF-8) at once and whole, and makes its folder.
+    """Writes a text file (UTF-8) at once and whole, and makes its folder; OSError names a file that cannot be written.
 
-    Args:
-        path: of the file.
-        text: what it holds.
-        executable: whether all who may read the file may execute it.
-
-    Raises:
-        OSError: the folder or the file cannot be written; the message names the file.
+    All who may read an `executable` file may execute it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,20 +48,21 @@ def write_text(path: Path, text: str, *, executable: bool = False) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def takes_no_files(error: OSError) -> bool:
+    """Whether an error of `write_text` or of the system means a place in which this user may not write.
+
+    A full disk or a quota is no such error: another place in its stead would hide it.
+    """
+    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Holds a lock (flock) on a file while the block runs, and makes the file.
 
-    Args:
-        path: of the file.
-        wait: whether to wait for another holder.
-
-    Yields:
-        Whether the lock is held: False on a file system without locks.
-
-    Raises:
-        BlockingIOError: another process holds the lock, and `wait` is false.
-        OSError: the file cannot be made.
+    Yields whether the lock is held: False on a file system without locks. BlockingIOError where another process holds
+    it and the caller does not `wait`.
     """
     with path.open("a") as file:
         try:

@@ -99,16 +99,9 @@ def split(
     """Row numbers for training and for testing: a random permutation whose first part is the test set.
 
     The permutation is that of numpy's RandomState, whose stream is frozen: the same rows on every machine and version.
-
-    Args:
-        test_fraction: in (0, 1); the number of test rows is rounded up. Both parts keep at least one row.
-
-    Raises:
-        ValueError: test_fraction outside (0, 1), or no row left for training.
+    The number of test rows, a share in (0, 1), is rounded up; ValueError where no row is left for training.
     """
     rows = len(data.target)
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must be in (0, 1), got {test_fraction}")
     num_test = int(np.ceil(test_fraction * rows))
     if num_test >= rows:
         raise ValueError(f"test_fraction {test_fraction} of {rows} rows leaves none for training")
@@ -117,17 +110,11 @@ def split(
 
 
 def surrogate(rows: int = 400, seed: int = 0) -> GraduateAdmissions:
-    """Random rows with the ranges, steps, means, deviations and correlations of the 400-row edition.
+    """Random rows, at least 100, with the ranges, steps, means, deviations and correlations of the 400-row edition.
 
     Correlated normal columns z are scaled, clipped to the range and rounded to the step of their column. Clipping and
     rounding change the moments, so center, scale and the correlations of z are corrected until those of the result fit.
-
-    Args:
-        rows: at least 100, below which eight correlated columns cannot be fitted.
-        seed: of the normal deviates; the same seed gives the same table.
     """
-    if rows < 100:
-        raise ValueError(f"rows must be at least 100, got {rows}")
     lowest, highest, step, mean, std = np.array([(c.minimum, c.maximum, c.step, c.mean, c.std) for c in COLUMNS]).T
     target = np.array(CORRELATIONS)
     white = np.random.RandomState(seed).standard_normal((rows, len(COLUMNS)))

@@ -27,7 +27,6 @@ MAX_SOCKET_PATH = 107  # bytes, in sockaddr_un of Linux
 
 
 def num_cores() -> int:
-    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

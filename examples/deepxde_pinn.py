@@ -26,8 +26,7 @@ model.compile("adam", lr=1e-3)
 aadl.accelerate(model.opt)
 model.train(iterations=100)
 
-path = model.save("model")  # carries the history
-model.restore(path)
+model.restore(model.save("model"))  # the file carries the history
 model.train(iterations=100)
 assert aadl.accelerator_of(model.opt).statistics["steps"] == 200
 
@@ -46,8 +45,15 @@ def observed_squares(weight):
     return loss
 
 
+class Resampler(dde.callbacks.PDEPointResampler):
+    def on_epoch_end(self):
+        super().on_epoch_end()
+        if self.epochs_since_last_resample == 0:  # the points are new: their residuals have no history yet
+            aadl.reset_history(self.model.opt)
+
+
 model.compile("adam", lr=1e-3, loss=[observed_squares(weight) for weight in weights], loss_weights=weights)
 accelerator = aadl.accelerator_of(aadl.accelerate(model.opt, "nonlinear_gmres"))
-model.train(iterations=100)
+model.train(iterations=200, callbacks=[Resampler(period=100)])
 print(accelerator)
-assert accelerator.statistics["accepted"] > 0
+assert accelerator.statistics["accepted"] > 0 and accelerator.statistics["resets"] == {"user": 2}

@@ -18,6 +18,8 @@ class Regression(L.LightningModule):
         self.network = nn.Linear(8, 1)
 
     def training_step(self, batch, batch_idx):
+        statistics = aadl.accelerator_of(self.optimizers()).statistics  # for your logger
+        self.log_dict({f"aadl/{key}": float(statistics[key]) for key in ("attempts", "accepted")})
         inputs, targets = batch
         return mse_loss(self.network(inputs), targets)
 
@@ -37,3 +39,4 @@ longer.fit(Regression(), loader, ckpt_path="last.ckpt")  # goes on where the fir
 accelerator = aadl.accelerator_of(longer.optimizers[0])
 print(accelerator)
 assert accelerator.statistics["steps"] == longer.global_step
+assert longer.logged_metrics["aadl/attempts"] > 0

@@ -27,8 +27,7 @@ OF_USERS = "experiments.pinn.experiment"
 def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
     """The experiment of a configuration, by its name and the raw settings of its problem.
 
-    Raises:
-        ValueError: there is none, or it needs a package that is not installed.
+    ValueError where there is none, or it needs a package that is not installed.
     """
     module = EXPERIMENTS.get(name)
     if module is None and str(problem.get("equation")).endswith(".py"):
@@ -48,18 +47,16 @@ def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
 
 
 def experiment_of(folder: Path) -> Experiment:
-    """The experiment of the records in `results/<experiment>/<scale>`, by one of them that can be read.
-
-    Raises:
-        OSError: none can be read.
-    """
+    """The experiment of the records in `results/<experiment>/<scale>`, by one that can be read; OSError for none."""
     run = first_run_of(folder) or read_runs(folder)[0]  # the second names what is wrong with them
     return find_experiment(run.config["experiment"], run.config["problem"])
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), note: configurations.Note | None = None
+) -> ExperimentConfig:
     """Reads and checks the configuration of any experiment, see `experiments.runs.config.load_config`."""
-    return configurations.load_config(path, find_experiment, overrides)
+    return configurations.load_config(path, find_experiment, overrides, note)
 
 
 def parse_config(

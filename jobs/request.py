@@ -84,7 +84,6 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the job."""
         return self.request.nodes * self.ranks_per_node
 
     @property
@@ -94,11 +93,7 @@ class Job:
 
 
 def read_request(options: Mapping[str, Any]) -> Request:
-    """Checks what needs no site.
-
-    Raises:
-        ValueError: a value that is not allowed; the message names the option.
-    """
+    """Checks what needs no site; ValueError names the option whose value is not allowed."""
     try:
         request: Request = read_settings(Request, {key: options[key] for key in Request.model_fields if key in options})
     except ValueError as error:
@@ -236,5 +231,4 @@ def _check_limits(site: Site, queue: str, nodes: int, seconds: int) -> None:
 
 
 def clock(seconds: int) -> str:
-    """A duration as 2:00:00."""
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -30,11 +30,7 @@ MARKERS = "osD^vPX"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submits a study, or collects its records.
-
-    Returns:
-        0; 2 after a mistake of the user, explained in one sentence on stderr.
-    """
+    """Submits a study, or collects its records; 2 after a mistake of the user, explained in one sentence on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["collect"]:
         parser = argparse.ArgumentParser(prog="python -m jobs.scaling collect", description="draw a study's records")
@@ -106,16 +102,7 @@ def folder_of(results: Path, mode: str, nodes: int) -> Path:
 def work_overrides(config: ExperimentConfig, mode: str, ranks: int, fewest_ranks: int) -> list[str]:
     """Returns the settings that keep the work constant: of all ranks in strong scaling, of each rank in weak scaling.
 
-    What the configuration says holds for the job with the fewest ranks.
-
-    Args:
-        config: the experiment.
-        mode: "strong" or "weak".
-        ranks: of the job.
-        fewest_ranks: of the smallest job of the study.
-
-    Raises:
-        ValueError: the work cannot be divided or multiplied so.
+    What the configuration says holds for the job with the fewest ranks. ValueError where the work cannot be multiplied.
     """
     factor, rest = divmod(ranks, fewest_ranks)
     if mode == "weak" and rest:
@@ -138,15 +125,10 @@ def work_overrides(config: ExperimentConfig, mode: str, ranks: int, fewest_ranks
 
 @dataclass(frozen=True)
 class Point:
-    """One number of ranks of one variant.
+    """One number of ranks of one variant, in "strong" or "weak" scaling.
 
-    Attributes:
-        variant: its name.
-        mode: "strong" or "weak".
-        ranks: world size.
-        rates: samples (images, rows, points) per second over all ranks, one for each seed.
-        steps_per_second: of the optimizer, median over the seeds.
-        unit: of the samples.
+    `rates` are samples (images, rows, points, as `unit` says) per second over all ranks, one for each seed; steps per
+    second of the optimizer are a median over the seeds.
     """
 
     variant: str
@@ -158,7 +140,6 @@ class Point:
 
     @property
     def rate(self) -> float:
-        """Samples per second, median over the seeds."""
         return statistics.median(self.rates)
 
 
@@ -174,11 +155,7 @@ def samples_per_step(run: Run) -> tuple[int, str]:
 
 
 def steps_per_second(run: Run) -> float:
-    """Optimizer steps per second of training; the first interval, which warms up, is left out where there are more.
-
-    Raises:
-        ValueError: the record has no time.
-    """
+    """Optimizer steps per second of training; the first interval, which warms up, is left out where there are more."""
     seconds, places = run.series["timing/training_seconds"], run.places
     first = 1 if len(places) > 2 else 0
     spent = float(seconds[-1] - seconds[first])
@@ -189,12 +166,7 @@ def steps_per_second(run: Run) -> float:
 
 
 def read_points(results: Path) -> list[Point]:
-    """The finished runs of a study, by mode, variant and ranks.
-
-    Raises:
-        OSError: there are none, or one cannot be read.
-        ValueError: a record has no time.
-    """
+    """The finished runs of a study, by mode, variant and ranks; OSError where there are none."""
     groups: dict[tuple[str, str, int], list[Run]] = {}
     for mode in MODES:
         for path in sorted((results / "scaling" / mode).glob("nodes-*/*/*/*/seed-*.h5")):
@@ -235,7 +207,6 @@ def _figures(value: float) -> str:
 
 
 def table(points: Sequence[Point]) -> str:
-    """A table in Markdown: one row a mode, variant and number of ranks."""
     lines = [
         "| scaling | variant | ranks | samples/s | steps/s | speed-up | efficiency |",
         "|---|---|--:|--:|--:|--:|--:|",

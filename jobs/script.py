@@ -50,13 +50,7 @@ def _fields(job: Job) -> dict[str, object]:
 
 
 def render(job: Job, path: Path, command: Sequence[str]) -> str:
-    """The script of a job.
-
-    Args:
-        job: a checked job.
-        path: where the script will be kept.
-        command: the command line that asked for it.
-    """
+    """The script of a job, which will be kept at `path`; `command` is the command line that asked for it."""
     site = job.site
     template = {"slurm": "slurm.sh", "lsf": "lsf.sh", "none": "workstation.sh"}[site.scheduler]
     index = {"slurm": "SLURM_ARRAY_TASK_ID", "lsf": "LSB_JOBINDEX - 1", "none": ""}[site.scheduler]
@@ -149,7 +143,6 @@ def _variables(job: Job) -> dict[str, str]:
 
 
 def _setup(job: Job) -> str:
-    """Shell lines that make the environment of the ranks."""
     lines = list(job.site.setup)
     if job.site.modules:
         lines.append(f"module load {' '.join(map(_quoted, job.site.modules))}")
@@ -185,7 +178,6 @@ def _stage(job: Job) -> str:
 
 
 def _launch(job: Job) -> str:
-    """The command that starts the ranks."""
     python = _quoted(job.python)
     if job.request.stage_environment is not None and job.site.node_local is not None:
         python = f'"{job.site.node_local.path}/environment/bin/python"'

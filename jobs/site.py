@@ -65,13 +65,9 @@ LocalPath = Annotated[
 
 
 class Verified(Settings):
-    """Where job scripts for the site ran, and when.
+    """Where job scripts for the site ran, and on which day; `date` is None where none did.
 
-    Attributes:
-        by: what ran them.
-        date: the day on which they ran; None where none did.
-        guides: the day on which the file was last compared with the guides among its sources.
-        note: what was run.
+    `guides` is the day on which the file was last compared with the guides among its sources.
     """
 
     by: Literal["real machine", "local Slurm", "fake LSF", "this machine", "never"]
@@ -107,12 +103,9 @@ def _ascends(limits: tuple[Limit, ...]) -> bool:
 
 
 class Queue(Settings):
-    """A queue.
+    """A queue, with the directives that name it, and its limits by ascending number of nodes; () for no known limit.
 
-    Attributes:
-        directives: that name it.
-        limits: by ascending number of nodes; () for no known limit.
-        repeats: whether the site allows several jobs for the same work: chains, arrays, studies and requeued jobs.
+    It `repeats` where the site allows several jobs for the same work: chains, arrays, studies and requeued jobs.
     """
 
     directives: Items[Line]

@@ -19,11 +19,9 @@ from jobs.site import Site, read_site, site_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submits one experiment.
+    """Submits one experiment; 2 after a mistake of the user, explained in one sentence on stderr.
 
-    Returns:
-        0; 2 after a mistake of the user, explained in one sentence on stderr; on a site without a batch system, the
-        exit code of the job.
+    On a site without a batch system, the exit code is that of the job.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(given)
@@ -31,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m jobs.submit`."""
     parser = argparse.ArgumentParser(prog="python -m jobs.submit", description=__doc__)
     add_job_options(parser)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
@@ -93,12 +90,7 @@ def _submit(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def checked_job(site: Site, request: Request) -> Job:
-    """The job of a request, after its configuration was read and checked as the job itself will do.
-
-    Raises:
-        ValueError: the configuration or the request is wrong.
-        OSError: the configuration cannot be read.
-    """
+    """The job of a request, after its configuration was read and checked as the job itself will do."""
     from experiments.catalog import load_config  # here, because they import torch
     from experiments.runs.runs_to_make import single_process_variants
 
@@ -111,12 +103,7 @@ def checked_job(site: Site, request: Request) -> Job:
 
 
 def drawn_job(site: Site, request: Request) -> Job:
-    """The job of a request for a dry run: of the configuration, only the names are read, so that torch is not imported.
-
-    Raises:
-        ValueError: the request is wrong, or the configuration is not valid YAML.
-        OSError: the configuration cannot be read.
-    """
+    """The job of a request for a dry run: only names of the configuration are read, without torch."""
     names = read_yaml(request.config)
     for override in request.set:
         key, _, text = override.partition("=")
@@ -157,15 +144,7 @@ def _warn_of_options(environment: Mapping[str, str]) -> None:
 
 
 def submit_script(site: Site, path: Path, after: str | None = None) -> str:
-    """Submits a script.
-
-    Args:
-        site: whose scheduler takes it.
-        path: the script.
-        after: the id of a job that must have ended before, None for none.
-
-    Returns:
-        The id of the job.
+    """Submits a script, after the end of another job if there is one; returns the id of the job.
 
     Raises:
         ValueError: a variable is set that the site does not bear.

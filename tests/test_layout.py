@@ -229,6 +229,62 @@ def test_the_library_works_with_torch_alone(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+OF_OTHERS = {"_replace", "_fields", "_version", "_hooks"}  # of named tuples and of torch, whose tests read them
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_" and name not in OF_OTHERS
+
+
+def private_names(root):
+    """Names with one underscore that the product gives to functions, classes, attributes and variables of modules."""
+    for folder in (*ALLOWED, "benchmarks"):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                    yield node.name
+                elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    yield node.attr
+                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.id
+
+
+def private_uses(root):
+    """Uses of these names by tests: attributes of others than `self`, imports, and what `monkeypatch` is given."""
+    private = set(filter(is_private, private_names(root)))
+    for path in sorted((root / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = []
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+                names = node.value.split(".")
+            yield from (f"{path.relative_to(root).as_posix()}: {name}" for name in names if name in private)
+
+
+def test_tests_use_what_the_product_makes_public():
+    assert not list(private_uses(ROOT))
+
+
+def test_a_use_of_something_private_is_found(tmp_path):
+    (tmp_path / "aadl").mkdir()
+    (tmp_path / "aadl" / "a.py").write_text("_lid = 3\nclass A:\n    def __init__(self):\n        self._nut = 0\n")
+    (tmp_path / "tests").mkdir()
+    uses = ["from aadl.a import _lid", "a.A()._nut", "monkeypatch.setattr(a.A, '_nut', 1)", "'aadl.a._lid'"]
+    fine = ["self._nut", "a.__name__", "torch._foreach_copy_", "_own = 'no _nut here'", "from aadl.a import A"]
+    (tmp_path / "tests" / "test_a.py").write_text("\n".join(uses + fine))
+    found = ["_lid", "_nut", "_nut", "_lid"]
+    assert sorted(private_uses(tmp_path)) == sorted(f"tests/test_a.py: {name}" for name in found)
+
+
+def test_files_of_tests_are_short():
+    """Longer ones guard several things, and are divided by them."""
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {str(path): length for path, length in lengths.items() if length > 500}
+
+
 def documents():
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

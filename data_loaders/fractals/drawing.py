@@ -236,14 +236,7 @@ def draw(seed: int, class_index: int, instance: int, size: int, variation: Varia
         instance: in [0, 2^32 - 2].
         size: pixels, in [8, 2048].
         variation: between the instances of a class.
-
-    Raises:
-        ValueError: an argument outside its range.
     """
-    check_integer("seed", seed, 0, (1 << 63) - 1)
-    check_integer("class_index", class_index, 0, (1 << 31) - 1)
-    check_integer("instance", instance, 0, (1 << 32) - 2)
-    check_integer("size", size, *SIZES)
     random = random_generator(seed, class_index, instance + 1)
     points = attractor(perturbed(class_system(seed, class_index), random, variation), num_points(size))
     if random.uniform() < 0.5:
@@ -293,7 +286,6 @@ def _waves(size: int, random: RandomState, wave: float) -> NDArray[np.float64]:
 
 
 def _sum(rows: NDArray[np.float64], columns: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(3, size, size)."""
     return rows.astype(np.float32)[:, :, None] + columns.astype(np.float32)[:, None, :]
 
 

@@ -38,16 +38,8 @@ IMAGES_PER_SHARD = 1000  # a shard is what a worker makes at a time
 class Settings:
     """What the files of a set depend on; as JSON beside them.
 
-    Attributes:
-        num_classes, images_per_class, validation_per_class: at least 1.
-        size: pixels of a side, in [8, 2048].
-        seed: in [0, 2^63).
-        quality: of the JPEG files, in [1, 100].
-        variation: how far the images of a class are apart, in (0, 2]; 1 is the usual, see `drawing.Variation`.
-        version: of the pictures.
-
-    Raises:
-        ValueError: a value outside its range.
+    The size is the pixels of a side, the quality that of the JPEG files. The variation says how far the images of a
+    class are apart; 1 is the usual, see `drawing.Variation`. ValueError for a value outside its range.
     """
 
     num_classes: int
@@ -71,7 +63,6 @@ class Settings:
             raise ValueError(f"variation must be a number in ({low:g}, {high:g}], got {self.variation}")
 
     def count(self, split: str) -> int:
-        """Images of a class in "train" or "validation"."""
         return self.images_per_class if split == "train" else self.validation_per_class
 
 
@@ -108,18 +99,15 @@ class FractalImages:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        """The JPEG file."""
         number, class_index = divmod(index, self.settings.num_classes)
         return encode(self.settings, self.split, class_index, number)
 
     def name(self, index: int) -> str:
-        """As "fractal_0001/fractal_0001_00004.JPEG"."""
         number, class_index = divmod(index, self.settings.num_classes)
         name = self.class_names[class_index]
         return f"{name}/{name}_{number:05d}.JPEG"
 
     def at(self, root: Path) -> FractalImages:
-        """The same set: it has no folder."""
         return self
 
 
@@ -137,9 +125,6 @@ def ensure(
         num_workers: processes, one a core by default; a script that calls this with several needs the line
             `if __name__ == "__main__":`.
         progress: whether to show a bar on a terminal.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: a value outside its range, or `target` holds something else.

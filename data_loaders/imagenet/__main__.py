@@ -54,7 +54,6 @@ def _info_command(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m data_loaders.imagenet", description="Pack ImageNet, or any set in its layout, into HDF5 shards."
     )

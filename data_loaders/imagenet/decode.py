@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, to_rgb
+from data_loaders.imagenet.pictures import ImageError, open_image, orientation, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: packing and reading start faster without torch
@@ -38,13 +38,10 @@ class Decoding:
     Attributes:
         size: side of the square crop, in pixels.
         resize: length of the short side before the central crop at evaluation, in pixels, at least `size`.
-        decoder: "pillow", or "torchvision" where it imports.
+        decoder: one of `DECODERS`; torchvision need not be installed.
         on_corrupt: what an unreadable image does: "skip" it, count it and go on, or "stop".
         smallest_crop: least area of a random crop, as a share of the image's, in (0, 1].
         exif_orientation: whether images are turned as their EXIF orientation says.
-
-    Raises:
-        ValueError: a value outside its range.
     """
 
     size: int
@@ -53,18 +50,6 @@ class Decoding:
     on_corrupt: str = "skip"
     smallest_crop: float = SMALLEST
     exif_orientation: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {self.size}")
-        if self.resize < self.size:
-            raise ValueError(f"resize must be at least size, {self.size} pixels, got {self.resize}")
-        if self.decoder not in DECODERS:
-            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {self.decoder!r}")
-        if self.on_corrupt not in POLICIES:
-            raise ValueError(f"on_corrupt must be skip or stop, got {self.on_corrupt!r}")
-        if not 0 < self.smallest_crop <= 1:
-            raise ValueError(f"smallest_crop must be a share in (0, 1], got {self.smallest_crop}")
 
 
 @dataclass(frozen=True)
@@ -89,13 +74,8 @@ def random_crop(width: int, height: int, numbers: list[float], smallest: float =
     """Crop of a random area and aspect at a random place, mirrored in half of the cases.
 
     Area uniform in `smallest` to 1 of the image's, aspect log-uniform in 3/4 to 4/3; if ten attempts do not fit, the
-    largest central crop with an aspect in that range (Szegedy et al. 2015; torchvision's RandomResizedCrop).
-
-    Args:
-        width: of the image, in pixels, >= 1.
-        height: of the image, in pixels, >= 1.
-        numbers: NUM_UNIFORM of them, in [0, 1).
-        smallest: least area, as a share of the image's, in (0, 1].
+    largest central crop with an aspect in that range (Szegedy et al. 2015; torchvision's RandomResizedCrop). There are
+    NUM_UNIFORM numbers in [0, 1).
     """
     x, y, flip = numbers[-3], numbers[-2], numbers[-1] < 0.5
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
@@ -111,10 +91,9 @@ def random_crop(width: int, height: int, numbers: list[float], smallest: float =
 
 
 def central_place(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
-    """Size of an image whose short side was resized to `resize` pixels, and left and top of its central square.
+    """Width and height of an image whose short side was resized, and left and top of its central square, in pixels.
 
-    Returns:
-        Width, height, left, top, in pixels, rounded as torchvision's Resize and CenterCrop do.
+    Rounded as torchvision's Resize and CenterCrop do.
     """
     short = min(width, height)
     new_width, new_height = int(resize * width / short), int(resize * height / short)
@@ -136,14 +115,8 @@ class Decoder:
 
     Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). What an image
     shows is decided by `data_loaders.imagenet.pictures`; another decoder than Pillow reads only RGB and gray images
-    without transparency. Draft decoding is not used because it changes pixels.
-
-    Attributes:
-        decoding: what was asked for.
-        num_fallbacks: RGB and gray images that Pillow read because the chosen decoder refused them.
-
-    Raises:
-        ValueError: the decoder does not import.
+    without transparency, and `num_fallbacks` counts those that it refused. Draft decoding is not used because it
+    changes pixels. ValueError where the decoder does not import.
     """
 
     def __init__(self, decoding: Decoding) -> None:
@@ -154,14 +127,9 @@ class Decoder:
             self._first = _WithTorchvision(decoding)
 
     def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
-        """The square, (size, size, 3).
+        """The square, (size, size, 3): a random crop by its numbers, see `random_crop`, or the central one for None.
 
-        Args:
-            data: the encoded image.
-            numbers: for a random crop, see `random_crop`; None for the central one.
-
-        Raises:
-            ImageError: the image cannot be read, or is too large to be one (Image.MAX_IMAGE_PIXELS).
+        ImageError where the image cannot be read, or is too large to be one (Image.MAX_IMAGE_PIXELS).
         """
         image = open_image(data)
         refused = False

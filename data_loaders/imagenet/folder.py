@@ -25,8 +25,7 @@ class Images(Protocol):
         labels: (n,), numbers of classes.
         class_names: in the order of the labels.
         digest: short hash that tells whether two sets are the same.
-        source: where the images come from, for records.
-        folder: where they are.
+        source, folder: where the images come from, for records, and where they are.
     """
 
     folder: Path
@@ -52,11 +51,7 @@ class FolderImages:
 
     Training: `<root>/train/<class>/<image>`. Validation: `<root>/val` or `<root>/validation`, with a folder a class, or
     flat with a list of labels (see `data_loaders.imagenet.labels`). Files of other suffixes and hidden ones do not
-    count.
-
-    Attributes:
-        labels, class_names: the classes are the names of the folders, sorted.
-        digest: of class names, names and labels. Sizes are not looked up: that is a call to the file system each.
+    count. The digest is one of class names, names and labels, because each size would be a call to the file system.
 
     Raises:
         FileNotFoundError: the folder or the list of a flat one is missing.
@@ -66,7 +61,8 @@ class FolderImages:
     def __init__(self, root: str | os.PathLike[str], split: str) -> None:
         self.source = "folder"
         self.folder = split_folder(Path(root), split)
-        found = _scan(self.folder)
+        names = _class_folders(self.folder)
+        found = {name: [f"{name}/{image}" for image in _images_in(self.folder / name)] for name in names}
         if split == "validation" and not any(found.values()):
             flat = _images_in(self.folder)
             if flat:
@@ -75,7 +71,7 @@ class FolderImages:
         elif not found:
             raise ValueError(f"{self.folder} has no folder of a class")
         if not any(found.values()):
-            raise ValueError(f"{self.folder} holds no image ({', '.join(SUFFIXES)})")
+            raise ValueError(f"{self.folder} holds no image ({', '.join(SUFFIXES)}){_deeper(self.folder)}")
         self.class_names = tuple(sorted(found))
         counts = [len(found[name]) for name in self.class_names]
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -90,7 +86,6 @@ class FolderImages:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        """The encoded image; raises OSError."""
         descriptor = os.open(self._folder + self._names[index], os.O_RDONLY | os.O_CLOEXEC)
         try:
             return _read_all(descriptor)
@@ -98,11 +93,9 @@ class FolderImages:
             os.close(descriptor)
 
     def name(self, index: int) -> str:
-        """Path of an image below the folder of its split."""
         return self._names[index]
 
     def at(self, root: Path) -> FolderImages:
-        """The same set in a copy of its root."""
         moved = copy.copy(self)
         moved.folder = root / self.folder.name
         moved._folder = os.fspath(moved.folder) + os.sep
@@ -111,8 +104,6 @@ class FolderImages:
 
 def split_folder(root: Path, split: str) -> Path:
     """`<root>/train`, `<root>/val` or `<root>/validation`; raises FileNotFoundError, or ValueError where both exist."""
-    if split not in FOLDERS:
-        raise ValueError(f"split must be train or validation, got {split!r}")
     found = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(FOLDERS[split])}")
@@ -133,9 +124,14 @@ def _read_all(descriptor: int) -> bytes:
     return b"".join(parts)
 
 
-def _scan(folder: Path) -> dict[str, list[str]]:
-    """Returns the images below each folder of a class, as paths from `folder`."""
-    return {name: [f"{name}/{image}" for image in _images_in(folder / name)] for name in _class_folders(folder)}
+def _deeper(folder: Path) -> str:
+    """Where images lie that are looked for in the folders of classes; nothing if there are none."""
+    for name in _class_folders(folder):
+        for below in _class_folders(folder / name):
+            if _images_in(folder / name / below):
+                place = f"{folder.name}/{name}/{below}"
+                return f": the images in {place} lie one folder too deep, they belong into {folder.name}/{name}"
+    return ""
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -19,14 +19,11 @@ from data_loaders.imagenet.pictures import ImageError
 from data_loaders.imagenet.reading import Answer, Key, Reader
 from data_loaders.imagenet.sampling import (
     STATISTICS_EPOCH,
-    check_divisible,
     epoch_order,
     rank_indices,
     shard_bounds,
 )
 from data_loaders.workers import check_temporary_folder, follow_parent, signals_held_back
-
-START_METHODS = ("fork", "spawn", "forkserver")
 
 log = logging.getLogger("data_loaders")
 Self = TypeVar("Self", bound="_Loader")
@@ -82,14 +79,6 @@ class _Loader:
         seed: int,
         augment: bool,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in 0 to {world_size - 1}, got {rank}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        if start_method not in START_METHODS:
-            raise ValueError(f"start_method must be one of {', '.join(START_METHODS)}, got {start_method!r}")
-        if not len(images):
-            raise ValueError("the set has no image")
         check_decoder(decoding.decoder)
         self.images, self.decoding = images, decoding
         self.rank, self.world_size = rank, world_size
@@ -182,8 +171,7 @@ class TrainLoader(_Loader):
         decoding: size of the crop, decoder, what an unreadable image does.
         batch_size: images of all ranks together; a multiple of `world_size`.
         seed: of orders and augmentation.
-        rank: of this process.
-        world_size: number of ranks.
+        rank, world_size: of this process, and the number of ranks.
         num_workers: processes that decode; 0 for this one.
         start_method: of the workers: "fork", "spawn" or "forkserver". A forkserver that starts here leaves SIGTERM
             blocked in all processes of the program that come from it later: those it terminates must be of "spawn".
@@ -193,10 +181,9 @@ class TrainLoader(_Loader):
     Attributes:
         steps_per_epoch: full global batches.
         num_left_out: images that an epoch leaves out, other ones in each: the remainder of the last batch.
-        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
 
     Raises:
-        ValueError: an argument outside its range, a decoder that does not import, fewer images than a batch.
+        ValueError: a decoder that does not import, fewer images than a batch.
     """
 
     def __init__(
@@ -214,25 +201,16 @@ class TrainLoader(_Loader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, seed, augment)
-        check_divisible(batch_size, world_size)
         if len(images) < batch_size:
             raise ValueError(f"batch_size {batch_size} is larger than the set, which has {len(images)} images")
         self.batch_size, self.seed = batch_size, seed
         self.steps_per_epoch, self.num_left_out = divmod(len(images), batch_size)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (batch_size / world_size, 3, size, size) and labels of this rank, from step `first` on.
+        """Images (batch_size / world_size, 3, size, size) and labels of this rank in an epoch, from step `first` on.
 
-        Args:
-            epoch: any number; each has its own order and crops.
-            first: 0 to `steps_per_epoch`; nothing before it is read.
-
-        Raises:
-            ValueError: `first` outside its range.
-            ImageError: an unreadable image where decoding.on_corrupt is "stop", or too many in a row.
+        Nothing before it is read. ImageError for an unreadable image under "stop", or too many in a row.
         """
-        if not 0 <= first <= self.steps_per_epoch:
-            raise ValueError(f"first must be in 0 to {self.steps_per_epoch}, got {first}")
         order = epoch_order(self.seed, epoch, len(self.images))
         place = (self.batch_size, self.rank, self.world_size)
         steps = range(first, self.steps_per_epoch)
@@ -240,23 +218,11 @@ class TrainLoader(_Loader):
         return ((answer.images, answer.labels) for answer in self._answers(keys, len(steps)))
 
     def statistics_batches(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """Training images to recompute statistics on: always the same ones, with the same crops.
+        """`count` training images to recompute statistics on: always the same ones, with the same crops.
 
         They are cut into the same batches for any number of ranks; batch b goes to rank b modulo world_size. The last
         batch may be smaller, and ranks may get different numbers of batches.
-
-        Args:
-            count: 1 to the size of the set.
-            batch_size: >= 1, of one batch.
-
-        Raises:
-            ValueError: an argument outside its range.
-            ImageError: as `batches`.
         """
-        if not 1 <= count <= len(self.images):
-            raise ValueError(f"count must be in 1 to {len(self.images)}, the size of the set, got {count}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         chosen = epoch_order(self.seed, STATISTICS_EPOCH, len(self.images))[:count]
         starts = range(self.rank * batch_size, count, self.world_size * batch_size)
         keys = (Key(STATISTICS_EPOCH, chosen[start : start + batch_size]) for start in starts)
@@ -268,11 +234,7 @@ class EvaluationLoader(_Loader):
 
     Short side resized, central crop. An image that cannot be read is left out and counted: over all ranks, images
     returned and `num_unreadable` add up to the size of the set. Args as `TrainLoader`, but for `batch_size`, which
-    counts the images of this rank.
-
-    Attributes:
-        num_images: of this rank.
-        unreadable, num_unreadable, num_fallbacks: see `_Loader`.
+    counts the images of this rank, of which there are `num_images`.
     """
 
     def __init__(
@@ -288,8 +250,6 @@ class EvaluationLoader(_Loader):
         pin_memory: bool = False,
     ) -> None:
         super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, 0, False)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self._bounds = shard_bounds(len(images), rank, world_size)
         self.num_images = self._bounds[1] - self._bounds[0]
@@ -297,8 +257,7 @@ class EvaluationLoader(_Loader):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (b, 3, size, size) and labels, b at most batch_size and at least 1.
 
-        Raises:
-            ImageError: an unreadable image where decoding.on_corrupt is "stop", or no readable one in the whole set.
+        ImageError for an unreadable image under "stop", or no readable one in the whole set.
         """
         start, stop = self._bounds
         indices = np.arange(start, stop, dtype=np.int64)

@@ -69,7 +69,6 @@ class PackedImages:
         self.num_bytes = int(self._size.sum())
         self.digest = digest_of(self._crc32, self.labels, self.class_names)
         self._open: dict[int, int] = {}
-        self._pid = os.getpid()
         self._names: dict[int, PackedNames] = {}
 
     def __len__(self) -> int:
@@ -79,15 +78,8 @@ class PackedImages:
         return int(self._first.searchsorted(index, side="right")) - 1
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            ImageError: it is not what was packed.
-            OSError: the shard cannot be read.
-        """
+        """The encoded image; ImageError where it is not what was packed, OSError where the shard cannot be read."""
         shard = self._shard_of(index)
-        if self._pid != os.getpid():  # forked: what the parent opened stays the parent's
-            self._open, self._pid = {}, os.getpid()
         descriptor = self._open.get(shard)
         if descriptor is None:
             descriptor = self._open[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
@@ -100,7 +92,6 @@ class PackedImages:
         return data
 
     def name(self, index: int) -> str:
-        """Name of an image, as "n01440764/n01440764_10026.JPEG"."""
         shard = self._shard_of(index)
         number = index - int(self._first[shard])
         if shard not in self._names:
@@ -111,16 +102,14 @@ class PackedImages:
         return self._names[shard][number]
 
     def at(self, root: Path) -> PackedImages:
-        """The same set in a copy of its folder."""
         moved = copy.copy(self)  # with no shard open, see __getstate__
         moved.folder, moved.paths = root, tuple(root / path.name for path in self.paths)
         return moved
 
     def close(self) -> None:
         """Closes the shards; reading opens them again."""
-        if self._pid == os.getpid():
-            for descriptor in self._open.values():
-                os.close(descriptor)
+        for descriptor in self._open.values():
+            os.close(descriptor)
         self._open = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,11 +124,7 @@ class PackedImages:
 
 
 def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
-    """Every damage of a packed set, one sentence each with shard, index and name; none for a sound set.
-
-    Raises:
-        FileNotFoundError: the folder holds no packed set.
-    """
+    """Every damage of a packed set, one sentence each with shard, index and name; none for a sound set."""
     damages: list[str] = []
     for split in packed_splits(folder):
         try:
@@ -169,9 +154,7 @@ def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
 def damaged_images(shard: Shard, first: int | None = None) -> list[str]:
     """Images of a shard whose bytes are not those that were packed, and names that are not.
 
-    Args:
-        shard: its header.
-        first: index of its first image in the set, None where that is unknown.
+    `first` is the index of its first image in the set, None where that is unknown.
     """
     damages = []
     try:
@@ -192,12 +175,7 @@ def damaged_images(shard: Shard, first: int | None = None) -> list[str]:
 
 
 def info(folder: str | os.PathLike[str]) -> str:
-    """What a packed set holds, as text.
-
-    Raises:
-        FileNotFoundError: the folder holds no packed set.
-        ValueError: it is damaged, or of another version.
-    """
+    """What a packed set holds, as text."""
     lines = [f"{folder}: packed images, shard version {SHARD_VERSION}"]
     for split in packed_splits(folder):
         images = PackedImages(folder, split)

@@ -64,12 +64,8 @@ def to_rgb(image: Image.Image, upright: bool = False) -> Image.Image:
     - Floating-point numbers in [0, 1]: 0 is black and 1 is white.
     - Other floating-point numbers, signed integers and integers of 32 bits have no white, so they are unreadable.
 
-    Args:
-        image: from `open_image`.
-        upright: whether to turn the picture as its EXIF orientation says. Pillow turns TIFFs in any case.
-
-    Raises:
-        ImageError: the image has no picture, or its file is truncated or damaged.
+    An `upright` picture is turned as its EXIF orientation says; Pillow turns TIFFs in any case. ImageError where the
+    image has no picture, or its file is truncated or damaged.
     """
     try:
         image.load()

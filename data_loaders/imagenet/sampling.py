@@ -17,16 +17,11 @@ _ORDER, _AUGMENTATION = 1, 2  # separate streams
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
-    """A random permutation of the images, the same on every rank.
+    """A random permutation of the images, the same on every rank; seed and epoch count modulo 2^64.
 
     Global batch b of B images is order[b B : (b + 1) B], and rank r of W takes its entries r, r + W, ...
 
     The permutation sorts the images by one output of SplitMix64 each. They all differ, because the map is one to one.
-
-    Args:
-        seed: any integer; counts modulo 2^64.
-        epoch: any integer; counts modulo 2^64.
-        num_images: >= 0.
     """
     return np.argsort(_stream(seed, epoch, _ORDER, np.arange(num_images, dtype=np.uint64))).astype(np.int64)
 
@@ -34,29 +29,8 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> NDArray[np.int64]:
 def rank_indices(
     order: NDArray[np.int64], step: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> NDArray[np.int64]:
-    """What a rank reads at a step: entries rank, rank + W, ... of the global batch.
-
-    Args:
-        order: of the epoch, see `epoch_order`.
-        step: from 0.
-        batch_size: B, of all ranks together.
-        rank: 0 to W - 1.
-        world_size: W; B must be a multiple of it.
-
-    Raises:
-        ValueError: B is no multiple of W.
-    """
-    check_divisible(batch_size, world_size)
+    """What a rank reads at a step: entries rank, rank + W, ... of the global batch, see `epoch_order`."""
     return order[step * batch_size + rank : (step + 1) * batch_size : world_size]
-
-
-def check_divisible(batch_size: int, world_size: int) -> None:
-    """Raises ValueError unless every rank gets the same share of a global batch."""
-    if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
-            f"batch_size counts the images of all ranks and must be a multiple of their number, {world_size}, "
-            f"got {batch_size}"
-        )
 
 
 def shard_bounds(num_images: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -65,13 +39,7 @@ def shard_bounds(num_images: int, rank: int, world_size: int) -> tuple[int, int]
 
 
 def sample_seed(seed: int, epoch: int, index: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """64 random bits for the augmentation of each image, (n,), whoever reads it.
-
-    Args:
-        seed: any integer; counts modulo 2^64.
-        epoch: any integer; counts modulo 2^64.
-        index: of the images, (n,), >= 0.
-    """
+    """64 random bits for the augmentation of each image, (n,), whoever reads it; seed and epoch count modulo 2^64."""
     return _stream(seed, epoch, _AUGMENTATION, index.astype(np.uint64))
 
 

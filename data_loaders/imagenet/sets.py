@@ -15,16 +15,12 @@ from data_loaders.imagenet.shards import find_shards
 def open_images(root: str | os.PathLike[str], split: str) -> Images:
     """The images of a split, packed or in folders; packed ones are preferred.
 
-    Args:
-        root: folder that holds shards `<split>-00000-of-*.h5`, or `train/` and `val/` (or `validation/`).
-        split: "train" or "validation".
+    The root holds shards `<split>-00000-of-*.h5`, or `train/` and `val/` (or `validation/`).
 
     Raises:
         FileNotFoundError: there is neither form.
         ValueError: shards or folders are not as they should be; one sentence says how.
     """
-    if split not in FOLDERS:
-        raise ValueError(f"split must be train or validation, got {split!r}")
     folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"ImageNet: {root} {'is not a folder' if folder.exists() else 'does not exist'}")

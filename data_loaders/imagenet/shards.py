@@ -69,8 +69,6 @@ class Shard:
     """What is known of a shard without its images.
 
     Attributes:
-        path: its file.
-        split: "train" or "validation".
         shard, num_shards: its number, and how many there are.
         class_names: of the whole set.
         source: what the set was made from.
@@ -79,8 +77,7 @@ class Shard:
         names_crc32: checksum of the names.
         start: place of the first image in the file, in bytes.
         offsets: of each image from there, and of the end, (n + 1,).
-        labels: (n,).
-        crc32: (n,).
+        labels, crc32: (n,).
     """
 
     path: Path
@@ -106,8 +103,7 @@ def shard_path(folder: Path, split: str, shard: int, num_shards: int) -> Path:
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split, in order; none where the split is not packed here.
 
-    Raises:
-        ValueError: shards are missing, or belong to sets of different numbers of shards.
+    ValueError where shards are missing, or belong to sets of different numbers of shards.
     """
     pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})-of-(\d{{5,}})\.h5")
     found: dict[tuple[int, int], Path] = {}  # by (number of shards, number of the shard)
@@ -131,8 +127,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 def read_header(path: Path) -> Shard:
     """Everything but the images, checked for consistency.
 
-    Raises:
-        ValueError: the file is no shard, is incomplete, damaged, or of another version; one sentence names it.
+    ValueError, which names the file, where it is no shard, is incomplete, damaged, or of another version.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -148,7 +143,6 @@ def read_header(path: Path) -> Shard:
                 raise ValueError(f"{path} is incomplete: pack the images again")
             if _crc32_of_text(attributes) != int(attributes["text_crc32"]):
                 raise ValueError(f"{path} is damaged: its attributes have the wrong checksum")
-            data = file["data"]
             shard = Shard(
                 path,
                 str(attributes["split"]),
@@ -159,37 +153,21 @@ def read_header(path: Path) -> Shard:
                 str(attributes["pack_digest"]),
                 tuple(json.loads(attributes["left_out"])),
                 int(attributes["names_crc32"]),
-                data.id.get_offset() or 0,
+                file["data"].id.get_offset() or 0,
                 file["offsets"][:],
                 file["labels"][:],
                 file["crc32"][:],
             )
-            num_bytes, contiguous, table_crc32 = len(data), data.chunks is None, int(attributes["table_crc32"])
+            table_crc32 = int(attributes["table_crc32"])
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip("'\"").partition("\n")[0]
         raise ValueError(f"{path} cannot be read as a shard of packed images ({reason})") from None
-    problem = "its table of images has the wrong checksum"
-    if _crc32_of(shard.offsets, shard.labels, shard.crc32) == table_crc32:
-        problem = _inconsistency(shard, num_bytes, contiguous)
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
+    if _crc32_of(shard.offsets, shard.labels, shard.crc32) != table_crc32:
+        raise ValueError(f"{path} is damaged: its table of images has the wrong checksum")
+    size, end = path.stat().st_size, shard.start + int(shard.offsets[-1])
+    if size < end:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes where its images end at byte {end:,}")
     return shard
-
-
-def _inconsistency(shard: Shard, num_bytes: int, contiguous: bool) -> str:
-    offsets, labels = shard.offsets, shard.labels
-    size = shard.path.stat().st_size
-    if not contiguous:
-        return "its images are not contiguous"
-    if not len(offsets) == len(labels) + 1 == len(shard.crc32) + 1:
-        return f"it has {len(offsets)} offsets, {len(labels)} labels and {len(shard.crc32)} checksums"
-    if offsets[0] != 0 or offsets[-1] != num_bytes or bool((np.diff(offsets) < 0).any()):
-        return "its offsets do not divide its images"
-    if size < shard.start + num_bytes:
-        return f"it has {size:,} bytes where its images end at byte {shard.start + num_bytes:,}"
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(shard.class_names):
-        return f"it has labels outside its {len(shard.class_names)} classes"
-    return ""
 
 
 def read_names(shard: Shard) -> PackedNames:
@@ -252,13 +230,7 @@ def write_shard(
 
     The size of a contiguous dataset must be known when it is made, so the images are spooled first: memory stays small,
     and a full disk shows in an ordinary write. HDF5 itself brings the interpreter down when it runs out of space.
-
-    Args:
-        path: of the shard.
-        header: what it has in common with the others.
-        shard, num_shards: its number, and how many there are.
-        items: name, label and encoded image of each.
-        left_out: names of unreadable images; may grow while items are taken.
+    `left_out` may grow while items are taken.
 
     Raises:
         ValueError: a label outside the classes.

@@ -31,12 +31,6 @@ def read_data(path: str | None) -> tuple[GraduateAdmissions, str]:
 
 
 def describe(config: GraduateAdmissionsConfig) -> Description:
-    """The table, before any run.
-
-    Raises:
-        ValueError: the table is not as it must be.
-        OSError: the table's file cannot be read.
-    """
     data, digest = read_data(config.data_path)
     return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 
@@ -45,11 +39,8 @@ class AdmissionsProblem(Problem):
     """The mean squared error of a network on two sets that are in memory.
 
     Features are standardized by the mean and the deviation of the training set; the target stays as it is. A rank takes
-    every world_size-th row of a batch, so the mean of the ranks' gradients is the gradient of the whole batch.
-
-    Args:
-        run: its settings; its seed sets the initial weights and the order of the batches.
-        ranks: this process.
+    every world_size-th row of a batch, so the mean of the ranks' gradients is the gradient of the whole batch. The
+    run's seed sets the initial weights and the order of the batches.
 
     Raises:
         ValueError: the table is not as it must be, or a batch cannot be divided among the ranks.
@@ -92,7 +83,6 @@ class AdmissionsProblem(Problem):
             yield self._of_this_rank(rows)
 
     def _order(self, seed: int) -> Tensor:
-        """All rows of the training set in a random order."""
         features = self._train_set[0]
         return torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
 

@@ -23,7 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=parents, help=text, description=text)
 
     text = "list the experiments and their configurations; with NAME, the variants too; both with the state of results"
-    add_list_arguments(add("list", text, everywhere))
+    listing = add("list", text, everywhere)
+    listing.add_argument("name", nargs="?", metavar="NAME", help="an experiment, or a configuration of one")
     add_run_arguments(add("run", "make the runs of one configuration that are not finished yet", everywhere, running))
     text = "make all laptop configurations: runs, figures and tables; the variable ONLY stands for --only"
     add("reproduce", text, everywhere, running, several)
@@ -41,17 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder of results."""
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="folder (results)")
 
 
-def add_list_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `list`."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="an experiment, or a configuration of one")
-
-
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `run`."""
     text = "an experiment (its laptop configuration), a configuration as burgers_2d/paper, or a YAML file"
     parser.add_argument("config", metavar="CONFIG", help=text)
     text = "override a setting, repeatable; variants=NAME,NAME keeps these variants and leaves out the studies"
@@ -65,7 +59,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `export`."""
     parser.add_argument("--csv", metavar="FILE", help="a line for each group and metric; - prints it")
     parser.add_argument(
         "--latex", metavar="FILE", help="a table for each experiment, of the package booktabs; - prints it"
@@ -77,12 +70,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `doctor`."""
     add_results(parser)
     parser.add_argument(
         "--site", metavar="NAME", help="compare with jobs/sites/NAME.yaml, or a file that ends in .yaml"
     )
-    text = "fail below this bandwidth of all_reduce (no limit)"
-    parser.add_argument("--floor", type=float, metavar="GB/s", help=text)
     text = "until all ranks have met (60)"
     parser.add_argument("--start-seconds", type=float, default=60.0, metavar="S", help=text)

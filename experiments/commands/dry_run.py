@@ -24,12 +24,7 @@ MEANING = {
 
 
 def show(config: ExperimentConfig, options: argparse.Namespace) -> int:
-    """Prints a table of the runs and returns 0.
-
-    Raises:
-        ValueError: the data is not as it must be.
-        OSError: the data or a record cannot be read.
-    """
+    """Prints a table of the runs and returns 0; errors are those of `described_runs`."""
     ranks = ranks_from_environment(os.environ)
     world_size = config.num_ranks if ranks.launcher == "single process" else ranks.world_size
     if ranks.rank == 0:

@@ -15,9 +15,7 @@ from experiments.records.reading import Run, read_runs
 def main(options: argparse.Namespace) -> int:
     """Writes the files; returns 2 where some results cannot be read, else 0.
 
-    Raises:
-        ValueError: no format is asked for, there are no results, or a group or a metric is in none of them.
-        OSError: a file cannot be written.
+    ValueError where no format is asked for, there are no results, or a group or a metric is in none of them.
     """
     targets = {as_csv: options.csv, as_latex: options.latex}
     if not any(targets.values()):

@@ -25,12 +25,7 @@ Runs = list[tuple[str, int]]
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the tables; returns 0.
-
-    Raises:
-        ValueError: no experiment or configuration has this name, or a configuration is no valid YAML.
-        OSError: a file cannot be read.
-    """
+    """Prints the tables; returns 0. ValueError where no configuration has this name, or one is no valid YAML."""
     print("\n".join(_all(options.results) if options.name is None else _some(options.name, options.results)))
     return 0
 
@@ -42,7 +37,7 @@ def _all(results: Path) -> list[str]:
         raw = _outline(path)
         folder = results / str(raw["experiment"]) / str(raw["scale"])
         folders.add(folder)
-        runs = _runs_of(raw, path)
+        runs = runs_of(raw, path)
         minutes = f"{raw['expected_minutes']:g}" if raw.get("expected_minutes") else "-"
         rows.append((name, str(len(raw["variants"])), str(len(runs)), minutes, _state(runs, states_of_folder(folder))))
     lines = text_table(("configuration", "variants", "runs", "minutes", "results"), rows)
@@ -62,7 +57,7 @@ def _some(name: str, results: Path) -> list[str]:
     for key, path in (of_experiment or {name: first}).items():
         raw = _outline(path)
         states = states_of_folder(results / str(raw["experiment"]) / str(raw["scale"]))
-        runs = _runs_of(raw, path)
+        runs = runs_of(raw, path)
         rows = []
         for variant, settings in raw["variants"].items():
             own = [run for run in runs if run[0] == variant]
@@ -90,7 +85,7 @@ def _outline(path: Path) -> Mapping[str, Any]:
     return raw
 
 
-def _runs_of(raw: Mapping[str, Any], path: Path) -> Runs:
+def runs_of(raw: Mapping[str, Any], path: Path) -> Runs:
     """The runs that a configuration asks for, without a look at its settings."""
     try:
         seeds = read_settings(Seeds, raw.get("seeds"), "seeds")

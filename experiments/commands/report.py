@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data_loaders.files import write_text
+from data_loaders.files import takes_no_files, write_text
 from experiments.catalog import experiment_of
 from experiments.commands.showing import show_each
 from experiments.records.compare import find_folders
@@ -20,9 +20,7 @@ from experiments.records.report import html_page, section_of
 def main(options: argparse.Namespace) -> int:
     """Draws the figures, writes the file and prints its path; returns 2 where some results cannot be shown, else 0.
 
-    Raises:
-        ValueError: there are no results, or none can be shown.
-        OSError: the file cannot be written.
+    ValueError where there are no results, or none can be shown.
     """
     sections: list[str] = []
 
@@ -42,12 +40,12 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _write(output: Path | None, results: Path, page: str) -> Path:
-    """Writes the page, in the current folder where nobody named a file and that of the results takes none."""
+    """Writes the page, in the current folder where nobody named a file and that of the results is read-only."""
     path = output or results / "report.html"
     try:
         write_text(path, page)
     except OSError as error:
-        if output is not None:
+        if output is not None or not takes_no_files(error):
             raise
         path = Path("report.html")
         write_text(path, page)

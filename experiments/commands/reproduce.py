@@ -24,11 +24,6 @@ def main(options: argparse.Namespace) -> int:
 
     Returns:
         0; 2 where some results cannot be shown; 75 after a signal or a time limit.
-
-    Raises:
-        ValueError: no experiment has the name of `--only`, or a configuration is wrong.
-        OSError: a file cannot be read or written.
-        RuntimeError: a run failed.
     """
     only = options.only or os.environ.get("ONLY") or None
     paths = {path.parent.name: path for path in config_files().values() if path.stem == LAPTOP}
@@ -41,13 +36,14 @@ def main(options: argparse.Namespace) -> int:
 def _reproduce(chosen: list[tuple[Path, ExperimentConfig]], options: argparse.Namespace) -> int:
     configs = [config for _, config in chosen]
     ranks = ranks_from_environment(os.environ)
-    print("This will run:", file=sys.stderr)
-    for config in configs:
-        minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
-        print(
-            f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
-            file=sys.stderr,
-        )
+    if ranks.rank == 0:
+        print("This will run:", file=sys.stderr)
+        for config in configs:
+            minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
+            print(
+                f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
+                file=sys.stderr,
+            )
     start = time.perf_counter()
     for number, (path, config) in enumerate(chosen, 1):
         execute(path, config, ranks, options)

@@ -10,6 +10,7 @@ from experiments.commands import dry_run
 from experiments.commands.running import execute, resumable
 from experiments.distributed.ranks import ranks_from_environment
 from experiments.runs.complete_settings import complete_settings
+from experiments.runs.config import say
 from experiments.settings.config_files import find_config
 from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import to_yaml
@@ -20,17 +21,15 @@ def main(options: argparse.Namespace) -> int:
 
     Returns:
         0, or 75 after a signal or a time limit.
-
-    Raises:
-        ValueError: a setting is wrong, or no configuration has this name.
-        OSError: a file cannot be read or written.
-        RuntimeError: a run failed.
     """
     path = find_config(options.config)
-    config = load_config(path, options.set)
+    notes: list[str] = []
+    config = load_config(path, options.set, notes.append)
+    if not (options.dry_run or options.print_config):
+        return resumable(lambda: execute(path, config, ranks_from_environment(os.environ), options, notes))
+    for line in notes:
+        say(line)
     if options.dry_run:
         return dry_run.show(config, options)
-    if options.print_config:
-        print(to_yaml(complete_settings(config, *read_overridden(path, options.set))), end="")
-        return 0
-    return resumable(lambda: execute(path, config, ranks_from_environment(os.environ), options))
+    print(to_yaml(complete_settings(config, *read_overridden(path, options.set))), end="")
+    return 0

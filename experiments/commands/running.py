@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_loaders.workers import num_cores
@@ -15,6 +15,7 @@ from experiments.distributed.departure import Interrupted, end_on_failure
 from experiments.distributed.devices import with_device
 from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
 from experiments.distributed.ranks import Ranks
+from experiments.runs.config import say
 from experiments.runs.execute import execute_experiment
 from experiments.settings.run_config import ExperimentConfig
 
@@ -24,20 +25,27 @@ def resumable(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except Interrupted as error:
-        if int(os.environ.get("RANK") or 0) == 0:  # one of the ranks is enough, where they can be distinguished
+        if error.is_said_here:
             print(f"{error}: the same command goes on", file=sys.stderr)
         return EXIT_RESUME
 
 
-def execute(path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
-    """Makes the runs of a configuration; torchrun starts the ranks that it asks for, unless a launcher has done so."""
+def execute(
+    path: Path, config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace, notes: Sequence[str] = ()
+) -> None:
+    """Makes the runs of a configuration; torchrun starts the ranks that it asks for, unless a launcher has done so.
+
+    Rank 0 prints the notes.
+    """
     if config.num_ranks == 1 or ranks.launcher != "single process":
-        _execute_here(config, ranks, options)
+        for note in notes if ranks.rank == 0 else ():
+            say(note)
+        execute_here(config, ranks, options)
     else:
         _execute_by_torchrun(path, config, options)
 
 
-def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
+def execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """Makes the runs in this process and its like; a rank that fails ends the others."""
     interrupted: Interrupted | None = None
     # From now on a signal ends in exit code 75, also while the ranks meet and the data is read.
@@ -49,6 +57,7 @@ def _execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Name
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:
+        interrupted.is_said_here = ranks.rank == 0
         if ranks.rank == 0:
             write_stopped_file()
         raise interrupted

@@ -12,13 +12,7 @@ from experiments.records.compare import closed_folders
 def show_each(results: Path, folders: Iterable[Path], show: Callable[[Path, Callable[[str], None]], None]) -> int:
     """Shows each folder of results; one that cannot be shown, or a record in it, hides no other.
 
-    Args:
-        results: the folder of all results.
-        folders: `results/<experiment>/<scale>`.
-        show: shows one of them; the function it gets prints a line about what it leaves out.
-
-    Returns:
-        2 where a line on stderr says what was left out, else 0.
+    `show` gets a function that prints a line about what it leaves out. Returns 2 where something was left out, else 0.
     """
     left_out: list[str] = []
 

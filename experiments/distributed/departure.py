@@ -44,16 +44,10 @@ STORE_IS_GONE: dict[str, Any] = {"rank": 0, "host": "", "what": "it ended, and i
 
 @dataclass
 class Joined:
-    """The ranks that this process has met.
+    """The ranks that this process has met, in the store that rank 0 holds; `done` ends the thread that watches them.
 
-    Attributes:
-        ranks: this process.
-        store: of all ranks; rank 0 holds it.
-        patience_seconds: how long the ranks wait for each other in the control group, for instance while rank 0 writes
-            a checkpoint.
-        groups: number of process groups so far.
-        done: ends the watcher.
-        watcher: the thread that watches the other ranks.
+    In the control group the ranks wait for each other for `patience_seconds`, for instance while rank 0 writes a
+    checkpoint. `groups` counts the process groups so far.
     """
 
     ranks: Ranks
@@ -67,6 +61,9 @@ class Joined:
 class Interrupted(Exception):
     """The run stopped early on all ranks together and was saved; the message says where."""
 
+    is_said_here = True
+    """Whether this process tells the user: one of the ranks is enough."""
+
 
 class RanksDisagree(RuntimeError):
     """The ranks are at different steps or have taken different decisions, or one of them is gone."""
@@ -78,7 +75,6 @@ _control: dist.ProcessGroup | None = None
 
 
 def joined() -> Joined | None:
-    """Returns the ranks that this process has met, or None."""
     return _joined
 
 
@@ -92,11 +88,8 @@ def join(ranks: Ranks, store: Store, patience_seconds: float = PATIENCE_SECONDS)
 def control_group(ranks: Ranks) -> dist.ProcessGroup | None:
     """Returns the gloo group in which the main threads of all ranks decide; None for a single process.
 
-    There is one control group for each process group, however many runs use it, because every rank holds a connection
-    to every other rank. `start_process_group` creates it; where something else joined the ranks, the first call does.
-
-    Raises:
-        RuntimeError: there are several ranks but no process group yet.
+    There is one for each process group, however many runs use it, because every rank holds a connection to every other
+    rank. RuntimeError where several ranks have no process group yet.
     """
     global _control
     if not (dist.is_available() and dist.is_initialized()):
@@ -188,9 +181,8 @@ def _wait_for_all(met: Joined, name: str, seconds: float) -> None:
 def end_on_failure(ranks: Ranks) -> Iterator[None]:
     """Ends this process, and with it the job, if the body raises; a single process raises as usual.
 
-    The first rank to fail prints its traceback, or one sentence for a mistake of the user; every other rank prints one
-    line that names the first, whether it waits in a collective or not. The exit code is 2 after a mistake of the user,
-    130 after Ctrl-C, otherwise 1.
+    The first rank to fail prints its traceback, or one sentence for a mistake of the user; every other rank names the
+    first in one line. The exit code is 2 after a mistake of the user, 130 after Ctrl-C, otherwise 1.
     """
     try:
         yield
@@ -261,36 +253,21 @@ def _failure_of_another(met: Joined) -> dict[str, Any] | None:
 
 def _wait_for_cause(met: Joined, what: str) -> tuple[dict[str, Any] | None, str]:
     """Finds out why a connection was lost: the failure of another rank, or a text that names ranks that are silent."""
-    end = Deadline(CAUSE_SECONDS)
+    end, store = Deadline(CAUSE_SECONDS), met.store
+    others = [rank for rank in range(met.ranks.world_size) if rank != met.ranks.rank]
     try:
-        met.store.set(f"waiting {met.ranks.rank}", "")
-        before = _pulses(met)
+        store.set(f"waiting {met.ranks.rank}", "")
+        pulses = {rank: store.add(f"pulse {rank}", 0) for rank in others}
         while end.pause():
             if (first := _failure_of_another(met)) is not None:
                 return first, ""
-        if dead := _standing_still(met, before):
+        if dead := [rank for rank in others if store.add(f"pulse {rank}", 0) == pulses[rank]]:
             return None, f"rank {spans(dead)} was killed, or its host is gone ({what[:300]})"
-        if late := _not_waiting(met.store, met.ranks):
+        if late := [rank for rank in others if not store.check([f"waiting {rank}"])]:
             return None, f"rank {spans(late)} hangs, or is late for a collective ({what[:300]})"
         return None, ""
     except RuntimeError:
         return STORE_IS_GONE, ""
-
-
-def _pulses(met: Joined) -> list[int]:
-    return [met.store.add(f"pulse {rank}", 0) for rank in range(met.ranks.world_size)]
-
-
-def _standing_still(met: Joined, before: list[int]) -> list[int]:
-    """Ranks whose watcher has not counted since `before`; this rank is none of them."""
-    pairs = enumerate(zip(before, _pulses(met), strict=True))
-    return [rank for rank, (old, new) in pairs if old == new and rank != met.ranks.rank]
-
-
-def _not_waiting(store: Store, ranks: Ranks) -> list[int]:
-    if store.check([f"waiting {rank}" for rank in range(ranks.world_size)]):
-        return []
-    return [rank for rank in range(ranks.world_size) if not store.check([f"waiting {rank}"])]
 
 
 def _has_cause(error: BaseException | None, kind: type[BaseException]) -> bool:
@@ -340,9 +317,8 @@ def watch(met: Joined) -> None:
 def _watch(met: Joined, done: threading.Event) -> None:
     """Counts the pulse of this rank, and ends the process when another rank has failed or rank 0 is gone.
 
-    This works in the midst of a collective too. A process that was stopped, swapped out, left without a core, or long
-    within one call of a library keeps all others waiting, and none of them can see whom they wait for. The process
-    itself therefore prints that it stood still.
+    This works in the midst of a collective too. A process that was stopped, swapped out or left without a core keeps
+    all others waiting, and none of them can see whom they wait for, so it prints by itself that it stood still.
     """
     start = time.monotonic()
     while not done.wait(WATCH_SECONDS):

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from experiments.distributed.host import machine, namespace
 from experiments.distributed.mpi import mpi_is_in_use
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import host_of, spans
+from experiments.distributed.together import gather
 from experiments.settings.launch_settings import LaunchSettings
 
 VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -30,8 +30,8 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
     """Returns the ranks with the device of the configuration, and stops a job that has lost its GPUs.
 
     Raises:
-        ValueError: the job asked for GPUs, or the configuration does, and this process sees none; or the settings of
-            device and backend contradict each other.
+        ValueError: the job or the configuration asks for GPUs and this process sees none, or device and backend
+            contradict each other.
     """
     if settings.device == "cpu":
         if settings.backend == "nccl":
@@ -48,24 +48,17 @@ def with_device(ranks: Ranks, settings: LaunchSettings, env: Mapping[str, str] =
         names += [RESERVED_BY_LSF] if re.search(r"ngpus_\w+=[\d.]*[1-9]", env.get(RESERVED_BY_LSF, "")) else []
         why = f"{names[0]}={env[names[0]]} gives the job GPUs" if names else ""
     if why:
+        built = "GPUs" if torch.version.cuda or torch.version.hip else "CPUs alone"
         raise ValueError(
-            f"{why}, but rank {ranks.rank} on {host_of(ranks)} sees no GPU ({_build()}): ask for GPUs on the line that "
+            f"{why}, but rank {ranks.rank} on {host_of(ranks)} sees no GPU (torch {torch.__version__} is built for "
+            f"{built}): ask for GPUs on the line that "
             "starts the ranks, load a torch that is built for them, or set launch.device: cpu"
         )
     return replace(ranks, device=settings.device)
 
 
-def _build() -> str:
-    built = torch.version.cuda or torch.version.hip
-    return f"torch {torch.__version__} is built for {'GPUs' if built else 'CPUs alone'}"
-
-
 def device_of(ranks: Ranks) -> torch.device:
-    """Returns the only GPU that this process sees, or the GPU of its local rank, or the CPU.
-
-    Raises:
-        ValueError: there are fewer GPUs than ranks on this node.
-    """
+    """Returns the only GPU that this process sees, that of its local rank, or the CPU; ValueError for too few GPUs."""
     if ranks.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -88,17 +81,13 @@ def describe_device(ranks: Ranks) -> str:
     return f"device: {name}; world size: {ranks.world_size}"
 
 
-def safe_start_method(wish: str = "auto") -> str:
-    """Returns how the workers of data are to start; a forked copy of a process that uses MPI or a GPU may hang.
+def safe_start_method() -> str:
+    """Returns how the workers of data start: as is Python's choice, but not as a fork where MPI or a GPU is in use.
 
-    Args:
-        wish: "spawn" and "forkserver" are granted, "fork" only where neither MPI nor a GPU is in use, and "auto" is
-            Python's own choice there; otherwise both become "forkserver".
+    A forked copy of such a process may hang.
     """
     usual = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    method = usual if wish == "auto" else wish
-    in_use = mpi_is_in_use() or torch.cuda.is_available()
-    return "forkserver" if in_use and method == "fork" else method
+    return "forkserver" if usual == "fork" and (mpi_is_in_use() or torch.cuda.is_available()) else usual
 
 
 # --- what the roll call compares
@@ -115,8 +104,6 @@ def choose(ranks: Ranks, settings: LaunchSettings) -> tuple[str, torch.device, s
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         problem = problem or f"launch.backend is nccl, but {host_of(ranks)} has no GPU that this process sees"
-    if settings.debug and backend == "gloo":  # torch 2.13: a segmentation fault in the first pass of a model
-        problem = problem or "launch.debug needs launch.backend nccl: with gloo torch's checks of collectives crash"
     return backend, device, problem
 
 
@@ -176,8 +163,4 @@ def binding(ranks: Ranks) -> list[dict[str, Any]]:
         "device_id": _device_name(device),
         "interface": os.environ.get("NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME", ""),
     }
-    if ranks.world_size == 1:
-        return [own]
-    found: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(found, own)
-    return found
+    return gather(ranks, own)

@@ -14,9 +14,6 @@ def machine() -> str:
 
 
 def namespace(kind: str) -> str:
-    """Returns the Linux namespace of this process, as "pid" or "net"; "" where there are none.
-
-    Containers of one machine number their processes alike, and cannot meet at each other's loopback address.
-    """
+    """Returns the Linux namespace of this process, as "pid" or "net"; containers of one machine differ in it."""
     path = f"/proc/self/ns/{kind}"
     return os.readlink(path) if os.path.lexists(path) else ""

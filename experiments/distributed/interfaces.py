@@ -35,11 +35,7 @@ def interface_addresses() -> dict[str, tuple[str, ...]]:
 
 
 def check_interfaces(names: Sequence[str]) -> None:
-    """Refuses names of interfaces if this host has none of them.
-
-    Raises:
-        ValueError: the message lists the interfaces of this host.
-    """
+    """Raises ValueError, with the interfaces of this host, if it has none of these."""
     present = interface_addresses()
     if not any(name in present for name in names):
         raise ValueError(
@@ -53,11 +49,9 @@ def as_text(addresses: dict[str, tuple[str, ...]]) -> str:
 
 
 def own_addresses(interfaces: Sequence[str], *, one_host: bool) -> tuple[str, ...]:
-    """Returns addresses under which other ranks reach this host, the best first.
+    """Returns addresses under which other ranks reach this host, those of the named interfaces first.
 
-    Args:
-        interfaces: names of interfaces whose addresses come first, or none.
-        one_host: True if all ranks are on this host; then the loopback address is enough and needs no network.
+    Where all ranks are on `one_host` and no interface is named, the loopback address is enough and needs no network.
     """
     present = interface_addresses()
     if one_host and not interfaces:

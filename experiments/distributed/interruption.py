@@ -29,9 +29,11 @@ class Interruption:
     A second signal changes nothing. Python allows signal handlers in the main thread alone; in other threads only the
     time limit counts. Schedulers signal every process of a step, workers too: see `data_loaders.workers`.
 
-    Attributes:
-        margin_seconds: how long before the end of the job the run must stop; it may change at any time, for instance
-            when a checkpoint turns out to take long.
+    Args:
+        margin_seconds: how long before the end of the job the run must stop, >= 0; it may change at any time, for
+            instance when a checkpoint turns out to take long.
+        environment: AADL_END_TIME or SLURM_JOB_END_TIME is in seconds since the epoch; ValueError where it is not.
+        clock: returns seconds since the epoch.
     """
 
     def __init__(
@@ -41,17 +43,6 @@ class Interruption:
         environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """
-        Args:
-            margin_seconds: see above, >= 0.
-            environment: variables; AADL_END_TIME or SLURM_JOB_END_TIME is in seconds since the epoch.
-            clock: returns seconds since the epoch.
-
-        Raises:
-            ValueError: a time is not a number, or out of its range.
-        """
-        if not margin_seconds >= 0:
-            raise ValueError(f"margin_seconds must be >= 0, got {margin_seconds}")
         self.end_time = _end_time(environment)
         self.margin_seconds = margin_seconds
         self._clock = clock

@@ -14,33 +14,20 @@ from experiments.distributed.ranks import MPI_LAUNCHERS, Ranks
 from experiments.distributed.rendezvous import Announcement, host_of
 from experiments.settings.launch_settings import LaunchSettings
 
-_was_used = False
-
 
 def mpi_is_in_use() -> bool:
-    """Returns whether MPI was started in this process."""
-    return _was_used or "mpi4py.MPI" in sys.modules
+    return "mpi4py.MPI" in sys.modules
 
 
 def start_mpi() -> Any:
-    """Returns mpi4py's MPI, initialized.
-
-    Raises:
-        ImportError, RuntimeError: mpi4py, or the MPI library that it needs, is missing.
-    """
-    global _was_used
+    """Returns mpi4py's MPI, initialized; ImportError or RuntimeError where it, or its MPI library, is missing."""
     from mpi4py import MPI
 
-    _was_used = True
     return MPI
 
 
 def numbers_of_mpi() -> tuple[int, int, int, int]:
-    """Returns rank, world size, local rank and local size.
-
-    Raises:
-        ValueError: mpi4py cannot be used.
-    """
+    """Returns rank, world size, local rank and local size; ValueError where mpi4py cannot be used."""
     try:
         mpi = start_mpi()
     except (ImportError, RuntimeError) as error:
@@ -84,8 +71,7 @@ def mpi_for_rendezvous(ranks: Ranks, settings: LaunchSettings) -> Any:
 def broadcast(mpi: Any, announcement: Announcement | None, ranks: Ranks, deadline: Deadline) -> Announcement:
     """Sends the announcement of rank 0 to all, then leaves MPI, whose threads and signals nothing else needs.
 
-    Raises:
-        RuntimeError: the broadcast did not end in time.
+    RuntimeError where the broadcast does not end in time.
     """
     buffer = bytearray(4096)
     if announcement is not None:

@@ -37,11 +37,7 @@ def lsf_hosts(env: Mapping[str, str]) -> tuple[dict[str, int], bool]:
 
 
 def tasks_per_node(text: str, name: str) -> list[int]:
-    """Returns [4, 1, 1] from Slurm's "4,1(x2)".
-
-    Raises:
-        ValueError: the text is written in another way.
-    """
+    """Returns [4, 1, 1] from Slurm's "4,1(x2)"; ValueError for anything else."""
     counts: list[int] = []
     for part in text.split(",") if text else []:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part, re.ASCII)
@@ -53,11 +49,7 @@ def tasks_per_node(text: str, name: str) -> list[int]:
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """Returns the names in Slurm's compressed list of nodes, such as "r1n[01-02],gpu7" or "p[1-2]q[3-4]", in order.
-
-    Raises:
-        ValueError: the text is written in another way, or names more than a million nodes.
-    """
+    """Returns the names in Slurm's list of nodes, as "r1n[01-02],gpu7" or "p[1-2]q[3-4]"; ValueError for others."""
     nodes: list[str] = []
     for word in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         parts = [_expand_range(part, text) if part.startswith("[") else [part] for part in re.split(r"(\[.*?\])", word)]
@@ -88,11 +80,7 @@ def _expand_range(part: str, text: str) -> list[str]:
 
 
 def refuse_batch_shell(env: Mapping[str, str], command: Sequence[str], name: str) -> None:
-    """Refuses a job's own shell, where one process would run as if it were all tasks, and RANK is the same for all.
-
-    Raises:
-        ValueError: with the line to type instead.
-    """
+    """Raises ValueError, with the line to type, in a job's own shell, where one process would run as all tasks."""
     typed = shlex.join(command)
     where, line = "", ""
     if "SLURM_JOB_ID" in env and env.get("SLURM_STEP_ID", "4294967291") in SHELL_STEPS:

@@ -53,10 +53,8 @@ def ask_all(
         own: what this rank says, as JSON holds it.
         judge: called on rank 0 with what each rank has said, None for a rank that was not heard; returns the answer.
         deadline: how long rank 0 waits for the others, and these for rank 0.
-        patience_seconds: how much longer the others wait for the answer if rank 0 has come by then.
-
-    Returns:
-        The answer; None, on another rank than 0, if there was none in time.
+        patience_seconds: how much longer the others wait for the answer if rank 0 has come by then; they get None
+            where there is none in time.
     """
     answer_key = f"{name} answer"
     store.set(f"{name} {ranks.rank}", json.dumps(own))

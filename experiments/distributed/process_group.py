@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, set_debug_level_from_env  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from experiments.distributed import devices, interfaces, rendezvous
 from experiments.distributed.departure import Joined, control_group, join, joined, watch
@@ -31,11 +31,9 @@ OTHER_FILES = 512  # beside connections: libraries, data, workers
 def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, folder: Path | None = None) -> None:
     """Joins the ranks, by nccl on GPUs and by gloo on CPUs; a single rank needs no group and no network.
 
-    Every group of gloo, the control group among them, connects each rank with each other one.
-
     Args:
         ranks: this process.
-        settings: deadlines, interfaces and so on; the defaults if None.
+        settings: deadlines, interfaces and so on.
         folder: seen by all ranks, where rank 0 announces its address if the launcher has no channel of its own; the
             current one if None.
 
@@ -47,8 +45,8 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
     if ranks.world_size == 1:
         return
     settings = settings or LaunchSettings()
-    _export_settings(settings, folder)
-    _allow_many_files(ranks.world_size)
+    export_settings(folder)
+    allow_many_files(ranks.world_size)
     met = joined() or _meet(ranks, settings, folder or Path(), Deadline(settings.start_seconds))
     backend, device, _ = devices.choose(ranks, settings)
     if device.type == "cuda":
@@ -70,7 +68,7 @@ def _meet(ranks: Ranks, settings: LaunchSettings, folder: Path, deadline: Deadli
     """Meets the other ranks, once for all process groups of this process."""
     store, announced = _open_store(ranks, settings, folder, deadline)
     facts = devices.facts_of(ranks, settings)
-    facts["problem"] = facts["problem"] or _few_files(ranks)
+    facts["problem"] = facts["problem"] or few_files(ranks)
     try:
         several = rendezvous.roll_call(store, ranks, facts, lambda found: devices.judge(found, settings), deadline)
         _export_interface(ranks, settings, store, several)
@@ -139,19 +137,20 @@ def _host(ranks: Ranks, settings: LaunchSettings, wanted: str) -> tuple[Announce
 # --- variables and limits that the libraries read
 
 
-def _export_settings(settings: LaunchSettings, folder: Path | None) -> None:
-    """Sets what torch and NCCL read when the group starts, unless the user did."""
-    wanted = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}
-    if settings.flight_recorder:
-        wanted |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": str(settings.flight_recorder)}
-        if folder is not None:
-            wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")
-    if settings.debug:
-        wanted |= {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TORCH_NCCL_DESYNC_DEBUG": "1"}
-    for name, value in {**wanted, **settings.nccl}.items():
+def export_settings(folder: Path | None) -> None:
+    """Sets what torch and NCCL read when the group starts, unless the user did.
+
+    The last collectives are kept for the dump after a timeout.
+    """
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+    }
+    if folder is not None:
+        wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
-    if settings.debug:
-        set_debug_level_from_env()
 
 
 def _export_interface(ranks: Ranks, settings: LaunchSettings, store: Store, several_hosts: bool) -> None:
@@ -182,11 +181,11 @@ def _interface_between_hosts(ranks: Ranks, store: Store) -> str:
     return ""
 
 
-def _allow_many_files(world_size: int) -> None:
+def allow_many_files(world_size: int) -> None:
     """Raises the limit of open files, usually 1024, to what this rank may need.
 
-    Each group of gloo takes one connection per rank: the world, if it is gloo's, and the control group. Rank 0 holds
-    one more for each client of its store, and for a moment two.
+    Each group of gloo, the world's and the control group, takes one connection per rank. Rank 0 holds one more for each
+    client of its store, and for a moment two.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 5 * world_size + OTHER_FILES
@@ -195,7 +194,7 @@ def _allow_many_files(world_size: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-def _few_files(ranks: Ranks) -> str:
+def few_files(ranks: Ranks) -> str:
     """Returns what is wrong with the limit of open files, which the roll call hands to all ranks."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 3 * ranks.world_size + 64

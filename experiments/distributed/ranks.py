@@ -112,8 +112,7 @@ def ranks_from_environment(
             giving the number of ranks, or where AADL_LAUNCHER=mpi4py asks for it.
 
     Raises:
-        ValueError: a variable is missing, is no integer, or contradicts another one; or this is the batch shell of a
-            job with several tasks, and the message has the line to type.
+        ValueError: a variable is missing, is no integer, or contradicts another one; or this is a job's batch shell.
     """
     wanted = env.get("AADL_LAUNCHER", "")
     if wanted and wanted not in NAMES:

@@ -36,7 +36,7 @@ AGENT_KEY = "aadl rank 0"
 
 @dataclass(frozen=True)
 class Announcement:
-    """Where the store of rank 0 listens: addresses in order of preference, and a token that only this store knows.
+    """Where the store of rank 0 listens: addresses, the best first, and a token that only this store knows.
 
     There is no token where the launcher or the user gave the address.
     """
@@ -46,7 +46,6 @@ class Announcement:
     token: str | None = None
 
     def as_json(self) -> str:
-        """Returns the announcement as text."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -60,11 +59,7 @@ class Announcement:
 
 
 def announcement_path(folder: Path, ranks: Ranks) -> Path:
-    """Returns the file of this attempt, `.rendezvous-<job>.<step>.<restart>.json`.
-
-    Raises:
-        ValueError: nothing tells this job from another job that uses the same folder.
-    """
+    """Returns the file of this attempt, `.rendezvous-<job>.<step>.<restart>.json`; ValueError where jobs look alike."""
     job = ranks.job_id or ranks.step_id
     if not job and ranks.local_size == ranks.world_size:
         job = f"{socket.gethostname()}-{os.getppid()}"  # one host: the same mpiexec, or its proxy, is everyone's parent
@@ -78,11 +73,7 @@ def announcement_path(folder: Path, ranks: Ranks) -> Path:
 
 
 def write_announcement(path: Path, announcement: Announcement) -> None:
-    """Renames the announcement into place and deletes those of earlier attempts of the same step.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Renames the announcement into place and deletes those of earlier attempts of the same step."""
     write_text(path, announcement.as_json())
     attempt = re.compile(re.escape(path.name.rsplit(".", 2)[0]) + r"\.\d+\.json$")
     for other in path.parent.iterdir():
@@ -113,11 +104,7 @@ def read_board(board: Store) -> Announcement | None:
 
 
 def listen(port: int, *, loopback: bool = False) -> socket.socket:
-    """Returns a listening socket for IPv4 and IPv6; a free port if `port` is 0, this host alone with `loopback`.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """Returns a listening socket for IPv4 and IPv6, with `loopback` for this host alone; OSError for a taken port."""
     both = not loopback and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     address = (LOOPBACK if loopback else "", port)
@@ -170,12 +157,9 @@ def connect(
     Args:
         find: returns the announcement, or None as long as there is none.
         ranks: this process, for the message.
-        deadline: when to give up.
+        deadline: when to give up, with a RuntimeError.
         where: where rank 0 announces, for the message.
         what: what holds the store, for the message.
-
-    Raises:
-        RuntimeError: nothing was announced, or nothing answers there.
     """
     tried: Announcement | None = None
     while True:

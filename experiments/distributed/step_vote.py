@@ -17,14 +17,7 @@ RANKS = 1 << 17
 
 
 class Tally(NamedTuple):
-    """The result of a vote, which is the same on every rank.
-
-    Attributes:
-        step: number of the step.
-        stop: True if any rank must stop.
-        finite: True if the values of all ranks have been finite since the previous vote.
-        save: True if any rank finds it is time to save.
-    """
+    """The result of a vote, the same on every rank: whether any of them must stop or save, and all were finite."""
 
     step: int
     stop: bool
@@ -32,97 +25,48 @@ class Tally(NamedTuple):
     save: bool = False
 
 
-class _Ballot(NamedTuple):
-    """The flags of one rank for the steps since the previous vote."""
-
-    stop: bool
-    finite: bool
-    save: bool
-    fingerprint: int
-
-    def merged(self, later: _Ballot) -> _Ballot:
-        """Combines two ballots; if two ranks differ in the fingerprint of either one, they differ in the result."""
-        fingerprint = (self.fingerprint * 1_000_003 + later.fingerprint) % LARGEST
-        return _Ballot(self.stop or later.stop, self.finite and later.finite, self.save or later.save, fingerprint)
-
-
 class StepVote:
-    """All-reduces the stop, save and finite flags once per optimizer step, or once per `every` steps.
+    """All-reduces the stop, save and finite flags once per optimizer step.
 
-    Within a step, `result()` comes before `cast()`: it returns the vote of the previous step, which has traveled
-    in the meantime,
+    Within a step, `result()` comes before `cast()`: it returns the vote of the previous step, which has traveled in the
+    meantime, so the ranks stop one step after a flag was set. A vote is an all-reduce of int64 numbers on the CPU whose
+    size never changes. Ranks that have lost each other therefore find out here by an error that all of them get, and
+    not by a hang or an abort in a collective of the training. It reduces flags and not values, because a maximum loses
+    NaN. The extremes of step and fingerprint carry the rank that sent them, because a rank that skipped a step is at
+    another place of the program when it reads the same vote.
 
-        for step in ...:
-            tally = vote.result()               # None at the first step
-            if tally is not None and tally.stop:
-                break                           # on all ranks in the same step
-            ...
-            vote.cast(step, bool(interruption.reason), finite, fingerprint)
-        tally = vote.result()                   # of the last step
+    Cost: gloo reduces around a ring, which takes about 2 (W - 1) messages of 10 to 50 us, 30 to 150 ms at 1,536 ranks.
+    It costs nothing where a step takes longer.
 
-    The ranks stop one step after a flag was set. A vote is an all-reduce of int64 numbers on the CPU whose size never
-    changes. Ranks that have lost each other therefore find out here by an error that all of them get, and not by a hang
-    or an abort in a collective of the training. The vote reduces flags and not values, because a maximum loses NaN. The
-    extremes of step and fingerprint carry the rank that sent them, because the ranks cannot ask each other later: a
-    rank that skipped a step is at another place of the program when it reads the same vote.
-
-    Cost. Gloo reduces around a ring: with W ranks a vote takes about 2 (W - 1) messages one after the other, each 10 to
-    50 us between nodes, which makes 30 to 150 ms at 1,536 ranks. The vote travels while the step computes, so it costs
-    nothing if a step takes longer than the vote, and the difference otherwise. With `every` = n only the steps that n
-    divides vote, and waiting is n times as rare; in return the ranks stop, save, or notice that they disagree up to n
-    steps later. Choose n such that n steps take several times as long as a vote.
+    All ranks make their StepVote together; `timeout_seconds` is how late the vote of another rank may be.
     """
 
-    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0, every: int = 1) -> None:
-        """All ranks create their StepVote together.
-
-        Args:
-            ranks: this process.
-            timeout_seconds: how late the vote of another rank may be, > 0.
-            every: only steps that this number divides vote, >= 1; other steps keep their flags for the next vote.
-
-        Raises:
-            ValueError: an argument is out of its range.
-        """
-        if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be > 0, got {timeout_seconds}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every!r}")
-        self._ranks, self._timeout_seconds, self._every = ranks, timeout_seconds, every
+    def __init__(self, ranks: Ranks, *, timeout_seconds: float = 600.0) -> None:
+        self._ranks, self._timeout_seconds = ranks, timeout_seconds
         self._group = control_group(ranks) if ranks.world_size > 1 else None
-        self._kept: _Ballot | None = None  # flags since the previous vote
         self._step: int | None = None  # of the vote that is traveling
         self._numbers = torch.empty(0)
         self._work: Any = None
 
     def cast(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> None:
-        """Starts to send the flags of this rank, or keeps them for the next step that `every` divides.
+        """Starts to send the flags of this rank.
 
         Args:
             step: number of the step, in [0, 2^46).
-            stop: True if this rank must stop.
-            finite: True if the values of this rank are finite.
-            fingerprint: a number that must be the same on all ranks, such as a count of decisions; it is taken modulo
-                2^46. Python's hash() of a text does not work here, because it differs between processes.
-            save: True if it is time to save.
+            stop: whether this rank must stop.
+            finite: whether the values of this rank are finite.
+            fingerprint: a number that must be the same on all ranks, as a count of decisions, taken modulo 2^46; not
+                Python's hash() of a text, which differs between processes.
+            save: whether it is time to save.
 
         Raises:
-            RuntimeError: the previous vote was not read.
             RanksDisagree: a rank is gone.
         """
-        self._cast(step, _Ballot(stop, finite, save, fingerprint % LARGEST), now=step % self._every == 0)
-
-    def _cast(self, step: int, ballot: _Ballot, *, now: bool) -> None:
         if self._step is not None:
             raise RuntimeError("a vote was cast before the result of the previous one was read")
-        if self._kept is not None:
-            ballot = self._kept.merged(ballot)
-        self._kept = None if now else ballot
-        if not now:
-            return
         # The maximum of -x is the negative minimum of x.
-        own = [value * RANKS + self._ranks.rank for value in (step, ballot.fingerprint)]
-        numbers = [ballot.stop, not ballot.finite, ballot.save, *own, *(-number for number in own)]
+        own = [value * RANKS + self._ranks.rank for value in (step, fingerprint % LARGEST)]
+        numbers = [stop, not finite, save, *own, *(-number for number in own)]
         self._step = step
         self._numbers = torch.tensor([int(number) for number in numbers], dtype=torch.int64)
         if self._group is not None:
@@ -162,8 +106,8 @@ class StepVote:
         return Tally(step, bool(stop), not not_finite, bool(save))
 
     def vote_now(self, step: int, stop: bool, finite: bool, fingerprint: int = 0, *, save: bool = False) -> Tally:
-        """Votes at any step, with the flags that were kept, and waits for the result; arguments as in `cast`."""
-        self._cast(step, _Ballot(stop, finite, save, fingerprint % LARGEST), now=True)
+        """Votes and waits for the result; arguments as in `cast`."""
+        self.cast(step, stop, finite, fingerprint, save=save)
         tally = self.result()
         assert tally is not None
         return tally

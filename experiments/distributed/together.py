@@ -52,7 +52,7 @@ def by_first(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> 
 
 
 def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T:
-    """Calls `make` on every rank, and returns when it has returned on all; arguments and errors as in `by_first`.
+    """Calls `make` on every rank, and returns when it has returned on all; otherwise as `by_first`.
 
     The error of one rank is raised on all of them, with the rank and its host.
     """
@@ -68,16 +68,10 @@ def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T
 
 
 def check_same(ranks: Ranks, value: str | None, what: str, seconds: float) -> None:
-    """Refuses a value that differs from the value of rank 0; all ranks call this.
+    """Raises ValueError on all ranks, with host and values, where one has another value than rank 0; all ranks call it.
 
-    Args:
-        ranks: this process.
-        value: of this rank; None, on another rank than 0, if there is none to compare.
-        what: what the value is, for messages: "the data".
-        seconds: how far apart the first and the last rank may be.
-
-    Raises:
-        ValueError: a rank has another value; raised on all ranks, with its number, its host and both values.
+    None stands for a rank, other than rank 0, that has nothing to compare. `what` it is and how many `seconds` the
+    first and the last rank may be apart are as of `by_first`.
     """
     if not _has_group(ranks):
         return
@@ -86,18 +80,19 @@ def check_same(ranks: Ranks, value: str | None, what: str, seconds: float) -> No
     meet(ranks, f"comparing {what}", seconds, failure)
 
 
+def gather(ranks: Ranks, own: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns the values of all ranks, by rank, on every rank, by default through the group of the training."""
+    found: list[Any] = [own]
+    if ranks.world_size > 1:
+        found = [None] * ranks.world_size
+        dist.all_gather_object(found, own, group=group)
+    return found
+
+
 def meet(ranks: Ranks, what: str, seconds: float, failure: Exception | None = None) -> None:
-    """Waits for all ranks; a ValueError or OSError of any of them is raised on all of them.
+    """Waits for all ranks; the ValueError or OSError of the first with a failure is raised on all of them.
 
-    Args:
-        ranks: this process, one of several in a process group.
-        what: what they did, for messages.
-        seconds: how far apart the first and the last rank may be.
-        failure: the error of this rank, or None.
-
-    Raises:
-        ValueError, OSError: what the first rank with a failure ran into.
-        TimeoutError: ranks did not come; the message names them.
+    TimeoutError, with the ranks that did not come, where the first and the last one are more than `seconds` apart.
     """
     kind = "" if failure is None else "OSError" if isinstance(failure, OSError) else "ValueError"
     text = "" if failure is None else " ".join(str(failure).split()) or type(failure).__name__

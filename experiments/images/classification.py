@@ -17,10 +17,8 @@ class Counts(NamedTuple):
     """Sums over the images of a set that could be read, at least one.
 
     Attributes:
-        num_images: that were evaluated.
-        num_unreadable: that were not, and are in no other number.
-        num_top1: whose class has the largest logit.
-        num_top5: whose class is among the five largest.
+        num_unreadable: images that could not, and are in no other number.
+        num_top1, num_top5: whose class has the largest logit, or is among the five largest.
         loss_sum: of the cross entropies, in float64.
     """
 
@@ -105,14 +103,10 @@ def evaluate_exactly(
 
 
 def hits_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Numbers of images whose label is first, and among the first five, int64 (2,).
+    """Numbers of images (B, classes) whose label, in [0, classes), is first and among the first five, int64 (2,).
 
     Classes are in descending order of their logits, equal ones in the order of the classes, on every device. With up to
     five classes, all are among the first five. An image with a NaN among its logits is no hit.
-
-    Args:
-        logits: (B, classes).
-        labels: (B,), integers in [0, classes).
     """
     own = logits.gather(1, labels.unsqueeze(1))
     before = torch.arange(logits.shape[1], device=logits.device) < labels.unsqueeze(1)

@@ -57,17 +57,11 @@ def _fractal_settings(config: ImageConfig) -> dict[str, Any]:
 
 
 def describe(config: ImageConfig) -> Description:
-    """The images before any run, opened by this process; the first use makes fractals.
-
-    Raises:
-        ValueError: no folder was named, or its classes are not those of a training and a validation set.
-        OSError: it cannot be read, or the fractals cannot be written.
-    """
+    """The images before any run, opened by this process; the first use makes fractals."""
     return description_of(config, _first_sets(config))
 
 
 def description_of(config: ImageConfig, sets: Sets) -> Description:
-    """What is known of the opened sets."""
     train, validation = sets
     digest = hashlib.sha256(f"{train.digest} {validation.digest}".encode()).hexdigest()[:16]
     return Description(config.data if config.data == "fractals" else train.source, digest, len(train))
@@ -80,7 +74,8 @@ def open_sets(config: ImageConfig, ranks: Ranks) -> Sets:
     shared file system; the others receive what it found. A job may have copied the sets to a folder on each node.
 
     Raises:
-        ValueError, OSError: as `describe`, or a node does not find the sets; the same on all ranks.
+        ValueError: no folder was named, or its classes are not those of a training and a validation set.
+        OSError: it cannot be read, a node does not find it, or the fractals cannot be written.
     """
     data = ImageConfig(**{name: getattr(config, name) for name in DATA_SETTINGS})
     return _open_sets(data, ranks, os.environ.get(PATH_VARIABLE))

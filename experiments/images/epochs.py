@@ -20,13 +20,8 @@ INPUT = "timing/input_seconds"
 class ImageEpochs(Epochs):
     """Passes over a set of images; the schedule steps after each step of the optimizer.
 
-    The series have the seconds of waiting for images and of evaluations, images per second, and the learning rate.
-
-    Args:
-        batches, num_epochs, schedule, measures_updates: as of Epochs.
-        steps_per_epoch: >= 1.
-        batch_images: images in a step, over all ranks.
-        evaluate_every: epochs between two evaluations; the last epoch always has one.
+    The series have the seconds of waiting for images and of evaluations, images per second, and the learning rate. A
+    step has `batch_images` over all ranks; the last epoch always has an evaluation.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from experiments.records.figures import (
     Coinciding,
     as_text,
     finish,
+    legend_line,
     save_figures,
     spread_over_seeds,
     spread_words,
@@ -49,7 +50,7 @@ def draw_image_figures(comparison: Comparison) -> list[Path]:
 
 def _trained(comparison: Comparison) -> str:
     """ "ResNet18 on fractals (320 images, 10 classes)"."""
-    about = next(iter(next(iter(comparison.families.values()))[0].runs.values())).attributes
+    about = comparison.variants[0].first.attributes
     model = str(about["classification"]).replace("resnet", "ResNet")
     data = {"fractals": "fractals"}.get(comparison.data_source, f"ImageNet ({comparison.data_source})")
     return f"{model} on {data}, {about['num_train_images']:,} images of {about['num_classes']:,} classes"
@@ -60,16 +61,17 @@ def draw_validation(comparison: Comparison) -> Figure:
     figure, grid = plt.subplots(2, 2, figsize=(9.5, 6.8), sharey="row")
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in styled(_variants(comparison)):
+    for variant, color, style in styled(comparison.variants):
         epochs = _evaluated(variant)
-        style = coinciding.style(_label(comparison, variant), np.median(variant.series(VALIDATION), axis=0), style)
+        label = _label(comparison, variant)
+        dashed = coinciding.style(label, np.median(variant.series(VALIDATION), axis=0), style)
+        handles[label] = legend_line(color, style)
         seconds = np.median([total_seconds(run) for run in variant.runs.values()], axis=0)
         for row, series, factor in zip(grid, (VALIDATION, TOP1), (1.0, 100.0), strict=True):
             low, middle, high = (factor * values[epochs] for values in spread_over_seeds(variant.series(series)))
-            for axis, places in zip(row, (epochs, seconds[epochs]), strict=True):
-                (line,) = axis.plot(places, middle, color=color, linestyle=style)
+            for axis, places, drawn in zip(row, (epochs, seconds[epochs]), (dashed, style), strict=True):
+                axis.plot(places, middle, color=color, linestyle=drawn)
                 axis.fill_between(places, low, high, color=color, alpha=0.13, linewidth=0)
-                handles.setdefault(_label(comparison, variant), line)
     for axis, name in zip(grid[:, 0], ("validation loss", "validation top-1 (%)"), strict=True):
         axis.set_ylabel(name)
     for axis, name in zip(grid[1], ("epoch", "seconds, evaluation included (median)"), strict=True):
@@ -84,7 +86,7 @@ def _limit(axis: Axes, comparison: Comparison) -> None:
     """Ends the loss axis a little above the highest loss after the first evaluation, but for runs that blew up."""
     starts = [
         float(np.median(variant.series(VALIDATION)[:, epochs[1:]], axis=0).max())
-        for variant in _variants(comparison)
+        for variant in comparison.variants
         if len(epochs := _evaluated(variant)) > 1
     ]
     finite = [start for start in starts if np.isfinite(start)]
@@ -93,8 +95,7 @@ def _limit(axis: Axes, comparison: Comparison) -> None:
 
 
 def draw_cost(comparison: Comparison) -> Figure:
-    """Images per second, and where the time goes."""
-    variants = list(_variants(comparison))
+    variants = comparison.variants
     labels = [as_text(_label(comparison, variant)) for variant in variants]
     places = np.arange(len(variants))
     size = (9.5, 1.6 + 0.42 * len(variants))
@@ -126,7 +127,7 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.0, 5.0))
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
-    for variant, color, style in styled(_variants(comparison)):
+    for variant, color, style in styled(comparison.variants):
         if not variant.role.startswith(("plain", "ema", "mean", "aadl")):
             continue
         epochs = _evaluated(variant)[1:]
@@ -134,10 +135,10 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
         if not np.isfinite(difference).all():
             continue
         low, middle, high = spread_over_seeds(difference)
-        style = coinciding.style(_label(comparison, variant), middle, style)
-        (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
+        label = _label(comparison, variant)
+        handles[label] = legend_line(color, style)
+        axis.plot(epochs, middle, color=color, linestyle=coinciding.style(label, middle, style))
         axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
-        handles.setdefault(_label(comparison, variant), line)
     if not handles:
         plt.close(figure)
         return None
@@ -149,18 +150,13 @@ def draw_statistics(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _variants(comparison: Comparison) -> list[Variant]:
-    return [variant for variants in comparison.families.values() for variant in variants]
-
-
 def _label(comparison: Comparison, variant: Variant) -> str:
     """The label; with the optimizer in words where several variants have the same one."""
-    is_unique = [other.label for other in _variants(comparison)].count(variant.label) == 1
+    is_unique = [other.label for other in comparison.variants].count(variant.label) == 1
     return variant.label if is_unique else f"{variant.label} ({variant.family})"
 
 
 def _evaluated(variant: Variant) -> np.ndarray:
-    """Epochs with a validation."""
     stacked = np.stack([run.series[VALIDATION] for run in variant.runs.values()])
     return np.flatnonzero(np.isfinite(stacked).any(axis=0))
 

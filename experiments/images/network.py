@@ -21,11 +21,7 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def make_network(
     problem: ImageConfig, training: ImageTrainingConfig, seed: int, num_classes: int, device: torch.device
 ) -> nn.Module:
-    """The network on its device, initialized from the seed or from the file of `problem.initial_weights`.
-
-    Raises:
-        ValueError, OSError: as `load_weights`.
-    """
+    """The network on its device, initialized from the seed or, with the errors of `load_weights`, from a file."""
     torch.manual_seed(seed)
     names = ("zero_init_residual", "fc_std", "stem", "width")
     options: dict[str, Any] = {name: getattr(problem, name) for name in names}
@@ -41,9 +37,7 @@ def make_network(
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads a state_dict saved by torch.save, torchvision's for instance, or that of a record.
 
-    Raises:
-        ValueError: the file holds no weights of this network.
-        OSError: it cannot be read.
+    ValueError where the file holds no weights of this network, OSError where it cannot be read.
     """
     state = _read_state(path)
     try:

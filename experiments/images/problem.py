@@ -43,11 +43,8 @@ class ImageProblem(Problem):
 
     A validation evaluates every image once, with the running statistics of BatchNorm that the training left ("stale",
     those of rank 0) and with statistics that it recomputes for the present weights; it leaves no trace in the model.
-
-    Args:
-        run: its settings; its seed sets the initial weights, the order of the images and their augmentation. None of it
-            depends on the number of ranks or of workers.
-        ranks: this process.
+    The run's seed sets the initial weights, the order of the images and their augmentation, whatever the number of
+    ranks or of workers.
 
     Raises:
         ValueError: settings that do not fit the data, the device or the number of ranks.
@@ -74,14 +71,14 @@ class ImageProblem(Problem):
             "rank": ranks.rank,
             "world_size": ranks.world_size,
             "num_workers": settings.num_workers,
-            "start_method": safe_start_method(settings.start_method),
+            "start_method": safe_start_method(),
             "pin_memory": device.type == "cuda",
         }
         self._train = TrainLoader(train_set, decoding, batch_size=self._batch_images, seed=run.seed, **share)
         self._validation = EvaluationLoader(validation_set, decoding, batch_size=settings.evaluation_batch, **share)
         self._settings, self._training, self._ranks, self._device = settings, training, ranks, device
         self._forward = forward_pass(training, device)
-        self._settings_of_torch = _set_torch(training, device)
+        self._settings_of_torch = set_torch(training, device)
         attributes = {
             "classification": settings.model,
             "num_classes": len(train_set.class_names),
@@ -229,11 +226,7 @@ class ImageProblem(Problem):
 
 
 def check_settings(problem: ImageConfig, training: ImageTrainingConfig, ranks: Ranks, device: torch.device) -> None:
-    """Checks the settings against the device and the number of ranks.
-
-    Raises:
-        ValueError: a setting that the device or the number of ranks does not allow.
-    """
+    """Raises ValueError for a setting that the device or the number of ranks does not allow."""
     batch = training.global_batch(ranks)
     if batch % (ranks.world_size * training.accumulate):
         raise ValueError(
@@ -257,7 +250,7 @@ def check_settings(problem: ImageConfig, training: ImageTrainingConfig, ranks: R
                 )
 
 
-def _set_torch(training: ImageTrainingConfig, device: torch.device) -> Callable[[], None]:
+def set_torch(training: ImageTrainingConfig, device: torch.device) -> Callable[[], None]:
     """Makes torch reproducible or, on a GPU, lets cuDNN try which algorithm is fastest; returns what undoes it."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     benchmark = torch.backends.cudnn.benchmark

@@ -16,13 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BasicBlock(nn.Module):
-    """relu(shortcut(x) + bn(conv3x3(relu(bn(conv3x3(x)))))).
+    """relu(shortcut(x) + bn(conv3x3(relu(bn(conv3x3(x)))))): `inputs` channels come in, `width` go out.
 
-    Args:
-        inputs: channels that come in.
-        width: channels of both convolutions, and that go out.
-        stride: of the first convolution.
-        downsample: shortcut where the shape changes.
+    The first convolution has the stride; `downsample` is the shortcut where the shape changes.
     """
 
     expansion = 1
@@ -44,13 +40,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(shortcut(x) + bn(conv1x1(relu(bn(conv3x3(relu(bn(conv1x1(x))))))))).
+    """relu(shortcut(x) + bn(conv1x1(relu(bn(conv3x3(relu(bn(conv1x1(x))))))))): 4 `width` channels go out.
 
-    Args:
-        inputs: channels that come in.
-        width: channels of the 3x3 convolution; four times as many go out.
-        stride: of the 3x3 convolution.
-        downsample: shortcut where the shape changes.
+    The 3x3 convolution has `width` channels and the stride; `downsample` is the shortcut where the shape changes.
     """
 
     expansion = 4

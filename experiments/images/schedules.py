@@ -12,7 +12,7 @@ from experiments.images.settings import ImageTrainingConfig
 
 
 def share(training: ImageTrainingConfig, epoch: float, warmup_start: float) -> float:
-    """The learning rate at a time, over the full one.
+    """The learning rate at a time `epoch` >= 0 since the start, over the full one.
 
     With W = warmup_epochs, E = epochs, s = warmup_start, f = final_share and x = (epoch - W) / (E - W):
 
@@ -20,11 +20,6 @@ def share(training: ImageTrainingConfig, epoch: float, warmup_start: float) -> f
         cosine:       f + (1 - f) (1 + cos(pi x)) / 2
         polynomial:   f + (1 - f) (1 - x)^power
         step:         gamma^(number of milestones <= epoch)
-
-    Args:
-        training: the schedule.
-        epoch: time since the start, in epochs, >= 0.
-        warmup_start: s.
     """
     if epoch < training.warmup_epochs:
         return warmup_start + (1 - warmup_start) * epoch / training.warmup_epochs
@@ -47,13 +42,9 @@ def scaled_rate(training: ImageTrainingConfig, batch: int) -> float:
 def step_scheduler(
     optimizer: torch.optim.Optimizer, training: ImageTrainingConfig, steps_per_epoch: int, batch: int
 ) -> LambdaLR:
-    """The schedule over an optimizer that has the full learning rate; steps with the optimizer.
+    """The schedule over an optimizer, whose rate is that of `batch` images already; steps with the optimizer.
 
-    Args:
-        optimizer: its rate is that of the batch already.
-        training: the schedule; without a `warmup_start` the rise begins with the rate of the reference batch.
-        steps_per_epoch: >= 1.
-        batch: images in a step.
+    Without a `warmup_start` the rise begins with the rate of the reference batch.
     """
     start = training.warmup_start
     if start is None:

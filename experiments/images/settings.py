@@ -42,7 +42,6 @@ class ImageConfig(Settings):
             without it.
         on_unreadable: "skip": broken images are named, counted and left out; "stop": the first one ends the run.
         num_workers: processes that decode, per rank; 0: the rank decodes.
-        start_method: of these processes; "auto": forkserver where MPI or a GPU is in use.
         stage_seconds: that the ranks wait for each other while the data is opened or made.
         statistics_images: training images for the statistics of BatchNorm, computed again before a validation.
         statistics_batch: images in a batch of them, which is what deeper layers are normalized over.
@@ -71,14 +70,13 @@ class ImageConfig(Settings):
     exif_orientation: bool = Field(False, exclude_if=not_)
     on_unreadable: Literal["skip", "stop"] = "skip"
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
-    start_method: Literal["auto", "forkserver", "spawn", "fork"] = "auto"
     stage_seconds: PositiveFloat = 3600.0
     statistics_images: Two = 2048
     statistics_batch: Two = 64
     evaluation_batch: PositiveInt = 256
 
-    of_the_machine: ClassVar = ("data_path", "num_workers", "start_method", "stage_folder", "stage_seconds")
-    """Settings that change no number: the digest identifies the data. `stage_folder` stands in older records."""
+    of_the_machine: ClassVar = ("data_path", "start_method", "stage_folder", "num_workers", "stage_seconds")
+    """Settings that change no number: the digest identifies the data. Older records have the second and the third."""
 
     @model_validator(mode="after")
     def _contain_the_crop(self) -> ImageConfig:
@@ -160,7 +158,6 @@ class ImageTrainingConfig(Settings):
         return self
 
     def global_batch(self, ranks: Ranks) -> int:
-        """Images in a step, over all ranks."""
         if self.batch_size is not None:
             return self.batch_size
         assert self.batch_size_per_rank is not None  # checked

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.records.compare import SECONDS, VALIDATION, Comparison, Variant, plain_of
-from experiments.records.page import Page
 from experiments.records.reading import Run
 from experiments.records.summarize import spread
+from experiments.records.text_table import Page
 
 TOP1, TOP5, STALE_TOP1 = (f"metrics/validation/{name}" for name in ("top1", "top5", "stale_top1"))
 INPUT, ACCELERATION, EVALUATION = (f"timing/{name}_seconds" for name in ("input", "acceleration", "evaluation"))
@@ -56,7 +56,6 @@ def _or_zero(run: Run, name: str) -> np.ndarray:
 
 
 def _last(values: np.ndarray) -> float:
-    """The last value that is known."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else np.nan
 
@@ -67,7 +66,7 @@ def summarize_images(comparison: Comparison) -> str:
     for family, variants in comparison.families.items():
         page.section(family)
         page.table(HEADER, [_row(variant, plain_of(variants)) for variant in variants])
-    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    run = comparison.variants[0].first
     about = run.attributes
     page.say(
         f"{about['classification']}, {about['num_classes']} classes, {about['num_train_images']} training and "
@@ -82,8 +81,7 @@ def summarize_images(comparison: Comparison) -> str:
 
 def _counted(comparison: Comparison) -> str:
     """Which validation images an accuracy counts, in words."""
-    variants = [variant for family in comparison.families.values() for variant in family]
-    runs = [run for variant in variants for run in variant.runs.values() if not run.diverged]
+    runs = [run for variant in comparison.variants for run in variant.runs.values() if not run.diverged]
     shares = [(int(run.series[NUM_IMAGES][-1]), int(run.attributes["num_validation_images"])) for run in runs]
     if all(counted == total for counted, total in shares):
         return "all validation images once"
@@ -92,7 +90,6 @@ def _counted(comparison: Comparison) -> str:
 
 
 def _row(variant: Variant, plain: Variant | None) -> tuple[str, ...]:
-    """A line of the table."""
 
     def final(name: str, factor: float = 1.0, worst: float = np.inf) -> np.ndarray:
         values = [factor * run.series[name][-1] if not run.diverged else worst for run in variant.runs.values()]

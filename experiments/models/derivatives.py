@@ -210,7 +210,6 @@ def propagate_alone(points: Tensor, lanes: Tensor, parameters: Parameters, plan:
 
 
 def _squares(slopes: Tensor, plan: Plan) -> Tensor:
-    """Sum of the squared rows."""
     rows = slopes[:, plan.first_row :]
     return rows.square().sum(1) if rows.shape[1] > 1 else rows[:, 0].square()
 

@@ -18,7 +18,6 @@ class Sine(nn.Module):
     """sin(z)."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Elementwise."""
         return torch.sin(inputs)
 
 
@@ -38,12 +37,7 @@ CHUNK_BYTES = 1 << 21
 class MLP(nn.Module):
     """Fully connected network, `h_{l+1} = activation(W_l h_l + b_l)`, linear in its last layer.
 
-    Args:
-        sizes: widths from input to output, at least two, each >= 1.
-        activation: one of `ACTIVATIONS`.
-
-    Raises:
-        ValueError: fewer than two sizes, a size below 1, or an unknown activation.
+    `sizes` are widths from input to output, at least two, each >= 1, and `activation` is one of `ACTIVATIONS`.
     """
 
     def __init__(self, sizes: Sequence[int], activation: str = "tanh") -> None:
@@ -104,11 +98,8 @@ class MLP(nn.Module):
     ) -> Iterator[tuple[slice, Derivatives]]:
         """Slices of the points with the derivatives there; what is used at once takes memory for one chunk alone.
 
-        Args:
-            points: (N, d + 1).
-            chunk: points at a time. Default: `default_chunk`.
-            gradient_square: as for `derivatives`.
-            compiles: as for `derivatives`; all chunks are computed with the same size, so one compilation serves them.
+        `chunk` points are computed at a time, by default `default_chunk`, and compiled with the same size, so that one
+        compilation serves them; the other arguments are those of `derivatives`.
         """
         _keep_freed_memory()
         slices = list(chunks(len(points), chunk or self.default_chunk(gradient_square)))
@@ -130,18 +121,14 @@ class MLP(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A residual (N, 1) and its derivatives (N, P) with respect to every parameter, both detached.
 
+        Columns are in the order of `parameters_to_vector(self.parameters())`. ValueError as `derivatives`.
+
         Args:
             points: (N, d + 1).
             residual: (derivatives at the points of a slice, that slice) -> (rows, 1), each row a function of its own
                 point only.
             chunk: points at a time; bounds the memory beside the result. Default: `default_chunk`.
             gradient_square: as for `derivatives`.
-
-        Returns:
-            The residual and its Jacobian, columns in the order of `parameters_to_vector(self.parameters())`.
-
-        Raises:
-            ValueError: as `derivatives`.
         """
         self._check(points)
         parameters = self._detached()
@@ -160,14 +147,9 @@ class MLP(nn.Module):
         return residuals, jacobian
 
     def value_jacobian(self, points: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """u (N, 1) and the derivatives (N, P) of factor * u with respect to every parameter, both detached.
+        """u (N, 1) at points (N, d + 1) and the derivatives (N, P) of factor * u with respect to every parameter.
 
-        Args:
-            points: (N, d + 1).
-            factor: (N, 1), one for each point.
-
-        Raises:
-            ValueError: as `derivatives`.
+        Both are detached; `factor` (N, 1) has one for each point. ValueError as `derivatives`.
         """
         self._check(points)
         parameters, rule = self._detached(), rules.RULES[self._activation_name]
@@ -220,8 +202,6 @@ class MLP(nn.Module):
         """Zeros, time, sum of the spatial axes and the directions (K, d + 1); with d = 1 the sum is the direction."""
         weight = self._first_weight()
         num_space = self._sizes[0] - 1
-        if directions is not None and (directions.ndim != 2 or len(directions) != num_space):
-            raise ValueError(f"directions must have shape ({num_space}, r), got {tuple(directions.shape)}")
         rule = rules.RULES[self._activation_name]
         shared = num_space == 1 and directions is None
         rows = (self.directions() if directions is None else directions.detach()).T
@@ -245,8 +225,6 @@ def _keep_freed_memory() -> None:
 
 def chunks(count: int, size: int) -> Iterator[slice]:
     """As few slices as a size of at most `size` allows, all of one length but the last, which may be shorter."""
-    if size < 1:
-        raise ValueError(f"chunk must be at least 1, got {size}")
     length = math.ceil(count / math.ceil(count / size)) if count else size
     for start in range(0, count, length):
         yield slice(start, min(start + length, count))

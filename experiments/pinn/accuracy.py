@@ -80,7 +80,6 @@ def solutions(equation: Equation) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _values(network: nn.Module, points: Tensor, lift: Lift | None) -> Tensor:
-    """u (N, 1) in float64."""
     parts = [network(part) for part in points.split(TEST_CHUNK)]
     return lifted(torch.cat(parts), lift).double()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.pinn.equations import EQUATIONS
-from experiments.records.compare import (
-    SECONDS,
-    TRAIN,
-    Records,
-    Variant,
-    grouped,
-)
+from experiments.records.compare import SECONDS, TRAIN, Records, Variant, check_same, grouped
 from experiments.records.reading import Run, read_runs, say
 from experiments.runs.config import expand_runs, load_config
 from experiments.runs.experiment import Experiment
@@ -43,15 +37,11 @@ class Group(Records):
     Attributes:
         name: of the baseline.
         variants: in the order of the configuration, the baseline included, whatever it is compared with itself.
-        equation: in words.
-        degenerate: why the equation says little; empty: it does not.
         predictors: relative L2 errors of the trivial predictors, by test set; the first set is the main one.
     """
 
     name: str
     variants: list[Variant]
-    equation: str
-    degenerate: str
     predictors: dict[str, dict[str, float]]
 
     @property
@@ -64,35 +54,16 @@ class Group(Records):
         """Name of the main test set; None for an equation without a known solution."""
         return next(iter(self.predictors), None)
 
-    @property
-    def caution(self) -> str:
-        """Names an equation that says little."""
-        return "DEGENERATE" if self.degenerate else ""
-
-    @property
-    def explanation(self) -> str:
-        """Why it does."""
-        return self.degenerate
-
-    @property
-    def subject(self) -> str:
-        """The equation."""
-        return self.equation
-
 
 Key = tuple[str, str, str]
 """Of a group: its baseline, its equation in words, and what else tells its solution."""
 
 
 def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None] = say) -> list[Group]:
-    """Reads the records of a folder and groups them by solution and baseline, in the order of the configuration.
+    """Reads the records of `results/<experiment>/<scale>` and groups them by solution and baseline, as configured.
 
     A variant belongs to the group of its baseline, and to that of its own name, if another one is compared with it.
-
-    Args:
-        folder: results/<experiment>/<scale>.
-        experiment: reads the configuration that the records are compared with.
-        note: gets a line about each record that cannot be read.
+    `note` gets a line about each record that cannot be read.
 
     Raises:
         ValueError: records that do not belong together: one variant, or the settings that all variants share, differ.
@@ -100,7 +71,9 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
     """
     runs = read_runs(folder, note)
     variants, studies = grouped(runs)
-    _check_variants(folder, {variant.name: list(variant.runs.values()) for variant in variants})
+    for variant in variants:
+        own = list(variant.runs.values())
+        check_same(folder, "settings", own, [(_without_seed(run.config), run.attributes["data_digest"]) for run in own])
     _check_shared(folder, [run for variant in variants for run in variant.runs.values()])
     variants.sort(key=lambda variant: (variant.first.attributes["variant_index"], variant.name))
     is_as_configured = _are_as_configured(folder, runs, experiment)
@@ -117,7 +90,7 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
                 studies={study: some for study, some in of_group.items() if some},
                 name=key[0],
                 variants=members,
-                equation=key[1],
+                trained=key[1],
                 degenerate=attributes["degenerate"].removeprefix("degenerate: "),
                 predictors=json.loads(attributes["predictors"]),
                 is_as_configured=is_as_configured,
@@ -129,7 +102,6 @@ def read_groups(folder: Path, experiment: Experiment, note: Callable[[str], None
 
 
 def _key(run: Run) -> Key:
-    """The group of a run."""
     return (run.attributes["baseline"], *solution_of(run))
 
 
@@ -207,14 +179,6 @@ def _without_seed(config: dict[str, Any]) -> str:
     return identity_of({key: value for key, value in config.items() if key != "seed"})
 
 
-def _check_variants(folder: Path, main: dict[str, list[Run]]) -> None:
-    """The seeds of a variant must have the same settings and the same equation."""
-    for runs in main.values():
-        _check_same(
-            folder, "settings", runs, [_without_seed(run.config) + run.attributes["data_digest"] for run in runs]
-        )
-
-
 def _check_shared(folder: Path, runs: list[Run]) -> None:
     """A setting must be the same in all variants that do not override it."""
     for part in ("problem", "training"):
@@ -222,16 +186,7 @@ def _check_shared(folder: Path, runs: list[Run]) -> None:
             own = [run for run in runs if key not in run.config["variant"].get("overrides", {}).get(part, {})]
             own = [run for run in own if key in run.config[part]]
             values = [json.dumps(run.config[part][key], sort_keys=True) for run in own]
-            _check_same(folder, f"{part}.{key}", own, values)
-
-
-def _check_same(folder: Path, what: str, runs: Sequence[Run], values: Sequence[str]) -> None:
-    other = next((run for run, value in zip(runs, values, strict=True) if value != values[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"{folder} holds records with different {what}, for instance {runs[0].path} and {other.path}: "
-            "run the experiment again, or keep trials apart with --set scale=NAME"
-        )
+            check_same(folder, f"{part}.{key}", own, values)
 
 
 @dataclass(frozen=True)
@@ -306,7 +261,6 @@ def _end(run: Run, series: str) -> float:
 
 
 def final_error(run: Run, test_set: str) -> float:
-    """The relative L2 error at the end; inf for a diverged run."""
     error = float(run.attributes[ERROR + test_set])
     return error if np.isfinite(error) and not run.diverged else np.inf
 
@@ -360,7 +314,6 @@ def diverged_note(variants: Iterable[Variant]) -> str:
 
 
 def settings_line(group: Group) -> str:
-    """Network, points and budget of the baseline, or of the first variant without one."""
     config = (group.baseline or group.variants[0]).first.config
     problem: dict[str, Any] = config["problem"]
     sizes, every = problem["hidden_sizes"], problem["resample_every"]

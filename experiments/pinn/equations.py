@@ -31,8 +31,8 @@ def load_equation(name: str, options: Mapping[str, Any], folder: str | Path) -> 
     """The equation that a configuration asks for.
 
     Args:
-        name: a key of `EQUATIONS`, or the path of a Python file that defines exactly one
-            subclass of `Equation`; a relative path starts at `folder`.
+        name: a key of `EQUATIONS`, or the path of a Python file, from `folder` on, that defines exactly one subclass of
+            `Equation`.
         options: keyword arguments of its constructor.
         folder: where the configuration's file is.
 
@@ -139,7 +139,6 @@ def _column(equation: Equation, method: str, *arguments: Any) -> Tensor:
 
 
 def _check_array(equation: Equation, what: str, found: Any, shape: tuple[int, ...], finite: bool = True) -> None:
-    """Whether a method returned a tensor of this shape, and of finite values."""
     name = type(equation).__name__
     if not isinstance(found, Tensor) or tuple(found.shape) != shape:
         got = tuple(found.shape) if isinstance(found, Tensor) else _kind(found)

@@ -17,7 +17,15 @@ from matplotlib.figure import Figure
 from experiments.pinn.compare import ERROR, Group, final_error, has_other_loss, settings_line
 from experiments.records.acceleration_figure import acceleration_panels
 from experiments.records.compare import SECONDS, TRAIN, Variant
-from experiments.records.figures import Coinciding, as_text, finish, save_figures, spread_over_seeds, spread_words
+from experiments.records.figures import (
+    Coinciding,
+    as_text,
+    finish,
+    legend_line,
+    save_figures,
+    spread_over_seeds,
+    spread_words,
+)
 from experiments.records.palette import styled
 from experiments.records.reading import Run, read_fields
 
@@ -64,17 +72,18 @@ def draw_convergence(group: Group) -> Figure | None:
     handles: dict[str, Any] = {}
     coinciding = Coinciding()
     for variant, color, style in styled(group.variants):
-        style = coinciding.style(_label(variant), curve(variant, rows[-1][0], "iterations")[1][1], style)
+        dashed = coinciding.style(_label(variant), curve(variant, rows[-1][0], "iterations")[1][1], style)
         for axes, (series, _) in zip(grid, rows, strict=True):
             if series == TRAIN and has_other_loss(variant, group):
                 continue  # two losses are not compared on one axis
-            for axis, against in zip(axes, ("iterations", SECONDS), strict=True):
+            for axis, against, drawn in zip(axes, ("iterations", SECONDS), (dashed, style), strict=True):
                 places, (low, middle, high) = curve(variant, series, against)
                 if not len(places):
                     continue
-                (line,) = axis.plot(places, middle, color=color, linestyle=style, linewidth=1.4)
+                axis.plot(places, middle, color=color, linestyle=drawn, linewidth=1.4)
                 axis.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
-                handles[_label(variant) + " (other loss: error alone)" * has_other_loss(variant, group)] = line
+                label = _label(variant) + " (other loss: error alone)" * has_other_loss(variant, group)
+                handles[label] = legend_line(color, style)
     for axes, (_, name) in zip(grid, rows, strict=True):
         axes[0].set_ylabel(name)
         axes[0].set_yscale("log")
@@ -94,16 +103,9 @@ def draw_convergence(group: Group) -> Figure | None:
 def curve(variant: Variant, series: str, against: str) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """A series over the seeds, evaluation by evaluation, from the first one after the start on.
 
-    The place of an evaluation is the median over the seeds. It ends with the shortest run that did not diverge; a
-    diverged run counts as infinitely bad from its last loss on.
-
-    Args:
-        variant: whose runs.
-        series: name.
-        against: "iterations" or the name of a series.
-
-    Returns:
-        Places, and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
+    The place of an evaluation, by "iterations" or by a series, is the median over the seeds. The curve ends with the
+    shortest run that did not diverge; a diverged run counts as infinitely bad from its last loss on. Returns places,
+    and minimum, median and maximum, where they are finite; an infinite maximum is NaN.
     """
     runs = list(variant.runs.values())
     length = min((len(run.places) for run in runs if not run.diverged), default=max(len(run.places) for run in runs))
@@ -221,9 +223,11 @@ def _solution(group: Group, variant: Variant, run: Run, which: str) -> Figure | 
     if exact is not None:
         curves = _errors(group, variant, run, exact, styles)
     _slices(grid[1], fields, curves, handles)
-    seed = run.attributes["seed"]
+    seed, problem = run.attributes["seed"], run.config["problem"]
+    note = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations, "
+    note += f"{run.series[SECONDS][-1]:.1f} s of training"
     error = "" if group.main_set is None else f", relative L2 {final_error(run, group.main_set):.2e}"
-    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], settings_line_of(run))
+    finish(figure, group, f"{which}: {variant.label}, seed {seed}{error}", handles, [seed], note)
     return figure
 
 
@@ -270,15 +274,7 @@ def _slices(axes: np.ndarray, fields: dict[str, np.ndarray], curves: list[Curve]
     axes[0].set_ylabel("|error|" if "exact" in fields else "u")
 
 
-def settings_line_of(run: Run) -> str:
-    """Points and iterations of one run."""
-    problem = run.config["problem"]
-    points = f"{problem['num_points']} + {problem['num_conditions']} points, {int(run.places[-1])} iterations"
-    return f"{points}, {run.series[SECONDS][-1]:.1f} s of training"
-
-
 def _map(axis: Axes, fields: dict[str, np.ndarray], values: np.ndarray, title: str, colors: str, **scale: Any) -> None:
-    """A map over time and space with its color bar."""
     image = axis.pcolormesh(fields["t"], fields["x"], values, cmap=colors, shading="nearest", rasterized=True, **scale)
     axis.figure.colorbar(image, ax=axis, pad=0.02, aspect=25)
     axis.set_title(title, loc="left")

@@ -27,7 +27,7 @@ class Loss:
     def backward(self, network: nn.Module, points: Points, observe: Observer | None = None) -> Tensor:
         """The loss; its gradient is added to that of the parameters, chunk by chunk.
 
-        The loss needs the residuals, so `observe` receives them at no further cost.
+        `observe` receives the residuals, which the loss needs anyway.
         """
         assert isinstance(network, MLP)
         config, equation, size = self._config, self._equation, self._ranks.world_size
@@ -57,7 +57,6 @@ class Loss:
         return self._ranks.world_size * self.residuals(network, points).square().sum()
 
     def parts(self, network: nn.Module, points: Points) -> dict[str, float]:
-        """The loss and its parts, as series."""
         pde = residual_at(self._equation, network, points, self._config.chunk_points).double().square().sum()
         error = self._error(network, points).double().square().sum()
         sums = torch.stack([pde, error])
@@ -74,10 +73,7 @@ class Loss:
         }
 
     def residuals(self, network: nn.Module, points: Points) -> Tensor:
-        """Residuals of this rank (rows,), weighted so that the loss is the sum of the squares of those of all ranks.
-
-        They are differentiable.
-        """
+        """Residuals of this rank (rows,), differentiable; the sum of the squares of those of all ranks is the loss."""
         interior = self._scaled(residual_at(self._equation, network, points, self._config.chunk_points), slice(None))
         return self._weighted(interior, self._error(network, points), points)
 

@@ -26,12 +26,6 @@ TRAINED, POOL, CHOICE, UNSEEN, OTHERS = (0, 1), 2, 3, (4, 5), (6, 7)
 class Collocation:
     """The points of a run: every rank draws all of them and keeps each world_size-th.
 
-    Args:
-        equation: makes interior points and conditions of uniform numbers.
-        config: how many points there are, and when others replace them.
-        seed: of the run, which determines the points.
-        ranks: this process.
-
     Attributes:
         present: points of this rank.
         whole: interior points of all ranks.
@@ -78,7 +72,6 @@ class Collocation:
         return {"count": self._count, "whole": self.whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Points:
-        """Makes the saved points the present ones, and returns them."""
         self._count = state["count"]
         self._train_on(state["whole"])
         return self.present
@@ -88,7 +81,6 @@ class Collocation:
         self.whole, self.present = interior, self._of_this_rank(interior, self._seed_of(TRAINED[1]))
 
     def _drawn(self, num_interior: int, count: int, streams: tuple[int, int]) -> Points:
-        """Interior points and conditions of a draw of their own."""
         interior, conditions = (self._seed_of(stream, count) for stream in streams)
         return self._of_this_rank(self._interior(num_interior, interior), conditions)
 

@@ -31,8 +31,7 @@ from experiments.training.stage import Stage
 def describe(config: PinnConfig) -> Description:
     """What determines the points and the solution: the equation, its options and the text of a user's file.
 
-    Raises:
-        ValueError: there is nothing to train on.
+    ValueError where there is nothing to train on.
     """
     equation = load_equation(config.equation, config.options, config.folder)
     Collocation(equation, config.model_copy(update={"num_points": 1}), 0, Ranks())  # conditions must yield points
@@ -41,7 +40,6 @@ def describe(config: PinnConfig) -> Description:
 
 
 def digest_of(config: PinnConfig) -> str:
-    """Short hash of the equation, its options and the text of a user's file."""
     text = json.dumps([config.equation, config.options], sort_keys=True)
     if config.equation.endswith(".py"):
         text += (Path(config.folder) / config.equation).read_text(encoding="utf-8")
@@ -52,11 +50,8 @@ class PinnProblem(Problem):
     """Minimizes mean r^2 + condition_weight mean (u - u_condition)^2 on points that are sampled.
 
     Every rank has a part of the points; its sums are scaled so that the mean over ranks is the loss, whether the points
-    can be divided evenly or not, and one all-reduce averages gradients and loss.
-
-    Args:
-        run: its settings; its seed sets the initial weights (drawn in float32, whatever the dtype) and the points.
-        ranks: this process.
+    can be divided evenly or not, and one all-reduce averages gradients and loss. The run's seed sets the initial
+    weights (drawn in float32, whatever the dtype) and the points.
     """
 
     def __init__(self, run: RunConfig[PinnConfig, PinnTrainingConfig], ranks: Ranks) -> None:
@@ -73,7 +68,6 @@ class PinnProblem(Problem):
             model.zero_grad()
         self._tests = reference_sets(equation, settings, device_of(ranks))
         self._unseen = self._collocation.unseen()
-        self.best_by = next((f"metrics/validation/relative_l2_{name}" for name in self._tests), "metrics/train/loss")
         attributes = {
             "equation": equation.label,
             "degenerate": equation.degenerate,
@@ -120,9 +114,7 @@ class PinnProblem(Problem):
     def least_squares(self, check_points: int | None = None) -> Residuals:
         """The residuals on the present points.
 
-        Args:
-            check_points: further points that judge the acceleration, which are drawn with the present ones; None for no
-                check.
+        `check_points` further points, drawn with the present ones, judge the acceleration; None for no check.
         """
 
         points = self._collocation
@@ -142,7 +134,6 @@ class PinnProblem(Problem):
         return values | {"metrics/validation/loss": self._loss.parts(network, self._unseen)["metrics/train/loss"]}
 
     def finish(self, network: nn.Module) -> dict[str, float]:
-        """The errors on every test set."""
         return {f"{key}_{name}": e for name, test in self._tests.items() for key, e in errors_on(network, test).items()}
 
     def fields(self, network: nn.Module) -> dict[str, Field]:

@@ -26,8 +26,7 @@ class Points(NamedTuple):
         conditions: points of the initial and boundary conditions.
         values: (rows, 1), of the solution there.
         condition_lift: the lift there.
-        num_interior: interior points of all ranks.
-        num_conditions: condition points of all ranks.
+        num_interior, num_conditions: points of all ranks.
     """
 
     interior: Tensor
@@ -102,5 +101,4 @@ def _composed(u: Derivatives, points: Points, rows: slice) -> Derivatives:
 
 
 def lifted(value: Tensor, lift: Lift | None) -> Tensor:
-    """a + b N."""
     return value if lift is None else lift[0].value + lift[1].value * value

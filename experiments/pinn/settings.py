@@ -80,7 +80,6 @@ class PinnConfig(Settings):
 
 
 def _check_points(config: PinnConfig, equation: Equation) -> None:
-    """Numbers of points, and the conditions, against the equation."""
     columns = equation.num_space + 1
     largest = max(config.num_points, config.num_conditions, config.adaptive_pool or 0)
     if config.sampler == "sobol" and columns > MAX_SOBOL_DIMENSION:

@@ -17,9 +17,9 @@ from experiments.pinn.compare import (
     settings_line,
 )
 from experiments.records.compare import TRAIN, Variant
-from experiments.records.page import Page
 from experiments.records.reading import Run
 from experiments.records.summarize import spread
+from experiments.records.text_table import Page
 
 TOLERANCE = 1.02
 """A final loss of more than this times the baseline's counts as above it."""
@@ -54,12 +54,12 @@ def summarize_pinn(groups: list[Group]) -> str:
     """Writes `summary.md` beside the records and returns the same as text for a terminal."""
     folder = groups[0].folder
     title = f"{folder.parent.name}, {folder.name}"
-    cautions = {f"{group.equation}: {group.degenerate}" for group in groups if group.degenerate}
+    cautions = {f"{group.trained}: {group.degenerate}" for group in groups if group.degenerate}
     title += f" - DEGENERATE EQUATION: {'; '.join(sorted(cautions))}" if cautions else ""
     page = Page(title)
     for group in groups:
         against = group.baseline.label if group.baseline is not None else f"{group.name} (not run)"
-        page.section(f"{group.caution} - " * bool(group.caution) + f"{group.equation}, compared with {against}")
+        page.section(f"{group.caution} - " * bool(group.caution) + f"{group.trained}, compared with {against}")
         if group.degenerate:
             page.say(group.degenerate, strong=True)
         page.say(f"{settings_line(group)}.")
@@ -130,7 +130,6 @@ def _comparison_row(group: Group, variant: Variant, measures: Measures) -> tuple
 
 
 def _learning_rate_rows(group: Group, runs: list[Run]) -> list[tuple[str, ...]]:
-    """One row a variant and rate."""
     by_rate: dict[tuple[int, float], list[Run]] = {}
     for run in runs:
         rate = run.config["variant"]["optimizer"]["arguments"]["lr"]

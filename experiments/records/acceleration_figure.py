@@ -19,6 +19,16 @@ from experiments.records.palette import COLORS, method_of
 
 # Causes of rejection, in the order of their appearance.
 CAUSE_COLORS = ("#C9C9C9", "#8F8F8F", "#B9A5C9", "#C9B79C", "#9DB8C9", "#5F5F5F")
+CAUSES = {
+    "backward": "reverses the last update",
+    "loss": "raises the loss",
+    "residuals": "raises the sum of squares",
+    "check": "raises the sum of squares of the check",
+    "rank": "nothing to extrapolate",
+    "coefficients": "columns nearly dependent",
+    "stopped": "the training loss has risen",
+}
+"""What the words of `statistics["rejected"]` stand for; the others stand for themselves."""
 ACCEPTED_COLOR = "#2E7D32"
 AVERAGING_COLOR = "#5B7DB1"
 DEVIATION = "acceleration/relative_standard_deviation"
@@ -41,14 +51,9 @@ def draw_acceleration(comparison: Comparison) -> Figure | None:
 
 
 def acceleration_panels(variants: Sequence[tuple[str, Variant]], unit: str) -> tuple[Figure, dict[str, Any]]:
-    """Three panels a variant, one quantity each: outcomes, relative standard deviation, averaging.
+    """Three panels a variant: outcomes, relative standard deviation, averaging. Returns the legend's handles, too.
 
-    Args:
-        variants: titles and variants.
-        unit: of the horizontal axis, the places of the records.
-
-    Returns:
-        The figure and the handles of its legend.
+    `variants` are titles and variants; `unit` is that of the horizontal axis, the places of the records.
     """
     causes = list(dict.fromkeys(cause for _, variant in variants for cause in _causes(variant)))
     colors = {cause: CAUSE_COLORS[position % len(CAUSE_COLORS)] for position, cause in enumerate(causes)}
@@ -104,11 +109,11 @@ def _deviation(axis: Axes, variant: Variant, handles: dict[str, Any]) -> None:
         values = run.series.get(DEVIATION, np.empty(0))
         row[: len(values)] = values
     known = np.isfinite(stacked).any(axis=0)
-    threshold = axis.axhline(threshold_of(variant), color="#B00020", linestyle=(0, (4, 2)), linewidth=1)
-    handles.setdefault(f"threshold above which the average is switched on ({threshold_of(variant):g})", threshold)
     if not known.any():
         _say(axis, "The criterion is not evaluated\n(the average is off by setting, or\ntoo few updates were stored).")
         return
+    threshold = axis.axhline(threshold_of(variant), color="#B00020", linestyle=(0, (4, 2)), linewidth=1)
+    handles.setdefault(f"threshold above which the average is switched on ({threshold_of(variant):g})", threshold)
     color = COLORS[method_of(variant)]
     own = stacked[:, known]
     axis.plot(places[known], np.nanmedian(own, axis=0), color=color, linewidth=1.2)
@@ -127,20 +132,19 @@ def threshold_of(variant: Variant) -> float:
 
 
 def _say(axis: Axes, sentence: str) -> None:
-    """A sentence in an empty panel."""
     axis.text(0.5, 0.5, sentence, transform=axis.transAxes, ha="center", va="center", fontsize=8, color="#666666")
 
 
 def _places(variant: Variant) -> np.ndarray:
-    """The places of the longest run."""
     return max((run.places for run in variant.runs.values()), key=len)
 
 
 def _causes(variant: Variant) -> dict[str, str]:
     """Causes of rejection that occurred, in words, with their series."""
     names = sorted({name for run in variant.runs.values() for name in run.series if "/rejected_" in name})
-    words = {name: "rejected: " + name.rpartition("rejected_")[2].replace("_", " ") for name in names}
-    words["acceleration/reverted"] = "accepted, later reverted"
+    causes = {name: name.rpartition("rejected_")[2] for name in names}
+    words = {name: f"rejected: {CAUSES.get(cause, cause.replace('_', ' '))}" for name, cause in causes.items()}
+    words["acceleration/reverted"] = "accepted, later taken back"
     return {cause: name for name, cause in words.items() if _mean(variant, name)[-1] > 0}
 
 

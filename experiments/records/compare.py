@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,23 +27,19 @@ class Variant:
 
     @property
     def first(self) -> Run:
-        """One of the runs, which have the same settings."""
         return next(iter(self.runs.values()))
 
     @property
     def definition(self) -> dict[str, Any]:
-        """Its configuration."""
         definition: dict[str, Any] = self.first.config["variant"]
         return definition
 
     @property
     def label(self) -> str:
-        """Its name for people."""
         return str(self.definition["label"])
 
     @property
     def role(self) -> str:
-        """What it is compared as, see `role_of`."""
         return role_of(self.definition)
 
     @property
@@ -68,6 +63,7 @@ class Records:
         studies: runs by study, "learning_rate" and "batch_size".
         is_as_configured: whether the configuration's file, if there is one, has the settings of the records.
         trained: what was trained on what, in words, for titles; empty: the name of the experiment.
+        degenerate: why results on this equation say little; empty: they do not.
     """
 
     folder: Path
@@ -75,6 +71,7 @@ class Records:
     studies: dict[str, list[Run]]
     is_as_configured: bool = field(default=True, kw_only=True)
     trained: str = field(default="", kw_only=True)
+    degenerate: str = field(default="", kw_only=True)
 
     @property
     def data_source(self) -> str:
@@ -98,12 +95,7 @@ class Records:
     @property
     def caution(self) -> str:
         """What stands first in every title; empty for nothing."""
-        return "SURROGATE DATA" if self.is_surrogate else ""
-
-    @property
-    def explanation(self) -> str:
-        """A second line of every title; empty for none."""
-        return ""
+        return "DEGENERATE" if self.degenerate else "SURROGATE DATA" if self.is_surrogate else ""
 
     @property
     def subject(self) -> str:
@@ -131,6 +123,11 @@ class Comparison(Records):
 
     families: dict[str, list[Variant]]
 
+    @property
+    def variants(self) -> list[Variant]:
+        """Those of all families, at least one."""
+        return [variant for variants in self.families.values() for variant in variants]
+
 
 def grouped(runs: Iterable[Run]) -> tuple[list[Variant], dict[str, list[Run]]]:
     """The variants of the main comparison, and the other runs by study."""
@@ -146,11 +143,7 @@ def grouped(runs: Iterable[Run]) -> tuple[list[Variant], dict[str, list[Run]]]:
 
 
 def find_folders(results: Path, only: str | None = None) -> list[Path]:
-    """Folders `<experiment>/<scale>` with records.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Folders `<experiment>/<scale>` with records; ValueError where there is none."""
     folders = sorted({path.parent.parent for path in results.glob("*/*/*/seed-*.h5")})
     folders = [folder for folder in folders if only is None or folder.parent.name == only]
     if not folders:
@@ -173,16 +166,11 @@ def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparis
         OSError: none of the records can be read.
     """
     runs = read_runs(folder, note)
-    for what, key in (("data", lambda run: run.attributes["data_digest"]), ("settings", _settings)):
-        groups: dict[str, list[Run]] = {}
-        for run in runs:
-            groups.setdefault(key(run), []).append(run)
-        if len(groups) > (1 if what == "data" else len({_study(run) for run in runs})):
-            some = " and ".join(str(group[0].path) for group in list(groups.values())[-2:])
-            raise ValueError(
-                f"{folder} holds records with different {what}, for instance {some}: "
-                "run the experiment again, or keep trials apart with --set scale=NAME"
-            )
+    check_same(folder, "data", runs, [run.attributes["data_digest"] for run in runs])
+    for study in {_study(run) for run in runs}:
+        own = [run for run in runs if _study(run) == study]
+        settings = [[run.config["problem"], run.config["training"]] for run in own]
+        check_same(folder, "settings", own, settings)
     variants, studies = grouped(runs)
     families: dict[str, list[Variant]] = {}
     for variant in variants:
@@ -202,8 +190,14 @@ def _study(run: Run) -> str:
     return f"{study} {run.attributes['variant']}" if study == "batch_size" else ""
 
 
-def _settings(run: Run) -> str:
-    return _study(run) + json.dumps([run.config["problem"], run.config["training"]], sort_keys=True)
+def check_same(folder: Path, what: str, runs: Sequence[Run], values: Sequence[Any]) -> None:
+    """Raises ValueError where the values of the runs are not all the same."""
+    other = next((run for run, value in zip(runs, values, strict=True) if value != values[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{folder} holds records with different {what}, for instance {runs[0].path} and {other.path}: "
+            "run the experiment again, or keep trials apart with --set scale=NAME"
+        )
 
 
 def role_of(definition: dict[str, Any]) -> str:
@@ -232,5 +226,4 @@ def family_of(optimizer: dict[str, Any]) -> str:
 
 
 def plain_of(variants: list[Variant]) -> Variant | None:
-    """The plain variant of a family, None if it was not run."""
     return next((variant for variant in variants if variant.role == "plain"), None)

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from data_loaders.files import replacing
+from data_loaders.files import replacing, takes_no_files
 from experiments.records.compare import Comparison, Records
 
 RC: dict[Any, Any] = {
@@ -34,6 +34,7 @@ RC: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.handlelength": 2.8,
     "lines.linewidth": 1.6,
     "figure.dpi": 100,
     "savefig.dpi": 100,
@@ -44,10 +45,7 @@ def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure
     """Writes what is drawn by file name, returns the paths; what gives no figure is left out.
 
     Where the folder cannot be written, as in the results of a colleague, `figures/<experiment>/<scale>` below the
-    current folder takes its place, and a line on stderr says so.
-
-    Raises:
-        ValueError: two figures have the same name: one would overwrite the other.
+    current folder takes its place, and a line on stderr says so. ValueError for two figures of one name.
     """
     twice = sorted(name for name, count in Counter(name for name, _ in drawings).items() if count > 1)
     if twice:
@@ -68,10 +66,13 @@ def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure
 
 def _writable(folder: Path) -> Path:
     """Makes the folder of figures, or one below the current folder where the results are read-only."""
-    with suppress(OSError):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
+    except OSError as error:
+        if not takes_no_files(error):
+            raise
     instead = Path("figures", *folder.parts[-3:-1])
     instead.mkdir(parents=True, exist_ok=True)
     print(f"note: {folder} cannot be written: the figures are in {instead}", file=sys.stderr)
@@ -89,16 +90,19 @@ def spread_over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def spread_words(count: int) -> str:
-    """What lines and bands are, in words."""
     return "one seed" if count == 1 else f"line: median of {count} seeds, band: minimum to maximum"
 
 
 def training_line(comparison: Comparison) -> str:
-    """Batch size and epochs of the main comparison, in words."""
-    run = next(iter(next(iter(comparison.families.values()))[0].runs.values()))
+    run = comparison.variants[0].first
     training = run.config["training"]
     batch = run.attributes.get("batch_images", training["batch_size"])
     return f"batches of {batch}, {training['epochs']} epochs"
+
+
+def legend_line(color: str, style: Any) -> Line2D:
+    """A variant in the legend, in its own line style: where it coincides with another one it is drawn in dashes."""
+    return Line2D([], [], color=color, linestyle=style)
 
 
 class Coinciding:
@@ -141,22 +145,30 @@ def finish(
         seeds: those of the figure, None for those of the main comparison.
         note: lines below the title.
     """
-    for axis in figure.axes:
-        axis.tick_params(which="minor", labelsize=7)
     head = f"{records.subject}: {title[:1].lower()}{title[1:]}"
     color = "#111111"
     if records.caution:
         head, color = f"{records.caution} - {head}", "#B00020"
+    lines = [(records.degenerate, color), *((line, "#444444") for line in note.split("\n"))]
+    frame(figure, (head, color), lines, records.source_line(seeds), handles)
+
+
+def frame(
+    figure: Figure, head: tuple[str, str], lines: Iterable[tuple[str, str]], source: str, handles: dict[str, Any]
+) -> None:
+    """Title and lines below it, each with its color, one legend below the panels, and the source at the bottom."""
+    for axis in figure.axes:
+        axis.tick_params(which="minor", labelsize=7)
     height = figure.get_size_inches()[1]
     top = 0.32
-    _fitted_text(figure, 1 - 0.1 / height, head, 10.5, va="top", weight="bold", color=color)
-    for line, shade in ((records.explanation, color), *((line, "#444444") for line in note.split("\n"))):
+    _fitted_text(figure, 1 - 0.1 / height, head[0], 10.5, va="top", weight="bold", color=head[1])
+    for line, shade in lines:
         if line:
             _fitted_text(figure, 1 - top / height, line, 8.5, va="top", color=shade)
             top += 0.2
-    _fitted_text(figure, 0.08 / height, f"Source: {records.source_line(seeds)}", 7, va="bottom", color="#666666")
-    lines = _legend(figure, handles)
-    figure.tight_layout(rect=(0, (0.3 + 0.2 * lines) / height, 1, 1 - top / height))
+    _fitted_text(figure, 0.08 / height, f"Source: {source}", 7, va="bottom", color="#666666")
+    rows = _legend(figure, handles)
+    figure.tight_layout(rect=(0, (0.3 + 0.2 * rows) / height, 1, 1 - top / height))
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> int:

@@ -41,11 +41,7 @@ class IncompleteRecord(RecordError):
 
 @contextmanager
 def opened(path: Path, mode: str = "r") -> Iterator[h5py.File]:
-    """Opens an HDF5 file without a lock.
-
-    Args:
-        path: of the file.
-        mode: "r", "r+" or "w", as for h5py.
+    """Opens an HDF5 file without a lock, in the mode "r", "r+" or "w".
 
     Raises:
         FileNotFoundError: there is no such file.

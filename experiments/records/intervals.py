@@ -32,17 +32,8 @@ DEFAULT_METRICS = (
 class Interval:
     """The last values of one metric over the runs of a group.
 
-    Attributes:
-        experiment: name of the experiment.
-        scale: name of the configuration.
-        group: the values that the runs have in common, as texts.
-        metric: name of the series.
-        num_runs: number of runs; a diverged one counts as infinitely bad in losses and errors.
-        median: over the runs.
-        low: lower end of the bootstrap interval of the median; NaN for a single run.
-        high: upper end.
-        minimum: smallest value.
-        maximum: largest value.
+    `group` has the values that the runs have in common, as texts. A diverged run counts as infinitely bad. `low` and
+    `high` are the ends of the bootstrap interval of the median, NaN for a single run.
     """
 
     experiment: str
@@ -58,15 +49,10 @@ class Interval:
 
 
 def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median at the level 0.95, the same at every call.
+    """Percentile bootstrap interval of the median of (num_runs,) values at the level 0.95, the same at every call.
 
-    The ends are medians of resamples, never values between two of them, so that infinite values are allowed.
-
-    Args:
-        values: (num_runs,), without NaN.
-
-    Returns:
-        Lower and upper end; NaN for a single value, which says nothing of the spread.
+    The ends are medians of resamples, never values between two of them, so that infinite values are allowed; they are
+    NaN for a single value, which says nothing of the spread.
 
     Source: B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
@@ -84,13 +70,8 @@ def intervals_of(
 ) -> list[Interval]:
     """The intervals of all metrics by experiment, scale and group, in the order in which the runs come.
 
-    Args:
-        runs: finished runs.
-        group_by: names of `GROUPS`, or settings with dots.
-        metrics: names of series; `*` stands for any letters.
-
-    Raises:
-        ValueError: no run has one of the groups, or no run has any of the metrics.
+    `group_by` names `GROUPS`, or settings with dots; in the names of the metrics `*` stands for any letters. ValueError
+    where no run has one of the groups, or any of the metrics.
     """
     runs = list(runs)
     groups: dict[tuple[str, str, tuple[str, ...]], list[Run]] = {}
@@ -169,12 +150,7 @@ def as_csv(intervals: Iterable[Interval], group_by: Sequence[str]) -> str:
 def tables_of(
     intervals: Iterable[Interval], cell: Callable[[Interval], str]
 ) -> dict[tuple[str, str], tuple[list[str], list[list[str]]]]:
-    """A table for each experiment and scale: the names of the metrics, and rows of groups.
-
-    Args:
-        intervals: what to show.
-        cell: the text of one of them.
-    """
+    """For each experiment and scale, the names of the metrics and rows of groups, with the text of each cell."""
     tables: dict[tuple[str, str], tuple[list[str], list[list[str]]]] = {}
     by_place: dict[tuple[str, str], list[Interval]] = {}
     for entry in intervals:

@@ -19,19 +19,13 @@ from experiments.records.series import ATTEMPTS, SCALES, SCHEMA_VERSION
 if TYPE_CHECKING:
     import torch
 
-OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
-"""Attributes that every record has, beside its configuration."""
-PARTS = ("experiment", "variant", "problem", "training")
-"""What every recorded configuration has."""
-
 
 @dataclass(frozen=True)
 class Run:
     """One recorded run.
 
     Attributes:
-        path: its file.
-        attributes: of the root.
+        attributes: of the root of the file at `path`.
         config: its configuration.
         series: by name ("metrics/train/loss").
         places: where the series were evaluated: epochs, or iterations of a physics-informed network.
@@ -51,7 +45,6 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended with a loss that is not finite."""
         return self.diverged_epoch is not None or self.diverged_iteration is not None
 
     @property
@@ -87,9 +80,6 @@ def read_run(path: Path) -> Run:
         _check(path, attributes)
         file.visititems(visit)
         config = json.loads(attributes["config"])
-    missing = [name for name in PARTS if not isinstance(config, dict) or name not in config]
-    if missing:
-        raise ForeignRecord(f"{path} is no record of this suite: its configuration has no {', '.join(missing)}")
     return Run(path, attributes, config, series, places[0] if places else np.empty(0))
 
 
@@ -101,27 +91,16 @@ def _check(path: Path, attributes: dict[str, Any]) -> None:
         raise ForeignRecord(f"{path} has schema version {attributes['schema_version']}, not {SCHEMA_VERSION}")
     if not attributes.get("complete"):
         raise IncompleteRecord(f"{path} is incomplete")
-    missing = [name for name in OF_ALL if name not in attributes]
-    if missing:
-        raise ForeignRecord(f"{path} is no record of this suite: it has no attribute {', '.join(missing)}")
 
 
 def read_fields(path: Path) -> dict[str, np.ndarray]:
-    """The fields of a run by name, coordinates included; {} where there are none.
-
-    Raises:
-        RecordError: the file cannot be read, or is damaged.
-    """
+    """The fields of a run by name, coordinates included; {} where there are none."""
     with opened(path) as file:
         return {name: np.asarray(item) for name, item in file.get("fields", {}).items()}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a run, a state_dict; {} where it has none (`save.weights`).
-
-    Raises:
-        RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
-    """
+    """The weights of a run, a state_dict; {} where it has none (`save.weights`)."""
     import torch  # here, because `list` reads records too, and is to answer before torch could be imported
 
     with opened(path) as file:
@@ -130,11 +109,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_attempts(path: Path) -> dict[str, np.ndarray]:
-    """Every attempt of the acceleration by column, as "step" and "outcome"; {} where it has none (`save.attempts`).
-
-    Raises:
-        RecordError: the file cannot be read, is damaged, or is the record of a run that is not finished.
-    """
+    """Every attempt of the acceleration by column, as "step" and "outcome"; {} where it has none (`save.attempts`)."""
     with opened(path) as file:
         _refuse_incomplete(file, path)
         columns = file.get(ATTEMPTS, {}).items()
@@ -157,22 +132,14 @@ def _plain(value: Any) -> Any:
 
 
 def say(line: str) -> None:
-    """Prints a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def read_runs(folder: Path, note: Callable[[str], None] = say) -> list[Run]:
-    """Reads all finished runs below a folder, ordered by variant and seed.
+    """Reads all finished runs below `results/<experiment>/<scale>`, ordered by variant and seed.
 
     A record that cannot be read hides no other one: `note` gets a line about it. Those of unfinished runs are named on
-    stderr, because they are no fault.
-
-    Args:
-        folder: `results/<experiment>/<scale>`.
-        note: called with a line about each record that is left out for a fault.
-
-    Raises:
-        RecordError: no run is left; the message says why.
+    stderr, because they are no fault. RecordError where no run is left.
     """
     runs: list[Run] = []
     unfinished: list[str] = []

@@ -28,12 +28,7 @@ summary { cursor: pointer; font-weight: 600; } .caution { color: #a00000; font-w
 
 
 def html_page(sections: Iterable[str], made: str) -> str:
-    """The page.
-
-    Args:
-        sections: of `section_of`, one a folder of results.
-        made: when and by which code the page was made.
-    """
+    """The page of `section_of` each folder of results; `made` says when and by which code."""
     body = "\n".join(sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -44,10 +39,10 @@ def html_page(sections: Iterable[str], made: str) -> str:
 
 
 def section_of(folder: Path, runs: Sequence[Run], figures: Iterable[Path], table: str) -> str:
-    """The figures, tables, configuration and origin of the runs in one folder.
+    """The figures, tables, configuration and origin of the runs in one folder `results/<experiment>/<scale>`.
 
     Args:
-        folder: `results/<experiment>/<scale>`.
+        folder: of the results.
         runs: its finished runs, at least one.
         figures: PNG files, which the page embeds.
         table: the text of the experiment's own table.

@@ -78,12 +78,10 @@ SCALES: dict[str, tuple[str, str]] = {
 
 
 def description_of_attempt(name: str) -> tuple[str, str]:
-    """Unit and long name of a column of the attempts."""
     return OF_ATTEMPTS.get(name) or description_of(f"acceleration/{name}", False)
 
 
 def description_of(name: str, is_sampled: bool) -> tuple[str, str]:
-    """Unit and long name of a series."""
     if is_sampled and name in SAMPLED:
         return SAMPLED[name]
     group, _, short = name.rpartition("/")

@@ -11,7 +11,7 @@ from experiments.records.reading import has_groups, read_run
 from experiments.settings.run_config import RunConfig
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{10})(-best)?\.pt")
-"""Of a file from which a run goes on; a former version of this suite has left others behind."""
+"""Of a file from which a run goes on; a former version marked the best one, and left others behind."""
 
 
 def run_path(results: Path, config: RunConfig) -> Path:
@@ -77,13 +77,10 @@ def _state_of_record(path: Path, config: RunConfig, data_digest: str, world_size
 
 
 def states_of_folder(folder: Path) -> dict[tuple[str, int], str]:
-    """The state of every run in `results/<experiment>/<scale>`, by name and seed.
+    """The state of every run in `results/<experiment>/<scale>`, by name and seed; settings are not compared.
 
-    The settings are not compared, which `state_of` does.
-
-    Returns:
-        "finished"; "stopped", where checkpoints wait for the same command; "unfinished", where a record has no end and
-        no checkpoint is left; "unreadable".
+    "finished"; "stopped", where checkpoints wait for the same command; "unfinished", where a record has no end and no
+    checkpoint is left; "unreadable".
     """
     states: dict[tuple[str, int], str] = {}
     for path in sorted(folder.glob("*/seed-*")):

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from experiments.records.compare import SECONDS, TRAIN, VALIDATION, Comparison, Variant, plain_of
-from experiments.records.page import Page
+from experiments.records.text_table import Page
 
 
 def header(loss_name: str) -> tuple[str, ...]:
-    """The names of the table's columns."""
     return (
         "variant",
         "epochs to plain's final loss",
@@ -48,11 +47,7 @@ class Measures:
 
 
 def measure(variant: Variant, plain: Variant) -> Measures:
-    """Compares a variant with the plain one, seed by seed.
-
-    Raises:
-        ValueError: the two have no seed in common.
-    """
+    """Compares a variant with the plain one, seed by seed; ValueError where they have no seed in common."""
     seeds = tuple(sorted(set(variant.runs) & set(plain.runs)))
     if not seeds:
         raise ValueError(f"{variant.name} and {plain.name} have no seed in common: run both with the same seeds")
@@ -87,12 +82,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 
 def summarize(comparison: Comparison, loss_name: str = "loss") -> str:
-    """Writes `summary.md` beside the records and returns the same as text for a terminal.
-
-    Args:
-        comparison: the records.
-        loss_name: what the table calls the loss.
-    """
+    """Writes `summary.md` beside the records and returns the same as text for a terminal."""
     page = Page(f"{comparison.folder.parent.name}, {comparison.folder.name}")
     if comparison.is_surrogate:
         page.say(
@@ -143,11 +133,4 @@ def spread(values: np.ndarray, form: str, infinite: str = "never") -> str:
     def show(value: float) -> str:
         return form.format(value) if np.isfinite(value) else infinite
 
-    return f"{show(median(known))} [{show(known.min())} .. {show(known.max())}]"
-
-
-def median(values: np.ndarray) -> float:
-    """The median; infinite as soon as the upper one of the two middle values is."""
-    ordered = np.sort(values)
-    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-    return float(low) if low == high else float(0.5 * (low + high))
+    return f"{show(float(np.median(known)))} [{show(known.min())} .. {show(known.max())}]"

@@ -9,14 +9,10 @@ from typing import Any
 
 
 class TensorBoard:
-    """Writes each entry of the series as scalars at its epoch or iteration.
+    """Writes each entry of the series as scalars at its epoch or iteration, where it is `enabled`.
 
     A run that resumes goes on in the same folder. TensorBoard then hides what an earlier process wrote from the first
     new entry on, as after a crash between two saves.
-
-    Args:
-        folder: of the event files of this run.
-        enabled: whether anything is written, as on rank 0 alone.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True) -> None:
@@ -24,7 +20,6 @@ class TensorBoard:
         self._writer: Any = None
 
     def __call__(self, place: int, values: Mapping[str, float]) -> None:
-        """Writes one entry, by the names of the series."""
         if not self._is_enabled:
             return
         if self._writer is None:
@@ -41,11 +36,7 @@ class TensorBoard:
 
 
 def check_tensorboard() -> None:
-    """Refuses a setting that needs the package.
-
-    Raises:
-        ValueError: the package is not installed.
-    """
+    """Raises ValueError where the package that the setting needs is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "save.tensorboard needs the package tensorboard, which is not installed: pip install tensorboard"

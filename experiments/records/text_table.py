@@ -1,10 +1,14 @@
-"""Tables as text, for a terminal and in Markdown. It imports no torch."""
+"""Tables as text, for a terminal and in Markdown, and pages of them. It imports no torch."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from unicodedata import combining, east_asian_width
+
+from data_loaders.files import takes_no_files, write_text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -18,7 +22,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The same for a terminal."""
     widths = [max(_width(line[column]) for line in (header, *rows)) for column in range(len(header))]
     return [
         "  " + "  ".join(cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -29,3 +32,32 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 def _width(text: str) -> int:
     """Columns of a terminal: East Asian letters take two, accents that are letters of their own none."""
     return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
+
+
+class Page:
+    """Headings, sentences and tables below a title: in Markdown beside the records, and as text for a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._markdown, self._text = [f"# {title}", ""], [title, ""]
+
+    def section(self, heading: str) -> None:
+        self._markdown += [f"## {heading}", ""]
+        self._text += [heading, ""]
+
+    def say(self, sentence: str, strong: bool = False) -> None:
+        self._markdown += [f"**{sentence}**" if strong else sentence, ""]
+        self._text += [sentence, ""]
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._markdown += [*markdown_table(header, rows), ""]
+        self._text += [*text_table(header, rows), ""]
+
+    def write(self, folder: Path) -> str:
+        """Writes `summary.md` into a folder and returns the text; where that is not allowed, a note says so."""
+        try:
+            write_text(folder / "summary.md", "\n".join(self._markdown))
+        except OSError as error:
+            if not takes_no_files(error):
+                raise
+            print(f"note: {error}; the table is printed all the same", file=sys.stderr)
+        return "\n".join(self._text[:-1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from experiments.records.figures import (
     Coinciding,
     as_text,
     finish,
+    legend_line,
     save_figures,
     spread_over_seeds,
     spread_words,
@@ -32,12 +34,7 @@ LABELS = {"plain": "plain optimizer", "ema": "EMA of the weights", "aadl": "aadl
 
 
 def draw_training_figures(comparison: Comparison, loss_name: str = "loss") -> list[Path]:
-    """Draws every figure that the records allow into `figures/` beside them, returns the paths.
-
-    Args:
-        comparison: the records.
-        loss_name: what the figures call the loss.
-    """
+    """Draws every figure that the records allow into `figures/` beside them, returns the paths."""
     drawings: list[tuple[str, Callable[[], Figure | None]]] = [
         ("loss.png", partial(draw_loss, comparison, loss_name)),
         ("published_scheme.png", partial(draw_published_scheme, comparison, loss_name)),
@@ -89,9 +86,8 @@ def _loss_figure(
             for variant, color, style in styled(variants):
                 low, middle, high = spread_over_seeds(variant.series(series))
                 epochs = np.arange(len(middle))
-                style = coinciding.style(variant.label, middle, style)
-                (line,) = axis.plot(epochs, middle, color=color, linestyle=style)
-                handles.setdefault(LABELS.get(variant.role, variant.label), line)
+                handles.setdefault(LABELS.get(variant.role, variant.label), legend_line(color, style))
+                axis.plot(epochs, middle, color=color, linestyle=coinciding.style(variant.label, middle, style))
                 axis.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
             axis.set_yscale("log")
             axis.set_ylabel(f"{name} {loss_name}")
@@ -174,7 +170,8 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
                       label=f"{name} of {steps} steps")  # fmt: skip
         for place, slope in zip(np.sqrt(sizes[:-1] * sizes[1:]), slopes(sizes, middle), strict=True):
             height = float(np.exp(np.interp(np.log(place), np.log(sizes), np.log(middle))))
-            axis.annotate(f"{slope:+.2f}", (place, height), (0, side), textcoords="offset points", ha="center",
+            beside = math.copysign(22, side) if slope < -1.5 else 0  # a steep line would go through the number
+            axis.annotate(f"{slope:+.2f}", (place, height), (beside, side), textcoords="offset points", ha="center",
                           color=color, fontsize=8)  # fmt: skip
     sizes, values = oscillation_by_batch_size(runs, *EARLY)
     reference = 0.55 * np.median(values[0]) * (sizes / sizes[0]) ** -0.5
@@ -184,7 +181,9 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(sizes, [str(size) for size in sizes])
-    axis.set_xlabel("batch size" + " (the largest one is the whole training set)" * _takes_all(runs, sizes[-1]))
+    largest = next(run for run in runs if run.config["training"]["batch_size"] == sizes[-1])
+    is_whole = int(largest.attributes["num_steps"]) == int(largest.config["training"]["epochs"])
+    axis.set_xlabel("batch size" + " (the largest one is the whole training set)" * is_whole)
     axis.set_ylabel("relative standard deviation\nof consecutive updates")
     axis.legend(loc="best")
     seeds = {int(run.attributes["seed"]) for run in runs}
@@ -193,22 +192,11 @@ def draw_batch_size(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _takes_all(runs: Sequence[Run], size: int) -> bool:
-    """Whether an epoch with this batch size has one step."""
-    own = next(run for run in runs if run.config["training"]["batch_size"] == size)
-    return int(own.attributes["num_steps"]) == int(own.config["training"]["epochs"])
-
-
 def oscillation_by_batch_size(runs: list[Run], first: float, last: float) -> tuple[np.ndarray, np.ndarray]:
-    """Median over a part of the training of the relative standard deviation of consecutive updates.
+    """Batch sizes, ascending, and values (num_sizes, num_seeds) of runs of the batch-size study.
 
-    Args:
-        runs: of the batch-size study.
-        first: start of the part, as a share of the epochs in [0, 1).
-        last: its end, in (first, 1].
-
-    Returns:
-        Batch sizes, ascending, and values (num_sizes, num_seeds).
+    A value is the median, over the part of the epochs from the share `first` to the share `last`, of the relative
+    standard deviation of consecutive updates.
     """
     groups: dict[int, list[float]] = {}
     for run in runs:

@@ -12,7 +12,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
 from data_loaders.files import replacing
 from experiments.distributed.ranks import Ranks
@@ -41,7 +40,7 @@ def write_run(
     """Writes one run to a temporary file in the same folder, then moves it into place.
 
     A reader sees the old file or the new one, whole; `complete` is the last attribute written, for whoever opens the
-    temporary file of a killed run.
+    temporary file of a killed run. OSError where the folder or the file cannot be written.
 
     Args:
         path: target file; its folder is made.
@@ -49,14 +48,10 @@ def write_run(
         problem: for the data's source and digest.
         result: series by epoch.
         ranks: for the world size.
-        start: start of the run, UTC.
-        end: end of the run, UTC.
+        start, end: of the run, UTC.
         complete: whether the run is finished.
         restart_count: how often it was taken up again.
         places: of the ranks, see `experiments.distributed.devices.binding`.
-
-    Raises:
-        OSError: the folder or the file cannot be written.
     """
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +59,10 @@ def write_run(
         for name, values in result.series.items():
             _write_series(file, name, values, result.iterations)
         _write_fields(file, result.fields)
-        _write_weights(file, result.weights)
+        if result.weights:
+            weights = file.create_group("weights", track_order=True)  # that of the state_dict
+            for name, value in result.weights.items():
+                weights.create_dataset(name, data=value.numpy())
         _write_attempts(file, result.attempts)
         if places:  # a dataset, because attributes have no room for a thousand ranks
             file.create_dataset("launch/binding", data=json.dumps([*places]))
@@ -74,11 +72,7 @@ def write_run(
 
 
 def note_place(path: Path, config: RunConfig) -> None:
-    """Brings what a finished record says of its label and its place among the variants up to date, without a new run.
-
-    Raises:
-        OSError: the file cannot be read or written.
-    """
+    """Brings what a finished record says of its label and its place among the variants up to date."""
     attributes = read_run(path).attributes
     wanted = {"label": config.variant.label, "config": config.as_json(), **place_of(config)}
     if all(attributes.get(name) == value for name, value in wanted.items()):
@@ -93,8 +87,7 @@ def note_place(path: Path, config: RunConfig) -> None:
 def probe_folder(folder: Path) -> None:
     """Makes a folder of records, and writes, renames and reads a small HDF5 file there, before any training.
 
-    Raises:
-        OSError: that fails; the message names the folder and says why.
+    OSError, which names the folder and says why, where that fails.
     """
     path = folder / f".probe-{os.getpid()}.h5"
     try:
@@ -135,13 +128,6 @@ def _write_fields(file: h5py.File, fields: Mapping[str, Field]) -> None:
         for axis, dimension in enumerate(entry.dimensions):
             if dimension != name:
                 file["fields"][name].dims[axis].attach_scale(file["fields"][dimension])
-
-
-def _write_weights(file: h5py.File, weights: Mapping[str, torch.Tensor]) -> None:
-    if weights:
-        group = file.create_group("weights", track_order=True)  # that of the state_dict
-        for name, value in weights.items():
-            group.create_dataset(name, data=value.numpy())
 
 
 def _write_attempts(file: h5py.File, attempts: Mapping[str, np.ndarray] | None) -> None:

@@ -1,27 +1,24 @@
-"""Checkpoints: one file a step, written by rank 0 for all ranks, and loaded by all of them.
+"""Checkpoints: one file a step, written by rank 0 for all ranks, and read by each of them.
 
 A killed process, a full disk or a lost permission leaves the checkpoint before untouched: a new one is written under
 another name, synced and renamed. The checksums in the file (those of zip) are compared before it is used, and nothing
 in it is executed (weights_only). The newest file that all ranks can use is taken.
-
-What W ranks ask of the file system: one file is written, and each of them reads it.
 """
 
 from __future__ import annotations
 
 import errno
 import shutil
-import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from experiments.distributed.departure import control_group
 from experiments.distributed.ranks import Ranks
+from experiments.distributed.together import gather
 from experiments.records.reading import say
 from experiments.runs.checkpoint_files import FORMAT, name_of, names_of_checkpoints, prune, read, write
 from experiments.runs.checkpoint_state import State, check_state, num_bytes_of, on_cpu
@@ -33,9 +30,6 @@ TRANSIENT = frozenset(
     if hasattr(errno, name)
 )
 
-SETTLE_SECONDS = 10.0
-"""How long a run that failed waits for the thread that writes; the file server may hang."""
-
 T = TypeVar("T")
 
 
@@ -45,14 +39,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint.
+    """A checkpoint: what is the same on every rank, and what this rank saved (None where there was no such rank).
 
-    Attributes:
-        step: as saved.
-        shared: the same on every rank, tensors on the CPU, those that were sharded whole.
-        own: what this rank saved, None where there was no such rank.
-        world_size_saved: number of ranks that saved it.
-        rejected: newer checkpoints that could not be used, (name of the file, reason).
+    Tensors are on the CPU, those that were sharded whole. `rejected` has newer checkpoints that could not be used, as
+    (name of the file, reason).
     """
 
     step: int
@@ -63,94 +53,49 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of a run in one folder.
+    """The checkpoints of a run in one folder that all ranks see; the newest `keep` of them stay.
 
-    Attributes:
-        write_seconds: the longest that writing one took, on rank 0.
+    All ranks make it together, because it uses `control_group`.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2, asynchronous: bool = False) -> None:
-        """Made by all ranks together; it uses `control_group`.
-
-        Args:
-            folder: on a file system that all ranks see; made when the first checkpoint is saved.
-            ranks: this process.
-            keep: number of newest checkpoints to keep, >= 1; the best one stays as well.
-            asynchronous: whether `save` copies the state and does not wait until it is written.
-        """
+    def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
         self.folder = Path(folder)
-        self._ranks, self._keep, self._asynchronous = ranks, keep, asynchronous
+        self._ranks, self._keep = ranks, keep
         self._group = control_group(ranks)  # gloo: the values live on the CPU
-        self._writer: threading.Thread | None = None  # of rank 0, if asynchronous
-        self._error: Exception | None = None  # of the last save, on rank 0
-        self._is_pending = False  # whether the ranks do not know yet how the last save ended
-        self.write_seconds = 0.0
         self._unusable: set[str] = set()  # names of checkpoints that were passed over
 
     # ---- saving
 
-    def save(self, step: int, shared: State, own: State, *, best: bool = False, identity: str = "") -> None:
+    def save(self, step: int, shared: State, own: State, *, identity: str = "") -> None:
         """Saves a state; on all ranks together.
 
         Args:
             step: number of the step, in [0, 10^10); the checkpoint with the largest one is the newest.
             shared: the same on every rank, or DTensors, which are gathered.
             own: of this rank.
-            best: whether this is the best so far, which stays until a later one is.
             identity: text that must be equal on load, as a hash of the configuration.
 
         Raises:
             TypeError: an entry is neither a tensor nor a plain value, on this rank.
-            CheckpointError: the state could not be written, or the one before it, if asynchronous; on all ranks.
+            CheckpointError: the state could not be written; on all ranks.
         """
-        self.wait()
         check_state(shared, "shared")
         check_state(own, "own", sharded=False)
         is_first = self._ranks.rank == 0
-        whole = on_cpu(shared, copy=self._asynchronous, keep=is_first)
-        every = self._gathered(on_cpu(own, copy=self._asynchronous))
+        whole, every = on_cpu(shared, keep=is_first), self._gathered(on_cpu(own))
+        failure: Exception | None = None
         if is_first:
-            content = {"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every}
-            arguments = (name_of(step, best), content)
-            if self._asynchronous:  # a daemon, because a process that fails must not wait for it
-                self._writer = threading.Thread(target=self._try, args=arguments, name="checkpoint", daemon=True)
-                self._writer.start()
-            else:
-                self._try(*arguments)
-        self._is_pending = True
-        if not self._asynchronous:
-            self.wait()
-
-    def wait(self) -> None:
-        """Waits until the last checkpoint is written; on all ranks together.
-
-        Raises:
-            CheckpointError: it could not be written; on all ranks, and once.
-        """
-        if not self._is_pending:
-            return
-        self._is_pending = False
-        if self._writer is not None:
-            self._writer.join()
-        error, self._error = self._error, None
-        text = self._exchange("" if error is None else str(error) or repr(error))[0]
+            try:
+                self._write({"format": FORMAT, "identity": identity, "step": step, "shared": whole, "own": every})
+            except Exception as error:  # raised when the other ranks, which wait for this one, know
+                failure = error
+        text = gather(self._ranks, "" if failure is None else str(failure) or repr(failure), self._group)[0]
         if text:
-            raise CheckpointError(text) from error
+            raise CheckpointError(text) from failure
 
-    def settle(self) -> None:
-        """Waits, on this rank alone and for SETTLE_SECONDS at most, until no thread writes; errors are not raised."""
-        if self._writer is not None:
-            self._writer.join(SETTLE_SECONDS)
-
-    def _try(self, name: str, content: State) -> None:
-        try:
-            self._write(name, content)
-        except Exception as error:  # `wait` raises it
-            self._error = error
-
-    def _write(self, name: str, content: State) -> None:
+    def _write(self, content: State) -> None:
         """Writes a checkpoint, or nothing; after an error that may be gone once more. Then the old ones go."""
-        start = time.monotonic()
+        name = name_of(content["step"])
         for is_last in (False, True):
             try:
                 write(self.folder / name, content)
@@ -164,7 +109,6 @@ class Checkpoints:
             prune(self.folder, name, self._keep, self._unusable)
         except OSError as error:
             say(f"warning: old checkpoints in {self.folder} cannot be removed: {error}")
-        self.write_seconds = max(self.write_seconds, time.monotonic() - start)
 
     def _failure(self, content: State, error: OSError) -> str:
         free = ""
@@ -180,19 +124,12 @@ class Checkpoints:
     def load(self, *, identity: str = "") -> Loaded | None:
         """Loads the newest checkpoint that all ranks can use, on all ranks together; those passed over are named.
 
-        The number of ranks may differ from the one that saved.
-
-        Args:
-            identity: of this run, compared with what was saved.
-
-        Returns:
-            The checkpoint, None where there is none at all.
+        The number of ranks may differ from the one that saved. Returns None where there is no checkpoint at all.
 
         Raises:
             ValueError: all checkpoints belong to runs of another identity.
             CheckpointError: there are checkpoints, and none can be used; or rank 0 cannot read the folder.
         """
-        self.wait()
         rejected: list[tuple[str, str]] = []
         num_strangers = 0
         is_first = self._ranks.rank == 0
@@ -203,7 +140,7 @@ class Checkpoints:
                 names = names_of_checkpoints(self.folder)
             except OSError as error:  # the other ranks must not wait for the names
                 problem = str(error)
-        names, problem = self._exchange((names, problem))[0]
+        names, problem = gather(self._ranks, (names, problem), self._group)[0]
         if problem:
             raise CheckpointError(problem)
         for name in names:
@@ -212,7 +149,7 @@ class Checkpoints:
                 content = read(self.folder / name)
             except ValueError as error:
                 reason = str(error)
-            reasons = self._exchange(reason)
+            reasons = gather(self._ranks, reason, self._group)
             if not any(reasons):
                 assert content is not None
                 if content["identity"] == identity:
@@ -236,14 +173,6 @@ class Checkpoints:
         raise CheckpointError(f"no checkpoint in {self.folder} can be used ({every}); {advice}")
 
     # ---- between ranks
-
-    def _exchange(self, mine: T) -> list[T]:
-        """What each rank has, by rank."""
-        found: list[Any] = [mine]
-        if self._ranks.world_size > 1:
-            found = [None] * self._ranks.world_size
-            dist.all_gather_object(found, mine, group=self._group)
-        return cast(list[T], found)
 
     def _gathered(self, mine: T) -> list[T]:
         """What each rank has, by rank, on rank 0; nothing on the others."""

@@ -26,27 +26,14 @@ KEYS = {"format", "identity", "step", "shared", "own"}
 BLOCK = 1 << 22  # bytes written at once
 
 
-def name_of(step: int, best: bool) -> str:
-    """`step-0000001234.pt`, or `step-0000001234-best.pt` for the best so far; in the order of their steps."""
-    return f"step-{step:010d}{'-best' * best}.pt"
-
-
-def _step_of(name: str) -> int:
-    return int(name[5:15])
-
-
-def _is_best(name: str) -> bool:
-    return name.endswith("-best.pt")
+def name_of(step: int) -> str:
+    """`step-0000001234.pt`; names are in the order of their steps."""
+    return f"step-{step:010d}.pt"
 
 
 def names_of_checkpoints(folder: Path) -> list[str]:
-    """Newest first, of a step the best one first.
-
-    Raises:
-        OSError: the folder cannot be read; a missing one has no checkpoints.
-    """
-    names = filter(CHECKPOINT_NAME.fullmatch, _names_in(folder))
-    return sorted(names, key=lambda name: (_step_of(name), _is_best(name)), reverse=True)
+    """Newest first; OSError where the folder cannot be read, while a missing one has no checkpoints."""
+    return sorted(filter(CHECKPOINT_NAME.fullmatch, _names_in(folder)), reverse=True)
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -88,11 +75,7 @@ class _File(io.FileIO):
 
 
 def write(path: Path, content: State) -> None:
-    """Writes a file whole or not at all, synced; what killed processes left in the folder is removed.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a file whole or not at all, synced; what killed processes left in the folder is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     with replacing(path) as temporary:
@@ -109,8 +92,7 @@ def write(path: Path, content: State) -> None:
 def read(path: Path) -> State:
     """Compares the checksums of a file and reads it, on the CPU; nothing in it is executed.
 
-    Raises:
-        ValueError: it is damaged, of another format, or holds something else; the message names it.
+    ValueError, which names it, where it is damaged, of another format, or holds something else.
     """
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
@@ -134,11 +116,7 @@ def read(path: Path) -> State:
 
 
 def identity_of(path: Path) -> str:
-    """The identity in a checkpoint, whose tensors are not read.
-
-    Raises:
-        ValueError: it cannot be read; `read` says why.
-    """
+    """The identity in a checkpoint, whose tensors are not read; ValueError where it cannot be read."""
     try:
         return str(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"])
     except Exception as error:
@@ -157,25 +135,13 @@ def _short(error: BaseException) -> str:
 
 
 def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ()) -> None:
-    """Removes old checkpoints: those older than the newest `keep` steps, and not the newest one marked best.
+    """Removes the checkpoints that are older than the newest `keep`, not counting those known to be `unusable`.
 
-    Later ones than the present were not taken when the run was continued, so they count for nothing, and somebody may
-    want to know why.
-
-    Args:
-        folder: of the checkpoints.
-        present: name of the one that was just written, which replaces others of its step.
-        keep: number that stay.
-        unusable: names of checkpoints known to be damaged, which do not count among those.
-
-    Raises:
-        OSError: a file cannot be removed.
+    Later ones than the `present`, which was just written, were not taken when the run was continued, so they count for
+    nothing, and somebody may want to know why.
     """
-    step, names = _step_of(present), names_of_checkpoints(folder)
-    replaced = [name for name in names if _step_of(name) == step and name != present]
-    older = [name for name in names if _step_of(name) < step]
+    older = [name for name in names_of_checkpoints(folder) if name < present]
     kept = [present, *(name for name in older if name not in unusable)][:keep]
-    best = next((name for name in (present, *older) if _is_best(name)), present)
-    oldest = _step_of(kept[-1]) if len(kept) == keep else 0
-    for name in (*replaced, *(name for name in older if _step_of(name) < oldest and name != best)):
-        os.unlink(folder / name)
+    for name in older:
+        if len(kept) == keep and name < kept[-1]:
+            os.unlink(folder / name)

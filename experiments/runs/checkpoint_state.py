@@ -27,8 +27,7 @@ def is_sharded(value: object) -> bool:
 def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Tensors and plain values by name, as `shared['model']['weight']`, and an empty container for each container.
 
-    Raises:
-        TypeError: an entry or a key has another type; the message names it.
+    TypeError, which names it, where an entry or a key has another type.
     """
     items: Iterator[tuple[Any, Any]]
     if isinstance(state, dict):
@@ -41,7 +40,8 @@ def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, [] if isinstance(state, list) else ()
         items = iter(enumerate(state))
     elif isinstance(state, Tensor):
-        _check_tensor(state, name)
+        if not is_sharded(state) and type(state.detach()) is not Tensor:
+            raise TypeError(f"{name} is a {_type(state)}: a checkpoint holds plain tensors and DTensors")
         yield name, state
         return
     elif type(state) in PLAIN:
@@ -53,70 +53,49 @@ def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{name}[{key!r}]")
 
 
-def _check_tensor(tensor: Tensor, name: str) -> None:
-    if is_sharded(tensor):
-        if any(placement.is_partial() for placement in tensor.placements):  # type: ignore[attr-defined]
-            raise TypeError(f"{name} is a DTensor with a partial placement: redistribute it before it is saved")
-        return
-    if type(tensor.detach()) is not Tensor:
-        raise TypeError(f"{name} is a {_type(tensor)}: a checkpoint holds plain tensors and DTensors")
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        kind = "without data (meta)" if tensor.device.type == "meta" else f"of layout {tensor.layout}"
-        raise TypeError(f"{name} is a tensor {kind}: a checkpoint holds dense tensors")
-
-
 def _type(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def check_state(state: Any, name: str, *, sharded: bool = True) -> None:
-    """Checks that a state holds nothing but tensors and plain values, and where `sharded` is false no DTensors.
-
-    Raises:
-        TypeError: it holds something else; the message names it.
-    """
+    """Raises TypeError where a state holds anything but tensors and plain values, or DTensors unless `sharded`."""
     for leaf, value in leaves(state, name):
         if not sharded and is_sharded(value):
             raise TypeError(f"{leaf} is a DTensor, which belongs into the shared state")
 
 
 def num_bytes_of(state: Any) -> int:
-    """Bytes of all tensors of a state on the CPU."""
     tensors = (value for _, value in leaves(state, "") if isinstance(value, Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def on_cpu(state: Any, *, copy: bool = False, keep: bool = True) -> Any:
+def on_cpu(state: Any, *, keep: bool = True) -> Any:
     """The same state with plain tensors on the CPU, and DTensors whole.
 
-    All ranks that hold parts of DTensors must call, because these are gathered one after the other.
-
-    Args:
-        state: see `State`.
-        copy: whether the result must stay as it is while the state changes.
-        keep: whether this rank wants the result; else it only does its part of the gathering, and gets None.
+    All ranks that hold parts of DTensors must call, because these are gathered one after the other. A rank that does
+    not `keep` the result only does its part, and gets None.
     """
     if isinstance(state, dict):
-        entries = {key: on_cpu(entry, copy=copy, keep=keep) for key, entry in state.items()}
+        entries = {key: on_cpu(entry, keep=keep) for key, entry in state.items()}
         return entries if keep else None
     if isinstance(state, (list, tuple)):
-        parts = [on_cpu(entry, copy=copy, keep=keep) for entry in state]
+        parts = [on_cpu(entry, keep=keep) for entry in state]
         return (tuple(parts) if isinstance(state, tuple) else parts) if keep else None
     if is_sharded(state):
         whole = state.detach().full_tensor()
-        return _plain(whole, copy=False) if keep else None
+        return _plain(whole) if keep else None
     if not keep:
         return None
-    return _plain(state.detach(), copy) if isinstance(state, Tensor) else state
+    return _plain(state.detach()) if isinstance(state, Tensor) else state
 
 
-def _plain(tensor: Tensor, copy: bool) -> Tensor:
+def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.resolve_conj().resolve_neg()
     if tensor.device.type != "cpu":
         return tensor.cpu()
     # torch.save writes the whole storage behind a view.
     is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone() if copy or is_view else tensor
+    return tensor.clone() if is_view else tensor
 
 
 def rng_state() -> State:

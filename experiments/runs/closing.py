@@ -10,7 +10,6 @@ from shlex import quote
 import numpy as np
 
 from experiments.records.reading import Run
-from experiments.records.summarize import median
 from experiments.runs.experiment import Experiment, Merit
 
 SHOWN_VARIANTS = 8
@@ -18,13 +17,7 @@ SHOWN_VARIANTS = 8
 
 
 def closing_lines(kind: Experiment, runs: Sequence[Run], results: Path) -> list[str]:
-    """Lines about the finished runs of an experiment.
-
-    Args:
-        kind: the experiment.
-        runs: records of one folder `results/<experiment>/<scale>`, at least one.
-        results: the folder of all results, as given on the command line.
-    """
+    """Lines about the finished runs of one folder `results/<experiment>/<scale>`; `results` is as typed."""
     main = [run for run in runs if not run.attributes["study"]] or list(runs)
     by_variant: dict[str, list[Run]] = {}
     for run in main:
@@ -55,7 +48,7 @@ def median_of(runs: Iterable[Run], merit: Merit) -> float:
     """Median of the last values over the seeds; a diverged run is infinitely bad."""
     name, worst = merit.series, -math.inf if merit.more_is_better else math.inf
     finals = [worst if run.diverged or name not in run.series else float(run.series[name][-1]) for run in runs]
-    return median(np.array([value if math.isfinite(value) else worst for value in finals]))
+    return float(np.median([value if math.isfinite(value) else worst for value in finals]))
 
 
 def diverged_lines(runs: Iterable[Run]) -> list[str]:

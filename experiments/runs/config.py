@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,20 @@ from experiments.training.optimizers import is_schedule_free
 
 FindExperiment = Callable[[str, Mapping[str, Any]], Experiment]
 """(name, raw settings of the problem) -> the experiment, see `experiments.catalog.find_experiment`."""
+Note = Callable[[str], None]
+"""Takes a line for the user."""
 OF_SOME_EXPERIMENTS = ("mean_epochs", "then", "baseline", "problem", "training")
 """Keys of a variant that `Experiment.variant_keys` may allow."""
 
 
-def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads and checks a configuration.
+def load_config(
+    path: str | Path, find: FindExperiment, overrides: Sequence[str] = (), note: Note | None = None
+) -> ExperimentConfig:
+    """Reads and checks a configuration; `find` finds its experiment.
 
-    Args:
-        path: YAML file.
-        find: finds its experiment.
-        overrides: texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
-            seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study, which
-            is said on stderr. So are the variants that have a setting for themselves, which an override of the
-            setting of all does not change.
+    Overrides are texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
+    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study. `note` is told
+    what they do not reach, studies and variants with a setting of their own; None prints it on stderr.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.
@@ -57,10 +58,15 @@ def load_config(path: str | Path, find: FindExperiment, overrides: Sequence[str]
     except ValueError as error:
         raise ValueError(f"{_source_of(str(error), path, find, overrides)}: {error}") from None
     if selected is not None and raw.get("studies"):
-        print("--set variants leaves out the studies of the configuration", file=sys.stderr)
+        (note or say)("--set variants leaves out the studies of the configuration")
     for text in overrides:
-        _say_what_is_not_reached(config, text.partition("=")[0].strip())
+        _say_what_is_not_reached(config, text.partition("=")[0].strip(), note or say)
     return config
+
+
+def say(text: str) -> None:
+    """Prints a note on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _source_of(mistake: str, path: str | Path, find: FindExperiment, overrides: Sequence[str]) -> str:
@@ -76,13 +82,13 @@ def _source_of(mistake: str, path: str | Path, find: FindExperiment, overrides: 
     return sources[-1]
 
 
-def _say_what_is_not_reached(config: ExperimentConfig, key: str) -> None:
-    """Names on stderr the variants that an override does not reach, because they have the setting for themselves."""
+def _say_what_is_not_reached(config: ExperimentConfig, key: str, note: Note) -> None:
+    """Names the variants that an override does not reach, because they have the setting for themselves."""
     part, _, rest = key.partition(".")
     name = rest.partition(".")[0]
     own = [variant for variant, settings in config.variants.items() if name in settings.overrides.get(part, {})]
     if own:
-        print(f"--set {key}: these variants keep their own {part}.{name}: {', '.join(own)}", file=sys.stderr)
+        note(f"--set {key}: these variants keep their own {part}.{name}: {', '.join(own)}")
 
 
 def parse_config(
@@ -171,7 +177,6 @@ def _check_variant(config: ExperimentConfig, name: str) -> None:
 
 
 def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: str) -> None:
-    """An optimizer and its acceleration."""
     with at(f"{where}.optimizer"):
         check_component(stage.optimizer, kind.optimizers())
         check_optimizer(stage.optimizer)
@@ -189,29 +194,16 @@ def _check_stage(stage: VariantConfig | SecondStage, kind: Experiment, where: st
 def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> list[RunConfig]:
     """All runs of an experiment: seed by seed, so that what is compared runs close together in time.
 
-    Args:
-        config: the experiment.
-        num_rows: training rows, None where there are none; the batch-size study turns its number of steps into epochs
-            with it.
-
-    Raises:
-        ValueError: a batch that is larger than the training set.
+    The batch-size study turns its number of steps into epochs of `num_rows` training rows, None where there are none.
+    ValueError for a batch that is larger than the training set.
     """
     settings = {name: config.settings_of(name) for name in config.variants}
 
-    def run(variant: str, seed: int, name: str = "", study: str = "", **changes: Any) -> RunConfig:
+    def run(variant: str, seed: int) -> RunConfig:
         problem, training = settings[variant]
+        definition = config.variants[variant]
         return RunConfig(
-            experiment=config.experiment,
-            scale=config.scale,
-            name=name or variant,
-            variant_name=variant,
-            study=study,
-            seed=seed,
-            kind=config.kind,
-            problem=problem,
-            training=changes.get("training", training),
-            variant=changes.get("definition", config.variants[variant]),
+            config.experiment, config.scale, variant, variant, "", seed, config.kind, problem, training, definition
         )
 
     if num_rows is not None:
@@ -221,13 +213,13 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
         for seed in rates.seeds:
             for variant in rates.variants:
                 for rate in rates.rates:
-                    definition = config.variants[variant].with_rate(rate)
-                    name = rates.run_name(variant, rate)
-                    runs.append(run(variant, seed, name, "learning_rate", definition=definition))
+                    own, name = run(variant, seed), rates.run_name(variant, rate)
+                    runs.append(replace(own, name=name, study="learning_rate", variant=own.variant.with_rate(rate)))
     if (sizes := config.studies.batch_size) is not None:
         assert num_rows is not None  # points are sampled where there is no such study
         for seed in sizes.seeds:
             for size in sizes.sizes:
                 training = config.kind.training_of_study(config.training, num_rows, size, sizes.steps)
-                runs.append(run(sizes.variant, seed, sizes.run_name(size), "batch_size", training=training))
+                own, name = run(sizes.variant, seed), sizes.run_name(size)
+                runs.append(replace(own, name=name, study="batch_size", training=training))
     return runs

@@ -46,20 +46,17 @@ def execute_run(
     timeout_seconds: float = LaunchSettings().collective_seconds,
     show_progress: bool = False,
 ) -> Path:
-    """Builds, accelerates, trains and records one run; goes on where it was stopped.
+    """Builds, accelerates, trains and records one run; goes on where it was stopped. Returns the record's path.
 
     Args:
         config: the run.
         ranks: this process; rank 0 writes the record.
         results: folder of all results.
-        save: what is saved of it, and when; None for the defaults.
+        save: what is saved of it, and when.
         interruption: whether to stop; None for signals and the time limit of the environment, during this run.
         from_start: whether to remove its checkpoints first.
         timeout_seconds: how long the ranks wait for each other.
         show_progress: progress by epoch.
-
-    Returns:
-        The record's path.
 
     Raises:
         Interrupted: the run had to stop, and is saved.
@@ -149,21 +146,10 @@ def execute_experiment(
     force: bool = False,
     interruption: Interruption | None = None,
 ) -> int:
-    """Makes every run of an experiment that is not finished yet.
+    """Makes every run of an experiment that is not finished yet, or all with `force`; returns the number of runs made.
 
     With one rank the runs go to `num_jobs` worker processes of one thread each; with several ranks they follow each
-    other and every rank takes part in each.
-
-    Args:
-        config: the experiment.
-        ranks: this process.
-        results: folder of all results.
-        num_jobs: worker processes, >= 1.
-        force: makes finished runs again.
-        interruption: whether to stop; None for signals and the time limit of the environment, from now on.
-
-    Returns:
-        The number of runs made.
+    other and every rank takes part in each. None for `interruption` stands for signals and the time limit from now on.
 
     Raises:
         ValueError: the data is not as it must be.
@@ -205,7 +191,6 @@ def _execute_in_turn(
     config: ExperimentConfig,
     interruption: Interruption,
 ) -> None:
-    """One run after the other, in this process."""
     vote = StepVote(ranks, timeout_seconds=config.launch.collective_seconds)
     has_own_bar = len(pending) == 1 or config.kind.runs_in_turn
     with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:

@@ -59,24 +59,13 @@ class Experiment(ABC, Generic[P, T]):
 
     @abstractmethod
     def describe(self, problem: P) -> Description:
-        """What is known of the data before a run.
-
-        Raises:
-            ValueError: the data is not as it must be.
-            OSError: the data cannot be read.
-        """
+        """What is known of the data before a run; ValueError where it is not as it must be, OSError if unreadable."""
 
     @abstractmethod
     def build(self, run: RunConfig[P, T], ranks: Ranks) -> Problem:
-        """The problem of a run; all ranks call it.
-
-        Raises:
-            ValueError: the data is not as it must be, or cannot be divided among the ranks.
-            OSError: the data cannot be read.
-        """
+        """The problem of a run; all ranks call it. It raises what `describe` does."""
 
     def num_threads(self, training: T) -> int:
-        """Threads of torch in a rank."""
         return int(getattr(training, "num_threads", 1))
 
     def global_batch(self, training: T, ranks: Ranks) -> int | None:
@@ -90,22 +79,13 @@ class Experiment(ABC, Generic[P, T]):
     # ---- its settings ----
 
     def optimizers(self) -> dict[str, Any]:
-        """The optimizers that a configuration may name."""
         return {name: kind for name, kind in optimizers().items() if not needs_residuals(name)}
 
     def check(self, problem: P, training: T, variant: VariantConfig) -> None:
-        """Refuses settings of a variant that do not go together.
-
-        Raises:
-            ValueError: they do not.
-        """
+        """Raises ValueError for settings of a variant that do not go together."""
 
     def check_rows(self, config: ExperimentConfig[P, T], num_rows: int) -> None:
-        """Refuses settings that the size of the training set contradicts.
-
-        Raises:
-            ValueError: it does.
-        """
+        """Raises ValueError for settings that the size of the training set contradicts."""
 
     def training_of_study(self, training: T, num_rows: int, size: int, steps: int) -> T:
         """The settings of a training of about `steps` steps with batches of `size` rows, whose updates are measured."""

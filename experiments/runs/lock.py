@@ -38,20 +38,17 @@ class FolderInUse(OSError):
 class FolderLock:
     """Context manager for rank 0 of the job that holds the folder; the caller reports its success to the other ranks.
 
+    Args:
+        folder: where the lock is made; the folder is made as well.
+        what: what the job does there, for the message to others.
+        ranks: this process; the lock of an earlier start of its job is stale.
+        stale_seconds: a holder on another host that gave no sign of life for so long is dead.
+
     Attributes:
         note: what was taken over from a dead holder, which the caller prints; "" for nothing.
     """
 
     def __init__(self, folder: Path, what: str, ranks: Ranks, *, stale_seconds: float = STALE_SECONDS) -> None:
-        """
-        Args:
-            folder: where the lock is made; the folder is made as well.
-            what: what the job does there, for the message to others.
-            ranks: this process; the lock of an earlier start of its job is stale.
-            stale_seconds: a holder on another host that gave no sign of life for so long is dead, > 0.
-        """
-        if not stale_seconds > 0:
-            raise ValueError(f"stale_seconds must be > 0, got {stale_seconds}")
         self.folder, self.path = Path(folder), Path(folder) / LOCK_NAME
         self.note = ""
         self._stale_seconds = stale_seconds
@@ -70,11 +67,7 @@ class FolderLock:
         """Takes the lock, also from a dead holder, which on another host takes `stale_seconds` at most.
 
         A holder on another host that died a moment ago looks alive, so this method waits for its next sign of life,
-        which a living holder gives after a tenth of its `stale_seconds`.
-
-        Raises:
-            FolderInUse: another job holds it; the message names that job.
-            OSError: the folder cannot be written.
+        which a living holder gives after a tenth of its `stale_seconds`. FolderInUse names the job that holds it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + 1.1 * self._stale_seconds  # some file systems do not tell the time
@@ -100,10 +93,9 @@ class FolderLock:
         self._heart.start()
 
     def check(self) -> None:
-        """Checks the lock; call it before each write, because a process that slept for long may have lost its lock.
+        """Raises FolderInUse where another job has taken the folder over.
 
-        Raises:
-            FolderInUse: another job has taken the folder over.
+        Call it before each write, because a process that slept for long may have lost its lock.
         """
         if not self.path.exists():
             raise FolderInUse(f"{self.folder} was taken over by another job, which has ended; nothing more is written")

@@ -41,13 +41,8 @@ def execute_at_a_time(
 ) -> None:
     """Makes runs in worker processes; a signal to this process, or Ctrl-C, reaches them all, and they save.
 
-    When a run fails no other one begins, and those that have begun are finished.
-
-    Args:
-        execute: makes a run; a function at the top of its module, or a partial of one.
-        runs: what to make.
-        num_workers: runs at a time, >= 1.
-        interruption: whether to stop.
+    When a run fails no other one begins, and those that have begun are finished. `execute` is a function at the top of
+    its module, or a partial of one.
 
     Raises:
         Interrupted: a signal came; the runs that had begun are finished or saved.

@@ -27,11 +27,6 @@ class RunsBar:
     """A bar on a terminal; elsewhere a line for each tenth of the runs, and now and then one in between.
 
     The time to the end is shown from the second finished run on. It counts the parts of unfinished runs.
-
-    Args:
-        total: number of runs.
-        enabled: whether anything is shown.
-        clock: seconds from any origin.
     """
 
     def __init__(self, total: int, enabled: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,7 +53,6 @@ class RunsBar:
             self._show()
 
     def finish(self, number: int) -> None:
-        """Counts a run as done."""
         self._running.pop(number, None)
         self._done += 1
         if self._bar is not None:

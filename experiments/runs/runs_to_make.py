@@ -50,11 +50,7 @@ def runs_to_make(
 
 
 def single_process_variants(config: ExperimentConfig) -> list[str]:
-    """The variants whose optimizer needs all residuals, and so a single process.
-
-    Raises:
-        ValueError: there are no others.
-    """
+    """The variants whose optimizer needs all residuals, and so a single process; ValueError if all do."""
     names = []
     for name, variant in config.variants.items():
         stages = [variant.optimizer, *([variant.then.optimizer] if variant.then is not None else [])]
@@ -70,9 +66,7 @@ def described_runs(
 ) -> tuple[list[RunConfig], dict[str, Description]]:
     """All runs but those of some variants, and what is known of their data, by the text of their problem.
 
-    Raises:
-        ValueError: the data is not as it must be.
-        OSError: the data cannot be read.
+    ValueError where the data is not as it must be, OSError where it cannot be read.
     """
     described: Description = config.kind.describe(config.problem)
     runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
@@ -87,7 +81,6 @@ def states_of_runs(
     world_size: int,
     parts: Collection[str],
 ) -> list[str]:
-    """The state of each run, see `experiments.records.status.state_of`."""
     return [
         state_of(run_path(results, run), run, descriptions[repr(run.problem)].digest, world_size, parts) for run in runs
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aadl.deferred import Deferred
 from experiments.distributed.departure import Interrupted, RanksDisagree
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
@@ -22,15 +23,11 @@ from experiments.runs.checkpoint_files import identity_of, names_of_checkpoints,
 from experiments.runs.checkpoint_state import rng_state, set_rng_state
 from experiments.runs.lock import STALE_SECONDS, FolderLock
 from experiments.settings.run_config import RunConfig, SaveConfig
-from experiments.training.losses import FiniteLosses
 from experiments.training.result import Result
 from experiments.training.train import Training
 
 PUBLISH_SECONDS = 10.0
 """Least time between two versions of the record of an unfinished run, each of which is a whole file."""
-
-BEST_SHARE = 0.05
-"""At most this share of the run time goes into saving new best checkpoints."""
 
 
 class OtherRun(ValueError):
@@ -44,11 +41,7 @@ def identity_of_checkpoints(config: RunConfig, data_digest: str, ranks: Ranks) -
 
 
 def check_checkpoints(folder: Path, config: RunConfig, data_digest: str, ranks: Ranks) -> None:
-    """Refuses a folder in which every readable checkpoint belongs to another run. Called before any run is made.
-
-    Raises:
-        OtherRun: settings, data or the batch over all ranks have changed.
-    """
+    """Raises OtherRun, before any run is made, where every readable checkpoint in a folder belongs to another run."""
     identity = identity_of_checkpoints(config, data_digest, ranks)
     others = []
     for name in names_of_checkpoints(folder):
@@ -68,10 +61,36 @@ def _other_run(what: str) -> str:
     )
 
 
+class FiniteLosses:
+    """Says whether the losses were finite, some steps late, so that the host does not wait for a device."""
+
+    def __init__(self) -> None:
+        self._pending: list[Deferred] = []
+        self._finite = True
+
+    def __call__(self, loss: Tensor) -> bool:
+        """Takes the present loss; returns whether those of two steps ago and before were finite."""
+        self._pending.append(Deferred(loss.isfinite().all()))
+        if len(self._pending) > 2:
+            self._finite = self._finite and bool(self._pending.pop(0).value())
+        return self._finite
+
+
 class RunSession:
     """Context manager around one run on disk; all ranks make it together.
 
     A run has a folder beside its record, which holds checkpoints and a lock. The folder goes when the run is finished.
+
+    Args:
+        folder: of this run alone.
+        config: what determines the run, with the data: a checkpoint of another one is refused.
+        ranks: this process.
+        data_digest: of the data.
+        save: how often to save, and how many checkpoints to keep.
+        interruption: says whether to stop.
+        publish: writes the record of the unfinished run; called on rank 0.
+        from_start: whether to remove the checkpoints that are there.
+        timeout_seconds: how long the ranks wait for each other.
 
     Attributes:
         start: when the run began, in the first process that had it; UTC.
@@ -91,32 +110,19 @@ class RunSession:
         from_start: bool = False,
         timeout_seconds: float = 600.0,
     ) -> None:
-        """
-        Args:
-            folder: of this run alone.
-            config: what determines the run; a checkpoint of another one is refused.
-            ranks: this process.
-            data_digest: of the data, which determines the run as well.
-            save: how often to save, and how many checkpoints to keep.
-            interruption: says whether to stop.
-            publish: writes the record of the unfinished run; called on rank 0.
-            from_start: whether to remove the checkpoints that are there.
-            timeout_seconds: how long the ranks wait for each other.
-        """
         self.folder, self._ranks, self._save_settings = folder, ranks, save
         self._interruption, self._publish, self._from_start = interruption, publish, from_start
         self._identity = identity_of_checkpoints(config, data_digest, ranks)
         self._finite = FiniteLosses()
         self._is_finite = True
         self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks) if ranks.rank == 0 else None
-        self._checkpoints = Checkpoints(folder, ranks, keep=save.keep, asynchronous=save.asynchronous)
+        self._checkpoints = Checkpoints(folder, ranks, keep=save.keep)
         self._timeout_seconds = timeout_seconds
-        self._vote = StepVote(ranks, timeout_seconds=timeout_seconds, every=save.agree_every)
+        self._vote = StepVote(ranks, timeout_seconds=timeout_seconds)
         self._saved_at = self._published_at = time.monotonic()
         self._last_step = -1  # that was saved
         self._seen_step = 0
         self._save_seconds = 0.0  # the longest
-        self._best: float | None = None  # value of the best checkpoint
         self.start = datetime.now(timezone.utc)
         self.num_restores = 0
 
@@ -132,7 +138,6 @@ class RunSession:
         return self
 
     def _take_folder(self) -> None:
-        """Takes the lock, on rank 0."""
         assert self._lock is not None
         self._lock.acquire()
         if self._lock.note:
@@ -144,15 +149,11 @@ class RunSession:
         try:
             if kind is None:
                 self._vote.result()  # of the last step
-                self._checkpoints.wait()
-            if kind is None and self._ranks.rank == 0:
-                remove_checkpoints(self.folder)
+                if self._ranks.rank == 0:
+                    remove_checkpoints(self.folder)
         finally:
             if self._lock is not None:
-                try:
-                    self._checkpoints.settle()  # what still writes would prune the files of the next holder
-                finally:
-                    self._lock.release()
+                self._lock.release()
         if kind is None and self._ranks.rank == 0:
             with suppress(OSError):  # somebody else is there by now
                 self.folder.rmdir()
@@ -177,7 +178,6 @@ class RunSession:
             set_rng_state(own["rng"])
         self.start = datetime.fromisoformat(loaded.shared["start"])
         self.num_restores = loaded.shared["num_restores"] + 1
-        self._best = loaded.shared["best"]
         self._last_step = self._seen_step = loaded.step
         if self._ranks.rank == 0:
             other = f", saved by {loaded.world_size_saved} ranks" * (loaded.world_size_saved != self._ranks.world_size)
@@ -203,64 +203,48 @@ class RunSession:
         if tally is not None and tally.stop:
             self._stop(run)
         if tally is not None and tally.save:
-            self._save(run)
+            self.save(run)
         self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
         self._vote.cast(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
-        """Publishes the record now and then, and saves when it is time, or when the evaluation is the best so far."""
+        """Publishes the record now and then, and saves when it is time."""
         if self._ranks.rank == 0 and time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self._publish_unfinished(run)
         # An evaluation cannot be stopped, so the run must stop before one that may reach beyond the end of the job.
-        margin = run.longest_evaluation + 3 * max(self._save_seconds, self._checkpoints.write_seconds)
+        margin = run.longest_evaluation + 3 * self._save_seconds
         self._interruption.margin_seconds = max(self._interruption.margin_seconds, margin)
         self._vote.result()
-        value = run.best_by  # the same on all ranks
-        is_best = value is not None and (self._best is None or value < self._best)
-        save = self._is_time(or_after=self._pause_before_best() if is_best else None)
-        tally = self._vote.vote_now(
-            run.num_steps, bool(self._interruption.reason), True, run.closure.evaluations, save=save
-        )
-        if not run.goes_on:
-            return
-        if (tally.stop or tally.save) and is_best:
-            self._best = value
-        if tally.stop:
-            self._stop(run, best=is_best)
-        elif tally.save:
-            self._save(run, best=is_best)
+        stop = bool(self._interruption.reason)
+        tally = self._vote.vote_now(run.num_steps, stop, True, run.closure.evaluations, save=self._is_time())
+        if tally.stop and run.goes_on:
+            self._stop(run)
+        if tally.save and run.goes_on:
+            self.save(run)
 
-    def _is_time(self, or_after: float | None = None) -> bool:
-        """Whether to save, by the clock of rank 0: after `save.every_seconds`, or after `or_after` if it is less."""
-        seconds = self._save_settings.every_seconds
-        seconds = seconds if or_after is None else min(seconds, or_after)
-        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > seconds
+    def _is_time(self) -> bool:
+        """Whether to save, by the clock of rank 0."""
+        return self._ranks.rank == 0 and time.monotonic() - self._saved_at > self._save_settings.every_seconds
 
-    def _pause_before_best(self) -> float:
-        """Seconds before a better run is saved, because at first almost every evaluation is better than the last."""
-        return max(PUBLISH_SECONDS, self._save_seconds / BEST_SHARE)
-
-    def _stop(self, run: Training, *, best: bool = False) -> None:
-        self._save(run, best=best)
-        self._checkpoints.wait()
+    def _stop(self, run: Training) -> None:
+        self.save(run)
         reason = self._interruption.reason or "a signal to another rank"
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
-    def _save(self, run: Training, *, best: bool = False) -> None:
+    def save(self, run: Training) -> None:
         """Saves the run, unless it was saved at this very step. Rank 0 publishes the record as well."""
         start = self._saved_at = time.monotonic()
-        if run.num_steps == self._last_step and not best:
+        if run.num_steps == self._last_step:
             return
         self.check_lock()
         with run.clock.stopped():
             shared, own = run.state()
             self._checkpoints.save(
                 run.num_steps,
-                {"run": shared, "start": self.start.isoformat(), "num_restores": self.num_restores, "best": self._best},
+                {"run": shared, "start": self.start.isoformat(), "num_restores": self.num_restores},
                 {"run": own, "rng": rng_state()},
-                best=best,
                 identity=self._identity,
             )
         self._last_step = run.num_steps

@@ -29,14 +29,9 @@ Period = Annotated[Any, _cadence(1)]
 
 
 def in_steps(settings: Mapping[str, Any], steps_per_epoch: int | None) -> dict[str, Any]:
-    """The arguments of an acceleration with cadences in optimizer steps.
+    """The arguments of an acceleration with cadences in optimizer steps; ValueError for a text that is no number.
 
-    Args:
-        settings: arguments; `1 epoch` becomes `steps_per_epoch`, and part of an epoch at least one step.
-        steps_per_epoch: >= 1; None where cadences count steps alone.
-
-    Raises:
-        ValueError: a text that is no number of epochs.
+    `1 epoch` becomes `steps_per_epoch`, and part of an epoch at least one step; None: cadences count steps alone.
     """
     steps = dict(settings)
     for name, least in LEAST.items():

@@ -17,11 +17,7 @@ def config_files() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration.
-
-    Args:
-        name: of an experiment, whose laptop configuration is meant; of a configuration, as "burgers_2d/paper"; or the
-            path of a YAML file.
+    """The file of a configuration, named as "burgers_2d/paper", by its experiment (the laptop one), or by its path.
 
     Raises:
         ValueError: no configuration has this name.

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat
+from pydantic import PositiveFloat
 
-from experiments.settings.kinds import Text, must
+from experiments.settings.kinds import Text
 from experiments.settings.schema import Settings
 
 
-def _as_texts(value: Any) -> Any:
-    """Numbers and truth values as the text that a variable of the environment holds."""
-    if not isinstance(value, dict):
-        return value
-    plain = {name: int(entry) if isinstance(entry, bool) else entry for name, entry in value.items()}
-    return {name: str(entry) if isinstance(entry, (int, float)) else entry for name, entry in plain.items()}
-
-
-Variable = Annotated[
-    str,
-    AfterValidator(
-        must(
-            "be a variable NCCL_*, RCCL_*, TORCH_NCCL_* or TORCH_FR_*",
-            re.compile(r"(TORCH_)?(NCCL|RCCL)_[A-Z0-9_]+|TORCH_FR_[A-Z0-9_]+").fullmatch,
-        )
-    ),
-]
-
-
 class LaunchSettings(Settings):
-    """How ranks start, wait and report; what the user exported wins over `nccl` and `interface`.
+    """How ranks start, wait and report; what the user exported wins over `interface`.
 
     Attributes:
         device: auto takes a GPU where there is one and stops if the job asked for GPUs and sees none; cpu takes the
@@ -44,10 +24,7 @@ class LaunchSettings(Settings):
             means mpi where mpiexec spawned the ranks and mpi4py can be imported, otherwise file.
         interface: network interfaces by name, with commas; auto for the one that leads to rank 0; null for the
             libraries' own choice.
-        nccl: variables for NCCL and its watchdog.
-        flight_recorder: how many of the last collectives are kept for the dump after a timeout; 0 for none.
         share_devices: True lets several ranks use one GPU.
-        debug: True lets torch check that all ranks call the same collective, which is slow; with NCCL only.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,7 +34,4 @@ class LaunchSettings(Settings):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     rendezvous: Literal["auto", "mpi", "file"] = "auto"
     interface: Text | None = "auto"
-    nccl: Annotated[dict[Variable, str], BeforeValidator(_as_texts)] = Field(default={})
-    flight_recorder: NonNegativeInt = 2000
     share_devices: bool = False
-    debug: bool = False

@@ -96,7 +96,6 @@ class VariantConfig(Settings):
         return copy
 
     def with_rate(self, rate: float) -> VariantConfig:
-        """The variant with another learning rate."""
         optimizer = Component(self.optimizer.name, {**self.optimizer.arguments, "lr": rate})
         return self.model_copy(update={"optimizer": optimizer})
 
@@ -142,22 +141,15 @@ class SaveConfig(Settings):
 
     Attributes:
         every_seconds: between two checkpoints of a run.
-        keep: newest checkpoints of a run that are kept, besides the best one. After an evaluation that is better than
-            that of the best checkpoint the run is saved at once, but not within 10 s of the last checkpoint, nor so
-            often that it takes more than a twentieth of the time. Those of a finished run are removed.
-        asynchronous: whether a thread writes them while the training goes on.
-        agree_every: steps between two exchanges of the ranks about stopping and saving; more where steps are short and
-            ranks many (`distributed.step_vote` says what one costs).
-        weights: whether the record of a finished run holds the weights that were evaluated last (the averaged ones with
-            `ema_decay`; images: with the statistics computed again), see `records.reading.read_weights`.
+        keep: newest checkpoints of a run that are kept; those of a finished run are removed.
+        weights: whether the record of a finished run holds the weights that were evaluated last, see
+            `records.reading.read_weights`.
         attempts: whether the record holds every attempt of the acceleration, see `records.reading.read_attempts`.
         tensorboard: whether the series are also written for TensorBoard, into a folder beside the record.
     """
 
     every_seconds: NonNegativeFloat = 300.0
     keep: Annotated[int, Field(ge=1, lt=1000)] = 2
-    asynchronous: bool = False
-    agree_every: Annotated[int, Field(ge=1, le=10_000)] = 1
     weights: bool = False
     attempts: bool = False
     tensorboard: bool = False
@@ -171,8 +163,7 @@ class SaveConfig(Settings):
 class ExperimentConfig(Settings, Generic[P, T]):
     """A whole experiment: every variant with every seed, and the studies.
 
-    Attributes:
-        num_ranks: processes that `reproduce` starts for it on one machine.
+    `num_ranks` counts the processes that `reproduce` starts for it on one machine.
     """
 
     experiment: Name
@@ -215,11 +206,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
     def completed(self, only: Sequence[str] | None = None) -> ExperimentConfig[P, T]:
         """The configuration whose variants have a label, a baseline and their place.
 
-        Args:
-            only: names of the variants to keep, in this order, without studies; None keeps all.
-
-        Raises:
-            ValueError: there is no such variant.
+        `only` names the variants to keep, in this order, without studies; ValueError where there is no such variant.
         """
         names = list(self.variants)
         for name in only or ():
@@ -233,10 +220,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
     def settings_of(self, name: str) -> tuple[P, T]:
         """The settings of the problem and of the training of one variant: those of all, with its overrides.
 
-        An override replaces a setting as a whole, `options` included.
-
-        Raises:
-            ValueError: an override is refused.
+        An override replaces a setting as a whole, `options` included; ValueError where it is refused.
         """
 
         def own(part: str) -> Any:
@@ -251,12 +235,9 @@ class ExperimentConfig(Settings, Generic[P, T]):
 
 @dataclass(frozen=True)
 class RunConfig(Generic[P, T]):
-    """Everything that determines one run.
+    """Everything that determines one run: `name` is its folder, `study` is "" for the main comparison.
 
-    Attributes:
-        name: folder of the run.
-        study: the study that it belongs to, "" for the main comparison.
-        kind: the `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are.
+    `kind` is the `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are.
     """
 
     experiment: str
@@ -289,13 +270,10 @@ class RunConfig(Generic[P, T]):
 
 
 def identity_of(recorded: Mapping[str, Any], of_the_machine: Sequence[str] = ()) -> str:
-    """What determines a recorded run.
+    """What determines a recorded run, whose configuration is as `RunConfig.as_json` writes it.
 
-    It leaves out the label, the overrides, whose effect the settings hold, and what changes no number.
-
-    Args:
-        recorded: the configuration, as `RunConfig.as_json` writes it.
-        of_the_machine: settings of the problem that say where data lies and who reads it.
+    It leaves out the label, the overrides, whose effect the settings hold, and `of_the_machine`, settings of the
+    problem that change no number: where data lies and who reads it.
     """
     variant = {key: value for key, value in recorded["variant"].items() if key not in ("label", "overrides")}
     problem = {key: value for key, value in recorded["problem"].items() if key not in of_the_machine}

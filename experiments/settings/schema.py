@@ -20,12 +20,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import VERSION, BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from experiments.settings.suggestion import did_you_mean, not_one_of
-
-if tuple(map(int, VERSION.split(".")[:2])) < (2, 12):  # older ones ignore `exclude_if`: records would get other keys
-    raise ImportError(f"pydantic must be at least 2.12, got {VERSION}: pip install --upgrade pydantic")
 
 STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 """A bool is no number, 2.0 is no integer, "3" neither, and nan and inf are refused."""

@@ -94,21 +94,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Reads YAML from a text.
-
-    Raises:
-        yaml.YAMLError: the text is not valid YAML.
-        ValueError: a key is repeated, or has nothing after it.
-    """
+    """Reads YAML from a text; yaml.YAMLError if it is none, ValueError for a key that is repeated or has no value."""
     return yaml.load(text, _Loader)
 
 
 def parse_setting(text: str) -> Any:
-    """Reads one value from a text, as that of a `--set`.
-
-    Raises:
-        ValueError: the text is not valid YAML, is empty, repeats a key, or has nothing after a key.
-    """
+    """Reads one value from a text, as that of a `--set`; ValueError if it is empty or `parse_yaml` refuses it."""
     if not text.strip():
         raise ValueError("a value is missing: write null for no value, or {} for a section with its default settings")
     try:

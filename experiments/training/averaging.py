@@ -11,12 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class WeightAverage:
-    """An average of the weights after each step, from some interval on; a copy of the model holds it.
+    """An average of the weights after each step of the intervals beyond `after`; a copy of the model holds it.
 
-    Args:
-        model: the model that is trained.
-        decay: of an exponential moving average, see `moving_average`; None for the mean.
-        after: number of the last interval, from 1, whose steps are not in the average.
+    A `decay` is that of an exponential moving average, see `moving_average`; None stands for the mean.
     """
 
     def __init__(self, model: nn.Module, decay: float | None, after: int = 0) -> None:
@@ -33,12 +30,10 @@ class WeightAverage:
 
     @property
     def model(self) -> nn.Module:
-        """The model that has the average."""
         averaged: nn.Module = self._average.module
         return averaged
 
     def update(self, model: nn.Module) -> None:
-        """Takes the present weights into the average."""
         self._average.update_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,14 +41,12 @@ def recompute_statistics(
 ) -> int:
     """Replaces the running mean and variance of every BatchNorm layer by those over all images of all ranks.
 
-    BatchNorm normalizes by the statistics of the batch (layers that training keeps in eval mode do, too), all other
-    modules are in eval mode (no dropout), and nothing is compiled. Only running means and variances change: modes,
-    momentum, num_batches_tracked, gradients and the states of torch's random generators are as before. SyncBatchNorm
-    does not communicate: it takes the statistics of the rank's batch. Values are summed up on the device in float64;
-    the host waits for it once, at the end. A layer that no image reaches keeps its statistics.
-
-    The statistics of a batch have the precision of the buffers. Where ranks are summed up, means cancel in float64: a
-    relative error of the variance of some 1e-16 (1 + mean^2 / variance), far below that of inputs in float32.
+    BatchNorm normalizes by the statistics of the batch, all other modules are in eval mode (no dropout), and nothing is
+    compiled. Only running means and variances change: modes, momentum, num_batches_tracked, gradients and random
+    generators are as before. SyncBatchNorm does not communicate. Values are summed up on the device in float64; the
+    host waits for it once, at the end. A layer that no image reaches keeps its statistics. Where ranks are summed up,
+    means cancel: a relative error of the variance of some 1e-16 (1 + mean^2 / variance), far below that of inputs in
+    float32.
 
     Args:
         model: the bare module, not DistributedDataParallel. Its buffers may differ between the ranks.
@@ -64,7 +62,8 @@ def recompute_statistics(
         RuntimeError: no image on any rank, a forward pass that reaches no BatchNorm layer, or a failure on another
             rank. The model is then as it was, as after any other exception.
     """
-    refuse_wrapped(model)
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("model must be the bare module, not DistributedDataParallel: pass model.module")
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
@@ -190,12 +189,6 @@ class _Moments:
 # ---- modes and buffers -----------------------------------------------------------------------------------------------
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raises ValueError for DistributedDataParallel: its forward communicates, and ranks may have fewer batches."""
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("model must be the bare module, not DistributedDataParallel: pass model.module")
-
-
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """All modules are in eval mode inside, and each in its own mode after it.
@@ -214,10 +207,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched_buffers(model: nn.Module) -> Iterator[None]:
-    """Restores every buffer bit for bit and keeps its tensor, for trial evaluations in train mode.
-
-    Modes and parameters are the caller's.
-    """
+    """Restores every buffer bit for bit and keeps its tensor, for trial evaluations in train mode."""
     tables = [(module, dict(module._buffers)) for module in model.modules()]
     groups = [(group, [tensor.clone() for tensor in group]) for group in _by_type(model)]
     try:

@@ -45,7 +45,6 @@ class Clock:
             self.start()
 
     def values(self) -> dict[str, float]:
-        """The series of the record."""
         return {"timing/training_seconds": self._wall, "timing/training_cpu_seconds": self._cpu}
 
     def state_dict(self) -> dict[str, float]:

@@ -21,13 +21,12 @@ class Closure:
     """What `optimizer.step` gets: the loss of the present batch, with gradients; it counts every evaluation.
 
     Args:
-        problem: the problem, which computes loss, gradients and residuals.
-        model: the model as it is trained, which may be the problem's model in a DistributedDataParallel.
+        problem: computes loss, gradients and residuals.
+        model: as it is trained, which may be the problem's model in a DistributedDataParallel.
         stages: the optimizers; the first one is the present one.
 
     Attributes:
-        batch: the present one, which the plan sets.
-        optimizer: the present one.
+        optimizer, batch: the present ones; the plan sets the batch.
         num_losses: calls, trial evaluations of an acceleration included.
         num_linearizations, num_residuals: calls of the two methods.
     """
@@ -105,7 +104,6 @@ class Closure:
         return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def measures(self) -> dict[str, float]:
-        """Series of the record that this closure adds."""
         return {}
 
     def _counted(self, name: str) -> int:
@@ -113,11 +111,9 @@ class Closure:
         return sum(stage.statistics().get(name, 0) for stage in self.stages if stage.statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts."""
         return {name: getattr(self, name) for name in ("num_losses", "num_linearizations", "num_residuals")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues the counts."""
         for name in ("num_losses", "num_linearizations", "num_residuals"):
             setattr(self, name, state[name])
 
@@ -134,9 +130,6 @@ class AccumulatedClosure(Closure):
         problem, model, stages: as of Closure; a batch is a tuple of tensors with equally many rows.
         parts: >= 1 parts into which a batch is cut; their gradients are averaged.
         scaler: a GradScaler; a disabled one changes nothing. An overflow skips the step, and no hook sees it.
-
-    Attributes:
-        num_skipped: steps that the scaler skipped.
     """
 
     def __init__(

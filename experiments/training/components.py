@@ -31,11 +31,7 @@ def optimizers() -> dict[str, type[torch.optim.Optimizer] | str]:
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of an optimizer that a configuration may name.
-
-    Raises:
-        ValueError: its package is not there.
-    """
+    """The class of an optimizer that a configuration may name; ValueError where its package is not there."""
     return _imported(name, optimizers()[name])
 
 
@@ -56,7 +52,6 @@ def needs_residuals(name: str) -> bool:
 
 @cache
 def schedulers() -> dict[str, type[torch.optim.lr_scheduler.LRScheduler]]:
-    """The learning-rate schedulers of torch."""
     return _with_step(torch.optim.lr_scheduler)
 
 
@@ -74,11 +69,7 @@ def _with_step(module: Any) -> dict[str, Any]:
 
 
 def check_component(component: Component, classes: Mapping[str, Any]) -> None:
-    """Checks the name, and the arguments against the signature of the class; a text is the package that has the class.
-
-    Raises:
-        ValueError: no such class, or an argument that it does not have.
-    """
+    """Raises ValueError for an unknown class, or an argument that its signature lacks; a text is its package."""
     name = component.name
     if name not in classes:
         raise ValueError(f"name {not_one_of(name, sorted(classes))}")
@@ -96,16 +87,11 @@ def make_optimizer(component: Component, parameters: Any) -> torch.optim.Optimiz
 
 
 def make_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate scheduler of torch over the given optimizer."""
     return schedulers()[component.name](optimizer, **component.arguments)
 
 
 def check_optimizer(component: Component) -> torch.optim.Optimizer:
-    """Builds the optimizer on one dummy weight, so that what torch refuses is refused before training.
-
-    Raises:
-        ValueError: torch refuses it.
-    """
+    """Builds the optimizer on one dummy weight, so that what torch refuses is a ValueError before training."""
     for key in ("lr", "momentum", "weight_decay", "eps"):
         value = component.arguments.get(key, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -117,16 +103,9 @@ def check_optimizer(component: Component) -> torch.optim.Optimizer:
 
 
 def check_scheduler(component: Component, optimizer: torch.optim.Optimizer) -> None:
-    """Builds the scheduler and steps once, so that what torch refuses is refused before training.
+    """Builds the scheduler over such an optimizer and steps once, so that what torch refuses is a ValueError.
 
     Some classes look at their arguments only in `step`, and one needs an argument there that the training has not.
-
-    Args:
-        component: the scheduler.
-        optimizer: the one it is for, as `check_optimizer` builds it, with a learning rate.
-
-    Raises:
-        ValueError: there is no such scheduler, or torch refuses it.
     """
     check_component(component, schedulers())
     try:
@@ -161,12 +140,7 @@ def solves_residuals(arguments: Mapping[str, Any] | None) -> bool:
 def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], probes: Sequence[str]) -> None:
     """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values.
 
-    Args:
-        optimizer, arguments: its settings.
-        probes: keys of the suite that go with residuals.
-
-    Raises:
-        ValueError: an unknown name, or a value that is refused.
+    `probes` are keys of the suite that go with residuals. ValueError for an unknown name or a value that is refused.
     """
     parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
     # These are no settings: the library takes the process group of the launch, the suite the functions of the problem.

@@ -40,15 +40,8 @@ class Epochs(Plan):
     def bar(self, enabled: bool) -> Bar:
         return Bar(self.num_intervals, "epochs", enabled)
 
-    def done(self, run: Training) -> int:
-        return run.interval - 1
-
     def batches(self, run: Training) -> Iterator[Any]:
-        """The rest of the epoch.
-
-        Raises:
-            ValueError: the epoch has none, so that nothing would be trained.
-        """
+        """The rest of the epoch; ValueError if the epoch has none, so that nothing would be trained."""
         yield from self._loaded(run)
         if not run.losses:
             raise ValueError(f"epoch {run.interval} has no batches, so that nothing is trained")
@@ -63,15 +56,6 @@ class Epochs(Plan):
     def judge(self, run: Training, losses: Tensor) -> tuple[dict[str, float], bool]:
         mean = float(run.mean_over_ranks(losses.mean()))
         return {"metrics/train/minibatch_loss": mean}, math.isfinite(mean)
-
-    def diverged_at(self, run: Training, losses: Tensor) -> int:
-        return run.interval
-
-    def place(self, run: Training) -> int:
-        return run.interval
-
-    def following(self, run: Training) -> int:
-        return run.interval + 1
 
     def result(self, run: Training, *, finished: bool, **more: Any) -> Result:
         length = self.num_intervals + 1 if finished else run.interval

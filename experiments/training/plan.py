@@ -45,7 +45,6 @@ class Plan(ABC):
             self.scheduler = self._schedule(optimizer)
 
     def step_scheduler(self, count: int = 1) -> None:
-        """Advances the schedule, where there is one."""
         for _ in range(count if self.scheduler is not None else 0):
             self.scheduler.step()  # type: ignore[union-attr]
 
@@ -53,9 +52,9 @@ class Plan(ABC):
     def bar(self, enabled: bool) -> Bar:
         """The progress that is shown."""
 
-    @abstractmethod
     def done(self, run: Training) -> int:
         """What the bar counts, so far."""
+        return run.interval - 1
 
     def begin(self, run: Training) -> None:
         """Prepares the first evaluation, before any step."""
@@ -78,9 +77,9 @@ class Plan(ABC):
     def judge(self, run: Training, losses: Tensor) -> tuple[dict[str, float], bool]:
         """Series of the losses of an interval, and whether they are finite."""
 
-    @abstractmethod
     def diverged_at(self, run: Training, losses: Tensor) -> int:
         """Where the present interval, whose losses are these, went wrong."""
+        return run.interval
 
     def is_evaluated(self, run: Training) -> bool:
         """Whether an evaluation follows the present interval."""
@@ -90,24 +89,22 @@ class Plan(ABC):
         """Series that need no evaluation."""
         return {}
 
-    @abstractmethod
     def place(self, run: Training) -> int:
         """Where the present interval ends on the axis of the series: an epoch or an iteration."""
+        return run.interval
 
-    @abstractmethod
     def following(self, run: Training) -> int:
         """Number of the interval that follows the present one; above `num_intervals` at the end of the run."""
+        return run.interval + 1
 
     @abstractmethod
     def result(self, run: Training, *, finished: bool, **more: Any) -> Result:
         """The series so far, padded with NaN to their full length where the run is finished, and what else is given."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the plan needs to go on."""
         return {"scheduler": self.scheduler.state_dict() if self.scheduler is not None else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where a run with the same settings was."""
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
 

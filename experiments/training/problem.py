@@ -54,11 +54,8 @@ Observer = Callable[[Tensor], None]
 class Residuals(NamedTuple):
     """Residuals of the loss at the present weights of the network, on the rows or points of this rank.
 
-    Their squares, summed over all ranks, are the loss of these rows or points up to a factor.
-
-    Attributes:
-        solved: residuals that an acceleration makes small.
-        checked: residuals on other rows or points, which judge the acceleration; None where nothing judges it.
+    Their squares, summed over all ranks, are the loss of these rows or points up to a factor. An acceleration makes
+    those that are `solved` small; those `checked`, on other rows or points, judge it (None: nothing does).
     """
 
     solved: Callable[[], Tensor]
@@ -68,27 +65,7 @@ class Residuals(NamedTuple):
 class Problem(ABC):
     """One run as the training loop sees it: the model, what to train it on, its loss and its evaluation.
 
-    A new kind of experiment subclasses it and defines three methods; the loop asks nothing else of most of them:
-
-        class Digits(Problem):
-            def __init__(self, images, labels, settings):
-                super().__init__(MLP((64, 32, 10), "relu"), data_source="scikit-learn", data_digest="1797 digits")
-                self.images, self.labels, self.settings = images, labels, settings
-
-            def plan(self):
-                return Epochs(self.batches, self.settings.epochs)
-
-            def batches(self, epoch, first):
-                order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(epoch))
-                for rows in order.split(32)[first:]:
-                    yield self.images[rows], self.labels[rows]
-
-            def loss(self, network, batch):
-                return cross_entropy(network(batch[0]), batch[1])
-
-            def evaluate(self, network):
-                return {"metrics/train/loss": float(self.loss(network, (self.images, self.labels)))}
-
+    A new kind of experiment subclasses it and defines `plan`, `loss` and `evaluate` (docs/new_experiment.md has one).
     Every other method has a default, which fits data that is in memory, torch's optimizers and gradients that
     DistributedDataParallel averages. A subclass overrides what differs. All ranks build the same problem and call its
     methods together, so a method may communicate.
@@ -98,12 +75,10 @@ class Problem(ABC):
         data_source: where the data comes from, as "csv", "surrogate" or "computed".
         data_digest: short hash of the data, which tells whether two runs saw the same.
         attributes: further attributes of the record.
-        best_by: series that chooses the best checkpoint; a smaller value is better.
         steps_per_epoch: optimizer steps in an epoch, where a cadence may be given as "2 epochs".
         times_acceleration: whether the record has the seconds that the acceleration takes.
     """
 
-    best_by = "metrics/validation/loss"
     steps_per_epoch: int | None = None
     times_acceleration = False
 
@@ -143,10 +118,8 @@ class Problem(ABC):
     def backward(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> Tensor:
         """The loss; its gradient is added to that of the parameters.
 
-        Args:
-            network: the model as the closure trains it.
-            batch: of this rank.
-            observe: receives the residuals of this evaluation, as those of `least_squares`; None where nobody asks.
+        `network` is the model as the closure trains it. `observe` receives the residuals of this evaluation, as those
+        of `least_squares`; None where nobody asks.
         """
         loss = self.loss(network, batch)
         loss.backward()
@@ -155,21 +128,15 @@ class Problem(ABC):
     def linearize(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
         """Residuals r (rows,), weighted so that the loss is sum r^2, and their Jacobian (rows, parameters).
 
-        Raises:
-            ValueError: the loss is no sum of squares.
+        ValueError where the loss is no sum of squares.
         """
         raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
 
     def residuals(self, network: nn.Module, batch: Any) -> Tensor:
-        """The residuals of `linearize` alone, without gradients.
-
-        Raises:
-            ValueError: the loss is no sum of squares.
-        """
+        """The residuals of `linearize` alone, without gradients."""
         raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
 
     def to_device(self, batch: Any) -> Any:
-        """A batch of the plan, on the device."""
         return batch
 
     # ---- the optimizer and its acceleration ----
@@ -181,8 +148,7 @@ class Problem(ABC):
     def least_squares(self) -> Residuals:
         """The residuals for an acceleration by residuals; a subclass may add keyword arguments, which become settings.
 
-        Raises:
-            ValueError: the loss is no sum of squares.
+        ValueError where the loss is no sum of squares.
         """
         raise ValueError(f"{type(self).__name__} has no residuals, which this acceleration needs")
 
@@ -206,7 +172,6 @@ class Problem(ABC):
         return {}
 
     def fields(self, network: nn.Module) -> dict[str, Field]:
-        """Fields of the record, by name."""
         return {}
 
     def export(self, network: nn.Module) -> dict[str, Tensor]:
@@ -218,5 +183,4 @@ class Problem(ABC):
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state_dict on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}

@@ -69,7 +69,6 @@ class Bar:
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True) if enabled and not self._lines else None
 
     def start_at(self, count: int) -> None:
-        """Starts at what an earlier process has done."""
         self._skipped = count
         self.move_to(count)
 

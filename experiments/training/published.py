@@ -23,7 +23,7 @@ CHUNK = 1 << 16
 
 
 def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Tensor:
-    """Anderson point of a window of iterates, each taken as the image of the one before.
+    """Anderson point (num_parameters,) of a window of iterates, each taken as the image of the one before.
 
     With columns `X = [x_1 .. x_n]`, first differences `R = DX` (n - 1 columns) and second differences `DR` (n - 2):
 
@@ -31,15 +31,13 @@ def extrapolate(window: Tensor, relaxation: float, regularization: float) -> Ten
         mean   = x_{n-1} - DX_{:-1} gamma
         result = mean + relaxation (R_last - DR gamma)
 
-    so that `relaxation = 1` gives `x_n - DX_{1:} gamma`. `reg` is absolute, as published.
+    so that `relaxation = 1` gives `x_n - DX_{1:} gamma`. `reg` is absolute, as published. The result is NaN where
+    differences of the window are not finite.
 
     Args:
         window: iterates in columns, (num_parameters, n), oldest first, n >= 3.
         relaxation: in (0, 1]; 1 takes the mapped combination.
         regularization: Tikhonov factor >= 0.
-
-    Returns:
-        The extrapolated parameters, (num_parameters,); NaN where differences of the window are not finite.
     """
     first = window.diff(dim=1)
     second = first.diff(dim=1)
@@ -72,10 +70,6 @@ class PublishedScheme:
     Momentum is left as it is, and every parameter group is extrapolated alone. Ranks that hold copies of one model take
     the same points: those of rank 0, judged by the mean of the ranks' losses. (The package lets each rank judge by its
     own loss, whereupon the copies differ for good.)
-
-    Args:
-        optimizer: any torch optimizer whose `step` gets a closure if `safeguard` is wanted.
-        settings: see `PublishedConfig`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: PublishedConfig) -> None:
@@ -173,7 +167,6 @@ class PublishedScheme:
         return dist.get_world_size() if dist.is_initialized() else 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Windows, counters and statistics: what a resumed run needs."""
         return {
             "windows": [list(window) for window in self.windows],
             "raw": [list(raw) for raw in self.raw],
@@ -183,7 +176,6 @@ class PublishedScheme:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues as the saved scheme would have."""
         for name in ("windows", "raw"):
             for own, saved, group in zip(getattr(self, name), state[name], self._groups, strict=True):
                 own.clear()
@@ -193,7 +185,6 @@ class PublishedScheme:
 
 
 def _vectors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The weights of each group as one vector."""
     return [parameters_to_vector(group["params"]).detach() for group in optimizer.param_groups]
 
 

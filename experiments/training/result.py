@@ -24,10 +24,9 @@ class Result:
     Attributes:
         series: values by name ("group/name"): at epochs 0 .. epochs, NaN after a divergence and where nothing was
             evaluated; with `iterations`, one at each of them.
-        diverged_epoch: first epoch with a loss that is not finite, None for a run that ended well or has iterations.
+        diverged_epoch, diverged_iteration: of the first loss that is not finite, None for a run that ended well.
         num_steps: optimizer steps taken.
         iterations: where the series were evaluated, in evaluations of the gradient; None for epochs.
-        diverged_iteration: first iteration with a loss that is not finite.
         stop_reason: "iterations", "time" or "diverged"; "" for epochs.
         attributes: further attributes of the record.
         fields: by name, see `Problem.fields`.

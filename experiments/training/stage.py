@@ -22,10 +22,9 @@ from experiments.training.published import PublishedScheme
 
 @dataclass(frozen=True)
 class Stage:
-    """An optimizer, accelerated or not, from an iteration on.
+    """An optimizer over the parameters of the problem's model, accelerated or not, from an iteration on.
 
     Attributes:
-        optimizer: over the parameters of the problem's model.
         statistics: reads the counters of the acceleration, None without one.
         after: first iteration.
         seconds: reads the time that the acceleration took, None where nothing measures it.
@@ -43,8 +42,7 @@ class Stage:
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """What the ranks have in common, and the state of the accelerator where each rank has residuals of its own.
 
-        What the ranks have in common of an accelerator stays with the optimizer: another number of ranks goes on from
-        it, with an empty history.
+        Another number of ranks goes on from what the ranks have in common, with an empty history.
         """
         memory = self.memory.state_dict() if self.memory is not None else None
         state = self.optimizer.state_dict()
@@ -63,7 +61,6 @@ class Stage:
 
 
 def make_stages(problem: Problem, variant: VariantConfig) -> list[Stage]:
-    """The stages of a variant, over the model of the problem."""
     published = None
     if variant.published is not None:
         published = PublishedConfig(**in_steps(variant.published.model_dump(), problem.steps_per_epoch))

@@ -45,13 +45,8 @@ class Session(Protocol):
 def train(run: Training, session: Session | None = None, *, save_weights: bool = False) -> Result:
     """Trains interval by interval, as the plan of the problem divides the run, and evaluates off the clock.
 
-    Args:
-        run: a new run.
-        session: takes up a saved run, saves this one on the way, and may stop it.
-        save_weights: whether the result has the weights.
-
-    Returns:
-        The series. A loss that is not finite ends the run, and the result says where it diverged.
+    A session takes up a saved run, saves this one on the way, and may stop it. A loss that is not finite ends the run,
+    and the result says where it diverged.
     """
     if session is None or not session.restore(run):
         run.begin()
@@ -69,8 +64,7 @@ class Training:
 
     Args:
         problem: model, plan, loss and evaluation.
-        stages: optimizers over the parameters of the model, accelerated or not, each from its iteration on; the first
-            one has the schedule.
+        stages: optimizers over the parameters of the model, each from its iteration on; the first has the schedule.
         ranks: this process; the gradients are averaged over `world_size` ranks.
         ema_decay: evaluates an exponential moving average of the weights, see `averaging.moving_average`.
         mean_epochs: evaluates, in this many last epochs, the mean of the weights after each of their steps.
@@ -80,8 +74,7 @@ class Training:
 
     Attributes:
         plan: what is trained in each interval.
-        interval: the present one, from 1.
-        step: steps taken in it.
+        interval, step: the present one, from 1, and the steps taken in it.
         losses: of its steps.
         num_steps: steps taken in all.
         diverged_at: interval or iteration of the first loss that is not finite.
@@ -128,7 +121,6 @@ class Training:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is an interval to train."""
         return self.interval <= self.plan.num_intervals and self.diverged_at is None
 
     @property
@@ -137,15 +129,7 @@ class Training:
         is_averaged = self.average is not None and self.average.covers(self.interval)
         return self.average.model if is_averaged and self.average is not None else self.problem.model
 
-    @property
-    def best_by(self) -> float | None:
-        """Value of the last evaluation by which runs are compared; None where the last interval had none."""
-        entries = self.series.get(self.problem.best_by, [])
-        is_new = len(entries) == len(self.series["timing/training_seconds"])
-        return entries[-1] if is_new and math.isfinite(entries[-1]) else None
-
     def begin(self) -> None:
-        """Evaluates the initial weights."""
         self.plan.begin(self)
         self._append(self._evaluate() | self._measures() | self.seconds, self.stages[:1], place=0)
 
@@ -159,7 +143,7 @@ class Training:
                 with self.clock.stopped():
                     self.closure.warm_up(batch)
                 self._is_warm = True
-            self._step(batch)
+            self.take_step(batch)
             if session is not None:
                 session.after_step(self, self.losses[-1])
             if self.is_lost:
@@ -171,8 +155,7 @@ class Training:
         self._finish_interval()
         return True
 
-    def _step(self, batch: Any) -> None:
-        """One step of the optimizer, and what follows it."""
+    def take_step(self, batch: Any) -> None:
         model = self.problem.model
         self.closure.choose_stage()
         self.plan.prepare(self, batch)
@@ -228,7 +211,6 @@ class Training:
         return values
 
     def add_seconds(self, name: str, seconds: float) -> None:
-        """Adds to the seconds of a series."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _measures(self) -> dict[str, float]:
@@ -242,7 +224,6 @@ class Training:
         return self._earlier_seconds + sum(stage.seconds() for stage in self.stages if stage.seconds is not None)
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over all ranks, which must all call."""
         if self.ranks.world_size == 1:
             return value
         total = value.to(device_of(self.ranks), copy=True)

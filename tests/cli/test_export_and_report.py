@@ -1,16 +1,20 @@
 """`export` and `report`, from made-up records."""
 
 import csv
+import errno
 import io
 import math
+import os
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 from pinn_records import PLAIN, save
 
+from data_loaders.files import write_text
 from experiments.__main__ import main
 from experiments.records.intervals import bootstrap_interval
 
@@ -131,6 +135,37 @@ def test_labels_are_data(results, capsys):
     assert "<script>" not in text and "&lt;script&gt;&amp;" in text
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("module", ["experiments.commands.report", "experiments.records.figures"])
+def test_another_folder_takes_the_place_of_a_read_only_one_and_not_of_a_full_disk(
+    results, tmp_path, monkeypatch, capsys, module, number
+):
+    save(results, "adam", PLAIN, 0)
+    monkeypatch.chdir(tmp_path)
+
+    def write(path, *arguments, **named):
+        if results in path.parents:
+            raise OSError(f"{path} cannot be written: {os.strerror(number)}") from OSError(number, os.strerror(number))
+        return write_text(path, *arguments, **named)
+
+    def mkdir(path, *arguments, **named):
+        if path.name == "figures" and results in path.parents:
+            raise OSError(number, os.strerror(number))
+        return made(path, *arguments, **named)
+
+    made = Path.mkdir
+    if module.endswith("report"):
+        monkeypatch.setattr(f"{module}.write_text", write)
+    else:
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+    code = main(["report", "--results", str(results)])
+    printed = capsys.readouterr().err
+    if number == errno.ENOSPC:
+        assert code == 2 and "No space left on device" in printed and not list(tmp_path.glob("*.html"))
+    else:
+        assert code == 0 and "note: " in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -146,5 +181,5 @@ def test_labels_are_data(results, capsys):
 def test_a_mistake_is_one_sentence(results, capsys, arguments, message):
     named = [str(results) if argument == "FOLDER" else argument for argument in arguments]
     assert main([*named, "--results", str(results)]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("error: ") and message in told[0]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and printed[0].startswith("error: ") and message in printed[0]

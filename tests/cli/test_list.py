@@ -55,7 +55,7 @@ def test_the_runs_of_a_configuration_are_counted_as_they_are_made(name):
     path = config_files.find_config(name)
     config = load_or_skip(path)
     made = expand_runs(config, num_rows=10**6)
-    listed = command._runs_of(read_yaml(path), path)
+    listed = command.runs_of(read_yaml(path), path)
     assert sorted(listed) == sorted((run.name, run.seed) for run in made)
 
 
@@ -83,7 +83,7 @@ def test_a_folder_without_records_has_no_states(tmp_path):
     ],
 )
 @pytest.mark.parametrize("of", ["list", "run"])
-def test_a_name_that_is_none_is_one_sentence(configs, capsys, of, name, message):
+def test_an_unknown_name_is_one_sentence(configs, capsys, of, name, message):
     assert main([of, name.replace("CONFIGS", str(configs))]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message.replace("CONFIGS", str(configs)) in line

@@ -48,6 +48,9 @@ def test_the_readme_has_an_example_and_none_is_overlooked():
     assert list(examples(DOCUMENTS["README.md"]))
     for name, text in DOCUMENTS.items():
         assert len(re.findall(r"```\s*py", text)) == len(BLOCK.findall(text)), f"{name}: indented or not named python"
+        shown = re.findall(r"^``` *\{ *\.python *\}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+        assert all(re.fullmatch(r'--8<-- "examples/\w+\.py"\n', code) for code in shown), f"{name}: no test runs this"
+        assert "<!-- not run -->" not in text or name == "docs/new_experiment.md"  # test_new_experiment.py runs these
 
 
 def test_examples_are_found_and_can_fail(tmp_path):

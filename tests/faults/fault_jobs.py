@@ -37,6 +37,7 @@ from aadl.decisions import Decisions
 from data_loaders.imagenet.reading import Reader
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
+from experiments.distributed.interruption import Interruption
 from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
@@ -49,6 +50,7 @@ ROOT = HERE.parent.parent
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", HERE)))
 """Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
+DAY = 86_400.0
 LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
 STATE_OF_THE_END = (
@@ -138,6 +140,11 @@ class _Injector:
     def _send_another_shape(self) -> None:
         dist.all_reduce(torch.zeros(3))
 
+    def _let_a_day_pass(self) -> None:
+        left = Interruption.seconds_left.fget
+        assert left is not None
+        Interruption.seconds_left = property(lambda interruption: left(interruption) - DAY)  # type: ignore[assignment]
+
     def _fill_disk(self) -> None:
         with open(self._ballast, "wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(1 << 12)):
@@ -145,7 +152,7 @@ class _Injector:
 
     def patch(self) -> None:
         """Puts the diary and the faults around the suite's functions, in this process."""
-        step, result, restore, save = Training._step, Training.result, RunSession.restore, RunSession._save
+        step, result, restore, save = Training.take_step, Training.result, RunSession.restore, RunSession.save
         evaluate, accelerate, call = train.evaluate, Decisions.accelerate, Closure.__call__
         read, on_cpu = Reader.__getitem__, checkpoint.on_cpu
 
@@ -197,10 +204,10 @@ class _Injector:
             return read(reader, key)
 
         replacements: dict[tuple[Any, str], Any] = {
-            (Training, "_step"): stepping,
+            (Training, "take_step"): stepping,
             (Training, "result"): ending,
             (RunSession, "restore"): restoring,
-            (RunSession, "_save"): saving,
+            (RunSession, "save"): saving,
             (train, "evaluate"): evaluating,
             (Decisions, "accelerate"): accelerating,
             (checkpoint, "on_cpu"): gathering,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fault_jobs import Ended, Fault, Place, differences, start_server
+from fault_jobs import LONGEST_SECONDS, Ended, Fault, Place, differences, start_server
 
 from data_loaders.fractals import sets as fractals
 from experiments.distributed.interruption import EXIT_RESUME
@@ -19,6 +19,8 @@ from experiments.runs.checkpoint_files import names_of_checkpoints, read
 SGD = {"name": "SGD", "lr": 1e-2, "momentum": 0.9, "nesterov": True}
 EAGER = {"store_each_nth": 1, "frequency": 2, "wait_iterations": 1, "history_depth": 3}
 STEPS_PER_EPOCH = 8
+DEADLINE = 4 * LONGEST_SECONDS
+"""No job of these tests ends because ranks have waited so long for each other: they end because they notice a fault."""
 TABLE: dict[str, Any] = {
     "experiment": "graduate_admissions",
     "scale": "faults",
@@ -27,7 +29,7 @@ TABLE: dict[str, Any] = {
     "training": {"epochs": 6, "batch_size": 40},
     "variants": {"aadl": {"optimizer": SGD, "acceleration": EAGER}},
     "save": {"every_seconds": 0.1, "keep": 2},
-    "launch": {"rendezvous": "file", "start_seconds": 200, "collective_seconds": 200},
+    "launch": {"rendezvous": "file", "start_seconds": DEADLINE, "collective_seconds": DEADLINE},
 }
 IMAGES: dict[str, Any] = TABLE | {
     "experiment": "imagenet",
@@ -39,7 +41,6 @@ IMAGES: dict[str, Any] = TABLE | {
         "statistics_images": 16,
         "statistics_batch": 8,
         "evaluation_batch": 8,
-        "start_method": "fork",  # the server that torch's workers are forked from otherwise would be started each time
     },
     "training": {"epochs": 2, "batch_size": 8, "schedule": "cosine", "warmup_epochs": 0.5},
     "variants": {"sgd": {"optimizer": {"name": "SGD", "lr": 0.02, "momentum": 0.9}}},
@@ -50,15 +51,11 @@ PACE = 0.02
 """Seconds that a job is held up after each step, so that it lasts long enough for several saves."""
 QUICK = os.environ.get("FAULTS") != "all"
 """Whether some faults of each kind will do."""
-END_SECONDS = 30.0
-"""A job ends within so many seconds after one of its ranks has failed."""
 
 
-def failed_in_time(ended: Ended) -> None:
-    """Checks that the fault has happened, and that the job ended soon after it."""
-    faults = ended.entries("fault")
-    assert faults, f"the fault did not happen: {ended.tail()}"
-    assert ended.end - faults[0]["time"] < END_SECONDS
+def has_met_its_fault(ended: Ended) -> None:
+    """Checks that the fault has happened."""
+    assert ended.entries("fault"), f"the fault did not happen: {ended.tail()}"
 
 
 def goes_on(before: Ended, after: Ended) -> None:
@@ -121,7 +118,7 @@ class Site:
     def stopped(self, place: Place, *faults: Fault, ranks: int = 1, **more: Any) -> Ended:
         """A job that signals stop: all ranks after the same step, which is saved."""
         first = place.run(*faults, ranks=ranks, **more)
-        failed_in_time(first)
+        has_met_its_fault(first)
         was_stopped(place, first, ranks)
         return first
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import h5py
 import pytest
 from fault_jobs import Fault
-from fault_site import PACE, QUICK, STEPS_PER_EPOCH, TABLE, changed, failed_in_time, goes_on, kept
+from fault_site import PACE, QUICK, STEPS_PER_EPOCH, TABLE, changed, goes_on, has_met_its_fault, kept
 from system_calls import POINTS
 
 
@@ -19,7 +19,7 @@ def test_sigkill_of_rank_0_at_a_point_of_writing_a_checkpoint(site, point):
     ranks = 1 if QUICK else 2
     place = site.place()
     first = place.run(Fault("SIGKILL", place=point, step=24), ranks=ranks, pace=PACE)
-    failed_in_time(first)
+    has_met_its_fault(first)
     steps = kept(place)
     assert steps and steps[0] in [entry["step"] for entry in first.entries("save", 0)][-2:]
     again = place.run(ranks=ranks)
@@ -31,7 +31,7 @@ def test_sigkill_of_rank_0_at_a_point_of_writing_a_checkpoint(site, point):
 def test_sigkill_of_a_rank_or_of_both_amid_a_save(site, rank):
     place = site.place()
     first = place.run(Fault("SIGKILL", place="gathering", step=24, rank=rank), ranks=2, pace=PACE)
-    failed_in_time(first)
+    has_met_its_fault(first)
     again = place.run(ranks=2)
     assert len({(entry["step"], entry["digest"]) for entry in again.entries("restored")}) == 1
     goes_on(first, again)
@@ -92,7 +92,7 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, 
         place = site.place(results=disk / "results")
         ballast = disk / "ballast"
         first = place.run(Fault("fill_disk", step=21, place=moment), pace=PACE, ballast=str(ballast))
-        failed_in_time(first)
+        has_met_its_fault(first)
         assert first.codes == [1] and "No space left on device" in first.log and str(disk) in first.log
         assert "Traceback" not in first.log and (what == "record" or "bytes are free" in first.log)
         assert not [path.name for path in disk.rglob("*") if "tmp" in path.name] and kept(place)

@@ -1,4 +1,4 @@
-"""pyright finds nothing to complain of in aadl and in a user's script, and finds a wrong word (mypy: test_types.py)."""
+"""pyright finds nothing to complain of in aadl and in a user's script, and finds a wrong name (mypy: test_types.py)."""
 
 import subprocess
 import sys

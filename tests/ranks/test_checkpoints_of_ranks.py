@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -25,7 +24,8 @@ from parallel_runs import (
     replica,
     sharded,
 )
-from small_runs import EAGER, identical, statistics
+from small_runs import EAGER, identical
+from stopped_runs import run_to_the_end
 from suite_cases import run_config
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -36,12 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import aadl
-from experiments.distributed.departure import Interrupted
-from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
-from experiments.runs.execute import execute_run
-from experiments.runs.session import RunSession
-from experiments.training.train import Training
 
 SETTINGS = CALM | EAGER | {"store_each_nth": 2, "frequency": 4, "average": False, "safeguard": "residual"}
 KINDS = {  # wrapper, optimizer, settings
@@ -250,9 +245,9 @@ def test_a_resume_without_the_history_says_so_once():
     model = network()
     optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    with pytest.warns(UserWarning, match=r"carries no history of aadl: .* save aadl\.accelerator_of") as told:
+    with pytest.warns(UserWarning, match=r"carries no history of aadl: .* save aadl\.accelerator_of") as heard:
         go_on(0, 1, model, optimizer, 22, 40)
-    assert len(told) == 1
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["history last", "history first"])
@@ -307,52 +302,33 @@ SHARED_HISTORY = {
 }
 
 
-def suite_run(ranks, results, stop=None):
-    """(weights, statistics) of a run that ends; with `stop`, it stops after that step."""
+def with_shared_history():
     config = run_config("sgd_aadl", epochs=6)
-    config = replace(config, variant=config.variant.model_copy(update={"acceleration": SHARED_HISTORY}))
-    interruption, kept = Interruption(environment={}), []
-    after_step, result = RunSession.after_step, Training.result
-
-    def told(session, run, loss):
-        if run.num_steps == stop:
-            interruption._reason = "a test"
-        after_step(session, run, loss)
-
-    def keep(run, **kinds):
-        if kinds["finished"]:
-            weights = torch.cat([p.detach().reshape(-1) for p in run.problem.model.parameters()])
-            kept.extend([weights, statistics(run.stages[0].optimizer)])
-        return result(run, **kinds)
-
-    with mock.patch.object(RunSession, "after_step", told), mock.patch.object(Training, "result", keep):
-        stopped = pytest.raises(Interrupted, match=f"after step {stop and stop + 1};") if stop else nullcontext()
-        with stopped:
-            execute_run(config, ranks, results, interruption=interruption)
-    return tuple(kept)
+    return replace(config, variant=config.variant.model_copy(update={"acceleration": SHARED_HISTORY}))
 
 
 def stop_and_resume(rank, size, results):
     """A run without a stop, one that was stopped and goes on, and one that goes on without the saved vectors."""
-    ranks = Ranks(rank, size, rank)
-    whole = suite_run(ranks, results / "whole")
-    suite_run(ranks, results / "resumed", stop=9)
+    ranks, config = Ranks(rank, size, rank), with_shared_history()
+    whole = run_to_the_end(config, ranks, results / "whole")
+    run_to_the_end(config, ranks, results / "resumed", stop=9)
     dist.barrier()
     if rank == 0:
         for name in ("alone", "forgotten"):
             shutil.copytree(results / "resumed", results / name)
     dist.barrier()
-    resumed = suite_run(ranks, results / "resumed")
+    resumed = run_to_the_end(config, ranks, results / "resumed")
     with mock.patch("aadl.state.load_rows"):
-        forgotten = suite_run(ranks, results / "forgotten")
+        forgotten = run_to_the_end(config, ranks, results / "forgotten")
     return whole, resumed, forgotten
 
 
 def test_a_run_of_the_suite_goes_on_with_a_shared_history(spawn_ranks, tmp_path):
     outcomes = spawn_ranks(stop_and_resume, 2, tmp_path)
     for whole, resumed, forgotten in outcomes:
-        assert identical(whole, resumed) and torch.equal(whole[0], outcomes[0][0][0])
-        assert whole[1]["accepted"] > 8 and (whole[0] - forgotten[0]).abs().max() > 1e-2
-    alone = suite_run(Ranks(), tmp_path / "alone")
-    torch.testing.assert_close(alone[0], outcomes[0][0][0], rtol=0, atol=1e-5)
-    assert alone[1]["accepted"] == outcomes[0][0][1]["accepted"]
+        assert torch.equal(whole.weights, resumed.weights) and torch.equal(whole.weights, outcomes[0][0].weights)
+        assert identical(whole.statistics, resumed.statistics) and whole.statistics["accepted"] > 8
+        assert (whole.weights - forgotten.weights).abs().max() > 1e-2
+    alone, (on_two, *_) = run_to_the_end(with_shared_history(), Ranks(), tmp_path / "alone"), outcomes[0]
+    torch.testing.assert_close(alone.weights, on_two.weights, rtol=0, atol=1e-5)
+    assert alone.statistics["accepted"] == on_two.statistics["accepted"]

@@ -131,7 +131,7 @@ def test_candidates_were_rejected_too_and_without_agreement_replicas_part(world)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_words_of_an_acceleration_take_a_kilobyte(world, name):
+def test_the_messages_of_an_acceleration_take_a_kilobyte(world, name):
     """One of inner products, one for the direction of a candidate, one of losses, one residual for an accepted one."""
     _, outcomes, _ = world
     _, closure, _ = VARIANTS[name]

@@ -2,6 +2,7 @@
 
 import torch
 
+from aadl import history_layout
 from aadl.block import make_block
 from aadl.history import Column, History
 
@@ -15,6 +16,13 @@ def copied_to_the_host(block):
     """The block, as if the tensors were on a device and its rows on the host."""
     block.offloaded, block.stage = True, torch.empty_like(block.mapped)
     return block
+
+
+def copy_histories_to_the_host(monkeypatch):
+    """Accelerators that are made from now on have their rows on the host, as if the tensors were on a device."""
+    monkeypatch.setattr(
+        history_layout, "make_block", lambda *args, **more: copied_to_the_host(make_block(*args, **more))
+    )
 
 
 def push_pair(history, starts, mapped, macro_step=0, ratio=1.0, **more):

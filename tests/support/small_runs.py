@@ -43,6 +43,11 @@ def network(*more, bias=True):
     return nn.Sequential(nn.Linear(3, 6, bias=bias), *more, nn.Tanh(), nn.Linear(6, 1, bias=bias))
 
 
+def flat(model):
+    """All parameters in a row."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
 def squared_error(model):
     return (model(INPUTS) - TARGETS).square().mean()
 

@@ -11,36 +11,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from experiments.distributed.departure import end_on_failure, stop_process_group
 from experiments.distributed.devices import binding
-from experiments.distributed.doctor.facts import facts_of, gather
+from experiments.distributed.doctor.facts import facts_of
 from experiments.distributed.doctor.finding import Finding, print_report
 from experiments.distributed.doctor.network import bandwidth, clocks
 from experiments.distributed.doctor.placement import binding_of, launcher, versions
-from experiments.distributed.doctor.site import ReadSite, compare_site, read_site_file, traps
+from experiments.distributed.doctor.site import compare_site, read_site_file, traps
 from experiments.distributed.doctor.storage import probe_folder, shared_folder, storage
 from experiments.distributed.process_group import start_process_group
 from experiments.distributed.ranks import Ranks, ranks_from_environment
+from experiments.distributed.together import gather
 from experiments.settings.launch_settings import LaunchSettings
 
 
-def main(options: argparse.Namespace, read_site: ReadSite | None = None) -> int:
-    """Prints the table on rank 0.
-
-    Args:
-        options: of the command line, see `experiments.commands.arguments.add_doctor_arguments`.
-        read_site: reads the YAML file of a site; needed with --site alone.
-
-    Returns:
-        0, or 1 if something must change.
+def main(options: argparse.Namespace) -> int:
+    """Prints the table on rank 0 and returns 1 if something must change, else 0.
 
     Raises:
         ValueError: an option is wrong.
         OSError: the file of the site cannot be read, or the folder of results cannot be written.
     """
-    site = read_site_file(options.site, read_site)
+    site = read_site_file(options.site)
     if not options.start_seconds > 0:
         raise ValueError(f"--start-seconds must be positive, got {options.start_seconds}")
     settings = LaunchSettings(start_seconds=options.start_seconds, share_devices=True)
@@ -65,7 +57,6 @@ def _alone(results: Path) -> list[Finding]:
 
 
 def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any]) -> list[Finding]:
-    """Returns all findings, the same on every rank."""
     facts = gather(ranks, facts_of(ranks, options.results))
     places = binding(ranks)
     findings = [
@@ -75,11 +66,8 @@ def _examine(ranks: Ranks, options: argparse.Namespace, site: Mapping[str, Any])
         *shared_folder(ranks, options.results),
         *(storage(options.results) if ranks.rank == 0 else []),
         *clocks(ranks),
-        *bandwidth(ranks, options.floor),
+        *bandwidth(ranks),
         *traps(facts),
         *compare_site(site, ranks, facts),
     ]
-    box = [findings]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather(ranks, findings)[0]

@@ -21,15 +21,6 @@ from experiments.distributed.interfaces import interface_addresses
 from experiments.distributed.ranks import Ranks
 
 
-def gather(ranks: Ranks, own: Any) -> list[Any]:
-    """Returns the values of all ranks, by rank, on every rank."""
-    if ranks.world_size == 1:
-        return [own]
-    found: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(found, own)
-    return found
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -63,19 +54,12 @@ def facts_of(ranks: Ranks, results: Path) -> dict[str, Any]:
         "cores": num_cores(),
         "interfaces": {name: ", ".join(entries) for name, entries in interface_addresses().items()},
         "name": _resolved(socket.gethostname()),
-        "start method": _start_methods(),
+        "start method": safe_start_method(),
         "environment": {name: os.environ[name] for name in names if name in os.environ},
         "all_environment": sorted(os.environ),
         "open ssh": ssh.exists() and bool(ssh.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)),
         "local_size": ranks.local_size,
     }
-
-
-def _start_methods() -> str:
-    """Returns how workers start here, and whether a wish for fork is granted."""
-    granted = safe_start_method("fork")
-    text = "" if granted == "fork" else f"; {granted} also where fork is wished, for MPI or a GPU is in use"
-    return safe_start_method() + text
 
 
 def _resolved(host: str) -> str:

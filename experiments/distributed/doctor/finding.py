@@ -24,7 +24,6 @@ def who(ranks: Sequence[int], total: int) -> str:
 
 
 def groups(keys: Any) -> dict[Any, list[int]]:
-    """Returns the ranks by key."""
     groups: dict[Any, list[int]] = {}
     for rank, key in enumerate(keys):
         groups.setdefault(key, []).append(rank)

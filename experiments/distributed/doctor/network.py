@@ -8,16 +8,15 @@ import torch
 import torch.distributed as dist
 
 from experiments.distributed.devices import device_of
-from experiments.distributed.doctor.facts import gather
 from experiments.distributed.doctor.finding import Finding
 from experiments.distributed.ranks import Ranks
+from experiments.distributed.together import gather
 
 SKEW_SECONDS = 1.0
 SIZES_BYTES = (2**12, 2**20, 2**24)
 
 
 def clocks(ranks: Ranks) -> list[Finding]:
-    """Reports how far apart the clocks of the ranks are."""
     if ranks.world_size == 1:
         return []
     skews = []
@@ -30,22 +29,19 @@ def clocks(ranks: Ranks) -> list[Finding]:
     return [Finding("clocks", f"within {skew * 1e3:.0f} ms of each other", cure)]
 
 
-def bandwidth(ranks: Ranks, floor: float | None) -> list[Finding]:
+def bandwidth(ranks: Ranks) -> list[Finding]:
     """Reports the bus bandwidth of all_reduce, 2 (n - 1) / n bytes / seconds, which depends on no number of ranks."""
     if ranks.world_size == 1:
         return []
-    device, best, parts = device_of(ranks), 0.0, []
+    device, parts = device_of(ranks), []
     if dist.get_backend() == "gloo":
         device = torch.device("cpu")
     for size in SIZES_BYTES:
         values = torch.zeros(size // 4, device=device)
         seconds = min(_time_all_reduce(values) for _ in range(4))
         bandwidth = 2 * (ranks.world_size - 1) / ranks.world_size * size / seconds / 1e9
-        best = max(best, bandwidth)
         parts.append(f"{size // 1024} KiB {seconds * 1e3:.2f} ms {bandwidth:.2f} GB/s")
-    slow = floor is not None and best < floor
-    cure = f"below --floor {floor:g}: see NCCL_DEBUG=INFO for the network in use, and launch.interface" if slow else ""
-    return [Finding("all_reduce", "; ".join(parts), cure, bad=slow)]
+    return [Finding("all_reduce", "; ".join(parts))]
 
 
 def _time_all_reduce(values: torch.Tensor) -> float:

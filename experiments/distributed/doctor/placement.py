@@ -14,7 +14,6 @@ ROWS = 16  # of a list by rank, before it is cut
 
 
 def versions(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Compares the versions of all ranks."""
     findings = []
     for name in facts[0]["versions"]:
         values = [fact["versions"][name] for fact in facts]
@@ -34,7 +33,6 @@ def versions(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
 
 
 def launcher(ranks: Ranks, facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Reports the launcher, the job and the backend."""
     by_host: dict[str, int] = {}
     for fact in facts:
         by_host[fact["host"]] = by_host.get(fact["host"], 0) + 1

@@ -9,24 +9,23 @@ from typing import Any
 
 from experiments.distributed.doctor.finding import Finding, who
 from experiments.distributed.ranks import Ranks
+from experiments.settings.yaml_file import read_yaml
 
 SITES = Path(__file__).parents[3] / "jobs" / "sites"
 SECTIONS = ("ranks", "environment")  # of the file of a site, which are compared
-ReadSite = Callable[[Path], Mapping[str, Any]]
 
 
-def read_site_file(name: str | None, read_site: ReadSite | None) -> Mapping[str, Any]:
+def read_site_file(name: str | None) -> Mapping[str, Any]:
     """Reads the file of a site, by its name or path; {} for None."""
     if name is None:
         return {}
-    assert read_site is not None  # of the command line
     names = sorted(path.stem for path in SITES.glob("*.yaml"))
     of_user = name.endswith((".yaml", ".yml"))
     if not of_user and name not in names:
         raise ValueError(f"--site must be one of {', '.join(names)}, or a file that ends in .yaml, got {name!r}")
     path = Path(name) if of_user else SITES / f"{name}.yaml"
     try:
-        site = read_site(path)
+        site = read_yaml(path)
     except OSError as error:
         raise OSError(f"--site {path} cannot be read: {error.strerror or error}") from None
     for key in SECTIONS:

@@ -15,10 +15,10 @@ from typing import Any
 import h5py
 import torch.distributed as dist
 
-from experiments.distributed.doctor.facts import gather
 from experiments.distributed.doctor.finding import Finding, who
 from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
+from experiments.distributed.together import gather
 
 TOKEN_SECONDS = 10.0
 LITTLE_SPACE_BYTES = 2**30

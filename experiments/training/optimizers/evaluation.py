@@ -21,8 +21,7 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 def answering(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within the context the parameters are the result of the optimizer.
 
-    Schedule-Free takes gradients at other weights than the average that is its result; its methods `eval` and `train`
-    swap them.
+    Schedule-Free takes gradients at other weights than the average that is its result; `eval` and `train` swap them.
     """
     swaps = is_schedule_free(optimizer)
     if swaps:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
+from experiments.settings.schema import read_settings
 from experiments.training.optimizers.evaluation import loss_of
 
 
@@ -17,14 +19,7 @@ class FrozenAdam(torch.optim.Optimizer):
         m <- beta1 m + (1 - beta1) grad,        w <- w - lr m_hat / (sqrt(v_hat) + eps),
 
     gradient descent with momentum and a constant diagonal preconditioner, which the theory of Anderson acceleration
-    assumes.
-
-    Args:
-        params, lr, betas, eps: as of torch.optim.Adam.
-        freeze_after: >= 1 steps of Adam before.
-
-    Raises:
-        ValueError: a `freeze_after` out of its range.
+    assumes. The other arguments are those of torch.optim.Adam. ValueError for `freeze_after` below 1.
     """
 
     def __init__(
@@ -35,13 +30,11 @@ class FrozenAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         freeze_after: int = 1000,
     ) -> None:
-        if isinstance(freeze_after, bool) or not isinstance(freeze_after, int) or freeze_after < 1:
-            raise ValueError(f"freeze_after must be an integer >= 1, got {freeze_after!r}")
+        read_settings(PositiveInt, freeze_after, "freeze_after")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "freeze_after": freeze_after})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what the closure returns."""
         loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:

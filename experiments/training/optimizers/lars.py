@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from experiments.settings.schema import read_settings
 from experiments.training.optimizers.evaluation import loss_of
+
+ALLOWED: dict[str, Any] = {
+    "lr": PositiveFloat,
+    "momentum": Annotated[float, Field(ge=0, lt=1)],
+    "weight_decay": NonNegativeFloat,
+    "trust": PositiveFloat,
+    "eps": NonNegativeFloat,
+}
 
 
 class LARS(torch.optim.Optimizer):
@@ -21,16 +30,7 @@ class LARS(torch.optim.Optimizer):
     and ratio = 1 for tensors of less than two dimensions (BatchNorm, biases) and where |w| or |grad| is zero. As in
     torch's SGD, and unlike in the paper, the rate multiplies the update and not what goes into the momentum.
 
-    Args:
-        params: parameters or groups of them.
-        lr: > 0.
-        momentum: in [0, 1).
-        weight_decay: >= 0.
-        trust: > 0.
-        eps: >= 0.
-
-    Raises:
-        ValueError: an argument out of its range.
+    ValueError unless lr and trust are > 0, momentum is in [0, 1), and weight_decay and eps are >= 0.
 
     Source: You, Gitman, Ginsburg, "Large batch training of convolutional networks", arXiv 1708.03888, algorithm 1.
     """
@@ -44,17 +44,9 @@ class LARS(torch.optim.Optimizer):
         trust: float = 1e-3,
         eps: float = 0.0,
     ) -> None:
-        allowed = {
-            "lr": ("> 0", 0 < lr < math.inf),
-            "momentum": ("in [0, 1)", 0 <= momentum < 1),
-            "weight_decay": (">= 0", 0 <= weight_decay < math.inf),
-            "trust": ("> 0", 0 < trust < math.inf),
-            "eps": (">= 0", 0 <= eps < math.inf),
-        }
         values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "eps": eps}
-        for name, (text, is_allowed) in allowed.items():
-            if not is_allowed:
-                raise ValueError(f"{name} must be a number {text}, got {values[name]}")
+        for name, value in values.items():
+            read_settings(ALLOWED[name], value, name)
         super().__init__(params, values)
 
     @torch.no_grad()

@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
+
+from experiments.settings.schema import read_settings
 
 ACCEPT_FAST, ACCEPT_SLOW = 0.75, 0.25
 """Gain ratios above which the damping falls to a third, and below which it doubles."""
@@ -42,23 +45,16 @@ class LevenbergMarquardt(torch.optim.Optimizer):
     needs_residuals = True
 
     def __init__(self, params: Iterable[Any], damping: float = 1e-2, max_trials: int = 20) -> None:
-        if isinstance(damping, bool) or not 0 < damping < math.inf:
-            raise ValueError(f"damping must be a finite number > 0, got {damping}")
-        if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
-            raise ValueError(f"max_trials must be an integer >= 1, got {max_trials!r}")
+        read_settings(PositiveFloat, damping, "damping")
+        read_settings(PositiveInt, max_trials, "max_trials")
         super().__init__(params, {"damping": damping, "max_trials": max_trials})
-        if len(self.param_groups) != 1:
-            raise ValueError(f"params must be one group, got {len(self.param_groups)}")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
-        """One step.
+        """One step; returns the loss before it.
 
         Args:
             closure: object with `linearize() -> (r (rows,), J (rows, parameters))` and `residuals() -> r`.
-
-        Returns:
-            The loss before the step.
         """
         group = self.param_groups[0]
         parameters = group["params"]

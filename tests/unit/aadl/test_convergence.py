@@ -149,14 +149,6 @@ def test_a_full_window_stands_in_the_relation_of_walker_and_ni_to_gmres(size, se
     assert (iterates[size] - solution).norm() < 1e-8 * solution.norm()
 
 
-def test_gmres_on_a_symmetric_problem_as_far_as_its_columns_are_independent():
-    problem = quadratic(30.0, seed=1, size=40)
-    iterates = iterates_on(problem.matrix, problem.solution, 7, lr=0.8)
-    for k, x in enumerate(iterates):
-        expected = mapped_gmres(problem.matrix, problem.solution, k, lr=0.8)
-        assert (x - expected).norm() < 1e-8 * problem.solution.norm()
-
-
 def test_a_window_that_is_too_short_is_no_gmres():
     matrix, solution = rotation(20, 0), torch.randn(20, dtype=torch.float64)
     short = iterates_on(matrix, solution, 21, history_depth=5)
@@ -185,12 +177,6 @@ def table_schedule(frequency):
 def test_the_table_of_schedules(kappa, frequency):
     steps = median_steps(kappa, table_schedule(frequency))
     assert steps == pytest.approx(TABLE[kappa][frequency], rel=0.1)
-
-
-@pytest.mark.slow
-def test_the_best_schedule_beats_plain_gradient_descent_by_far():
-    assert min(median_steps(1e4, table_schedule(frequency)) for frequency in (2, 3, 5)) <= 400
-    assert steps_to_tolerance(quadratic(1e4, 0), limit=10_001) == math.inf
 
 
 # ---- momentum --------------------------------------------------------------------------------------------------------

@@ -8,12 +8,11 @@ import math
 
 import pytest
 import torch
-from histories import copied_to_the_host
-from small_runs import identical, network, train
+from histories import copy_histories_to_the_host
+from small_runs import flat, identical, network, train
 
 import aadl
 from aadl import decisions, judgments
-from aadl.history_layout import Layout
 
 SCHEDULES = {
     "every macro-step": {"store_each_nth": 1, "frequency": 1},
@@ -30,7 +29,7 @@ def train_network(settings, steps=80, optimizer_class=torch.optim.SGD, **options
     weights = []
     for _ in range(steps):
         train(model, optimizer, 1)
-        weights.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        weights.append(flat(model))
     return weights, copy.deepcopy(aadl.accelerator_of(optimizer).statistics)
 
 
@@ -84,8 +83,8 @@ def test_a_verdict_waits_for_the_next_step_or_for_who_asks(monkeypatch):
     raw = accelerator.decisions
     assert raw.deferred and raw.statistics["accepted"] + sum(raw.statistics["rejected"].values()) == 0
     assert raw.statistics["attempts"] == 1
-    told = accelerator.statistics
-    assert not raw.deferred and told["accepted"] + sum(told["rejected"].values()) == 1
+    said = accelerator.statistics
+    assert not raw.deferred and said["accepted"] + sum(said["rejected"].values()) == 1
     while not raw.deferred:
         train(model, optimizer, 1)
     verdicts = raw.statistics["accepted"] + sum(raw.statistics["rejected"].values())
@@ -122,17 +121,14 @@ def test_a_history_that_is_copied_to_the_host_changes_nothing(schedule, momentum
     """Copies go from CPU to CPU here; staging and postponed stores are those of a device."""
     settings = SCHEDULES[schedule] | {"average": False, "safeguard": "residual"}
     weights, statistics = train_network(settings, momentum=momentum, lr=0.1)
-    original = Layout._blocks
-
-    monkeypatch.setattr(Layout, "_blocks", lambda *args, **more: list(map(copied_to_the_host, original(*args, **more))))
+    copy_histories_to_the_host(monkeypatch)
     there, later = train_network(settings, momentum=momentum, lr=0.1)
     assert same(weights, there) and identical(statistics, later)
     assert statistics["accepted"] > 0
 
 
 def test_a_store_is_postponed_until_the_copy_had_time(monkeypatch):
-    original = Layout._blocks
-    monkeypatch.setattr(Layout, "_blocks", lambda *args, **more: list(map(copied_to_the_host, original(*args, **more))))
+    copy_histories_to_the_host(monkeypatch)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     aadl.accelerate(optimizer, store_each_nth=1, frequency=100, history_depth=4)
@@ -141,7 +137,7 @@ def test_a_store_is_postponed_until_the_copy_had_time(monkeypatch):
     assert accelerator.is_copying and len(accelerator.history.columns) == 1
     state = accelerator.state_dict()  # stores first
     assert not accelerator.is_copying and len(accelerator.history.columns) == 2
-    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    after = flat(model)
     rows = [state["rows"][f"parameters.{index}.mapped"].reshape(-1) for index in range(4)]
     assert torch.equal(torch.cat(rows), after)
     train(model, optimizer, 1)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import resource
 
 import pytest
 import torch
@@ -32,18 +31,6 @@ def test_inner_products_are_those_of_the_newest_pairs(count):
     assert [column.macro_step for column in history.columns] == list(range(max(1, count - 3), count))
     if count > 2:
         assert not torch.allclose(gram.matrix.flip(0, 1), gram.matrix)  # the order matters
-
-
-@pytest.mark.parametrize("size", [16_383, 16_384, 16_385, 70_000])
-def test_inner_products_of_rows_longer_than_a_piece(size):
-    pairs, history = random_pairs(4, size, dtype=torch.float32), make_history(size=size, dtype=torch.float32)
-    for x, g in pairs:
-        push_pair(history, [torch.zeros_like(x)], [g])
-    residuals = [g for _, g in pairs]
-    df = torch.stack([b - a for a, b in itertools.pairwise(residuals)], dim=1).double()
-    gram = history.gram()["parameters"]
-    assert torch.allclose(gram.matrix, df.T @ df, rtol=1e-13)
-    assert torch.allclose(gram.projection, df.T @ residuals[-1].double(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("ring", [None, torch.float32, torch.bfloat16])
@@ -325,30 +312,3 @@ def test_coefficients_of_a_float32_history_are_those_of_a_float64_factorization(
     assert (mixing.gamma - expected).norm() < 1e-4 * expected.norm()
     scales = exact.norm(dim=0)
     assert (scales * (mixing.gamma - expected)).norm() < 1e-4 * (scales * expected).norm()
-
-
-@pytest.mark.slow
-def test_coefficients_at_the_size_of_resnet50():
-    size, columns = 25_557_032, 3
-    generator = torch.Generator().manual_seed(0)
-    turn, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))
-    mixer = (torch.logspace(0, -5, columns, dtype=torch.float64)[:, None] * turn.T).float()
-    history = make_history(columns, size, torch.float32)
-    residual, zeros = torch.randn(size, generator=generator), torch.zeros(size)
-    directions = torch.randn(columns, size, generator=generator)  # nearly orthogonal at this size
-    push_pair(history, [zeros], [residual])
-    for column in range(columns):
-        residual = residual + torch.mv(directions.T, mixer[:, column])
-        push_pair(history, [zeros], [residual])
-    del directions, zeros
-    mixing = mixing_coefficients(history.gram()["parameters"], 0.0, CUTOFF)
-    rows = [history.blocks[0].delta_residual[slot] for slot in history.order()]
-    triangles = []  # a tall factorization in pieces: R of the R's
-    for start in range(0, size, 1 << 20):
-        piece = torch.stack([row[start : start + (1 << 20)].double() for row in [*rows, residual]], dim=1)
-        triangles = [torch.linalg.qr(torch.cat([*triangles, piece]), mode="r").R]
-    factor = triangles[0]
-    expected = torch.linalg.solve_triangular(factor[:columns, :columns], factor[:columns, columns:], upper=True)[:, 0]
-    assert mixing.numerical_rank == columns and 2e4 < mixing.condition_number < 5e5
-    assert (mixing.gamma - expected).norm() < 1e-4 * expected.norm()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 1024**2  # KiB

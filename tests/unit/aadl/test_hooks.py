@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from small_runs import RESIDUAL, closure_of, identical, network, sgd, snapshot, statistics, train
+from small_runs import RESIDUAL, closure_of, flat, identical, network, sgd, snapshot, statistics, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.torch_version import TorchVersion
 
@@ -120,9 +120,9 @@ def test_a_step_that_fails_after_it_wrote_is_a_change():
     with pytest.raises(KeyError):
         train(model, optimizer, 1)
     optimizer.broken = False
-    start = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    start = flat(model)
     train(model, optimizer, 4)
-    end = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    end = flat(model)
     assert statistics(optimizer)["moved"] == 1 and statistics(optimizer)["steps"] == 10
     assert torch.equal(aadl.accelerator_of(optimizer).history.blocks[0].residual, end - start)
 

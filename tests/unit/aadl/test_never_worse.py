@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from small_runs import EAGER, Pairs, closure_of, identical, network, sgd, snapshot, statistics, train
+from small_runs import EAGER, Pairs, closure_of, flat, identical, network, sgd, snapshot, statistics, train
 from torch import nn
 
 import aadl
@@ -105,7 +105,7 @@ def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
         train(model, optimizer, 1)
         if statistics(optimizer)["accepted"] == accepted:
             continue
-        x = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        x = flat(model)
         window = pairs.pairs[-5:]
         jumps = sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
         way = sum(float((g - x).norm()) for x, g in window) + max(jumps, last)
@@ -150,7 +150,7 @@ def test_the_step_of_a_candidate_keeps_to_its_reach_while_the_learning_rate_chan
         train(model, optimizer, 1)
         if statistics(optimizer)["accepted"] == accepted or len(pairs.pairs) < 5:
             continue
-        x = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        x = flat(model)
         window = pairs.pairs[-4:]
         updates = [float((g - x).norm()) * rates[-1] / rate for (x, g), rate in zip(window, rates[-4:], strict=True)]
         jumps = sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
@@ -307,7 +307,7 @@ def test_overshoots_without_end_stop_acceleration():
     assert decisions.pause.until == 100
 
 
-# ---- silence ---------------------------------------------------------------------------------------------------------
+# ---- warnings --------------------------------------------------------------------------------------------------------
 
 
 def run_idle(steps, gradient, filters="default", **settings):

@@ -23,7 +23,6 @@ ARGUMENTS = {
     "NAdam": {"lr": 0.01},
     "RAdam": {"lr": 0.02},
     "RMSprop": {"lr": 0.005},
-    "Rprop": {"lr": 0.001},
     "SGD": {"lr": 0.05},
     "SparseAdam": {"lr": 0.02},
 }
@@ -35,7 +34,7 @@ FURTHER = [
     ("RMSprop", {"lr": 0.005, "momentum": 0.5, "centered": True}),
     ("LBFGS", {"line_search_fn": "strong_wolfe", "max_iter": 3}),
 ]
-STEPS_GROW = {"Adafactor", "LBFGS", "Rprop"}
+STEPS_GROW = {"Adafactor", "LBFGS"}
 """In so short a run each step is longer than the last, extrapolation points back, and may be rejected throughout."""
 BACKENDS = [{"foreach": True}, {"foreach": False}, {"fused": True}]
 
@@ -79,7 +78,14 @@ every_optimizer = pytest.mark.parametrize("name", ARGUMENTS)
 
 
 def test_no_optimizer_is_forgotten():
-    assert optimizer_classes().keys() == ARGUMENTS.keys()
+    assert optimizer_classes().keys() == ARGUMENTS.keys() | {"Rprop"}
+
+
+def test_rprop_is_refused():
+    optimizer = torch.optim.Rprop(network().parameters())
+    with pytest.raises(ValueError, match=r"^Rprop cannot be accelerated: it changes the step size of every weight"):
+        aadl.accelerate(optimizer)
+    assert not optimizer._optimizer_step_post_hooks  # nothing is attached
 
 
 @every_optimizer

@@ -125,7 +125,7 @@ def test_every_published_argument_has_values_here():
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in SAME.items() for value in values])
-def test_what_asks_for_what_happens_anyway_is_taken_in_silence(name, value):
+def test_arguments_that_ask_for_what_happens_anyway_give_no_warning(name, value):
     aadl.accelerate(sgd(network()), **{name: value})
 
 
@@ -166,7 +166,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_attached():
         (("cpu",) * 7, {}, "at most 15 positional arguments, got 16"),
     ],
 )
-def test_what_neither_package_has_is_an_error_as_ever(further, named, message):
+def test_arguments_that_neither_package_has_are_an_error(further, named, message):
     optimizer = sgd(network())
     with pytest.raises(TypeError, match=re.escape(message)):
         aadl.accelerate(optimizer, *LEADING, *further, **named)

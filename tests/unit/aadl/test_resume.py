@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT, SUPPORT
-from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, snapshot, train
+from small_runs import EAGER, INPUTS, TARGETS, closure_of, flat, identical, network, snapshot, train
 
 import aadl
 from aadl.acceptance import Cause, count
@@ -287,7 +287,8 @@ def with_rows(state, change):
 MISMATCHES = {
     "no dict": (lambda state: [1], "got a list"),
     "empty": (lambda state: {}, "got version None with keys []"),
-    "another version": (lambda state: state | {"version": 0}, "got version 0 with keys"),
+    "another version": (lambda state: state | {"version": 0}, f"have version {VERSION}, got version 0 with keys"),
+    "a later version": (lambda state: state | {"version": VERSION + 1}, f"got version {VERSION + 1} with keys"),
     "something missing": (
         lambda state: {k: v for k, v in state.items() if k != "rows"},
         f"got version {VERSION} with keys",
@@ -375,7 +376,7 @@ def test_a_state_of_other_weights_gives_no_false_pair():
             p.add_(0.1)
     again = aadl.accelerate(torch.optim.Adam(other.parameters(), lr=0.02), **EAGER | {"frequency": 100})
     again.load_state_dict(state)
-    start_values = torch.cat([p.detach().reshape(-1) for p in other.parameters()])
+    start_values = flat(other)
     train(other, again, 1)
-    end_values = torch.cat([p.detach().reshape(-1) for p in other.parameters()])
+    end_values = flat(other)
     assert torch.equal(aadl.accelerator_of(again).history.blocks[0].residual, end_values - start_values)

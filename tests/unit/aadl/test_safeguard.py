@@ -9,13 +9,11 @@ from quadratics import quadratic
 from small_runs import (
     EAGER,
     RESIDUAL,
-    Pairs,
     identical,
     network,
     register_first,
     snapshot,
     squared_error,
-    stored_columns,
     train,
 )
 
@@ -64,31 +62,6 @@ def test_a_revert_puts_back_the_plain_iterate_and_its_momentum(make, coupling):
                 assert identical(mine, theirs) or coupling == "params"
     # Adam forgets the scale of its gradients, and its steps do not grow as those of SGD do
     assert reverts > 0 or make is adam
-
-
-@pytest.mark.parametrize("frequency", [1, 2])
-def test_the_pair_that_broke_a_promise_stays_in_the_history(frequency):
-    """It is a true pair. With frequency 1 one Gram matrix judges the last candidate and would make the next."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    pairs = Pairs(optimizer)
-    aadl.accelerate(optimizer, **RESIDUAL | {"frequency": frequency})
-    accelerator, model.scale, reverts = aadl.accelerator_of(optimizer), 1.0, 0
-    for _ in range(60):
-        before = accelerator.statistics["accepted"], accelerator.statistics["reverted"]
-        train(model, optimizer, 1, loss=kinked)
-        model.scale = 1e4 if accelerator.statistics["accepted"] > before[0] else 1.0
-        columns = len(accelerator.history.columns)
-        if columns:
-            assert identical(stored_columns(accelerator), pairs.columns(columns))
-        if accelerator.statistics["reverted"] > before[1]:
-            reverts += 1
-            start, mapped = pairs.pairs[-1]
-            here = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-            assert torch.equal(here, pairs.pairs[-2][1]) and not torch.equal(here, mapped)
-            assert torch.equal(accelerator.history.blocks[0].mapped, mapped)
-            assert torch.equal(accelerator.history.blocks[0].residual, mapped - start)
-    assert reverts > 0 and accelerator.statistics["resets"] == {}
 
 
 @pytest.mark.parametrize("frequency", [1, 2])
@@ -149,7 +122,7 @@ def promises(growth):
     return ratios, counts
 
 
-def test_broken_promises_suspend_and_kept_ones_do_not():
+def test_residuals_beyond_the_prediction_suspend_acceleration():
     ratios, counts = promises(growth=1.0)
     assert all(0.5 - 1e-6 < ratio < 1 + 1e-6 for ratio in ratios)
     assert counts["suspensions"] == counts["suspended"] == counts["reverted"] == 0

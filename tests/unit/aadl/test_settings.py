@@ -133,7 +133,7 @@ def test_a_good_value_is_taken_and_kept_as_a_plain_one(name, value):
     assert type(kept) is (int if name in COUNTS else float)
 
 
-def test_where_the_history_lies_and_how_it_is_computed_is_said_by_name_only():
+def test_settings_of_memory_and_ranks_are_keyword_only():
     optimizer = sgd()
     settings = aadl.accelerator_of(optimizer).settings
     names = ("shard_history", "history_device", "fused", "local_sgd")
@@ -149,7 +149,7 @@ def test_a_sharded_history_of_ranks_with_weights_of_their_own_is_refused():
 
 
 @pytest.mark.parametrize("name", ["shard_history", "local_sgd", "history_device", "fused"])
-def test_a_process_on_its_own_runs_as_ever_whatever_is_said_about_ranks_and_devices(name):
+def test_settings_about_ranks_and_devices_change_nothing_in_a_single_process(name):
     ends = []
     settings = EAGER | {"store_each_nth": 2, "frequency": 4, "safeguard": False, "average": False}
     for more in ({}, {name: "cpu" if name == "history_device" else True}, {"relaxation": 0.5}):

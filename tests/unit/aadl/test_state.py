@@ -10,7 +10,6 @@ from histories import filled_history, make_history, push_pair, random_pairs
 from small_runs import EAGER, identical
 
 import aadl
-from aadl.attached import VERSION
 from aadl.block import make_block
 from aadl.history import Column, History
 from aadl.state import check_rows, load_rows, parsed_plain_state, plain_state_of, restore_plain_state, rows_of
@@ -296,11 +295,3 @@ def test_a_state_without_columns_to_keep_continues_too():
     early = adam(convolution(), EAGER | {"history_depth": 2})
     early.load_state_dict(copy.deepcopy(adam(convolution()).state_dict()))
     assert aadl.accelerator_of(early).history.columns == []
-
-
-@pytest.mark.parametrize("version", [1, VERSION + 1, None])
-def test_a_state_of_another_version_is_refused_by_its_number(version):
-    optimizer = adam(convolution())
-    state = aadl.accelerator_of(optimizer).state_dict()
-    with pytest.raises(ValueError, match=rf"whose states have version {VERSION}, got version {version} with keys"):
-        aadl.accelerator_of(optimizer).load_state_dict(state | {"version": version})

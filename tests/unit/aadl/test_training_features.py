@@ -20,7 +20,7 @@ from parallel_runs import (
     replica,
     run,
 )
-from small_runs import identical
+from small_runs import flat, identical
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +39,7 @@ def accumulate(rank, size, synchronize_always):
             with nullcontext() if last or synchronize_always else model.no_sync():
                 ((model(INPUTS[rows]) - TARGETS[rows]).square().mean() / 4).backward()
         optimizer.step()
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    weights = flat(model)
     return {"weights": weights, "statistics": aadl.accelerator_of(optimizer).statistics}
 
 
@@ -149,36 +149,6 @@ def test_a_tensor_shared_by_modules_counts_once(settings, closure):
     assert distance(ours, run(build=lambda: tied(True))) > 1e-4
 
 
-def compiled(part):
-    """wrap and make of a run of which one part is compiled."""
-
-    def wrap(model, rank, size):
-        return torch.compile(model, backend="aot_eager") if part == "model" else model
-
-    def make(parameters):
-        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-        if part == "optimizer":
-            optimizer.step = torch.compile(optimizer.step, backend="eager")
-        return optimizer
-
-    return {"wrap": wrap, "make": make}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    ("part", "settings", "closure"),
-    [("model", LOSS, True), ("model", RESIDUAL, False), ("optimizer", RESIDUAL, False)],
-)
-def test_compiled_runs_are_those_without_compilation(part, settings, closure):
-    torch._dynamo.reset()
-    ours = run(0, 1, settings, closure=closure, steps=30, **compiled(part))
-    expected = run(0, 1, settings, closure=closure, steps=30)
-    assert distance(ours, expected) < 1e-12
-    assert ours["statistics"]["accepted"] == expected["statistics"]["accepted"] > 0
-    assert ours["statistics"]["steps"] == 30
-    assert distance(ours, run(steps=30)) > 1e-4
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_compiled_train_step():
     """Forward, backward and step in one function, as in the tutorials of torch.compile."""
@@ -197,7 +167,7 @@ def test_a_compiled_train_step():
         used = step if backend is None else torch.compile(step, backend=backend)
         for _ in range(30):
             used()
-        weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        weights = flat(model)
         ends.append((weights, aadl.accelerator_of(optimizer).statistics))
     assert torch.allclose(ends[0][0], ends[1][0], rtol=0, atol=1e-12)
     assert ends[0][1]["accepted"] == ends[1][1]["accepted"] > 0

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from small_runs import EAGER, INPUTS, TARGETS, closure_of, identical, network, snapshot, squared_error, train
+from small_runs import EAGER, INPUTS, TARGETS, closure_of, flat, identical, network, snapshot, squared_error, train
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -34,7 +34,7 @@ def sgd(model, **settings):
 
 
 class Scored:
-    """A closure that trains as ever but reports the next of given numbers as its loss; notes what it saw."""
+    """A closure that trains as usual but reports the next of given numbers as its loss; notes what it saw."""
 
     def __init__(self, model, optimizer, scores, form="documented"):
         self.model, self.optimizer, self.scores, self.form = model, optimizer, iter(scores), form
@@ -42,7 +42,7 @@ class Scored:
 
     def __call__(self):
         self.masks.append(torch.rand(3))
-        self.values.append(torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]))
+        self.values.append(flat(self.model))
         self.optimizer.zero_grad()
         loss = squared_error(self.model)
         loss.backward()
@@ -168,7 +168,7 @@ def test_the_trials_compare_the_plain_point_with_the_candidate_on_the_same_rando
         assert torch.equal(plain, candidate)
         assert not torch.equal(base, plain)
         _, plain, candidate = closure.values[first:]
-        assert torch.equal(plain, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        assert torch.equal(plain, flat(model))
         assert not torch.equal(candidate, plain)
     assert trials >= 5
 
@@ -278,12 +278,12 @@ def test_backward_of_other_threads_goes_on():
     def trial():
         with without_trace([], is_closure=True):
             inside.set()
-            done.wait(10)
+            done.wait(600)
 
     with without_trace([leaf], is_closure=True):
         thread = threading.Thread(target=trial)
         thread.start()
-        inside.wait(10)
+        inside.wait(600)
         (leaf * 3).sum().backward()
         assert leaf.grad.item() == 0
         leaf.grad = None
@@ -307,12 +307,12 @@ def test_trials_of_two_threads_leave_the_compiler_as_it_was():
     def trial():
         with without_trace([], is_closure=True):
             inside.set()
-            done.wait(10)
+            done.wait(600)
 
     thread = threading.Thread(target=trial)
     with without_trace([], is_closure=True):
         thread.start()
-        assert inside.wait(10)
+        assert inside.wait(600)
     torch.compile(lambda x: x + 2, backend=counter)(torch.ones(2))
     assert counter.frame_count == 1
     done.set()

@@ -1,4 +1,4 @@
-"""Types: a user's script is clean under mypy --strict, and a wrong word or a wrong type is found there."""
+"""Types: a user's script is clean under mypy --strict, and a wrong name or a wrong type is found there."""
 
 import runpy
 import textwrap

@@ -276,7 +276,7 @@ def test_what_cannot_be_accelerated_is_refused_by_name_with_nothing_attached(mak
         aadl.accelerator_of(optimizer)
 
 
-def test_what_only_holds_an_optimizer_is_none():
+def test_an_object_that_only_holds_an_optimizer_is_refused():
     optimizer = sgd(network())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
     with pytest.raises(ValueError, match=r"torch\.optim\.Optimizer, got StepLR"):

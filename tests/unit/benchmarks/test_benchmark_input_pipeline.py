@@ -49,7 +49,7 @@ def test_the_images_are_like_those_of_imagenet():
 def test_all_forms_hold_the_same_images(forms):
     assert [forms["folder"].read(index) for index in range(4)] == [forms["packed"].read(index) for index in range(4)]
     assert Image.open(io.BytesIO(forms["resized"].read(0))).size == (341, 256)
-    first, second = (list(benchmark._loader(forms[form]).batches(0)) for form in ("folder", "packed"))
+    first, second = (list(benchmark.loader_of(forms[form]).batches(0)) for form in ("folder", "packed"))
     assert torch.equal(first[0][0], second[0][0])
 
 
@@ -80,7 +80,7 @@ def test_floor_and_loader_work_on_the_same_images_and_crops(tmp_path, monkeypatc
     decoder = Decoder(Decoding(benchmark.SIZE, benchmark.RESIZE))
     for step in range(2):
         cases["floor packed"](step)
-        images, _ = next(benchmark._loader(forms["packed"]).batches(0, step))
+        images, _ = next(benchmark.loader_of(forms["packed"]).batches(0, step))
         assert len(images) == 2
         for square, data, numbers in zip(images, *seen[step], strict=True):
             assert np.array_equal(square.permute(1, 2, 0).numpy(), decoder(data, numbers))
@@ -107,7 +107,8 @@ def test_a_quick_run_puts_its_tables_into_the_page(tmp_path, capsys):
     shutil.copy(REPORTS / "input_pipeline.md", tmp_path)
     benchmark.main(["--quick", "--images", "3", "--rounds", "1", "--folder", str(tmp_path), "--docs"], tmp_path)
     page, printed = (tmp_path / "input_pipeline.md").read_text(), capsys.readouterr().out
-    assert all(line in page for line in printed.splitlines())
+    assert all(line in page for line in printed.splitlines() if line.startswith("|"))
+    page = " ".join(page.split())
     assert "| TrainLoader |" in printed and "3 files, 1 rounds" in page and "256 files" not in page
     assert [path.name for path in tmp_path.iterdir()] == ["input_pipeline.md"]  # the data are gone
 

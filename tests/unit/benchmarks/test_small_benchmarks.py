@@ -1,6 +1,8 @@
 """Derivatives of PINNs, where acceleration pays, tuned rates, and the tables that all benchmarks print."""
 
+import csv
 import math
+import re
 import types
 from dataclasses import replace
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import deepxde_burgers, pinn_operators, tables
+from benchmarks import deepxde_burgers, input_pipeline, pinn_operators, scaling_docs, tables
 from benchmarks import where_it_pays as study
 from benchmarks.pinn_operators import WAYS, Case, Row, all_cases, errors, measure
 from benchmarks.small_training import PROBLEMS, SCHEDULES, Run, train
@@ -31,6 +33,15 @@ def test_a_block_of_a_page_is_replaced_and_one_that_is_missing_is_an_error(tmp_p
     assert page.read_text() == "before\n<!-- b -->\n\n| new |\n\n<!-- end of b -->\nafter\n"
     with pytest.raises(ValueError, match="has no lines <!-- c -->"):
         tables.put_into_page("page", {"c": ""}, tmp_path)
+
+
+@pytest.mark.parametrize("benchmark", [input_pipeline, pinn_operators, scaling_docs])
+def test_the_conclusion_of_a_page_has_the_numbers_of_its_tables(benchmark):
+    name = benchmark.__name__.rpartition(".")[2].removesuffix("_docs")
+    page = (tables.REPORTS / f"{name}.md").read_text("utf-8")
+    assert tables.parts(page, "conclusion")[1].split() == benchmark.conclusion(page).split()
+    first = re.search(r"\d+\.\d+", benchmark.conclusion(page))[0]
+    assert benchmark.conclusion(page.replace(first, "0.125")) != benchmark.conclusion(page)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -137,7 +148,12 @@ def test_a_rate_is_tuned_when_both_neighbors_are_worse():
     (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.2"))
     assert list(row.values())[4:9] == ["3", "2.000e+00", "1.000e+00", "8.000e+00", "2.000e+00"]
     (row,) = (row for row in table if (row["variant"], row["lr"]) == ("inner", "0.3"))
-    assert row["loss"] == row["highest"] == "inf" and row["lowest"] == "1.000e+00"
+    assert row["final_loss"] == row["highest_final_loss"] == "inf" and row["lowest_final_loss"] == "1.000e+00"
+
+
+def test_the_table_of_rates_is_the_one_that_the_command_writes():
+    with (tables.REPORTS.parent / "tables" / "tuned_rates.csv").open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == HEADER
 
 
 # ---- DeepXDE's example -----------------------------------------------------------------------------------------------

@@ -173,8 +173,6 @@ def test_the_surrogate_is_determined_by_its_seed():
     np.testing.assert_array_equal(first.target, again.target)
     assert not np.array_equal(first.target, other.target)
     assert first.source == "surrogate" and first.features.shape == (400, 7)
-    with pytest.raises(ValueError, match="rows must be at least 100, got 99"):
-        surrogate(rows=99)
 
 
 def test_split_is_a_seeded_partition():
@@ -189,10 +187,7 @@ def test_split_is_a_seeded_partition():
     assert len(split(data, test_fraction=0.001)[1]) == 1
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5, float("nan")])
-def test_split_refuses_fractions_outside_the_open_interval(fraction):
-    with pytest.raises(ValueError, match=r"test_fraction must be in \(0, 1\), got"):
-        split(surrogate(), test_fraction=fraction)
+def test_split_leaves_rows_for_training():
     with pytest.raises(ValueError, match="leaves none for training"):
         split(surrogate(), test_fraction=0.999)
 

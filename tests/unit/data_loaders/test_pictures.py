@@ -232,7 +232,7 @@ def test_rubbish_in_exif_leaves_the_picture_as_it_is():
     assert orientation(open_image(saved(RGB, "JPEG", exif=exif))) == 1
 
 
-def test_a_batch_of_the_loader_is_upright_where_it_is_told():
+def test_a_batch_of_the_loader_is_upright_on_request():
     images = ListedImages([stored(6), stored(1)])
     [(turned, _)] = EvaluationLoader(images, Decoding(16, 20, exif_orientation=True), batch_size=2).batches()
     [(ignored, _)] = EvaluationLoader(images, Decoding(16, 20), batch_size=2).batches()

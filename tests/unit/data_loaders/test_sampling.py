@@ -30,10 +30,9 @@ def test_orders_and_seeds_never_change():
 
 def test_splitmix64_is_the_published_generator():
     """First outputs for the seed 1234567, as listed with the reference implementation."""
-    from data_loaders.imagenet.sampling import _GAMMA, _mix
-
-    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(_GAMMA)
-    assert _mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    numbers = uniform(np.array([1234567], dtype=np.uint64), 3)
+    assert numbers.tolist() == [[(output >> 11) * 2.0**-53 for output in outputs]]
 
 
 def test_no_place_in_the_order_favors_an_image():
@@ -50,12 +49,6 @@ def test_ranks_interleave_to_the_global_batch(world_size):
     for step in range(100 // 24):
         parts = [rank_indices(order, step, 24, rank, world_size) for rank in range(world_size)]
         assert np.array_equal(np.stack(parts, axis=1).ravel(), order[24 * step : 24 * step + 24])
-
-
-@pytest.mark.parametrize(("batch_size", "world_size"), [(10, 4), (0, 1), (3, 8)])
-def test_a_batch_that_does_not_divide_is_refused(batch_size, world_size):
-    with pytest.raises(ValueError, match=f"batch_size .* {world_size}, got {batch_size}"):
-        rank_indices(epoch_order(0, 0, 100), 0, batch_size, 0, world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 97, 120])

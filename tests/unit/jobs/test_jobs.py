@@ -1,7 +1,6 @@
 """Sites are checked, requests are checked against them, and the scripts are those of golden_scripts.txt."""
 
 import ast
-import itertools
 import os
 import subprocess
 import sys
@@ -11,12 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from paths import ROOT
-from suite_cases import RAW, problem, result, run_config
+from suite_cases import RAW
 
 from experiments.catalog import load_config
-from experiments.distributed.ranks import Ranks
-from experiments.records.status import run_path
-from experiments.records.writing import write_run
 from jobs import scaling, script, site, submit
 from jobs.request import make_job, read_request
 
@@ -24,6 +20,11 @@ GOLDEN = Path(__file__).parent / "golden_scripts.txt"
 CONFIG = ROOT / "experiments" / "configs" / "graduate_admissions" / "laptop.yaml"
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 COMMON = ["--account", "ABC123", "--time", "2:00:00"]
+
+
+def arguments(tmp_path, name="frontier", *options):
+    """A command line that submits the laptop's configuration."""
+    return [str(CONFIG), "--site", name, "--results", str(tmp_path / "results"), *options]
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +88,6 @@ def test_every_site_says_what_was_verified_and_where_it_comes_from(name):
     assert (read.verified.date is None) == (read.verified.by == "never")
 
 
-def test_the_sites_of_the_suite():
-    expected = ["frontier", "generic-lsf", "generic-slurm", "perlmutter", "summit", "workstation"]
-    assert site.site_names() == expected
-
-
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -141,41 +137,38 @@ def test_the_sites_of_the_suite():
     ],
 )
 def test_a_request_that_a_site_cannot_run_is_one_sentence(name, options, message, capsys, tmp_path):
-    arguments = [str(CONFIG), "--site", name, "--results", str(tmp_path / "results"), *options]
-    assert submit.main(arguments) == 2
-    told = capsys.readouterr()
-    assert message in told.err and len(told.err.splitlines()) == 1 and told.err.startswith("error: ")
-    assert not (tmp_path / "results").exists() and not told.out
+    assert submit.main(arguments(tmp_path, name, *options)) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and len(printed.err.splitlines()) == 1 and printed.err.startswith("error: ")
+    assert not (tmp_path / "results").exists() and not printed.out
 
 
 def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path, capsys):
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
-    assert submit.main([*arguments, "--set", "training.epochs=0"]) == 2
+    assert submit.main(arguments(tmp_path, "frontier", *COMMON, "--set", "training.epochs=0")) == 2
     assert "training.epochs must be greater than 0, got 0" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
 def test_what_runs_in_a_single_process_is_refused_before_it_waits_in_a_queue(tmp_path, capsys):
     config = ROOT / "experiments" / "configs" / "burgers_2d" / "laptop.yaml"
-    arguments = [str(config), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
     variant = next(name for name in load_config(config).variants if name.startswith("lm"))
-    assert submit.main([*arguments, "--set", f"variants={variant}"]) == 2
+    options = arguments(tmp_path, "frontier", *COMMON, "--set", f"variants={variant}")
+    assert submit.main([str(config), *options[1:]]) == 2
     assert f"{variant}: the optimizer runs in a single process, not on several ranks" in capsys.readouterr().err
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path, capsys):
-    results = tmp_path / "results"
-    assert submit.main([str(CONFIG), "--site", "frontier", *COMMON, "--results", str(results), "--dry-run"]) == 0
+    assert submit.main(arguments(tmp_path, "frontier", *COMMON, "--dry-run")) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH --job-name=graduate_admissions-laptop\n")
-    assert not results.exists()
+    assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [str(CONFIG), "--site", "frontier", *COMMON, "--dry-run"]])
-def test_help_and_dry_runs_import_no_torch(arguments):
+@pytest.mark.parametrize("options", [["--help"], [str(CONFIG), "--site", "frontier", *COMMON, "--dry-run"]])
+def test_help_and_dry_runs_import_no_torch(options):
     """Login nodes start Python slowly, and some cannot import torch at all."""
     script = (
         "import sys; sys.modules['torch'] = None; from jobs import submit\n"
-        f"try:\n    code = submit.main({arguments!r})\nexcept SystemExit as end:\n    code = end.code\n"
+        f"try:\n    code = submit.main({options!r})\nexcept SystemExit as end:\n    code = end.code\n"
         "heavy = {'torch', 'matplotlib', 'h5py', 'numpy', 'scipy'} & {n for n, m in sys.modules.items() if m}\n"
         "sys.exit(code or (f'imported {heavy}' if heavy else 0))"
     )
@@ -186,18 +179,14 @@ def test_help_and_dry_runs_import_no_torch(arguments):
 
 def test_a_dry_run_draws_the_script_that_is_submitted(scheduler, tmp_path, capsys, monkeypatch):
     scheduler("sbatch", "echo 7")
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
-    arguments += ["--set", "scale=mine", "--array", "seeds=0-1"]
-    assert submit.main([*arguments, "--dry-run"]) == 0
+    options = arguments(tmp_path, "frontier", *COMMON, "--set", "scale=mine", "--array", "seeds=0-1")
+    assert submit.main([*options, "--dry-run"]) == 0
     drawn = capsys.readouterr().out
     assert "#SBATCH --job-name=graduate_admissions-mine\n" in drawn
-    assert submit.main(arguments) == 0
+    assert submit.main(options) == 0
     [kept] = (tmp_path / "results" / "jobs").glob("*.sh")
-
-    def options(text):
-        return [line for line in text.splitlines() if not line.startswith("# ")]
-
-    assert options(kept.read_text()) == options(drawn)
+    with_comments, others = kept.read_text().splitlines(), drawn.splitlines()
+    assert [line for line in with_comments if line[:2] != "# "] == [line for line in others if line[:2] != "# "]
 
 
 def test_fewer_cores_for_more_ranks_than_usual():
@@ -214,16 +203,19 @@ def test_everything_is_quoted(tmp_path):
     program.chmod(0o755)
     text = text.replace("/home/me/aadl/.venv/bin/python", str(program)).replace("cd /home/me/aadl ", f"cd {tmp_path} ")
     subprocess.run(["bash"], input=text, text=True, check=True)
-    told = (tmp_path / "arguments").read_text().splitlines()
-    assert told[-4:] == ["--results", "/scratch/my results", "--set", awkward]
+    given = (tmp_path / "arguments").read_text().splitlines()
+    assert given[-4:] == ["--results", "/scratch/my results", "--set", awkward]
 
 
 # --- sites
 
 
-def raw_site(**changes):
+def read_mine(folder, **changes):
+    """Reads a site of a user."""
     raw = {"title": "A", "verified": {"by": "never"}, "sources": ["a book"], "scheduler": "slurm", "launcher": "srun"}
-    return {name: value for name, value in {**raw, **changes}.items() if value is not None}
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in (raw | changes).items() if value is not None}))
+    return site.read_site(str(path))
 
 
 @pytest.mark.parametrize(
@@ -262,24 +254,18 @@ def raw_site(**changes):
     ],
 )  # fmt: skip
 def test_a_wrong_site_is_one_sentence(tmp_path, changes, message):
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(raw_site(**changes)))
     with pytest.raises(ValueError, match=r"mine\.yaml: ") as error:
-        site.read_site(str(path))
+        read_mine(tmp_path, **changes)
     assert message in str(error.value)
 
 
 def test_what_only_lsf_demands(tmp_path):
-    path = tmp_path / "mine.yaml"
     lsf = {"scheduler": "lsf", "launcher": "jsrun"}
-    path.write_text(yaml.safe_dump(raw_site(**lsf, warning={"seconds": 90})))
     with pytest.raises(ValueError, match="whole minutes for LSF, got 90"):
-        site.read_site(str(path))
-    path.write_text(yaml.safe_dump(raw_site(**lsf, directives=["-alloc_flags NVME"])))
+        read_mine(tmp_path, **lsf, warning={"seconds": 90})
     with pytest.raises(ValueError, match="of which LSF honors one line"):
-        site.read_site(str(path))
-    path.write_text(yaml.safe_dump(raw_site(**lsf)))
-    assert site.read_site(str(path)).name == "mine"
+        read_mine(tmp_path, **lsf, directives=["-alloc_flags NVME"])
+    assert read_mine(tmp_path, **lsf).name == "mine"
 
 
 @pytest.mark.parametrize("name", ["frontier", "perlmutter", "summit"])
@@ -316,8 +302,7 @@ def scheduler(tmp_path, monkeypatch):
 
 def test_a_chain_depends_link_by_link(scheduler, tmp_path, capsys):
     calls = scheduler("sbatch", f"wc -l <{tmp_path}/calls | tr -d ' '")
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results"), "--chain", "3"]
-    assert submit.main(arguments) == 0
+    assert submit.main(arguments(tmp_path, "frontier", *COMMON, "--chain", "3")) == 0
     assert capsys.readouterr().out.split() == ["1", "2", "3"]
     lines = calls.read_text().splitlines()
     [kept] = (tmp_path / "results" / "jobs").glob("graduate_admissions-laptop-*.sh")
@@ -329,12 +314,12 @@ def test_a_chain_depends_link_by_link(scheduler, tmp_path, capsys):
     assert "max_restarts=0" in kept.read_text() and "--no-requeue" in kept.read_text()
 
 
-def test_lsf_takes_a_file_or_stdin_as_its_site_says(scheduler, tmp_path, capsys):
+def test_lsf_takes_a_file_or_stdin_as_its_site_says(scheduler, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TMPDIR", raising=False)
     calls = scheduler("bsub", "echo 'Job <77> is submitted to queue <batch>.'")
-    results = ["--results", str(tmp_path / "results")]
-    assert submit.main([str(CONFIG), "--site", "summit", *COMMON, *results]) == 0
+    assert submit.main(arguments(tmp_path, "summit", *COMMON)) == 0
     assert calls.read_text().rstrip().endswith(".sh") and not (tmp_path / "stdin").read_text()
-    assert submit.main([str(CONFIG), "--site", "generic-lsf", *COMMON, *results]) == 0
+    assert submit.main(arguments(tmp_path, "generic-lsf", *COMMON)) == 0
     assert calls.read_text().splitlines()[1] == "" and (tmp_path / "stdin").read_text().startswith("#!/bin/bash")
     assert capsys.readouterr().out.split() == ["77", "77"]
 
@@ -366,7 +351,7 @@ def test_the_id_of_a_job_is_found_among_notes_of_the_site(scheduler, tmp_path, c
     for name in ("sbatch", "bsub"):
         scheduler(name, f"echo 'a warning 5' >&2; printf '%b\\n' {answer!r}")
     options = COMMON if site_name == "frontier" else ["--time", "2:00:00"]
-    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
+    assert submit.main(arguments(tmp_path, site_name, *options)) == 0
     assert capsys.readouterr().out.split() == ["77"]
 
 
@@ -382,38 +367,37 @@ def test_options_of_the_shell_do_not_count_and_are_named(scheduler, tmp_path, ca
         monkeypatch.setenv(name, text)
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     options = COMMON if command == "sbatch" else ["--time", "2:00:00"]
-    assert submit.main([str(CONFIG), "--site", site_name, *options, "--results", str(tmp_path / "results")]) == 0
-    told = capsys.readouterr()
-    assert "note: LSB_DEFAULTQUEUE, SBATCH_ACCOUNT, SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT of" in told.err
-    environment = dict(
-        line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines() if "=" in line
-    )
+    assert submit.main(arguments(tmp_path, site_name, *options)) == 0
+    refused = "note: LSB_DEFAULTQUEUE, SBATCH_ACCOUNT, SBATCH_EXPORT, SBATCH_NO_REQUEUE, SBATCH_TIMELIMIT of"
+    assert refused in capsys.readouterr().err
+    lines = (tmp_path / "environment").read_text().splitlines()
+    environment = dict(line.split("=", 1) for line in lines if "=" in line)
     assert not environment.keys() & FOREIGN.keys() and environment["SLURM_CONF"] == "/etc/slurm.conf"
 
 
 def test_what_the_scheduler_says_is_passed_on(scheduler, tmp_path, capsys, monkeypatch):
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "results")]
+    options = arguments(tmp_path, "frontier", *COMMON)
     scheduler("sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid account' >&2", 1)
-    assert submit.main(arguments) == 2
+    assert submit.main(options) == 2
     assert "Invalid account" in capsys.readouterr().err.splitlines()[-1]
     scheduler("sbatch", "echo nonsense")
-    assert submit.main(arguments) == 2
+    assert submit.main(options) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: sbatch refused")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert submit.main(arguments) == 2
+    assert submit.main(options) == 2
     assert "sbatch was not found: submit on a login node of frontier" in capsys.readouterr().err
 
 
 def test_tmpdir_is_refused_on_summit(scheduler, tmp_path, capsys, monkeypatch):
     calls = scheduler("bsub", "echo 'Job <77> is submitted to queue <batch>.'")
     monkeypatch.setenv("TMPDIR", "/tmp")
-    assert submit.main([str(CONFIG), "--site", "summit", *COMMON, "--results", str(tmp_path / "results")]) == 2
+    assert submit.main(arguments(tmp_path, "summit", *COMMON)) == 2
     assert "TMPDIR must not be set" in capsys.readouterr().err and not calls.exists()
 
 
 def test_results_that_cannot_be_written_are_one_sentence(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert submit.main([str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path / "file")]) == 2
+    (tmp_path / "results").touch()
+    assert submit.main(arguments(tmp_path, "frontier", *COMMON)) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -440,143 +424,7 @@ def test_a_workstation_runs_two_ranks_under_torchrun(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "CHECKOUT", ROOT)
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(RAW | {"seeds": 0}))
-    arguments = [str(config), "--site", "workstation", "--ranks-per-node", "2", "--results", str(tmp_path / "results")]
-    assert submit.main([*arguments, "--set", "variants=sgd"]) == 0
+    options = arguments(tmp_path, "workstation", "--ranks-per-node", "2", "--set", "variants=sgd")
+    assert submit.main([str(config), *options[1:]]) == 0
     run = scaling.read_run(tmp_path / "results" / "graduate_admissions" / "test" / "sgd" / "seed-0.h5")
     assert run.attributes["world_size"] == 2 and run.attributes["launcher"] == "torchrun"
-
-
-# --- the shell helpers
-
-
-def test_a_rank_that_stopped_early_looks_like_a_success_and_tells_the_script(tmp_path):
-    for rank, code, expected, told in ((0, 75, 0, True), (1, 75, 0, False), (0, 3, 3, False), (0, 0, 0, False)):
-        mark = tmp_path / f"stopped-{rank}-{code}"
-        env = {"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank), "AADL_STOPPED_FILE": str(mark)}
-        command = ["bash", str(ROOT / "jobs" / "templates" / "rank.sh"), "bash", "-c", f"exit {code}"]
-        assert subprocess.run(command, env=env, check=False).returncode == expected
-        assert mark.exists() == told
-
-
-def test_staging_leaves_no_half_copies(tmp_path):
-    stage = ["bash", str(ROOT / "jobs" / "templates" / "stage.sh")]
-    (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a file").write_text("1")
-    local = tmp_path / "local"
-    failed = subprocess.run([*stage, "environment", tmp_path / "bad.tar.gz", local / "env"], capture_output=True)
-    assert failed.returncode != 0 and not list(local.iterdir())
-    for _ in range(2):  # the second time it is there already
-        subprocess.run([*stage, "data", tmp_path / "data", local / "data"], check=True)
-        assert (local / "data" / "a file").read_text() == "1"
-        assert sorted(path.name for path in local.iterdir()) == ["data", "data.staged"]
-
-
-@pytest.mark.parametrize("end", ["exit 1", "kill -KILL $PPID"])
-def test_an_environment_that_was_not_unpacked_to_the_end_is_made_anew(tmp_path, end):
-    """conda-unpack fails, or all is killed while it runs; the next start must not take that for an environment."""
-    local = tmp_path / "local" / "environment"
-    stage = [
-        "bash",
-        str(ROOT / "jobs" / "templates" / "stage.sh"),
-        "environment",
-        str(tmp_path / "packed.tar.gz"),
-        str(local),
-    ]
-    (tmp_path / "bin").mkdir()
-    unpack = tmp_path / "bin" / "conda-unpack"
-    # As the real one, it must run in the final place, and once: it replaces the placeholder by that path.
-    unpack.write_text(
-        '#!/bin/sh\nplace=$(cd "$(dirname "$0")/.." && pwd)\n'
-        f'echo "$place" >>{tmp_path}/calls\necho half >"$place/half"\n[ -e {tmp_path}/go ] || {{ {end}; sleep 1; }}\n'
-        'rm "$place/half"\necho "$place" >"$place/prefix"\n'
-    )
-    unpack.chmod(0o755)
-    subprocess.run(["tar", "-czf", tmp_path / "packed.tar.gz", "-C", tmp_path, "bin"], check=True)
-    assert subprocess.run(stage, check=False).returncode != 0
-    (tmp_path / "go").touch()
-    for _ in range(2):  # the second time it is whole
-        subprocess.run(stage, check=True, timeout=30)
-        assert (local / "prefix").read_text() == f"{local}\n" and not (local / "half").exists()
-    assert (tmp_path / "calls").read_text().split() == [str(local)] * 2
-
-
-# --- scaling
-
-
-def study(tmp_path, mode, *more):
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--dry-run", *more]
-    return scaling.main([*arguments, "--mode", mode, "--nodes", "1,2,4"])
-
-
-def test_a_study_has_one_job_a_number_of_nodes(tmp_path, capsys):
-    assert study(tmp_path, "weak") == 0
-    text = capsys.readouterr().out
-    assert [line for line in text.splitlines() if "--nodes=" in line and "SBATCH" in line] == [
-        f"#SBATCH --nodes={number}" for number in (1, 2, 4)
-    ]
-    assert "training.batch_size=40 " in text.replace("\n", " ") and "training.batch_size=160" in text
-    assert f"{tmp_path}/scaling/weak/nodes-4" in text
-    assert study(tmp_path, "strong") == 0
-    assert "batch_size" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("nodes", ["", "2,1", "1,1", "0,1", "1,two"])
-def test_numbers_of_nodes_are_checked(tmp_path, capsys, nodes):
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--mode", "weak"]
-    assert scaling.main([*arguments, f"--nodes={nodes}"]) == 2
-    assert "--nodes must be rising integers" in capsys.readouterr().err
-
-
-def test_a_study_is_no_work_for_a_debug_queue(tmp_path, capsys):
-    assert study(tmp_path, "strong", "--queue", "debug") == 2
-    assert "--nodes must be one number in queue debug of frontier, which takes no series" in capsys.readouterr().err
-
-
-def test_weak_scaling_needs_multiples(tmp_path, capsys):
-    arguments = [str(CONFIG), "--site", "frontier", *COMMON, "--results", str(tmp_path), "--mode", "weak"]
-    assert scaling.main([*arguments, "--nodes", "2,3"]) == 2
-    assert "must be multiples of the smallest number" in capsys.readouterr().err
-
-
-def test_points_of_physics_informed_networks_grow_with_the_ranks():
-    config = load_config(ROOT / "experiments" / "configs" / "burgers_2d" / "laptop.yaml")
-    points, conditions = config.problem.num_points, config.problem.num_conditions
-    assert scaling.work_overrides(config, "weak", 8, 2) == [
-        f"problem.num_points={4 * points}",
-        f"problem.num_conditions={4 * conditions}",
-    ]
-    assert scaling.work_overrides(config, "strong", 8, 2) == []
-
-
-def test_a_batch_for_each_rank_stays_or_becomes_that_of_the_smallest_job():
-    config = load_config(ROOT / "experiments" / "configs" / "imagenet" / "paper.yaml")
-    whole = 6 * config.training.batch_size_per_rank
-    assert scaling.work_overrides(config, "weak", 12, 6) == []
-    strong = [f"training.batch_size={whole}", "training.batch_size_per_rank=null"]
-    assert scaling.work_overrides(config, "strong", 12, 6) == strong
-
-
-def test_collecting_gives_rates_efficiencies_and_a_figure(tmp_path, capsys):
-    """Twice the ranks in 0.625 of the time: efficiency 80 %."""
-    for (nodes, ranks, seconds), seed in itertools.product([(1, 8, 10.0), (2, 16, 6.25)], (0, 1)):
-        folder = scaling.folder_of(tmp_path, "strong", nodes)
-        ranks_of = Ranks(0, ranks)
-        run = run_config(seed=seed, epochs=4)
-        path = run_path(folder, run)
-        write_run(path, run, problem(), result([1.0] * 5, seconds_per_epoch=seconds), ranks_of, START, START)
-    assert scaling.main(["collect", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    rows = [line.split("|") for line in told.splitlines() if line.startswith("| strong")]
-    assert [row[3].strip() for row in rows] == ["8", "16"]
-    assert [row[7].strip() for row in rows] == ["100 %", "80 %"] and [row[6].strip() for row in rows] == [
-        "1.00",
-        "1.60",
-    ]
-    assert (tmp_path / "scaling" / "strong.png").exists() and not (tmp_path / "scaling" / "weak.png").exists()
-    assert (tmp_path / "scaling" / "scaling.md").read_text() in told
-
-
-def test_collecting_nothing_is_one_sentence(tmp_path, capsys):
-    assert scaling.main(["collect", str(tmp_path)]) == 2
-    assert "no records of a scaling study" in capsys.readouterr().err

@@ -78,12 +78,6 @@ def test_a_wrong_end_time_is_named(text):
         Interruption(environment={"AADL_END_TIME": text})
 
 
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_a_wrong_margin_is_named(value):
-    with pytest.raises(ValueError, match=f"margin_seconds must be >= 0, got {value}"):
-        quiet(margin_seconds=value)
-
-
 def test_outside_the_main_thread_only_the_time_limit_counts():
     before = [signal.getsignal(number) for number in SIGNALS]
     seen = []

@@ -25,7 +25,7 @@ def test_mpi_is_used_where_mpiexec_spawned_the_ranks(monkeypatch):
     assert mpi.mpi_for_rendezvous(Ranks(1, 2, 1, launcher="srun"), LaunchSettings(rendezvous="mpi")) is not None
 
 
-def test_another_mpi_library_is_told(monkeypatch):
+def test_another_mpi_library_is_an_error(monkeypatch):
     monkeypatch.setattr(mpi, "start_mpi", lambda: mpi_of(0, 1))
     message = r"mpich started rank 1 of 2, but MPI.COMM_WORLD has rank 0 of 1: .*Open MPI v5.0.11.*rendezvous: file"
     with pytest.raises(ValueError, match=message):

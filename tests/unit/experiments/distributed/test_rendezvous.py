@@ -84,7 +84,7 @@ def test_rank_0_deletes_the_announcements_of_earlier_attempts_only(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"addresses": ["a"]}', '{"addresses": 1, "port": 2, "token": ""}'])
-def test_half_an_announcement_is_none(tmp_path, text):
+def test_half_an_announcement_is_ignored(tmp_path, text):
     (tmp_path / "file").write_text(text)
     assert read_announcement(tmp_path / "file") is None
     assert read_announcement(tmp_path / "missing") is None
@@ -114,11 +114,11 @@ def test_a_missing_rank_is_named_with_its_host(tmp_path):
         for rank in (0, 2)
     ]
     assert launched.finish(processes) == [1, 1]
-    told = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 2)]
+    printed = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 2)]
     missing = "ranks 1 (expected on node07), 3 (expected on node08) of 4 never came to rank 0"
-    assert missing in told[0] and "within 4 s" in told[0]
-    assert missing in told[1] and "rank 2" in told[1]  # rank 0 tells the others before it leaves
-    assert all("Traceback" not in text and len(text.strip().splitlines()) == 1 for text in told)
+    assert missing in printed[0] and "within 4 s" in printed[0]
+    assert missing in printed[1] and "rank 2" in printed[1]  # rank 0 tells the others before it leaves
+    assert all("Traceback" not in text and len(text.strip().splitlines()) == 1 for text in printed)
 
 
 def job_with_deadline(folder, together=1):
@@ -131,8 +131,8 @@ def job_with_deadline(folder, together=1):
 def test_a_rank_0_that_does_not_come_is_named(tmp_path):
     process = launched.start(job_with_deadline, launched.srun_variables(1, 2), tmp_path / "log", tmp_path / "results")
     assert launched.finish([process]) == [1]
-    told = (tmp_path / "log").read_text()
-    assert "rank 1 on " in told and "rank 0 announced no address in" in told and name_of() in told
+    printed = (tmp_path / "log").read_text()
+    assert "rank 1 on " in printed and "rank 0 announced no address in" in printed and name_of() in printed
 
 
 def call_all(store, worlds, judge=lambda facts: "", seconds=20.0, only=None, facts=lambda rank: {}):
@@ -181,7 +181,7 @@ def test_an_attempt_of_torchrun_does_not_take_the_announcement_of_an_earlier_one
     assert found.get("token") == b"second"
 
 
-def test_ranks_that_count_differently_are_told(store):
+def test_ranks_that_count_differently_are_an_error(store):
     outcomes = call_all(store, [2, 3])
     assert outcomes[0] == "rank 0 on host0 counts 2 ranks, but rank 1 on host1 counts 3"
     assert outcomes[0] in outcomes[1]
@@ -195,7 +195,7 @@ def test_containers_of_one_machine_are_on_several_networks(store):
     assert call_all(store, [2, 2], facts=lambda rank: {"network": f"net:[{rank}]"}) == [True, True]
 
 
-def test_what_rank_0_judges_all_are_told(store):
+def test_all_ranks_hear_the_verdict_of_rank_0(store):
     outcomes = call_all(store, [2, 2], judge=lambda facts: f"{facts[1]['host']} has no GPU")
     assert outcomes[0] == "host1 has no GPU" and "host1 has no GPU" in outcomes[1]
 

@@ -151,7 +151,7 @@ def test_counts_do_not_depend_on_the_number_of_ranks(on_ranks, world_size, case)
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_padded_sampler_is_told_and_gives_another_answer(on_ranks, world_size):
+def test_a_padded_sampler_is_noticed_and_gives_another_answer(on_ranks, world_size):
     exact, duplicates = evaluate_dealt(0, 1), -NUM_IMAGES % world_size
     for message, counts in on_ranks(padded, world_size):
         seen = 97 + duplicates

@@ -90,7 +90,7 @@ def test_seeds_set_weights_and_order(folder):
     assert torch.equal(labels[0], labels[1]) and not torch.equal(labels[0], labels[2])
 
 
-def test_weight_decay_spares_batchnorm_and_biases_if_told(folder):
+def test_weight_decay_spares_batchnorm_and_biases_on_request(folder):
     optimizer = {"name": "SGD", "lr": 0.1, "weight_decay": 0.01}
     for exempt, expected in ((False, [0.01]), (True, [0.01, 0.0])):
         config = image_run(folder, {"optimizer": optimizer}, training={"exempt_norm_and_bias": exempt})
@@ -149,11 +149,11 @@ def test_loaders_pin_batches_for_a_gpu_and_start_workers_safely(folder, monkeypa
 
     monkeypatch.setattr(imagenet, "device_of", lambda ranks: torch.device(device))
     monkeypatch.setattr(imagenet, "make_network", lambda *_: None)
-    monkeypatch.setattr(imagenet, "safe_start_method", lambda wish: f"safe {wish}")
+    monkeypatch.setattr(imagenet, "safe_start_method", lambda: "a safe one")
     monkeypatch.setattr(imagenet, "TrainLoader", loader)
     with pytest.raises(Seen) as seen:
         build(image_run(folder), Ranks())
-    assert seen.value.args == (device == "cuda", "safe auto")
+    assert seen.value.args == (device == "cuda", "a safe one")
 
 
 def test_batches_come_as_they_were_read_and_the_problem_brings_them_to_the_device(folder):
@@ -162,7 +162,7 @@ def test_batches_come_as_they_were_read_and_the_problem_brings_them_to_the_devic
     assert batch[0].dtype == torch.uint8 and identical(list(batch), list(problem.to_device(batch)))
 
 
-def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
+def test_torch_is_deterministic_during_the_run_on_request(folder, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     for deterministic in (True, False):
         problem = build(image_run(folder, training={"deterministic": deterministic}), Ranks())
@@ -171,7 +171,7 @@ def test_torch_is_deterministic_during_the_run_if_told(folder, monkeypatch):
         assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
     for deterministic, device, benchmark in ((False, "cuda", True), (True, "cuda", False), (False, "cpu", False)):
-        undo = imagenet._set_torch(ImageTrainingConfig(batch_size=8, deterministic=deterministic), torch.device(device))
+        undo = imagenet.set_torch(ImageTrainingConfig(batch_size=8, deterministic=deterministic), torch.device(device))
         assert torch.backends.cudnn.benchmark == benchmark
         undo()
         assert not torch.backends.cudnn.benchmark

@@ -1,9 +1,8 @@
 """Every equation: the exact solution has no residual and others have; lifts, loading by name and from a file."""
 
-import textwrap
-
 import pytest
 import torch
+from heat import HEAT, write_heat
 
 from data_loaders.collocation import uniform_points
 from experiments.models.mlp import Derivatives
@@ -144,47 +143,6 @@ def test_test_points_are_always_the_same_and_lie_where_training_points_do(equati
     torch.testing.assert_close(main.std(dim=0).mean(), other.std(dim=0).mean(), rtol=0.3, atol=0)
 
 
-HEAT = """
-    import math
-
-    import torch
-
-    from experiments.pinn.equation import Equation
-
-
-    class Heat(Equation):
-        num_space = 1
-
-        def __init__(self, diffusivity=0.1, mode=1):
-            self.diffusivity, self.mode = diffusivity, mode
-            self.label = f"heat equation, mode {mode}"
-
-        def sample(self, uniform):
-            return uniform
-
-        def conditions(self, uniform):
-            points = torch.cat([uniform[:, :1], torch.zeros_like(uniform[:, :1])], dim=1)
-            return points, self.exact(points)
-
-        def residual(self, points, u, source):
-            return u.time - self.diffusivity * u.laplacian
-
-        def exact(self, points):
-            k = self.mode * math.pi
-            return torch.exp(-self.diffusivity * k * k * points[:, 1:]) * torch.sin(k * points[:, :1])
-
-        def test_points(self):
-            x = torch.linspace(0, 1, 11, dtype=torch.float64)
-            return {"grid": torch.cartesian_prod(x, x)}
-"""
-
-
-def write(folder, text, name="heat.py"):
-    path = folder / name
-    path.write_text(textwrap.dedent(text), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_equations_are_loaded_by_name(name, tmp_path):
     equation = load_equation(name, {}, tmp_path)
@@ -197,15 +155,15 @@ def test_equations_are_loaded_by_name(name, tmp_path):
 
 def test_a_set_of_test_points_may_be_one_point_but_not_none(tmp_path):
     x = "torch.linspace(0, 1, 11, dtype=torch.float64)"
-    write(tmp_path, HEAT.replace(x, "torch.full((1,), 0.5, dtype=torch.float64)"))
+    write_heat(tmp_path, HEAT.replace(x, "torch.full((1,), 0.5, dtype=torch.float64)"))
     assert len(solutions(load_equation("heat.py", {}, tmp_path))["grid"][0]) == 1
-    write(tmp_path, HEAT.replace(x, "torch.zeros(0, dtype=torch.float64)"), "empty.py")
+    write_heat(tmp_path, HEAT.replace(x, "torch.zeros(0, dtype=torch.float64)"), "empty.py")
     with pytest.raises(ValueError, match=r"'grid' must be a tensor of shape \(1, 2\), got \(0, 2\)"):
         load_equation("empty.py", {}, tmp_path)
 
 
 def test_an_equation_is_loaded_from_a_file(tmp_path):
-    path = write(tmp_path, HEAT)
+    path = write_heat(tmp_path, HEAT)
     for name in ("heat.py", str(path)):
         equation = load_equation(name, {"mode": 2}, tmp_path)
         assert isinstance(equation, Equation) and equation.label == "heat equation, mode 2"
@@ -277,7 +235,7 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
     ],
 )
 def test_a_file_that_defines_no_equation_is_explained(tmp_path, text, message):
-    write(tmp_path, text)
+    write_heat(tmp_path, text)
     with pytest.raises(ValueError, match=message) as caught:
         load_equation("heat.py", {}, tmp_path)
     assert "\n" not in str(caught.value)
@@ -299,10 +257,10 @@ def test_a_lift_that_the_product_rule_does_not_cover_is_refused(tmp_path):
             b = Derivatives(points[:, -1:], zero + 1, zero, zero, zero + SQUARE)
             return Derivatives(zero, zero, zero, zero, zero), b
     """
-    write(tmp_path, SECOND_COLUMN + lift.replace("SQUARE", "0"))
+    write_heat(tmp_path, SECOND_COLUMN + lift.replace("SQUARE", "0"))
     assert load_equation("heat.py", {}, tmp_path).num_space == 2
     for wrong in (lift.replace("SQUARE", "1"), lift.replace("SQUARE", "0") + "\n        uses_gradient_square = True\n"):
-        write(tmp_path, SECOND_COLUMN + wrong)
+        write_heat(tmp_path, SECOND_COLUMN + wrong)
         with pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs"):
             load_equation("heat.py", {}, tmp_path)
 
@@ -315,9 +273,9 @@ def test_a_factor_that_depends_on_space_is_refused_whatever_is_said_of_its_deriv
             b = Derivatives(points[:, -1:] * FACTOR, zero + FACTOR, zero, zero, zero)
             return Derivatives(zero, zero, zero, zero, zero * math.nan), b
     """
-    write(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "1"))
+    write_heat(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "1"))
     assert load_equation("heat.py", {}, tmp_path)
-    write(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "points[:, 1:2]"))
+    write_heat(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "points[:, 1:2]"))
     with pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs a factor b that depends on time"):
         load_equation("heat.py", {}, tmp_path)
 
@@ -348,34 +306,33 @@ LIFT = """
     ],
 )
 def test_a_lift_with_a_wrong_derivative_is_refused(tmp_path, right, wrong, message):
-    write(tmp_path, HEAT + LIFT)
+    write_heat(tmp_path, HEAT + LIFT)
     assert load_equation("heat.py", {}, tmp_path)
     assert right in LIFT
-    write(tmp_path, HEAT + LIFT.replace(right, wrong))
+    write_heat(tmp_path, HEAT + LIFT.replace(right, wrong))
     with pytest.raises(ValueError, match=message):
         load_equation("heat.py", {}, tmp_path)
 
 
 def test_a_residual_that_reads_the_gradient_says_so(tmp_path):
     reads = SECOND_COLUMN.replace("return u.time -", "return u.gradient_square + u.time -")
-    write(tmp_path, reads)
+    write_heat(tmp_path, reads)
     with pytest.raises(ValueError, match=r"reads u\.gradient_square, so uses_gradient_square must be True, got False"):
         load_equation("heat.py", {}, tmp_path)
-    write(tmp_path, reads + "\n        uses_gradient_square = True\n")
+    write_heat(tmp_path, reads + "\n        uses_gradient_square = True\n")
     assert load_equation("heat.py", {}, tmp_path).num_space == 2
 
 
 def test_a_grid_is_of_one_spatial_column(tmp_path):
-    write(tmp_path, SECOND_COLUMN + "\n        def grid(self):\n            return torch.zeros(3), torch.zeros(3)\n")
-    with pytest.raises(
-        ValueError, match=r"grid must be None, or .* with one spatial column, got 2 values with num_space"
-    ):
+    grid = "\n        def grid(self):\n            return torch.zeros(3), torch.zeros(3)\n"
+    write_heat(tmp_path, SECOND_COLUMN + grid)
+    with pytest.raises(ValueError, match=r"grid must be None, or .* one spatial column, got 2 values with num_space"):
         load_equation("heat.py", {}, tmp_path)
 
 
 def test_a_constructor_may_take_any_options(tmp_path):
     text = HEAT.replace("diffusivity=0.1, mode=1", "diffusivity, *rest, mode=1, **more")
-    write(tmp_path, text)
+    write_heat(tmp_path, text)
     assert load_equation("heat.py", {"diffusivity": 0.2, "other": 1}, tmp_path).diffusivity == 0.2
     with pytest.raises(ValueError, match=r"missing a required argument: 'diffusivity'; it takes diffusivity, rest"):
         load_equation("heat.py", {}, tmp_path)
@@ -405,12 +362,12 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
     ],
 )
 def test_wrong_names_and_options_are_explained(tmp_path, name, options, message):
-    write(tmp_path, HEAT)
+    write_heat(tmp_path, HEAT)
     with pytest.raises(ValueError, match=message):
         load_equation(name, options, tmp_path)
 
 
 def test_an_equation_without_a_known_solution_is_loaded(tmp_path):
     text = HEAT.replace("def exact(", "def values(").replace("self.exact(", "self.values(")
-    write(tmp_path, text.replace("def test_points(", "def points("))
+    write_heat(tmp_path, text.replace("def test_points(", "def points("))
     assert solutions(load_equation("heat.py", {}, tmp_path)) == {}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from heat import HEAT, write_heat
 from suite_cases import PINN, build, pinn_run
 
 from experiments.__main__ import main
@@ -23,39 +24,6 @@ from experiments.training.train import Training, train
 LOSS = "metrics/train/loss"
 SGD = {"name": "SGD", "lr": 1e-3}
 LBFGS = {"name": "LBFGS", "max_iter": 4, "line_search_fn": "strong_wolfe"}
-
-HEAT = """
-import math
-import tempfile
-import torch
-from experiments.pinn.equation import Equation
-
-class Heat(Equation):
-    num_space = 1
-
-    def __init__(self, diffusivity=0.1):
-        if not diffusivity > 0:
-            raise ValueError(f"diffusivity must be > 0, got {diffusivity}")
-        self.diffusivity, self.label = diffusivity, "heat"
-
-    def sample(self, uniform):
-        return uniform.clone()
-
-    def conditions(self, uniform):
-        x = uniform[:, :1]
-        return torch.cat([x, torch.zeros_like(x)], dim=1), torch.sin(math.pi * x)
-
-    def residual(self, points, u, source):
-        return u.time - self.diffusivity * u.laplacian
-
-    def exact(self, points):
-        decay = torch.exp(-self.diffusivity * math.pi**2 * points[:, 1:])
-        return decay * torch.sin(math.pi * points[:, :1])
-
-    def test_points(self):
-        axis = torch.linspace(0, 1, 11, dtype=torch.float64)
-        return {"grid": torch.cartesian_prod(axis, axis)}
-"""
 
 
 def run(config, results, *options):
@@ -158,7 +126,7 @@ def test_a_degenerate_equation_is_named_in_every_output(tmp_path, capsys):
 
 
 def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
-    (tmp_path / "heat.py").write_text(HEAT)
+    write_heat(tmp_path)
     raw = copy.deepcopy(PINN) | {"experiment": "my_heat", "seeds": [0]}
     raw["problem"] |= {"equation": "heat.py", "options": {"diffusivity": 0.2}}
     path, results = tmp_path / "config.yaml", tmp_path / "results"
@@ -168,52 +136,35 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
     (expanded,) = expand_runs(config)
     record = run_path(results, expanded)
     assert record == results / "my_heat" / "test" / "adam" / "seed-0.h5"
-    assert (
-        read_run(record).attributes["equation"] == "heat" and str(tmp_path) not in read_run(record).attributes["config"]
-    )
+    attributes = read_run(record).attributes
+    assert attributes["equation"] == "heat equation, mode 1" and str(tmp_path) not in attributes["config"]
     assert state_of(record, expanded, describe(expanded.problem).digest, 1) == "finished"
-    (tmp_path / "heat.py").write_text(HEAT.replace("u.time -", "2 * u.time -"))
+    write_heat(tmp_path, HEAT.replace("u.time -", "2 * u.time -"))
     assert state_of(record, expanded, describe(expanded.problem).digest, 1) == "changed"
     capsys.readouterr()
-    assert run(path, results, "--set", "problem.options.diffusivity=-1") == 2
-    printed = capsys.readouterr().err
-    assert (
-        printed.startswith("error: ")
-        and "diffusivity must be > 0, got -1" in printed
-        and len(printed.splitlines()) == 1
-    )
+    assert run(path, results, "--set", "problem.options.mode=x") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "Heat: conditions failed: TypeError" in line
     assert run(path, results, "--set", "problem.conditions=hard") == 2
-    assert "problem: conditions must be soft, because heat offers no lift" in capsys.readouterr().err
+    assert "problem: conditions must be soft, because heat equation, mode 1 offers no lift" in capsys.readouterr().err
     assert run(path, results, "--set", "problem.equation=cold.py") == 2
     assert "cold.py" in capsys.readouterr().err
 
 
-def test_an_equation_whose_conditions_yield_no_points_is_refused_before_training(tmp_path, capsys):
-    """Soft conditions of which no point is drawn would not be trained, and nobody would see it."""
-    (tmp_path / "heat.py").write_text(HEAT.replace("x = uniform[:, :1]", "x = uniform[:0, :1]"))
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        (
+            "uniform[:, :1]",
+            "uniform[:0, :1]",
+            "must yield points with soft conditions, got none for .*tions = 8",
+        ),
+        ("points, self.exact(points)", "points, self.exact(points)[:3]", r"return points \(n, 2\) and values \(n, 1\)"),
+    ],
+)
+def test_conditions_that_train_nothing_are_refused_before_training(tmp_path, right, wrong, message):
+    write_heat(tmp_path, HEAT.replace(right, wrong))
     raw = copy.deepcopy(PINN) | {"experiment": "my_heat", "seeds": [0]}
     raw["problem"] |= {"equation": "heat.py"}
-    path, results = tmp_path / "config.yaml", tmp_path / "results"
-    path.write_text(yaml.safe_dump(raw))
-    assert run(path, results) == 2
-    printed = capsys.readouterr().err
-    assert printed.splitlines()[-1] == (
-        "error: equation Heat: conditions must yield points with soft conditions, got none for "
-        "problem.num_conditions = 8, so that nothing would train them"
-    )
-    assert not list(results.rglob("*.h5"))
-    (expanded,) = expand_runs(load_config(path, ["variants=adam"]))
-    with pytest.raises(ValueError, match="conditions must yield points"):
-        build(expanded, Ranks())
-
-
-def test_values_that_do_not_fit_the_points_of_the_conditions_are_refused_before_training(tmp_path, capsys):
-    (tmp_path / "heat.py").write_text(
-        HEAT.replace("dim=1), torch.sin(math.pi * x)", "dim=1), torch.sin(math.pi * x)[:3]")
-    )
-    raw = copy.deepcopy(PINN) | {"experiment": "my_heat", "seeds": [0]}
-    raw["problem"] |= {"equation": "heat.py"}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    assert run(path, tmp_path / "results") == 2
-    assert "conditions must return points (n, 2) and values (n, 1), got (" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=message):
+        build(expand_runs(parse_config(raw, tmp_path))[0], Ranks())

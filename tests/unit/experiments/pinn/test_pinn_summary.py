@@ -43,7 +43,7 @@ def test_another_equation_is_never_compared(tmp_path):
     save(tmp_path, "adam", PLAIN)
     save(tmp_path, "adam_aadl", FAST, digest="xyz", equation="another one")
     one, two = groups(tmp_path)
-    assert (one.equation, two.equation) == (LABEL, "another one") and two.baseline is None
+    assert (one.trained, two.trained) == (LABEL, "another one") and two.baseline is None
     text = summarize_pinn([one, two])
     assert "another one, compared with adam (not run)" in text and "iterations to" not in text.split("Median over")[0]
 
@@ -56,7 +56,7 @@ def test_an_option_that_the_label_does_not_tell_makes_another_equation(tmp_path)
         save(tmp_path, name, PLAIN, changes=changes)
     one, two = groups(tmp_path)
     assert one.baseline is not None and two.baseline is None
-    assert two.equation == f"{one.equation}, amplitude 1"
+    assert two.trained == f"{one.trained}, amplitude 1"
 
 
 def test_a_baseline_stands_in_its_own_group_and_in_that_of_its_baseline(tmp_path):
@@ -244,7 +244,7 @@ def test_a_seed_on_which_only_the_baseline_diverged_is_unknown(tmp_path):
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tables_are_written_and_told(tmp_path):
+def test_the_tables_are_written_and_printed(tmp_path):
     for seed in (0, 1):
         save(tmp_path, "adam", PLAIN, seed)
         save(tmp_path, "adam_aadl", FAST, seed)

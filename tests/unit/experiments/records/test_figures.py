@@ -6,7 +6,7 @@ import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
 from experiments.distributed.ranks import Ranks
-from experiments.records.acceleration_figure import threshold_of
+from experiments.records.acceleration_figure import DEVIATION, acceleration_panels, threshold_of
 from experiments.records.compare import find_folders, read_comparison
 from experiments.records.figures import Coinciding, spread_over_seeds
 from experiments.records.palette import COLORS, method_of, styled
@@ -109,6 +109,19 @@ def test_a_method_has_one_color_and_its_variants_have_line_styles(tmp_path):
 def test_bands_run_from_the_least_to_the_largest_seed():
     low, middle, high = spread_over_seeds(np.array([[1.0, 2.0], [3.0, 5.0], [2.0, np.inf]]))
     assert (low.tolist(), middle.tolist(), high.tolist()) == ([1, 2], [2, 5], [3, np.inf])
+
+
+def test_a_threshold_is_drawn_where_the_criterion_is_evaluated(tmp_path):
+    fill(tmp_path)
+    ((*_, fast),) = read_comparison(tmp_path / "graduate_admissions" / "test").families.values()
+    without = replace(
+        fast, runs={0: replace(fast.runs[0], series={**fast.runs[0].series, DEVIATION: np.full(11, np.nan)})}
+    )
+    figure, handles = acceleration_panels([("with", fast), ("without", without)], "epoch")
+    evaluated, empty = figure.axes[2:4]
+    assert len(evaluated.get_lines()) == 2 and not empty.get_lines()
+    assert "The criterion is not evaluated" in empty.texts[0].get_text()
+    assert "rejected: raises the loss" in handles
 
 
 def test_curves_that_coincide_are_named_and_dashed():

@@ -95,7 +95,7 @@ def test_a_resumed_run_writes_no_entry_twice(tmp_path, writers, monkeypatch):
 
     def killed(run, session=None):
         if run.interval == 4:
-            session._save(run)
+            session.save(run)
             raise KeyboardInterrupt
         return original(run, session)
 

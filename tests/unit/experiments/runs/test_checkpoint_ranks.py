@@ -2,7 +2,6 @@
 
 import errno
 import os
-import threading
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from saved_states import assert_loads, names, own_at, save, saved, state_at
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from experiments.distributed import departure
 from experiments.distributed.ranks import Ranks
-from experiments.distributed.step_vote import StepVote, Tally
 from experiments.runs import checkpoint
 from experiments.runs.checkpoint import CheckpointError, Checkpoints
 
@@ -94,9 +91,9 @@ def test_ranks_save_load_and_fail_together(spawn_ranks, tmp_path):
 FULL = torch.arange(70, dtype=torch.float32).reshape(7, 10)
 
 
-def sharded_ranks(rank, world_size, folder, asynchronous):
+def sharded_ranks(rank, world_size, folder):
     mesh = init_device_mesh("cpu", (world_size,))
-    checkpoints = Checkpoints(folder, Ranks(rank, world_size), asynchronous=asynchronous)
+    checkpoints = Checkpoints(folder, Ranks(rank, world_size))
     found = {"own": checkpoints.load(identity="run").own}  # of fewer ranks
     state = {
         "weight": distribute_tensor(FULL, mesh, [Shard(0)]),
@@ -113,38 +110,11 @@ def sharded_ranks(rank, world_size, folder, asynchronous):
     return found
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_sharded_tensors_are_saved_whole(spawn_ranks, tmp_path, asynchronous):
+def test_sharded_tensors_are_saved_whole(spawn_ranks, tmp_path):
     saved(tmp_path / "run", 0)
-    first, second = spawn_ranks(sharded_ranks, 2, tmp_path / "run", asynchronous)
+    first, second = spawn_ranks(sharded_ranks, 2, tmp_path / "run")
     assert first.pop("own")["rank"] == 0 and second.pop("own") is None
     text = "own['weight'] is a DTensor, which belongs into the shared state"
     assert first == second == {"equal": [True, True], "own of a DTensor": ("TypeError", text)}
     alone = Checkpoints(tmp_path / "run", Ranks()).load()  # without any process group
     assert alone.step == 2 and torch.equal(alone.shared["weight"], -FULL)
-
-
-def agree_while_saving(rank, world_size, folder):
-    """The thread of rank 0 hangs behind while the main threads go on."""
-    departure.PATIENCE_SECONDS = 20.0  # of a group, if the thread should use one
-    ranks = Ranks(rank, world_size)
-    checkpoints, vote = Checkpoints(folder, ranks, asynchronous=True), StepVote(ranks, timeout_seconds=20)
-    goes_on = threading.Event()
-    if rank == 0:
-        write = checkpoint.write
-        checkpoint.write = lambda *arguments: goes_on.wait() and write(*arguments)
-    save(checkpoints, 1, rank)
-    tallies = [vote.vote_now(step, step == 3 and rank == 1, True) for step in range(5)]
-    if rank == 0:  # the other one may look when this one has gone on
-        assert names(folder) == []
-    goes_on.set()
-    checkpoints.wait()
-    return tallies, outcome(checkpoints, rank), names(folder)
-
-
-def test_ranks_agree_while_a_checkpoint_is_written(spawn_ranks, tmp_path):
-    first, second = spawn_ranks(agree_while_saving, 2, tmp_path / "run")
-    assert first == second
-    tallies, loaded, files = first
-    assert tallies == [Tally(step, step == 3, True) for step in range(5)]
-    assert loaded == (1, 2, []) and files == ["step-0000000001.pt"]

@@ -17,6 +17,7 @@ import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
 from paths import ROOT
 from small_runs import identical
+from stopped_runs import run_to_the_end, signal_after
 from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
 
 from experiments.__main__ import main
@@ -25,15 +26,12 @@ from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run
 from experiments.records.status import run_folder, run_path, state_of
-from experiments.runs import checkpoint, execute
-from experiments.runs.checkpoint import Checkpoints
+from experiments.runs import execute
 from experiments.runs.execute import execute_run
-from experiments.runs.lock import FolderInUse, FolderLock
-from experiments.runs.session import OtherRun, RunSession
+from experiments.runs.lock import FolderInUse
+from experiments.runs.session import FiniteLosses, OtherRun, RunSession
 from experiments.settings.run_config import SaveConfig
 from experiments.training.closure import Closure
-from experiments.training.losses import FiniteLosses
-from experiments.training.train import Training
 
 TIMES = ("timing/", "metrics/evaluations_per_second")
 
@@ -43,45 +41,23 @@ def folder(tmp_path_factory):
     return image_set(tmp_path_factory.mktemp("images") / "set")
 
 
-def ends(config, results, stops, monkeypatch):
-    """The final state of a run that is told to stop after some of its steps, each time in a session of its own.
+def assert_same(config, tmp_path, stops):
+    """A run that is stopped after some of its steps and goes on each time ends as one without a stop.
 
-    `stops` are the steps after which it is told, and those after which it stops.
+    `stops` are the steps after which the signal comes; a mapping has the last step of each part, too.
     """
-    kept = {}
-    result = Training.result
-
-    def keep(run, **kinds):
-        if kinds["finished"]:
-            kept["state"] = run.state()[0]
-        return result(run, **kinds)
-
-    monkeypatch.setattr(Training, "result", keep)
-    for stop, last in stops.items():
-        interruption = Interruption(environment={})
-        after_step = RunSession.after_step
-
-        def told(session, run, loss, after_step=after_step, interruption=interruption, stop=stop):
-            if run.num_steps == stop:
-                interruption._reason = "a test"
-            after_step(session, run, loss)
-
-        with monkeypatch.context() as patch, pytest.raises(Interrupted, match=rf"after step {last}; the state is"):
-            patch.setattr(RunSession, "after_step", told)
-            execute_run(config, Ranks(), results, interruption=interruption)
-        assert state_of(run_path(results, config), config, "", 1) == "unfinished"
-    execute_run(config, Ranks(), results, interruption=Interruption(environment={}))
-    assert not run_folder(run_path(results, config)).exists()
-    return kept["state"], read_run(run_path(results, config))
-
-
-def assert_same(config, tmp_path, stops, monkeypatch):
     stops = stops if isinstance(stops, dict) else {stop: stop + 1 for stop in stops}
-    whole, expected = ends(config, tmp_path / "whole", {}, monkeypatch)
-    resumed, record = ends(config, tmp_path / "resumed", stops, monkeypatch)
+    whole = run_to_the_end(config, Ranks(), tmp_path / "whole")
+    path = run_path(tmp_path / "resumed", config)
+    for stop, last in stops.items():
+        run_to_the_end(config, Ranks(), tmp_path / "resumed", stop, last)
+        assert state_of(path, config, "", 1) == "unfinished"
+    resumed = run_to_the_end(config, Ranks(), tmp_path / "resumed")
+    assert not run_folder(path).exists()
     parts = ("model", "stages", "average", "updates", "plan", "problem", "num_steps")
     for name in parts:
-        assert identical(whole[name], resumed[name]), name
+        assert identical(whole.state[name], resumed.state[name]), name
+    expected, record = read_run(run_path(tmp_path / "whole", config)), read_run(path)
     assert expected.series.keys() == record.series.keys()
     for name, values in expected.series.items():
         if not name.startswith(TIMES):
@@ -100,9 +76,9 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ema")) for name in IMAGES])
-def test_image_classification_goes_on_in_mid_epoch(folder, tmp_path, monkeypatch, name):
+def test_image_classification_goes_on_in_mid_epoch(folder, tmp_path, name):
     config = image_run(folder, IMAGES[name], training={"epochs": 3, "batch_size": 8})
-    record = assert_same(config, tmp_path, (1, 8), monkeypatch)  # in the first epoch, and in the second
+    record = assert_same(config, tmp_path, (1, 8))  # in the first epoch, and in the second
     if name != "plain" and name != "ema":
         assert record.series["acceleration/attempts"][-1] > 2
     seconds = record.series["timing/training_seconds"]
@@ -110,15 +86,15 @@ def test_image_classification_goes_on_in_mid_epoch(folder, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_image_classification_goes_on_at_the_ends_of_epochs_and_with_workers(folder, tmp_path, monkeypatch):
+def test_image_classification_goes_on_at_the_ends_of_epochs_and_with_workers(folder, tmp_path):
     workers = image_run(folder, problem={"num_workers": 2}, training={"batch_size": 8})
-    assert_same(workers, tmp_path, {4: 5, 6: 6, 11: 12}, monkeypatch)  # of twelve; an epoch has six
+    assert_same(workers, tmp_path, {4: 5, 6: 6, 11: 12})  # of twelve; an epoch has six
 
 
 @pytest.mark.parametrize("name", ["sgd", "sgd_ema", "sgd_aadl", "sgd_published"])
-def test_graduate_admissions_goes_on(tmp_path, monkeypatch, name):
+def test_graduate_admissions_goes_on(tmp_path, name):
     config = run_config(name, epochs=6, measure_updates=True)
-    assert_same(config, tmp_path, (1, 5, 17), monkeypatch)
+    assert_same(config, tmp_path, (1, 5, 17))
 
 
 SECOND = {"then": {"after": 12, "optimizer": {"name": "LBFGS", "max_iter": 3}}}
@@ -143,7 +119,7 @@ SECOND = {"then": {"after": 12, "optimizer": {"name": "LBFGS", "max_iter": 3}}}
         *("soap", "schedule-free adam", "schedule-free sgd"),
     ],
 )
-def test_physics_informed_networks_go_on(tmp_path, monkeypatch, variant, problem):
+def test_physics_informed_networks_go_on(tmp_path, variant, problem):
     variant = {"optimizer": {"name": "Adam", "lr": 1e-2}} | variant
     has_rate = variant["optimizer"]["name"] not in ("LevenbergMarquardt", "SSBroyden")
     scheduler = {"name": "StepLR", "step_size": 4, "gamma": 0.5} if has_rate else None
@@ -151,15 +127,27 @@ def test_physics_informed_networks_go_on(tmp_path, monkeypatch, variant, problem
     if variant["optimizer"]["name"] == "SSBroyden":  # its steps have about five iterations
         training |= {"iterations": 160, "evaluate_every": 160}
     config = pinn_run(variant, training, **problem)
-    assert_same(config, tmp_path, (2, 9), monkeypatch)
+    assert_same(config, tmp_path, (2, 9))
 
 
-def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monkeypatch):
+def test_random_numbers_go_on(tmp_path, monkeypatch):
+    step, draws = Closure.step, []
+    monkeypatch.setattr(Closure, "step", lambda closure: (draws.append(float(torch.rand(()))), step(closure))[1])
+    config = run_config("sgd", epochs=3)
+    run_to_the_end(config, Ranks(), tmp_path / "whole")
+    whole = draws.copy()
+    draws.clear()
+    for stop in (5, None):
+        torch.rand(7)  # what the process did before
+        run_to_the_end(config, Ranks(), tmp_path / "resumed", stop)
+    assert draws == whole and len(set(draws)) == len(draws) == 12
+
+
+def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path):
     config = run_config("sgd_aadl", epochs=6)
-    interruption = Interruption(environment={})
-    interruption._reason = "SIGUSR1"
-    with pytest.raises(Interrupted, match=r"stopped by SIGUSR1 after step 2; the state is saved"):
-        execute_run(config, Ranks(), tmp_path, interruption=interruption)
+    late = Interruption(environment={"AADL_END_TIME": "1000"}, clock=lambda: 1000.0)
+    with pytest.raises(Interrupted, match=r"stopped by time limit after step 2; the state is saved"):
+        execute_run(config, Ranks(), tmp_path, interruption=late)
     path = run_path(tmp_path, config)
     assert state_of(path, config, "", 1) == "unfinished"
     with h5py.File(path) as file:
@@ -174,55 +162,21 @@ def test_a_stopped_run_is_unfinished_and_has_a_record_to_look_at(tmp_path, monke
     assert read_run(path).attributes["restart_count"] == 0
 
 
-def test_a_run_is_saved_by_the_clock_and_the_best_one_stays(tmp_path, monkeypatch):
+def test_a_run_is_saved_by_the_clock(tmp_path, monkeypatch):
     config = run_config("sgd", epochs=3)
     steps = []
-    save = RunSession._save
+    save = RunSession.save
 
-    def note(session, run, **more):
+    def note(session, run):
         steps.append(run.num_steps)
-        save(session, run, **more)
+        save(session, run)
 
-    monkeypatch.setattr(RunSession, "_save", note)
+    monkeypatch.setattr(RunSession, "save", note)
     often = SaveConfig(every_seconds=0.0)
     execute_run(config, Ranks(), tmp_path, save=often, interruption=Interruption(environment={}))
     assert len(steps) > 10 and not run_folder(run_path(tmp_path, config)).exists()
     execute_run(config, Ranks(), tmp_path / "rare", interruption=Interruption(environment={}))
     assert steps[-1] == 12 and len([step for step in steps if step == 2]) == 1
-
-
-def test_better_runs_are_saved_between_two_checkpoints_of_the_clock(tmp_path, monkeypatch):
-    config = run_config("sgd", epochs=6)
-    losses = {1: 4.0, 2: 3.0, 3: 3.5, 4: 1.0, 5: 2.0, 6: 0.5}  # by epoch
-    pauses = {2: 0.0, 3: 0.0, 4: 1000.0, 5: 0.0, 6: 0.0}  # 1000: it was saved a moment ago
-    epoch = []
-    monkeypatch.setattr(Training, "best_by", property(lambda run: epoch.append(run.interval - 1) or losses[epoch[-1]]))
-    monkeypatch.setattr(RunSession, "_pause_before_best", lambda session: pauses.get(epoch[-1], 0.0))
-    saved = []
-    save = Checkpoints.save
-
-    def note(checkpoints, step, *states, best, identity):
-        saved.append((step, best))
-        save(checkpoints, step, *states, best=best, identity=identity)
-
-    monkeypatch.setattr(Checkpoints, "save", note)
-    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    # The third is worse than the second; the fifth is the best that can be kept, because the fourth was not saved.
-    # After the last there is nothing to go on with.
-    assert saved == [(4, True), (8, True), (20, True)]
-
-
-def test_only_an_evaluation_of_this_interval_makes_a_run_better(folder, tmp_path, monkeypatch):
-    found = []
-    after = RunSession.after_interval
-    monkeypatch.setattr(RunSession, "after_interval", lambda own, run: found.append(run.best_by) or after(own, run))
-    config = image_run(folder, training={"epochs": 4, "evaluate_every": 2})
-    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
-    assert [value is None for value in found] == [True, False, True, False]
-    found.clear()
-    execute_run(pinn_run(), Ranks(), tmp_path, interruption=Interruption(environment={}))
-    errors = read_run(run_path(tmp_path, pinn_run())).series["metrics/validation/relative_l2_grid"]
-    assert found == errors[1:].tolist()
 
 
 def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
@@ -268,8 +222,8 @@ def test_a_run_whose_loss_is_lost_ends_within_its_epoch(tmp_path, monkeypatch):
 
 def test_losses_are_judged_two_steps_late():
     finite = FiniteLosses()
-    told = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
-    assert told == [True, True, True, False, False]
+    printed = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
+    assert printed == [True, True, True, False, False]
 
 
 def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):
@@ -305,27 +259,6 @@ def test_the_lock_is_given_back_where_the_ranks_do_not_meet(tmp_path, monkeypatc
     assert list(place.iterdir()) == []
 
 
-def test_a_run_that_fails_keeps_its_lock_until_nothing_writes(tmp_path, monkeypatch):
-    write, release, present = checkpoint.write, FolderLock.release, []
-
-    def slow(*arguments):
-        time.sleep(0.3)
-        write(*arguments)
-
-    def listed(lock):
-        present.extend(path.name for path in tmp_path.glob("*/*/*/*/step-*"))
-        release(lock)
-
-    monkeypatch.setattr(checkpoint, "write", slow)
-    monkeypatch.setattr(FolderLock, "release", listed)
-    monkeypatch.setattr(Checkpoints, "wait", lambda checkpoints: None)
-    monkeypatch.setattr(RunSession, "_publish_unfinished", lambda session, run: 1 / 0)
-    save = SaveConfig(every_seconds=0.0, asynchronous=True)
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        execute_run(run_config("sgd"), Ranks(), tmp_path, save=save, interruption=Interruption(environment={}))
-    assert len(present) == 1
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -342,22 +275,13 @@ def command(config, results, *options):
 @pytest.mark.parametrize(
     ("raw", "number"), [(RAW, signal.SIGUSR1), (PINN, signal.SIGTERM)], ids=["epochs", "iterations"]
 )
-def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, raw, number):
+def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, capsys, raw, number):
     config = write(raw, tmp_path)
     assert command(config, tmp_path / "whole", "--jobs", "1") == 0
-    step = Training._step
-
-    def raising(run, batch):
-        if run.num_steps == 3 and raising.armed:
-            raising.armed = False
-            signal.raise_signal(number)
-        step(run, batch)
-
-    raising.armed = True
-    monkeypatch.setattr(Training, "_step", raising)
-    assert command(config, tmp_path / "again", "--jobs", "1") == EXIT_RESUME
-    told = capsys.readouterr().err
-    assert f"stopped by {number.name} after step" in told and "the same command goes on" in told
+    with signal_after(4, number):
+        assert command(config, tmp_path / "again", "--jobs", "1") == EXIT_RESUME
+    printed = capsys.readouterr().err
+    assert f"stopped by {number.name} after step" in printed and "the same command goes on" in printed
     assert command(config, tmp_path / "again", "--jobs", "1") == 0
     assert "stopped on the way and taken up again: 1" in capsys.readouterr().err
     paths = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.h5"))
@@ -370,16 +294,16 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_workers_save_when_their_parent_is_told_to_stop(tmp_path):
+def test_workers_save_when_their_parent_gets_a_signal(tmp_path):
     raw = RAW | {"training": {"epochs": 100_000, "batch_size": 80}}
     config = write(raw, tmp_path)
     line = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "r"), "--jobs", "2"]
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=600)
+        _, printed = process.communicate(timeout=600)
     assert process.returncode == EXIT_RESUME
-    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in told
+    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in printed
     assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
@@ -395,30 +319,21 @@ def stopped_and_resumed(rank, world_size, folder, results):
     config = image_run(folder, {"acceleration": AADL}, training={"epochs": 3, "batch_size": 12})
     ranks = Ranks(rank, world_size, rank)
     execute_run(config, ranks, results / "whole", interruption=Interruption(environment={}))
-    interruption = Interruption(environment={})
-    after_step = RunSession.after_step
-
-    def told(session, run, loss):
-        if rank == 1 and run.num_steps == 5:
-            interruption._reason = "SIGUSR1"
-        after_step(session, run, loss)
-
-    RunSession.after_step = told
-    try:
+    with (
+        signal_after(5 if rank == 1 else None),
+        Interruption(environment={}) as interruption,
+        pytest.raises(Interrupted) as interrupted,
+    ):
         execute_run(config, ranks, results / "again", interruption=interruption)
-        message = "it was not stopped"
-    except Interrupted as error:
-        message = str(error)
-    RunSession.after_step = after_step
     execute_run(config, ranks, results / "again", interruption=Interruption(environment={}))
     dist.barrier()  # rank 0 writes the records
     records = [read_run(run_path(results / name, config)) for name in ("whole", "again")]
-    return message, [record.series for record in records], records[1].attributes["restart_count"]
+    return str(interrupted.value), [record.series for record in records], records[1].attributes["restart_count"]
 
 
 @pytest.mark.slow
 def test_ranks_stop_at_the_same_step_and_go_on(folder, tmp_path, spawn_ranks):
-    """Three of them, for sums over two are the same in any order."""
+    """Three of them, because sums over two are the same in any order."""
     outcomes = spawn_ranks(stopped_and_resumed, 3, folder, tmp_path)
     assert [message for message, _, _ in outcomes] == [
         "stopped by a signal to another rank after step 6; the state is saved",

@@ -198,6 +198,8 @@ def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):
     assert load_config(path).studies.batch_size is not None and not capsys.readouterr().err
     assert load_config(path, ["variants=plain"]).studies.batch_size is None
     assert capsys.readouterr().err == "--set variants leaves out the studies of the configuration\n"
+    notes = []
+    assert load_config(path, ["variants=plain"], notes.append) and len(notes) == 1 and not capsys.readouterr().err
 
 
 def test_runs_of_an_experiment():
@@ -292,7 +294,7 @@ def test_what_a_record_holds_stays_as_it_is():
     assert found == ["7ed5e0bf996235c5", "7a28d5f058e0161f"]
 
 
-def test_overrides_that_miss_a_variant_are_told(tmp_path, capsys):
+def test_overrides_that_miss_a_variant_are_reported(tmp_path, capsys):
     raw = copy.deepcopy(PINN)
     for name in ("own", "second"):
         raw["variants"][name] = {

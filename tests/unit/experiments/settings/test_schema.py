@@ -1,6 +1,7 @@
 """Settings are strict, and a mistake is one sentence with the key, the value and what is allowed."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -147,10 +148,17 @@ def test_what_is_refused_elsewhere_gets_its_key():
         refuse_unknown({"b": 1}, {"c": 1, "d": object()})
 
 
-def test_an_old_pydantic_is_refused_in_one_sentence():
-    code = "import pydantic; pydantic.VERSION = '2.9.2'; import experiments.settings.schema"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.endswith("pydantic must be at least 2.12, got 2.9.2: pip install --upgrade pydantic\n")
+@pytest.mark.parametrize("command", [["experiments", "list"], ["jobs.submit", "--help"], ["jobs.scaling", "--help"]])
+def test_an_old_pydantic_is_refused_in_one_sentence(tmp_path, command):
+    (tmp_path / "pydantic.py").write_text("VERSION = '2.9.2'\ndef __getattr__(name): raise AttributeError(name)\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: pydantic must be at least 2.12, got 2.9.2: pip install --upgrade pydantic\n"
+    whole = subprocess.run(
+        [sys.executable, "-c", "import jobs.site"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert whole.returncode == 1 and "ImportError: pydantic must be" in whole.stderr
 
 
 def test_reading_settings_imports_neither_torch_nor_numpy():

@@ -8,12 +8,11 @@ import h5py
 import numpy as np
 import pytest
 from small_runs import EAGER
+from stopped_runs import run_to_the_end
 from suite_cases import run_config
 
 import aadl
 from experiments.admissions import problem as graduate_admissions
-from experiments.distributed.departure import Interrupted
-from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_attempts, read_run
 from experiments.records.status import run_path, state_of
@@ -78,27 +77,13 @@ def test_a_run_without_a_trace_has_none():
     assert train(Training(problem, [stage], Ranks(), trace_attempts=True)).attempts["step"].tolist() == []
 
 
-class StopsAt(Interruption):
-    """Asks the run to stop once it was looked at so often, which the session does after every step."""
-
-    def __init__(self, looks):
-        super().__init__(environment={})
-        self.looks = looks
-
-    @property
-    def reason(self):
-        self.looks -= 1
-        return "a test" if self.looks <= 0 else ""
-
-
 @pytest.mark.parametrize(
     "variant", [{"acceleration": EAGER}, {"published": PublishedConfig(frequency=2, safeguard=True)}]
 )
 def test_the_record_of_a_resumed_run_has_the_trace_of_the_whole_run(tmp_path, variant):
     run, save = config(**variant), SaveConfig(attempts=True)
     whole = execute_run(run, Ranks(), tmp_path / "whole", save=save)
-    with pytest.raises(Interrupted):
-        execute_run(run, Ranks(), tmp_path / "parts", save=save, interruption=StopsAt(20))
+    run_to_the_end(run, Ranks(), tmp_path / "parts", stop=18, save=save)
     resumed = execute_run(run, Ranks(), tmp_path / "parts", save=save)
     assert read_run(resumed).attributes["restart_count"] == 1
     expected, found = read_attempts(whole), read_attempts(resumed)
@@ -114,8 +99,7 @@ def test_the_record_of_a_resumed_run_has_the_trace_of_the_whole_run(tmp_path, va
 
 def test_a_trace_that_is_asked_for_later_begins_there(tmp_path):
     run = config(acceleration=EAGER)
-    with pytest.raises(Interrupted, match="after step 16"):
-        execute_run(run, Ranks(), tmp_path, interruption=StopsAt(20))
+    run_to_the_end(run, Ranks(), tmp_path, stop=15)
     steps = read_attempts(execute_run(run, Ranks(), tmp_path, save=SaveConfig(attempts=True)))["step"]
     assert steps.min() > 16
 

@@ -245,7 +245,7 @@ def test_a_failure_leaves_the_model_as_it_was(batches, error, message):
     assert same_state(before, state_of(model))
 
 
-def test_a_forward_that_goes_around_the_model_is_told():
+def test_a_forward_that_goes_around_the_model_is_an_error():
     model, other = network(), network()
     with pytest.raises(RuntimeError, match="forward reaches no BatchNorm layer of the model"):
         recompute_statistics(model, batches_of(), forward=other)

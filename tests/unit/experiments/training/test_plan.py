@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from experiments.distributed.ranks import Ranks
-from experiments.settings.kinds import Component
 from experiments.training.epochs import Epochs
 from experiments.training.iterations import Iterations
 from experiments.training.optimizers import LevenbergMarquardt
-from experiments.training.plan import schedule_of
 from experiments.training.problem import Problem
 from experiments.training.stage import Stage
 from experiments.training.train import Training, train
@@ -58,50 +56,6 @@ def test_intervals_that_a_step_passes_over_have_no_entry():
     assert places[0] == 0 and places == sorted(set(places)) and len(places) < 20  # twenty intervals, fewer steps
     assert len(places) == result.num_steps + 1 and result.stop_reason == "iterations" and places[-1] >= 40
     assert all(len(values) == len(places) for values in result.series.values())
-
-
-def test_a_budget_that_is_no_multiple_of_the_interval_ends_the_run():
-    result = run(lambda _: Iterations(lambda *_: 1.0, 7, 3), (0, sgd))
-    assert result.iterations.tolist() == [0, 3, 6, 7] and result.num_steps == 7
-
-
-def test_the_schedule_belongs_to_the_first_stage_and_steps_once_an_iteration():
-    schedule = schedule_of(Component("ExponentialLR", {"gamma": 0.5}))
-    result = run(lambda _: Iterations(lambda *_: 1.0, 6, 2, schedule), (0, sgd), (4, sgd))
-    assert result.series["metrics/learning_rate"].tolist() == pytest.approx([1e-3, 2.5e-4, 6.25e-5, 1e-3])
-
-
-@pytest.mark.parametrize(("resets", "expected"), [(True, [True, False, True, False]), (False, [True] + 3 * [False])])
-def test_other_points_reset_the_history_of_a_line_search_if_told(resets, expected):
-    empty = []
-
-    class Watched(torch.optim.LBFGS):
-        def step(self, closure):
-            empty.append(not self.state)
-            return super().step(closure)
-
-    batches = iter((1.0, 2.0))
-    held = {}
-
-    def points(_, iteration):
-        half = iteration >= 18
-        if half not in held:
-            held[half] = next(batches)
-        return held[half]
-
-    problem = Valley(lambda _: Iterations(points, 36, 36, resets_history=resets))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.training.iterations.LINE_SEARCHES", (Watched,))
-        stage = Stage(Watched(problem.model.parameters(), lr=1e-4, max_iter=9, tolerance_change=0.0))
-        train(Training(problem, [stage], Ranks()))
-    assert empty == expected
-
-
-def test_epochs_have_an_entry_each_and_their_mean_loss():
-    result = run(lambda _: Epochs(lambda epoch, first: [1.0, 3.0][first:], 2), (0, sgd))
-    assert result.iterations is None and result.num_steps == 4 and len(result.series[LOSS]) == 3
-    first = result.series["metrics/train/minibatch_loss"][1]
-    assert result.series[LOSS][0] < first < 3 * result.series[LOSS][0]  # the batches weigh 1 and 3
 
 
 def test_an_optimizer_that_needs_residuals_is_refused_where_there_are_none():

@@ -132,19 +132,6 @@ def test_a_point_that_is_not_finite_is_rejected():
     assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_several_groups_are_extrapolated_alone(average):
-    parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
-    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1)
-    scheme = PublishedScheme(optimizer, PublishedConfig(frequency=3, average=average))
-    for _ in range(6):
-        for p in parameters:
-            p.grad = p.detach().clone()
-        optimizer.step()
-    assert [len(window) for window in scheme.windows] == [5, 5]
-    assert all(p.isfinite().all() for p in parameters)
-
-
 def test_trial_evaluations_are_counted():
     matrix, offset = linear_map()
     settings = PublishedConfig(history_depth=5, frequency=5, safeguard=True)

