@@ -194,10 +194,7 @@ def _write_settings(target: Path, settings: Settings, complete: bool) -> None:
 
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    """One process of this machine at a time, or of the cluster where the file system locks across nodes.
-
-    Without it, `pack` would refuse to work beside another process.
-    """
+    """One process of this machine at a time, or of the cluster where locks hold across nodes: `pack` refuses two."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(target / LOCK, wait=False))

@@ -91,10 +91,7 @@ def random_crop(width: int, height: int, numbers: list[float], smallest: float =
 
 
 def central_place(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
-    """Width and height of an image whose short side was resized, and left and top of its central square, in pixels.
-
-    Rounded as torchvision's Resize and CenterCrop do.
-    """
+    """Width and height of a resized image, left and top of its central square, in pixels, rounded as by torchvision."""
     short = min(width, height)
     new_width, new_height = int(resize * width / short), int(resize * height / short)
     return new_width, new_height, round((new_width - size) / 2), round((new_height - size) / 2)
@@ -127,10 +124,7 @@ class Decoder:
             self._first = _WithTorchvision(decoding)
 
     def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
-        """The square, (size, size, 3): a random crop by its numbers, see `random_crop`, or the central one for None.
-
-        ImageError where the image cannot be read, or is too large to be one (Image.MAX_IMAGE_PIXELS).
-        """
+        """The square, (size, size, 3): a random crop by numbers, else the central one; ImageError if unreadable."""
         image = open_image(data)
         refused = False
         if self._first is not None and self._is_plain(image):

@@ -255,10 +255,7 @@ class EvaluationLoader(_Loader):
         self.num_images = self._bounds[1] - self._bounds[0]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (b, 3, size, size) and labels, b at most batch_size and at least 1.
-
-        ImageError for an unreadable image under "stop", or no readable one in the whole set.
-        """
+        """Images (b, 3, size, size), b in [1, batch_size], and labels; ImageError under "stop", or if all are broken."""
         start, stop = self._bounds
         indices = np.arange(start, stop, dtype=np.int64)
         starts = range(0, stop - start, self.batch_size)

@@ -17,11 +17,7 @@ from experiments.settings.yaml_file import to_yaml
 
 
 def main(options: argparse.Namespace) -> int:
-    """Makes the runs that are not finished yet, or prints what they would be.
-
-    Returns:
-        0, or 75 after a signal or a time limit.
-    """
+    """Makes the runs that are not finished yet, or prints what they would be; returns 0, or 75 after a signal."""
     path = find_config(options.config)
     notes: list[str] = []
     config = load_config(path, options.set, notes.append)

@@ -16,10 +16,7 @@ MAX_NODES = 1_000_000
 
 
 def lsf_hosts(env: Mapping[str, str]) -> tuple[dict[str, int], bool]:
-    """Returns slots by host without the launch node, and whether there is a launch node.
-
-    LSF drops LSB_HOSTS beyond 4096 bytes, so LSB_MCPU_HOSTS comes first.
-    """
+    """Returns slots by host without the launch node, and whether there is one; LSB_HOSTS is lost beyond 4096 bytes."""
     words = env.get("LSB_MCPU_HOSTS", "").split()
     hosts: dict[str, int] = {}
     if words and len(words) % 2 == 0 and all(word.isdigit() for word in words[1::2]):

@@ -26,12 +26,7 @@ from experiments.settings.launch_settings import LaunchSettings
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the table on rank 0 and returns 1 if something must change, else 0.
-
-    Raises:
-        ValueError: an option is wrong.
-        OSError: the file of the site cannot be read, or the folder of results cannot be written.
-    """
+    """Prints the table on rank 0 and returns 1 if something must change, else 0. ValueError for a wrong option."""
     site = read_site_file(options.site)
     if not options.start_seconds > 0:
         raise ValueError(f"--start-seconds must be positive, got {options.start_seconds}")
