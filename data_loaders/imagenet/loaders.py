@@ -255,7 +255,7 @@ class EvaluationLoader(_Loader):
         self.num_images = self._bounds[1] - self._bounds[0]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (b, 3, size, size), b in [1, batch_size], and labels; ImageError under "stop", or if all are broken."""
+        """Images (b, 3, size, size), 0 < b <= batch_size, and labels; ImageError under "stop" or if all are broken."""
         start, stop = self._bounds
         indices = np.arange(start, stop, dtype=np.int64)
         starts = range(0, stop - start, self.batch_size)
