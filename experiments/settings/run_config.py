@@ -13,8 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
-from experiments.settings.cadence import Period, Wait
-from experiments.settings.kinds import Component, Different, Name, Named, Seeds, Share, Text
+from experiments.settings.kinds import Component, Different, Name, Named, Period, Seeds, Share, Text, Wait
 from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.schema import Settings, read_settings
 from experiments.settings.suggestion import not_one_of

@@ -11,8 +11,7 @@ import torch
 
 import aadl
 from aadl.attached import STATE_KEY
-from experiments.settings.cadence import in_steps
-from experiments.settings.kinds import Component
+from experiments.settings.kinds import Component, in_steps
 from experiments.settings.run_config import PublishedConfig, VariantConfig
 from experiments.training.clock import HookSeconds
 from experiments.training.components import accelerate, solves_residuals
