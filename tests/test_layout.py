@@ -279,6 +279,12 @@ def test_a_use_of_something_private_is_found(tmp_path):
     assert sorted(private_uses(tmp_path)) == sorted(f"tests/test_a.py: {name}" for name in found)
 
 
+def test_files_of_tests_are_short():
+    """Longer ones guard several things, and are divided by them."""
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {str(path): length for path, length in lengths.items() if length > 500}
+
+
 def documents():
     return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -25,7 +25,7 @@ def resumable(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
     except Interrupted as error:
-        if int(os.environ.get("RANK") or 0) == 0:  # one of the ranks is enough, where they can be distinguished
+        if error.is_said_here:
             print(f"{error}: the same command goes on", file=sys.stderr)
         return EXIT_RESUME
 
@@ -57,6 +57,7 @@ def execute_here(config: ExperimentConfig, ranks: Ranks, options: argparse.Names
         except Interrupted as error:
             interrupted = error
     if interrupted is not None:
+        interrupted.is_said_here = ranks.rank == 0
         if ranks.rank == 0:
             write_stopped_file()
         raise interrupted

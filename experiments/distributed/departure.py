@@ -61,6 +61,9 @@ class Joined:
 class Interrupted(Exception):
     """The run stopped early on all ranks together and was saved; the message says where."""
 
+    is_said_here = True
+    """Whether this process tells the user: one of the ranks is enough."""
+
 
 class RanksDisagree(RuntimeError):
     """The ranks are at different steps or have taken different decisions, or one of them is gone."""

@@ -92,8 +92,8 @@ def test_the_commands_of_the_page_learn_and_draw(folder, capsys):
     assert (values["network"](points) - solution).norm() < 0.1 * solution.norm()
     assert main(figures) == 0
     assert main(summarize) == 0
-    told = capsys.readouterr().out
-    assert "heat equation, kappa = 0.1, compared with Adam" in told and "no network: zero" in told
+    printed = capsys.readouterr().out
+    assert "heat equation, kappa = 0.1, compared with Adam" in printed and "no network: zero" in printed
     drawn = {path.name for path in (results / "laptop" / "figures").iterdir()}
     named = set(re.findall(r"`figures/(\w+\.png)`", HEAT))
     assert drawn == named - {"predictors.png"}  # the equation has a grid

@@ -1,6 +1,7 @@
 """`run --dry-run` and `run --print-config`, and names that were meant otherwise."""
 
 import argparse
+import contextlib
 import copy
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ from suite_cases import PINN, RAW, load_or_skip
 from experiments.__main__ import main
 from experiments.catalog import load_config, parse_config
 from experiments.commands import running
+from experiments.distributed.departure import Interrupted
 from experiments.distributed.ranks import Ranks
 from experiments.runs import execute
 from experiments.runs.config import complete_settings, expand_runs
@@ -30,6 +32,22 @@ def test_what_an_override_leaves_out_is_said_once_by_all_ranks(monkeypatch, caps
         ranks = Ranks(rank=rank, world_size=2, launcher="torchrun")
         running.execute(Path("a.yaml"), types.SimpleNamespace(num_ranks=2), ranks, argparse.Namespace(), ["a note"])
     assert capsys.readouterr().err == "a note\n"
+
+
+def test_one_rank_says_that_a_run_was_stopped(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(running, "end_on_failure", lambda ranks: contextlib.nullcontext())
+    monkeypatch.setattr(running, "with_device", lambda ranks, launch: ranks)
+    monkeypatch.setattr(running, "execute_experiment", stop)
+    config = types.SimpleNamespace(num_ranks=2, launch=None)
+    options = argparse.Namespace(jobs=1, force=False, results=None)
+    for rank in (0, 1):
+        ranks = Ranks(rank=rank, world_size=2, launcher="srun")
+        code = running.resumable(lambda ranks=ranks: running.execute(Path("a.yaml"), config, ranks, options))
+        assert code == 75
+    assert capsys.readouterr().err == "stopped by SIGTERM: the same command goes on\n"
 
 
 def test_a_dry_run_shows_the_runs_and_changes_nothing(config, tmp_path, monkeypatch, capsys):
@@ -119,5 +137,5 @@ def test_texts_that_look_like_numbers_stay_texts():
 def test_the_name_that_was_meant_is_named(config, capsys, raw, change, message):
     config.write_text(yaml.safe_dump(copy.deepcopy(raw)))
     assert main(["run", str(config), "--dry-run", "--set", change]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("error: ") and message in told[-1]
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith("error: ") and message in printed[-1]

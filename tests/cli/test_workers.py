@@ -204,8 +204,8 @@ def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
     process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
     os.killpg(process.pid, number)
     code, _, err = end(process)
-    told = "interrupted: " if number == signal.SIGINT else "stopped by SIGUSR1; the runs that had begun are"
-    assert code == expected and err.splitlines()[-1].startswith(told), err
+    printed = "interrupted: " if number == signal.SIGINT else "stopped by SIGUSR1; the runs that had begun are"
+    assert code == expected and err.splitlines()[-1].startswith(printed), err
     assert saved(results) == {"sgd 0", "sgd_aadl 0"}
     assert "resource_tracker" not in err  # nor is the helper process of the pool ended
 

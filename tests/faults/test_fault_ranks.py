@@ -239,8 +239,8 @@ def test_a_rank_that_stood_still_for_a_while_is_named_and_the_run_goes_on(site):
     job.send(signal.SIGCONT, 1)
     ended = job.wait()
     site.equals(place, ended, ranks=2)
-    told = re.findall(r"rank 1 on \S+ stood still for ([\d.]+) s", ended.log)
-    assert any(float(seconds) >= 2.0 for seconds in told), ended.tail()
+    printed = re.findall(r"rank 1 on \S+ stood still for ([\d.]+) s", ended.log)
+    assert any(float(seconds) >= 2.0 for seconds in printed), ended.tail()
 
 
 def test_an_exception_on_one_rank_ends_all_with_one_traceback(site):

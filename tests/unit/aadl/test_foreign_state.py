@@ -154,10 +154,10 @@ def test_a_load_that_will_pass_over_the_history_is_announced_at_the_save(kind):
     optimizer = aadl.accelerate(kind(model.parameters(), lr=0.05, momentum=0.5), **EAGER)
     train(model, optimizer, 11)
     alone = kind is LoadsAlone
-    told = pytest.warns(
+    said = pytest.warns(
         UserWarning, match=r"LoadsAlone\.load_state_dict passes over.*load_state_dict\(state\['aadl'\]\)"
     )
-    with told if alone else nullcontext():
+    with said if alone else nullcontext():
         saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     other_model = network()
     other = aadl.accelerate(kind(other_model.parameters(), lr=0.05, momentum=0.5), **EAGER)

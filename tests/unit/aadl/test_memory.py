@@ -274,8 +274,8 @@ def test_a_limit_of_the_system_is_met_with_a_sentence(depth):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    told = "history_depth=20 for 10,000,000 elements of parameters, needs 1.72 GB on cpu, which cannot be allocated"
-    assert (told in result.stdout) == (depth == 20) == bool(result.stdout)
+    printed = "history_depth=20 for 10,000,000 elements of parameters, needs 1.72 GB on cpu, which cannot be allocated"
+    assert (printed in result.stdout) == (depth == 20) == bool(result.stdout)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------

@@ -222,8 +222,8 @@ def test_a_run_whose_loss_is_lost_ends_within_its_epoch(tmp_path, monkeypatch):
 
 def test_losses_are_judged_two_steps_late():
     finite = FiniteLosses()
-    told = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
-    assert told == [True, True, True, False, False]
+    printed = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
+    assert printed == [True, True, True, False, False]
 
 
 def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):
@@ -280,8 +280,8 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, capsy
     assert command(config, tmp_path / "whole", "--jobs", "1") == 0
     with signal_after(4, number):
         assert command(config, tmp_path / "again", "--jobs", "1") == EXIT_RESUME
-    told = capsys.readouterr().err
-    assert f"stopped by {number.name} after step" in told and "the same command goes on" in told
+    printed = capsys.readouterr().err
+    assert f"stopped by {number.name} after step" in printed and "the same command goes on" in printed
     assert command(config, tmp_path / "again", "--jobs", "1") == 0
     assert "stopped on the way and taken up again: 1" in capsys.readouterr().err
     paths = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.h5"))
@@ -301,9 +301,9 @@ def test_workers_save_when_their_parent_gets_a_signal(tmp_path):
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=600)
+        _, printed = process.communicate(timeout=600)
     assert process.returncode == EXIT_RESUME
-    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in told
+    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in printed
     assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
