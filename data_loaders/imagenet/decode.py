@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -112,13 +113,12 @@ class Decoder:
 
     Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). What an image
     shows is decided by `data_loaders.imagenet.pictures`; another decoder than Pillow reads only RGB and gray images
-    without transparency, and `num_fallbacks` counts those that it refused. Draft decoding is not used because it
-    changes pixels. ValueError where the decoder does not import.
+    without transparency, and Pillow those that it refuses. Draft decoding is not used because it changes pixels.
+    ValueError where the decoder does not import.
     """
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
-        self.num_fallbacks = 0
         self._first: Callable[[bytes, int, int, list[float] | None], Pixels] | None = None
         if decoding.decoder == "torchvision":
             self._first = _WithTorchvision(decoding)
@@ -126,15 +126,10 @@ class Decoder:
     def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
         """The square, (size, size, 3): a random crop by numbers, else the central one; ImageError if unreadable."""
         image = open_image(data)
-        refused = False
         if self._first is not None and self._is_plain(image):
-            try:
+            with suppress(Exception):  # whatever a library raises on an image that it does not take
                 return self._first(data, *image.size, numbers)
-            except Exception:  # whatever a library raises on an image that it does not take: Pillow decides
-                refused = True
-        square = self._with_pillow(image, numbers)
-        self.num_fallbacks += refused
-        return square
+        return self._with_pillow(image, numbers)
 
     def _is_plain(self, image: Image.Image) -> bool:
         """Whether all libraries show the same; they disagree on other modes, transparency and orientation."""
