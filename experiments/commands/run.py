@@ -9,7 +9,8 @@ from experiments.catalog import load_config
 from experiments.commands import dry_run
 from experiments.commands.running import execute, resumable
 from experiments.distributed.ranks import ranks_from_environment
-from experiments.runs.config import complete_settings, say
+from experiments.records.reading import say
+from experiments.runs.config import complete_settings
 from experiments.settings.config_files import find_config
 from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import to_yaml

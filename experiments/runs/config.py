@@ -6,12 +6,12 @@ key, the value and what is allowed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.records.reading import say
 from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
 from experiments.settings.kinds import Component, Name, in_steps
@@ -61,11 +61,6 @@ def load_config(
     for text in overrides:
         _say_what_is_not_reached(config, text.partition("=")[0].strip(), note or say)
     return config
-
-
-def say(text: str) -> None:
-    """Prints a note on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _source_of(mistake: str, path: str | Path, find: FindExperiment, overrides: Sequence[str]) -> str:
