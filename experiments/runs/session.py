@@ -114,7 +114,6 @@ class RunSession:
         self._interruption, self._publish, self._from_start = interruption, publish, from_start
         self._identity = identity_of_checkpoints(config, data_digest, ranks)
         self._finite = FiniteLosses()
-        self._is_finite = True
         self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks) if ranks.rank == 0 else None
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep)
         self._timeout_seconds = timeout_seconds
@@ -204,10 +203,9 @@ class RunSession:
             self._stop(run)
         if tally is not None and tally.save:
             self.save(run)
-        self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
-        self._vote.cast(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
+        self._vote.cast(run.num_steps, stop, self._finite(loss), run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
         """Publishes the record now and then, and saves when it is time."""

