@@ -10,7 +10,8 @@ When an acceleration is due, the history makes one attempt at a candidate x+. Th
    acceleration pauses; where `must_revert` holds, the plain iterate is put back.
 5. Before the next attempt, `points_back_too_far` looks once more at all updates since the candidate.
 
-Nonlinear GMRES evaluates the residuals at its candidate (`cause_of_residuals`): `RESIDUALS`, `CHECK`, `NON_FINITE`.
+Nonlinear GMRES evaluates the residuals at its candidate (`cause_of_residuals`): `RESIDUALS`, `CHECK`, `NON_FINITE`,
+`STEPS`.
 
 `aadl.decisions` (1 to 3) and `aadl.judgments` (4 and 5) apply these rules for Anderson acceleration,
 `aadl.nonlinear_gmres` for nonlinear GMRES;
@@ -78,6 +79,8 @@ class Cause(str, Enum):
     """The sum of squares at the candidate is not below that at x_k."""
     CHECK = "check"
     """The sum of squares of `check` at the candidate is not below that at x_k."""
+    STEPS = "steps"
+    """The sum of squares falls by less than the normalized steps of the optimizer change it."""
 
     # Resets
     USER = "user"

@@ -32,6 +32,8 @@ CURES: dict[str, str] = {
     Cause.USER: "aadl.reset_history is called before the history is long enough",
     Cause.RESIDUALS: "candidates raise the sum of squares: try a larger reg_acc, or a smaller frequency",
     Cause.CHECK: "candidates fit the residuals and not those of check: hand over more residuals, or a larger reg_acc",
+    Cause.STEPS: "the optimizer normalizes its steps, which are too long to keep what candidates gain: acceleration "
+    "begins where the learning rate has fallen",
     Cause.POINTS: "the residuals differ where the weights are the same: take points that stay (residuals=fn), "
     "call aadl.reset_history when the points change, and have no dropout in them",
     Cause.RESUMED: "the pairs of another rank or depth were loaded: the history starts again each time",

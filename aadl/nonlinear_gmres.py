@@ -2,7 +2,8 @@
 
 The loss is ||r(x)||^2 with residuals r on points that stay. The history keeps pairs (x_j, r_j). Every `frequency`
 optimizer steps a candidate x+ = x_k + sum_j gamma_j (x_j - x_k) minimizes ||r_k + sum_j gamma_j (r_j - r_k)||^2, damped
-after Levenberg and Marquardt, and replaces x_k where ||r(x+)||^2 is smaller than ||r_k||^2.
+after Levenberg and Marquardt, and replaces x_k where ||r(x+)||^2 is smaller than ||r_k||^2; where the optimizer
+normalizes its steps, smaller by more than these steps change it.
 
 An acceleration evaluates the residuals twice: at x_k, where the step has led, and at x+. The host waits for a device
 once per acceleration, for the products. The decision is carried out on the device; the host reads it before the next
@@ -25,7 +26,7 @@ from aadl.acceptance import Cause, cause_of_residuals, count
 from aadl.attached import VERSION, check_format
 from aadl.deferred import Deferred, on_host
 from aadl.learning_rates import is_dry_step
-from aadl.least_squares import Solution, gain_ratio, next_damping, solve
+from aadl.least_squares import Solution, change_by_steps, gain_ratio, next_damping, solve
 from aadl.mixing import newest
 from aadl.pace import Pace, clears_momentum, is_normalized
 from aadl.parameters import (
@@ -62,6 +63,8 @@ class _Candidate(NamedTuple):
     """Slots of the columns that it is made of."""
     before: float
     """||r_k||^2."""
+    least: float
+    """By how much ||r(x+)||^2 has to be smaller, >= 0."""
 
 
 class ResidualAccelerator(ResidualPairs):
@@ -287,13 +290,14 @@ class ResidualAccelerator(ResidualPairs):
             count(self._statistics["rejected"], Cause.RANK)
             return None
         self._statistics["gain"] = math.sqrt(solution.predicted / gram.square)
-        return _Candidate(solution, slots, gram.square)
+        least = change_by_steps(products.gram) if is_normalized(self.optimizer) else 0.0
+        return _Candidate(solution, slots, gram.square, least)
 
     def _decide(self, optimizer: Optimizer, attempt: _Candidate, after: Tensor, numbers: Tensor) -> None:
-        """Accept the candidate if the sum of squares falls, on the points of `check` too; else put x_k back."""
+        """Accept the candidate if the sum of squares falls far enough, and that of `check` falls; else put x_k back."""
         history = self._history
         assert history is not None
-        flag = numbers[0] < attempt.before
+        flag = numbers[0] < attempt.before - attempt.least
         if numbers.numel() > 1:
             flag = flag & (numbers[2] < numbers[1])
         at_once = on_host(flag) or isinstance(optimizer, torch.optim.LBFGS)
@@ -329,17 +333,18 @@ class ResidualAccelerator(ResidualPairs):
         attempt, self._open_attempt = self._open_attempt, None
         if attempt is None:
             return
-        (solution, _, before), numbers, at_once = attempt
+        (solution, _, before, least), numbers, at_once = attempt
         flag, after = numbers.values()[:2]
         statistics = self._statistics
         ratio = gain_ratio(before, solution.predicted, after) if math.isfinite(after) else -math.inf
-        self._damping = next_damping(self._damping, ratio, bool(flag), self.settings.regularization)
+        is_small = before - least <= after < before  # the model holds, and the damping stays adapted to it
+        self._damping = next_damping(self._damping, ratio, bool(flag) or is_small, self.settings.regularization)
         statistics["trust_ratio"], statistics["damping"] = ratio, self._damping
         statistics["period"] = self._pace.period
         if flag:
             statistics["accepted"] += 1
             return
-        count(statistics["rejected"], cause_of_residuals(before, after))
+        count(statistics["rejected"], Cause.STEPS if is_small else cause_of_residuals(before, after))
         if not at_once and self._history is not None:
             self._history.drop_newest_column()
 

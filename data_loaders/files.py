@@ -49,10 +49,7 @@ def write_text(path: Path, text: str, *, executable: bool = False) -> None:
 
 
 def takes_no_files(error: OSError) -> bool:
-    """Whether an error of `write_text` or of the system means a place in which this user may not write.
-
-    A full disk or a quota is no such error: another place in its stead would hide it.
-    """
+    """Whether an error means a place where this user may not write; a full disk or a quota is none, which must show."""
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
     return cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 

@@ -54,7 +54,6 @@ CORRELATIONS = (
     (0.580, 0.490, 0.448, 0.444, 0.397, 0.522, 1.000, 0.553),
     (0.803, 0.792, 0.711, 0.676, 0.670, 0.873, 0.553, 1.000),
 )
-FEATURE_NAMES = tuple(column.name for column in COLUMNS[:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,6 @@ class GraduateAdmissions:
     target: NDArray[np.float64]
     source: Literal["csv", "surrogate"]
     path: str | None
-    feature_names: tuple[str, ...] = FEATURE_NAMES
 
 
 def load(path: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None) -> GraduateAdmissions:

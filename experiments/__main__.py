@@ -42,10 +42,7 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Turns SIGTERM into an interrupt, so that the workers end too.
-
-    Python allows no handlers in a thread, where nothing changes. A run that is trained saves and stops instead.
-    """
+    """Turns SIGTERM into an interrupt, so that workers end too; not in a thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

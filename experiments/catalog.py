@@ -25,10 +25,7 @@ OF_USERS = "experiments.pinn.experiment"
 
 
 def find_experiment(name: str, problem: Mapping[str, Any]) -> Experiment:
-    """The experiment of a configuration, by its name and the raw settings of its problem.
-
-    ValueError where there is none, or it needs a package that is not installed.
-    """
+    """The experiment of a configuration; ValueError where there is none, or its package is not installed."""
     module = EXPERIMENTS.get(name)
     if module is None and str(problem.get("equation")).endswith(".py"):
         module = OF_USERS

@@ -187,10 +187,7 @@ def read_points(results: Path) -> list[Point]:
 
 
 def efficiencies(points: Sequence[Point]) -> list[float]:
-    """Samples per second and rank, over those of the fewest ranks; points of one variant and mode, by rising ranks.
-
-    The same formula serves strong and weak scaling, because both count samples.
-    """
+    """Samples per second and rank, over those of the fewest ranks; the same for strong and weak scaling."""
     return [point.rate / point.ranks / (points[0].rate / points[0].ranks) for point in points]
 
 

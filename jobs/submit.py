@@ -19,10 +19,7 @@ from jobs.site import Site, read_site, site_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Submits one experiment; 2 after a mistake of the user, explained in one sentence on stderr.
-
-    On a site without a batch system, the exit code is that of the job.
-    """
+    """Submits one experiment; returns 2 after a mistake of the user, and without a batch system the code of the job."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = make_parser().parse_args(given)
     return guarded(lambda: _submit(options, ["python", "-m", "jobs.submit", *given]))

@@ -229,6 +229,18 @@ def test_the_library_works_with_torch_alone(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("experiments.settings.kinds, experiments.settings.yaml_file", "torch numpy"),
+        ("jobs.submit, jobs.scaling", "mpi4py"),
+    ],
+)
+def test_a_command_line_does_not_wait_for_what_it_does_not_use(modules, heavy):
+    code = f"import sys, {modules}; sys.exit(bool(set({heavy.split()}) & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 OF_OTHERS = {"_replace", "_fields", "_version", "_hooks"}  # of named tuples and of torch, whose tests read them
 
 
@@ -277,6 +289,12 @@ def test_a_use_of_something_private_is_found(tmp_path):
     (tmp_path / "tests" / "test_a.py").write_text("\n".join(uses + fine))
     found = ["_lid", "_nut", "_nut", "_lid"]
     assert sorted(private_uses(tmp_path)) == sorted(f"tests/test_a.py: {name}" for name in found)
+
+
+def test_files_of_tests_are_short():
+    """Longer ones guard several things, and are divided by them."""
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {str(path): length for path, length in lengths.items() if length > 500}
 
 
 def documents():

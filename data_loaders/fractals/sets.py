@@ -111,9 +111,7 @@ class FractalImages:
         return self
 
 
-def ensure(
-    target: str | os.PathLike[str], settings: Settings, *, num_workers: int | None = None, progress: bool = True
-) -> Path:
+def ensure(target: str | os.PathLike[str], settings: Settings, *, num_workers: int | None = None) -> Path:
     """Makes the set, packed as `data_loaders.imagenet.packed` reads it, where it is missing or not finished.
 
     Every shard appears whole or not at all. The same call takes up what was interrupted, and does nothing when all is
@@ -124,7 +122,6 @@ def ensure(
         settings: what to draw.
         num_workers: processes, one a core by default; a script that calls this with several needs the line
             `if __name__ == "__main__":`.
-        progress: whether to show a bar on a terminal.
 
     Raises:
         ValueError: a value outside its range, or `target` holds something else.
@@ -143,7 +140,7 @@ def ensure(
             for split in SPLITS:
                 images = FractalImages(settings, split)
                 try:
-                    pack(images, folder, split, packing, num_workers=workers, progress=progress and sys.stderr.isatty())
+                    pack(images, folder, split, packing, num_workers=workers, progress=sys.stderr.isatty())
                 except OtherShardsError:  # of these settings, as was just checked, but of another writer
                     raise ValueError(_of_earlier_version(folder)) from None
             _write_settings(folder, settings, complete=True)
@@ -194,10 +191,7 @@ def _write_settings(target: Path, settings: Settings, complete: bool) -> None:
 
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    """One process of this machine at a time, or of the cluster where the file system locks across nodes.
-
-    Without it, `pack` would refuse to work beside another process.
-    """
+    """One process of this machine at a time, or of the cluster where locks hold across nodes: `pack` refuses two."""
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(target / LOCK, wait=False))

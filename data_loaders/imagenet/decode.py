@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -91,10 +92,7 @@ def random_crop(width: int, height: int, numbers: list[float], smallest: float =
 
 
 def central_place(width: int, height: int, size: int, resize: int) -> tuple[int, int, int, int]:
-    """Width and height of an image whose short side was resized, and left and top of its central square, in pixels.
-
-    Rounded as torchvision's Resize and CenterCrop do.
-    """
+    """Width and height of a resized image, left and top of its central square, in pixels, rounded as by torchvision."""
     short = min(width, height)
     new_width, new_height = int(resize * width / short), int(resize * height / short)
     return new_width, new_height, round((new_width - size) / 2), round((new_height - size) / 2)
@@ -115,32 +113,23 @@ class Decoder:
 
     Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). What an image
     shows is decided by `data_loaders.imagenet.pictures`; another decoder than Pillow reads only RGB and gray images
-    without transparency, and `num_fallbacks` counts those that it refused. Draft decoding is not used because it
-    changes pixels. ValueError where the decoder does not import.
+    without transparency, and Pillow those that it refuses. Draft decoding is not used because it changes pixels.
+    ValueError where the decoder does not import.
     """
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
-        self.num_fallbacks = 0
         self._first: Callable[[bytes, int, int, list[float] | None], Pixels] | None = None
         if decoding.decoder == "torchvision":
             self._first = _WithTorchvision(decoding)
 
     def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
-        """The square, (size, size, 3): a random crop by its numbers, see `random_crop`, or the central one for None.
-
-        ImageError where the image cannot be read, or is too large to be one (Image.MAX_IMAGE_PIXELS).
-        """
+        """The square, (size, size, 3): a random crop by numbers, else the central one; ImageError if unreadable."""
         image = open_image(data)
-        refused = False
         if self._first is not None and self._is_plain(image):
-            try:
+            with suppress(Exception):  # whatever a library raises on an image that it does not take
                 return self._first(data, *image.size, numbers)
-            except Exception:  # whatever a library raises on an image that it does not take: Pillow decides
-                refused = True
-        square = self._with_pillow(image, numbers)
-        self.num_fallbacks += refused
-        return square
+        return self._with_pillow(image, numbers)
 
     def _is_plain(self, image: Image.Image) -> bool:
         """Whether all libraries show the same; they disagree on other modes, transparency and orientation."""

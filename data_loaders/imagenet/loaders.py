@@ -64,7 +64,6 @@ class _Loader:
     Attributes:
         unreadable: reasons by index of the images that this rank could not read so far; each was logged once.
         num_unreadable: how many the present pass met, or the last one.
-        num_fallbacks: images so far that the chosen decoder refused and Pillow read.
     """
 
     def __init__(
@@ -77,16 +76,15 @@ class _Loader:
         start_method: str,
         pin_memory: bool,
         seed: int,
-        augment: bool,
     ) -> None:
         check_decoder(decoding.decoder)
         self.images, self.decoding = images, decoding
         self.rank, self.world_size = rank, world_size
         self.unreadable: dict[int, str] = {}
-        self.num_unreadable = self.num_fallbacks = 0
+        self.num_unreadable = 0
         self._pass = 0
         self._started = False  # the workers
-        self._reader = Reader(images, decoding, seed, augment)
+        self._reader = Reader(images, decoding, seed)
         self._keys = _Keys()
         self._workers: DataLoader[Answer] | None = None
         self._pin = pin_memory and not num_workers  # DataLoader pins for itself
@@ -134,7 +132,6 @@ class _Loader:
 
     def _note(self, answer: Answer) -> None:
         self.num_unreadable += len(answer.unreadable)
-        self.num_fallbacks += answer.num_fallbacks
         for index, reason in answer.unreadable.items():
             if index not in self.unreadable:
                 self.unreadable[index] = reason
@@ -175,12 +172,10 @@ class TrainLoader(_Loader):
         num_workers: processes that decode; 0 for this one.
         start_method: of the workers: "fork", "spawn" or "forkserver". A forkserver that starts here leaves SIGTERM
             blocked in all processes of the program that come from it later: those it terminates must be of "spawn".
-        augment: False takes the central crop of evaluation.
         pin_memory: batches in page-locked memory, for asynchronous copies to a GPU, whoever decodes.
 
     Attributes:
-        steps_per_epoch: full global batches.
-        num_left_out: images that an epoch leaves out, other ones in each: the remainder of the last batch.
+        steps_per_epoch: full global batches; the remainder is left out, other images in each epoch.
 
     Raises:
         ValueError: a decoder that does not import, fewer images than a batch.
@@ -197,14 +192,13 @@ class TrainLoader(_Loader):
         world_size: int = 1,
         num_workers: int = 0,
         start_method: str = "forkserver",
-        augment: bool = True,
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, seed, augment)
+        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, seed)
         if len(images) < batch_size:
             raise ValueError(f"batch_size {batch_size} is larger than the set, which has {len(images)} images")
         self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch, self.num_left_out = divmod(len(images), batch_size)
+        self.steps_per_epoch = len(images) // batch_size
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (batch_size / world_size, 3, size, size) and labels of this rank in an epoch, from step `first` on.
@@ -249,16 +243,13 @@ class EvaluationLoader(_Loader):
         start_method: str = "forkserver",
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, 0, False)
+        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, 0)
         self.batch_size = batch_size
         self._bounds = shard_bounds(len(images), rank, world_size)
         self.num_images = self._bounds[1] - self._bounds[0]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (b, 3, size, size) and labels, b at most batch_size and at least 1.
-
-        ImageError for an unreadable image under "stop", or no readable one in the whole set.
-        """
+        """Images (b, 3, size, size), 0 < b <= batch_size, and labels; ImageError under "stop" or if all are broken."""
         start, stop = self._bounds
         indices = np.arange(start, stop, dtype=np.int64)
         starts = range(0, stop - start, self.batch_size)

@@ -152,10 +152,7 @@ def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
 
 
 def damaged_images(shard: Shard, first: int | None = None) -> list[str]:
-    """Images of a shard whose bytes are not those that were packed, and names that are not.
-
-    `first` is the index of its first image in the set, None where that is unknown.
-    """
+    """Images of a shard, the `first` of which has this index in the set, and names that are not as they were packed."""
     damages = []
     try:
         names = read_names(shard)

@@ -143,10 +143,7 @@ def _pack_in_worker(task: _Task) -> None:
 
 
 def encode(data: bytes, packing: Packing) -> bytes:
-    """Returns the bytes to pack: those given, or a smaller JPEG with the same EXIF orientation.
-
-    All pixels are decoded in either case, so that damage shows here, as an ImageError, and not in a training.
-    """
+    """Returns the bytes given, or a smaller JPEG with the same EXIF orientation; damage shows here, as ImageError."""
     image = open_image(data)
     picture = to_rgb(image)
     short = min(picture.size)

@@ -32,21 +32,19 @@ class Answer(NamedTuple):
         labels: (b,).
         unreadable: reasons by index.
         failed: whether the batch is worthless.
-        num_fallbacks: images that the chosen decoder refused and Pillow read.
     """
 
     images: Tensor
     labels: Tensor
     unreadable: dict[int, str]
     failed: bool
-    num_fallbacks: int
 
 
 class Reader:
     """Makes a batch from its key alone: the same in every process, whatever it made before."""
 
-    def __init__(self, images: Images, decoding: Decoding, seed: int, augment: bool) -> None:
-        self.images, self.decoding, self.seed, self.augment = images, decoding, seed, augment
+    def __init__(self, images: Images, decoding: Decoding, seed: int) -> None:
+        self.images, self.decoding, self.seed = images, decoding, seed
         self._decoder: Decoder | None = None
 
     def __getitem__(self, key: Key) -> Answer:
@@ -55,20 +53,17 @@ class Reader:
         unreadable: dict[int, str] = {}
         if self._decoder is None:
             self._decoder = Decoder(self.decoding)
-        before = self._decoder.num_fallbacks
         with quiet():
             make = self._evaluation if key.epoch is None else self._training
             read = make(self._decoder, key, squares, unreadable)
         failed = -1 in read or bool(unreadable and self.decoding.on_corrupt == "stop")
         pixels = torch.from_numpy(squares[: len(read)]).permute(0, 3, 1, 2)
         labels = self.images.labels[np.array(read, np.int64)]
-        return Answer(pixels, torch.from_numpy(labels), unreadable, failed, self._decoder.num_fallbacks - before)
+        return Answer(pixels, torch.from_numpy(labels), unreadable, failed)
 
     def _training(self, decoder: Decoder, key: Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
         """An image an entry: the one asked for, or in its place the next one that can be read."""
-        numbers: list[list[float] | None] = [None] * len(key.indices)
-        if self.augment:
-            numbers = uniform(sample_seed(self.seed, key.epoch or 0, key.indices), NUM_UNIFORM).tolist()
+        numbers = uniform(sample_seed(self.seed, key.epoch or 0, key.indices), NUM_UNIFORM).tolist()
         attempts = 1 if self.decoding.on_corrupt == "stop" else min(len(self.images), MAX_REPLACED)
         read = []
         for row, index in enumerate(key.indices.tolist()):

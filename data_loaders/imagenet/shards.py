@@ -101,10 +101,7 @@ def shard_path(folder: Path, split: str, shard: int, num_shards: int) -> Path:
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, in order; none where the split is not packed here.
-
-    ValueError where shards are missing, or belong to sets of different numbers of shards.
-    """
+    """The shards of a split, in order; none where it is not packed here, ValueError where some are missing or mixed."""
     pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})-of-(\d{{5,}})\.h5")
     found: dict[tuple[int, int], Path] = {}  # by (number of shards, number of the shard)
     for path in folder.iterdir():
@@ -125,10 +122,7 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def read_header(path: Path) -> Shard:
-    """Everything but the images, checked for consistency.
-
-    ValueError, which names the file, where it is no shard, is incomplete, damaged, or of another version.
-    """
+    """Everything but the images, checked; ValueError names a file that is damaged, incomplete or of another version."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             attributes = dict(file.attrs)

@@ -13,10 +13,7 @@ from experiments.records.reading import Run, read_runs
 
 
 def main(options: argparse.Namespace) -> int:
-    """Writes the files; returns 2 where some results cannot be read, else 0.
-
-    ValueError where no format is asked for, there are no results, or a group or a metric is in none of them.
-    """
+    """Writes the files; returns 2 where some results cannot be read, else 0. ValueError for nothing to write."""
     targets = {as_csv: options.csv, as_latex: options.latex}
     if not any(targets.values()):
         raise ValueError("export needs --csv FILE, --latex FILE or both; - stands for the terminal")

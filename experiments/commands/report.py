@@ -18,10 +18,7 @@ from experiments.records.report import html_page, section_of
 
 
 def main(options: argparse.Namespace) -> int:
-    """Draws the figures, writes the file and prints its path; returns 2 where some results cannot be shown, else 0.
-
-    ValueError where there are no results, or none can be shown.
-    """
+    """Draws the figures, writes the file and prints its path; returns 2 where some results cannot be shown, else 0."""
     sections: list[str] = []
 
     def add(folder: Path, note: Callable[[str], None]) -> None:

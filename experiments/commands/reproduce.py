@@ -20,11 +20,7 @@ from experiments.training.progress import duration
 
 
 def main(options: argparse.Namespace) -> int:
-    """Makes the runs that are not finished yet, then draws the figures and prints the tables.
-
-    Returns:
-        0; 2 where some results cannot be shown; 75 after a signal or a time limit.
-    """
+    """Makes runs, draws figures and prints tables; returns 2 where some cannot be shown, 75 after a signal, else 0."""
     only = options.only or os.environ.get("ONLY") or None
     paths = {path.parent.name: path for path in config_files().values() if path.stem == LAPTOP}
     if only is not None and only not in paths:

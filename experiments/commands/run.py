@@ -9,19 +9,15 @@ from experiments.catalog import load_config
 from experiments.commands import dry_run
 from experiments.commands.running import execute, resumable
 from experiments.distributed.ranks import ranks_from_environment
-from experiments.runs.complete_settings import complete_settings
-from experiments.runs.config import say
+from experiments.records.reading import say
+from experiments.runs.config import complete_settings
 from experiments.settings.config_files import find_config
 from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import to_yaml
 
 
 def main(options: argparse.Namespace) -> int:
-    """Makes the runs that are not finished yet, or prints what they would be.
-
-    Returns:
-        0, or 75 after a signal or a time limit.
-    """
+    """Makes the runs that are not finished yet, or prints what they would be; returns 0, or 75 after a signal."""
     path = find_config(options.config)
     notes: list[str] = []
     config = load_config(path, options.set, notes.append)

@@ -15,7 +15,7 @@ from experiments.distributed.departure import Interrupted, end_on_failure
 from experiments.distributed.devices import with_device
 from experiments.distributed.interruption import EXIT_RESUME, STOPPED_FILE, Interruption, write_stopped_file
 from experiments.distributed.ranks import Ranks
-from experiments.runs.config import say
+from experiments.records.reading import say
 from experiments.runs.execute import execute_experiment
 from experiments.settings.run_config import ExperimentConfig
 

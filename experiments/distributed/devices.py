@@ -82,10 +82,7 @@ def describe_device(ranks: Ranks) -> str:
 
 
 def safe_start_method() -> str:
-    """Returns how the workers of data start: as is Python's choice, but not as a fork where MPI or a GPU is in use.
-
-    A forked copy of such a process may hang.
-    """
+    """Returns how workers of data start: as Python chooses, but not by fork, which may hang beside MPI or a GPU."""
     usual = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return "forkserver" if usual == "fork" and (mpi_is_in_use() or torch.cuda.is_available()) else usual
 

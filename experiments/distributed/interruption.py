@@ -16,6 +16,9 @@ EXIT_RESUME = 75
 STOPPED_FILE = "AADL_STOPPED_FILE"
 """Names a file that rank 0 makes when the runs were stopped and saved, for launchers with exit codes of their own."""
 
+OF_ANOTHER_RANK = "a signal or a time limit of another rank"
+"""The reason on a rank that has none of its own."""
+
 # USR1 and USR2 announce a time limit (Slurm --signal, LSF), TERM a preemption or a cancellation.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 

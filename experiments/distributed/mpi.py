@@ -69,10 +69,7 @@ def mpi_for_rendezvous(ranks: Ranks, settings: LaunchSettings) -> Any:
 
 
 def broadcast(mpi: Any, announcement: Announcement | None, ranks: Ranks, deadline: Deadline) -> Announcement:
-    """Sends the announcement of rank 0 to all, then leaves MPI, whose threads and signals nothing else needs.
-
-    RuntimeError where the broadcast does not end in time.
-    """
+    """Sends the announcement of rank 0 to all, then leaves MPI; RuntimeError where that does not end in time."""
     buffer = bytearray(4096)
     if announcement is not None:
         text = announcement.as_json().encode()

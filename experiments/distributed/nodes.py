@@ -1,4 +1,4 @@
-"""Which nodes and tasks a job has, in the notations of Slurm and LSF, and what to type in its batch shell."""
+"""What the variables of a job say: numbers, nodes and tasks in the notations of Slurm and LSF, its batch shell."""
 
 from __future__ import annotations
 
@@ -7,19 +7,42 @@ import shlex
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from experiments.distributed.variables import first
-
 # Slurm's numbers for steps that no srun of the user started: batch script, interactive shell, external processes.
 SHELL_STEPS = {str(2**32 - number) for number in range(1, 16)}
 LOGIN_OR_LAUNCH = re.compile(r"(batch|login|launch)\d*$")
 MAX_NODES = 1_000_000
 
 
-def lsf_hosts(env: Mapping[str, str]) -> tuple[dict[str, int], bool]:
-    """Returns slots by host without the launch node, and whether there is a launch node.
+def first(env: Mapping[str, str], names: Sequence[str], minimum: int, default: int | None) -> int:
+    """Returns the first of these variables that is set, or the default; ValueError if there is neither."""
+    for name in names:
+        if name in env:
+            return integer(env, name, minimum)
+    if default is None:
+        raise ValueError(
+            f"environment variable {' or '.join(names)} is missing, so the rank within its node is unknown"
+        )
+    return default
 
-    LSF drops LSB_HOSTS beyond 4096 bytes, so LSB_MCPU_HOSTS comes first.
-    """
+
+def integer(env: Mapping[str, str], name: str, minimum: int) -> int:
+    """Returns a variable as an integer; ValueError if it is none or too small."""
+    text = env[name]
+    if re.fullmatch(r"\s*\d+\s*", text, re.ASCII) is None or int(text) < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {text!r}")
+    return int(text)
+
+
+def port_of(env: Mapping[str, str], name: str) -> int:
+    """Returns a variable as a port; ValueError if it is none."""
+    port = integer(env, name, 1)
+    if port > 65535:
+        raise ValueError(f"{name} must be an integer in [1, 65535], got {port}")
+    return port
+
+
+def lsf_hosts(env: Mapping[str, str]) -> tuple[dict[str, int], bool]:
+    """Returns slots by host without the launch node, and whether there is one; LSB_HOSTS is lost beyond 4096 bytes."""
     words = env.get("LSB_MCPU_HOSTS", "").split()
     hosts: dict[str, int] = {}
     if words and len(words) % 2 == 0 and all(word.isdigit() for word in words[1::2]):

@@ -138,10 +138,7 @@ def _host(ranks: Ranks, settings: LaunchSettings, wanted: str) -> tuple[Announce
 
 
 def export_settings(folder: Path | None) -> None:
-    """Sets what torch and NCCL read when the group starts, unless the user did.
-
-    The last collectives are kept for the dump after a timeout.
-    """
+    """Sets what torch and NCCL read when the group starts, as the dump after a timeout, unless the user did."""
     wanted = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

@@ -16,8 +16,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from experiments.distributed.nodes import SHELL_STEPS, expand_nodelist, refuse_batch_shell, tasks_per_node
-from experiments.distributed.variables import first, integer, port_of
+from experiments.distributed.nodes import (
+    SHELL_STEPS,
+    expand_nodelist,
+    first,
+    integer,
+    port_of,
+    refuse_batch_shell,
+    tasks_per_node,
+)
 
 
 @dataclass(frozen=True)

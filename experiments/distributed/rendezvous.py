@@ -36,10 +36,7 @@ AGENT_KEY = "aadl rank 0"
 
 @dataclass(frozen=True)
 class Announcement:
-    """Where the store of rank 0 listens: addresses, the best first, and a token that only this store knows.
-
-    There is no token where the launcher or the user gave the address.
-    """
+    """Where the store of rank 0 listens, and a token that only it knows, unless launcher or user gave the address."""
 
     addresses: tuple[str, ...]
     port: int

@@ -52,10 +52,7 @@ def by_first(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> 
 
 
 def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T:
-    """Calls `make` on every rank, and returns when it has returned on all; otherwise as `by_first`.
-
-    The error of one rank is raised on all of them, with the rank and its host.
-    """
+    """Calls `make` on every rank, and returns when all have; as `by_first`, with the rank and its host in an error."""
     if not _has_group(ranks):
         return make()
     made, failure = None, None

@@ -35,10 +35,7 @@ def make_network(
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a state_dict saved by torch.save, torchvision's for instance, or that of a record.
-
-    ValueError where the file holds no weights of this network, OSError where it cannot be read.
-    """
+    """Loads a state_dict saved by torch.save, or that of a record; ValueError where it is not one of this network."""
     state = _read_state(path)
     try:
         model.load_state_dict(state)

@@ -21,10 +21,9 @@ from experiments.distributed.devices import device_of, safe_start_method
 from experiments.distributed.ranks import Ranks
 from experiments.images.classification import Counts, evaluate_exactly
 from experiments.images.data import description_of, open_sets
-from experiments.images.epochs import ImageEpochs
+from experiments.images.epochs import ImageEpochs, scaled_rate, step_scheduler
 from experiments.images.network import forward_pass, make_network
 from experiments.images.resnet import parameter_groups
-from experiments.images.schedules import scaled_rate, step_scheduler
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
 from experiments.settings.kinds import Component
 from experiments.settings.run_config import RunConfig

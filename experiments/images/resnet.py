@@ -143,10 +143,7 @@ MODELS: dict[str, Callable[..., ResNet]] = {"resnet18": resnet18, "resnet50": re
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: weights with its weight decay, and BatchNorm weights and all biases without any.
-
-    BatchNorm is known by the type of the module, because the name "downsample.1" does not say that it is one.
-    """
+    """Two groups for an optimizer: weights with its weight decay, BatchNorm (by its type) and biases without any."""
     exempt = {
         id(parameter)
         for module in model.modules()

@@ -231,10 +231,7 @@ def chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:
-    """Orthonormal rows (r, d), r = min(d, h), whose span contains the rows of a matrix (h, d); the identity if d <= h.
-
-    From a QR decomposition of the transpose, which leaves out no direction of a matrix of deficient rank.
-    """
+    """Orthonormal rows (r, d), r = min(d, h), by QR, whose span contains the rows of (h, d); the identity if d <= h."""
     outputs, inputs = matrix.shape
     if inputs <= outputs:
         return torch.eye(inputs, dtype=matrix.dtype, device=matrix.device)

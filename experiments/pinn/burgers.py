@@ -158,10 +158,7 @@ class _NormalLaw(Equation):
         return u.time + u.value * u.gradient_sum - u.laplacian - source
 
     def test_points(self) -> dict[str, Tensor]:
-        """ "sobol": 10,000 scrambled Sobol points, always the same, of the law that `sample` draws from.
-
-        Fewer, 2^25 / dimension, where 10,000 would take more than 256 MB.
-        """
+        """ "sobol": the same 10,000 scrambled Sobol points of the law, or as many fewer as take 256 MB."""
         columns = self.num_space + 1
         count = min(NUM_TEST_POINTS, MAX_TEST_ELEMENTS // columns)
         return {"sobol": self.sample(uniform_points("sobol", count, columns, TEST_SEED))}
@@ -268,10 +265,7 @@ class TwoBody(_NormalLaw):
 
 
 def _normal_nodes(deviation: float) -> tuple[Tensor, Tensor]:
-    """Nodes and weights, summing to one, for integrals over deviation N(0, 1): the trapezoidal rule.
-
-    Enough of them for deviations up to 3, where `_phase` turns fastest.
-    """
+    """Nodes and weights, summing to one, over deviation N(0, 1), for deviations up to 3: the trapezoidal rule."""
     z = torch.linspace(-9, 9, 401, dtype=torch.float64)
     return deviation * z, torch.softmax(-z.square() / 2, dim=0)
 

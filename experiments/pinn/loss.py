@@ -25,10 +25,7 @@ class Loss:
         """Weights of the residuals, 1 / (1 + |sum_i u_{x_i}|) at the last linearization; None without them."""
 
     def backward(self, network: nn.Module, points: Points, observe: Observer | None = None) -> Tensor:
-        """The loss; its gradient is added to that of the parameters, chunk by chunk.
-
-        `observe` receives the residuals, which the loss needs anyway.
-        """
+        """The loss; its gradient is added to that of the parameters, chunk by chunk. `observe` gets the residuals."""
         assert isinstance(network, MLP)
         config, equation, size = self._config, self._equation, self._ranks.world_size
         loss, interior = points.interior.new_zeros(()), [points.interior[:0, :1]]

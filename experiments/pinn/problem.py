@@ -29,10 +29,7 @@ from experiments.training.stage import Stage
 
 
 def describe(config: PinnConfig) -> Description:
-    """What determines the points and the solution: the equation, its options and the text of a user's file.
-
-    ValueError where there is nothing to train on.
-    """
+    """What determines points and solution: equation, options, a user's file; ValueError where nothing would train."""
     equation = load_equation(config.equation, config.options, config.folder)
     Collocation(equation, config.model_copy(update={"num_points": 1}), 0, Ranks())  # conditions must yield points
     note = f"{equation.label}: {equation.degenerate}" if equation.degenerate else ""
@@ -112,10 +109,7 @@ class PinnProblem(Problem):
         return self._loss.residuals(network, batch)
 
     def least_squares(self, check_points: int | None = None) -> Residuals:
-        """The residuals on the present points.
-
-        `check_points` further points, drawn with the present ones, judge the acceleration; None for no check.
-        """
+        """The residuals on the present points; `check_points` others, drawn with them, judge the acceleration."""
 
         points = self._collocation
         if check_points is None:

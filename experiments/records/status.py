@@ -52,10 +52,7 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, p
 
 
 def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int) -> bool:
-    """Whether there is a complete record of this very run, whatever checkpoints there are.
-
-    A record that cannot be opened now counts as one, because the caller asks before it replaces the record by a part.
-    """
+    """Whether there is a complete record of this very run; one that cannot be opened now may be worth keeping."""
     try:
         return _state_of_record(path, config, data_digest, world_size) == "finished"
     except UnreadableRecord:

@@ -85,10 +85,7 @@ def note_place(path: Path, config: RunConfig) -> None:
 
 
 def probe_folder(folder: Path) -> None:
-    """Makes a folder of records, and writes, renames and reads a small HDF5 file there, before any training.
-
-    OSError, which names the folder and says why, where that fails.
-    """
+    """Makes a folder of records and tries a small HDF5 file there, before any training; OSError where that fails."""
     path = folder / f".probe-{os.getpid()}.h5"
     try:
         folder.mkdir(parents=True, exist_ok=True)

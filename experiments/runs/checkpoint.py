@@ -53,10 +53,7 @@ class Loaded:
 
 
 class Checkpoints:
-    """The checkpoints of a run in one folder that all ranks see; the newest `keep` of them stay.
-
-    All ranks make it together, because it uses `control_group`.
-    """
+    """The newest `keep` checkpoints of a run, in one folder that all ranks see; the ranks make this object together."""
 
     def __init__(self, folder: Path, ranks: Ranks, *, keep: int = 2) -> None:
         self.folder = Path(folder)

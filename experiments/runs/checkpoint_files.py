@@ -90,10 +90,7 @@ def write(path: Path, content: State) -> None:
 
 
 def read(path: Path) -> State:
-    """Compares the checksums of a file and reads it, on the CPU; nothing in it is executed.
-
-    ValueError, which names it, where it is damaged, of another format, or holds something else.
-    """
+    """Compares the checksums of a file and reads it, executing nothing; ValueError names a file that is none."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()

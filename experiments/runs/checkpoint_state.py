@@ -25,10 +25,7 @@ def is_sharded(value: object) -> bool:
 
 
 def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Tensors and plain values by name, as `shared['model']['weight']`, and an empty container for each container.
-
-    TypeError, which names it, where an entry or a key has another type.
-    """
+    """Tensors, plain values and empty containers by name, as `shared['model']['weight']`; TypeError for other types."""
     items: Iterator[tuple[Any, Any]]
     if isinstance(state, dict):
         for key in state:

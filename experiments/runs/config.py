@@ -6,16 +6,15 @@ key, the value and what is allowed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.records.reading import say
 from experiments.records.tensorboard import check_tensorboard
 from experiments.runs.experiment import Experiment
-from experiments.settings.cadence import in_steps
-from experiments.settings.kinds import Name
+from experiments.settings.kinds import Component, Name, in_steps
 from experiments.settings.overrides import read_overridden
 from experiments.settings.run_config import ExperimentConfig, RunConfig, SecondStage, VariantConfig
 from experiments.settings.schema import at, read_settings, refuse_unknown
@@ -62,11 +61,6 @@ def load_config(
     for text in overrides:
         _say_what_is_not_reached(config, text.partition("=")[0].strip(), note or say)
     return config
-
-
-def say(text: str) -> None:
-    """Prints a note on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _source_of(mistake: str, path: str | Path, find: FindExperiment, overrides: Sequence[str]) -> str:
@@ -223,3 +217,36 @@ def expand_runs(config: ExperimentConfig, *, num_rows: int | None = None) -> lis
                 own, name = run(sizes.variant, seed), sizes.run_name(size)
                 runs.append(replace(own, name=name, study="batch_size", training=training))
     return runs
+
+
+def complete_settings(
+    config: ExperimentConfig, raw: Mapping[str, Any], selected: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The settings of a configuration, with which a file makes the same runs.
+
+    A relative path of an equation starts at the folder of the file, so the new file belongs beside the old one.
+
+    Args:
+        config: the configuration.
+        raw: the mapping that it was read from.
+        selected: names of the variants that it keeps, without studies; None for all.
+    """
+    settings = dict(raw)
+    for section in ("problem", "training", "save", "launch"):
+        settings[section] = {key: _as_raw(value) for key, value in getattr(config, section)}
+    settings["seeds"] = list(config.seeds)
+    if selected is not None:
+        settings["variants"] = {name: _with_baseline(raw["variants"][name], selected) for name in selected}
+        settings.pop("studies", None)
+        if settings.get("baseline") not in selected:
+            settings.pop("baseline", None)
+    return settings
+
+
+def _as_raw(value: Any) -> Any:
+    return {"name": value.name, **value.arguments} if isinstance(value, Component) else value
+
+
+def _with_baseline(variant: Mapping[str, Any], selected: Sequence[str]) -> dict[str, Any]:
+    """The variant without a baseline that is left out; the baseline changes no number."""
+    return {key: value for key, value in variant.items() if key != "baseline" or value in selected}

@@ -12,7 +12,7 @@ import torch
 
 from experiments.distributed.departure import Interrupted, stop_process_group
 from experiments.distributed.devices import binding
-from experiments.distributed.interruption import Interruption
+from experiments.distributed.interruption import OF_ANOTHER_RANK, Interruption
 from experiments.distributed.process_group import start_process_group
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
@@ -196,7 +196,7 @@ def _execute_in_turn(
     with RunsBar(len(pending), enabled=ranks.rank == 0 and not has_own_bar) as bar:
         for number, run in enumerate(pending):
             if vote.vote_now(number, bool(interruption.reason), True).stop:
-                reason = interruption.reason or "a signal to another rank"
+                reason = interruption.reason or OF_ANOTHER_RANK
                 raise Interrupted(f"stopped by {reason} before run {run.name}, seed {run.seed}")
             if has_own_bar and ranks.rank == 0 and len(pending) > 1:
                 say(f"run {number + 1} of {len(pending)}: {run.name}, seed {run.seed}")

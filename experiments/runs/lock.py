@@ -93,10 +93,7 @@ class FolderLock:
         self._heart.start()
 
     def check(self) -> None:
-        """Raises FolderInUse where another job has taken the folder over.
-
-        Call it before each write, because a process that slept for long may have lost its lock.
-        """
+        """Raises FolderInUse where another job has taken the folder, as while this process slept; for each write."""
         if not self.path.exists():
             raise FolderInUse(f"{self.folder} was taken over by another job, which has ended; nothing more is written")
         if rival := self._rival():

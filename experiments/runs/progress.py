@@ -24,10 +24,7 @@ LISTED = 4
 
 
 class RunsBar:
-    """A bar on a terminal; elsewhere a line for each tenth of the runs, and now and then one in between.
-
-    The time to the end is shown from the second finished run on. It counts the parts of unfinished runs.
-    """
+    """A bar on a terminal, elsewhere lines; the time to the end, unfinished parts included, from the second run on."""
 
     def __init__(self, total: int, enabled: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._clock, self._start = total, clock, clock()

@@ -64,10 +64,7 @@ def single_process_variants(config: ExperimentConfig) -> list[str]:
 def described_runs(
     config: ExperimentConfig, left_out: Collection[str] = ()
 ) -> tuple[list[RunConfig], dict[str, Description]]:
-    """All runs but those of some variants, and what is known of their data, by the text of their problem.
-
-    ValueError where the data is not as it must be, OSError where it cannot be read.
-    """
+    """All runs but those of some variants, and what is known of their data, by the text of their problem."""
     described: Description = config.kind.describe(config.problem)
     runs = [run for run in expand_runs(config, num_rows=described.num_rows) if run.variant_name not in left_out]
     problems = {repr(run.problem): run.problem for run in runs}  # variants may have problems of their own

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aadl.deferred import Deferred
 from experiments.distributed.departure import Interrupted, RanksDisagree
-from experiments.distributed.interruption import Interruption
+from experiments.distributed.interruption import OF_ANOTHER_RANK, Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.step_vote import StepVote
 from experiments.distributed.together import by_first
@@ -114,7 +114,6 @@ class RunSession:
         self._interruption, self._publish, self._from_start = interruption, publish, from_start
         self._identity = identity_of_checkpoints(config, data_digest, ranks)
         self._finite = FiniteLosses()
-        self._is_finite = True
         self._lock = FolderLock(folder, f"run {config.name}, seed {config.seed}", ranks) if ranks.rank == 0 else None
         self._checkpoints = Checkpoints(folder, ranks, keep=save.keep)
         self._timeout_seconds = timeout_seconds
@@ -204,10 +203,9 @@ class RunSession:
             self._stop(run)
         if tally is not None and tally.save:
             self.save(run)
-        self._is_finite = self._finite(loss)
         # How often the loss was asked for tells whether the ranks took the same decisions.
         stop = bool(self._interruption.reason)
-        self._vote.cast(run.num_steps, stop, self._is_finite, run.closure.evaluations, save=self._is_time())
+        self._vote.cast(run.num_steps, stop, self._finite(loss), run.closure.evaluations, save=self._is_time())
 
     def after_interval(self, run: Training) -> None:
         """Publishes the record now and then, and saves when it is time."""
@@ -230,7 +228,7 @@ class RunSession:
 
     def _stop(self, run: Training) -> None:
         self.save(run)
-        reason = self._interruption.reason or "a signal to another rank"
+        reason = self._interruption.reason or OF_ANOTHER_RANK
         raise Interrupted(f"stopped by {reason} after step {run.num_steps}; the state is saved")
 
     def save(self, run: Training) -> None:

@@ -17,11 +17,9 @@ def config_files() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file of a configuration, named as "burgers_2d/paper", by its experiment (the laptop one), or by its path.
+    """The file of a configuration as "burgers_2d/paper", of an experiment (its laptop one), or the path itself.
 
-    Raises:
-        ValueError: no configuration has this name.
-        FileNotFoundError: there is no such file.
+    ValueError where no configuration has this name, FileNotFoundError where there is no such file.
     """
     path, files = Path(name), config_files()
     if path.exists() and not path.is_dir():

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
-from experiments.settings.cadence import Period, Wait
-from experiments.settings.kinds import Component, Different, Name, Named, Seeds, Share, Text
+from experiments.settings.kinds import Component, Different, Name, Named, Period, Seeds, Share, Text, Wait
 from experiments.settings.launch_settings import LaunchSettings
 from experiments.settings.schema import Settings, read_settings
 from experiments.settings.suggestion import not_one_of
@@ -161,10 +160,7 @@ class SaveConfig(Settings):
 
 
 class ExperimentConfig(Settings, Generic[P, T]):
-    """A whole experiment: every variant with every seed, and the studies.
-
-    `num_ranks` counts the processes that `reproduce` starts for it on one machine.
-    """
+    """Every variant with every seed, and the studies; `reproduce` starts `num_ranks` processes on one machine."""
 
     experiment: Name
     scale: Name
@@ -235,7 +231,7 @@ class ExperimentConfig(Settings, Generic[P, T]):
 
 @dataclass(frozen=True)
 class RunConfig(Generic[P, T]):
-    """Everything that determines one run: `name` is its folder, `study` is "" for the main comparison.
+    """Everything that determines one run, in the folder `name`; its `study` is "" for the main comparison.
 
     `kind` is the `experiments.runs.experiment.Experiment` whose settings `problem` and `training` are.
     """

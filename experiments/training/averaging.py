@@ -11,10 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class WeightAverage:
-    """An average of the weights after each step of the intervals beyond `after`; a copy of the model holds it.
-
-    A `decay` is that of an exponential moving average, see `moving_average`; None stands for the mean.
-    """
+    """An average of the weights after each step beyond the interval `after`: the mean, or a `moving_average`."""
 
     def __init__(self, model: nn.Module, decay: float | None, after: int = 0) -> None:
         self._after = after

@@ -191,10 +191,7 @@ class _Moments:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """All modules are in eval mode inside, and each in its own mode after it.
-
-    The flags are set directly: `train` of a module may do more, as keeping some layers frozen.
-    """
+    """All modules are in eval mode inside, by their flags alone: `train` of a module may keep some layers frozen."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

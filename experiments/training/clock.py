@@ -60,10 +60,7 @@ def _synchronize(model: nn.Module) -> None:
 
 
 class HookSeconds:
-    """Measures the seconds of the step hooks that are registered between the construction and `enclose`.
-
-    On a GPU the time of the kernels counts, which the next `__call__` reads.
-    """
+    """Measures the seconds, on a GPU those of kernels, of the step hooks that are registered before `enclose`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -138,10 +138,7 @@ def solves_residuals(arguments: Mapping[str, Any] | None) -> bool:
 
 
 def check_acceleration(optimizer: Component, arguments: Mapping[str, Any], probes: Sequence[str]) -> None:
-    """Checks the names against the signature of `aadl.accelerate`, then lets the library judge the values.
-
-    `probes` are keys of the suite that go with residuals. ValueError for an unknown name or a value that is refused.
-    """
+    """Checks names against the signature of `aadl.accelerate`, which judges the values; `probes` go with residuals."""
     parameters = list(inspect.signature(aadl.accelerate).parameters.values())[1:]
     # These are no settings: the library takes the process group of the launch, the suite the functions of the problem.
     others = ("process_group", "residuals", "check")

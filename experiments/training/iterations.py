@@ -85,10 +85,7 @@ class Iterations(Plan):
         return bool(up)
 
     def prepare(self, run: Training, batch: Any) -> None:
-        """Hands the points to the closure, and a line search what is left of the budget.
-
-        The last step of an optimizer with a line search ends with the search that uses the budget up.
-        """
+        """Hands the points to the closure, and a line search what is left of the budget, for it to use up."""
         closure, optimizer = run.closure, run.closure.optimizer
         searches = isinstance(optimizer, LINE_SEARCHES)
         if searches:

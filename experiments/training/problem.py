@@ -126,10 +126,7 @@ class Problem(ABC):
         return loss
 
     def linearize(self, network: nn.Module, batch: Any, observe: Observer | None = None) -> tuple[Tensor, Tensor]:
-        """Residuals r (rows,), weighted so that the loss is sum r^2, and their Jacobian (rows, parameters).
-
-        ValueError where the loss is no sum of squares.
-        """
+        """Residuals r (rows,) with loss sum r^2, and their Jacobian (rows, parameters); ValueError for other losses."""
         raise ValueError(f"{type(self).__name__} has no residuals, which the optimizer needs")
 
     def residuals(self, network: nn.Module, batch: Any) -> Tensor:
@@ -146,10 +143,7 @@ class Problem(ABC):
         return make_optimizer(component, self.model.parameters())
 
     def least_squares(self) -> Residuals:
-        """The residuals for an acceleration by residuals; a subclass may add keyword arguments, which become settings.
-
-        ValueError where the loss is no sum of squares.
-        """
+        """The residuals for an acceleration; keyword arguments of a subclass become settings. ValueError for none."""
         raise ValueError(f"{type(self).__name__} has no residuals, which this acceleration needs")
 
     # ---- a run that stops and goes on ----

@@ -24,10 +24,7 @@ _reports: list[Report] = []
 
 @contextmanager
 def reported_to(report: Report) -> Iterator[None]:
-    """Calls `report(share, loss)` whenever a run of this process shows its progress, whether or not a bar is seen.
-
-    The share of the run that is done is in [0, 1]; the loss is NaN where it is not known.
-    """
+    """Calls `report(share in [0, 1], loss or NaN)` whenever a run of this process shows its progress, seen or not."""
     _reports.append(report)
     try:
         yield

@@ -11,8 +11,7 @@ import torch
 
 import aadl
 from aadl.attached import STATE_KEY
-from experiments.settings.cadence import in_steps
-from experiments.settings.kinds import Component
+from experiments.settings.kinds import Component, in_steps
 from experiments.settings.run_config import PublishedConfig, VariantConfig
 from experiments.training.clock import HookSeconds
 from experiments.training.components import accelerate, solves_residuals
@@ -40,10 +39,7 @@ class Stage:
     accelerator: aadl.ResidualAccelerator | None = None
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What the ranks have in common, and the state of the accelerator where each rank has residuals of its own.
-
-        Another number of ranks goes on from what the ranks have in common, with an empty history.
-        """
+        """What the ranks have in common, from which any number goes on, and the state of this rank's residuals."""
         memory = self.memory.state_dict() if self.memory is not None else None
         state = self.optimizer.state_dict()
         if self.accelerator is None:

@@ -43,9 +43,9 @@ def test_run_figures_summarize(config, tmp_path, capsys):
         f"graduate_admissions/test/{name}/seed-{seed}.h5" for name in ("sgd", "sgd_aadl") for seed in (0, 1)
     ]
     assert len(read_run(results / records[0]).series["metrics/train/loss"]) == 4
-    told = capsys.readouterr().err
-    assert "4 of 4 runs to do" in told and "--force" not in told
-    written, merit, *variants, following = told.splitlines()[-5:]
+    printed = capsys.readouterr().err
+    assert "4 of 4 runs to do" in printed and "--force" not in printed
+    written, merit, *variants, following = printed.splitlines()[-5:]
     assert written == f"written: 4 records in {results}/graduate_admissions/test"
     assert merit == "validation loss at the end, the best first:"
     assert [line.split()[0] for line in sorted(variants)] == ["sgd", "sgd_aadl"] and "median of 2 seeds" in variants[0]
@@ -65,8 +65,8 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     records[0].write_bytes(b"killed while writing")
     capsys.readouterr()
     assert run(config, results) == 0
-    told = capsys.readouterr().err
-    assert "made again, because the record is damaged or incomplete: 1" in told and "1 of 4 runs to do" in told
+    printed = capsys.readouterr().err
+    assert "made again, because the record is damaged or incomplete: 1" in printed and "1 of 4 runs to do" in printed
     read_run(records[0])
     assert all(path.stat().st_mtime_ns == before[path] for path in records[1:])
     run(config, results, "--set", "seeds=0-2")
@@ -74,8 +74,8 @@ def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, cap
     run(config, results, "--set", "training.epochs=5", "--set", "variants=sgd")
     assert "another number of ranks: 2" in capsys.readouterr().err
     run(config, results, "--force")
-    told = capsys.readouterr().err
-    assert "4 of 4 runs to do" in told and told.count("; world size: 1\n") == 1
+    printed = capsys.readouterr().err
+    assert "4 of 4 runs to do" in printed and printed.count("; world size: 1\n") == 1
 
 
 def test_one_folder_hides_no_other(config, tmp_path, capsys):
@@ -97,10 +97,10 @@ def test_one_folder_hides_no_other(config, tmp_path, capsys):
     for command, shown in (("summarize", "graduate_admissions, test"), ("figures", "loss.png")):
         capsys.readouterr()
         assert main([command, "--results", str(results)]) == 2
-        told = capsys.readouterr()
-        assert shown in told.out and "b_damaged" not in told.out
+        printed = capsys.readouterr()
+        assert shown in printed.out and "b_damaged" not in printed.out
         causes = ("a_unfinished/test is finished", "truncated file", "no record of this suite", "seed-7.h5 is damaged")
-        lines = told.err.splitlines()
+        lines = printed.err.splitlines()
         assert len(lines) == 4
         for line, cause in zip(lines, causes, strict=True):
             assert line.startswith("left out: ") and cause in line
@@ -130,8 +130,8 @@ def test_names_and_labels_are_data(config, tmp_path, capsys, monkeypatch):
     assert accelerated.replace("$", r"\$") in shown  # which matplotlib draws as a dollar sign
     capsys.readouterr()
     assert main(["summarize", "--results", str(results)]) == 0
-    told = capsys.readouterr().out
-    assert plain in told and accelerated in told
+    printed = capsys.readouterr().out
+    assert plain in printed and accelerated in printed
     rows = [line for line in next(results.rglob("summary.md")).read_text("utf-8").splitlines() if line[:2] == "| "]
     assert len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
@@ -164,12 +164,12 @@ def test_results_of_a_colleague_are_shown(config, tmp_path):
             command = [sys.executable, "-c", script, str(results), str(own)]
             environment = os.environ | {"MPLCONFIGDIR": str(own), "PYTHONPATH": os.pathsep.join(sys.path)}
             assert subprocess.run(command, stdout=file, stderr=file, env=environment).returncode == 0, log.read_text()
-        told = log.read_text()
-        assert f"left out: {closed} is closed to this account" in told
-        assert "plain SGD" in told and "summary.md cannot be written: Permission denied" in told
+        printed = log.read_text()
+        assert f"left out: {closed} is closed to this account" in printed
+        assert "plain SGD" in printed and "summary.md cannot be written: Permission denied" in printed
         assert (own / "figures" / "graduate_admissions" / "test" / "loss.png").is_file()
-        assert "the figures are in figures/graduate_admissions/test" in told
-        assert f"report.html cannot be written: Permission denied: the report is in {own / 'report.html'}" in told
+        assert "the figures are in figures/graduate_admissions/test" in printed
+        assert f"report.html cannot be written: Permission denied: the report is in {own / 'report.html'}" in printed
         assert (own / "report.html").is_file()
         for path in (results, *results.rglob("*")):
             os.chmod(path, 0o755)
@@ -195,17 +195,19 @@ def test_a_failed_run_is_named(config, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(execute, "train", fail)
     assert run(config, tmp_path / "results") == 1
-    told = capsys.readouterr().err
-    assert told.splitlines()[-1] == "error: run sgd, seed 0 failed: ZeroDivisionError: a mistake of ours"
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1] == "error: run sgd, seed 0 failed: ZeroDivisionError: a mistake of ours"
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("results", ["FILE", "FILE/below", "/proc/foo"])
 def test_results_that_cannot_be_written_are_refused_before_training(config, monkeypatch, capsys, results):
     monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("training began"))
     assert run(config, results.replace("FILE", str(config))) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("error: the results folder ") and "cannot be written" in told[0]
+    printed = capsys.readouterr().err.splitlines()
+    assert (
+        len(printed) == 1 and printed[0].startswith("error: the results folder ") and "cannot be written" in printed[0]
+    )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -291,8 +293,8 @@ def test_a_signal_while_the_data_is_read_stops_before_the_first_run(config, tmp_
 )
 def test_a_mistake_is_one_sentence(config, capsys, arguments, message):
     assert main([str(config) if argument == "CONFIG" else argument for argument in arguments]) == 2
-    told = capsys.readouterr().err.strip()
-    assert message in told and told.splitlines()[-1].startswith("error: ") and "Traceback" not in told
+    printed = capsys.readouterr().err.strip()
+    assert message in printed and printed.splitlines()[-1].startswith("error: ") and "Traceback" not in printed
 
 
 def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
@@ -302,10 +304,10 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.settings.config_files.CONFIGS", configs.parent)
     monkeypatch.setenv("ONLY", "graduate_admissions")
     assert main(["reproduce", "--results", str(tmp_path / "results"), "--jobs", "1"]) == 0
-    told = capsys.readouterr()
-    assert "graduate_admissions: 2 variants, 1 seeds, about 2 minutes" in told.err
-    assert told.err.index("This will run") < told.err.index("runs to do")
-    assert "loss.png" in told.out and "epochs to plain's final loss" in told.out
+    printed = capsys.readouterr()
+    assert "graduate_admissions: 2 variants, 1 seeds, about 2 minutes" in printed.err
+    assert printed.err.index("This will run") < printed.err.index("runs to do")
+    assert "loss.png" in printed.out and "epochs to plain's final loss" in printed.out
     monkeypatch.setenv("ONLY", "burgers")
     assert main(["reproduce", "--results", str(tmp_path / "results")]) == 2
 

@@ -13,8 +13,8 @@ from experiments.__main__ import main
 from experiments.commands.arguments import add_doctor_arguments
 from experiments.distributed.departure import leave
 from experiments.distributed.doctor import command as doctor
-from experiments.distributed.doctor import finding, placement, site, storage
-from experiments.distributed.doctor.finding import Finding
+from experiments.distributed.doctor import placement, site, storage
+from experiments.distributed.doctor.facts import Finding, print_report
 
 pytestmark = pytest.mark.smoke
 SITE = {
@@ -52,14 +52,14 @@ def sites(monkeypatch, tmp_path):
 def test_one_process(single, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("the network"))
     assert doctor.main(options("--results", tmp_path / "new")) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("python", "torch", "h5py", "HDF5", "launcher", "rank 0", "threads", "HDF5 files", "free space"):
-        assert f"\n   {name}  " in f"\n{told}", name
-    assert "a second writer is refused" in told and "nothing to change" in told
+        assert f"\n   {name}  " in f"\n{printed}", name
+    assert "a second writer is refused" in printed and "nothing to change" in printed
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_the_start_method_of_workers_is_told(single, monkeypatch, tmp_path, capsys):
+def test_the_start_method_of_workers_is_printed(single, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("experiments.distributed.doctor.facts.safe_start_method", lambda: "a safe one")
     doctor.main(options("--results", tmp_path))
     [line] = [line for line in capsys.readouterr().out.splitlines() if "start method of workers" in line]
@@ -70,9 +70,9 @@ def test_launchers_in_disorder_are_a_finding(single, monkeypatch, tmp_path, caps
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     monkeypatch.setenv("SLURM_NTASKS", "6")
     assert doctor.main(options("--results", tmp_path)) == 1
-    told = capsys.readouterr().out
-    assert "!! launcher" in told and "must change: launcher: this is the batch shell of Slurm job 41" in told
-    assert "srun -N 1 -n 6" in told and "torch" in told
+    printed = capsys.readouterr().out
+    assert "!! launcher" in printed and "must change: launcher: this is the batch shell of Slurm job 41" in printed
+    assert "srun -N 1 -n 6" in printed and "torch" in printed
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_a_file_that_is_no_site_is_one_sentence(single, tmp_path, capsys, text, 
     if text is not None:
         path.write_text(text)
     assert main(["doctor", "--site", str(path), "--results", str(results)]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {message.replace('FILE', str(path))}") and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message.replace('FILE', str(path))}") and printed.count("\n") == 1
     assert not results.exists()
 
 
@@ -127,10 +127,10 @@ def test_a_site_is_compared(single, sites, monkeypatch, tmp_path, capsys):
     assert "was not compared" in capsys.readouterr().out  # outside of a job
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     assert doctor.main(options("--results", tmp_path, "--site", "mine")) == 1
-    told = capsys.readouterr().out
-    assert "ranks a node" in told and "the site file has 4" in told and "the site file has 10000" in told
-    assert re.search(r"AADL_TEST_OF_SITE +not set on rank 0", told)
-    assert not re.search(r" PATH +not set", told)
+    printed = capsys.readouterr().out
+    assert "ranks a node" in printed and "the site file has 4" in printed and "the site file has 10000" in printed
+    assert re.search(r"AADL_TEST_OF_SITE +not set on rank 0", printed)
+    assert not re.search(r" PATH +not set", printed)
 
 
 def examine(folder):
@@ -143,10 +143,10 @@ def test_several_ranks(tmp_path):
         for rank in range(2)
     ]
     assert launched.finish(processes) == [0, 0], (tmp_path / "log-1").read_text()
-    told = (tmp_path / "log-0").read_text()
+    printed = (tmp_path / "log-0").read_text()
     for text in ("srun, 2 ranks on 1 hosts", "slurm 7, step 0", "rank 1", "all ranks read in", "all_reduce", "clocks"):
-        assert text in told
-    assert (tmp_path / "log-1").read_text() == ""  # rank 0 alone tells
+        assert text in printed
+    assert (tmp_path / "log-1").read_text() == ""  # rank 0 alone prints
     assert not list((tmp_path / "results").iterdir())
 
 
@@ -239,8 +239,8 @@ def test_an_hdf5_file_that_cannot_be_written(monkeypatch, tmp_path, error, fails
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(storage.h5py, "File", File)
-    told = storage.storage(tmp_path)[0]
-    assert told.bad == fails_without_locks and cure in told.cure
+    printed = storage.storage(tmp_path)[0]
+    assert printed.bad == fails_without_locks and cure in printed.cure
 
 
 def test_little_space(monkeypatch, tmp_path):
@@ -249,7 +249,7 @@ def test_little_space(monkeypatch, tmp_path):
 
 
 def test_the_report(capsys):
-    assert finding.print_report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
-    assert finding.print_report([Finding("a", "1", "do that", bad=True)]) == 1
-    told = capsys.readouterr().out
-    assert "may change: long name: do this" in told and "must change: a: do that" in told
+    assert print_report([Finding("a", "1"), Finding("long name", "2", "do this")]) == 0
+    assert print_report([Finding("a", "1", "do that", bad=True)]) == 1
+    printed = capsys.readouterr().out
+    assert "may change: long name: do this" in printed and "must change: a: do that" in printed

@@ -159,11 +159,11 @@ def test_another_folder_takes_the_place_of_a_read_only_one_and_not_of_a_full_dis
     else:
         monkeypatch.setattr(Path, "mkdir", mkdir)
     code = main(["report", "--results", str(results)])
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if number == errno.ENOSPC:
-        assert code == 2 and "No space left on device" in told and not list(tmp_path.glob("*.html"))
+        assert code == 2 and "No space left on device" in printed and not list(tmp_path.glob("*.html"))
     else:
-        assert code == 0 and "note: " in told
+        assert code == 0 and "note: " in printed
 
 
 @pytest.mark.parametrize(
@@ -181,5 +181,5 @@ def test_another_folder_takes_the_place_of_a_read_only_one_and_not_of_a_full_dis
 def test_a_mistake_is_one_sentence(results, capsys, arguments, message):
     named = [str(results) if argument == "FOLDER" else argument for argument in arguments]
     assert main([*named, "--results", str(results)]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 1 and told[0].startswith("error: ") and message in told[0]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1 and printed[0].startswith("error: ") and message in printed[0]

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from by_autograd import derivatives
 from paths import ROOT
 from test_layout import upward_imports
 
@@ -64,13 +65,10 @@ def test_the_lift_meets_the_conditions_with_its_own_derivatives(folder):
     points, values = equation.conditions(torch.rand(20, 2, dtype=torch.float64))
     a, b = equation.lift(points)
     assert torch.allclose(a.value, values, atol=1e-15) and not b.value.any()
-    points = torch.rand(20, 2, dtype=torch.float64, requires_grad=True)
-    for part in equation.lift(points):
-        (gradient,) = torch.autograd.grad(part.value.sum(), points, create_graph=True)
-        (second,) = torch.autograd.grad(gradient[:, 0].sum(), points)
-        assert torch.allclose(part.gradient_sum, gradient[:, :1]) and torch.allclose(part.time, gradient[:, 1:])
-        assert torch.allclose(part.laplacian, second[:, :1])
-        assert torch.allclose(part.gradient_square, gradient[:, :1].square())
+    points = torch.rand(20, 2, dtype=torch.float64)
+    for index, part in enumerate(equation.lift(points)):
+        expected = derivatives(lambda x, index=index: equation.lift(x)[index].value, points)
+        assert all(map(torch.allclose, part, expected))
     assert compose(a, b, a, 1).value.shape == (20, 1)
 
 
@@ -92,8 +90,8 @@ def test_the_commands_of_the_page_learn_and_draw(folder, capsys):
     assert (values["network"](points) - solution).norm() < 0.1 * solution.norm()
     assert main(figures) == 0
     assert main(summarize) == 0
-    told = capsys.readouterr().out
-    assert "heat equation, kappa = 0.1, compared with Adam" in told and "no network: zero" in told
+    printed = capsys.readouterr().out
+    assert "heat equation, kappa = 0.1, compared with Adam" in printed and "no network: zero" in printed
     drawn = {path.name for path in (results / "laptop" / "figures").iterdir()}
     named = set(re.findall(r"`figures/(\w+\.png)`", HEAT))
     assert drawn == named - {"predictors.png"}  # the equation has a grid

@@ -16,8 +16,7 @@ from experiments.commands import running
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.ranks import Ranks
 from experiments.runs import execute
-from experiments.runs.complete_settings import complete_settings
-from experiments.runs.config import expand_runs
+from experiments.runs.config import complete_settings, expand_runs
 from experiments.settings.config_files import config_files
 from experiments.settings.overrides import read_overridden
 from experiments.settings.yaml_file import parse_yaml, to_yaml
@@ -138,5 +137,5 @@ def test_texts_that_look_like_numbers_stay_texts():
 def test_the_name_that_was_meant_is_named(config, capsys, raw, change, message):
     config.write_text(yaml.safe_dump(copy.deepcopy(raw)))
     assert main(["run", str(config), "--dry-run", "--set", change]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("error: ") and message in told[-1]
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1].startswith("error: ") and message in printed[-1]

@@ -121,7 +121,7 @@ def test_workers_end_with_a_killed_parent_and_not_by_signals(tmp_path, start_met
                     os.kill(pid, number)
             assert not wait_until(lambda: not all(map(is_running, workers)), 1)
             parent.kill()
-            assert wait_until(lambda: not any(map(is_running, workers)), 60)
+            assert wait_until(lambda: not any(map(is_running, workers)))
         finally:
             parent.kill()
             for pid in filter(is_running, workers):
@@ -177,7 +177,7 @@ def start_jobs(folder, seeds, running, failing=""):
             return False
         return {run_of(results, lock) for lock in results.rglob(LOCK_NAME)} == running
 
-    wait_until(lambda: have_begun() or process.poll() is not None, 600)
+    wait_until(lambda: have_begun() or process.poll() is not None)
     if process.poll() is not None or not have_begun():
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -204,8 +204,8 @@ def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
     process, results = start_jobs(tmp_path, "0-3", {"sgd 0", "sgd_aadl 0"})
     os.killpg(process.pid, number)
     code, _, err = end(process)
-    told = "interrupted: " if number == signal.SIGINT else "stopped by SIGUSR1; the runs that had begun are"
-    assert code == expected and err.splitlines()[-1].startswith(told), err
+    printed = "interrupted: " if number == signal.SIGINT else "stopped by SIGUSR1; the runs that had begun are"
+    assert code == expected and err.splitlines()[-1].startswith(printed), err
     assert saved(results) == {"sgd 0", "sgd_aadl 0"}
     assert "resource_tracker" not in err  # nor is the helper process of the pool ended
 

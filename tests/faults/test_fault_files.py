@@ -3,12 +3,11 @@
 import random
 import shutil
 import signal
-import subprocess
 import time
-from contextlib import contextmanager
 
 import h5py
 import pytest
+from disks import small_disk
 from fault_jobs import Fault
 from fault_site import PACE, QUICK, STEPS_PER_EPOCH, TABLE, changed, goes_on, has_met_its_fault, kept
 from system_calls import POINTS
@@ -67,23 +66,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken_as_long_as_th
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(folder, size):
-    """A file system of its own."""
-    folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no mount: {error.strerror}")
-    if done.returncode != 0:
-        pytest.skip(f"a small disk needs root: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 @pytest.mark.parametrize(("what", "moment"), [("checkpoint", "step"), ("record", "after unlink")])

@@ -178,11 +178,11 @@ def test_a_signal_at_any_moment(site, moment):
 
 
 def test_the_end_of_the_jobs_time(site):
-    """It comes near on one rank, whose clock is ahead."""
+    """It comes near on one rank, whose clock is ahead; rank 0 says that all stopped."""
     place = site.place()
     end = {"AADL_END_TIME": str(time.time() + DAY)}
     first = site.stopped(place, Fault("let_a_day_pass", step=21, rank=1), ranks=2, pace=PACE, variables=end)
-    assert "stopped by time limit" in first.log
+    assert "stopped by a signal or a time limit of another rank" in first.log
     site.recovers(place, first, ranks=2)
 
 
@@ -239,8 +239,8 @@ def test_a_rank_that_stood_still_for_a_while_is_named_and_the_run_goes_on(site):
     job.send(signal.SIGCONT, 1)
     ended = job.wait()
     site.equals(place, ended, ranks=2)
-    told = re.findall(r"rank 1 on \S+ stood still for ([\d.]+) s", ended.log)
-    assert any(float(seconds) >= 2.0 for seconds in told), ended.tail()
+    printed = re.findall(r"rank 1 on \S+ stood still for ([\d.]+) s", ended.log)
+    assert any(float(seconds) >= 2.0 for seconds in printed), ended.tail()
 
 
 def test_an_exception_on_one_rank_ends_all_with_one_traceback(site):

@@ -245,9 +245,9 @@ def test_a_resume_without_the_history_says_so_once():
     model = network()
     optimizer = aadl.accelerate(gentle_adam(model.parameters()), **SETTINGS)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    with pytest.warns(UserWarning, match=r"carries no history of aadl: .* save aadl\.accelerator_of") as told:
+    with pytest.warns(UserWarning, match=r"carries no history of aadl: .* save aadl\.accelerator_of") as heard:
         go_on(0, 1, model, optimizer, 22, 40)
-    assert len(told) == 1
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["history last", "history first"])

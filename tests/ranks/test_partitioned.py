@@ -138,7 +138,7 @@ def resumed(rank, size, folder):
 
     model, optimizer = build()
     go_on(rank, size, model, optimizer, 1, 25, part_of_batch)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         optimizer.consolidate_state_dict()
         optimizer.consolidate_state_dict()
@@ -156,13 +156,13 @@ def resumed(rank, size, folder):
         if with_history:
             aadl.accelerator_of(optimizer).load_state_dict(torch.load(path, weights_only=True))
         ends[with_history] = go_on(rank, size, model, optimizer, 26, 60, part_of_batch)
-    return whole, ends, [str(warning.message) for warning in told]
+    return whole, ends, [str(warning.message) for warning in heard]
 
 
 def test_a_resumed_run_needs_the_histories_of_all_ranks_and_says_so(spawn_ranks, tmp_path):
-    for whole, ends, told in spawn_ranks(resumed, 2, tmp_path):
-        assert all("carries no history of aadl: save aadl.accelerator_of(optimizer)" in text for text in told)
-        assert told and whole["statistics"]["accepted"] > 0
+    for whole, ends, heard in spawn_ranks(resumed, 2, tmp_path):
+        assert all("carries no history of aadl: save aadl.accelerator_of(optimizer)" in text for text in heard)
+        assert heard and whole["statistics"]["accepted"] > 0
         assert torch.equal(ends[True]["weights"], whole["weights"])
         assert identical(ends[True]["statistics"], whole["statistics"])
         assert distance(ends[False], whole) > 1e-6

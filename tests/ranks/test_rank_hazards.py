@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from parallel_runs import outcome
-from small_runs import EAGER, identical, missing_for_compilation
+from small_runs import EAGER, identical, missing_for_compilation, train
 from torch import nn
 
 import aadl
@@ -110,21 +110,15 @@ def apart(rank, written_on, with_closure, store_each_nth):
     decisions = aadl.accelerator_of(optimizer).decisions
     x, y = data(32, 8)[rank::2].float(), data(32, 4, seed=8)[rank::2].float()
 
-    def closure():
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        return loss
-
-    for _ in range(90):
-        if with_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+    def write(step):
         if decisions.accepted is not None and rank in written_on:
             with torch.no_grad():
                 model[0].weight.mul_(1.01)
+
+    def loss(model):
+        return (model(x) - y).square().mean()
+
+    train(model, optimizer, 90, with_closure=with_closure, loss=loss, after=write)
     names = ("steps", "macro_steps", "attempts", "accepted", "reverted", "rejected", "suspended", "closure_evaluations")
     return {name: decisions.statistics[name] for name in names} | {"reach": decisions.reach}
 

@@ -8,7 +8,7 @@ from experiments.distributed import together
 from experiments.distributed.ranks import Ranks
 
 
-def told(action):
+def said(action):
     try:
         return action()
     except (ValueError, OSError) as error:
@@ -33,21 +33,21 @@ def cases(rank, world_size, folder):
     results["each"] = together.by_each(ranks, lambda: 10 * rank, "counting", 60)
     for error in (ValueError("no such class"), FileNotFoundError(2, "No such file", "x.h5")):
         name = type(error).__name__
-        results[name] = told(lambda error=error: together.by_first(ranks, lambda: fail(error), "making", 60))
-    results["of one"] = told(
+        results[name] = said(lambda error=error: together.by_first(ranks, lambda: fail(error), "making", 60))
+    results["of one"] = said(
         lambda: together.by_each(ranks, lambda: fail(ValueError("too small")) if rank == 2 else 0, "copying", 60)
     )
 
-    results["same"] = told(lambda: together.check_same(ranks, "csv (12ab)", "the data", 60))
-    results["other"] = told(lambda: together.check_same(ranks, f"{'csv' if rank < 2 else 'none'}", "the data", 60))
+    results["same"] = said(lambda: together.check_same(ranks, "csv (12ab)", "the data", 60))
+    results["other"] = said(lambda: together.check_same(ranks, f"{'csv' if rank < 2 else 'none'}", "the data", 60))
 
     def slow():
         """Rank 0 comes when rank 2 has come, and rank 1 when rank 0 has waited for it in vain."""
         (folder / f"came-{rank}").touch()
-        assert rank != 0 or wait_until((folder / "came-2").exists, 60)
-        assert rank != 1 or wait_until((folder / "over").exists, 60)
+        assert rank != 0 or wait_until((folder / "came-2").exists)
+        assert rank != 1 or wait_until((folder / "over").exists)
 
-    results["late"] = told(lambda: together.by_each(ranks, slow, "copying", 2.0))
+    results["late"] = said(lambda: together.by_each(ranks, slow, "copying", 2.0))
     (folder / "over").touch()
     results["after"] = together.by_first(ranks, lambda: "goes on", "making", 60)
     return results

@@ -98,6 +98,14 @@ class ListedImages:
         return f"image-{index}"
 
 
+CONTENTS = [encoded(seed=seed) for seed in range(30)]
+
+
+def listed(contents=CONTENTS):
+    """A class for each image, whose label is its number."""
+    return ListedImages(contents, list(range(len(contents))), tuple(f"c{each:02d}" for each in range(len(contents))))
+
+
 def read_all(images, queue):
     """What a process reads of a set, for its parent."""
     queue.put([images.read(index) for index in range(len(images))] + [images.name(len(images) - 1).encode()])

@@ -70,7 +70,7 @@ def start_server(*modules):
 
 
 def finish(processes, seconds=300):
-    """The exit codes; a process that does not end in time is killed, which its code tells."""
+    """The exit codes; a process that does not end in time is killed, as its code shows."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.1, end - time.monotonic()))

@@ -25,7 +25,7 @@ def is_running(pid):
         return False
 
 
-def wait_until(condition, seconds):
+def wait_until(condition, seconds=600):
     """Whether the condition came true in time."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:

@@ -33,6 +33,17 @@ def sgd(model, lr=0.05, **more):
     return torch.optim.SGD(model.parameters(), lr=lr, **more)
 
 
+def adam(model, **settings):
+    """Accelerated where there are settings; so is `nesterov`."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    return aadl.accelerate(optimizer, **settings) if settings else optimizer
+
+
+def nesterov(model, **settings):
+    optimizer = sgd(model, lr=0.02, momentum=0.9, nesterov=True)
+    return aadl.accelerate(optimizer, **settings) if settings else optimizer
+
+
 def statistics(optimizer):
     return aadl.accelerator_of(optimizer).statistics
 

@@ -13,10 +13,8 @@ from typing import Any
 
 from experiments.distributed.departure import end_on_failure, stop_process_group
 from experiments.distributed.devices import binding
-from experiments.distributed.doctor.facts import facts_of
-from experiments.distributed.doctor.finding import Finding, print_report
-from experiments.distributed.doctor.network import bandwidth, clocks
-from experiments.distributed.doctor.placement import binding_of, launcher, versions
+from experiments.distributed.doctor.facts import Finding, facts_of, print_report
+from experiments.distributed.doctor.placement import bandwidth, binding_of, clocks, launcher, versions
 from experiments.distributed.doctor.site import compare_site, read_site_file, traps
 from experiments.distributed.doctor.storage import probe_folder, shared_folder, storage
 from experiments.distributed.process_group import start_process_group
@@ -26,12 +24,7 @@ from experiments.settings.launch_settings import LaunchSettings
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the table on rank 0 and returns 1 if something must change, else 0.
-
-    Raises:
-        ValueError: an option is wrong.
-        OSError: the file of the site cannot be read, or the folder of results cannot be written.
-    """
+    """Prints the table on rank 0 and returns 1 if something must change, else 0. ValueError for a wrong option."""
     site = read_site_file(options.site)
     if not options.start_seconds > 0:
         raise ValueError(f"--start-seconds must be positive, got {options.start_seconds}")

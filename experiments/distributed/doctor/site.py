@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.distributed.doctor.finding import Finding, who
+from experiments.distributed.doctor.facts import Finding, who
 from experiments.distributed.ranks import Ranks
 from experiments.settings.yaml_file import read_yaml
 

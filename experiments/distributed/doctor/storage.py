@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import torch.distributed as dist
 
-from experiments.distributed.doctor.finding import Finding, who
+from experiments.distributed.doctor.facts import Finding, who
 from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import gather

@@ -19,10 +19,7 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 
 @contextlib.contextmanager
 def answering(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within the context the parameters are the result of the optimizer.
-
-    Schedule-Free takes gradients at other weights than the average that is its result; `eval` and `train` swap them.
-    """
+    """Within the context the parameters are the result: the average of Schedule-Free, not where it takes gradients."""
     swaps = is_schedule_free(optimizer)
     if swaps:
         optimizer.eval()  # type: ignore[attr-defined]

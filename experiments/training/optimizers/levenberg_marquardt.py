@@ -51,11 +51,7 @@ class LevenbergMarquardt(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Tensor:  # type: ignore[override]
-        """One step; returns the loss before it.
-
-        Args:
-            closure: object with `linearize() -> (r (rows,), J (rows, parameters))` and `residuals() -> r`.
-        """
+        """One step by `closure.linearize() -> (r, J)` and `closure.residuals() -> r`; returns the loss before it."""
         group = self.param_groups[0]
         parameters = group["params"]
         with torch.enable_grad():

@@ -56,12 +56,12 @@ class Lsf:
 
     def tell(self, *options, config=CONFIG):
         """What `python -m jobs.submit` prints."""
-        told = io.StringIO()
+        printed = io.StringIO()
         arguments = [str(config), "--site", str(self.site), "--results", str(self.results), "--time", "2:00:00"]
         account = ["--account", "ABC123"] if self.site.stem == "summit" else []
-        with patch.dict(os.environ, self.env, clear=True), contextlib.redirect_stdout(told):
+        with patch.dict(os.environ, self.env, clear=True), contextlib.redirect_stdout(printed):
             assert submit.main([*arguments, *account, *options]) == 0
-        return told.getvalue()
+        return printed.getvalue()
 
     def type(self, *command, code=0):
         done = subprocess.run(
@@ -220,7 +220,7 @@ def test_many_nodes_whose_list_of_hosts_is_dropped(summit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "printed"),
     [
         ("#BSUB -W 2:00", "#BSUB -W 2:00:00", "Illegal time"),
         ("-a 6 -c 42", "-a 6 -c 49", "exceed 42 cores"),
@@ -229,7 +229,7 @@ def test_many_nodes_whose_list_of_hosts_is_dropped(summit, tmp_path):
         ("packed:7", "packed:9", "exceed the 42 cores of a resource set"),
     ],
 )
-def test_the_fake_refuses_what_the_machine_would(summit, tmp_path, old, new, told):
+def test_the_fake_refuses_what_the_machine_would(summit, tmp_path, old, new, printed):
     """Otherwise the tests above could not fail."""
     (tmp_path / "go").touch()
     script = tmp_path / "script.sh"
@@ -239,11 +239,11 @@ def test_the_fake_refuses_what_the_machine_would(summit, tmp_path, old, new, tol
     (summit.results / "jobs").mkdir(parents=True)
     script.write_text(text.replace(old, new))
     if "#BSUB" in old:
-        assert told in summit.type("bsub", str(script), code=255)
+        assert printed in summit.type("bsub", str(script), code=255)
         return
     job = re.search(r"<(\d+)>", summit.type("bsub", str(script)))[1]
     assert summit.wait_for_end(job) != 0
-    assert told in summit.log(job) and not stand_in.started(tmp_path, job)
+    assert printed in summit.log(job) and not stand_in.started(tmp_path, job)
 
 
 def test_six_ranks_on_each_node_of_summit(summit, tmp_path):
@@ -254,11 +254,11 @@ def test_six_ranks_on_each_node_of_summit(summit, tmp_path):
 
 
 def test_the_wrong_way_to_hand_in_a_script_is_refused(lsf):
-    command, told = {
+    command, printed = {
         "summit": (["bsub"], "use bsub script"),
         "generic-lsf": (["bsub", "job.sh"], "lines are not read"),
     }[lsf.site.stem]
-    assert told in lsf.type(*command, code=255)
+    assert printed in lsf.type(*command, code=255)
 
 
 def check_experiment(lsf, tmp_path, monkeypatch, experiment):

@@ -58,6 +58,6 @@ def test_hosts_that_have_ipv6_alone_meet(hosts, tmp_path):
         )
         for rank, host in enumerate(hosts)
     ]
-    told = [process.communicate(timeout=200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert [out for out, _ in told] == [f"rank {rank} of 2 by srun summed\n" for rank in range(2)]
+    printed = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert [out for out, _ in printed] == [f"rank {rank} of 2 by srun summed\n" for rank in range(2)]

@@ -180,31 +180,31 @@ class Cluster:
         return done.stdout
 
     def idle_nodes(self):
-        told = self.run("sinfo", "-h", "-N", "-o", "%N %t", check=False).split("\n")
-        return sorted({line.split()[0] for line in told if line.endswith(" idle")})
+        printed = self.run("sinfo", "-h", "-N", "-o", "%N %t", check=False).split("\n")
+        return sorted({line.split()[0] for line in printed if line.endswith(" idle")})
 
     def type(self, config, results, *options):
         """`python -m jobs.submit` in this process, for importing torch takes long: (exit code, stdout, stderr)."""
-        told, errors = io.StringIO(), io.StringIO()
+        printed, errors = io.StringIO(), io.StringIO()
         arguments = [str(config), "--site", str(self.site), "--results", str(results), "--time", "0:10:00", *options]
         with (
             patch.dict(os.environ, self.env, clear=True),
-            contextlib.redirect_stdout(told),
+            contextlib.redirect_stdout(printed),
             contextlib.redirect_stderr(errors),
         ):
             code = submit.main(arguments)
-        return code, told.getvalue(), errors.getvalue()
+        return code, printed.getvalue(), errors.getvalue()
 
     def submit(self, config, results, *options):
         """The ids of submitted jobs."""
-        code, told, errors = self.type(config, results, *options)
+        code, printed, errors = self.type(config, results, *options)
         assert code == 0, errors
-        return told.split()
+        return printed.split()
 
     def job(self, number):
         """The fields of a job, of the first element of an array."""
-        told = self.run("scontrol", "-o", "show", "job", str(number)).split("\n")[0]
-        return dict(field.split("=", 1) for field in told.split() if "=" in field)
+        printed = self.run("scontrol", "-o", "show", "job", str(number)).split("\n")[0]
+        return dict(field.split("=", 1) for field in printed.split() if "=" in field)
 
     def state(self, number):
         return self.job(number)["JobState"]

@@ -96,10 +96,10 @@ def edited(cluster, results, config, old, new, nodes=2):
 @pytest.mark.smoke
 def test_two_nodes_give_the_numbers_and_the_figure_of_a_plain_run(cluster, config, tmp_path):
     command = [sys.executable, "-m", "jobs.submit", str(config), "--site", str(cluster.site), "--nodes", "2"]
-    told = cluster.run(*command, "--time", "0:10:00", "--results", str(tmp_path / "slurm"))
-    assert told.strip().isdigit()
+    printed = cluster.run(*command, "--time", "0:10:00", "--results", str(tmp_path / "slurm"))
+    assert printed.strip().isdigit()
     run_plainly(config, tmp_path / "plain")
-    succeed(cluster, tmp_path / "slurm", told.strip())
+    succeed(cluster, tmp_path / "slurm", printed.strip())
     check_against_one_process(tmp_path / "slurm", tmp_path / "plain", launcher="srun", world_size=4)
     for folder in ("slurm", "plain"):
         assert suite.main(["figures", "--results", str(tmp_path / folder)]) == 0
@@ -163,8 +163,8 @@ def test_a_job_that_has_lost_its_gpus_is_refused(cluster, config, tmp_path):
     [job] = cluster.submit(promised, tmp_path, "--nodes", "2")
     assert cluster.wait_for_end(job) == "FAILED"
     log = log_of(tmp_path, job)
-    told = r"error: rank 0 on node\d+: SLURM_\w*GPU\w*=\S+ gives the job GPUs, but rank 0 .* set launch.device: cpu"
-    assert re.search(told, log), log
+    printed = r"error: rank 0 on node\d+: SLURM_\w*GPU\w*=\S+ gives the job GPUs, but rank 0 .* set launch.device: cpu"
+    assert re.search(printed, log), log
     assert "Traceback" not in log and not list(tmp_path.rglob("*.h5"))
 
 
@@ -255,5 +255,5 @@ def test_the_scheduler_itself_takes_what_was_rendered(cluster, config, tmp_path)
     (tmp_path / "script.sh").write_text(too_many)
     with pytest.raises(AssertionError, match="node configuration is not available"):
         cluster.run("sbatch", "--test-only", str(tmp_path / "script.sh"))
-    code, _, told = cluster.type(config, tmp_path, "--nodes", "5")
-    assert code == 2 and told.startswith("error: --nodes must be at most 4")
+    code, _, printed = cluster.type(config, tmp_path, "--nodes", "5")
+    assert code == 2 and printed.startswith("error: --nodes must be at most 4")

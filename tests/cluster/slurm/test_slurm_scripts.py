@@ -122,8 +122,8 @@ def test_the_submitting_shell_changes_nothing(cluster, submit, tmp_path, monkeyp
         monkeypatch.setitem(cluster.env, name, text)
     [job] = submit("--nodes", "2", "--name", "mine")
     wait_for_ranks(tmp_path, job, 4)
-    told = cluster.job(job)
-    assert (told["TimeLimit"], told["Requeue"], told["JobName"]) == ("00:10:00", "1", "mine")
+    printed = cluster.job(job)
+    assert (printed["TimeLimit"], printed["Requeue"], printed["JobName"]) == ("00:10:00", "1", "mine")
     process = next(iter(stand_in.started(tmp_path, job).values()))
     environment = environment_of(process)
     assert environment["OWN"] == "kept" and environment["SLURM_NTASKS"] == "4"

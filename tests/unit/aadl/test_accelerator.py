@@ -14,6 +14,7 @@ from small_runs import (
     ALWAYS,
     EAGER,
     RESIDUAL,
+    adam,
     closure_of,
     identical,
     network,
@@ -78,7 +79,7 @@ def test_removal_leaves_the_optimizer_as_it_was():
 
 def test_the_accelerator_says_what_it_is_attached_to():
     model = network()
-    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **ALWAYS)
+    optimizer = adam(model, **ALWAYS)
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, 12)
     text = repr(accelerator)
@@ -92,7 +93,7 @@ def test_the_accelerator_says_what_it_is_attached_to():
 
 def test_a_copied_or_pickled_optimizer_is_a_plain_one():
     model = network()
-    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **ALWAYS)
+    optimizer = adam(model, **ALWAYS)
     train(model, optimizer, 12)
     for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         with pytest.raises(ValueError, match=r"this Adam is not accelerated: call aadl\.accelerate"):

@@ -24,7 +24,6 @@ from torch import nn
 
 import aadl
 from aadl.flat import SAMPLE
-from aadl.watch import is_regular, kind_of_write
 
 # ---- pairs stay true -----------------------------------------------------------------------------------------------
 
@@ -236,6 +235,12 @@ MACRO = {"wait_iterations": 1, "store_each_nth": 10, "frequency": 20, "average":
 """The schedule by default; a candidate is accepted at step 40 of the run below, and judged at 50."""
 
 
+def macro_run(momentum=0.0, **settings):
+    """(model, optimizer) with this schedule."""
+    model = network()
+    return model, aadl.accelerate(sgd(model, 0.02, momentum=momentum), **MACRO | settings)
+
+
 def load(model, optimizer, weights):
     model.load_state_dict(weights)
 
@@ -270,9 +275,8 @@ def load_both(model, optimizer, weights):
 @pytest.mark.parametrize("change", [load, copy_in, point_elsewhere, copy_through_data, start_again, load_both])
 def test_no_candidate_is_taken_back_over_a_change(change, at):
     """After the change the run is that of the plain optimizer from there, until the next candidate."""
-    model, plain_model = network(), network()
+    (model, optimizer), plain_model = macro_run(0.5), network()
     weights = {name: 30 * value for name, value in model.state_dict().items()}
-    optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **MACRO)
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, at)
     assert accelerator.statistics["accepted"] > 0 and accelerator.decisions.accepted is not None
@@ -290,8 +294,7 @@ def test_no_candidate_is_taken_back_over_a_change(change, at):
 
 
 def test_a_change_without_a_pending_candidate_starts_the_macro_step_again():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model), **MACRO | {"frequency": 10**6})
+    model, optimizer = macro_run(frequency=10**6)
     train(model, optimizer, 34)
     load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
     start = flat(model)
@@ -300,10 +303,6 @@ def test_a_change_without_a_pending_candidate_starts_the_macro_step_again():
     end = flat(model)
     assert torch.equal(history.blocks[0].residual, end - start)
     assert len(history.columns) == 3 and statistics(optimizer)["moved"] == 1 and not history.columns[-1].consecutive
-
-
-def nothing(model, step):
-    pass
 
 
 def clamp_through_data(model, step):
@@ -353,7 +352,7 @@ def look_elsewhere(every, through=load):
 
 
 WRITES = {  # what is written after every step, and how many macro-steps of 40 it may cost
-    "nothing": (nothing, 0),
+    "nothing": (lambda model, step: None, 0),
     "gradients": (change_gradients, 0),
     "clamp": (lambda model, step: clip(model), 0),
     "clamp through data": (clamp_through_data, 0),
@@ -374,8 +373,7 @@ WRITES = {  # what is written after every step, and how many macro-steps of 40 i
 @pytest.mark.parametrize("name", WRITES)
 def test_what_comes_regularly_belongs_to_the_map(name):
     change, lost = WRITES[name]
-    model = network()
-    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    model, optimizer = macro_run()
     train(model, optimizer, 400, after=lambda step: change(model, step))
     counts = statistics(optimizer)
     stored = len(aadl.accelerator_of(optimizer).history.columns) + 1
@@ -386,9 +384,8 @@ def test_what_comes_regularly_belongs_to_the_map(name):
 @pytest.mark.parametrize("through", [load, copy_through_data])
 def test_values_that_are_put_back_cost_the_running_pair_at_most(through):
     ends = []
-    for change in (nothing, look_elsewhere(20, through)):
-        model = network()
-        optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    for change in (lambda model, step: None, look_elsewhere(20, through)):
+        model, optimizer = macro_run()
         train(model, optimizer, 200, after=lambda step, change=change, model=model: change(model, step))
         ends.append(snapshot(model, optimizer)["model"])
         assert statistics(optimizer)["moved"] == 0 and statistics(optimizer)["accepted"] > 0
@@ -445,8 +442,7 @@ def test_a_load_within_the_first_macro_step_leaves_no_false_pair(store_each_nth,
 
 
 def test_a_load_is_noticed_beside_regular_writes():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    model, optimizer = macro_run()
     train(model, optimizer, 45, after=lambda step: clip(model))
     moved = statistics(optimizer)["moved"]
     load(model, optimizer, {name: 2 * value for name, value in model.state_dict().items()})
@@ -461,9 +457,8 @@ REGULAR = {"clamp": lambda model, step: clip(model), "elsewhere": clamp_elsewher
 @pytest.mark.parametrize("change", REGULAR.values(), ids=REGULAR)
 def test_a_resumed_run_knows_which_writes_are_regular(change):
     """It repeats the uninterrupted one bit for bit, wherever it was saved."""
-    settings = MACRO | {"store_each_nth": 4, "frequency": 8}
-    model, saved = network(), {}
-    optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **settings)
+    settings, saved = {"store_each_nth": 4, "frequency": 8}, {}
+    model, optimizer = macro_run(0.5, **settings)
 
     def save(step):
         change(model, step)
@@ -474,8 +469,7 @@ def test_a_resumed_run_knows_which_writes_are_regular(change):
     train(model, optimizer, 60, after=save)
     assert statistics(optimizer)["accepted"] > 0
     for last, (weights, state, slow) in saved.items():
-        other = network()
-        again = aadl.accelerate(sgd(other, 0.02, momentum=0.5), **settings)
+        other, again = macro_run(0.5, **settings)
         other.load_state_dict(weights)
         other.slow = slow
         again.load_state_dict(state)
@@ -485,8 +479,7 @@ def test_a_resumed_run_knows_which_writes_are_regular(change):
 
 
 def test_macro_steps_that_never_end_give_one_warning():
-    model = network()
-    optimizer = aadl.accelerate(sgd(model, 0.02), **MACRO)
+    model, optimizer = macro_run()
 
     def write(step):  # each time in another way
         with torch.no_grad():
@@ -494,22 +487,11 @@ def test_macro_steps_that_never_end_give_one_warning():
                 model[0].weight.mul_(1.0)
 
     train(model, optimizer, 9, after=write)
-    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as told:
+    with pytest.warns(UserWarning, match="the last 10 macro-steps of this SGD were abandoned") as said:
         train(model, optimizer, 80, after=lambda step: write(step + 9))
-    assert len(told) == 1 and statistics(optimizer)["macro_steps"] == 0
-    assert "store_each_nth=1" in str(told[0].message)
+    assert len(said) == 1 and statistics(optimizer)["macro_steps"] == 0
+    assert "store_each_nth=1" in str(said[0].message)
     with warnings.catch_warnings(record=True) as none:
         train(model, optimizer, 10)
         train(model, optimizer, 40, after=lambda step: write(step + 9))
     assert statistics(optimizer)["macro_steps"] > 0 and not none
-
-
-def test_regular_writes_come_at_equal_distances():
-    writes = {}
-    gaps = {1: False, 2: False, 3: True, 4: True, 6: False, 8: True, 9: False, 10: True, 30: False, 31: False, 32: True}
-    assert {gap: is_regular(writes, "4 in 4", gap, 5) for gap in gaps} == gaps
-    assert not is_regular(writes, "8 in 4", 33, 5)
-    assert set(writes) == {"4 in 4", "8 in 4"}
-    is_regular(writes, "8 in 4", 38, 5)
-    assert set(writes) == {"8 in 4"}  # the other one was too long ago
-    assert kind_of_write([3, 4, 5], [3, 4, 5]) == "" and kind_of_write([3, 4, 5], [4, 4, 7]) == "3 in 2"

@@ -83,8 +83,8 @@ def test_a_verdict_waits_for_the_next_step_or_for_who_asks(monkeypatch):
     raw = accelerator.decisions
     assert raw.deferred and raw.statistics["accepted"] + sum(raw.statistics["rejected"].values()) == 0
     assert raw.statistics["attempts"] == 1
-    told = accelerator.statistics
-    assert not raw.deferred and told["accepted"] + sum(told["rejected"].values()) == 1
+    said = accelerator.statistics
+    assert not raw.deferred and said["accepted"] + sum(said["rejected"].values()) == 1
     while not raw.deferred:
         train(model, optimizer, 1)
     verdicts = raw.statistics["accepted"] + sum(raw.statistics["rejected"].values())

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_runs import EAGER, identical, network, sgd, snapshot, squared_error, statistics, train
+from small_runs import EAGER, identical, network, sgd, snapshot, statistics, train
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -154,10 +154,10 @@ def test_a_load_that_will_pass_over_the_history_is_announced_at_the_save(kind):
     optimizer = aadl.accelerate(kind(model.parameters(), lr=0.05, momentum=0.5), **EAGER)
     train(model, optimizer, 11)
     alone = kind is LoadsAlone
-    told = pytest.warns(
+    said = pytest.warns(
         UserWarning, match=r"LoadsAlone\.load_state_dict passes over.*load_state_dict\(state\['aadl'\]\)"
     )
-    with told if alone else nullcontext():
+    with said if alone else nullcontext():
         saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     other_model = network()
     other = aadl.accelerate(kind(other_model.parameters(), lr=0.05, momentum=0.5), **EAGER)
@@ -212,14 +212,7 @@ def accelerate_shards(rank, size):
             aadl.accelerate(optimizer, **EAGER)
         except ValueError as error:
             outcomes[whole] = str(error)
-        losses = []
-        for _ in range(4):  # the plain optimizer trains on
-            optimizer.zero_grad()
-            loss = squared_error(model)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        outcomes[whole, "losses"] = losses
+        outcomes[whole, "losses"] = train(model, optimizer, 4)  # the plain optimizer trains on
         outcomes[whole, "parts"] = [p.numel() for p in model.parameters()]
     return outcomes
 

@@ -227,8 +227,8 @@ def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message
     failing = Failing(when)
     monkeypatch.setattr(compilation, "compiled", failing)
     ring, residual = numbers(DEPTH, 5000, dtype=torch.float32), numbers(5000, dtype=torch.float32, seed=1)
-    told = f"goes on with uncompiled kernels, torch.compile failed: {message}"
-    with pytest.warns(UserWarning, match=told) as caught:
+    printed = f"goes on with uncompiled kernels, torch.compile failed: {message}"
+    with pytest.warns(UserWarning, match=printed) as caught:
         fused = kernels.inner_products(ring, residual, DEPTH, [1, 2], True)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
     assert compilation.failure().startswith(message)

@@ -56,14 +56,10 @@ def test_bytes_are_the_same_before_the_first_step_and_after(make, settings):
     assert accelerator.history is None and (before > 0) == (settings != SETTINGS["idle"])
     assert statistics(optimizer)["steps"] == 0
 
-    def closure():
-        optimizer.zero_grad()
-        loss = sum((p * p.conj()).real.sum() for p in model.parameters() if p.requires_grad)
-        loss.backward()
-        return loss
+    def squares(model):
+        return sum((p * p.conj()).real.sum() for p in model.parameters() if p.requires_grad)
 
-    for _ in range(10):
-        optimizer.step(closure)
+    train(model, optimizer, 10, with_closure=True, loss=squares)
     held = [tensor for block in accelerator.history.blocks for tensor in block.tensors.values()] if before else []
     assert accelerator.history_bytes == before == sum(tensor.nbytes for tensor in held)
     aadl.remove_acceleration(optimizer)
@@ -274,8 +270,8 @@ def test_a_limit_of_the_system_is_met_with_a_sentence(depth):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    told = "history_depth=20 for 10,000,000 elements of parameters, needs 1.72 GB on cpu, which cannot be allocated"
-    assert (told in result.stdout) == (depth == 20) == bool(result.stdout)
+    printed = "history_depth=20 for 10,000,000 elements of parameters, needs 1.72 GB on cpu, which cannot be allocated"
+    assert (printed in result.stdout) == (depth == 20) == bool(result.stdout)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------

@@ -28,10 +28,7 @@ def l1_regression(accelerated, dtype, loss=nn.functional.l1_loss, steps=300):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     if accelerated:
         aadl.accelerate(optimizer)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss(model(inputs), target).backward()
-        optimizer.step()
+    train(model, optimizer, steps, loss=lambda model: loss(model(inputs), target))
     return float(loss(model(inputs), target).detach()), optimizer
 
 

@@ -23,6 +23,7 @@ from residual_runs import (
     trained_plainly,
 )
 from small_runs import flat, identical, register_first
+from small_runs import train as train_plainly
 from torch import nn
 
 import aadl
@@ -331,16 +332,12 @@ def test_complex_weights_and_residuals_are_pairs_of_reals():
     optimizer = SGD([weights], lr=0.01)
     accelerator = attach(optimizer, frequency=2)
 
-    def closure():
-        optimizer.zero_grad()
+    def loss(weights):
         residuals = matrix @ weights - right
         accelerator.observe(residuals)
-        loss = residuals.abs().square().mean()
-        loss.backward()
-        return loss
+        return residuals.abs().square().mean()
 
-    for _ in range(40):
-        optimizer.step(closure)
+    train_plainly(weights, optimizer, 40, with_closure=True, loss=loss)
     best = torch.linalg.lstsq(matrix, right).solution
     assert float((weights.detach() - best).abs().max()) < 1e-2
     assert accelerator.statistics["accepted"] > 5

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT, SUPPORT
-from small_runs import EAGER, INPUTS, TARGETS, closure_of, flat, identical, network, snapshot, train
+from small_runs import EAGER, INPUTS, TARGETS, adam, closure_of, flat, identical, network, snapshot, train
 
 import aadl
 from aadl.acceptance import Cause, count
@@ -193,7 +193,7 @@ def test_every_part_of_the_state_matters(lost):
                 deviations.append(aadl.accelerator_of(optimizer).statistics["relative_standard_deviation"])
 
             go_on(model, optimizer, step + 1, STEPS, note)
-            # `disturbed` only tells which updates follow one another
+            # `disturbed` only says which updates follow one another
             ends.append(deviations if lost == "disturbed" else snapshot(model, optimizer))
         if not identical(*ends):
             return
@@ -202,7 +202,7 @@ def test_every_part_of_the_state_matters(lost):
 
 def accelerated(settings=EAGER, steps=12):
     model = network()
-    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **settings)
+    optimizer = adam(model, **settings)
     train(model, optimizer, steps)
     return model, optimizer
 

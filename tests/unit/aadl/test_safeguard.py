@@ -9,7 +9,9 @@ from quadratics import quadratic
 from small_runs import (
     EAGER,
     RESIDUAL,
+    adam,
     identical,
+    nesterov,
     network,
     register_first,
     snapshot,
@@ -21,22 +23,12 @@ import aadl
 from aadl import acceptance
 
 
-def adam(model, **settings):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    return aadl.accelerate(optimizer, **settings) if settings else optimizer
-
-
-def sgd(model, **settings):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
-    return aadl.accelerate(optimizer, **settings) if settings else optimizer
-
-
 def kinked(model):
     """Leaves the regime its history was made in: after an extrapolation the gradient is a hundredfold."""
     return model.scale * squared_error(model)
 
 
-@pytest.mark.parametrize("make", [adam, sgd])
+@pytest.mark.parametrize("make", [adam, nesterov])
 @pytest.mark.parametrize("coupling", ["params", "combine", "full"])
 def test_a_revert_puts_back_the_plain_iterate_and_its_momentum(make, coupling):
     model = network()
@@ -68,7 +60,7 @@ def test_a_revert_puts_back_the_plain_iterate_and_its_momentum(make, coupling):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_residual_that_is_not_finite_resets_the_history(value, frequency):
     model = network()
-    optimizer = sgd(model, **RESIDUAL | {"frequency": frequency})
+    optimizer = nesterov(model, **RESIDUAL | {"frequency": frequency})
     accelerator = aadl.accelerator_of(optimizer)
     while not accelerator.statistics["accepted"]:
         plain = snapshot(model, optimizer)

@@ -8,6 +8,7 @@ from small_runs import (
     ALWAYS,
     EAGER,
     Pairs,
+    adam,
     closure_of,
     flat,
     identical,
@@ -228,7 +229,7 @@ def test_parameters_of_mixed_dtypes_share_one_problem():
 @pytest.mark.parametrize("step", [1, 5, 6, 7])
 def test_gradients_that_are_not_finite_raise_nothing(safeguard, value, step):
     model = network()
-    optimizer = aadl.accelerate(torch.optim.Adam(model.parameters(), lr=0.02), **EAGER | {"safeguard": safeguard})
+    optimizer = adam(model, **EAGER | {"safeguard": safeguard})
     closure = closure_of(model, optimizer)
     good = snapshot(model, optimizer)["model"]
     for count in range(1, 20):
@@ -238,7 +239,7 @@ def test_gradients_that_are_not_finite_raise_nothing(safeguard, value, step):
                 p.grad.fill_(value)
         optimizer.step()
     assert_counts_add_up(optimizer)
-    optimizer.load_state_dict(torch.optim.Adam(model.parameters(), lr=0.02).state_dict())
+    optimizer.load_state_dict(adam(model).state_dict())
     model.load_state_dict(good)
     losses = train(model, optimizer, 40)
     assert losses[-1] < losses[0]

@@ -7,7 +7,20 @@ import threading
 
 import pytest
 import torch
-from small_runs import EAGER, INPUTS, TARGETS, closure_of, flat, identical, network, snapshot, squared_error, train
+from small_runs import (
+    EAGER,
+    INPUTS,
+    TARGETS,
+    adam,
+    closure_of,
+    flat,
+    identical,
+    nesterov,
+    network,
+    snapshot,
+    squared_error,
+    train,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -21,16 +34,6 @@ LOSS = EAGER | {"safeguard": "loss", "average": False, "frequency": 1}
 def noisy_network():
     """A network with everything that a second evaluation could disturb."""
     return network(nn.BatchNorm1d(6), nn.Dropout(0.3))
-
-
-def adam(model, **settings):
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    return aadl.accelerate(optimizer, **settings) if settings else optimizer
-
-
-def sgd(model, **settings):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
-    return aadl.accelerate(optimizer, **settings) if settings else optimizer
 
 
 class Scored:
@@ -65,7 +68,7 @@ def falling():
     return iter(range(10**6, 0, -1))
 
 
-@pytest.mark.parametrize("make", [adam, sgd])
+@pytest.mark.parametrize("make", [adam, nesterov])
 @pytest.mark.parametrize("form", ["documented", "float"])
 def test_rejected_trials_leave_no_trace(make, form):
     outcomes = []
@@ -91,7 +94,7 @@ def test_rejected_trials_leave_no_trace(make, form):
 def test_an_accepted_trial_changes_parameters_and_momentum_only():
     def run(**settings):
         model = noisy_network()
-        optimizer = sgd(model, **settings)
+        optimizer = nesterov(model, **settings)
         torch.manual_seed(5)
         closure = Scored(model, optimizer, falling())
         while True:
@@ -155,7 +158,7 @@ def test_a_gain_that_grows_stops_no_maximization():
 
 def test_the_trials_compare_the_plain_point_with_the_candidate_on_the_same_random_numbers():
     model = noisy_network()
-    optimizer = sgd(model, **LOSS)
+    optimizer = nesterov(model, **LOSS)
     closure = Scored(model, optimizer, rising())
     trials = 0
     for _ in range(30):
@@ -231,7 +234,7 @@ EXCEPTIONS = [
 @pytest.mark.parametrize(("mode", "error", "cause", "propagates"), EXCEPTIONS)
 def test_an_exception_in_a_trial_leaves_everything_restored(mode, error, cause, propagates, place):
     model, plain_model = noisy_network(), noisy_network()
-    optimizer, plain = sgd(model, **LOSS | {"safeguard": mode}), sgd(plain_model)
+    optimizer, plain = nesterov(model, **LOSS | {"safeguard": mode}), nesterov(plain_model)
     torch.manual_seed(5)
     closure = Scored(model, optimizer, falling())
     number_in_step, raised, failed = 0, 0, 0

@@ -133,3 +133,23 @@ def test_the_figure_reads_its_cases_from_the_tables_of_the_documentation():
         cases = [step_report.case_of(row) for row in rows]
         assert [step_report.case_cells(case)[1:] for case in cases] == [list(row.values())[1:7] for row in rows]
         assert [str(case.parameters) for case in cases] == [row["parameters"] for row in rows]
+
+
+def test_the_rows_of_the_page_are_those_of_the_tables():
+    """docs/performance.md shows some rows and columns of `step_large.csv` and `step_small.csv`."""
+    page = (machine.ROOT / "docs" / "performance.md").read_text("utf-8")
+    shown = 0
+    for name, column, others in (
+        ("step_large", "step with both", {"parameters": "25557032"}),
+        ("step_small", "+idle", {}),
+    ):
+        rows = step_report.read_csv(machine.ROOT / "docs" / "tables" / f"{name}.csv")
+        head, _, *lines = next(
+            part for part in page.split("\n\n") if part.startswith("| ") and f" {column} " in part
+        ).split("\n")
+        for line in lines:
+            cells = zip(head.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True)
+            wanted = others | dict(cells)
+            assert any(wanted.items() <= row.items() for row in rows), line
+            shown += 1
+    assert shown > 15

@@ -40,7 +40,7 @@ MEANS = [[67.1, 109.8, 75.6], [80.7, 58.6, 53.6], [48.0, 114.3, 105.6]]
 
 
 def make(folder, settings=SMALL, **changes):
-    return ensure(folder, replace(settings, **changes), num_workers=1, progress=False)
+    return ensure(folder, replace(settings, **changes), num_workers=1)
 
 
 def images_of(folder):
@@ -199,7 +199,7 @@ def test_shards_hold_what_is_drawn_in_turns_of_the_classes(tmp_path):
 
 def test_worker_processes_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(fractals, "IMAGES_PER_SHARD", 6)
-    two = ensure(tmp_path / "two", SMALL, num_workers=2, progress=False)
+    two = ensure(tmp_path / "two", SMALL, num_workers=2)
     assert len(list(two.glob("train-*.h5"))) == 3
     one = images_of(make(tmp_path / "one"))
     assert images_of(two) == one and images_of(make(tmp_path / "other", seed=1)) != one

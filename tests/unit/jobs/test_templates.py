@@ -10,7 +10,7 @@ TEMPLATES = ROOT / "jobs" / "templates"
 STAGE = ["bash", str(TEMPLATES / "stage.sh")]
 
 
-def test_a_rank_that_stopped_early_looks_like_a_success_and_tells_the_script(tmp_path):
+def test_a_rank_that_stopped_early_looks_like_a_success_and_leaves_a_mark_for_the_script(tmp_path):
     for rank, code, expected, is_marked in ((0, 75, 0, True), (1, 75, 0, False), (0, 3, 3, False), (0, 0, 0, False)):
         mark = tmp_path / f"stopped-{rank}-{code}"
         env = {"PATH": os.environ["PATH"], "SLURM_PROCID": str(rank), "AADL_STOPPED_FILE": str(mark)}

@@ -55,7 +55,7 @@ def test_more_ranks_than_devices(monkeypatch):
     ):
         device_of(Ranks(2, 4, 2, host="n1"))
     _, _, problem = devices.choose(Ranks(2, 4, 2, host="n1"), LaunchSettings())
-    assert "local rank 2 on n1" in problem  # which the roll call tells to all ranks
+    assert "local rank 2 on n1" in problem  # which the roll call reports on all ranks
     see_gpus(monkeypatch, 0)
     assert "has no GPU" in devices.choose(Ranks(), LaunchSettings(backend="nccl"))[2]
     assert devices.choose(Ranks(), LaunchSettings())[::2] == ("gloo", "")

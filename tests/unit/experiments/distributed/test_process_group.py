@@ -61,13 +61,13 @@ def test_the_dump_after_a_timeout_is_asked_for_but_not_over_what_was_exported(en
 @pytest.fixture
 def limit(monkeypatch):
     """limit(soft, hard): such a limit of open files, and the list of what it is set to."""
-    told = []
+    changes = []
 
     def begin(soft, hard):
         limits = [(soft, hard)]
         monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
-        monkeypatch.setattr(resource, "setrlimit", lambda _, new: (limits.append(new), told.append(new)))
-        return told
+        monkeypatch.setattr(resource, "setrlimit", lambda _, new: (limits.append(new), changes.append(new)))
+        return changes
 
     return begin
 
@@ -82,9 +82,9 @@ def limit(monkeypatch):
     ],
 )
 def test_many_ranks_need_many_files(limit, soft, hard, expected):
-    told = limit(soft, hard)
+    changes = limit(soft, hard)
     process_group.allow_many_files(1536)
-    assert told == expected
+    assert changes == expected
     text = process_group.few_files(Ranks(3, 1536, host="n7"))
     assert bool(text) == (hard == 4096)
     if text:
@@ -115,7 +115,7 @@ def test_every_rank_may_open_more_files(tmp_path):
 def count_groups(folder):
     """Runs that come and go in one process group, and then in another one."""
     ranks = ranks_from_environment(os.environ)
-    told = []
+    counts = []
     for _ in range(2):
         start_process_group(ranks, LaunchSettings(start_seconds=30.0), folder)
         numbers = [len(dist.distributed_c10d._world.pg_map)]
@@ -124,8 +124,8 @@ def count_groups(folder):
             assert StepVote(ranks).vote_now(run, ranks.rank == 1, True).stop
             numbers.append(len(dist.distributed_c10d._world.pg_map))
         stop_process_group(ranks)
-        told.append(numbers)
-    (folder / f"groups-{ranks.rank}").write_text(str(told))
+        counts.append(numbers)
+    (folder / f"groups-{ranks.rank}").write_text(str(counts))
     leave(0)
 
 

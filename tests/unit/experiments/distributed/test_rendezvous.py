@@ -114,25 +114,25 @@ def test_a_missing_rank_is_named_with_its_host(tmp_path):
         for rank in (0, 2)
     ]
     assert launched.finish(processes) == [1, 1]
-    told = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 2)]
+    printed = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 2)]
     missing = "ranks 1 (expected on node07), 3 (expected on node08) of 4 never came to rank 0"
-    assert missing in told[0] and "within 4 s" in told[0]
-    assert missing in told[1] and "rank 2" in told[1]  # rank 0 tells the others before it leaves
-    assert all("Traceback" not in text and len(text.strip().splitlines()) == 1 for text in told)
+    assert missing in printed[0] and "within 4 s" in printed[0]
+    assert missing in printed[1] and "rank 2" in printed[1]  # rank 0 tells the others before it leaves
+    assert all("Traceback" not in text and len(text.strip().splitlines()) == 1 for text in printed)
 
 
 def job_with_deadline(folder, together=1):
     """The deadline begins when so many processes have started."""
     (folder.parent / f"started-{os.getpid()}").touch()
-    assert wait_until(lambda: len(list(folder.parent.glob("started-*"))) == together, 60)
+    assert wait_until(lambda: len(list(folder.parent.glob("started-*"))) == together)
     launched.job(folder, start_seconds=4.0)
 
 
 def test_a_rank_0_that_does_not_come_is_named(tmp_path):
     process = launched.start(job_with_deadline, launched.srun_variables(1, 2), tmp_path / "log", tmp_path / "results")
     assert launched.finish([process]) == [1]
-    told = (tmp_path / "log").read_text()
-    assert "rank 1 on " in told and "rank 0 announced no address in" in told and name_of() in told
+    printed = (tmp_path / "log").read_text()
+    assert "rank 1 on " in printed and "rank 0 announced no address in" in printed and name_of() in printed
 
 
 def call_all(store, worlds, judge=lambda facts: "", seconds=20.0, only=None, facts=lambda rank: {}):

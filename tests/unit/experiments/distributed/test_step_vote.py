@@ -45,21 +45,21 @@ def agreeing_ranks(rank, world_size):
             finite = not (rank == 1 and step == 2)
             vote.cast(step, bool(interruption.reason), finite, fingerprint=1000 + step)
             done.append(step)
-    told = {"tallies": tallies, "done": done, "now": vote.vote_now(99, rank == 0, True, 2**62 + 1, save=rank == 2)}
+    reported = {"tallies": tallies, "done": done, "now": vote.vote_now(99, rank == 0, True, 2**62 + 1, save=rank == 2)}
     for name, step, fingerprint in (("steps", 7 + rank, 0), ("fingerprints", 7, 1 - 3 * rank)):
         try:
-            told[name] = vote.vote_now(step, False, True, fingerprint)
+            reported[name] = vote.vote_now(step, False, True, fingerprint)
         except RanksDisagree as error:
-            told[name] = str(error)
-    told["after"] = vote.vote_now(8, False, True, fingerprint=7)
-    return told
+            reported[name] = str(error)
+    reported["after"] = vote.vote_now(8, False, True, fingerprint=7)
+    return reported
 
 
 @pytest.mark.smoke
 def test_all_ranks_hear_the_same_and_stop_at_the_same_step(spawn_ranks):
-    told = spawn_ranks(agreeing_ranks, 3)
-    assert told[0] == told[1] == told[2]
-    first = told[0]
+    reported = spawn_ranks(agreeing_ranks, 3)
+    assert reported[0] == reported[1] == reported[2]
+    first = reported[0]
     assert first["tallies"] == [None, *(Tally(step, step == 3, step != 2) for step in range(4))]
     assert first["done"] == [0, 1, 2, 3]
     assert first["now"] == Tally(99, True, True, True)

@@ -9,11 +9,11 @@ from image_runs import RAW, SGD, image_run, raw_config
 
 from experiments.catalog import parse_config
 from experiments.distributed.ranks import Ranks
+from experiments.images.epochs import scaled_rate, share, step_scheduler
 from experiments.images.experiment import EXPERIMENT
-from experiments.images.schedules import scaled_rate, share, step_scheduler
 from experiments.images.settings import ImageTrainingConfig
 from experiments.runs.config import expand_runs
-from experiments.settings.cadence import in_steps
+from experiments.settings.kinds import in_steps
 
 
 def test_a_setting_that_was_added_later_leaves_the_identity_of_older_records_as_it_was():

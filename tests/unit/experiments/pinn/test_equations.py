@@ -1,5 +1,6 @@
 """Every equation: the exact solution has no residual and others have; lifts, loading by name and from a file."""
 
+import by_autograd
 import pytest
 import torch
 from heat import HEAT, write_heat
@@ -23,17 +24,7 @@ case = pytest.mark.parametrize("equation", CASES, ids=lambda equation: equation.
 
 
 def derivatives(function, points):
-    """The five derivatives by autograd, one spatial column after the other."""
-    points = points.detach().requires_grad_()
-    value = function(points)
-    (gradient,) = torch.autograd.grad(value.sum(), points, create_graph=True)
-    laplacian = torch.zeros_like(value)
-    for i in range(points.shape[1] - 1):
-        (row,) = torch.autograd.grad(gradient[:, i].sum(), points, retain_graph=True, allow_unused=True)
-        laplacian += 0 if row is None else row[:, i : i + 1]
-    x = gradient[:, :-1]
-    found = Derivatives(value, gradient[:, -1:], x.sum(1, keepdim=True), laplacian, x.square().sum(1, keepdim=True))
-    return Derivatives(*(part.detach() for part in found))
+    return Derivatives(*(part.detach() for part in by_autograd.derivatives(function, points)))
 
 
 def points_of(equation, count=8):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from by_autograd import derivatives, gradients
 from torch._dynamo.utils import counters
 from torch.nn.utils import parameters_to_vector
 
@@ -31,41 +32,11 @@ def points_of(count, columns, seed=1):
     return torch.rand(count, columns, dtype=torch.float64, generator=generator) * 2 - 1
 
 
-def gradient_and_second(model, x, columns):
-    """Value, gradient (N, columns of x) and the sum of the second derivatives over the first columns, by autograd."""
-    x = x.clone().requires_grad_()
-    value = model(x)
-    (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=True)
-    second = torch.zeros_like(value)
-    for column in range(columns):
-        if gradient.requires_grad:
-            (row,) = torch.autograd.grad(gradient[:, column].sum(), x, create_graph=True, allow_unused=True)
-            second = second + (0 if row is None else row[:, column : column + 1])
-    return value, gradient, second
-
-
-def derivatives_by_autograd(model, points):
-    value, gradient, laplacian = gradient_and_second(model, points, points.shape[1] - 1)
-    space = gradient[:, :-1]
-    return (
-        value,
-        gradient[:, -1:],
-        space.sum(1, keepdim=True),
-        laplacian,
-        space.square().sum(1, keepdim=True),
-    )
-
-
 def nonlinear(outputs, wrong=0.0):
     """A loss that mixes all five, not symmetric in any two."""
     value, time, gradient_sum, laplacian, square = outputs
     residual = (1 + wrong) * time + value * gradient_sum - 0.3 * laplacian + 0.2 * square * value + torch.sin(square)
     return (residual.square() + 0.1 * residual * laplacian).mean()
-
-
-def gradients_of(model, loss):
-    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, model.parameters(), strict=True)]
 
 
 def difference(ours, theirs):
@@ -76,11 +47,11 @@ def difference(ours, theirs):
 
 
 def assert_equal_to_autograd(model, points, **options):
-    ours, theirs = model.derivatives(points, **options), derivatives_by_autograd(model, points)
+    ours, theirs = model.derivatives(points, **options), derivatives(model, points)
     assert difference(ours, theirs) < TOLERANCE
-    wanted = gradients_of(model, nonlinear(theirs))
-    assert difference(gradients_of(model, nonlinear(ours)), wanted) < TOLERANCE
-    assert difference(gradients_of(model, nonlinear(model.derivatives(points, **options), wrong=1e-4)), wanted) > 1e-7
+    wanted = gradients(model, nonlinear(theirs))
+    assert difference(gradients(model, nonlinear(ours)), wanted) < TOLERANCE
+    assert difference(gradients(model, nonlinear(model.derivatives(points, **options), wrong=1e-4)), wanted) > 1e-7
 
 
 def set_first_weight(model, singular_values):
@@ -165,7 +136,7 @@ def test_float32_stays_float32():
     model, points = network((9, 5, 7, 1)).float(), points_of(5, 9).float()
     outputs = model.derivatives(points)
     assert {each.dtype for each in outputs} == {torch.float32}
-    assert difference(outputs, derivatives_by_autograd(model, points)) < 1e-4
+    assert difference(outputs, derivatives(model, points)) < 1e-4
 
 
 def test_what_has_no_second_derivative_or_does_not_fit_is_refused():
@@ -185,18 +156,9 @@ def burgers(u, rows):
     return u.time + u.value * u.gradient_sum - 0.1 * u.laplacian + 0.3 * u.gradient_square.sin()
 
 
-def jacobian_by_autograd(model, points, residual, outputs=derivatives_by_autograd):
-    values = residual(type("U", (), dict(zip(NAMES, outputs(model, points), strict=False))), slice(0, len(points)))
-    rows = [parameters_to_vector(gradients_of_kept(model, value)) for value in values[:, 0]]
-    return values.detach(), torch.stack(rows)
-
-
-NAMES = ("value", "time", "gradient_sum", "laplacian", "gradient_square")
-
-
-def gradients_of_kept(model, value):
-    grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, model.parameters(), strict=True)]
+def jacobian_by_autograd(model, points, residual):
+    values = residual(derivatives(model, points), slice(0, len(points)))
+    return values.detach(), torch.stack([parameters_to_vector(gradients(model, value)) for value in values[:, 0]])
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
@@ -247,7 +209,7 @@ def accumulated(model, points, **options):
 def test_chunks_add_up_to_the_whole(sizes, chunk):
     model, points = network(sizes), points_of(11, sizes[0])
     whole = burgers(model.derivatives(points), slice(0, 11)).square().mean()
-    assert difference(accumulated(model, points, chunk=chunk), [whole, *gradients_of(model, whole)]) < 1e-12
+    assert difference(accumulated(model, points, chunk=chunk), [whole, *gradients(model, whole)]) < 1e-12
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from burgers_by_autograd import residual_and_slope, solution
+from by_autograd import residual_and_slope, solution
 from suite_cases import PINN, build, pinn_run
 from torch.nn.utils import parameters_to_vector
 

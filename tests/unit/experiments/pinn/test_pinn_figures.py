@@ -84,7 +84,7 @@ def test_figures_with_one_name_are_refused(tmp_path):
         save_figures(tmp_path, [("one.png", lambda: None), ("two.png", lambda: None), ("one.png", lambda: None)])
 
 
-def test_the_legend_tells_another_loss(tmp_path):
+def test_the_legend_names_another_loss(tmp_path):
     for name in LAPTOP:
         save(tmp_path, name, PLAIN, changes={"variants": LAPTOP})
     main, second = groups(tmp_path)

@@ -82,7 +82,7 @@ def test_a_label_or_an_override_that_changes_nothing_is_no_new_run(config, tmp_p
     assert "2 of 4 runs to do" in capsys.readouterr().err
 
 
-def test_a_run_with_a_time_limit_tells_its_progress_by_time(monkeypatch, capsys):
+def test_a_run_with_a_time_limit_reports_its_progress_by_time(monkeypatch, capsys):
     seconds = iter(range(10**6))
     monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: next(seconds))
     limited = pinn_run(training={"iterations": 10**6, "evaluate_every": 1, "max_seconds": 60})
@@ -104,7 +104,7 @@ def test_a_run_is_the_same_twice_and_in_worker_processes(tmp_path):
         assert (read_run(path).series[LOSS] == read_run(other).series[LOSS]).all()
 
 
-def test_a_single_run_tells_loss_error_and_speed(config, tmp_path, capsys):
+def test_a_single_run_prints_loss_error_and_speed(config, tmp_path, capsys):
     run(config, tmp_path / "results", "--set", "seeds=0", "--set", "variants=adam")
     lines = capsys.readouterr().err.splitlines()
     [last] = [line for line in lines if line.startswith("12/12 iterations")]

@@ -90,10 +90,10 @@ def test_the_table_is_written_and_printed(tmp_path, source):
     save(tmp_path, "sgd_aadl", 0, FAST, source=source)
     text = summarize(compare(tmp_path))
     markdown = (tmp_path / "graduate_admissions" / "test" / "summary.md").read_text()
-    for told in (text, markdown):
-        assert "4 [4 .. 4]" in told and "9.00e-01" in told and "0 of 1" in told
-        assert "SGD, lr 0.001, momentum 0.9, nesterov" in told and "Source: " in told
-        assert ("SURROGATE DATA" in told) == (source == "surrogate")
+    for printed in (text, markdown):
+        assert "4 [4 .. 4]" in printed and "9.00e-01" in printed and "0 of 1" in printed
+        assert "SGD, lr 0.001, momentum 0.9, nesterov" in printed and "Source: " in printed
+        assert ("SURROGATE DATA" in printed) == (source == "surrogate")
     table = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
 

@@ -193,7 +193,7 @@ def test_locks_are_not_needed(tmp_path):
     library = tmp_path / "flock.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "flock.c")], check=True)
 
-    def told(**variables):
+    def printed(**variables):
         environment = {name: value for name, value in os.environ.items() if name != "HDF5_USE_FILE_LOCKING"}
         command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path / "probed"), str(path)]
         return subprocess.run(
@@ -202,10 +202,10 @@ def test_locks_are_not_needed(tmp_path):
 
     for number in ("37", "524"):
         preload = {"LD_PRELOAD": str(library), "FLOCK_ERRNO": number}
-        assert told(**preload) == ["works", "works"]
-    lines = told(**preload, HDF5_USE_FILE_LOCKING="BEST_EFFORT")
+        assert printed(**preload) == ["works", "works"]
+    lines = printed(**preload, HDF5_USE_FILE_LOCKING="BEST_EFFORT")
     assert len(lines) == 2 and all("export HDF5_USE_FILE_LOCKING=FALSE" in line for line in lines)
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert told() == ["works", "works"]
-        assert "seed-0.h5 is locked by another program" in told(HDF5_USE_FILE_LOCKING="TRUE")[1]
+        assert printed() == ["works", "works"]
+        assert "seed-0.h5 is locked by another program" in printed(HDF5_USE_FILE_LOCKING="TRUE")[1]

@@ -10,13 +10,13 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
 import threading
 
 import numpy as np
 import pytest
 import torch
 from digests import digest
+from disks import small_disk
 from saved_states import assert_loads, names, own_at, save, saved, state_at
 from system_calls import POINTS, meet_points
 from torch import nn
@@ -275,7 +275,7 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path):
     path.write_bytes(pickle.dumps(Malicious(marker)))
     assert "refused" in assert_loads(checkpoints, 1).rejected[0][1]
     assert not marker.exists()
-    os.system(f"touch {marker}")  # the marker tells an execution
+    os.system(f"touch {marker}")  # the marker shows that it was executed
     assert marker.exists()
 
 
@@ -318,34 +318,19 @@ def test_a_writer_killed_at_any_point_leaves_a_whole_checkpoint(tmp_path, proces
     assert names(tmp_path) == ["step-0000000003.pt"]  # what the dead one left behind is gone
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"mount: {error}")
-    if done.returncode != 0:
-        pytest.skip(f"a tmpfs needs root: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_leaves_the_checkpoint_before(small_disk, capsys):
-    checkpoints = saved(small_disk, 1)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoints.save(2, {"model": torch.zeros(3_000_000)}, {}, identity="run")
-    text = str(caught.value)
-    assert "step 2" in text and str(small_disk) in text and "No space left on device" in text
-    assert 12_000_000 <= int(text.split("it needs ")[1].split()[0]) <= 12_001_000
-    assert capsys.readouterr().err.count("warning: the checkpoint of step 2 failed") == 1
-    assert names(small_disk) == ["step-0000000001.pt"]
-    assert_loads(checkpoints, 1)
-    save(checkpoints, 3)
-    assert_loads(checkpoints, 3)
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        checkpoints = saved(disk, 1)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.save(2, {"model": torch.zeros(3_000_000)}, {}, identity="run")
+        text = str(caught.value)
+        assert "step 2" in text and str(disk) in text and "No space left on device" in text
+        assert 12_000_000 <= int(text.split("it needs ")[1].split()[0]) <= 12_001_000
+        assert capsys.readouterr().err.count("warning: the checkpoint of step 2 failed") == 1
+        assert names(disk) == ["step-0000000001.pt"]
+        assert_loads(checkpoints, 1)
+        save(checkpoints, 3)
+        assert_loads(checkpoints, 3)
 
 
 def save_beyond_the_limit(folder):

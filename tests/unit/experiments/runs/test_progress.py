@@ -60,8 +60,8 @@ def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
             clock.now += 10.0
             bar.report(number, 0.5, 0.125)
             bar.finish(number)
-    told = capsys.readouterr().err
-    assert "loss 0.125" in told and "about 10 s left" in told and "3/3" in told
+    printed = capsys.readouterr().err
+    assert "loss 0.125" in printed and "about 10 s left" in printed and "3/3" in printed
 
 
 def test_nothing_is_shown_where_it_is_not_wanted(clock, capsys):
@@ -78,8 +78,8 @@ def test_times_are_for_people(seconds, text):
 
 
 def test_a_run_reports_its_share_and_loss(capsys):
-    told = []
-    with reported_to(lambda *values: told.append(values)):
+    printed = []
+    with reported_to(lambda *values: printed.append(values)):
         bar = Bar(10, "epochs", enabled=False)
         bar.move_to(5)
         bar.show({"metrics/train/loss": 0.5, "metrics/validation/loss": 2.0})
@@ -87,7 +87,7 @@ def test_a_run_reports_its_share_and_loss(capsys):
         bar.move_to(100)
         bar.show({"timing/training_seconds": 8.0})
     bar.show()
-    assert told[0] == (0.5, 0.5) and told[1][0] == 0.8 and math.isnan(told[1][1]) and len(told) == 2
+    assert printed[0] == (0.5, 0.5) and printed[1][0] == 0.8 and math.isnan(printed[1][1]) and len(printed) == 2
     assert capsys.readouterr().err == ""
 
 

@@ -5,7 +5,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import h5py
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
 from paths import ROOT
+from processes import wait_until
 from small_runs import identical
 from stopped_runs import run_to_the_end, signal_after
 from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
@@ -222,8 +222,8 @@ def test_a_run_whose_loss_is_lost_ends_within_its_epoch(tmp_path, monkeypatch):
 
 def test_losses_are_judged_two_steps_late():
     finite = FiniteLosses()
-    told = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
-    assert told == [True, True, True, False, False]
+    printed = [finite(torch.tensor(loss)) for loss in (1.0, math.inf, 2.0, 3.0, 4.0)]
+    assert printed == [True, True, True, False, False]
 
 
 def test_the_same_run_is_not_made_twice_at_a_time(tmp_path):
@@ -280,8 +280,8 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, capsy
     assert command(config, tmp_path / "whole", "--jobs", "1") == 0
     with signal_after(4, number):
         assert command(config, tmp_path / "again", "--jobs", "1") == EXIT_RESUME
-    told = capsys.readouterr().err
-    assert f"stopped by {number.name} after step" in told and "the same command goes on" in told
+    printed = capsys.readouterr().err
+    assert f"stopped by {number.name} after step" in printed and "the same command goes on" in printed
     assert command(config, tmp_path / "again", "--jobs", "1") == 0
     assert "stopped on the way and taken up again: 1" in capsys.readouterr().err
     paths = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.h5"))
@@ -299,19 +299,12 @@ def test_workers_save_when_their_parent_gets_a_signal(tmp_path):
     config = write(raw, tmp_path)
     line = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "r"), "--jobs", "2"]
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
+        assert wait_until(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
         process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=600)
+        _, printed = process.communicate(timeout=600)
     assert process.returncode == EXIT_RESUME
-    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in told
+    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in printed
     assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
-
-
-def wait_for(condition, seconds=600):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def stopped_and_resumed(rank, world_size, folder, results):
@@ -336,9 +329,9 @@ def test_ranks_stop_at_the_same_step_and_go_on(folder, tmp_path, spawn_ranks):
     """Three of them, because sums over two are the same in any order."""
     outcomes = spawn_ranks(stopped_and_resumed, 3, folder, tmp_path)
     assert [message for message, _, _ in outcomes] == [
-        "stopped by a signal to another rank after step 6; the state is saved",
+        "stopped by a signal or a time limit of another rank after step 6; the state is saved",
         "stopped by SIGUSR1 after step 6; the state is saved",
-        "stopped by a signal to another rank after step 6; the state is saved",
+        "stopped by a signal or a time limit of another rank after step 6; the state is saved",
     ]
     _, (whole, again), restarts = outcomes[0]
     assert restarts == 1 and whole.keys() == again.keys()

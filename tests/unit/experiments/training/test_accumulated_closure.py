@@ -50,12 +50,12 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(parts, scale):
     expected = torch.optim.SGD(twin.parameters(), lr=0.5, momentum=0.9)
     for _ in range(3):
         closure.batch = batch
-        told = closure.step()
+        reported = closure.step()
         expected.zero_grad()
         loss = nn.functional.cross_entropy(twin(batch[0]), batch[1])
         loss.backward()
         expected.step()
-        assert told == pytest.approx(float(loss.detach()), rel=1e-5) and not told.requires_grad
+        assert reported == pytest.approx(float(loss.detach()), rel=1e-5) and not reported.requires_grad
     torch.testing.assert_close(problem.model.state_dict(), twin.state_dict())
     assert closure.num_losses == 3
 

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from small_runs import train
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.settings.run_config import PublishedConfig
@@ -22,16 +23,14 @@ def iterate(matrix, offset, num_steps, settings=None):
     hessian = torch.eye(len(offset), dtype=offset.dtype) - matrix
     rows = []
     scheme = PublishedScheme(optimizer, settings) if settings is not None else None
-
-    def closure():
-        optimizer.zero_grad()
-        loss = 0.5 * x @ hessian @ x - offset @ x
-        loss.backward()
-        return loss
-
-    for _ in range(num_steps):
-        optimizer.step(closure)
-        rows.append(x.detach().clone())
+    train(
+        x,
+        optimizer,
+        num_steps,
+        with_closure=True,
+        loss=lambda x: 0.5 * x @ hessian @ x - offset @ x,
+        after=lambda step: rows.append(x.detach().clone()),
+    )
     error = float(torch.linalg.vector_norm(x.detach() - torch.linalg.solve(hessian, offset)))
     return error, scheme, rows
 
@@ -151,15 +150,7 @@ def trained_by_ranks(rank, world_size, safeguard):
     wrapped = DistributedDataParallel(model)
     inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(rank))
     target = (1 + rank) * inputs.sum(1, keepdim=True)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (wrapped(inputs) - target).square().mean()
-        loss.backward()
-        return loss
-
-    for _ in range(30):
-        optimizer.step(closure)
+    train(wrapped, optimizer, 30, with_closure=True, loss=lambda model: (model(inputs) - target).square().mean())
     return [p.detach().clone() for p in model.parameters()], scheme.statistics
 
 

@@ -224,7 +224,7 @@ def test_two_ranks_train_as_one(spawn_ranks, kind):
 # ---- records and checkpoints -----------------------------------------------------------------------------------------
 
 
-def test_the_record_tells_what_became_of_candidates(tmp_path):
+def test_the_record_counts_what_became_of_candidates(tmp_path):
     config = pinn_run(
         {"optimizer": ADAM, "acceleration": RESIDUALS | {"check_points": 8}}, {"iterations": 80, "evaluate_every": 20}
     )
@@ -235,8 +235,8 @@ def test_the_record_tells_what_became_of_candidates(tmp_path):
     rejected = sum(values[-1] for name, values in series.items() if "/rejected_" in name)
     assert rejected + series["acceleration/accepted"][-1] == series["acceleration/attempts"][-1] > 0
     with h5py.File(path) as file:
-        told = {name: file[name].attrs["long_name"] for name in ("acceleration/damping", UNSEEN)}
-    assert told == {
+        printed = {name: file[name].attrs["long_name"] for name in ("acceleration/damping", UNSEEN)}
+    assert printed == {
         "acceleration/damping": "damping of the mixing problem, relative to unit columns",
         UNSEEN: "training loss on points that training never sees",
     }
