@@ -290,7 +290,8 @@ class ResidualAccelerator(ResidualPairs):
             count(self._statistics["rejected"], Cause.RANK)
             return None
         self._statistics["gain"] = math.sqrt(solution.predicted / gram.square)
-        least = change_by_steps(products.gram) if is_normalized(self.optimizer) else 0.0
+        normalized, depth = is_normalized(self.optimizer), self.settings.history_depth
+        least = change_by_steps(products.gram, depth) if normalized else 0.0
         return _Candidate(solution, slots, gram.square, least)
 
     def _decide(self, optimizer: Optimizer, attempt: _Candidate, after: Tensor, numbers: Tensor) -> None:
