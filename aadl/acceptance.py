@@ -80,7 +80,8 @@ class Cause(str, Enum):
     CHECK = "check"
     """The sum of squares of `check` at the candidate is not below that at x_k."""
     STEPS = "steps"
-    """The sum of squares falls by less than the normalized steps of the optimizer change it."""
+    """The optimizer normalizes its steps, and the sum of squares falls by less than they change it, or was predicted
+    badly of late."""
 
     # Resets
     USER = "user"

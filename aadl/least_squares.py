@@ -11,7 +11,6 @@ To first order r(x+) = r_k - E gamma, so that gamma solves a linear least-square
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -59,21 +58,18 @@ def solve(gram: Gram, damping: float, rounding: float) -> Solution:
     return Solution(ways @ mixing.gamma, predicted_square(turned, mixing.gamma), mixing)
 
 
-def change_by_steps(gram: Gram, depth: int) -> float:
+def change_by_steps(gram: Gram) -> float:
     """How much the sum of squares must fall for a candidate to survive steps that are as long wherever they begin.
 
     The columns of DR are what the last steps changed the residuals by. In the mean, the next one adds their square to
     the sum of squares, wherever the candidate is; and the optimizer gains by itself what it has gained before.
 
     Args:
-        gram: DR' DR, DR' r_k and ||r_k||^2.
-        depth: columns of a full history; fewer do not tell what steps change.
+        gram: DR' DR, DR' r_k and ||r_k||^2, with at least one column.
 
     Returns:
-        max(mean ||r_{j+1} - r_j||^2, STEPS mean(||r_j||^2 - ||r_{j+1}||^2)); inf before the history is full.
+        max(mean ||r_{j+1} - r_j||^2, STEPS mean(||r_j||^2 - ||r_{j+1}||^2)).
     """
-    if gram.projection.numel() < depth:
-        return math.inf
     gained = float(gram.matrix.sum() - 2 * gram.projection.sum())  # ||r_0||^2 - ||r_k||^2, as r_0 = r_k - DR 1
     return max(float(gram.matrix.trace()), STEPS * gained) / gram.projection.numel()
 

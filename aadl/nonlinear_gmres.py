@@ -27,7 +27,7 @@ from aadl.attached import VERSION, check_format
 from aadl.deferred import Deferred, on_host
 from aadl.learning_rates import is_dry_step
 from aadl.least_squares import Solution, change_by_steps, gain_ratio, next_damping, solve
-from aadl.mixing import newest
+from aadl.mixing import Gram, newest
 from aadl.pace import Pace, clears_momentum, is_normalized
 from aadl.parameters import (
     MOMENTUM_KEYS,
@@ -290,9 +290,17 @@ class ResidualAccelerator(ResidualPairs):
             count(self._statistics["rejected"], Cause.RANK)
             return None
         self._statistics["gain"] = math.sqrt(solution.predicted / gram.square)
-        normalized, depth = is_normalized(self.optimizer), self.settings.history_depth
-        least = change_by_steps(products.gram, depth) if normalized else 0.0
-        return _Candidate(solution, slots, gram.square, least)
+        return _Candidate(solution, slots, gram.square, self._least_gain(products.gram))
+
+    def _least_gain(self, gram: Gram) -> float:
+        """By how much the sum of squares has to fall; inf where the linear model of late did not hold."""
+        if not is_normalized(self.optimizer):
+            return 0.0
+        return change_by_steps(gram) if self._damping <= self._first_damping() else math.inf
+
+    def _first_damping(self) -> float:
+        floor = self.settings.regularization
+        return max(FIRST_DAMPING, floor) if floor else 0.0
 
     def _decide(self, optimizer: Optimizer, attempt: _Candidate, after: Tensor, numbers: Tensor) -> None:
         """Accept the candidate if the sum of squares falls far enough, and that of `check` falls; else put x_k back."""
@@ -363,8 +371,7 @@ class ResidualAccelerator(ResidualPairs):
         self._statistics, settings = residual_statistics(), self.settings
         first = (settings.wait_iterations // settings.frequency + 1) * settings.frequency
         self._pace = Pace(settings.frequency, settings.paced, first)
-        floor = settings.regularization
-        self._damping = max(FIRST_DAMPING, floor) if floor else 0.0
+        self._damping = self._first_damping()
         self._trusted, self._warned = self._residuals is not None, False
         self._open_attempt = None
 

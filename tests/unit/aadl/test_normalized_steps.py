@@ -1,7 +1,5 @@
 """Nonlinear GMRES on optimizers whose steps are as long wherever they begin."""
 
-import math
-
 import pytest
 import torch
 from residual_runs import SGD, loss_of, started, train
@@ -51,5 +49,4 @@ def test_what_steps_change_is_read_from_the_products():
         steps, newest = rows.diff(dim=0), rows[-1]
         gram = Gram(steps @ steps.T, steps @ newest, float(newest @ newest))
         moved, gained = steps.square().sum(1).mean(), -rows.square().sum(1).diff().mean()
-        assert change_by_steps(gram, 3) == pytest.approx(max(float(moved), STEPS * float(gained)))
-        assert change_by_steps(gram, 4) == math.inf
+        assert change_by_steps(gram) == pytest.approx(max(float(moved), STEPS * float(gained)))
