@@ -21,8 +21,8 @@ from aadl.mixing import Gram, Mixing, mixing_coefficients, predicted_square
 LARGEST_DAMPING = 1e3
 GOOD, BAD = 0.75, 0.25
 """Gain ratios above and below which the damping falls and rises."""
-STEPS = 5
-"""Normalized steps of the optimizer that a candidate has to be worth."""
+UNDONE, STEPS = 2, 5
+"""Normalized steps of the optimizer that a candidate has to survive, and that it has to be worth."""
 NOISE = 16
 """Length of a column, in units of rounding of r, below which the column is nothing but rounding."""
 CUTOFF = 1e-14
@@ -68,10 +68,10 @@ def change_by_steps(gram: Gram) -> float:
         gram: DR' DR, DR' r_k and ||r_k||^2, with at least one column.
 
     Returns:
-        max(mean ||r_{j+1} - r_j||^2, STEPS mean(||r_j||^2 - ||r_{j+1}||^2)).
+        max(UNDONE mean ||r_{j+1} - r_j||^2, STEPS mean(||r_j||^2 - ||r_{j+1}||^2)).
     """
     gained = float(gram.matrix.sum() - 2 * gram.projection.sum())  # ||r_0||^2 - ||r_k||^2, as r_0 = r_k - DR 1
-    return max(float(gram.matrix.trace()), STEPS * gained) / gram.projection.numel()
+    return max(UNDONE * float(gram.matrix.trace()), STEPS * gained) / gram.projection.numel()
 
 
 def gain_ratio(before: float, predicted: float, after: float) -> float:
