@@ -252,7 +252,7 @@ def _become(arguments: Sequence[str], variables: Mapping[str, str], log: str) ->
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(variables)
-    launched.write_to(log)
+    launched.begin(log)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     threading.Thread(target=_end_with_parent, daemon=True).start()

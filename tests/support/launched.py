@@ -84,13 +84,17 @@ def _run(function, variables, log, args):
     environment = clean_environment()
     os.environ.clear()
     os.environ.update(environment | variables)
-    write_to(log)
+    begin(log)
     torch.set_num_threads(1)
     function(*args)
 
 
-def write_to(log):
-    """From now on, this process writes to the end of a file."""
+def begin(log):
+    """Call first in a process of the server: it hears all signals, as a program does, and writes to the end of a file.
+
+    The server may have been started while signals were blocked, which its processes inherit.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
