@@ -6,6 +6,8 @@ import pytest
 import torch
 from histories import explicit, orthogonal_solution
 from quadratics import quadratic, sgd
+from small_runs import flat, statistics
+from torch import nn
 
 import aadl
 
@@ -270,3 +272,24 @@ def test_pairs_are_true_with_averaging(store_each_nth, momentum, kind):
         assert_true_pairs(evaluate, optimizer, min(number, 5))
     statistics = aadl.accelerator_of(optimizer).statistics
     assert statistics["averaging"] and statistics["accepted"] >= 3 and not torch.allclose(x, y, rtol=1e-3)
+
+
+@pytest.mark.parametrize("at", [45, 50])
+def test_no_candidate_leads_back_over_a_far_load(at):
+    """The pairs before it stay true, but mixing with them would undo it."""
+    inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    target = inputs.sum(1, keepdim=True).sin()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    weights = {name: 20 * value for name, value in model.state_dict().items()}
+    optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.02), average=False)
+    for step in range(150):
+        if step == at:
+            before, accepted = flat(model), statistics(optimizer)["accepted"]
+            model.load_state_dict(weights)
+            way = (flat(model) - before).norm()
+        optimizer.zero_grad()
+        (model(inputs) - target).square().mean().backward()
+        optimizer.step()
+        assert step < at or (flat(model) - before).norm() > 0.5 * way
+    assert statistics(optimizer)["accepted"] > accepted > 0
