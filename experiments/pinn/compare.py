@@ -21,6 +21,7 @@ from experiments.settings.run_config import identity_of
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 EVALUATIONS = "metrics/evaluations"
+PROCESSOR_SECONDS = "timing/training_cpu_seconds"
 UNSEEN = "metrics/validation/loss"
 ERROR = "relative_l2_"
 """Prefix of the errors at the end; the series begin with "metrics/validation/" in front of it."""
@@ -205,6 +206,8 @@ class Measures:
         ratio: final loss over the baseline's.
         at_evaluations: the same where both have spent the smaller of the two numbers of evaluations of the loss.
         at_seconds: likewise for training seconds.
+        at_processor_seconds: likewise for the processor's, which other work on the machine hardly changes; NaN for
+            records without them.
         unseen: training loss on points that training never sees, at the end; NaN for records without it.
         unseen_ratio: the same over the baseline's.
         error_ratio: relative L2 error at the end on the main test set over the baseline's, whatever their losses are.
@@ -219,6 +222,7 @@ class Measures:
     ratio: np.ndarray
     at_evaluations: np.ndarray
     at_seconds: np.ndarray
+    at_processor_seconds: np.ndarray
     unseen: np.ndarray
     unseen_ratio: np.ndarray
     error_ratio: np.ndarray
@@ -248,6 +252,7 @@ def measure(variant: Variant, group: Group) -> Measures:
         ratio=against(lambda own, rival: _ratio(_end(own, TRAIN), _end(rival, TRAIN))),
         at_evaluations=against(lambda own, rival: _ratio_at_equal(EVALUATIONS, own, rival)),
         at_seconds=against(lambda own, rival: _ratio_at_equal(SECONDS, own, rival)),
+        at_processor_seconds=against(lambda own, rival: _ratio_at_equal(PROCESSOR_SECONDS, own, rival)),
         unseen=np.array([_end(run, UNSEEN) for run in runs]),
         unseen_ratio=against(lambda own, rival: _ratio(_end(own, UNSEEN), _end(rival, UNSEEN))),
         error_ratio=np.array([_ratio(error(variant.runs[seed]), error(rivals[seed])) for seed in shared]),
@@ -293,6 +298,8 @@ def _ratio_at_equal(cost: str, own: Run, rival: Run) -> float:
     """
     if own.diverged or rival.diverged:
         return np.inf if own.diverged else np.nan
+    if cost not in own.series or cost not in rival.series:
+        return np.nan
     budget = min(own.series[cost][-1], rival.series[cost][-1])
     losses = [np.log(np.maximum(run.series[TRAIN], np.finfo(float).tiny)) for run in (own, rival)]
     mine, other = (np.interp(budget, run.series[cost], loss) for run, loss in zip((own, rival), losses, strict=True))

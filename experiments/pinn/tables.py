@@ -29,6 +29,7 @@ AGAINST = (
     "final loss / baseline's",
     "at equal evaluations",
     "at equal seconds",
+    "of the processor",
     "on unseen points",
     "seeds > 2 % above",
     "accepted",
@@ -41,7 +42,7 @@ LEGEND = (
     "last draw, with the evaluated weights; each variant has its own points. Iterations: evaluations of the gradient "
     "or of a Jacobian after which no recorded loss is above the baseline's final one on the same seed; the loss jumps "
     "when points are drawn again, so the baseline may have been below its final loss before. At equal evaluations (of "
-    "the loss, trials included) or seconds: the losses where both have spent the smaller of the two budgets, "
+    "the loss, trials included), seconds, or seconds of the processor: the losses where both have spent the smaller of the two budgets, "
     "interpolated; no schedule was adapted to it. Unseen points: the final loss on a draw that training "
     "never sees, and its ratio to the baseline's. Seconds: training alone. Seeds above include diverged runs; where "
     "only the baseline diverged, a seed is unknown. Other loss: the weight or the kind of the conditions, or the law "
@@ -112,20 +113,18 @@ def _result_rows(group: Group, measured: list[tuple[Variant, Measures]]) -> list
 def _comparison_row(group: Group, variant: Variant, measures: Measures) -> tuple[str, ...]:
     accepted = accepted_candidates(variant)
     if not measures.shared:
-        return (variant.label, "no seed in common", *"-----", accepted, "-")
+        return (variant.label, "no seed in common", *"------", accepted, "-")
     iterations = spread(measures.iterations, "{:.0f}")
     if variant is group.baseline:
-        return (variant.label, iterations, *"-----", accepted, "-")
+        return (variant.label, iterations, *"------", accepted, "-")
     error = spread(measures.error_ratio, "{:.3g}", "diverged")
     if has_other_loss(variant, group):
-        return (variant.label, *(OTHER_LOSS,) * 6, accepted, error)
+        return (variant.label, *(OTHER_LOSS,) * 7, accepted, error)
     above = f"{int((measures.ratio > TOLERANCE).sum())} of {len(measures.shared)}"
     unknown = int(np.isnan(measures.ratio).sum())
     above += f", {unknown} unknown" if unknown else ""
-    ratios = [
-        spread(ratio, "{:.3g}", "diverged")
-        for ratio in (measures.ratio, measures.at_evaluations, measures.at_seconds, measures.unseen_ratio)
-    ]
+    equal = measures.at_evaluations, measures.at_seconds, measures.at_processor_seconds
+    ratios = [spread(ratio, "{:.3g}", "diverged") for ratio in (measures.ratio, *equal, measures.unseen_ratio)]
     return (variant.label, iterations, *ratios, above, accepted, error)
 
 
