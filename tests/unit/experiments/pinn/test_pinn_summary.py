@@ -166,7 +166,7 @@ def test_losses_of_different_objectives_are_not_divided(tmp_path, settings, is_o
         assert np.isnan(values).all() == is_other
     assert own.error_ratio.tolist() == [pytest.approx(0.9)]
     _, line = [line for line in summarize_pinn([group]).splitlines() if line.startswith("  accelerated ")]
-    assert line.endswith(" 0.9 [0.9 .. 0.9]") and line.count("other loss") == (6 if is_other else 0)
+    assert line.endswith(" 0.9 [0.9 .. 0.9]") and line.count("other loss") == (7 if is_other else 0)
 
 
 def test_hard_conditions_without_points_have_no_weight(tmp_path):
