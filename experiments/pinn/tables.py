@@ -43,9 +43,9 @@ LEGEND = (
     "or of a Jacobian after which no recorded loss is above the baseline's final one on the same seed; the loss jumps "
     "when points are drawn again, so the baseline may have been below its final loss before. At equal evaluations (of "
     "the loss, trials included), seconds, or seconds of the processor: the losses where both have spent the smaller of "
-    "the two budgets, interpolated; no schedule was adapted to it. Unseen points: the final loss on a draw that training "
-    "never sees, and its ratio to the baseline's. Seconds: training alone. Seeds above include diverged runs; where "
-    "only the baseline diverged, a seed is unknown. Other loss: the weight or the kind of the conditions, or the law "
+    "the two budgets, interpolated; no schedule was adapted to it. Unseen points: the final loss on a draw that "
+    "training never sees, and its ratio to the baseline's. Seconds: training alone. Seeds above include diverged runs; "
+    "where only the baseline diverged, a seed is unknown. Other loss: the weight or kind of the conditions, or the law "
     "of the interior points, is not that of the baseline: the losses cannot be compared, the errors can. Accepted: "
     "accelerations accepted and not taken back, of those tried; with 0 a run repeats that without acceleration."
 )
