@@ -15,9 +15,9 @@ from pathlib import Path
 def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the block writes there replaces `path` at once and whole.
 
-    After an error the old file is untouched and there is no temporary file; a killed process may leave `.NAME-
-    XXXXXXXX.tmp` behind. The mode of the file follows the umask, because the block makes the file itself. Without
-    `sync` the file may be empty after a power failure, which is enough for files that are cheap to make again.
+    After an error the old file is untouched and there is no temporary file; a killed process may leave
+    `.NAME-XXXXXXXX.tmp` behind. The mode of the file follows the umask, because the block makes the file itself.
+    Without `sync` the file may be empty after a power failure, which is enough for files that are cheap to make again.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     try:

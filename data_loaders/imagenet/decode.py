@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_loaders.imagenet.pictures import ImageError, open_image, orientation, to_rgb
+from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, to_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: packing and reading start faster without torch
@@ -51,6 +51,15 @@ class Decoding:
     on_corrupt: str = "skip"
     smallest_crop: float = SMALLEST
     exif_orientation: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("decoder", DECODERS), ("on_corrupt", POLICIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
+        if not 1 <= self.size <= self.resize:
+            raise ValueError(f"size must be at least 1 and at most resize, {self.resize} pixels, got {self.size}")
+        if not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop must be a share in (0, 1], got {self.smallest_crop}")
 
 
 @dataclass(frozen=True)
@@ -113,12 +122,13 @@ class Decoder:
 
     Resizing is bilinear with antialiasing (the triangle filter of Pillow and of torch's interpolate). What an image
     shows is decided by `data_loaders.imagenet.pictures`; another decoder than Pillow reads only RGB and gray images
-    without transparency, and Pillow those that it refuses. Draft decoding is not used because it changes pixels.
-    ValueError where the decoder does not import.
+    without transparency, and Pillow those that it refuses, of which there are `num_fallbacks` so far. Draft decoding is
+    not used because it changes pixels. ValueError where the decoder does not import.
     """
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
+        self.num_fallbacks = 0
         self._first: Callable[[bytes, int, int, list[float] | None], Pixels] | None = None
         if decoding.decoder == "torchvision":
             self._first = _WithTorchvision(decoding)
@@ -126,10 +136,13 @@ class Decoder:
     def __call__(self, data: bytes, numbers: list[float] | None) -> Pixels:
         """The square, (size, size, 3): a random crop by numbers, else the central one; ImageError if unreadable."""
         image = open_image(data)
-        if self._first is not None and self._is_plain(image):
+        first = self._first if self._first is not None and self._is_plain(image) else None
+        if first is not None:
             with suppress(Exception):  # whatever a library raises on an image that it does not take
-                return self._first(data, *image.size, numbers)
-        return self._with_pillow(image, numbers)
+                return first(data, *image.size, numbers)
+        square = self._with_pillow(image, numbers)
+        self.num_fallbacks += first is not None
+        return square
 
     def _is_plain(self, image: Image.Image) -> bool:
         """Whether all libraries show the same; they disagree on other modes, transparency and orientation."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_loaders.imagenet.labels import SUFFIXES, by_class
-from data_loaders.imagenet.shards import PackedNames
+from data_loaders.imagenet.shards import PackedNames, check_split
 
 FOLDERS = {"train": ("train",), "validation": ("val", "validation")}
 
@@ -104,6 +104,7 @@ class FolderImages:
 
 def split_folder(root: Path, split: str) -> Path:
     """`<root>/train`, `<root>/val` or `<root>/validation`; raises FileNotFoundError, or ValueError where both exist."""
+    check_split(split)
     found = [root / name for name in FOLDERS[split] if (root / name).is_dir()]
     if not found:
         raise FileNotFoundError(f"{root} has no folder {' or '.join(FOLDERS[split])}")

@@ -64,12 +64,14 @@ class _Loader:
     Attributes:
         unreadable: reasons by index of the images that this rank could not read so far; each was logged once.
         num_unreadable: how many the present pass met, or the last one.
+        num_fallbacks: images so far that the chosen decoder refused and Pillow read; the first is logged.
     """
 
     def __init__(
         self,
         images: Images,
         decoding: Decoding,
+        batch_size: int,
         rank: int,
         world_size: int,
         num_workers: int,
@@ -77,11 +79,15 @@ class _Loader:
         pin_memory: bool,
         seed: int,
     ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in 0 to {world_size - 1}, got {rank}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_decoder(decoding.decoder)
-        self.images, self.decoding = images, decoding
+        self.images, self.decoding, self.batch_size = images, decoding, batch_size
         self.rank, self.world_size = rank, world_size
         self.unreadable: dict[int, str] = {}
-        self.num_unreadable = 0
+        self.num_unreadable = self.num_fallbacks = 0
         self._pass = 0
         self._started = False  # the workers
         self._reader = Reader(images, decoding, seed)
@@ -132,6 +138,9 @@ class _Loader:
 
     def _note(self, answer: Answer) -> None:
         self.num_unreadable += len(answer.unreadable)
+        if answer.num_fallbacks and not self.num_fallbacks:
+            log.warning("decoder %s refuses some images, which Pillow reads", self.decoding.decoder)
+        self.num_fallbacks += answer.num_fallbacks
         for index, reason in answer.unreadable.items():
             if index not in self.unreadable:
                 self.unreadable[index] = reason
@@ -178,7 +187,7 @@ class TrainLoader(_Loader):
         steps_per_epoch: full global batches; the remainder is left out, other images in each epoch.
 
     Raises:
-        ValueError: a decoder that does not import, fewer images than a batch.
+        ValueError: an argument outside its range, a decoder that does not import, fewer images than a batch.
     """
 
     def __init__(
@@ -194,10 +203,15 @@ class TrainLoader(_Loader):
         start_method: str = "forkserver",
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, seed)
+        super().__init__(images, decoding, batch_size, rank, world_size, num_workers, start_method, pin_memory, seed)
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size counts the images of all ranks and must be a multiple of their number, {world_size}, "
+                f"got {batch_size}"
+            )
         if len(images) < batch_size:
             raise ValueError(f"batch_size {batch_size} is larger than the set, which has {len(images)} images")
-        self.batch_size, self.seed = batch_size, seed
+        self.seed = seed
         self.steps_per_epoch = len(images) // batch_size
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -217,6 +231,11 @@ class TrainLoader(_Loader):
         They are cut into the same batches for any number of ranks; batch b goes to rank b modulo world_size. The last
         batch may be smaller, and ranks may get different numbers of batches.
         """
+        if not 1 <= count <= len(self.images) or batch_size < 1:
+            raise ValueError(
+                f"statistics take 1 to {len(self.images)} images, the size of the set, in batches of at least 1, "
+                f"got {count} in batches of {batch_size}"
+            )
         chosen = epoch_order(self.seed, STATISTICS_EPOCH, len(self.images))[:count]
         starts = range(self.rank * batch_size, count, self.world_size * batch_size)
         keys = (Key(STATISTICS_EPOCH, chosen[start : start + batch_size]) for start in starts)
@@ -243,8 +262,7 @@ class EvaluationLoader(_Loader):
         start_method: str = "forkserver",
         pin_memory: bool = False,
     ) -> None:
-        super().__init__(images, decoding, rank, world_size, num_workers, start_method, pin_memory, 0)
-        self.batch_size = batch_size
+        super().__init__(images, decoding, batch_size, rank, world_size, num_workers, start_method, pin_memory, 0)
         self._bounds = shard_bounds(len(images), rank, world_size)
         self.num_images = self._bounds[1] - self._bounds[0]
 

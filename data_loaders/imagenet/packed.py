@@ -152,7 +152,10 @@ def verify(folder: str | os.PathLike[str], progress: bool = False) -> list[str]:
 
 
 def damaged_images(shard: Shard, first: int | None = None) -> list[str]:
-    """Images of a shard, the `first` of which has this index in the set, and names that are not as they were packed."""
+    """Damages of a shard: images whose bytes differ from those that were packed, and names that do.
+
+    `first` is the index of its first image in the set, None where that is unknown.
+    """
     damages = []
     try:
         names = read_names(shard)

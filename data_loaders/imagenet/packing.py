@@ -21,12 +21,13 @@ from tqdm import tqdm
 from data_loaders.files import locked
 from data_loaders.imagenet import packed
 from data_loaders.imagenet.folder import Images
-from data_loaders.imagenet.pictures import ImageError, open_image, orientation, quiet, to_rgb
+from data_loaders.imagenet.pictures import POLICIES, ImageError, open_image, orientation, quiet, to_rgb
 from data_loaders.imagenet.shards import (
     IMAGES_PER_SHARD,
     SHARD_VERSION,
     Header,
     Item,
+    check_split,
     digest_of,
     read_header,
     shard_path,
@@ -74,6 +75,8 @@ class Packing:
             raise ValueError(f"resize must be at least 1 pixel, got {self.resize}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality must be in 1 to 100, got {self.quality}")
+        if self.on_corrupt not in POLICIES:
+            raise ValueError(f"on_corrupt must be {' or '.join(POLICIES)}, got {self.on_corrupt!r}")
         if self.images_per_shard < 1:
             raise ValueError(f"images_per_shard must be at least 1, got {self.images_per_shard}")
 
@@ -177,10 +180,11 @@ def pack(
 
     Raises:
         OtherShardsError: the folder holds shards of other images or settings.
-        ValueError: no worker, or another process is at work in the folder.
+        ValueError: no worker, no such split, or another process is at work in the folder.
         ImageError: an unreadable image under "stop", or no readable one.
         OSError: writing failed, or reading for a reason that may pass.
     """
+    check_split(split)
     if num_workers < 1:
         raise ValueError(f"workers must be at least 1, got {num_workers}")
     target = Path(folder)

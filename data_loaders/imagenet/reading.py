@@ -32,12 +32,14 @@ class Answer(NamedTuple):
         labels: (b,).
         unreadable: reasons by index.
         failed: whether the batch is worthless.
+        num_fallbacks: images that the chosen decoder refused and Pillow read.
     """
 
     images: Tensor
     labels: Tensor
     unreadable: dict[int, str]
     failed: bool
+    num_fallbacks: int
 
 
 class Reader:
@@ -53,13 +55,14 @@ class Reader:
         unreadable: dict[int, str] = {}
         if self._decoder is None:
             self._decoder = Decoder(self.decoding)
+        before = self._decoder.num_fallbacks
         with quiet():
             make = self._evaluation if key.epoch is None else self._training
             read = make(self._decoder, key, squares, unreadable)
         failed = -1 in read or bool(unreadable and self.decoding.on_corrupt == "stop")
         pixels = torch.from_numpy(squares[: len(read)]).permute(0, 3, 1, 2)
         labels = self.images.labels[np.array(read, np.int64)]
-        return Answer(pixels, torch.from_numpy(labels), unreadable, failed)
+        return Answer(pixels, torch.from_numpy(labels), unreadable, failed, self._decoder.num_fallbacks - before)
 
     def _training(self, decoder: Decoder, key: Key, squares: Pixels, unreadable: dict[int, str]) -> list[int]:
         """An image an entry: the one asked for, or in its place the next one that can be read."""

@@ -100,9 +100,16 @@ def shard_path(folder: Path, split: str, shard: int, num_shards: int) -> Path:
     return folder / f"{split}-{shard:05d}-of-{num_shards:05d}.h5"
 
 
+def check_split(split: str) -> None:
+    """Raises ValueError for a word that is no split: files of such a name would never be looked for."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
+
+
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The shards of a split, in order; none where it is not packed here, ValueError where some are missing or mixed."""
-    pattern = re.compile(rf"{re.escape(split)}-(\d{{5,}})-of-(\d{{5,}})\.h5")
+    check_split(split)
+    pattern = re.compile(rf"{split}-(\d{{5,}})-of-(\d{{5,}})\.h5")
     found: dict[tuple[int, int], Path] = {}  # by (number of shards, number of the shard)
     for path in folder.iterdir():
         if match := pattern.fullmatch(path.name):

@@ -19,6 +19,10 @@ from experiments.records.series import ATTEMPTS, SCALES, SCHEMA_VERSION
 if TYPE_CHECKING:
     import torch
 
+OF_ALL = ("variant", "seed", "study", "data_source", "data_digest", "git_commit", "git_dirty", "diverged_epoch")
+PARTS = ("experiment", "variant", "problem", "training")
+"""Attributes and parts of the configuration that every record has."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -77,20 +81,25 @@ def read_run(path: Path) -> Run:
 
     with opened(path) as file:
         attributes = {name: _plain(value) for name, value in file.attrs.items()}
-        _check(path, attributes)
+        config = _checked_config(path, attributes)
         file.visititems(visit)
-        config = json.loads(attributes["config"])
     return Run(path, attributes, config, series, places[0] if places else np.empty(0))
 
 
-def _check(path: Path, attributes: dict[str, Any]) -> None:
-    """Refuses files that are no finished record of this schema."""
+def _checked_config(path: Path, attributes: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a record; refuses files that are no finished record of this schema."""
     if "schema_version" not in attributes or "config" not in attributes:
         raise ForeignRecord(f"{path} is an HDF5 file, but no record of this suite")
     if attributes["schema_version"] != SCHEMA_VERSION:
         raise ForeignRecord(f"{path} has schema version {attributes['schema_version']}, not {SCHEMA_VERSION}")
     if not attributes.get("complete"):
         raise IncompleteRecord(f"{path} is incomplete")
+    config: dict[str, Any] = json.loads(attributes["config"])
+    missing = [name for name in OF_ALL if name not in attributes]
+    missing += [f"config.{name}" for name in PARTS if not isinstance(config, dict) or name not in config]
+    if missing:
+        raise ForeignRecord(f"{path} is no record of this suite: it has no {', '.join(missing)}")
+    return config
 
 
 def read_fields(path: Path) -> dict[str, np.ndarray]:

@@ -52,7 +52,10 @@ def state_of(path: Path, config: RunConfig, data_digest: str, world_size: int, p
 
 
 def is_finished(path: Path, config: RunConfig, data_digest: str, world_size: int) -> bool:
-    """Whether there is a complete record of this very run; one that cannot be opened now may be worth keeping."""
+    """Whether there is a complete record of this very run.
+
+    True for a file that cannot be opened now, too: it may be such a record, and the caller must not replace it.
+    """
     try:
         return _state_of_record(path, config, data_digest, world_size) == "finished"
     except UnreadableRecord:

@@ -31,6 +31,10 @@ def name_of(step: int) -> str:
     return f"step-{step:010d}.pt"
 
 
+def _step_of(name: str) -> int:
+    return int(name[5:15])
+
+
 def names_of_checkpoints(folder: Path) -> list[str]:
     """Newest first; OSError where the folder cannot be read, while a missing one has no checkpoints."""
     return sorted(filter(CHECKPOINT_NAME.fullmatch, _names_in(folder)), reverse=True)
@@ -134,11 +138,13 @@ def _short(error: BaseException) -> str:
 def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ()) -> None:
     """Removes the checkpoints that are older than the newest `keep`, not counting those known to be `unusable`.
 
-    Later ones than the `present`, which was just written, were not taken when the run was continued, so they count for
-    nothing, and somebody may want to know why.
+    The `present` one, which was just written, replaces one of its step that a former version marked as the best. Later
+    ones were not taken when the run was continued, so they count for nothing, and somebody may want to know why.
     """
-    older = [name for name in names_of_checkpoints(folder) if name < present]
+    names = [name for name in names_of_checkpoints(folder) if name != present]
+    replaced = [name for name in names if _step_of(name) == _step_of(present)]
+    older = [name for name in names if _step_of(name) < _step_of(present)]
     kept = [present, *(name for name in older if name not in unusable)][:keep]
-    for name in older:
-        if len(kept) == keep and name < kept[-1]:
-            os.unlink(folder / name)
+    oldest = _step_of(kept[-1]) if len(kept) == keep else 0
+    for name in (*replaced, *(name for name in older if _step_of(name) < oldest)):
+        os.unlink(folder / name)

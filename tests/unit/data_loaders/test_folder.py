@@ -86,6 +86,15 @@ def test_what_is_missing_or_ambiguous_is_one_sentence(tmp_path):
         open_images(tmp_path, "validation")
 
 
+def test_a_split_that_there_is_not_is_refused_and_nothing_is_written(tmp_path):
+    root, target = write_folders(tmp_path / "images"), tmp_path / "set"
+    images = open_images(root, "train")
+    for call in (open_images, FolderImages, PackedImages, lambda *_: pack(images, target, "val", Packing())):
+        with pytest.raises(ValueError, match=r"^split must be train or validation, got 'val'$"):
+            call(root, "val")
+    assert not target.exists()
+
+
 def test_pairs_that_do_not_fit_are_named(tmp_path):
     root = write_folders(tmp_path)
     train, validation = open_images(root, "train"), open_images(root, "validation")

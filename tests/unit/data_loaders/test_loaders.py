@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data_loaders.imagenet import decode as decoding_module
+from data_loaders.imagenet import reading
 from data_loaders.imagenet.decode import (
     NUM_UNIFORM,
     Decoder,
@@ -72,8 +73,8 @@ def test_a_temporary_folder_too_deep_for_sockets_is_refused_because_its_workers_
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_loaders_count_what_the_chosen_decoder_refused(monkeypatch, num_workers):
-    """Pillow reads those images."""
+def test_loaders_count_what_the_chosen_decoder_refused(monkeypatch, caplog, num_workers):
+    """Pillow reads those images, and one line says so."""
 
     def decode_image(encoded, mode):
         data = encoded.numpy().tobytes()
@@ -89,7 +90,8 @@ def test_loaders_count_what_the_chosen_decoder_refused(monkeypatch, num_workers)
     settings = {"batch_size": 5, "num_workers": num_workers, "start_method": "fork"}
     with EvaluationLoader(images, Decoding(16, 20, "torchvision"), **settings) as loader:
         read = torch.cat([each for each, _ in loader.batches()])
-    assert loader.num_unreadable == 1
+    assert (loader.num_fallbacks, loader.num_unreadable) == (3, 1)
+    assert caplog.text.count("decoder torchvision refuses some images, which Pillow reads") == 1
     assert np.array_equal(read[2].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[2], None))
     assert read[3].unique().tolist() == [7]
 
@@ -232,9 +234,34 @@ def test_statistics_use_the_same_images_for_any_ranks(world_size):
     assert all(torch.equal(batch, parts[b % world_size][b // world_size]) for b, batch in enumerate(expected))
 
 
-def test_a_batch_that_is_larger_than_the_set_is_refused():
-    with pytest.raises(ValueError, match="batch_size 31 is larger than the set, which has 30 images"):
-        TrainLoader(listed(), SMALL, batch_size=31, seed=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 5, "world_size": 2}, "must be a multiple of their number, 2, got 5"),
+        ({"batch_size": 31}, "batch_size 31 is larger than the set, which has 30 images"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"rank": 2, "world_size": 2}, "rank must be in 0 to 1, got 2"),
+        ({"num_workers": -1}, "num_workers option should be non-negative"),
+        ({"num_workers": 1, "start_method": "thread"}, "cannot find context for 'thread'"),
+    ],
+)
+def test_loaders_refuse_arguments_outside_their_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(listed(), SMALL, **{"batch_size": 4, "seed": 0, **settings})
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_an_evaluation_takes_batches_of_any_size_from_one_on(batch_size):
+    EvaluationLoader(listed(), SMALL, batch_size=1, world_size=2)
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        EvaluationLoader(listed(), SMALL, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(0, 4), (31, 4), (10, 0)])
+def test_statistics_refuse_arguments_outside_their_range(count, batch_size):
+    message = f"statistics take 1 to 30 images, .* at least 1, got {count} in batches of {batch_size}$"
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(listed(), SMALL, batch_size=4, seed=0).statistics_batches(count, batch_size)
 
 
 # ---- unreadable images -----------------------------------------------------------------------------------------------
@@ -304,6 +331,16 @@ def test_a_file_that_vanished_is_unreadable(tmp_path):
     loader = TrainLoader(images, SMALL, batch_size=30, seed=0)
     list(loader.batches(0))
     assert loader.unreadable == {13: "No such file or directory"}
+
+
+def test_too_many_unreadable_images_in_a_row_are_an_error(monkeypatch):
+    """A storage that fails is not searched to its end."""
+    monkeypatch.setattr(reading, "MAX_REPLACED", 3)
+    contents = [*CONTENTS[:11], b"", b"", *CONTENTS[13:]]
+    assert len(list(TrainLoader(listed(contents), SMALL, batch_size=30, seed=5).batches(0))) == 1
+    contents[13] = b""
+    with pytest.raises(ImageError, match=r"^3 images in a row cannot be read, from image 1\d .* on: it is empty"):
+        list(TrainLoader(listed(contents), SMALL, batch_size=30, seed=5).batches(0))
 
 
 def test_a_set_without_a_readable_image_is_an_error():

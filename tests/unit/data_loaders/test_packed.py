@@ -393,6 +393,7 @@ def test_a_failing_file_system_leaves_out_no_image_and_the_packing_goes_on_later
         ({"quality": 0}, "quality must be in 1 to 100, got 0"),
         ({"quality": 101}, "quality must be in 1 to 100, got 101"),
         ({"images_per_shard": 0}, "images_per_shard must be at least 1, got 0"),
+        ({"on_corrupt": "ignore"}, "on_corrupt must be skip or stop, got 'ignore'"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):

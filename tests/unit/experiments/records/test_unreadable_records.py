@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -100,6 +101,31 @@ def test_what_somebody_else_wrote_is_named_and_not_replaced(tmp_path):
         foreign(path, config="{}", schema_version=version, complete=True)
         with pytest.raises(ForeignRecord, match=f"has schema version {version}, not 1"):
             state_of(path, run_config(), "abc", 1)
+
+
+def cut(path, attribute=None, part=None):
+    """Takes an attribute, or a part of its configuration, from a record."""
+    with h5py.File(path, "r+") as file:
+        if part is None:
+            del file.attrs[attribute]
+        else:
+            config = json.loads(file.attrs["config"])
+            del config[part]
+            file.attrs["config"] = json.dumps(config)
+    return path
+
+
+@pytest.mark.parametrize("lost", [{"attribute": "git_commit"}, {"attribute": "diverged_epoch"}, {"part": "training"}])
+def test_a_record_that_lacks_something_is_named_and_neither_replaced_nor_hides_another(tmp_path, lost):
+    good = write(tmp_path)
+    stray = cut(shutil.copy(good, good.parent / "seed-1.h5"), **lost)
+    message = f"{stray} is no record of this suite: it has no {lost.get('attribute') or 'config.training'}"
+    notes = []
+    assert [run.path for run in read_runs(good.parent.parent, notes.append)] == [good]
+    assert notes == [f"left out: {message}"]
+    for call in (state_of, is_finished):  # an error, where "changed" and False let a run replace it
+        with pytest.raises(ForeignRecord, match=message):
+            call(stray, run_config(), "abc", 1)
 
 
 def test_a_link_whose_file_is_elsewhere_is_named_and_not_replaced(tmp_path):

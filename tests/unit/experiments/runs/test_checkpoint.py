@@ -141,6 +141,15 @@ def test_a_checkpoint_marked_as_the_best_by_a_former_version_is_one(tmp_path):
     assert names(tmp_path) == ["step-0000000002.pt"]
 
 
+def test_a_best_one_of_the_same_step_is_replaced_and_is_no_older_one(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2, keep=2)
+    (tmp_path / "step-0000000002.pt").rename(tmp_path / "step-0000000002-best.pt")
+    save(checkpoints, 2)
+    assert names(tmp_path) == ["step-0000000001.pt", "step-0000000002.pt"]
+    flip_bit(tmp_path / "step-0000000002.pt")
+    assert_loads(checkpoints, 1)
+
+
 def test_a_step_saved_again_replaces_the_old_one(tmp_path):
     checkpoints = saved(tmp_path, 1, keep=1)
     checkpoints.save(1, state_at(8), own_at(8), identity="run")
