@@ -77,6 +77,7 @@ class ImageConfig(Settings):
 
     of_the_machine: ClassVar = ("data_path", "start_method", "stage_folder", "num_workers", "stage_seconds")
     """Settings that change no number: the digest identifies the data. Older records have the second and the third."""
+    removed_keys: ClassVar = {"start_method": "leave it out"}
 
     @model_validator(mode="after")
     def _contain_the_crop(self) -> ImageConfig:

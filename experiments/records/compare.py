@@ -125,7 +125,7 @@ class Comparison(Records):
 
     @property
     def variants(self) -> list[Variant]:
-        """Those of all families, at least one."""
+        """Returns the variants of all families; there is at least one."""
         return [variant for variants in self.families.values() for variant in variants]
 
 

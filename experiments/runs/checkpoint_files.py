@@ -90,7 +90,7 @@ def write(path: Path, content: State) -> None:
 
 
 def read(path: Path) -> State:
-    """Compares the checksums of a file and reads it, executing nothing; ValueError names a file that is none."""
+    """Compares the checksums of a file and reads it, executing nothing; ValueError if it is not a valid checkpoint."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -134,8 +134,8 @@ def _short(error: BaseException) -> str:
 def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ()) -> None:
     """Removes the checkpoints that are older than the newest `keep`, not counting those known to be `unusable`.
 
-    Later ones than the `present`, which was just written, were not taken when the run was continued, so they count for
-    nothing, and somebody may want to know why.
+    Later ones than the `present`, which was just written, were not taken when the run was continued: they do not count,
+    and they stay, because they may show why.
     """
     older = [name for name in names_of_checkpoints(folder) if name < present]
     kept = [present, *(name for name in older if name not in unusable)][:keep]
