@@ -8,20 +8,33 @@ DOCS := .venv/docs
 RIVALS := .venv/rivals
 WORKERS ?= 2
 
-# The configurations and benchmarks whose tables docs/ shows, shortest first.
-STUDIES ?= $(addprefix graduate_admissions/,paper rivals rates ablation) \
-  $(addprefix burgers_2d/,rates noise study accurate residuals rivals paper) burgers_100d/hour burgers_100d/residuals
-TABLES ?= design_choices schedules linear_losses where_it_pays
+# What make studies runs: configurations, the shortest first, and the benchmarks whose tables are no records. ALONE: where
+# seconds are compared, one run has the machine for itself.
+STUDIES ?= $(addprefix graduate_admissions/,paper rivals rates ablation) $(addprefix burgers_2d/,rates noise study) \
+  burgers_100d/hour $(addprefix burgers_2d/,accurate residuals) burgers_100d/residuals $(addprefix burgers_2d/,rivals paper)
+ALONE := burgers_2d/accurate burgers_2d/rivals burgers_100d/hour
+TABLES ?= tuned_rates design_choices wrapped schedules single_steps linear_losses where_it_pays deepxde_burgers
+COMMAND_tuned_rates := tuned_rates results
+COMMAND_design_choices := design_choices
+COMMAND_wrapped := wrapped
+COMMAND_schedules := schedules --first 5
+COMMAND_single_steps := schedules --first 5 --store-each-nth 1 --frequency 2 --steps 60 200
+COMMAND_linear_losses := linear_losses
+COMMAND_where_it_pays := where_it_pays --table results/tables/where_it_pays.csv --figure results/tables/where_it_pays.png
+COMMAND_deepxde_burgers := deepxde_burgers
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce studies $(STUDIES:%=study/%) $(TABLES:%=table/%) test test-slow test-all test-frameworks docs test-docs lint clean
+.PHONY: help reproduce studies $(STUDIES:%=study/%) test test-slow test-all test-frameworks docs test-docs lint clean
 .DELETE_ON_ERROR:
+# Commands use all processors by themselves.
+.NOTPARALLEL:
 
 help:
 	@echo 'make reproduce   run the experiments on this machine: HDF5 results, figures and a table, in results/'
 	@echo '                   ONLY=graduate_admissions   this experiment alone'
 	@echo '                   AADL_DATA_DIR=FOLDER       where the data files are (default: data/)'
-	@echo 'make studies     make the long runs behind the tables of docs/, nine hours on two cores; it may be stopped'
+	@echo 'make studies     make the long runs behind the tables of docs/, into results/: ten hours on two cores, and the'
+	@echo '                 same command goes on where it was stopped'
 	@echo '                   STUDIES=burgers_2d/study TABLES=   these alone'
 	@echo 'make test        test all units, and each way to run once'
 	@echo '                   TESTS=tests/cli   all tests of this folder or file instead'
@@ -36,19 +49,20 @@ help:
 reproduce: $(INSTALLED)
 	$(VENV_PYTHON) -m experiments reproduce $(if $(ONLY),--only '$(ONLY)')
 
-studies: $(STUDIES:%=study/%) $(TABLES:%=table/%)
+studies: $(STUDIES:%=study/%) $(TABLES:%=results/tables/%.md)
 	$(VENV_PYTHON) -m experiments summarize
 
-# Finished runs are not made again. Where seconds are compared, one run has the machine for itself.
+# Finished runs and tables are not made again.
 $(STUDIES:%=study/%): $(RIVALS)/.installed
-	PYTHONPATH='$(RIVALS)' $(VENV_PYTHON) -m experiments run $(@:study/%=%) $(JOBS)
+	PYTHONPATH='$(RIVALS)' $(VENV_PYTHON) -m experiments run $(@:study/%=%) $(if $(filter $(@:study/%=%),$(ALONE)),--jobs 1)
 
-study/burgers_2d/accurate study/burgers_2d/rivals study/burgers_100d/hour: JOBS := --jobs 1
+results/tables/%.md: | $(INSTALLED)
+	@mkdir -p $(@D)
+	OMP_NUM_THREADS=1 $(or $(PYTHON_$*),$(VENV_PYTHON)) -m benchmarks.$(COMMAND_$*) > $@
 
-$(TABLES:%=table/%): $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m $(@:table/%=benchmarks.%) $(OPTIONS)
-
-table/schedules: OPTIONS := --first 5
+results/tables/deepxde_burgers.md: export DDE_BACKEND := pytorch
+results/tables/deepxde_burgers.md: | $(FRAMEWORKS)/.installed
+PYTHON_deepxde_burgers := $(FRAMEWORKS)/bin/python
 
 # Files are shared out whole, in the order of tests/conftest.py: what a file sets up once is not set up twice.
 PYTEST = $(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

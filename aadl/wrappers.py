@@ -6,6 +6,7 @@ No package is imported: wrappers are known by what they hold and by the names of
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import warnings
 from typing import Any, NamedTuple
@@ -29,9 +30,10 @@ REFUSED = {
     "ScheduleFree": "averages the weights over all its steps, so that every step is another map",
     "Rprop": "changes the step size of every weight at every step, by the signs of its last two gradients, so that its "
     "updates say nothing of the next ones",
-    "TRAC": "rescales the whole way from the first weights at every step, which leaves no map of the weights alone",
+    "TRAC(Optimizer)?$": "rescales the whole way from the first weights at every step, which leaves no map of the "
+    "weights alone",
 }
-"""Parts of names of optimizers that ended worse with acceleration than without it (docs/optimizers.md), and why."""
+"""Patterns of names of optimizers that ended worse with acceleration than without it (docs/optimizers.md), and why."""
 SHARDING = (
     "apex.contrib.optimizers.distributed", "colossalai.booster", "colossalai.zero", "deepspeed.runtime",
     "fairscale.optim.oss", "megatron",
@@ -161,8 +163,8 @@ def _parameters(optimizer: Any) -> set[int]:
 def _check(link: Any) -> None:
     """Raise ValueError for classes that cannot be accelerated, by their names."""
     for kind in type(link).__mro__:
-        for name, reason in REFUSED.items():
-            if name in kind.__name__:
+        for pattern, reason in REFUSED.items():
+            if re.search(pattern, kind.__name__, re.IGNORECASE):
                 raise ValueError(f"{kind.__name__} cannot be accelerated: it {reason}")
         if kind.__module__.startswith(SHARDING):
             raise ValueError(

@@ -48,10 +48,20 @@ def write_text(path: Path, text: str, *, executable: bool = False) -> None:
         raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def takes_no_files(error: OSError) -> bool:
-    """Whether an error means a place where this user may not write; a full disk or a quota is none, which must show."""
-    cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    return cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+@contextmanager
+def tolerating_read_only() -> Iterator[list[OSError]]:
+    """Yields a list, which afterwards holds the error of the block if this user may not write in that place.
+
+    Any other error is raised, as that of a full disk or of a quota.
+    """
+    refusals: list[OSError] = []
+    try:
+        yield refusals
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if cause.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        refusals.append(error)
 
 
 @contextmanager

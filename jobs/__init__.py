@@ -2,12 +2,11 @@
 
 import sys
 
-try:
-    import experiments.settings  # noqa: F401
-except ImportError as error:
-    if sys.argv[:1] != [
-        "-m"
-    ]:  # Python looks for the module of `python -m jobs.submit`, and nobody has caught errors yet
-        raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+
+def check_versions() -> None:
+    """Call before the imports of a module that is started: one sentence and exit code 2 where pydantic is too old."""
+    try:
+        import experiments.settings  # noqa: F401
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

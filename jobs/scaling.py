@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jobs import check_versions
+
+if __name__ == "__main__":
+    check_versions()
+
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 

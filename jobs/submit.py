@@ -11,6 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from jobs import check_versions
+
+if __name__ == "__main__":
+    check_versions()
+
 from data_loaders.files import write_text
 from experiments.settings.yaml_file import parse_setting, read_yaml
 from jobs.request import Job, Request, make_job, read_request

@@ -1,9 +1,11 @@
 """What stands in several files is the same in all: the repository's address, the version, the statistics."""
 
+import os
 import re
+import subprocess
 
 import torch
-from paths import ROOT
+from paths import CONFIGS, ROOT
 
 import aadl
 
@@ -41,6 +43,16 @@ def test_the_page_of_the_interface_names_every_statistic_and_function():
         aadl.remove_acceleration(optimizer)
     assert kept <= listed
     assert set(aadl.__all__) <= set(re.findall(r"^::: aadl\.(\w+)$", page, flags=re.MULTILINE))
+
+
+def test_every_study_and_table_of_make_studies_exists():
+    environment = os.environ | {"JOBS": "8"}  # a name that many export, which changes nothing
+    command = ["make", "--dry-run", "studies"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    configurations = re.findall(r"-m experiments run (\S+)(?: --jobs 1)? *$", done.stdout, flags=re.MULTILINE)
+    benchmarks = re.findall(r"-m benchmarks\.(\w+) ", done.stdout)
+    assert len(configurations) > 9 and all((CONFIGS / f"{name}.yaml").exists() for name in configurations)
+    assert len(benchmarks) > 6 and all((ROOT / "benchmarks" / f"{name}.py").exists() for name in benchmarks)
 
 
 def test_the_first_page_is_short():

@@ -31,6 +31,7 @@ def read_data(path: str | None) -> tuple[GraduateAdmissions, str]:
 
 
 def describe(config: GraduateAdmissionsConfig) -> Description:
+    """Reads the table before any run, and says where it is from and how many rows are trained on."""
     data, digest = read_data(config.data_path)
     return Description(data.source, digest, len(split(data, config.validation_fraction, config.split_seed)[0]))
 

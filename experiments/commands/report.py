@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data_loaders.files import takes_no_files, write_text
+from data_loaders.files import tolerating_read_only, write_text
 from experiments.catalog import experiment_of
 from experiments.commands.showing import show_each
 from experiments.records.compare import find_folders
 from experiments.records.provenance import git_state
-from experiments.records.reading import read_runs
+from experiments.records.reading import read_runs, say
 from experiments.records.report import html_page, section_of
 
 
@@ -38,13 +37,14 @@ def main(options: argparse.Namespace) -> int:
 
 def _write(output: Path | None, results: Path, page: str) -> Path:
     """Writes the page, in the current folder where nobody named a file and that of the results is read-only."""
-    path = output or results / "report.html"
-    try:
+    if output is not None:
+        write_text(output, page)
+        return output
+    path = results / "report.html"
+    with tolerating_read_only() as refusals:
         write_text(path, page)
-    except OSError as error:
-        if output is not None or not takes_no_files(error):
-            raise
+    if refusals:
         path = Path("report.html")
         write_text(path, page)
-        print(f"note: {error}: the report is in {path.resolve()}", file=sys.stderr)
+        say(f"note: {refusals[0]}: the report is in {path.resolve()}")
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from experiments.catalog import experiment_of, load_config
 from experiments.commands.running import execute, resumable
 from experiments.commands.showing import show_each
 from experiments.distributed.ranks import ranks_from_environment
+from experiments.records.reading import say
 from experiments.settings.config_files import LAPTOP, config_files
 from experiments.settings.run_config import ExperimentConfig
 from experiments.settings.suggestion import did_you_mean
@@ -33,13 +33,10 @@ def _reproduce(chosen: list[tuple[Path, ExperimentConfig]], options: argparse.Na
     configs = [config for _, config in chosen]
     ranks = ranks_from_environment(os.environ)
     if ranks.rank == 0:
-        print("This will run:", file=sys.stderr)
+        say("This will run:")
         for config in configs:
             minutes = f", about {config.expected_minutes:g} minutes on two cores" if config.expected_minutes else ""
-            print(
-                f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}",
-                file=sys.stderr,
-            )
+            say(f"  {config.experiment}: {len(config.variants)} variants, {len(config.seeds)} seeds{minutes}")
     start = time.perf_counter()
     for number, (path, config) in enumerate(chosen, 1):
         execute(path, config, ranks, options)
@@ -49,7 +46,7 @@ def _reproduce(chosen: list[tuple[Path, ExperimentConfig]], options: argparse.Na
             # The expected minutes are those of another machine, so the time until now says how fast this one is.
             made, left = sum(expected[:number]), sum(expected[number:])
             more = f", about {duration(seconds * left / made)} left" if made and all(expected) else ""
-            print(f"{number} of {len(chosen)} experiments, {duration(seconds)}{more}", file=sys.stderr, flush=True)
+            say(f"{number} of {len(chosen)} experiments, {duration(seconds)}{more}")
     if ranks.rank != 0:
         return 0
 
@@ -60,5 +57,5 @@ def _reproduce(chosen: list[tuple[Path, ExperimentConfig]], options: argparse.Na
 
     folders = (options.results / config.experiment / config.scale for config in configs)
     code = show_each(options.results, folders, show)
-    print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+    say(f"{time.perf_counter() - start:.0f} s in all")
     return code

@@ -26,7 +26,7 @@ def first(env: Mapping[str, str], names: Sequence[str], minimum: int, default: i
 
 
 def integer(env: Mapping[str, str], name: str, minimum: int) -> int:
-    """Returns a variable as an integer; ValueError if it is none or too small."""
+    """Returns a variable as an integer; ValueError if it is no integer or too small."""
     text = env[name]
     if re.fullmatch(r"\s*\d+\s*", text, re.ASCII) is None or int(text) < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {text!r}")
@@ -34,7 +34,7 @@ def integer(env: Mapping[str, str], name: str, minimum: int) -> int:
 
 
 def port_of(env: Mapping[str, str], name: str) -> int:
-    """Returns a variable as a port; ValueError if it is none."""
+    """Returns a variable as a port; ValueError if it is not a port."""
     port = integer(env, name, 1)
     if port > 65535:
         raise ValueError(f"{name} must be an integer in [1, 65535], got {port}")

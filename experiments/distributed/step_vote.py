@@ -17,7 +17,14 @@ RANKS = 1 << 17
 
 
 class Tally(NamedTuple):
-    """The result of a vote, the same on every rank: whether any of them must stop or save, and all were finite."""
+    """The result of a vote, the same on every rank; it covers what happened since the previous vote.
+
+    Attributes:
+        step: the number of the step at which the vote was cast.
+        stop: whether any rank must stop.
+        finite: whether the values of all ranks were finite.
+        save: whether it is time to save on any rank.
+    """
 
     step: int
     stop: bool

@@ -67,8 +67,8 @@ def by_each(ranks: Ranks, make: Callable[[], T], what: str, seconds: float) -> T
 def check_same(ranks: Ranks, value: str | None, what: str, seconds: float) -> None:
     """Raises ValueError on all ranks, with host and values, where one has another value than rank 0; all ranks call it.
 
-    None stands for a rank, other than rank 0, that has nothing to compare. `what` it is and how many `seconds` the
-    first and the last rank may be apart are as of `by_first`.
+    None stands for a rank, other than rank 0, that has nothing to compare. `what` names the value in messages. The
+    first and the last rank may come `seconds` apart.
     """
     if not _has_group(ranks):
         return

@@ -71,12 +71,12 @@ class ImageExperiment(Experiment[ImageConfig, ImageTrainingConfig]):
     def draw(self, folder: Path, note: Note = say) -> list[Path]:
         from experiments.images.figures import draw_image_figures  # here, because runs need no matplotlib
 
-        return draw_image_figures(read_comparison(folder, note))
+        return draw_image_figures(read_comparison(folder, note, ImageConfig.of_the_machine))
 
     def table(self, folder: Path, note: Note = say) -> str:
         from experiments.images.tables import summarize_images
 
-        return summarize_images(read_comparison(folder, note))
+        return summarize_images(read_comparison(folder, note, ImageConfig.of_the_machine))
 
 
 EXPERIMENT = ImageExperiment()

@@ -76,7 +76,9 @@ class ImageConfig(Settings):
     evaluation_batch: PositiveInt = 256
 
     of_the_machine: ClassVar = ("data_path", "start_method", "stage_folder", "num_workers", "stage_seconds")
-    """Settings that change no number: the digest identifies the data. Older records have the second and the third."""
+    """Settings that change no number: the digest identifies the data. Only older records have "start_method" and
+    "stage_folder"."""
+    removed_keys: ClassVar = {"start_method": "leave it out"}
 
     @model_validator(mode="after")
     def _contain_the_crop(self) -> ImageConfig:

@@ -158,7 +158,7 @@ class _NormalLaw(Equation):
         return u.time + u.value * u.gradient_sum - u.laplacian - source
 
     def test_points(self) -> dict[str, Tensor]:
-        """ "sobol": the same 10,000 scrambled Sobol points of the law, or as many fewer as take 256 MB."""
+        """Returns as "sobol" the same 10,000 scrambled Sobol points of the law; fewer where they exceed 256 MB."""
         columns = self.num_space + 1
         count = min(NUM_TEST_POINTS, MAX_TEST_ELEMENTS // columns)
         return {"sobol": self.sample(uniform_points("sobol", count, columns, TEST_SEED))}

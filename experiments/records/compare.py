@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Comparison(Records):
 
     @property
     def variants(self) -> list[Variant]:
-        """Those of all families, at least one."""
+        """Returns the variants of all families; there is at least one."""
         return [variant for variants in self.families.values() for variant in variants]
 
 
@@ -158,8 +158,15 @@ def closed_folders(results: Path) -> list[Path]:
     return sorted(path for path in folders if not os.access(path, os.R_OK | os.X_OK))
 
 
-def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparison:
-    """Reads and orders all records of a folder; `note` gets a line about each that cannot be read.
+def read_comparison(
+    folder: Path, note: Callable[[str], None] = say, of_the_machine: Collection[str] = ()
+) -> Comparison:
+    """Reads and orders all records of a folder.
+
+    Args:
+        folder: of one configuration.
+        note: gets a line about each record that cannot be read.
+        of_the_machine: settings of the problem that change no number and may differ, also by version of the suite.
 
     Raises:
         ValueError: records that do not belong together (other settings, other data).
@@ -169,7 +176,8 @@ def read_comparison(folder: Path, note: Callable[[str], None] = say) -> Comparis
     check_same(folder, "data", runs, [run.attributes["data_digest"] for run in runs])
     for study in {_study(run) for run in runs}:
         own = [run for run in runs if _study(run) == study]
-        settings = [[run.config["problem"], run.config["training"]] for run in own]
+        problems = [{k: v for k, v in run.config["problem"].items() if k not in of_the_machine} for run in own]
+        settings = [[problem, run.config["training"]] for problem, run in zip(problems, own, strict=True)]
         check_same(folder, "settings", own, settings)
     variants, studies = grouped(runs)
     families: dict[str, list[Variant]] = {}

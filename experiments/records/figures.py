@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from data_loaders.files import replacing, takes_no_files
+from data_loaders.files import replacing, tolerating_read_only
 from experiments.records.compare import Comparison, Records
 
 RC: dict[Any, Any] = {
@@ -66,13 +66,10 @@ def save_figures(folder: Path, drawings: Sequence[tuple[str, Callable[[], Figure
 
 def _writable(folder: Path) -> Path:
     """Makes the folder of figures, or one below the current folder where the results are read-only."""
-    try:
+    with tolerating_read_only():
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    except OSError as error:
-        if not takes_no_files(error):
-            raise
     instead = Path("figures", *folder.parts[-3:-1])
     instead.mkdir(parents=True, exist_ok=True)
     print(f"note: {folder} cannot be written: the figures are in {instead}", file=sys.stderr)

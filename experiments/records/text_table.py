@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import combining, east_asian_width
 
-from data_loaders.files import takes_no_files, write_text
+from data_loaders.files import tolerating_read_only, write_text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -35,7 +35,7 @@ def _width(text: str) -> int:
 
 
 class Page:
-    """Headings, sentences and tables below a title: in Markdown beside the records, and as text for a terminal."""
+    """Collects headings, sentences and tables, and writes them as Markdown and as text for a terminal."""
 
     def __init__(self, title: str) -> None:
         self._markdown, self._text = [f"# {title}", ""], [title, ""]
@@ -54,10 +54,8 @@ class Page:
 
     def write(self, folder: Path) -> str:
         """Writes `summary.md` into a folder and returns the text; where that is not allowed, a note says so."""
-        try:
+        with tolerating_read_only() as refusals:
             write_text(folder / "summary.md", "\n".join(self._markdown))
-        except OSError as error:
-            if not takes_no_files(error):
-                raise
-            print(f"note: {error}; the table is printed all the same", file=sys.stderr)
+        if refusals:
+            print(f"note: {refusals[0]}; the table is printed all the same", file=sys.stderr)
         return "\n".join(self._text[:-1])

@@ -94,7 +94,7 @@ def write(path: Path, content: State) -> None:
 
 
 def read(path: Path) -> State:
-    """Compares the checksums of a file and reads it, executing nothing; ValueError names a file that is none."""
+    """Compares the checksums of a file and reads it, executing nothing; ValueError if it is not a valid checkpoint."""
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -139,7 +139,7 @@ def prune(folder: Path, present: str, keep: int, unusable: Collection[str] = ())
     """Removes the checkpoints that are older than the newest `keep`, not counting those known to be `unusable`.
 
     The `present` one, which was just written, replaces one of its step that a former version marked as the best. Later
-    ones were not taken when the run was continued, so they count for nothing, and somebody may want to know why.
+    ones were not taken when the run was continued: they do not count, and they stay, because they may show why.
     """
     names = [name for name in names_of_checkpoints(folder) if name != present]
     replaced = [name for name in names if _step_of(name) == _step_of(present)]

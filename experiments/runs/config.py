@@ -43,8 +43,8 @@ def load_config(
     """Reads and checks a configuration; `find` finds its experiment.
 
     Overrides are texts `key=value`, the key with dots (`training.epochs=5`), the value in YAML. `seeds=0-9` sets the
-    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study. `note` is told
-    what they do not reach, studies and variants with a setting of their own; None prints it on stderr.
+    seeds; `variants=plain,other` keeps the named variants and, since they may need the others, no study. `note` is
+    called with a line about each study and variant that an override does not reach; None prints the line on stderr.
 
     Raises:
         ValueError: unknown key, wrong type, value out of range, invalid YAML.

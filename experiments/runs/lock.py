@@ -93,7 +93,7 @@ class FolderLock:
         self._heart.start()
 
     def check(self) -> None:
-        """Raises FolderInUse where another job has taken the folder, as while this process slept; for each write."""
+        """Call before each write. Raises FolderInUse if another job took the folder, as while this one slept."""
         if not self.path.exists():
             raise FolderInUse(f"{self.folder} was taken over by another job, which has ended; nothing more is written")
         if rival := self._rival():

@@ -3,4 +3,4 @@
 from pydantic import VERSION
 
 if tuple(map(int, VERSION.split(".")[:2])) < (2, 12):  # older ones ignore `exclude_if`: records would get other keys
-    raise ImportError(f"pydantic must be at least 2.12, got {VERSION}: pip install --upgrade pydantic")
+    raise ValueError(f"pydantic must be at least 2.12, got {VERSION}: pip install --upgrade pydantic")

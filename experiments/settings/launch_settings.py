@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import PositiveFloat
 
@@ -35,3 +35,9 @@ class LaunchSettings(Settings):
     rendezvous: Literal["auto", "mpi", "file"] = "auto"
     interface: Text | None = "auto"
     share_devices: bool = False
+
+    removed_keys: ClassVar = {
+        "nccl": "export its variables (NCCL_...) before the start",
+        "debug": "leave it out",
+        "flight_recorder": "leave it out",
+    }

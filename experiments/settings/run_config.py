@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import not_
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, PrivateAttr, model_validator
 
@@ -152,6 +152,8 @@ class SaveConfig(Settings):
     weights: bool = False
     attempts: bool = False
     tensorboard: bool = False
+
+    removed_keys: ClassVar = dict.fromkeys(("asynchronous", "agree_every"), "leave it out")
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
@@ -32,13 +32,16 @@ class Settings(BaseModel):
     """A section of a configuration, or all of it."""
 
     model_config = STRICT
+    removed_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys that a former version had, and what to do with each, for files that still have them."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, raw: Any) -> Any:
         """Says which keys there are, which `extra="forbid"` does not."""
         if isinstance(raw, Mapping):
-            refuse_unknown(raw, {name: field.get_default() for name, field in cls.model_fields.items()})
+            defaults = {name: field.get_default() for name, field in cls.model_fields.items()}
+            refuse_unknown(raw, defaults, cls.removed_keys)
         return raw
 
 
@@ -118,10 +121,15 @@ def at(where: str) -> Iterator[None]:
         raise ValueError(placed(where, str(error))) from None
 
 
-def refuse_unknown(keys: Collection[Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses a key that is none of `defaults`; the message shows those that are numbers, texts and the like."""
+def refuse_unknown(keys: Collection[Any], defaults: Mapping[str, Any], removed: Mapping[str, str] = {}) -> None:
+    """Refuses a key that is none of `defaults`; the message shows those that are numbers, texts and the like.
+
+    For a `removed` key the message says what to do instead.
+    """
     plain = (bool, int, float, str, tuple, list, dict, type(None))
     for key in keys:
+        if key in removed:
+            raise ValueError(f"unknown key {key}, which was removed: {removed[key]}")
         if key not in defaults:
             valid = [f"{k} (default {v!r})" if isinstance(v, plain) else k for k, v in defaults.items()]
             raise ValueError(f"unknown key {key}; valid keys are: {', '.join(valid)}{did_you_mean(key, defaults)}")

@@ -94,7 +94,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Reads YAML from a text; yaml.YAMLError if it is none, ValueError for a key that is repeated or has no value."""
+    """Reads YAML; yaml.YAMLError if it is invalid, ValueError for a key that is repeated or has no value."""
     return yaml.load(text, _Loader)
 
 

@@ -41,7 +41,7 @@ class Epochs(Plan):
         return Bar(self.num_intervals, "epochs", enabled)
 
     def batches(self, run: Training) -> Iterator[Any]:
-        """The rest of the epoch; ValueError if the epoch has none, so that nothing would be trained."""
+        """Yields the batches of the epoch that are left; ValueError if the epoch has no batches at all."""
         yield from self._loaded(run)
         if not run.losses:
             raise ValueError(f"epoch {run.interval} has no batches, so that nothing is trained")

@@ -85,7 +85,7 @@ class Iterations(Plan):
         return bool(up)
 
     def prepare(self, run: Training, batch: Any) -> None:
-        """Hands the points to the closure, and a line search what is left of the budget, for it to use up."""
+        """Hands the points to the closure, and limits a line search to the evaluations that are left."""
         closure, optimizer = run.closure, run.closure.optimizer
         searches = isinstance(optimizer, LINE_SEARCHES)
         if searches:

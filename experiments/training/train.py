@@ -156,6 +156,7 @@ class Training:
         return True
 
     def take_step(self, batch: Any) -> None:
+        """Trains on one batch: one step of the optimizer, then the weights' average, the notes and the progress bar."""
         model = self.problem.model
         self.closure.choose_stage()
         self.plan.prepare(self, batch)

@@ -57,6 +57,15 @@ def test_run_figures_summarize(config, tmp_path, capsys):
     assert "plain SGD" in capsys.readouterr().out
 
 
+def test_an_import_error_within_the_suite_keeps_its_traceback(monkeypatch):
+    def fail(_):
+        raise ImportError("a fault of the suite")
+
+    monkeypatch.setattr(figures, "main", fail)
+    with pytest.raises(ImportError, match="a fault of the suite"):
+        main(["figures"])
+
+
 def test_finished_runs_are_left_and_broken_ones_made_again(config, tmp_path, capsys):
     results = tmp_path / "results"
     run(config, results)

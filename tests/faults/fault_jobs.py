@@ -73,7 +73,7 @@ class Fault:
     Attributes:
         action: a signal's name, or one of the actions of `_Injector`.
         place: where: "step" (before it), "validation", "acceleration", "worker" (of data), "gathering" (the state of
-            all ranks, amid a save), or one of `system_calls.POINTS`.
+            all ranks, during a save), or one of `system_calls.POINTS`.
         step: not before so many steps were taken.
         rank: to whom; -1 for all ranks.
         attempt: number of torchrun's attempt.

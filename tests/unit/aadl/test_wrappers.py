@@ -244,6 +244,14 @@ class TRAC(OwnHooks):
     pass
 
 
+class Madgrad(torch.optim.SGD):
+    """The name of `MADGRAD` in other letters."""
+
+
+class Tracked(torch.optim.SGD):
+    """No TRAC."""
+
+
 Sharding = type("DeepSpeedZeroOptimizer", (Delegating,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
 
 
@@ -261,10 +269,11 @@ class WithoutStateHooks(torch.optim.SGD):
         (lambda model: OfSomethingElse(sgd(model)), ValueError, "OfSomethingElse cannot be accelerated"),
         (lambda model: TRAC(sgd(model)), ValueError, "TRAC cannot be accelerated: it rescales"),
         (lambda model: Delegating(TRAC(sgd(model))), ValueError, "TRAC cannot be accelerated: it rescales"),
+        (lambda model: Madgrad(model.parameters(), lr=0.1), ValueError, "Madgrad cannot be accelerated: it computes"),
         (lambda model: Sharding(sgd(model)), ValueError, "DeepSpeedZeroOptimizer cannot be accelerated.*fully_shard"),
         (lambda model: WithoutStateHooks(model.parameters(), lr=0.1), AttributeError, "no hooks here"),
     ],
-    ids=["nothing", "something else", "TRAC", "TRAC inside", "shards", "without state hooks"],
+    ids=["nothing", "something else", "TRAC", "TRAC inside", "Madgrad", "shards", "without state hooks"],
 )
 def test_what_cannot_be_accelerated_is_refused_by_name_with_nothing_attached(make, error, message):
     optimizer = make(network())
@@ -274,6 +283,10 @@ def test_what_cannot_be_accelerated_is_refused_by_name_with_nothing_attached(mak
     assert hooks_of(optimizer, *held) == 0
     with pytest.raises(ValueError, match="is not accelerated"):
         aadl.accelerator_of(optimizer)
+
+
+def test_a_name_that_only_begins_as_a_refused_one_is_accelerated():
+    aadl.accelerate(Tracked(network().parameters(), lr=0.1))
 
 
 def test_an_object_that_only_holds_an_optimizer_is_refused():

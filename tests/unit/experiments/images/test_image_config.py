@@ -79,6 +79,7 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
         ),
         ("training", {"warmup_epochs": 2}, "warmup_epochs must be below epochs = 2, got 2"),
         ("training", {"scheduler": {"name": "StepLR"}}, r"unknown key training\.scheduler"),
+        ("problem", {"start_method": "fork"}, r"^unknown key problem\.start_method, which was removed: leave it out$"),
         ("problem", {"resize": 20}, "resize must be at least image_size = 24, got 20"),
         ("problem", {"smallest_crop": 1.01}, r"smallest_crop must be less than or equal to 1, got 1\.01"),
         ("problem", {"data_variation": 2.5}, r"data_variation must be less than or equal to 2, got 2\.5"),

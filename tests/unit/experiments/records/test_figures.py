@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from suite_cases import VARIANTS, problem, result, run_config
 
+from experiments.admissions.settings import GraduateAdmissionsConfig
 from experiments.distributed.ranks import Ranks
 from experiments.records.acceleration_figure import DEVIATION, acceleration_panels, threshold_of
 from experiments.records.compare import find_folders, read_comparison
@@ -140,3 +141,11 @@ def test_records_that_do_not_belong_together_are_refused(tmp_path):
         read_comparison(tmp_path / "graduate_admissions" / "test")
     with pytest.raises(ValueError, match="no results of burgers"):
         find_folders(tmp_path, "burgers")
+
+
+def test_settings_of_the_machine_may_differ(tmp_path):
+    other = replace(run_config(seed=1), problem=GraduateAdmissionsConfig(hidden_sizes=(9,)))
+    for run in (run_config(seed=0), other):
+        save(tmp_path, run, result(losses(0.3)))
+    comparison = read_comparison(tmp_path / "graduate_admissions" / "test", of_the_machine=("hidden_sizes",))
+    assert len(comparison.runs) == 2

@@ -72,6 +72,8 @@ def test_a_good_configuration_is_read_with_defaults(tmp_path):
         (["problem", "activation"], "relus", r"^problem\.activation must be one of tanh, .*; did you mean relu\?$"),
         (["experiment"], "graduate", r"one of graduate_admissions, burgers_2d, .*, got 'graduate'"),
         (["studies", "lr"], {}, r"^unknown key studies\.lr; valid keys are: learning_rate .*, batch_size"),
+        (["save"], {"agree_every": 2}, r"^unknown key save\.agree_every, which was removed: leave it out$"),
+        (["launch"], {"nccl": {}}, r"^unknown key launch\.nccl, which was removed: export its variables"),
         (["experiment"], None, r"^experiment must be a text, got None"),
         (["scale"], "../x", r"^scale must be a name"),
         (["seeds"], [0, 0], r"^seeds must have no entry twice"),
