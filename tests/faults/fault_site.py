@@ -127,7 +127,7 @@ class Site:
         folder = self.folder / "images"
         if not folder.exists():
             settings = fractals.Settings(4, images_per_class=12, validation_per_class=5, size=24, seed=3)
-            fractals.ensure(folder, settings, num_workers=1, progress=False)
+            fractals.ensure(folder, settings, num_workers=1)
         return str(folder)
 
 
