@@ -228,6 +228,7 @@ def run_command(arguments: Sequence[str]) -> NoReturn:
     """The suite's command, with what INSTRUCTIONS asks for."""
     injector = _Injector(**json.loads(os.environ[INSTRUCTIONS]))
     injector.patch()
+    multiprocessing.set_start_method("fork", force=True)  # workers of data inherit what was patched
     injector.note("begin")
     leave(main(arguments))
 
