@@ -143,7 +143,6 @@ def test_a_signal_to_one_rank_and_a_second_one_amid_the_save(site, name):
     site.recovers(place, first, ranks=2)
 
 
-@full
 def test_a_signal_to_all_processes_workers_of_data_included(site):
     config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 2})
     place = site.place(config)
@@ -250,7 +249,6 @@ def test_an_exception_on_one_rank_ends_all_with_one_traceback(site):
     site.recovers(place, first, ranks=2)
 
 
-@full
 def test_an_exception_in_a_worker_of_data_ends_all_with_one_traceback(site):
     config = changed(IMAGES, problem={"data_path": site.images(), "num_workers": 1})
     place = site.place(config)
