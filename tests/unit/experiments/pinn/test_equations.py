@@ -348,7 +348,7 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
             {"viscosity": 1},
             "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu, graded",
         ),
-        ("burgers_2d", {"nu": 0}, "nu must be a finite number"),
+        ("burgers_2d", {"nu": 0}, "nu must be greater than or equal to 0.000318"),
         ("heat.py", {"nu": 1}, "fit equation Heat: got an unexpected .* 'nu'; it takes diffusivity, mode"),
     ],
 )
