@@ -21,7 +21,6 @@ from data_loaders.fractals.drawing import (
     OVERLAP,
     SIZES,
     USUAL,
-    System,
     attractor,
     circle,
     class_system,
@@ -56,12 +55,6 @@ def state_of(folder):
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def sierpinski():
-    """Three maps z -> (z + corner) / 2, as a system."""
-    zeros = np.zeros(3)
-    return System(zeros, zeros, np.full((3, 2), 0.5), np.array([0, 0.5, 0.25 + 0.5j]))
-
-
 def test_the_maps_are_those_of_the_matrices():
     system = class_system(0, 1)
     z = complex(0.3, -0.7)
@@ -75,19 +68,6 @@ def test_the_maps_are_those_of_the_matrices():
         assert abs(np.linalg.det(matrix)) / np.abs(system.stretch.prod(1)).sum() == pytest.approx(
             system.probabilities[i]
         )
-
-
-def test_points_lie_on_the_triangle_of_sierpinski_in_equal_parts():
-    points = attractor(sierpinski(), 4096)
-    assert len(points) == 4096
-    # In coordinates along the sides, no binary digit of both is one: the middle triangles are empty.
-    v = points.imag
-    u = points.real - v / 2
-    digits_u, digits_v = ((2**9 * each).astype(int) for each in (u, v))
-    assert not (digits_u & digits_v & ~3).any()  # 7 digits: the last ones are rounded, and what is contracted remains
-    parts = np.histogram2d(u, v, bins=8, range=((0, 1), (0, 1)))[0]
-    assert (parts > 0).sum() == 27
-    assert parts[parts > 0] == pytest.approx(4096 / 27, abs=9)  # at random: deviations of 12
 
 
 def chaos_game(system, number, random, chains=1024):
