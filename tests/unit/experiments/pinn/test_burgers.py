@@ -125,13 +125,13 @@ def test_interior_points_of_2d_fill_the_domain_or_gather_at_the_layer():
 
 @pytest.mark.parametrize("nu", [0, -0.01, 1e-4, 1.1, math.nan, math.inf, True, "0.01", None])
 def test_viscosities_that_have_no_solution_here_are_refused(nu):
-    with pytest.raises(ValueError, match="nu must be .*, got "):
+    with pytest.raises(ValueError, match=r"nu must be .*, got "):
         Burgers2d(nu)
 
 
 @pytest.mark.parametrize("graded", [-0.1, 1.1, math.nan, False])
 def test_shares_outside_the_unit_interval_are_refused(graded):
-    with pytest.raises(ValueError, match="graded must be .*, got "):
+    with pytest.raises(ValueError, match=r"graded must be .*, got "):
         Burgers2d(graded=graded)
 
 
