@@ -125,13 +125,13 @@ def test_interior_points_of_2d_fill_the_domain_or_gather_at_the_layer():
 
 @pytest.mark.parametrize("nu", [0, -0.01, 1e-4, 1.1, math.nan, math.inf, True, "0.01", None])
 def test_viscosities_that_have_no_solution_here_are_refused(nu):
-    with pytest.raises(ValueError, match=r"nu must be a finite number in \[0.001/pi, 1\], got "):
+    with pytest.raises(ValueError, match=r"nu must be .*, got "):
         Burgers2d(nu)
 
 
 @pytest.mark.parametrize("graded", [-0.1, 1.1, math.nan, False])
 def test_shares_outside_the_unit_interval_are_refused(graded):
-    with pytest.raises(ValueError, match=r"graded must be a finite number in \[0, 1\], got "):
+    with pytest.raises(ValueError, match=r"graded must be .*, got "):
         Burgers2d(graded=graded)
 
 
@@ -192,10 +192,10 @@ def test_dimension_goes_to_the_sobol_limit_and_no_further():
     for equation in (TwoBody, Burgers100d):
         points = equation(dimension=1000).sample(uniform_points("sobol", 4, 1000, 0))
         assert points.shape == (4, 1000) and bool(torch.isfinite(equation(dimension=1000).exact(points)).all())
-        with pytest.raises(ValueError, match="dimension may be at most 21201, the limit of Sobol points, got 21202"):
+        with pytest.raises(ValueError, match="dimension must be less than or equal to 21201, got 21202"):
             equation(dimension=21_202)
         for wrong in (1, 100.0, True, "100"):
-            with pytest.raises(ValueError, match=r"dimension \(time included\) must be an integer >= "):
+            with pytest.raises(ValueError, match=r"dimension must be (an integer|greater than or equal to \d), got "):
                 equation(dimension=wrong)
 
 
@@ -205,5 +205,5 @@ def test_dimension_goes_to_the_sobol_limit_and_no_further():
 )
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1"])
 def test_options_that_must_be_positive_are_checked(make, name, value):
-    with pytest.raises(ValueError, match=f"{name} must be a finite number > 0, got "):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got "):
         make(value)

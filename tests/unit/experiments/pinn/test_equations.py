@@ -313,7 +313,7 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
     [
         ("burgers", {}, "must be one of burgers_2d, burgers_100d, two_body, or the path of a .py file, got 'burgers'"),
         ("burgers_2d", {"viscosity": 1}, "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu"),
-        ("burgers_2d", {"nu": 0}, "nu must be a finite number"),
+        ("burgers_2d", {"nu": 0}, "nu must be greater than or equal to 0.000318"),
         ("heat.py", {"nu": 1}, "fit equation Heat: got an unexpected .* 'nu'; it takes diffusivity, mode"),
     ],
 )
