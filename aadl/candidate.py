@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aadl import mixing, smoothing
 from aadl.acceptance import MAXIMAL_COEFFICIENT_NORM, Cause
+from aadl.history import Column
 from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.problem import MacroStep, Problem
 from aadl.settings import Settings
@@ -20,8 +21,6 @@ MAXIMAL_AGE = 3
 """Age of the oldest usable column, in units of history_depth macro-steps."""
 MAXIMAL_GROWTH = 1e4
 """Largest quotient of an older residual over the newest one."""
-FAR = 4.0
-"""A jump that is longer than this times all else of the way behind a candidate was made by somebody else."""
 
 
 class Coefficients(NamedTuple):
@@ -69,7 +68,7 @@ def coefficients_of(
         oldest = MAXIMAL_AGE * settings.history_depth
         near = [1 / LEARNING_RATE_BAND <= factor <= LEARNING_RATE_BAND for factor in factors]
         ages = [age if flag else oldest + 1 for age, flag in zip(ages, near, strict=True)]
-        used = _here(gram, jumps, mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH))
+        used = _here(gram, columns, jumps, mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH))
     part = mixing.newest(gram, used)
     cutoff = settings.eigenvalue_cutoff(settings.history_dtype or torch.float32)
     window = settings.average_window or smoothing.DEFAULT_WINDOW
@@ -109,16 +108,24 @@ def _as_made(mean: Tensor, changes: list[float]) -> Tensor:
     return weights * host_tensor(changes).clamp(max=0.0)
 
 
-def _here(gram: Gram, jumps: list[float], used: int) -> int:
-    """Number of the newest `used` columns that lie behind all far jumps, because a load leads to another place.
+def _here(gram: Gram, columns: list[Column], jumps: list[float], used: int) -> int:
+    """Number of the newest `used` columns that describe the region of the newest pair.
 
-    Mixing with pairs from before it would go back there. A candidate makes no such jump: its step is at most the way of
-    the pairs behind it.
+    Those before a change from outside do not, if it leads farther than all of the way before it: mixing with them would
+    lead back there, or by slopes of another region. A candidate makes no such jump (`step_fraction`). Where an update
+    may contain such a change, neither column with it counts.
     """
-    start = len(jumps) - used
-    way = sum(map(math.sqrt, mixing.residual_squares(gram)[start:])) + sum(jumps[start:])
-    far = [place for place in range(start, len(jumps)) if jumps[place] > FAR * (way - jumps[place])]
-    return len(jumps) - 1 - far[-1] if far else used
+    start, way = len(columns) - used, 0.0
+    lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
+    for place in range(start, len(columns)):
+        way += lengths[place]
+        if columns[place].doubtful and lengths[place + 1] > way:
+            start = place + 2
+        if not columns[place].moved:
+            way += jumps[place]
+        elif jumps[place] > way:
+            start = max(start, place + 1)
+    return max(0, len(columns) - start)
 
 
 def _length(squares: dict[str, float], weights: dict[str, float]) -> float:

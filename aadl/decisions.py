@@ -33,7 +33,7 @@ class Decisions(Judgments):
         """
         local_sgd, history = self.settings.local_sgd, step.history
         if self.moves:
-            accepted = self.confirmed = None
+            accepted, self.confirmed, self.last_jump = None, None, {}
         if local_sgd and step.closure is not None:  # nothing was predicted for an average
             accepted = None
         problem = problem_of(step, accepted, self.moves)

@@ -41,6 +41,10 @@ class Column:
     """By kind, the squared distance between the first update's end and the second one's start, where they differ."""
     earlier_rate: float = 1.0
     """Factor of the learning rate that its first update was made with."""
+    moved: bool = False
+    """Its second update starts where somebody else has put the weights."""
+    doubtful: bool = False
+    """Its second update may contain a write of somebody else."""
 
 
 @dataclass

@@ -122,9 +122,7 @@ class MacroSteps(Accelerator):
 
     def _note_step(self) -> None:
         """Remember the tensors as a step within a macro-step leaves them."""
-        decisions = self._decisions
-        on_trial = decisions.accepted is not None or decisions.confirmed is not None
-        self._outside.note_step(self._layout, self._progress.in_macro_step, on_trial)
+        self._outside.note_step(self._layout, self._progress.in_macro_step)
 
     @property
     def _gap(self) -> int:
@@ -232,7 +230,7 @@ class MacroSteps(Accelerator):
         tensors = layout.tensors(optimizer, look)
         column, ratio = self._new_column(optimizer, layout)
         accepted = None if decisions.accepted is None else decisions.accepted.at(column.learning_rate)
-        decisions.accepted, decisions.disturbed = None, False
+        decisions.accepted, decisions.disturbed, decisions.moved = None, False, False
         due = self._is_due(history)
         self._push(history, tensors, column, ratio, due, accepted is not None)
         if due or accepted is not None:
@@ -260,7 +258,8 @@ class MacroSteps(Accelerator):
         earlier = rate if rates.pair_factor is None else rates.pair_factor
         rates.pair_factor = rate
         number = decisions.statistics["macro_steps"]
-        return Column(number, not decisions.disturbed, rate, earlier_rate=earlier), rate / earlier
+        doubtful = self._outside.is_doubtful and self._ranks.size == 1  # others may not have seen it
+        return Column(number, not decisions.disturbed, rate, {}, earlier, decisions.moved, doubtful), rate / earlier
 
     def _push(
         self, history: History, tensors: Sequence[Tensors], column: Column, ratio: float, due: bool, is_judged: bool

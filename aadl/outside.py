@@ -10,7 +10,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -45,7 +44,7 @@ class OutsideWrites:
         self._heads: list[Tensor] = []
         """Some elements of the tensors at the end of the last macro-step."""
         self._sample: Sample | None = None
-        """Some elements of one tensor after the last step, while an accepted candidate waits for its judgment."""
+        """Some elements after the last step within the running macro-step."""
         self.writes: Writes = {}
         self._unseen = ""
         """Kind of the writes before a save that no step has seen yet."""
@@ -86,8 +85,8 @@ class OutsideWrites:
         if self._steps == 1:
             return True
         left = self.left
-        untouched = left is not None and self._sample is None and versions_of(left.tensors) == left.versions
-        return untouched and not self._first
+        untouched = left is not None and versions_of(left.tensors) == left.versions
+        return untouched and not self._first and (self._sample is None or not self._sample.differs())
 
     def before_step(self, gap: int, in_macro_step: int, history: History | None) -> Change:
         """Explain the writes since the last step.
@@ -155,26 +154,21 @@ class OutsideWrites:
 
     # ---- remembering -----------------------------------------------------------------------------------------------
 
-    def note_step(self, layout: Layout | None, in_macro_step: int, on_trial: bool) -> None:
-        """Within a macro-step, remember the version counters after a step.
+    def note_step(self, layout: Layout | None, in_macro_step: int) -> None:
+        """Within a macro-step, remember the version counters and a few elements after a step.
 
         Args:
             layout: of the history, if there are rows.
             in_macro_step: steps of the running macro-step that have ended.
-            on_trial: whether an accepted candidate may be taken back; then some elements are remembered too.
         """
         left = self.left
         if left is None or layout is None or in_macro_step == 0:
             return
         left.versions = versions_of(left.tensors)
-        if not on_trial:
-            return
-        if self._sample is not None:
+        if self._sample is None:
+            self._sample = Sample(layout.elements())
+        else:
             self._sample.keep()
-        elif layout.asks or not layout.history.partial:  # ranks might disagree about DTensors
-            largest = max(layout.parameters, key=torch.Tensor.numel, default=None)
-            if largest is not None and largest.device.type == "cpu":  # the host would wait for another device
-                self._sample = Sample(largest)
 
     def note_end(self, optimizer: Optimizer, layout: Layout, sampled: bool = True) -> None:
         """Remember the tensors as this hook leaves them, and some elements of them."""
