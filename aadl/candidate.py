@@ -128,6 +128,12 @@ def _here(gram: Gram, columns: list[Column], jumps: list[float], used: int) -> i
     return max(0, len(columns) - start)
 
 
+def leads_far(gram: Gram, newest: int) -> bool:
+    """Whether an update of the newest columns, which may contain a change from outside, exceeds the way before them."""
+    lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
+    return newest > 0 and max(lengths[-newest:]) > sum(lengths[:-newest])
+
+
 def _length(squares: dict[str, float], weights: dict[str, float]) -> float:
     """Length of a vector in the norm of the mixing problem, from the squares of its parts."""
     return math.sqrt(sum(weights.get(kind, 0.0) * square for kind, square in squares.items()))

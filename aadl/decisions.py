@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aadl import acceptance, smoothing
 from aadl.acceptance import Candidate, Cause
-from aadl.candidate import coefficients_of
+from aadl.candidate import coefficients_of, leads_far
 from aadl.deferred import on_host
 from aadl.judgments import Judgments, taking
 from aadl.mixing import host_tensor
@@ -42,7 +42,8 @@ class Decisions(Judgments):
         confirmed = None if self.confirmed is None else self.confirmed.at(step.rate)
         self.confirmed, self.moves = None, 0
         if problem.is_written:
-            self.forget_last(history, sum(column.macro_step > step.since for column in history.columns))
+            newest = sum(column.macro_step > step.since for column in history.columns)
+            self.forget_last(history, len(history.columns) if leads_far(problem.gram, newest) else newest)
             return
         square = problem.square if problem.is_finite else math.inf
         ready = accepted is None or self._stays(

@@ -192,7 +192,7 @@ class Judgments:
         held = ratio <= acceptance.PAUSE_ABOVE and not overshot
         self.last_jump = step.history.columns[-1].jump if held and step.history.columns else {}
         if reverts and doubtful:
-            self.forget_last(step.history, 1)
+            self._note_doubt(step.history)
         elif reverts:
             self._note_revert(step)
         else:
@@ -206,7 +206,7 @@ class Judgments:
         self.change_reach(math.inf, overshot=True)
         self.last_jump = {}
         if doubtful:
-            self.forget_last(step.history, 1)
+            self._note_doubt(step.history)
         else:
             step.history.take(True, step.tensors)
             self._note_revert(step)
@@ -228,6 +228,12 @@ class Judgments:
         self.statistics["stops"] += 1
         self.pause.until = 2 * self.statistics["macro_steps"]
         self.reach, self.trials.record = acceptance.FIRST_REACH, LossRecord()
+
+    def _note_doubt(self, history: History) -> None:
+        """Note that nothing was put back, because somebody may have written within the newest macro-step."""
+        self.statistics["moved"] += 1
+        for column in history.columns[-1:]:
+            column.doubtful = True
 
     def _note_revert(self, step: MacroStep) -> None:
         """Note that the plain iterate was put back."""
