@@ -321,13 +321,6 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
     assert main(["reproduce", "--results", str(tmp_path / "results")]) == 2
 
 
-def test_figures_are_copied_to_the_docs(config, tmp_path, monkeypatch, capsys):
-    run(config, tmp_path / "results", "--set", "seeds=0")
-    monkeypatch.setattr("experiments.commands.figures.DOCS_FIGURES", tmp_path / "docs")
-    assert main(["figures", "--results", str(tmp_path / "results"), "--docs"]) == 0
-    assert (tmp_path / "docs" / "graduate_admissions_test_loss.png").exists()
-
-
 def test_the_module_runs_from_the_checkout():
     command = [sys.executable, "-W", "error", "-m", "experiments", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

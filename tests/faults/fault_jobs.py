@@ -37,12 +37,10 @@ from aadl.decisions import Decisions
 from data_loaders.imagenet.reading import Reader
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
-from experiments.distributed.interruption import Interruption
 from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
 from experiments.training import train
-from experiments.training.closure import Closure
 from experiments.training.train import Training
 
 HERE = Path(__file__).resolve().parent
@@ -50,19 +48,9 @@ ROOT = HERE.parent.parent
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", HERE)))
 """Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
-DAY = 86_400.0
 LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
-STATE_OF_THE_END = (
-    "model",
-    "stages",
-    "plan",
-    "average",
-    "updates",
-    "problem",
-    "num_steps",
-    "interval",
-)
+STATE_OF_THE_END = ("model", "stages", "plan", "average", "updates", "problem", "num_steps", "interval")
 """Parts of a run's state that must repeat bit for bit; the others are times, and series, which are compared apart."""
 
 
@@ -92,10 +80,8 @@ class Fault:
 class _Injector:
     """Keeps the diary of this process, one line an event, and lets the faults happen."""
 
-    def __init__(
-        self, diary: str, faults: Sequence[Mapping[str, Any]], pace: float, rows: bool, skewed: bool, ballast: str
-    ) -> None:
-        self._diary, self._pace, self._rows, self._skewed, self._ballast = diary, pace, rows, skewed, ballast
+    def __init__(self, diary: str, faults: Sequence[Mapping[str, Any]], pace: float, rows: bool, ballast: str) -> None:
+        self._diary, self._pace, self._rows, self._ballast = diary, pace, rows, ballast
         self._rank = int(os.environ.get("RANK", os.environ.get("PMI_RANK", "0")))
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._left = [Fault(**fault) for fault in faults]
@@ -140,11 +126,6 @@ class _Injector:
     def _send_another_shape(self) -> None:
         dist.all_reduce(torch.zeros(3))
 
-    def _let_a_day_pass(self) -> None:
-        left = Interruption.seconds_left.fget
-        assert left is not None
-        Interruption.seconds_left = property(lambda interruption: left(interruption) - DAY)  # type: ignore[assignment]
-
     def _fill_disk(self) -> None:
         with open(self._ballast, "wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(1 << 12)):
@@ -153,7 +134,7 @@ class _Injector:
     def patch(self) -> None:
         """Puts the diary and the faults around the suite's functions, in this process."""
         step, result, restore, save = Training.take_step, Training.result, RunSession.restore, RunSession.save
-        evaluate, accelerate, call = train.evaluate, Decisions.accelerate, Closure.__call__
+        evaluate, accelerate = train.evaluate, Decisions.accelerate
         read, on_cpu = Reader.__getitem__, checkpoint.on_cpu
 
         def stepping(run: Training, batch: Any) -> None:
@@ -194,10 +175,6 @@ class _Injector:
             self.meet("gathering")
             return on_cpu(*arguments, **options)
 
-        def skewed(closure: Closure) -> torch.Tensor:
-            loss = call(closure)
-            return loss * (1 + self._rank * (2 if closure.num_losses % 3 else -0.9))
-
         def reading(reader: Any, key: Any) -> Any:
             if key.epoch is not None and key.epoch > 1:
                 self.meet("worker")
@@ -212,7 +189,6 @@ class _Injector:
             (Decisions, "accelerate"): accelerating,
             (checkpoint, "on_cpu"): gathering,
             (Reader, "__getitem__"): reading,
-            **({(Closure, "__call__"): skewed} if self._skewed else {}),
         }
         for (owner, name), function in replacements.items():
             setattr(owner, name, function)
@@ -407,7 +383,7 @@ class Place:
 
     def instructions(self, diary: Path, faults: Sequence[Fault], **more: Any) -> dict[str, str]:
         """Variable for the processes of a job."""
-        options = {"pace": 0.0, "rows": False, "skewed": False, "ballast": "", **more}
+        options = {"pace": 0.0, "rows": False, "ballast": "", **more}
         return {INSTRUCTIONS: json.dumps({"diary": str(diary), "faults": [asdict(f) for f in faults], **options})}
 
     def files(self) -> tuple[Path, Path]:
@@ -415,23 +391,16 @@ class Place:
         number = next(self._numbers)
         return self.folder / f"start-{number}.log", self.folder / f"start-{number}.jsonl"
 
-    def start(
-        self,
-        *faults: Fault,
-        ranks: int = 1,
-        variables: Mapping[str, str] | None = None,
-        **more: Any,
-    ) -> Job:
+    def start(self, *faults: Fault, ranks: int = 1, **more: Any) -> Job:
         """Starts the command.
 
         Args:
             faults: that happen to it.
             ranks: number of processes, which find each other as those of mpiexec do.
-            variables: of the environment, besides.
-            more: options of `_Injector`: pace, rows, skewed, ballast.
+            more: options of `_Injector`: pace, rows, ballast.
         """
         log, diary = self.files()
-        base = launched.clean_environment() | self.instructions(diary, faults, **more) | dict(variables or {})
+        base = launched.clean_environment() | self.instructions(diary, faults, **more)
         job = secrets.token_hex(4)
         processes = []
         for rank in range(ranks):

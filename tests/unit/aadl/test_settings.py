@@ -167,14 +167,6 @@ def test_average_is_on_by_default_unless_nothing_is_accelerated():
     assert aadl.accelerator_of(sgd(acceleration_type="identity")).settings.average is False
 
 
-@pytest.mark.parametrize(
-    ("store_each_nth", "frequency", "period"), [(1, 1, 1), (1, 7, 7), (10, 20, 2), (10, 5, 1), (4, 10, 3), (3, 9, 3)]
-)
-def test_frequency_is_rounded_up_to_macro_steps(store_each_nth, frequency, period):
-    settings = aadl.accelerator_of(sgd(store_each_nth=store_each_nth, frequency=frequency)).settings
-    assert settings.period == period
-
-
 def test_foreign_objects_are_named():
     for foreign in (object(), None, network(), torch.optim.SGD):
         for function in (aadl.accelerate, aadl.accelerator_of, aadl.remove_acceleration, aadl.reset_history):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import deepxde_burgers, input_pipeline, pinn_operators, scaling_docs, tables
+from benchmarks import deepxde_burgers, input_pipeline, pinn_operators, scaling, tables
 from benchmarks import where_it_pays as study
 from benchmarks.pinn_operators import WAYS, Case, Row, all_cases, errors, measure
 from benchmarks.small_training import PROBLEMS, SCHEDULES, Run, train
@@ -35,9 +35,9 @@ def test_a_block_of_a_page_is_replaced_and_one_that_is_missing_is_an_error(tmp_p
         tables.put_into_page("page", {"c": ""}, tmp_path)
 
 
-@pytest.mark.parametrize("benchmark", [input_pipeline, pinn_operators, scaling_docs])
+@pytest.mark.parametrize("benchmark", [input_pipeline, pinn_operators, scaling])
 def test_the_conclusion_of_a_page_has_the_numbers_of_its_tables(benchmark):
-    name = benchmark.__name__.rpartition(".")[2].removesuffix("_docs")
+    name = benchmark.__name__.rpartition(".")[2]
     page = (tables.REPORTS / f"{name}.md").read_text("utf-8")
     assert tables.parts(page, "conclusion")[1].split() == benchmark.conclusion(page).split()
     first = re.search(r"\d+\.\d+", benchmark.conclusion(page))[0]

@@ -385,12 +385,6 @@ def test_evaluation_pixels_do_not_depend_on_batches_and_workers():
     assert np.array_equal(first[3].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[3], None))
 
 
-def test_stop_ends_an_evaluation():
-    images = listed([*CONTENTS[:11], b"", *CONTENTS[12:]])
-    with pytest.raises(ImageError, match=r"^image 11 \(image-11\) cannot be read: it is empty$"):
-        list(EvaluationLoader(images, Decoding(16, 20, on_corrupt="stop"), batch_size=4).batches())
-
-
 def test_more_ranks_than_images_leave_some_without():
     images = listed(CONTENTS[:3])
     sizes = [

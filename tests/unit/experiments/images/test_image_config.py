@@ -60,23 +60,11 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        (
-            "training",
-            {"batch_size": None},
-            "one of batch_size and batch_size_per_rank must be given, got None and None",
-        ),
-        (
-            "training",
-            {"batch_size_per_rank": 4},
-            "one of batch_size and batch_size_per_rank must be given, got 16 and 4",
-        ),
+        ("training", {"batch_size": None}, "and batch_size_per_rank must be given, got None and None"),
+        ("training", {"batch_size_per_rank": 4}, "and batch_size_per_rank must be given, got 16 and 4"),
         ("training", {"schedule": "step"}, "milestones must be a list of epochs with schedule step"),
         ("training", {"schedule": "step", "milestones": [2, 1]}, r"milestones must ascend, got \[2\.0, 1\.0\]"),
-        (
-            "training",
-            {"schedule": "step", "milestones": [1, 2]},
-            r"milestones must be below epochs = 2, got \[1\.0, 2\.0\]",
-        ),
+        ("training", {"schedule": "step", "milestones": [1, 2]}, r"must be below epochs = 2, got \[1\.0, 2\.0\]"),
         ("training", {"warmup_epochs": 2}, "warmup_epochs must be below epochs = 2, got 2"),
         ("training", {"scheduler": {"name": "StepLR"}}, r"unknown key training\.scheduler"),
         ("problem", {"start_method": "fork"}, r"^unknown key problem\.start_method, which was removed: leave it out$"),

@@ -171,27 +171,15 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
     ("text", "message"),
     [
         ("x = (", "cannot be imported: SyntaxError: .*line 1"),
-        (
-            "from experiments.pinn.burgers import TwoBody",
-            "must define exactly one subclass of Equation, it defines none",
-        ),
+        ("from experiments.pinn.burgers import TwoBody", "must define exactly one .*, it defines none"),
         (HEAT + "\n    class Second(Heat):\n        pass\n", "exactly one .*, it defines Heat, Second"),
-        (
-            HEAT.replace("return uniform", "return uniform[:, :1]"),
-            "sample must be a tensor of shape .3, 2., got .3, 1.",
-        ),
+        (HEAT.replace("return uniform", "return uniform[:, :1]"), "sample must be .* shape .3, 2., got .3, 1."),
         (HEAT.replace("def residual(", "def pde("), "equation Heat does not define residual"),
         (HEAT.replace("num_space = 1", ""), "Heat: num_space must be an integer >= 1, got None"),
         (HEAT.replace("def test_points(", "def points("), "equation Heat does not define test_points"),
         (HEAT.replace("points, self.exact(points)", "points, self.exact(points)[:, 0]"), r"values of conditions must"),
-        (
-            HEAT.replace("self.diffusivity * u.laplacian", "points"),
-            r"residual must be a tensor of shape .3, 1., got .3, 2.",
-        ),
-        (
-            HEAT.replace("u.laplacian", "u.lap"),
-            r"Heat: residual failed: AttributeError: .* has no attribute 'lap' \(.*heat\.py, line 24\)",
-        ),
+        (HEAT.replace("self.diffusivity * u.laplacian", "points"), r"residual must be .* shape .3, 1., got .3, 2."),
+        (HEAT.replace("u.laplacian", "u.lap"), r"Heat: residual failed: AttributeError: .* has no attribute 'lap'"),
         (HEAT.replace("num_space = 1", "num_space = math.po"), r"imported: AttributeError: .*heat\.py, line 10\)"),
         (HEAT.replace("= diffusivity, mode", "= {}['x']"), r"Heat: __init__ failed: KeyError: 'x' \(.*line 13\)"),
         (HEAT.replace("num_space = 1", "num_space = True"), "Heat: num_space must be an integer >= 1, got True"),
@@ -206,10 +194,7 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
         (HEAT.replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)"), r"points 'grid' must be .*got \(3, 3\)"),
         (HEAT.replace('{"grid": torch.cartesian_prod(x, x)}', "x"), "test_points must return a mapping .*got Tensor"),
         (HEAT.replace("return u.time -", "return 1e400 + u.time -"), "residual must be finite, got inf"),
-        (
-            HEAT + "\n        def source(self, points):\n            return None\n",
-            "source must be a tensor .* NoneType",
-        ),
+        (HEAT + "\n        def source(self, points):\n            return None\n", "source must be a .* NoneType"),
         (
             HEAT + '\n        def predictors(self):\n            return {"flat": lambda points: points[:, 0]}\n',
             r"predictor 'flat' must be a tensor of shape \(3, 1\), got \(3,\)",
@@ -343,11 +328,7 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
     ("name", "options", "message"),
     [
         ("burgers", {}, "must be one of burgers_2d, burgers_100d, two_body, or the path of a .py file, got 'burgers'"),
-        (
-            "burgers_2d",
-            {"viscosity": 1},
-            "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu, graded",
-        ),
+        ("burgers_2d", {"viscosity": 1}, "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu"),
         ("burgers_2d", {"nu": 0}, "nu must be a finite number"),
         ("heat.py", {"nu": 1}, "fit equation Heat: got an unexpected .* 'nu'; it takes diffusivity, mode"),
     ],

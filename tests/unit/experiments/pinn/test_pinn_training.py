@@ -208,6 +208,15 @@ def test_a_diverged_run_is_recorded_and_named(config, tmp_path, capsys, variant)
     assert record.diverged_iteration > 0 and len(record.places) == len(record.series[LOSS]) <= 4
 
 
+def test_variants_that_accept_nothing_are_named_once(config, tmp_path, capsys):
+    sgd = {"name": "SGD", "lr": 1e-3}
+    raw = copy.deepcopy(PINN) | {"seeds": [0, 1]}
+    raw["variants"] = {"idle": {"optimizer": sgd, "acceleration": {}}, "plain": {"optimizer": sgd}}
+    config.write_text(yaml.safe_dump(raw))
+    assert run(config, tmp_path / "results") == 0
+    assert "no candidate accepted, as if without acceleration: idle\n" in capsys.readouterr().err
+
+
 # ---- optimizers that ask for residuals -------------------------------------------------------------------------------
 
 

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import h5py
@@ -14,8 +12,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
-from paths import ROOT
-from processes import wait_until
 from small_runs import identical
 from stopped_runs import run_to_the_end, signal_after
 from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
@@ -291,20 +287,6 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, capsy
         for name in ("metrics/train/loss", "metrics/validation/loss"):
             if name in whole.series:
                 assert np.array_equal(whole.series[name], again.series[name])
-
-
-@pytest.mark.slow
-def test_workers_save_when_their_parent_gets_a_signal(tmp_path):
-    raw = RAW | {"training": {"epochs": 100_000, "batch_size": 80}}
-    config = write(raw, tmp_path)
-    line = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "r"), "--jobs", "2"]
-    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert wait_until(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
-        process.send_signal(signal.SIGTERM)
-        _, printed = process.communicate(timeout=600)
-    assert process.returncode == EXIT_RESUME
-    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in printed
-    assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
 def stopped_and_resumed(rank, world_size, folder, results):
