@@ -1,6 +1,7 @@
 """Somebody else leads the weights far away: pairs from before do not steer, and nothing that was written is undone."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -104,11 +105,8 @@ def test_not_a_number_is_equal_to_itself():
     """A candidate that leads there is taken back, because nobody wrote."""
     model, optimizer = accelerated()
     train(model, optimizer, 41)
-    before = aadl.accelerator_of(optimizer).history.blocks[0].own_start.clone()
-    loss = lambda model: model[0].weight.sum() * float("nan")  # noqa: E731
-    train(model, optimizer, 9, loss=loss)
+    train(model, optimizer, 9, loss=lambda model: float("nan") * model[0].weight.sum())
     assert statistics(optimizer)["reverted"] == 1 and bool(torch.isfinite(flat(model)).all())
-    assert before.numel() == flat(model).numel()
 
 
 @pytest.mark.parametrize("change", [fill, multiply_through_data])
@@ -126,3 +124,16 @@ def test_a_resumed_run_knows_what_a_change_has_ended(change, saved_at):
     train(other, again, 60)
     assert identical(snapshot(other, again), snapshot(model, optimizer))
     assert identical(statistics(again), statistics(optimizer))
+
+
+def test_states_that_know_nothing_of_such_changes_are_loaded():
+    model, optimizer = accelerated()
+    train(model, optimizer, 45)
+    state = copy.deepcopy(optimizer.state_dict())
+    values = json.loads(state["aadl"]["values"])
+    del values["moved"]
+    values["history"]["columns"] = [column[:5] for column in values["history"]["columns"]]
+    state["aadl"]["values"] = json.dumps(values)
+    optimizer.load_state_dict(state)
+    columns = aadl.accelerator_of(optimizer).history.columns
+    assert len(columns) == 3 and not any(column.moved or column.doubtful for column in columns)
