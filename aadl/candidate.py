@@ -10,7 +10,6 @@ from torch import Tensor
 
 from aadl import mixing, smoothing
 from aadl.acceptance import MAXIMAL_COEFFICIENT_NORM, Cause
-from aadl.history import Column
 from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.problem import MacroStep, Problem
 from aadl.settings import Settings
@@ -68,7 +67,7 @@ def coefficients_of(
         oldest = MAXIMAL_AGE * settings.history_depth
         near = [1 / LEARNING_RATE_BAND <= factor <= LEARNING_RATE_BAND for factor in factors]
         ages = [age if flag else oldest + 1 for age, flag in zip(ages, near, strict=True)]
-        used = _here(gram, columns, jumps, mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH))
+        used = min(problem.here, mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH))
     part = mixing.newest(gram, used)
     cutoff = settings.eigenvalue_cutoff(settings.history_dtype or torch.float32)
     window = settings.average_window or smoothing.DEFAULT_WINDOW
@@ -106,32 +105,6 @@ def _as_made(mean: Tensor, changes: list[float]) -> Tensor:
     """
     weights = mean.diff(prepend=mean.new_zeros(1))
     return weights * host_tensor(changes).clamp(max=0.0)
-
-
-def _here(gram: Gram, columns: list[Column], jumps: list[float], used: int) -> int:
-    """Number of the newest `used` columns that describe the region of the newest pair.
-
-    Those before a change from outside do not, if it leads farther than all of the way before it: mixing with them would
-    lead back there, or by slopes of another region. A candidate makes no such jump (`step_fraction`). Where an update
-    may contain such a change, neither column with it counts.
-    """
-    start, way = len(columns) - used, 0.0
-    lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
-    for place in range(start, len(columns)):
-        way += lengths[place]
-        if columns[place].doubtful and lengths[place + 1] > way:
-            start = place + 2
-        if not columns[place].moved:
-            way += jumps[place]
-        elif jumps[place] > way:
-            start = max(start, place + 1)
-    return max(0, len(columns) - start)
-
-
-def leads_far(gram: Gram, newest: int) -> bool:
-    """Whether an update of the newest columns, which may contain a change from outside, exceeds the way before them."""
-    lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
-    return newest > 0 and max(lengths[-newest:]) > sum(lengths[:-newest])
 
 
 def _length(squares: dict[str, float], weights: dict[str, float]) -> float:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from aadl import acceptance, smoothing
 from aadl.acceptance import Candidate, Cause
-from aadl.candidate import coefficients_of, leads_far
+from aadl.candidate import coefficients_of
 from aadl.deferred import on_host
 from aadl.judgments import Judgments, taking
 from aadl.mixing import host_tensor
 from aadl.parameters import forget_curvature
-from aadl.problem import MacroStep, Problem, problem_of
+from aadl.problem import MacroStep, Problem, leads_far, problem_of
 
 
 class Decisions(Judgments):
@@ -74,7 +74,8 @@ class Decisions(Judgments):
             self._reject(Cause.NON_FINITE)
             self.reset(Cause.NON_FINITE, history)
             return None
-        consecutive = [column.consecutive for column in history.columns]
+        first = len(history.columns) - problem.here
+        consecutive = [column.consecutive and place >= first for place, column in enumerate(history.columns)]
         self._switch_averaging(smoothing.relative_standard_deviation(gram, consecutive))
         if settings.acceleration_type == "identity" and not self.averaging:
             self._reject(Cause.AVERAGING_OFF)

@@ -43,8 +43,8 @@ class Column:
     """Factor of the learning rate that its first update was made with."""
     moved: bool = False
     """Its second update starts where somebody else has put the weights."""
-    doubtful: bool = False
-    """Its second update may contain a write of somebody else."""
+    written: float | None = None
+    """How far, at least, somebody else has led the weights within its second update; None where nobody has."""
 
 
 @dataclass

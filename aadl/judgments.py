@@ -233,7 +233,7 @@ class Judgments:
         """Note that nothing was put back, because somebody may have written within the newest macro-step."""
         self.statistics["moved"] += 1
         for column in history.columns[-1:]:
-            column.doubtful = True
+            column.written = column.written or 0.0
 
     def _note_revert(self, step: MacroStep) -> None:
         """Note that the plain iterate was put back."""

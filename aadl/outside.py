@@ -51,7 +51,9 @@ class OutsideWrites:
         self._first = ""
         """Kind of the writes that may be the first of many."""
         self._doubtful = False
-        """Whether the weights may have been filled through `.data` within the running macro-step."""
+        """Whether the weights may have been filled through `.data` since the start of the macro-step to be judged."""
+        self._leap = 0.0
+        """How far elements were led through `.data` within the running macro-step."""
         self.written = False
         """Whether this rank saw a write within a macro-step since the last acceleration."""
 
@@ -67,12 +69,13 @@ class OutsideWrites:
             "first": self._first,
             "written": self.written,
             "doubtful": has_values and self.is_doubtful,
+            "leap": max(self._leap, self._sample.change()) if has_values and self._sample is not None else self._leap,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from `state`."""
         self.writes, self._unseen, self._first = saved["writes"], saved["unseen"], saved["first"]
-        self.written, self._doubtful = saved["written"], saved["doubtful"]
+        self.written, self._doubtful, self._leap = saved["written"], saved["doubtful"], saved.get("leap", 0.0)
 
     def look(self, optimizer: Optimizer) -> Snapshot:
         """The tensors of the optimizer as they are now; no element is read."""
@@ -86,7 +89,7 @@ class OutsideWrites:
             return True
         left = self.left
         untouched = left is not None and versions_of(left.tensors) == left.versions
-        return untouched and not self._first and (self._sample is None or not self._sample.differs())
+        return untouched and not self._first and (self._sample is None or not self._sample.change())
 
     def before_step(self, gap: int, in_macro_step: int, history: History | None) -> Change:
         """Explain the writes since the last step.
@@ -96,6 +99,7 @@ class OutsideWrites:
             in_macro_step: steps of the running macro-step that have ended.
             history: the pairs, if there are rows for them.
         """
+        self._leap = max(self._leap, 0.0 if self._sample is None else self._sample.change())
         self._doubtful = self.is_doubtful
         kind, self._unseen = self._kind_since_left(), ""
         first, self._first = self._first, ""
@@ -140,7 +144,7 @@ class OutsideWrites:
     @property
     def is_doubtful(self) -> bool:
         """Whether the weights may have been filled through `.data` within the macro-step."""
-        return self._doubtful or (self._sample is not None and self._sample.differs())
+        return self._doubtful or self._leap > 0 or (self._sample is not None and self._sample.change() > 0)
 
     def is_as_left(self, optimizer: Optimizer, layout: Layout | None) -> bool:
         """Whether nobody seems to have written to the tensors since the last hook left them."""
@@ -176,9 +180,10 @@ class OutsideWrites:
         self.left = look if layout.covers(look) else None
         self._heads = layout.sample(layout.tensors(optimizer, look)) if sampled and self.left is not None else []
 
-    def drop_sample(self) -> None:
-        """Stop watching elements within a macro-step."""
-        self._sample = None
+    def end_macro_step(self) -> float:
+        """Stop watching elements; return how far, at least, somebody has led the weights through `.data`."""
+        leap, self._leap, self._sample = self._leap, 0.0, None
+        return leap
 
     def settle_doubt(self, on_trial: bool) -> None:
         """At the end of a macro-step, a doubt stays only while a confirmed candidate may be taken back."""
@@ -187,5 +192,5 @@ class OutsideWrites:
     def forget(self) -> None:
         """Forget the running macro-step; what is known of regular writes stays."""
         self.left = self._sample = None
-        self.written = self._doubtful = False
+        self.written, self._doubtful, self._leap = False, False, 0.0
         self._unseen = self._first = ""

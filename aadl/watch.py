@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 
 import torch
 from torch import Tensor
@@ -135,10 +136,11 @@ class Sample:
         """Remember the numbers as they are."""
         self._kept = list(map(Tensor.item, self._elements))
 
-    def differs(self) -> bool:
-        """Whether the numbers are no longer those that were remembered; nan equals nan."""
+    def change(self) -> float:
+        """The largest distance to a number that was remembered; nan equals nan, and is far from all others."""
         pairs = zip(map(Tensor.item, self._elements), self._kept, strict=True)
-        return any(now != kept and (now == now or kept == kept) for now, kept in pairs)
+        changes = [abs(now - kept) for now, kept in pairs if now != kept and (now == now or kept == kept)]
+        return max((inf if isnan(change) else change for change in changes), default=0.0)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

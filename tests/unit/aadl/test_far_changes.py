@@ -136,4 +136,4 @@ def test_states_that_know_nothing_of_such_changes_are_loaded():
     state["aadl"]["values"] = json.dumps(values)
     optimizer.load_state_dict(state)
     columns = aadl.accelerator_of(optimizer).history.columns
-    assert len(columns) == 3 and not any(column.moved or column.doubtful for column in columns)
+    assert len(columns) == 3 and not any(column.moved or column.written for column in columns)
