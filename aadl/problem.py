@@ -123,9 +123,12 @@ def columns_here(gram: Gram, columns: list[Column]) -> int:
     if not any(column.moved or column.written is not None for column in columns):
         return len(columns)
     lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
+    squares = [column.jump.get("parameters", 0.0) for column in columns]
+    if columns[-1].moved and not columns[-1].jump:
+        squares[-1] = gram.jump
     first, way = 0, 0.0
-    for place, column in enumerate(columns):
-        jump, written = math.sqrt(column.jump.get("parameters", gram.jump)), column.written
+    for place, (column, square) in enumerate(zip(columns, squares, strict=True)):
+        jump, written = math.sqrt(square), column.written
         way += lengths[place]
         if written is not None and max(written, lengths[place + 1]) > way:
             first = place + 2
