@@ -156,9 +156,6 @@ def test_the_table_of_rates_is_the_one_that_the_command_writes():
         assert tuple(next(csv.reader(file))) == HEADER
 
 
-# ---- DeepXDE's example -----------------------------------------------------------------------------------------------
-
-
 def test_the_exact_solution_of_the_example_has_no_error():
     def exact(points):
         return cole_hopf(torch.from_numpy(points), deepxde_burgers.NU).numpy()

@@ -256,12 +256,8 @@ def test_the_tables_are_written_and_printed(tmp_path):
     for printed in (text, markdown):
         assert f"{LABEL}, compared with plain Adam" in printed and f"{LABEL}, compared with other" in printed
         assert "no network: frozen" in printed and "6.00e-01" in printed and "7.00e-01" in printed
-        assert (
-            "50 [50 .. 50]" in printed
-            and "0.9 [0.9 .. 0.9]" in printed
-            and "2 of 2" in printed
-            and "Source: " in printed
-        )
+        assert "50 [50 .. 50]" in printed and "0.9 [0.9 .. 0.9]" in printed
+        assert "2 of 2" in printed and "Source: " in printed
         assert "DEGENERATE" not in printed
     tables = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
     assert [len(table) for table in tables] == [2 + 5, 2 + 3, 2 + 3]  # a lone variant is not compared
