@@ -22,12 +22,6 @@ def test_sigkill_of_a_rank_or_of_both_amid_a_save(site, rank):
     site.equals(place, again, ranks=2)
 
 
-# ---- damaged checkpoints ---------------------------------------------------------------------------------------------
-
-
-# ---- disks -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("what", "moment"), [("checkpoint", "step"), ("record", "after unlink")])
 def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, what, moment):
     with small_disk(site.folder / f"disk-{what}", "24m") as disk:
@@ -40,9 +34,6 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, 
         assert not [path.name for path in disk.rglob("*") if "tmp" in path.name] and kept(place)
         ballast.unlink()
         site.recovers(place, first)
-
-
-# ---- the record ------------------------------------------------------------------------------------------------------
 
 
 def test_sigkill_while_the_record_is_written_and_read_by_others(site):

@@ -176,32 +176,22 @@ def test_a_signal_at_any_moment(site, moment):
 # ---- ranks that hang, fail or go astray ------------------------------------------------------------------------------
 
 
-def test_a_rank_that_hangs_is_named(site):
-    config = changed(TABLE, launch={"collective_seconds": 6})
-    place = site.place(config)
-    first = place.run(Fault("hang", step=21, rank=1), ranks=2, pace=PACE)
-    has_met_its_fault(first)
-    assert all(code not in (0, EXIT_RESUME) for code in first.codes) and kept(place)
-    named = re.search(r"rank 1( on \S+)? (gave no|did not|does not|hangs|is late|was lost)", first.log)
-    assert named is not None, first.tail()
-    site.recovers(place, first, config, ranks=2)
-
-
 STRAYING = {
-    "skip_step": "the ranks are at different steps",
+    "hang": r"rank 1( on \S+)? (gave no|did not|does not|hangs|is late|was lost)",
     "decide_otherwise": "the ranks have taken different decisions",
+    "skip_step": "the ranks are at different steps",
     "send_another_shape": "",  # gloo ends one rank or both, in words of its own
 }
 
 
-@pytest.mark.parametrize("action", ["decide_otherwise"] if QUICK else STRAYING)
-def test_a_rank_that_strays_ends_the_job(site, action):
-    config = changed(TABLE, launch={"collective_seconds": 10})
+@pytest.mark.parametrize("action", list(STRAYING)[: 2 if QUICK else None])
+def test_a_rank_that_hangs_or_strays_ends_the_job_and_is_named(site, action):
+    config = changed(TABLE, launch={"collective_seconds": 6 if action == "hang" else 10})
     place = site.place(config)
     first = place.run(Fault(action, step=21, rank=1), ranks=2, pace=PACE)
     has_met_its_fault(first)
-    assert all(code not in (0, EXIT_RESUME) for code in first.codes)
-    assert STRAYING[action] in first.log, first.tail()
+    assert all(code not in (0, EXIT_RESUME) for code in first.codes) and kept(place)
+    assert re.search(STRAYING[action], first.log), first.tail()
     site.recovers(place, first, config, ranks=2)
 
 

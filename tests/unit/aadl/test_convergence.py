@@ -21,8 +21,6 @@ def median_steps(kappa, acceleration=None, seeds=3, dtype=torch.float64, **optio
     return statistics.median(steps_to_tolerance(problem, acceleration, **options) for problem in problems)
 
 
-# ---- beside the textbook twin ----------------------------------------------------------------------------------------
-
 ARGUMENTS = ("history_depth", "store_each_nth", "frequency", "wait_iterations", "relaxation")
 SCHEDULES = [
     (3, 1, 1, 0, 1.0),
@@ -103,9 +101,6 @@ def test_when_it_accelerates(store_each_nth, frequency, wait_iterations, expecte
     assert moved == expected == twin.accelerations
 
 
-# ---- Krylov ----------------------------------------------------------------------------------------------------------
-
-
 def rotation(size, seed):
     """Matrix I - 0.9 Q with a random orthogonal Q, for which GMRES gains little before the last iteration."""
     generator = torch.Generator().manual_seed(seed)
@@ -149,8 +144,6 @@ def test_a_full_window_stands_in_the_relation_of_walker_and_ni_to_gmres(size, se
     assert (iterates[size] - solution).norm() < 1e-8 * solution.norm()
 
 
-# ---- gradient descent ------------------------------------------------------------------------------------------------
-
 TABLE = {1e3: {1: 686, 2: 159, 3: 157, 5: 181, 10: 441}, 1e4: {1: 2955, 2: 375, 3: 390, 5: 441, 10: 2581}}
 """Iterations to 1e-6 by condition number and frequency: an independent implementation, depth 5, median of 3 seeds."""
 
@@ -171,8 +164,6 @@ def test_the_table_of_schedules(kappa, frequency):
     steps = median_steps(kappa, table_schedule(frequency))
     assert steps == pytest.approx(TABLE[kappa][frequency], rel=0.1)
 
-
-# ---- momentum --------------------------------------------------------------------------------------------------------
 
 HEAVY_BALL = {"history_depth": 5, "safeguard": "residual"}
 
@@ -207,9 +198,6 @@ def test_heavy_ball_takes_at_most_a_fraction_of_its_steps(plain_heavy_ball):
 def test_heavy_ball_is_never_slower_than_plain(store_each_nth, multiple, plain_heavy_ball):
     schedule = {"store_each_nth": store_each_nth, "frequency": store_each_nth * multiple}
     assert median_steps(1e3, HEAVY_BALL | schedule, momentum=0.9, limit=2000) <= plain_heavy_ball
-
-
-# ---- bfloat16 history ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

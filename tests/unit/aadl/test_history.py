@@ -14,9 +14,6 @@ from aadl.mixing import mixing_coefficients
 CUTOFF = 1e-14
 
 
-# ---- the ring against explicit vectors -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_push_measures_the_newest_pair_and_the_jump_to_its_start(dtype, fused):
@@ -41,12 +38,6 @@ def test_a_push_measures_the_newest_pair_and_the_jump_to_its_start(dtype, fused)
     assert push(None, k, measure="kept") == pytest.approx(list(map(float, expected)), rel=1e-5)
     assert push(None, h, measure="jump")[2:] == [0.0, 0.0]
     assert push(None, h, measure="") == [0.0] * 4
-
-
-# ---- where the next macro-step starts --------------------------------------------------------------------------------
-
-
-# ---- fp32 histories --------------------------------------------------------------------------------------------------
 
 
 def conditioned(size, columns, condition, seed):

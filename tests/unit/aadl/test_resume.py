@@ -295,10 +295,7 @@ MISMATCHES = {
     ),
     "no gaps": (lambda state: without_value(state, "outside"), "is damaged: KeyError('outside')"),
     "odd rates": (lambda state: with_values(state, rates={"odd": 1}), "is damaged"),
-    "depth": (
-        lambda state: with_map(state, history_depth=9),
-        "delta_mapped has shape (4, 6, 3), not (9, 6, 3)",
-    ),
+    "depth": (lambda state: with_map(state, history_depth=9), "delta_mapped has shape (4, 6, 3), not (9, 6, 3)"),
     "an odd depth": (lambda state: with_map(state, history_depth="4"), "is damaged"),
     "macro-step": (lambda state: with_map(state, store_each_nth=3), "store_each_nth=3"),
     "coupling": (lambda state: with_map(state, state_coupling="params"), "state_coupling='params'"),

@@ -6,13 +6,7 @@ import torch
 from reference_anderson import mixed
 
 from aadl.mixing import Gram, mixing_coefficients
-from aadl.smoothing import (
-    noise_square,
-    relative_standard_deviation,
-    smoothed_coefficients,
-    switch,
-    window_mean,
-)
+from aadl.smoothing import noise_square, relative_standard_deviation, smoothed_coefficients, switch, window_mean
 
 CUTOFF = 1e-14
 

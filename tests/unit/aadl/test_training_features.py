@@ -5,11 +5,7 @@ Compiled models and steps with the same counts of compilations: tests/unit/aadl/
 
 import pytest
 import torch
-from parallel_runs import (
-    LOSS,
-    RESIDUAL,
-    run,
-)
+from parallel_runs import LOSS, RESIDUAL, run
 from small_runs import identical
 from torch import nn
 from torch.utils.checkpoint import checkpoint

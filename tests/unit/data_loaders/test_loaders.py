@@ -16,11 +16,7 @@ from torch.utils.data import DataLoader
 
 from data_loaders.imagenet import decode as decoding_module
 from data_loaders.imagenet import reading
-from data_loaders.imagenet.decode import (
-    NUM_UNIFORM,
-    Decoder,
-    Decoding,
-)
+from data_loaders.imagenet.decode import NUM_UNIFORM, Decoder, Decoding
 from data_loaders.imagenet.loaders import EvaluationLoader, TrainLoader
 from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.pictures import ImageError

@@ -201,10 +201,7 @@ def test_dimension_goes_to_the_sobol_limit_and_no_further():
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [
-        (lambda value: TwoBody(amplitude=value), "amplitude"),
-        (lambda value: TwoBody(deviation=value), "deviation"),
-    ],
+    [(lambda value: TwoBody(amplitude=value), "amplitude"), (lambda value: TwoBody(deviation=value), "deviation")],
 )
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "1"])
 def test_options_that_must_be_positive_are_checked(make, name, value):

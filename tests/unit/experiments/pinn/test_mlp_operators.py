@@ -65,9 +65,7 @@ def set_first_weight(model, singular_values):
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [(2, 7, 1), (2, 8, 6, 5, 1), (4, 7, 6, 1), (8, 7, 5, 1), (13, 6, 1), (13, 6, 9, 5, 1), (5, 1, 1)],
-    ids=str,
+    "sizes", [(2, 7, 1), (2, 8, 6, 5, 1), (4, 7, 6, 1), (8, 7, 5, 1), (13, 6, 1), (13, 6, 9, 5, 1), (5, 1, 1)], ids=str
 )
 def test_derivatives_are_those_of_autograd(sizes):
     assert_equal_to_autograd(network(sizes), points_of(9, sizes[0]))
@@ -154,12 +152,7 @@ def jacobian_by_autograd(model, points, residual):
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize(
     ("sizes", "activation"),
-    [
-        ((2, 6, 5, 4, 1), "tanh"),
-        ((2, 6, 1), "gelu"),
-        ((14, 5, 6, 1), "silu"),
-        ((14, 12, 11, 1), "tanh"),
-    ],
+    [((2, 6, 5, 4, 1), "tanh"), ((2, 6, 1), "gelu"), ((14, 5, 6, 1), "silu"), ((14, 12, 11, 1), "tanh")],
     ids=str,
 )
 def test_per_sample_jacobian(sizes, activation, chunk):

@@ -160,12 +160,7 @@ def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatc
     results = str(tmp_path / "results")
     assert main(["reproduce", "--results", results, "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "DEGENERATE" in printed
-        and "2d Burgers" in printed
-        and "solution.png" in printed
-        and "predictors.png" in printed
-    )
+    assert all(text in printed for text in ("DEGENERATE", "2d Burgers", "solution.png", "predictors.png"))
     assert main(["figures", "--results", results, "--docs", "--only", "burgers_2d"]) == 0
     assert "burgers_2d_test_convergence.png" in {path.name for path in docs.iterdir()}
     assert not any("100d" in path.name for path in docs.iterdir())

@@ -61,8 +61,7 @@ def test_iterations_are_evaluations_of_the_gradient():
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{"acceleration": EAGER | {"safeguard": "loss"}}, {"published": {"frequency": 2, "safeguard": True}}],
+    "more", [{"acceleration": EAGER | {"safeguard": "loss"}}, {"published": {"frequency": 2, "safeguard": True}}]
 )
 def test_trials_are_no_iterations(more):
     result, _, _ = trained(pinn_run({"optimizer": ADAM, **more}, {"iterations": 30, "evaluate_every": 10}))

@@ -63,12 +63,7 @@ def assert_same(config, tmp_path, stops):
     return record
 
 
-IMAGES = {
-    "plain": {},
-    "ema": {"ema_decay": 0.9},
-    "aadl": {"acceleration": AADL},
-    "published": {"published": PUBLISHED},
-}
+IMAGES = {"plain": {}, "ema": {"ema_decay": 0.9}, "aadl": {"acceleration": AADL}, "published": {"published": PUBLISHED}}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ema")) for name in IMAGES])

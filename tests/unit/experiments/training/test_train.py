@@ -136,8 +136,7 @@ def test_statistics_become_series():
 
 
 @pytest.mark.parametrize(
-    ("updates", "expected"),
-    [([1.0, 1.0, 1.0], 0.0), ([1.0, 3.0], 0.5), ([1.0, -0.5], 3.0), ([1.0], math.nan)],
+    ("updates", "expected"), [([1.0, 1.0, 1.0], 0.0), ([1.0, 3.0], 0.5), ([1.0, -0.5], 3.0), ([1.0], math.nan)]
 )
 def test_relative_standard_deviation_of_updates(updates, expected):
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
