@@ -77,6 +77,7 @@ class Result:
     case: Case
     steps: dict[str, list[float]]
     memory: Memory
+    host_waits: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,13 @@ def held_bytes(case: Case) -> int:
     return case.states * (2 * case.depth * case.element + 12)
 
 
-def memory_agrees(case: Case, memory: Memory) -> bool:
-    """Whether the accelerator holds what is counted, within a tenth and a work area of a megabyte.
+def memory_agrees(case: Case, memory: Memory, work_area: float = 1e6) -> bool:
+    """Whether the accelerator holds what is counted, within a tenth and a work area of so many bytes.
 
     True for small cases: they hold mainly work areas.
     """
     counted = held_bytes(case) * case.parameters
-    return case.parameters < WEIGHED or -0.02 * counted <= memory.held - counted <= 0.1 * counted + 1e6
+    return case.parameters < WEIGHED or -0.02 * counted <= memory.held - counted <= 0.1 * counted + work_area
 
 
 def shapes_of(parameters: int) -> list[tuple[int, ...]]:
@@ -135,12 +136,13 @@ def shapes_of(parameters: int) -> list[tuple[int, ...]]:
 class Problem:
     """Sum of d (p - target)^2 / 2, d log-uniform in [1e-4, 1]: a noise-free map whose candidates are accepted."""
 
-    def __init__(self, parameters: int) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def __init__(self, parameters: int, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
         shapes = shapes_of(parameters)
-        self.parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
-        self.targets = [torch.randn(shape, generator=generator) for shape in shapes]
-        exponents = [torch.rand(shape, generator=generator) for shape in shapes]
+        self.device = device
+        self.parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+        self.targets = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+        exponents = [torch.rand(shape, generator=generator, device=device) for shape in shapes]
         self.curvatures = [exponent.mul_(-4 * math.log(10)).exp_() for exponent in exponents]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -161,7 +163,7 @@ class Problem:
     def timed(self, step: Callable[[], object]) -> float:
         """Seconds of one step, its gradient computed before."""
         self.gradient()
-        return machine.time_call(step)
+        return machine.time_call(step, self.device)
 
     def optimizer(self, coupling: StateCoupling = "params") -> torch.optim.SGD:
         """SGD on the problem, with momentum where that is coupled; rarely is a candidate refused at this rate."""
@@ -210,11 +212,11 @@ class Round:
         problem.restart()
         self.optimizer = problem.optimizer(case.coupling)
         self.plain(plain_steps)
-        self.weighs_process = weighs and case.parameters >= FRESH
+        self.weighs_process = weighs and (case.parameters >= FRESH or problem.device.startswith("cuda"))
         if weighs:
             gc.collect()  # nothing of an earlier case may disappear in between
         self.tensors = self._tensor_bytes() if weighs else 0
-        self.resident = self.peak = machine.resident_bytes()
+        self.resident = self.peak = machine.resident_bytes(problem.device)
         accelerate(self.optimizer, case)
         self.last = "idle"
 
@@ -229,11 +231,11 @@ class Round:
 
     def step(self) -> None:
         """One step; its time counts once the history is full."""
-        before = self.statistics
-        resident = machine.resident_bytes() if self.weighs_process else None
-        weighs = self.weighs_process and machine.forget_peak()
+        device, before = self.problem.device, self.statistics
+        resident = machine.resident_bytes(device) if self.weighs_process else None
+        weighs = self.weighs_process and machine.forget_peak(device)
         seconds = self.problem.timed(self.optimizer.step)
-        peak = machine.peak_bytes() if weighs else None
+        peak = machine.peak_bytes(device) if weighs else None
         self.last = kind_of(before, self.statistics, self.last)
         if peak is not None and self.peak is not None:
             self.peak = max(self.peak, peak)
@@ -258,9 +260,24 @@ class Round:
         if self.statistics["moved"] or self.statistics["resets"]:
             raise RuntimeError(f"{case}: the history was disturbed: {self.statistics}")
 
+    def host_waits(self) -> dict[str, int]:
+        """By kind of step, over two periods; GPU only.
+
+        The counters are not read in between, which would wait as well: kinds follow from the schedule.
+        """
+        first, case, waits = self.statistics["steps"] + 1, self.case, []
+        for _ in range(2 * case.frequency):
+            self.problem.gradient()
+            waits.append(machine.host_waits(self.optimizer.step))
+        most: dict[str, int] = {}
+        for step, count in enumerate(waits, first):
+            kind = "both" if step % case.frequency == 0 else "idle" if step % case.store_every else "store"
+            most[kind] = max(count, most.get(kind, 0))
+        return most
+
     def memory(self) -> Memory:
         """What acceleration added."""
-        resident = machine.resident_bytes() if self.weighs_process else None
+        resident = machine.resident_bytes(self.problem.device) if self.weighs_process else None
         return Memory(
             held=self._tensor_bytes() - self.tensors,
             resident=_growth(self.resident, resident),
@@ -269,26 +286,29 @@ class Round:
         )
 
     def _tensor_bytes(self) -> int:
-        return sum(machine.storages().values())
+        return sum(machine.storages(self.problem.device).values())
 
 
-def measure(case: Case, repeats: int) -> Result:
+def measure(case: Case, device: str, repeats: int) -> Result:
     """Time `repeats` accelerations and the steps between them, in rounds of which the first is weighed."""
     kernels.free_work_areas()  # those of earlier cases would be missed when they go
-    problem = Problem(case.parameters)
+    problem = Problem(case.parameters, device)
     times: dict[str, list[float]] = defaultdict(list)
     memory: Memory | None = None
+    waits: dict[str, int] = {}
     while len(times["both"]) < repeats:
         events = min(EVENTS_PER_ROUND, repeats - len(times["both"]))
         turn = Round(problem, case, events, weighs=memory is None)
         turn.run(events)
-        memory = memory or turn.memory()
+        if memory is None:
+            memory = turn.memory()
+            waits = turn.host_waits() if device.startswith("cuda") else {}
         aadl.remove_acceleration(turn.optimizer)
         turn.plain(events)
         for kind, seconds in turn.times.items():
             times[kind] += seconds
     assert memory is not None
-    return Result(case, dict(times), memory)
+    return Result(case, dict(times), memory, waits)
 
 
 # ---- textbook ------------------------------------------------------------------------------------------------------
@@ -314,7 +334,8 @@ class TextbookAnderson:
             return
         differences = torch.stack([new - old for old, new in pairwise(self.residuals)], dim=1)
         moves = torch.stack([new - old for old, new in pairwise(self.iterates)], dim=1)
-        gamma = torch.linalg.lstsq(differences, self.residuals[-1].unsqueeze(1)).solution
+        driver = "gels" if differences.is_cuda else None  # the only one there
+        gamma = torch.linalg.lstsq(differences, self.residuals[-1].unsqueeze(1), driver=driver).solution
         vector_to_parameters(mapped - ((moves + differences) @ gamma).squeeze(1), self.parameters)
 
 
@@ -323,18 +344,18 @@ def textbook_bytes(parameters: int, depth: int) -> int:
     return 4 * parameters * (8 * depth + 12)
 
 
-def measure_textbook(parameters: int, depth: int, repeats: int) -> Textbook:
+def measure_textbook(parameters: int, depth: int, device: str, repeats: int) -> Textbook:
     """Time steps with a full history."""
-    problem = Problem(parameters)
+    problem = Problem(parameters, device)
     optimizer = problem.optimizer()
     plain = [problem.timed(optimizer.step) for _ in range(repeats + 1)][1:]
-    before = machine.resident_bytes()
-    weighs = parameters >= FRESH and machine.forget_peak()
+    before = machine.resident_bytes(device)
+    weighs = parameters >= FRESH and machine.forget_peak(device)
     textbook = TextbookAnderson(optimizer, problem.parameters, depth)
     for _ in range(depth):
         problem.timed(lambda: textbook.step(mix=False))
     both = [problem.timed(textbook.step) for _ in range(repeats)]
-    return Textbook(parameters, depth, plain, both, _growth(before, machine.peak_bytes() if weighs else None))
+    return Textbook(parameters, depth, plain, both, _growth(before, machine.peak_bytes(device) if weighs else None))
 
 
 def _growth(before: int | None, after: int | None) -> int | None:

@@ -54,7 +54,7 @@ def earned_after(plain: Costs, compiled: Costs) -> float:
 def run(case: Case, cache: str) -> Costs:
     """The costs of one run; `cache` is the folder of torch's compiler."""
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # compilers as our children
-    problem = Problem(case.parameters)
+    problem = Problem(case.parameters, "cpu")
     optimizer = problem.optimizer(case.coupling)
     accelerate(optimizer, case)
 

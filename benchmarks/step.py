@@ -63,21 +63,21 @@ def run_cases(cases: Sequence[Case], meter: BandwidthMeter, repeats: int | None)
             meter.sample()
         last = case.parameters
         large = case.parameters >= FRESH
-        arguments = (case, repeats or (9 if large else 20))
+        arguments = (case, meter.device, repeats or (9 if large else 20))
         print(f"# {name_of(case)}", file=sys.stderr, flush=True)
         yield (in_fresh_process(measure, *arguments, threads=torch.get_num_threads()) if large else measure(*arguments))
 
 
-def run_textbooks(sizes: Sequence[int], depths: Sequence[int], repeats: int | None) -> Iterator[Textbook]:
+def run_textbooks(sizes: Sequence[int], depths: Sequence[int], device: str, repeats: int | None) -> Iterator[Textbook]:
     """Measures where memory allows, two events where one takes seconds; says what is left out."""
     for size, depth in product(sizes, depths):
-        free, needed = machine.available_bytes(), textbook_bytes(size, depth)
+        free, needed = machine.available_bytes(device), textbook_bytes(size, depth)
         name, large = f"# textbook, {size:,} parameters, depth {depth}", size >= FRESH
         if free is not None and needed > 0.8 * free:
             print(f"{name}: left out, needs {needed / 1e9:.0f} GB and {free / 1e9:.0f} GB are free", file=sys.stderr)
             continue
         print(name, file=sys.stderr, flush=True)
-        arguments = (size, depth, 2 if large else min(10, repeats or 10))
+        arguments = (size, depth, device, 2 if large else min(10, repeats or 10))
         threads = torch.get_num_threads()
         yield (
             in_fresh_process(measure_textbook, *arguments, threads=threads) if large else measure_textbook(*arguments)
@@ -87,12 +87,13 @@ def run_textbooks(sizes: Sequence[int], depths: Sequence[int], repeats: int | No
 def measure_all(options: argparse.Namespace) -> tuple[Report, BandwidthMeter]:
     """Runs everything the options ask for."""
     torch.set_num_threads(options.threads)
-    meter = BandwidthMeter(1 << 26) if options.quick else BandwidthMeter()
+    on_cpu = not options.device.startswith("cuda")
+    meter = BandwidthMeter(options.device, 1 << 26 if options.quick and on_cpu else None)
     cases = all_cases(options.sizes, options.depths, (2,) if options.quick else (1, 2, 10))
     results = list(run_cases(cases, meter, options.repeats))
-    textbooks = list(run_textbooks(options.sizes, options.depths, options.repeats))
+    textbooks = list(run_textbooks(options.sizes, options.depths, options.device, options.repeats))
     meter.sample()
-    return Report(meter.median(), results, textbooks), meter
+    return Report(options.device, meter.median(), results, textbooks), meter
 
 
 def write(report: Report, options: argparse.Namespace) -> None:
@@ -117,11 +118,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), help="parameters (default: all four)")
     parser.add_argument("--depths", nargs="+", type=int, help="history depths (default: 5 10)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), metavar="DIR")
     parser.add_argument("--repeats", type=int, help="accelerations timed in a case (default: 20, large ones 9)")
     parser.add_argument("--docs", action="store_true", help="leave figure and tables in docs/ instead of the output")
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw the figure of docs/ from its tables")
     options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no GPU is present")
     options.sizes = options.sizes or (SIZES[:1] if options.quick else SIZES)
     options.depths = options.depths or ((5,) if options.quick else (5, 10))
     options.repeats = options.repeats or (5 if options.quick else None)
@@ -137,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report, meter = measure_all(options)
     write(report, options)
     copies = [sample.copy / 1e9 for sample in meter.samples]
-    print(origin("python -m benchmarks.step"))
+    print(origin("python -m benchmarks.step", options.device))
     print(f"copy bandwidth over the run: {min(copies):.1f} to {max(copies):.1f} GB/s ({len(copies)} samples)")
     slow = sum(copy < 0.75 * median(copies) for copy in copies)
     if slow:

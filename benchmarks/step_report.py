@@ -26,6 +26,7 @@ EVENTS = ("store", "acceleration", "both")
 class Report:
     """All that was measured."""
 
+    device: str
     bandwidth: Bandwidth
     results: list[Result]
     textbooks: list[Textbook]
@@ -69,10 +70,11 @@ def ratios(result: Result, bandwidth: Bandwidth) -> dict[str, float]:
 
 def disagreements(report: Report) -> list[str]:
     """Cases in which the accelerator holds more or less than is counted."""
+    work_area = 1e8 if report.device.startswith("cuda") else 1e6
     return [
         f"{name_of(r.case)}: {r.memory.held / r.case.parameters:.1f} B held, {held_bytes(r.case)} B counted"
         for r in report.results
-        if not memory_agrees(r.case, r.memory)
+        if not memory_agrees(r.case, r.memory, work_area)
     ]
 
 
@@ -82,7 +84,7 @@ CASE_HEADER = ["parameters", "depth", "history", "accelerates every", "average",
 
 
 def tables(report: Report) -> dict[str, Table]:
-    """By name: small problems in microseconds, large ones in milliseconds, memory, the textbook."""
+    """By name: small problems in microseconds, large ones in milliseconds, memory, the textbook, waits on a GPU."""
     small = [result for result in report.results if result.case.parameters <= SMALL]
     large = [result for result in report.results if result.case.parameters > SMALL]
     made = {
@@ -91,6 +93,7 @@ def tables(report: Report) -> dict[str, Table]:
         "memory": _memory_table(large),
         "step_textbook": _textbook_table(report),
         "step_bandwidth": _bandwidth_table(report),
+        "host_waits": _host_waits_table(report.results),
     }
     return {name: table for name, table in made.items() if table.rows}
 
@@ -179,7 +182,8 @@ def _textbook_table(report: Report) -> Table:
 
 
 def _bandwidth_table(report: Report) -> Table:
-    rows = [[name, number(speed, 1e-9), "CPU"] for name, speed in asdict(report.bandwidth).items()]
+    device = "GPU" if report.device.startswith("cuda") else "CPU"
+    rows = [[name, number(speed, 1e-9), device] for name, speed in asdict(report.bandwidth).items()]
     return Table("Speed of the memory, median over the run", ["kind", "GB/s", "device"], rows)
 
 
@@ -188,6 +192,16 @@ def _beside(textbook: Textbook, results: Sequence[Result]) -> Result | None:
     base = Case(textbook.parameters, textbook.depth)
     cases = [result for result in results if replace(result.case, frequency=base.frequency) == base]
     return min(cases, key=lambda result: result.case.frequency, default=None)
+
+
+def _host_waits_table(results: Sequence[Result]) -> Table:
+    kinds = ("idle", "store", "both")
+    rows = [
+        [name_of(result.case), *(str(result.host_waits.get(kind, "-")) for kind in kinds)]
+        for result in results
+        if result.host_waits
+    ]
+    return Table("GPU: times the host waits in a step", ["case", *kinds], rows)
 
 
 def case_cells(case: Case) -> list[str]:

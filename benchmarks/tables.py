@@ -62,12 +62,12 @@ def with_range(values: Sequence[float], show: Callable[[float], str] = "{:.2f}".
     return f"{show(median(values))} [{show(min(values))} .. {show(max(values))}]"
 
 
-def origin(command: str) -> str:
+def origin(command: str, device: str = "cpu") -> str:
     """Where and when the command measured."""
-    about: dict[str, Any] = facts()
+    about: dict[str, Any] = facts(device)
     threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
     return (
-        f"Written by `{command}`: {about['processor']}, {about['cores']} cores, {threads}, "
+        f"Written by `{command}`: {about['processor']}, {about['cores']} cores, {threads}, device {about['device']}, "
         f"torch {about['torch']}, Python {about['python']}, commit {about['commit']}, {about['date'][:10]}."
     )
 

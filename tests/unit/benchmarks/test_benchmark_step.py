@@ -37,8 +37,8 @@ def test_the_floor_of_a_tiny_case_is_that_of_its_bytes():
 
 @pytest.mark.parametrize(("coupling", "history"), [("params", "float32"), ("full", "bfloat16")])
 def test_a_wrong_count_of_bytes_is_noticed(monkeypatch, coupling, history):
-    result = accelerated_step.measure(Case(1_000_000, 3, history, coupling=coupling), 1)
-    report = step_report.Report(Bandwidth(1.0, 1.0, 1.0), [result], [])
+    result = accelerated_step.measure(Case(1_000_000, 3, history, coupling=coupling), "cpu", 1)
+    report = step_report.Report("cpu", Bandwidth(1.0, 1.0, 1.0), [result], [])
     assert not step_report.disagreements(report)
     right = accelerated_step.held_bytes
     for wrong in (-8, 8):
@@ -66,12 +66,20 @@ def test_a_case_without_accepted_candidates_is_an_error(monkeypatch):
         aadl, "accelerate", lambda *args, **named: identity(*args, **named | {"acceleration_type": "identity"})
     )
     with pytest.raises(RuntimeError, match="no candidate was accepted"):
-        accelerated_step.measure(Case(100, 2), 2)
+        accelerated_step.measure(Case(100, 2), "cpu", 2)
+
+
+def test_host_waits_are_counted_by_kind_of_step(monkeypatch):
+    case = Case(40, 2, frequency=4, store_every=2)
+    turn = accelerated_step.Round(accelerated_step.Problem(40, "cpu"), case, 1, weighs=False)
+    waits = iter([0, 1, 0, 3, 0, 2, 0, 3])  # of steps 1 to 8
+    monkeypatch.setattr(machine, "host_waits", lambda call: next(waits))
+    assert turn.host_waits() == {"idle": 0, "store": 2, "both": 3}
 
 
 def test_added_time_is_split_between_store_and_acceleration():
     def result(case, **steps):
-        return Result(case, {kind.replace("_", " "): [seconds] for kind, seconds in steps.items()}, Memory(0))
+        return Result(case, {kind.replace("_", " "): [seconds] for kind, seconds in steps.items()}, Memory(0), {})
 
     after_candidates = result(Case(1000, 2), plain=1.0, store_after_candidate=3.0, both=8.0)
     assert step_report.added(after_candidates) == {"store": 2.0, "both": 7.0}
