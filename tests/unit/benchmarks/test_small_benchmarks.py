@@ -59,7 +59,7 @@ def test_ways_agree_with_autograd_and_the_estimate_does_not(way):
 
 
 def test_rows_are_compared_with_the_loop_of_the_same_dimension():
-    rows = [Row(Case("loop", 100), 1.0, (1, 1), 10, 1, 0, 0), Row(Case("compressed", 100), 0.2, (1, 1), 10, 1, 0, 0)]
+    rows = [Row(Case("loop", 100), [1.0], 10, 1, 0, 0), Row(Case("compressed", 100), [0.1, 0.2, 9.0], 10, 1, 0, 0)]
     rows.append(replace(rows[1], case=Case("compressed", 1000)))
     assert [cells[4] for cells in pinn_operators.table(rows, planar=False)] == ["1.00", "5.00", "-"]
     assert {case.way for quick in (True, False) for case in all_cases(quick)} == set(WAYS)
@@ -67,7 +67,7 @@ def test_rows_are_compared_with_the_loop_of_the_same_dimension():
 
 def test_a_row_is_measured():
     measured = measure(Case("compressed", 6, points=40, repeats=2))
-    assert 0 < measured.spread[0] <= measured.seconds <= measured.spread[1]
+    assert len(measured.seconds) == 2 and min(measured.seconds) > 0
     assert measured.residual_error < 1e-4
     text = pinn_operators.blocks_of([measured])["wide"]
     assert "| 6 | float32 | forward Laplacian, compressed (40 points, time x 100) |" in text
