@@ -56,15 +56,9 @@ STATE_OF_THE_END = ("model", "stages", "plan", "average", "updates", "problem", 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a process, once.
-
-    Attributes:
-        action: a signal's name, or one of the actions of `_Injector`.
-        place: where: "step" (before it), "validation", "acceleration", "worker" (of data), "gathering" (the state of
-            all ranks, during a save), or one of `system_calls.POINTS`.
-        step: not before so many steps were taken.
-        rank: to whom; -1 for all ranks.
-        attempt: number of torchrun's attempt.
+    """What happens once to the process of a rank, or of all for -1, not before so many steps: a signal, or an action of
+    `_Injector`. Places are "step" (before it), "validation", "acceleration", "worker" (of data), "gathering" (the state
+    of all ranks, during a save), and `system_calls.POINTS`; attempts are those of torchrun.
     """
 
     action: str
@@ -250,15 +244,7 @@ class Hung(Exception):
 
 @dataclass
 class Ended:
-    """What a job left.
-
-    Attributes:
-        codes: exit code of each rank; that of a signal is negative.
-        start: when it was started, by the monotonic clock.
-        end: when its last process ended.
-        log: what its processes wrote.
-        diary: of all of its processes.
-    """
+    """What a job left: exit codes by rank (that of a signal is negative), times, and what its processes wrote."""
 
     codes: list[int]
     start: float
@@ -267,7 +253,6 @@ class Ended:
     diary: list[dict[str, Any]] = field(repr=False)
 
     def entries(self, what: str, rank: int | None = None) -> list[dict[str, Any]]:
-        """Entries of a kind, of a rank if it is given."""
         return [entry for entry in self.diary if entry["what"] == what and rank in (None, entry["rank"])]
 
     @property
@@ -305,11 +290,7 @@ class Job:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def wait_for(self, what: str, count: int = 1, seconds: float = LONGEST_SECONDS) -> bool:
-        """Waits for entries of the diary; False if the job ended without them.
-
-        Raises:
-            Hung: it took too long.
-        """
+        """Waits for entries of the diary; False if the job ended without them."""
         end = time.monotonic() + seconds
         while sum(entry["what"] == what for entry in self.diary()) < count:
             if not self.lives:
@@ -322,7 +303,6 @@ class Job:
 
     @property
     def lives(self) -> bool:
-        """Whether one of its processes runs."""
         return any(process.is_alive() for process in self._processes)
 
     def send(self, number: int, rank: int | None = None, *, with_workers: bool = False) -> None:
@@ -338,11 +318,7 @@ class Job:
             process.join()
 
     def wait(self, seconds: float = LONGEST_SECONDS) -> Ended:
-        """Waits for all processes.
-
-        Raises:
-            Hung: they did not end in time; they are killed.
-        """
+        """Waits for all processes, and kills those that do not end in time."""
         end = time.monotonic() + seconds
         for process in self._processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -361,18 +337,12 @@ class Place:
     """An output folder, and the command that is started on it again and again."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, results: Path | None = None) -> None:
-        """Args:
-        folder: a new one, for everything that is not the job's output.
-        config: the configuration.
-        results: the job's output folder; below `folder` if None.
-        """
         self.folder, self.results = folder, results or folder / "results"
         folder.mkdir(parents=True)
         self._numbers = itertools.count(1)
         self.configure(config)
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Changes the configuration."""
         self.config = self.folder / "config.yaml"
         self.config.write_text(json.dumps(config))  # which is YAML, too
 
@@ -392,13 +362,7 @@ class Place:
         return self.folder / f"start-{number}.log", self.folder / f"start-{number}.jsonl"
 
     def start(self, *faults: Fault, ranks: int = 1, **more: Any) -> Job:
-        """Starts the command.
-
-        Args:
-            faults: that happen to it.
-            ranks: number of processes, which find each other as those of mpiexec do.
-            more: options of `_Injector`: pace, rows, ballast.
-        """
+        """Starts the command, on ranks that find each other as those of mpiexec do; more are options of `_Injector`."""
         log, diary = self.files()
         base = launched.clean_environment() | self.instructions(diary, faults, **more)
         job = secrets.token_hex(4)
@@ -411,7 +375,6 @@ class Place:
         return Job(processes, log, diary)
 
     def run(self, *faults: Fault, **more: Any) -> Ended:
-        """Starts the command and waits for its end."""
         return self.start(*faults, **more).wait()
 
     @property
@@ -430,10 +393,7 @@ class Place:
 def differences(expected: tuple[Place, Ended], found: tuple[Place, Ended], tolerance: float | None = None) -> list[str]:
     """How two finished runs differ: final states by digest on all ranks, records series by series, without times.
 
-    Args:
-        expected: an uninterrupted run and its end.
-        found: the other one and its last part.
-        tolerance: relative, of the losses, which are then compared alone; None for equal bits of everything.
+    With a relative tolerance losses alone are compared; without one, all are equal bit for bit.
     """
     if any(found[1].codes):
         return [f"it ended with {found[1].codes}: {found[1].tail()}"]

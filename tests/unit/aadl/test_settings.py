@@ -1,15 +1,19 @@
 """Arguments of `aadl.accelerate`: each one out of its range is refused by name, value and range."""
 
+import ast
 import copy
 import inspect
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from small_runs import EAGER, identical, network, train
 
 import aadl
+from aadl.smoothing import DEFAULT_WINDOW
 
 POSITIONAL = [
     "acceleration_type",
@@ -104,6 +108,22 @@ def test_the_nine_positional_arguments_stand_in_the_published_order():
     settings = aadl.accelerator_of(optimizer).settings
     got = [getattr(settings, "regularization" if name == "reg_acc" else name) for name in POSITIONAL]
     assert got == ["anderson", 0.5, 3, 4, 5, 6, 1e-7, "always"]
+
+
+def test_the_page_of_the_arguments_has_their_defaults():
+    page = (ROOT / "docs" / "arguments.md").read_text("utf-8")
+    shown = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, flags=re.MULTILINE))
+    parameters = inspect.signature(aadl.accelerate).parameters
+    settings = vars(aadl.accelerator_of(sgd()).settings)  # None in the signature stands for these
+    settings = {**settings, "reg_acc": settings["regularization"], "average": True, "average_window": DEFAULT_WINDOW}
+    assert shown.keys() == parameters.keys() - {"optimizer", "published", "published_by_name"}
+    for name, text in shown.items():
+        default = parameters[name].default
+        default = settings.get(name) if default is None else default
+        if not re.match(r"`|\d", text):  # in words
+            assert default is None
+        else:
+            assert ast.literal_eval(text.strip("`")) == default, name
 
 
 def test_every_argument_has_good_and_bad_values_here():

@@ -218,6 +218,7 @@ LONG_LIST = "batch4 1 " + " ".join(f"d{number:02}n14 42" for number in range(256
         ({"LSB_JOBID": "331", "LSB_HOSTS": "batch4 d29n14 d29n14 d29n15 d29n15"}, "jsrun -n 2 -r 1 -a 2 -c 2 "),
         ({"LSB_JOBID": "331", "LSB_MCPU_HOSTS": "host7 4 host8 4"}, "mpiexec -n 8 python -m experiments run"),
         ({"LSB_JOBID": "331", "LSB_MCPU_HOSTS": "host7 1 host8 4"}, "mpiexec -n 5 "),  # host7 is no launch node
+        ({"LSB_JOBID": "331", "LSB_MCPU_HOSTS": "login1 4 host8 4"}, "mpiexec -n 8 "),  # nor is one with slots
         ({"LSB_JOBID": "331", "LSB_DJOB_NUMPROC": "8"}, "mpiexec -n 8 "),
     ],
 )

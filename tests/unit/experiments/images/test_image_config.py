@@ -13,6 +13,7 @@ from experiments.images.epochs import scaled_rate, share, step_scheduler
 from experiments.images.experiment import EXPERIMENT
 from experiments.images.settings import ImageTrainingConfig
 from experiments.runs.config import expand_runs
+from experiments.runs.session import identity_of_checkpoints
 from experiments.settings.kinds import in_steps
 
 
@@ -167,3 +168,13 @@ def test_the_rate_rises_from_that_of_the_reference_batch():
 def test_a_batch_per_rank_grows_with_the_ranks():
     training = schedule(batch_size=None, batch_size_per_rank=4)
     assert training.global_batch(Ranks(world_size=3)) == 12 and schedule().global_batch(Ranks(world_size=3)) == 8
+
+
+def test_a_run_goes_on_with_the_same_batch_over_all_ranks_alone():
+    of_rank, of_all = (
+        image_run("folder", training=batch) for batch in ({"batch_size": None, "batch_size_per_rank": 4}, {})
+    )
+    identities = [
+        identity_of_checkpoints(run, "", Ranks(world_size=size)) for run in (of_rank, of_all) for size in (1, 2)
+    ]
+    assert len(set(identities)) == 3 and identities[2] == identities[3]

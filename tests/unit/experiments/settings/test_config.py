@@ -12,6 +12,7 @@ from suite_cases import PINN, RAW, load_or_skip
 
 from experiments.catalog import load_config, parse_config
 from experiments.runs.config import expand_runs
+from experiments.settings.overrides import read_overridden
 from experiments.training import components
 
 
@@ -167,6 +168,11 @@ def test_seeds_with_leading_zeros_are_decimal(tmp_path):
         load_config(path, ["seeds=1", "seeds=2"])
 
 
+def test_an_override_leaves_what_shares_an_anchor_alone(tmp_path):
+    path = write(tmp_path, "a: &same {b: {c: 1}}\nd: *same\n")
+    assert read_overridden(path, ["a.b.c=2"])[0] == {"a": {"b": {"c": 2}}, "d": {"b": {"c": 1}}}
+
+
 def test_an_acceleration_with_defaults_is_not_none():
     assert parse_config(with_value(["variants", "sgd", "acceleration"], {})).variants["sgd"].acceleration == {}
     assert parse_config(with_value(["variants", "sgd", "acceleration"], None)).variants["sgd"].acceleration is None
@@ -183,13 +189,13 @@ def test_named_variants_leave_out_the_studies_and_say_so(tmp_path, capsys):
 
 def test_runs_of_an_experiment():
     raw = with_value(["studies"], {"learning_rate": {"variants": ["sgd"], "rates": [1e-3, 1e-1], "seeds": 0}})
-    raw["studies"]["batch_size"] = {"variant": "sgd", "sizes": [10, 320], "steps": 64, "seeds": [0]}
+    raw["studies"]["batch_size"] = {"variant": "sgd", "sizes": [10, 96, 320], "steps": 64, "seeds": [0]}
     runs = expand_runs(parse_config(raw), num_rows=320)
     names = [(run.name, run.seed) for run in runs]
     assert names[:4] == [("sgd", 0), ("sgd_aadl", 0), ("sgd", 1), ("sgd_aadl", 1)]
-    assert names[4:] == [(f"sgd--{end}", 0) for end in ("lr-0.001", "lr-0.1", "batch-10", "batch-320")]
+    assert names[4:] == [(f"sgd--{end}", 0) for end in ("lr-0.001", "lr-0.1", "batch-10", "batch-96", "batch-320")]
     assert runs[5].variant.optimizer.arguments["lr"] == 0.1 and runs[5].study == "learning_rate"
-    assert [run.training.epochs for run in runs[-2:]] == [2, 64]  # 64 steps each
+    assert [run.training.epochs for run in runs[-3:]] == [2, 16, 64]  # 64 steps each; one of 96 rows has four a pass
     assert json.loads(runs[0].as_json())["training"]["epochs"] == 4
     assert len({run.as_json() for run in runs}) == len(runs)
     with pytest.raises(ValueError, match="a batch of 320 rows is larger than the training set of 300"):

@@ -33,6 +33,7 @@ from experiments.settings.yaml_file import parse_setting, read_yaml
         ("null", None),
         ("~", None),
         ("''", ""),
+        ("{a: '', b: \"\"}", {"a": "", "b": ""}),
         ("{a: 1, b: [01, 2.50]}", {"a": 1, "b": [1, 2.5]}),
         ("08-11", "08-11"),
     ],

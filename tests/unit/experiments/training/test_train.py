@@ -119,6 +119,16 @@ def test_the_mean_of_the_last_epochs_is_evaluated_in_these_alone():
     assert averaged[3] == pytest.approx(weights.mean() ** 2)
 
 
+def test_seconds_of_an_acceleration_go_on_with_a_saved_run():
+    def training():
+        problem = Quadratic()
+        return Training(problem, [Stage(torch.optim.SGD(problem.model.parameters()), seconds=lambda: 2.0)], Ranks())
+
+    stopped, again = training(), training()
+    again.load_state(*stopped.state())
+    assert again.state()[0]["acceleration_seconds"] == 4.0  # two in each process
+
+
 def test_statistics_become_series():
     counts = {"accepted": 0, "averaging": True, "relative_standard_deviation": math.nan, "rejected": {}, "note": "text"}
 
@@ -147,6 +157,7 @@ def test_relative_standard_deviation_of_updates(updates, expected):
             model.weight += update
         measure.after(model)
     assert measure.relative_standard_deviation() == pytest.approx(expected, nan_ok=True, abs=1e-12)
+    assert math.isnan(measure.relative_standard_deviation())  # of the next epoch, which has no update yet
 
 
 def test_the_problem_is_set_by_its_seeds():
@@ -159,6 +170,7 @@ def test_the_problem_is_set_by_its_seeds():
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(one[1], one[2])
+    assert not torch.equal(one[2], other[1])  # another seed is no other epoch
 
 
 def test_features_are_standardized_by_the_training_set():
