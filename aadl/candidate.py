@@ -20,8 +20,6 @@ MAXIMAL_AGE = 3
 """Age of the oldest usable column, in units of history_depth macro-steps."""
 MAXIMAL_GROWTH = 1e4
 """Largest quotient of an older residual over the newest one."""
-FAR = 4.0
-"""A jump that is longer than this times all else of the way behind a candidate was made by somebody else."""
 
 
 class Coefficients(NamedTuple):
@@ -71,7 +69,7 @@ def coefficients_of(
         oldest = MAXIMAL_AGE * settings.history_depth
         near = [1 / LEARNING_RATE_BAND <= factor <= LEARNING_RATE_BAND for factor in factors]
         ages = [age if flag else oldest + 1 for age, flag in zip(ages, near, strict=True)]
-        used = _here(gram, jumps, mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH))
+        used = min(problem.here, mixing.usable_suffix(gram, ages, oldest, MAXIMAL_GROWTH))
     part = mixing.newest(gram, used)
     cutoff = settings.eigenvalue_cutoff(settings.history_dtype or torch.float32)
     window = settings.average_window or smoothing.DEFAULT_WINDOW
@@ -110,18 +108,6 @@ def _as_made(mean: Tensor, changes: list[float]) -> Tensor:
     """
     weights = mean.diff(prepend=mean.new_zeros(1))
     return weights * host_tensor(changes).clamp(max=0.0)
-
-
-def _here(gram: Gram, jumps: list[float], used: int) -> int:
-    """Number of the newest `used` columns that lie behind all far jumps, because a load leads to another place.
-
-    Mixing with pairs from before it would go back there. A candidate makes no such jump: its step is at most the way of
-    the pairs behind it.
-    """
-    start = len(jumps) - used
-    way = sum(map(math.sqrt, mixing.residual_squares(gram)[start:])) + sum(jumps[start:])
-    far = [place for place in range(start, len(jumps)) if jumps[place] > FAR * (way - jumps[place])]
-    return len(jumps) - 1 - far[-1] if far else used
 
 
 def _length(squares: dict[str, float], weights: dict[str, float]) -> float:

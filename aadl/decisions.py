@@ -16,7 +16,7 @@ from aadl.deferred import on_host
 from aadl.judgments import Judgments, taking
 from aadl.mixing import host_tensor
 from aadl.parameters import forget_curvature
-from aadl.problem import MacroStep, Problem, problem_of
+from aadl.problem import MacroStep, Problem, leads_far, problem_of
 
 
 class Decisions(Judgments):
@@ -33,7 +33,7 @@ class Decisions(Judgments):
         """
         local_sgd, history = self.settings.local_sgd, step.history
         if self.moves:
-            accepted = self.confirmed = None
+            accepted, self.confirmed, self.last_jump = None, None, {}
         if local_sgd and step.closure is not None:  # nothing was predicted for an average
             accepted = None
         problem = problem_of(step, accepted, self.moves)
@@ -42,7 +42,8 @@ class Decisions(Judgments):
         confirmed = None if self.confirmed is None else self.confirmed.at(step.rate)
         self.confirmed, self.moves = None, 0
         if problem.is_written:
-            self.forget_last(history, sum(column.macro_step > step.since for column in history.columns))
+            newest = sum(column.macro_step > step.since for column in history.columns)
+            self.forget_last(history, len(history.columns) if leads_far(problem.gram, newest) else newest)
             return
         square = problem.square if problem.is_finite else math.inf
         ready = accepted is None or self._stays(
@@ -73,7 +74,8 @@ class Decisions(Judgments):
             self._reject(Cause.NON_FINITE)
             self.reset(Cause.NON_FINITE, history)
             return None
-        consecutive = [column.consecutive for column in history.columns]
+        first = len(history.columns) - problem.here
+        consecutive = [column.consecutive and place >= first for place, column in enumerate(history.columns)]
         self._switch_averaging(smoothing.relative_standard_deviation(gram, consecutive))
         if settings.acceleration_type == "identity" and not self.averaging:
             self._reject(Cause.AVERAGING_OFF)

@@ -41,6 +41,10 @@ class Column:
     """By kind, the squared distance between the first update's end and the second one's start, where they differ."""
     earlier_rate: float = 1.0
     """Factor of the learning rate that its first update was made with."""
+    moved: bool = False
+    """Its second update starts where somebody else has put the weights."""
+    written: float | None = None
+    """How far, at least, somebody else has led the weights within its second update; None where nobody has."""
 
 
 @dataclass

@@ -14,7 +14,10 @@ from aadl.history import History
 from aadl.parameters import grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
 from aadl.settings import Settings
-from aadl.watch import Snapshot
+from aadl.watch import Snapshot, first_element
+
+ELEMENTS = 4
+"""Parameters of which an element is read before and after every step within a macro-step: 0.3 us each time."""
 
 
 class Layout:
@@ -48,6 +51,7 @@ class Layout:
         self.parameters, self.identity, self.groups = parameters, identity_of(parameters), grouped(parameters)
         self._settings, self._partitioned, self._planned = settings, partitioned, planned
         self._seen: tuple[Snapshot, list[Tensors]] | None = None
+        self._elements: list[Tensor] | None = None
         most = max(map(shards_of, parameters), default=1)
         if not partitioned and ranks.size % most:
             raise ValueError(
@@ -93,7 +97,7 @@ class Layout:
         for group in self.groups if self.has_momentum else ():
             buffers = [momentum_of(optimizer.state.get(p), p) for _, p in group]
             tensors.append([None if buffer is None else local(buffer) for buffer in buffers])
-        self._seen = look, tensors
+        self._seen, self._elements = (look, tensors), None
         return tensors
 
     def sample(self, tensors: list[Tensors]) -> list[Tensor]:
@@ -108,6 +112,19 @@ class Layout:
             for block, values in zip(self.history.blocks, tensors, strict=True)
             if block.kind == "parameters" and block.row.device.type == "cpu"
         ]
+
+    def elements(self) -> list[Tensor]:
+        """Views of the first elements of a few parameters, the first and the last one among them.
+
+        None where `sample` has none. A parameter that lies elsewhere by now is noticed by its place.
+        """
+        if self._elements is None:
+            known = [] if self.history.partial and not self.asks else map(local, self.parameters)
+            known = [p for p in known if p.device.type == "cpu" and p.numel()]
+            last = len(known) - 1
+            places = {round(i * last / (ELEMENTS - 1)) for i in range(ELEMENTS)} if known else set()
+            self._elements = [first_element(known[place]) for place in places]
+        return self._elements
 
     @property
     def asks(self) -> bool:

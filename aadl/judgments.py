@@ -56,6 +56,8 @@ class Judgments:
     """By kind of vector, the squared step of the last candidate, if its prediction held."""
     disturbed: bool = False
     """Whether the running macro-step starts elsewhere than the last one ended."""
+    moved: bool = False
+    """Whether it starts where somebody else has put the weights."""
     moves: int = 0
     """A number that tells which macro-steps since the last acceleration started elsewhere than the ones before had
     ended, on this rank; 0 for none."""
@@ -79,6 +81,7 @@ class Judgments:
             "accepted": None if self.accepted is None else vars(self.accepted),
             "confirmed": None if self.confirmed is None else vars(self.confirmed),
             "disturbed": self.disturbed,
+            "moved": self.moved,
             "moves": self.moves,
             "reach": self.reach,
             "last_jump": self.last_jump,
@@ -93,6 +96,7 @@ class Judgments:
         self.trials = LossTrials(self.settings, self.statistics, record, failed)
         self.disturbed, self.reach = bool(saved["disturbed"]), float(saved["reach"])
         self.last_jump, self.moves = dict(saved["last_jump"]), int(saved["moves"])
+        self.moved = bool(saved.get("moved"))
         if self.settings.average == "auto":
             self.averaging = bool(saved["averaging"])
         self.pause, self.direction_pause = Pause(**saved["pause"]), Pause(**saved["direction_pause"])
@@ -124,11 +128,11 @@ class Judgments:
         Replicas may have been put in different places, or some of them only. Each keeps its candidates until the ranks
         exchange data, because all of them must take part in the same sums.
         """
-        self.disturbed = True
+        self.disturbed = self.moved = True
         if history.replicas and history.has_pair:
             self.moves = (self.moves * 31 + self.statistics["macro_steps"]) % MOST_MOVES + 1
         else:
-            self.accepted = self.confirmed = None
+            self.accepted, self.confirmed, self.last_jump = None, None, {}
 
     def is_paused(self) -> bool:
         """Whether acceleration pauses now; counts it."""
@@ -188,7 +192,7 @@ class Judgments:
         held = ratio <= acceptance.PAUSE_ABOVE and not overshot
         self.last_jump = step.history.columns[-1].jump if held and step.history.columns else {}
         if reverts and doubtful:
-            self.forget_last(step.history, 1)
+            self._note_doubt(step.history)
         elif reverts:
             self._note_revert(step)
         else:
@@ -202,7 +206,7 @@ class Judgments:
         self.change_reach(math.inf, overshot=True)
         self.last_jump = {}
         if doubtful:
-            self.forget_last(step.history, 1)
+            self._note_doubt(step.history)
         else:
             step.history.take(True, step.tensors)
             self._note_revert(step)
@@ -224,6 +228,12 @@ class Judgments:
         self.statistics["stops"] += 1
         self.pause.until = 2 * self.statistics["macro_steps"]
         self.reach, self.trials.record = acceptance.FIRST_REACH, LossRecord()
+
+    def _note_doubt(self, history: History) -> None:
+        """Note that nothing was put back, because somebody may have written within the newest macro-step."""
+        self.statistics["moved"] += 1
+        for column in history.columns[-1:]:
+            column.written = column.written or 0.0
 
     def _note_revert(self, step: MacroStep) -> None:
         """Note that the plain iterate was put back."""

@@ -122,9 +122,7 @@ class MacroSteps(Accelerator):
 
     def _note_step(self) -> None:
         """Remember the tensors as a step within a macro-step leaves them."""
-        decisions = self._decisions
-        on_trial = decisions.accepted is not None or decisions.confirmed is not None
-        self._outside.note_step(self._layout, self._progress.in_macro_step, on_trial)
+        self._outside.note_step(self._layout, self._progress.in_macro_step)
 
     @property
     def _gap(self) -> int:
@@ -189,7 +187,7 @@ class MacroSteps(Accelerator):
         """Start another macro-step here: a macro-step within which somebody wrote is no pair of the map."""
         progress = self._progress
         progress.in_macro_step, progress.abandoned_in_a_row = 0, progress.abandoned_in_a_row + 1
-        self._outside.drop_sample()
+        self._outside.end_macro_step()
         self._open_macro_step(optimizer, elsewhere=True)
         if progress.abandoned_in_a_row == ABANDONED and not progress.warned:
             progress.warned = True
@@ -220,7 +218,7 @@ class MacroSteps(Accelerator):
             return
         decisions, progress, outside, history = self._decisions, self._progress, self._outside, layout.history
         look = outside.look(optimizer)
-        outside.drop_sample()
+        leap = outside.end_macro_step()
         if not self.settings.local_sgd:
             change = outside.after_macro_step(look, self._gap, history)
             if self._apply(change, optimizer):
@@ -230,9 +228,9 @@ class MacroSteps(Accelerator):
         if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
             layout.add_momentum()  # made by the first step, from zero, of an optimizer outside of torch.optim
         tensors = layout.tensors(optimizer, look)
-        column, ratio = self._new_column(optimizer, layout)
+        column, ratio = self._new_column(optimizer, layout, leap)
         accepted = None if decisions.accepted is None else decisions.accepted.at(column.learning_rate)
-        decisions.accepted, decisions.disturbed = None, False
+        decisions.accepted, decisions.disturbed, decisions.moved = None, False, False
         due = self._is_due(history)
         self._push(history, tensors, column, ratio, due, accepted is not None)
         if due or accepted is not None:
@@ -250,7 +248,7 @@ class MacroSteps(Accelerator):
         progress.is_averaged = False
         outside.note_end(optimizer, layout)
 
-    def _new_column(self, optimizer: Optimizer, layout: Layout) -> tuple[Column, float]:
+    def _new_column(self, optimizer: Optimizer, layout: Layout, leap: float) -> tuple[Column, float]:
         """The column of the macro-step that ends, and its learning rate over that of the pair before."""
         rates, decisions = self._rates, self._decisions
         moving = None if self._partitioned else set(map(id, layout.parameters))
@@ -260,7 +258,8 @@ class MacroSteps(Accelerator):
         earlier = rate if rates.pair_factor is None else rates.pair_factor
         rates.pair_factor = rate
         number = decisions.statistics["macro_steps"]
-        return Column(number, not decisions.disturbed, rate, earlier_rate=earlier), rate / earlier
+        written = leap if leap and self._ranks.size == 1 else None  # others may not have seen it
+        return Column(number, not decisions.disturbed, rate, {}, earlier, decisions.moved, written), rate / earlier
 
     def _push(
         self, history: History, tensors: Sequence[Tensors], column: Column, ratio: float, due: bool, is_judged: bool

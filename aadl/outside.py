@@ -10,7 +10,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -45,14 +44,16 @@ class OutsideWrites:
         self._heads: list[Tensor] = []
         """Some elements of the tensors at the end of the last macro-step."""
         self._sample: Sample | None = None
-        """Some elements of one tensor after the last step, while an accepted candidate waits for its judgment."""
+        """Some elements after the last step within the running macro-step."""
         self.writes: Writes = {}
         self._unseen = ""
         """Kind of the writes before a save that no step has seen yet."""
         self._first = ""
         """Kind of the writes that may be the first of many."""
         self._doubtful = False
-        """Whether the weights may have been filled through `.data` within the running macro-step."""
+        """Whether the weights may have been filled through `.data` since the start of the macro-step to be judged."""
+        self._leap = 0.0
+        """How far elements were led through `.data` within the running macro-step."""
         self.written = False
         """Whether this rank saw a write within a macro-step since the last acceleration."""
 
@@ -68,12 +69,13 @@ class OutsideWrites:
             "first": self._first,
             "written": self.written,
             "doubtful": has_values and self.is_doubtful,
+            "leap": max(self._leap, self._sample.change()) if has_values and self._sample is not None else self._leap,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from `state`."""
         self.writes, self._unseen, self._first = saved["writes"], saved["unseen"], saved["first"]
-        self.written, self._doubtful = saved["written"], saved["doubtful"]
+        self.written, self._doubtful, self._leap = saved["written"], saved["doubtful"], saved.get("leap", 0.0)
 
     def look(self, optimizer: Optimizer) -> Snapshot:
         """The tensors of the optimizer as they are now; no element is read."""
@@ -86,8 +88,8 @@ class OutsideWrites:
         if self._steps == 1:
             return True
         left = self.left
-        untouched = left is not None and self._sample is None and versions_of(left.tensors) == left.versions
-        return untouched and not self._first
+        untouched = left is not None and versions_of(left.tensors) == left.versions
+        return untouched and not self._first and (self._sample is None or not self._sample.change())
 
     def before_step(self, gap: int, in_macro_step: int, history: History | None) -> Change:
         """Explain the writes since the last step.
@@ -97,6 +99,7 @@ class OutsideWrites:
             in_macro_step: steps of the running macro-step that have ended.
             history: the pairs, if there are rows for them.
         """
+        self._leap = max(self._leap, 0.0 if self._sample is None else self._sample.change())
         self._doubtful = self.is_doubtful
         kind, self._unseen = self._kind_since_left(), ""
         first, self._first = self._first, ""
@@ -141,7 +144,7 @@ class OutsideWrites:
     @property
     def is_doubtful(self) -> bool:
         """Whether the weights may have been filled through `.data` within the macro-step."""
-        return self._doubtful or (self._sample is not None and self._sample.differs())
+        return self._doubtful or self._leap > 0 or (self._sample is not None and self._sample.change() > 0)
 
     def is_as_left(self, optimizer: Optimizer, layout: Layout | None) -> bool:
         """Whether nobody seems to have written to the tensors since the last hook left them."""
@@ -155,26 +158,21 @@ class OutsideWrites:
 
     # ---- remembering -----------------------------------------------------------------------------------------------
 
-    def note_step(self, layout: Layout | None, in_macro_step: int, on_trial: bool) -> None:
-        """Within a macro-step, remember the version counters after a step.
+    def note_step(self, layout: Layout | None, in_macro_step: int) -> None:
+        """Within a macro-step, remember the version counters and a few elements after a step.
 
         Args:
             layout: of the history, if there are rows.
             in_macro_step: steps of the running macro-step that have ended.
-            on_trial: whether an accepted candidate may be taken back; then some elements are remembered too.
         """
         left = self.left
         if left is None or layout is None or in_macro_step == 0:
             return
         left.versions = versions_of(left.tensors)
-        if not on_trial:
-            return
-        if self._sample is not None:
+        if self._sample is None:
+            self._sample = Sample(layout.elements())
+        else:
             self._sample.keep()
-        elif layout.asks or not layout.history.partial:  # ranks might disagree about DTensors
-            largest = max(layout.parameters, key=torch.Tensor.numel, default=None)
-            if largest is not None and largest.device.type == "cpu":  # the host would wait for another device
-                self._sample = Sample(largest)
 
     def note_end(self, optimizer: Optimizer, layout: Layout, sampled: bool = True) -> None:
         """Remember the tensors as this hook leaves them, and some elements of them."""
@@ -182,9 +180,10 @@ class OutsideWrites:
         self.left = look if layout.covers(look) else None
         self._heads = layout.sample(layout.tensors(optimizer, look)) if sampled and self.left is not None else []
 
-    def drop_sample(self) -> None:
-        """Stop watching elements within a macro-step."""
-        self._sample = None
+    def end_macro_step(self) -> float:
+        """Stop watching elements; return how far, at least, somebody has led the weights through `.data`."""
+        leap, self._leap, self._sample = self._leap, 0.0, None
+        return leap
 
     def settle_doubt(self, on_trial: bool) -> None:
         """At the end of a macro-step, a doubt stays only while a confirmed candidate may be taken back."""
@@ -193,5 +192,5 @@ class OutsideWrites:
     def forget(self) -> None:
         """Forget the running macro-step; what is known of regular writes stays."""
         self.left = self._sample = None
-        self.written = self._doubtful = False
+        self.written, self._doubtful, self._leap = False, False, 0.0
         self._unseen = self._first = ""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from aadl import mixing
 from aadl.acceptance import Candidate
 from aadl.block import Tensors
-from aadl.history import History
+from aadl.history import Column, History
 from aadl.mixing import Gram
 from aadl.ranks import Ranks
 
@@ -53,6 +53,8 @@ class Problem(NamedTuple):
     """<f, s> over the parameters, with the jump s that led to the start of the newest pair."""
     jump: dict[str, float]
     """||s||^2 by kind, on this rank."""
+    here: int
+    """Number of the newest columns that describe the region of the newest pair, see `columns_here`."""
     is_written: bool
     """Whether somebody wrote to the tensors of at least `quorum` ranks, or moved the starts of some ranks only."""
     is_doubtful: bool
@@ -74,17 +76,22 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
     history, ranks = step.history, step.history.ranks
     own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2]
     parts, sums = history.gram_with(own)
-    weights = mixing.balancing_weights(parts)
-    gram = mixing.joined(parts, weights, [step.rate / column.learning_rate for column in history.columns])
+    scales = [step.rate / column.learning_rate for column in history.columns]
+    here = columns_here(
+        mixing.joined({"parameters": parts["parameters"]}, {"parameters": 1.0}, scales), history.columns
+    )
+    weights = mixing.balancing_weights({kind: mixing.newest(part, here) for kind, part in parts.items()})
+    gram = mixing.joined(parts, weights, scales)
     square = sum(accepted.weights[kind] * part.square for kind, part in parts.items()) if accepted else 0.0
     along, fused = parts["parameters"].along, 1.0
     if history.replicas and not history.sums:
         # they made the same numbers; a mean over them makes sure that all decide alike
-        others = [square, along, weights.get("momentum", 1.0), float(history.fused)]
+        others = [square, along, weights.get("momentum", 1.0), float(here), float(history.fused)]
         message = ranks.total(mixing.packed(gram, [*others, *sums]))
         sums = message[-len(sums) :].tolist()
         columns = len(history.columns)
-        gram, (square, along, weight, fused, *_) = mixing.unpacked(message / ranks.size, columns)
+        gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(message / ranks.size, columns)
+        here = int(mean)
         weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
     written, doubts, sum_of_moves, squares_of_moves = sums
     differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
@@ -94,8 +101,45 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         square,
         along,
         {kind: part.jump for kind, part in parts.items()},
+        here,
         is_written=written >= step.quorum or differ,
         is_doubtful=doubts >= step.quorum,
         is_finite=math.isfinite(gram.square + square + float(gram.matrix.sum())),
         fused=fused == 1,  # else some rank has no compiler, and compiled kernels would round differently
     )
+
+
+def columns_here(gram: Gram, columns: list[Column]) -> int:
+    """Number of the newest columns that describe the region of the newest pair.
+
+    Those before a change from outside do not, if it leads farther than all of the way before it: mixing with them would
+    lead back there, or by slopes of another region. A candidate makes no such jump (`candidate.step_fraction`). Where
+    an update may contain such a change, neither column with it counts.
+
+    Args:
+        gram: inner products over the parameters alone.
+        columns: oldest first; the jump inside the newest one may be known to `gram` alone.
+    """
+    if not any(column.moved or column.written is not None for column in columns):
+        return len(columns)
+    lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
+    squares = [column.jump.get("parameters", 0.0) for column in columns]
+    if columns[-1].moved and not columns[-1].jump:
+        squares[-1] = gram.jump
+    first, way = 0, 0.0
+    for place, (column, square) in enumerate(zip(columns, squares, strict=True)):
+        jump, written = math.sqrt(square), column.written
+        way += lengths[place]
+        if written is not None and max(written, lengths[place + 1]) > way:
+            first = place + 2
+        if not column.moved:
+            way += jump
+        elif jump > way:
+            first = max(first, place + 1)
+    return max(0, len(columns) - first)
+
+
+def leads_far(gram: Gram, newest: int) -> bool:
+    """Whether an update of the newest columns, which may contain a change from outside, exceeds the way before them."""
+    lengths = list(map(math.sqrt, mixing.residual_squares(gram)))
+    return newest > 0 and max(lengths[-newest:]) > sum(lengths[:-newest])

@@ -106,7 +106,10 @@ def _part_here(saved: Tensor, target: Tensor) -> Tensor:
 def plain_state_of(history: History) -> dict[str, Any]:
     """What a history knows besides its vectors, as plain values; every slot keeps its place."""
     return {
-        "columns": [[c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate] for c in history.columns],
+        "columns": [
+            [c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate, c.moved, c.written]
+            for c in history.columns
+        ],
         "has_pair": history.has_pair,
         "next": history.next,
         "stale": list(history.stale),
@@ -123,7 +126,10 @@ def parsed_plain_state(saved: dict[str, Any]) -> dict[str, Any]:
     """
     grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in saved["grams"].items()}
     return {
-        "columns": [Column(int(m), bool(c), float(r), dict(jump), float(e)) for m, c, r, jump, e in saved["columns"]],
+        "columns": [
+            Column(int(m), bool(c), float(r), dict(jump), float(e), *writes)  # older states have no writes
+            for m, c, r, jump, e, *writes in saved["columns"]
+        ],
         "has_pair": bool(saved["has_pair"]),
         "next": int(saved["next"]),
         "stale": [int(slot) for slot in saved["stale"]],

@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl.flat import SAMPLE
 from aadl.parameters import MOMENTUM_KEYS, all_parameters
 from aadl.ranks import PLAIN, is_sharded, local
 
@@ -115,22 +115,32 @@ def is_regular(writes: Writes, kind: str, gap: int, longest: int) -> bool:
     return gap - last == distance > 0
 
 
-class Sample:
-    """The leading elements of one tensor on a CPU, which show that a model was filled through `.data`."""
+def first_element(tensor: Tensor) -> Tensor:
+    """A view of the first element of a tensor that has one, shape (1,)."""
+    here = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return here.as_strided((1,), (1,))
 
-    def __init__(self, tensor: Tensor) -> None:
-        here = local(tensor).detach()
-        here = torch.view_as_real(here) if here.is_complex() else here
-        self._head = here.as_strided((min(SAMPLE, here.numel()),), (1,))
-        self._kept = self._head.clone()
+
+class Sample:
+    """Numbers that show that a model was filled through `.data`.
+
+    Args:
+        elements: views of single elements on a CPU.
+    """
+
+    def __init__(self, elements: list[Tensor]) -> None:
+        self._elements = elements
+        self.keep()
 
     def keep(self) -> None:
-        """Remember the elements as they are."""
-        self._kept.copy_(self._head)
+        """Remember the numbers as they are."""
+        self._kept = list(map(Tensor.item, self._elements))
 
-    def differs(self) -> bool:
-        """Whether the elements are no longer those that were remembered."""
-        return not same_bits(self._head, self._kept)
+    def change(self) -> float:
+        """The largest distance to a number that was remembered; nan equals nan, and is far from all others."""
+        pairs = zip(map(Tensor.item, self._elements), self._kept, strict=True)
+        changes = [abs(now - kept) for now, kept in pairs if now != kept and (now == now or kept == kept)]
+        return max((inf if isnan(change) else change for change in changes), default=0.0)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

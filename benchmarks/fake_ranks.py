@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aadl
 from benchmarks.machine import in_fresh_process, storages
-from benchmarks.machine_model import Collective, Pattern, Workload
+from benchmarks.machine_model import Collective, Events, Workload
 from benchmarks.shapes import Shape
 
 OPERATIONS = {
@@ -50,16 +50,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Count:
-    """What was counted on that rank."""
+    """What was counted on that rank.
+
+    Attributes:
+        local_elements: in the parameters the rank holds itself.
+        history_bytes: of all tensors the accelerator made, work areas included.
+        training: of forward and backward: what FSDP2 does by itself; not run in the other layouts.
+        events: collectives of the accelerator in a step that stores, one that also accelerates, and the judging one.
+    """
 
     case: Case
     local_elements: int
-    """In the parameters the rank holds itself."""
     history_bytes: int
-    """Of all tensors the accelerator made, work areas included."""
     training: tuple[Collective, ...]
-    """Of forward and backward: what FSDP2 does by itself; not run in the other layouts."""
-    pattern: Pattern
+    events: Events
 
 
 class Recorder(TorchDispatchMode):
@@ -88,7 +92,7 @@ def payload_of(arguments: Iterable[Any]) -> int:
 
     def size(value: Any) -> int:
         if isinstance(value, Tensor):
-            return value.numel() * value.element_size()
+            return value.nbytes
         return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
 
     return max((size(argument) for argument in arguments), default=0)
@@ -107,14 +111,14 @@ class Unit(torch.nn.Module):
         return value
 
 
-def build(workload: Workload, layout: str, ranks: int) -> torch.nn.Module:
+def build(case: Case) -> torch.nn.Module:
     """The network in this process: made on the meta device, sharded (FSDP2), then given memory and values."""
-    model = torch.nn.Sequential(*(Unit(shapes) for shapes in workload.units))
-    if layout == "fsdp2":
+    model = torch.nn.Sequential(*(Unit(shapes) for shapes in case.workload.units))
+    if case.layout == "fsdp2":
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = init_device_mesh("cpu", (ranks,))
+        mesh = init_device_mesh("cpu", (case.ranks,))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for unit in [*model, model]:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -156,48 +160,39 @@ def join_fake_group(ranks: int) -> None:
 
 
 def count_case(case: Case) -> Count:
-    """Run one rank in this process, which must not have a process group yet."""
+    """Runs one rank in this process, which must not have a process group yet.
+
+    Raises:
+        RuntimeError: the plain optimizer communicates, or no candidate was taken: the counts would not be those of AA.
+    """
     join_fake_group(case.ranks)
     recorder = Recorder()
-    model = build(case.workload, case.layout, case.ranks)
-    training = train_once(model, recorder) if case.layout == "fsdp2" else ()
+    model = build(case)
+    with recorder:
+        if case.layout == "fsdp2":
+            model(torch.zeros(1, requires_grad=True)).sum().backward()
+    training = recorder.take()
     descent = Descent(model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
-    for _ in range(2):
-        if recorded_step(descent, optimizer, recorder):
-            raise RuntimeError("the plain optimizer communicates: nobody can tell its collectives from AA's")
+    if any(recorded_step(descent, optimizer, recorder) for _ in range(2)):
+        raise RuntimeError("the plain optimizer communicates: nobody can tell its collectives from AA's")
     before = storages()
     # Kernels are not compiled: torch.compile declines under a dispatch mode, and the collectives are the same.
-    accelerate(optimizer, case.layout, history_depth=case.depth, frequency=case.depth + 2, fused=False)
+    sharded = {"shard_history": True} if case.layout == "sharded" else {}
+    accelerate(optimizer, history_depth=case.depth, frequency=case.depth + 2, fused=False, **sharded)
     steps = [recorded_step(descent, optimizer, recorder) for _ in range(case.depth + 3)]
-    require_accepted(optimizer, case)
-    elements = sum(local(p).numel() for p in model.parameters())
-    pattern = Pattern(case.workload.elements, 2, steps[-3], steps[-2], steps[-1])
-    gc.collect()
-    history = sum(size for address, size in storages().items() if address not in before)
-    dist.destroy_process_group()
-    return Count(case, elements, history, training, pattern)
-
-
-def accelerate(optimizer: torch.optim.Optimizer, layout: str, **settings: Any) -> None:
-    """`aadl.accelerate` with one optimizer step per macro-step; fails where the library lacks the layout."""
-    if layout == "sharded":
-        settings["shard_history"] = True
-    aadl.accelerate(optimizer, store_each_nth=1, average=False, wait_iterations=0, **settings)
-
-
-def require_accepted(optimizer: torch.optim.Optimizer, case: Case) -> None:
-    """One candidate must have been taken, else the step that accelerates was not counted to its end."""
     statistics = aadl.accelerator_of(optimizer).statistics
     if statistics["attempts"] != 1 or statistics["accepted"] != 1:
         raise RuntimeError(f"{case}: expected one accepted candidate, got {statistics}")
+    gc.collect()
+    history = sum(size for address, size in storages().items() if address not in before)
+    dist.destroy_process_group()
+    return Count(case, sum(local(p).numel() for p in model.parameters()), history, training, Events(*steps[-3:]))
 
 
-def train_once(model: torch.nn.Module, recorder: Recorder) -> tuple[Collective, ...]:
-    """Collectives of one forward and backward."""
-    with recorder:
-        model(torch.zeros(1, requires_grad=True)).sum().backward()
-    return recorder.take()
+def accelerate(optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+    """`aadl.accelerate` with one optimizer step per macro-step."""
+    aadl.accelerate(optimizer, store_each_nth=1, average=False, wait_iterations=0, **settings)
 
 
 def recorded_step(descent: Descent, optimizer: torch.optim.Optimizer, recorder: Recorder) -> tuple[Collective, ...]:
@@ -214,7 +209,7 @@ def cases_of(layouts: Sequence[str], world_sizes: Sequence[int], workloads: Sequ
     for workload in workloads:
         small = workload.elements <= WHOLE_LIMIT
         cases += [Case(workload, name, ranks) for name in layouts if small or name == "fsdp2" for ranks in world_sizes]
-        if small and "replicated" in layouts:
+        if small:
             cases.append(Case(workload, "replicated", world_sizes[0], depth=5))
     return cases
 

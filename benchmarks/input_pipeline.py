@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,19 +28,17 @@ from PIL import Image
 
 from benchmarks.machine import in_fresh_process
 from benchmarks.tables import REPORTS, markdown, middle, origin, put_into_page, rows_of, with_quartiles
-from data_loaders.imagenet.decode import NUM_UNIFORM, Decoding, check_decoder, random_crop
+from data_loaders.imagenet.decode import NUM_UNIFORM, Decoding, random_crop
 from data_loaders.imagenet.folder import FolderImages, Images
 from data_loaders.imagenet.loaders import TrainLoader
 from data_loaders.imagenet.packed import PackedImages
 from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.sampling import epoch_order, sample_seed, uniform
-from data_loaders.workers import num_cores
 
 WIDTH, HEIGHT, QUALITY, CONTRAST = 500, 375, 92, 27.0
 SIZE, RESIZE, BATCH = 224, 256, 32
 PROCESSES = 8
 FORMS = {"folder": "one file an image", "packed": "packed", "resized": f"packed, short side {RESIZE}"}
-DECODERS = ("torchvision",)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -110,13 +107,6 @@ def read_images(images: Images, indices: Sequence[int]) -> None:
         images.read(index)
 
 
-def read_files(paths: Sequence[str], indices: Sequence[int]) -> None:
-    """The plain way to read files."""
-    for index in indices:
-        with open(paths[index], "rb") as file:
-            file.read()
-
-
 def load_batch(loader: TrainLoader, step: int) -> None:
     """A batch of the loader, in this process."""
     next(loader.batches(0, step))
@@ -128,22 +118,17 @@ Case = Callable[[int], object]
 
 def cases_of(forms: dict[str, FolderImages | PackedImages]) -> dict[str, Case]:
     """What is measured, by name; all of it on the same images, with the same crops."""
-    folder = forms["folder"]
-    assert isinstance(folder, FolderImages)
-    steps = np.split(epoch_order(0, 0, len(folder)), len(folder) // batch_size(len(folder)))
+    num_images = len(forms["folder"])
+    steps = np.split(epoch_order(0, 0, num_images), num_images // batch_size(num_images))
     indices = [step.tolist() for step in steps]
     numbers = [uniform(sample_seed(0, 0, step), NUM_UNIFORM).tolist() for step in steps]
-    paths = [os.path.join(folder.folder, folder.name(index)) for index in range(len(folder))]
-    cases: dict[str, Case] = {"files": _at(partial(read_files, paths), indices)}
+    cases: dict[str, Case] = {}
     for form, images in forms.items():
         cases[f"read {form}"] = _at(partial(read_images, images), indices)
         cases[f"load {form}"] = partial(load_batch, loader_of(images))
         if form != "folder":  # whose bytes are those of "packed"
             contents = [[images.read(index) for index in step] for step in indices]
             cases[f"floor {form}"] = _at(floor, contents, numbers)
-    for decoder in importable():
-        for form in ("packed", "resized"):
-            cases[f"{decoder} {form}"] = partial(load_batch, loader_of(forms[form], decoder))
     return cases
 
 
@@ -157,21 +142,9 @@ def batch_size(num_images: int) -> int:
     return min(BATCH, num_images)
 
 
-def loader_of(images: Images, decoder: str = "pillow", num_workers: int = 0) -> TrainLoader:
-    decoding = Decoding(SIZE, RESIZE, decoder, on_corrupt="stop")
-    return TrainLoader(images, decoding, batch_size=batch_size(len(images)), seed=0, num_workers=num_workers)
-
-
-def importable() -> list[str]:
-    """Decoders other than Pillow that are here."""
-    found = []
-    for name in DECODERS:
-        try:
-            check_decoder(name)
-            found.append(name)
-        except ValueError:
-            continue
-    return found
+def loader_of(images: Images) -> TrainLoader:
+    decoding = Decoding(SIZE, RESIZE, on_corrupt="stop")
+    return TrainLoader(images, decoding, batch_size=batch_size(len(images)), seed=0)
 
 
 def measure(cases: dict[str, Case], rounds: int, num_images: int) -> dict[str, Times]:
@@ -214,45 +187,6 @@ def measure_in_processes(folder: Path, rounds: int, num_images: int) -> dict[str
     return merged
 
 
-def forget(paths: Sequence[Path]) -> None:
-    """Asks the system to drop files from its cache, so that the next read goes to the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def cold_seconds(images: FolderImages | PackedImages, rounds: int) -> list[float]:
-    """Seconds of the clock an image of reading in random order what is not in the system's cache."""
-    if isinstance(images, PackedImages):
-        paths = list(images.paths)
-    else:
-        paths = [images.folder / images.name(index) for index in range(len(images))]
-    order = np.random.default_rng(1).permutation(len(images)).tolist()
-    seconds = []
-    for _ in range(rounds):
-        forget(paths)
-        start = time.perf_counter()
-        read_images(images, order)
-        seconds.append((time.perf_counter() - start) / len(images))
-    return seconds
-
-
-def with_workers(images: Images, num_workers: int, passes: int) -> tuple[float, float]:
-    """Images a second by the clock, and processor seconds an image of this process, which only receives them."""
-    with loader_of(images, num_workers=num_workers) as loader:
-        deque(loader.batches(0), maxlen=0)  # the workers start
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(passes):
-            deque(loader.batches(0), maxlen=0)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        count = passes * loader.steps_per_epoch * loader.batch_size
-    return count / wall, cpu / count
-
-
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
@@ -264,33 +198,30 @@ class Report:
     rounds: int
     kilobytes: dict[str, float]
     times: dict[str, Times]
-    cold: dict[str, list[float]]
-    workers: dict[int, tuple[float, float]]
     load: float
 
 
-def ratios(report: Report, form: str, name: str = "load") -> list[float]:
-    """Rate of a case over that of the floor of its bytes, by round, in processor time."""
-    below = report.times["floor resized" if form == "resized" else "floor packed"].cpu
-    return [floor / case for floor, case in zip(below, report.times[f"{name} {form}"].cpu, strict=True)]
+def floor_of(form: str) -> str:
+    """The case whose bytes a form has."""
+    return "floor resized" if form == "resized" else "floor packed"
+
+
+def ratios(report: Report, form: str) -> list[float]:
+    """Rate of the loader over that of the floor of its bytes, by round, in processor time."""
+    below = report.times[floor_of(form)].cpu
+    return [floor / case for floor, case in zip(below, report.times[f"load {form}"].cpu, strict=True)]
 
 
 def loading_table(report: Report) -> str:
     """Rates of loaders and floors."""
     rows = []
     for form, name in FORMS.items():
-        below = "floor resized" if form == "resized" else "floor packed"
-        for case, label in (
-            (below, "floor: Pillow, bytes in memory"),
-            (f"load {form}", "TrainLoader"),
-            *((f"{decoder} {form}", f"TrainLoader, {decoder}") for decoder in DECODERS),
+        shares = with_quartiles(ratios(report, form), "{:.3f}".format)
+        for case, label, share in (
+            (floor_of(form), "floor: Pillow, bytes in memory", "1"),
+            (f"load {form}", "TrainLoader", shares),
         ):
-            if case not in report.times:
-                continue
             times = report.times[case]
-            share = "1"
-            if case != below:
-                share = with_quartiles(ratios(report, form, case.partition(" ")[0]), "{:.3f}".format)
             rate = with_quartiles([1 / each for each in times.cpu], "{:,.0f}".format)
             wall = f"{1 / median(times.wall):,.0f}"
             rows.append([name, f"{report.kilobytes[form]:.0f}", label, rate, wall, share])
@@ -298,41 +229,27 @@ def loading_table(report: Report) -> str:
     return markdown(header, rows)
 
 
-def microseconds(seconds: Sequence[float], digits: int = 1) -> str:
-    """Median and quartiles."""
-    return with_quartiles(seconds, lambda each: f"{1e6 * each:,.{digits}f}")
-
-
 def reading_table(report: Report) -> str:
     """Microseconds of reading alone."""
-    rows = [["one file an image", "open, read, close", microseconds(report.times["files"].cpu), "-"]]
+    rows = []
     for form, name in FORMS.items():
         what = "FolderImages.read" if form == "folder" else "PackedImages.read: one pread and CRC-32"
-        cold = microseconds(report.cold[form], 0) if form in report.cold else "-"
-        rows.append([name, what, microseconds(report.times[f"read {form}"].cpu), cold])
-    return markdown(["form", "how", "µs of the processor, cached", "µs by the clock, not cached"], rows)
-
-
-def workers_table(report: Report) -> str:
-    """Rates with worker processes, and what receiving costs."""
-    rows = [[str(n), f"{rate:,.0f}", f"{1e6 * seconds:.0f}"] for n, (rate, seconds) in report.workers.items()]
-    return markdown(["workers", "images/s by the clock, packed", "µs an image to receive"], rows)
+        seconds = report.times[f"read {form}"].cpu
+        rows.append([name, what, with_quartiles(seconds, lambda each: f"{1e6 * each:,.1f}")])
+    return markdown(["form", "how", "µs of the processor, cached"], rows)
 
 
 def blocks_of(report: Report) -> dict[str, str]:
     """What docs/reports/input_pipeline.md has between its marks."""
-    absent = [name for name in DECODERS if f"{name} packed" not in report.times]
-    missing = f" Not run here, because it does not import: {' and '.join(absent)}." if absent else ""
     measured = (
         f"{report.num_images} files, {report.rounds} rounds divided among {min(PROCESSES, report.rounds)} processes. "
         f"Load of the machine over the last five minutes: {report.load:.1f} processes, one of them this one; where "
-        f"there are more than cores, others disturbed the numbers.{missing}"
+        "there are more than cores, others disturbed the numbers."
     )
     return {
         "origin": f"{origin('python -m benchmarks.input_pipeline --docs')}\n{measured}",
         "loading": loading_table(report),
         "reading": reading_table(report),
-        "workers": workers_table(report),
     }
 
 
@@ -341,7 +258,7 @@ def conclusion(page: str) -> str:
     loader = {row["form"]: row for row in rows_of(page, "loading") if row["what"] == "TrainLoader"}
     packed, resized = loader[FORMS["packed"]], loader[FORMS["resized"]]
     rate, share = "images/s and core (processor)", "of the floor"
-    single, joined = (middle(row["µs of the processor, cached"]) for row in rows_of(page, "reading")[1:3])
+    single, joined = (middle(row["µs of the processor, cached"]) for row in rows_of(page, "reading")[:2])
     return (
         f"From packed files a core loads {middle(packed[rate])} images of ImageNet's size a second, "
         f"{middle(resized[rate])} where their short side is {RESIZE} pixels: {middle(packed[share])} and "
@@ -351,17 +268,14 @@ def conclusion(page: str) -> str:
     )
 
 
-def run(num_images: int, rounds: int, folder: Path | None, workers: Sequence[int]) -> Report:
+def run(num_images: int, rounds: int, folder: Path | None) -> Report:
     """Makes the data, measures, removes the data."""
     with tempfile.TemporaryDirectory(prefix="input-pipeline-", dir=folder) as temporary:
         forms = make_forms(Path(temporary), num_images)
         sizes = {form: [len(images.read(index)) for index in range(num_images)] for form, images in forms.items()}
         kilobytes = {form: float(np.mean(each)) / 1e3 for form, each in sizes.items()}
         times = measure_in_processes(Path(temporary), rounds, num_images)
-        load = os.getloadavg()[1]
-        cold = {form: cold_seconds(forms[form], min(rounds, 15)) for form in ("folder", "packed", "resized")}
-        parallel = {number: with_workers(forms["packed"], number, 3) for number in workers}
-    return Report(num_images, rounds, kilobytes, times, cold, parallel, load)
+    return Report(num_images, rounds, kilobytes, times, os.getloadavg()[1])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -369,7 +283,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.input_pipeline", description=__doc__.partition("\n\n")[0]
     )
-    parser.add_argument("--quick", action="store_true", help="few images and rounds, no workers: seconds")
+    parser.add_argument("--quick", action="store_true", help="few images and rounds: seconds")
     parser.add_argument("--images", type=int, help="default: 256")
     parser.add_argument("--rounds", type=int, help="default: 160, a batch each")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where the data are made (default: the system's)")
@@ -383,14 +297,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.folder is not None and not options.folder.is_dir():
         parser.error(f"--folder: {options.folder} is not a folder")
-    options.workers = [] if options.quick else sorted({1, num_cores()})
     return options
 
 
 def main(arguments: Sequence[str] | None = None, reports: Path = REPORTS) -> None:
     """Measure, print, and with --docs write."""
     options = parse(arguments)
-    blocks = blocks_of(run(options.images, options.rounds, options.folder, options.workers))
+    blocks = blocks_of(run(options.images, options.rounds, options.folder))
     print("\n\n".join(blocks.values()))
     if options.docs:
         put_into_page("input_pipeline", blocks, reports, conclusion)

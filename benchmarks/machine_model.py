@@ -1,15 +1,16 @@
-"""Seconds and bytes of a training step with Anderson acceleration (AA) on machines described by a few figures.
+"""Seconds of a training step with Anderson acceleration (AA) on machines described by a few figures.
 
-A model. `python -m benchmarks.scaling` feeds it counted collectives and writes docs/reports/scaling.md.
-Symbols: N parameters, P ranks (one per device), m = history_depth, h = bytes of a stored history element. Units are
-bytes, seconds, bytes per second and flop per second throughout.
+A model. `python -m benchmarks.scaling` feeds it counted collectives and writes docs/reports/scaling.md. AA is used with
+its defaults. Symbols: N parameters, P ranks (one per device), m = history_depth, h = 4 bytes of a stored history
+element. Units are bytes, seconds, bytes per second and flop per second throughout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from benchmarks.shapes import Shape, count_elements, decoder_units, resnet50_units
 
@@ -17,21 +18,17 @@ LAYOUTS = ("replicated", "sharded", "fsdp2")
 """Data parallelism with whole histories, with `shard_history=True`, and FSDP2 over all ranks."""
 MEMORY_EFFICIENCY = 1 / 1.3
 """Share of the nominal memory bandwidth that AA gets for the floor of its bytes: the project's own goal for kernels
-and passes that are not ideal. The check rows of docs/reports/scaling.md show how far this host is from it."""
+and passes that are not ideal."""
 NETWORK_EFFICIENCY = 0.85
 """Share of the nominal link bandwidth that a long collective gets. Assumed."""
 OVERLAP = 0.5
 """Share of the collectives of the plain step that hides behind computation. 0.5 gives ResNet50 on 6,144 V100 about the
 scaling efficiency measured on Summit (87 %, Yin et al., DLS 2019; the model says 84 %)."""
-LONG_PAYLOAD = 65_536
-"""Bytes; accelerator collectives above this are proportional to N, those below (inner products) do not depend on it."""
-
-NEVER = "no, nor without AA"
-"""That a network does not fit into a device."""
+STORE_EACH, ACCELERATE_EACH = 10, 20
+"""Optimizer steps between two stores and between two accelerations, at the defaults."""
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """Latency of a collective: `base` + steps over links in a node * `local` + steps between nodes * `network`."""
 
     base: float
@@ -42,31 +39,33 @@ class Protocol:
 
 # NCCL's own cost model for NVLink and a network, src/graph/tuning.cc of NVIDIA/nccl, recent versions (older ones have
 # 9.6 us in place of 14): protocols LL and Simple.
-NCCL_RINGS = (Protocol(6.6e-6, 0.6e-6, 2.7e-6, 1 / 4), Protocol(8.4e-6, 3.4e-6, 14e-6))
-NCCL_TREES = (Protocol(6.8e-6, 0.6e-6, 5e-6, 0.9 / 3.8), Protocol(8.4e-6, 4e-6, 14e-6, 0.9))
+RINGS = (Protocol(6.6e-6, 0.6e-6, 2.7e-6, 1 / 4), Protocol(8.4e-6, 3.4e-6, 14e-6))
+TREES = (Protocol(6.8e-6, 0.6e-6, 5e-6, 0.9 / 3.8), Protocol(8.4e-6, 4e-6, 14e-6, 0.9))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One kind of device, `devices_per_node` of them in a node."""
+    """One kind of device, `devices_per_node` of them in a node.
+
+    Attributes:
+        peak_flops: dense half precision (float16 or bfloat16) with float32 accumulation.
+        utilization: share of `peak_flops` that a large transformer gets (model flops utilization).
+        images_per_second: ResNet50 training, mixed precision, one device among those of its node.
+        local_bandwidth: of a ring within a node, per direction.
+        node_bandwidth: injection into the network, per node and direction.
+        sources: of the figures.
+    """
 
     name: str
     memory_bandwidth: float
     peak_flops: float
-    """Dense half precision (float16 or bfloat16) with float32 accumulation."""
     utilization: float
-    """Share of `peak_flops` that a large transformer gets (model flops utilization)."""
     images_per_second: float
-    """ResNet50 training, mixed precision, one device among those of its node."""
     memory: float
     devices_per_node: int
     local_bandwidth: float
-    """Of a ring within a node, per direction."""
     node_bandwidth: float
-    """Injection into the network, per node and direction."""
-    sources: tuple[str, ...] = ()
-    rings: tuple[Protocol, ...] = NCCL_RINGS
-    trees: tuple[Protocol, ...] = NCCL_TREES
+    sources: tuple[str, ...]
 
 
 MACHINES = (
@@ -112,21 +111,26 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, and what one device does with it in a plain step."""
+    """A network, and what one device does with it in a plain step.
+
+    Attributes:
+        units: shapes of the parameters that FSDP2 gathers together.
+        state_bytes: per parameter: float32 weight, gradient and optimizer state.
+        optimizer_bytes: per parameter read and written by the plain optimizer step; 0 where `images_per_second` of the
+            machine contain it.
+        samples: images or tokens per device and step.
+    """
 
     name: str
     units: tuple[tuple[Shape, ...], ...]
     state_bytes: int
-    """Per parameter: float32 weight, gradient and optimizer state."""
     optimizer_bytes: int
-    """Per parameter read and written by the plain optimizer step."""
     samples: int
-    """Images or tokens per device and step."""
     is_convolutional: bool
 
     @property
     def elements(self) -> int:
-        return count_elements([list(unit) for unit in self.units])
+        return count_elements(self.units)
 
     def compute_seconds(self, machine: Machine) -> float:
         """Forward and backward: measured images per second, or 6 flop per parameter and token."""
@@ -135,117 +139,42 @@ class Workload:
         return 6 * self.elements * self.samples / (machine.peak_flops * machine.utilization)
 
 
-WORKLOADS = {
-    "ResNet50": Workload("ResNet50", tuple(map(tuple, resnet50_units())), 12, 20, 32, True),
-    "7e9": Workload("7e9 transformer", tuple(map(tuple, decoder_units())), 16, 28, 4096, False),
-}
+WORKLOADS = (
+    Workload("ResNet50", tuple(map(tuple, resnet50_units())), 12, 0, 32, True),
+    Workload("7e9 transformer", tuple(map(tuple, decoder_units())), 16, 28, 4096, False),
+)
 """SGD with momentum, 32 images a device (49,152 on 1,536 ranks); Adam, 4,096 tokens a device."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How AA is used."""
-
-    name: str
-    depth: int = 10
-    element_bytes: int = 4
-    blocks: int = 2
-    """1: parameters only; 2: their momentum as well (state_coupling "full", the default)."""
-    store_each_nth: int = 10
-    frequency: int = 20
-
-    @property
-    def history_bytes(self) -> int:
-        """Per parameter held: 2 m rings of h and three float32 vectors."""
-        return self.blocks * (2 * self.depth * self.element_bytes + 12)
-
-    @property
-    def store_bytes(self) -> int:
-        """Per parameter read and written by storing a pair, 20 + 2 h."""
-        return self.blocks * (20 + 2 * self.element_bytes)
-
-    @property
-    def acceleration_bytes(self) -> int:
-        """Per parameter read and written by an acceleration, 2 m h + 12."""
-        return self.blocks * (2 * self.depth * self.element_bytes + 12)
-
-    @property
-    def judgment_bytes(self) -> int:
-        """Per parameter read to judge an accepted candidate by the next residual."""
-        return self.blocks * 8
-
-
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One collective: what it does, and the bytes of the whole tensor (reduced, gathered, or to be scattered)."""
 
     operation: str
     payload: int
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """Collectives of the accelerator in a step that stores, one that also accelerates, and the judging one after."""
+class Events(NamedTuple):
+    """Something of a step that stores, of what an acceleration adds to one, and of the step that judges it."""
 
-    elements: int
-    """Parameters of the network it was counted for."""
-    blocks: int
-    """Vectors per parameter that were accelerated, as in `Setting`."""
-    store: tuple[Collective, ...]
-    acceleration: tuple[Collective, ...]
-    judgment: tuple[Collective, ...]
+    store: Any
+    acceleration: Any
+    judgment: Any
 
 
-@dataclass(frozen=True)
-class Overhead:
-    """Seconds of an event that do not depend on N: Python, kernel launches, m x m algebra."""
-
-    store: float
-    acceleration: float
-    judgment: float
+def history_bytes(depth: int) -> int:
+    """Per parameter held, momentum included: 2 m rows and three float32 vectors, twice."""
+    return 2 * (2 * depth * 4 + 12)
 
 
-@dataclass(frozen=True)
-class Acceleration:
-    """AA in one layout: how it is used, what it communicates, what it costs beside memory and network."""
-
-    setting: Setting
-    pattern: Pattern
-    overhead: Overhead
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One machine, layout, workload and number of ranks; seconds per step, bytes per device."""
-
-    plain: float
-    acceleration: float
-    plain_bytes: float
-    history_bytes: float
-    memory: float
-
-    @property
-    def share(self) -> float:
-        """Of AA in a step."""
-        return self.acceleration / (self.plain + self.acceleration)
-
-    @property
-    def fits(self) -> str:
-        """Weights, gradients, optimizer state and history; activations are not counted."""
-        if self.plain_bytes > self.memory:
-            return NEVER
-        return "yes" if self.plain_bytes + self.history_bytes <= self.memory else "no"
-
-
-def nodes_of(machine: Machine, ranks: int) -> int:
-    return math.ceil(ranks / machine.devices_per_node)
+MOVED = Events(2 * (20 + 2 * 4), history_bytes(10), 2 * 8)
+"""Bytes per parameter read and written, momentum included: 20 + 2 h, 2 m h + 12 with m = 10, and 8, twice."""
 
 
 def collective_seconds(machine: Machine, collective: Collective, ranks: int) -> float:
     """Fastest protocol; all-reduce as ring or tree, the others as ring (a broadcast as half a tree)."""
     if ranks == 1:
         return 0.0
-    nodes, payload = nodes_of(machine, ranks), collective.payload
+    nodes, payload = math.ceil(ranks / machine.devices_per_node), collective.payload
     bandwidth = machine.local_bandwidth if nodes == 1 else min(machine.local_bandwidth, machine.node_bandwidth)
     second_per_byte = 1 / (bandwidth * NETWORK_EFFICIENCY)
     passes = 2 if collective.operation == "all_reduce" else 1
@@ -253,23 +182,22 @@ def collective_seconds(machine: Machine, collective: Collective, ranks: int) -> 
         p.base
         + passes * ((ranks - nodes) * p.local + (nodes - 1) * p.network)
         + passes * (ranks - 1) / ranks * payload * second_per_byte / p.bandwidth_share
-        for p in machine.rings
+        for p in RINGS
     ]
     depth_local, depth_network = math.ceil(ranks / nodes) - 1, math.ceil(math.log2(nodes))
     tree = [
         p.base
         + passes * (depth_local * p.local + depth_network * p.network + payload * second_per_byte / p.bandwidth_share)
-        for p in machine.trees
+        for p in TREES
     ]
     return min(ring + tree if collective.operation in ("all_reduce", "broadcast") else ring)
 
 
 def local_elements(units: Iterable[Iterable[Shape]], layout: str, ranks: int) -> int:
     """Elements per history row on the fullest rank. FSDP2 cuts the first dimension d: rank 0 has ceil(d / P) rows."""
-    shapes = [shape for unit in units for shape in unit]
     if layout == "fsdp2":
-        return sum(math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for shape in shapes)
-    total = sum(math.prod(shape) for shape in shapes)
+        return sum(math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for unit in units for shape in unit)
+    total = count_elements(units)
     return math.ceil(total / ranks) if layout == "sharded" else total
 
 
@@ -285,57 +213,38 @@ def training_collectives(workload: Workload, layout: str, ranks: int) -> list[Co
     return collectives
 
 
+def held_by_plain(workload: Workload, layout: str, ranks: int) -> int:
+    """Parameters on the fullest rank."""
+    return local_elements(workload.units, "fsdp2" if layout == "fsdp2" else "replicated", ranks)
+
+
 def plain_seconds(machine: Machine, workload: Workload, layout: str, ranks: int) -> float:
-    """Computation, the collectives that do not hide behind it, and the optimizer (contained in images per second)."""
+    """Computation, the collectives that do not hide behind it, and the optimizer."""
     compute = workload.compute_seconds(machine)
     collectives = training_collectives(workload, layout, ranks)
     network = sum(collective_seconds(machine, collective, ranks) for collective in collectives)
     exposed = max((1 - OVERLAP) * network, network - compute)
-    held = local_elements(workload.units, "fsdp2" if layout == "fsdp2" else "replicated", ranks)
-    optimizer = 0.0 if workload.is_convolutional else workload.optimizer_bytes * held / machine.memory_bandwidth
-    return compute + exposed + optimizer
-
-
-def event_seconds(machine: Machine, elements: float, bytes_each: float, overhead: float) -> float:
-    """Of one pass over `elements` history elements of `bytes_each`."""
-    return overhead + elements * bytes_each / (machine.memory_bandwidth * MEMORY_EFFICIENCY)
+    held = held_by_plain(workload, layout, ranks)
+    return compute + exposed + workload.optimizer_bytes * held / machine.memory_bandwidth
 
 
 def acceleration_seconds(
-    machine: Machine, workload: Workload, acceleration: Acceleration, layout: str, ranks: int
+    machine: Machine, workload: Workload, layout: str, ranks: int, collectives: Events, overhead: Events
 ) -> float:
-    """Of AA per step: stores, one acceleration and one judgment, amortized over `frequency` steps."""
-    setting, pattern, overhead = acceleration.setting, acceleration.pattern, acceleration.overhead
+    """Of AA per step: stores, one acceleration and one judgment, amortized over the steps between two of them.
+
+    Args:
+        machine, workload, layout, ranks: where.
+        collectives: of each event, as counted.
+        overhead: seconds of each event that do not depend on N: Python, kernel launches, m x m algebra.
+    """
+    speed = machine.memory_bandwidth * MEMORY_EFFICIENCY
     held = local_elements(workload.units, layout, ranks)
-    growth = workload.elements / pattern.elements * setting.blocks / pattern.blocks
 
-    def network(collectives: Iterable[Collective]) -> float:
-        return sum(collective_seconds(machine, resized(c, growth), ranks) for c in collectives)
+    def seconds(fixed: float, moved: int, communicated: Sequence[Collective]) -> float:
+        return fixed + held * moved / speed + sum(collective_seconds(machine, each, ranks) for each in communicated)
 
-    store = event_seconds(machine, held, setting.store_bytes, overhead.store) + network(pattern.store)
-    event = event_seconds(machine, held, setting.acceleration_bytes, overhead.acceleration)
-    event += network(pattern.acceleration)
+    store, event, judgment = (seconds(*parts) for parts in zip(overhead, MOVED, collectives, strict=True))
     if layout == "sharded":  # the gathered candidate is read and written into whole parameters
-        event += event_seconds(machine, workload.elements, 8 * setting.blocks, 0.0)
-    judgment = event_seconds(machine, held, setting.judgment_bytes, overhead.judgment) + network(pattern.judgment)
-    return store / setting.store_each_nth + (event + judgment) / setting.frequency
-
-
-def resized(collective: Collective, growth: float) -> Collective:
-    """The same collective for `growth` times the elements."""
-    if collective.payload <= LONG_PAYLOAD:
-        return collective
-    return Collective(collective.operation, round(collective.payload * growth))
-
-
-def predict(machine: Machine, workload: Workload, acceleration: Acceleration, layout: str, ranks: int) -> Prediction:
-    """Everything of one case."""
-    held = local_elements(workload.units, layout, ranks)
-    parameters = held if layout == "fsdp2" else workload.elements
-    return Prediction(
-        plain=plain_seconds(machine, workload, layout, ranks),
-        acceleration=acceleration_seconds(machine, workload, acceleration, layout, ranks),
-        plain_bytes=workload.state_bytes * parameters,
-        history_bytes=acceleration.setting.history_bytes * held,
-        memory=machine.memory,
-    )
+        event += workload.elements * 2 * 8 / speed
+    return store / STORE_EACH + (event + judgment) / ACCELERATE_EACH

@@ -11,15 +11,16 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from benchmarks.machine import in_fresh_process, peak_bytes, resident_bytes
-from benchmarks.tables import Table, middle, origin, put_into_page, rows_of
+from benchmarks.tables import Table, middle, number, origin, put_into_page, rows_of, with_range
 from experiments.models.mlp import MLP, Derivatives
 
 HIDDEN = (50, 50, 50)
@@ -60,71 +61,47 @@ def by_loop(model: MLP, points: Tensor, source: Tensor) -> Tensor:
     return _composed(value, gradient, laplacian, source)
 
 
-def by_hessian(model: MLP, points: Tensor, source: Tensor) -> Tensor:
-    """The trace of torch.func.hessian, vmapped over the points."""
-
-    def u(point: Tensor) -> Tensor:
-        return model(point.unsqueeze(0))[0, 0]
-
-    def all_of(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        second = torch.func.hessian(u)(point).diagonal()
-        return u(point), torch.func.grad(u)(point), second[:-1].sum()
-
-    value, gradient, laplacian = torch.func.vmap(all_of)(points)
-    return _composed(value.unsqueeze(1), gradient, laplacian.unsqueeze(1), source)
-
-
 def by_jvp_of_grad(model: MLP, points: Tensor, source: Tensor) -> Tensor:
     """torch.func.jvp of torch.func.grad, vmapped over the axes."""
-
-    def total(x: Tensor) -> Tensor:
-        return model(x).sum()
+    gradient = torch.func.grad(lambda x: model(x).sum())
 
     def second(axis: Tensor) -> Tensor:
-        tangent = axis.expand_as(points)
-        return (torch.func.jvp(torch.func.grad(total), (points,), (tangent,))[1] * axis).sum(1)
+        return (torch.func.jvp(gradient, (points,), (axis.expand_as(points),))[1] * axis).sum(1)
 
     axes = torch.eye(points.shape[1], dtype=points.dtype)[:-1]
     laplacian = torch.func.vmap(second)(axes).sum(0).unsqueeze(1)
-    return _composed(model(points), torch.func.grad(total)(points), laplacian, source)
+    return _composed(model(points), gradient(points), laplacian, source)
+
+
+def forward(
+    model: MLP, points: Tensor, source: Tensor, axes: Tensor | None = None, *, compiles: bool = False
+) -> Tensor:
+    """Forward propagation along `axes` (d - 1, r), or an orthonormal basis of the rows of the first layer."""
+    return burgers(model.derivatives(points, axes, gradient_square=False, compiles=compiles), source)
 
 
 def by_axes(model: MLP, points: Tensor, source: Tensor) -> Tensor:
-    """Forward propagation along all axes, without compression."""
-    axes = torch.eye(points.shape[1] - 1, dtype=points.dtype)
-    return burgers(model.derivatives(points, axes, gradient_square=False), source)
+    """Along all axes, without compression."""
+    return forward(model, points, source, torch.eye(points.shape[1] - 1, dtype=points.dtype))
 
 
 def by_random_axes(model: MLP, points: Tensor, source: Tensor) -> Tensor:
-    """Forward propagation along some random axes, an unbiased estimate (STDE, arXiv 2412.00088)."""
+    """Along some random axes, an unbiased estimate (STDE, arXiv 2412.00088)."""
     num_space = points.shape[1] - 1
     chosen = torch.randperm(num_space)[:NUM_RANDOM]
     axes = points.new_zeros(num_space, len(chosen))
     axes[chosen, torch.arange(len(chosen))] = (num_space / len(chosen)) ** 0.5
-    return burgers(model.derivatives(points, axes, gradient_square=False), source)
-
-
-def compressed(model: MLP, points: Tensor, source: Tensor) -> Tensor:
-    """Forward propagation along an orthonormal basis of the rows of the first layer."""
-    return burgers(model.derivatives(points, gradient_square=False), source)
-
-
-def compressed_and_compiled(model: MLP, points: Tensor, source: Tensor) -> Tensor:
-    """The same, compiled."""
-    return burgers(model.derivatives(points, gradient_square=False, compiles=True), source)
+    return forward(model, points, source, axes)
 
 
 WAYS: dict[str, tuple[Residual, str]] = {
     "loop": (by_loop, "loop of autograd.grad"),
-    "hessian": (by_hessian, "torch.func: trace of vmap(hessian)"),
     "jvp": (by_jvp_of_grad, "torch.func: vmap(jvp(grad))"),
     "axes": (by_axes, "forward Laplacian, all axes"),
     "random": (by_random_axes, f"STDE, {NUM_RANDOM} random axes (an estimate)"),
-    "compressed": (compressed, "forward Laplacian, compressed"),
-    "compiled": (compressed_and_compiled, "compressed + torch.compile"),
+    "compressed": (forward, "forward Laplacian, compressed"),
+    "compiled": (partial(forward, compiles=True), "compressed + torch.compile"),
 }
-FUNC_CHUNK = 400
-"""Points at a time of the torch.func ways: faster than all of them at once, and less memory."""
 
 
 # ---- one row, in a process of its own --------------------------------------------------------------------------------
@@ -132,7 +109,7 @@ FUNC_CHUNK = 400
 
 @dataclass(frozen=True)
 class Case:
-    """A row: `columns` are all inputs, time included; `points` of `POINTS` are measured, the time scaled up."""
+    """A row: `columns` are all inputs, time included; `points` are measured, `checked` compared with the loop."""
 
     way: str
     columns: int
@@ -148,7 +125,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """What the time is multiplied with."""
+        """What the time is multiplied with, to be that of all points."""
         return (POINTS_2D if self.planar else POINTS) / self.points
 
 
@@ -157,8 +134,7 @@ class Row:
     """What a case measured: processor seconds of loss and backward, bytes, errors against autograd in float64."""
 
     case: Case
-    seconds: float
-    spread: tuple[float, float]
+    seconds: Sequence[float]
     peak_bytes: int
     base_bytes: int
     residual_error: float
@@ -174,23 +150,19 @@ def problem_of(case: Case, count: int) -> tuple[MLP, Tensor, Tensor]:
 
 
 def loss_and_backward(case: Case, model: MLP, points: Tensor, source: Tensor) -> None:
-    """What is timed."""
+    """What is timed: so many points at a time as are fastest for the way."""
     model.zero_grad()
     if case.way in ("compressed", "compiled"):
         for rows, u in model.chunked_derivatives(points, gradient_square=False, compiles=case.way == "compiled"):
             (burgers(u, source[rows]).square().sum() / len(points)).backward()
         return
-    chunk = {"loop": len(points), "hessian": FUNC_CHUNK, "jvp": FUNC_CHUNK}.get(case.way) or chunk_of(case)
+    lanes = 3 + (min(NUM_RANDOM, case.columns) if case.way == "random" else case.columns)
+    fitting = max(16, (1 << 21) // (lanes * HIDDEN[0] * points.itemsize))  # the working set of the library's own
+    chunk = {"loop": len(points), "jvp": 400}.get(case.way, fitting)
     for start in range(0, len(points), chunk):
         rows = slice(start, start + chunk)
         residual = WAYS[case.way][0](model, points[rows], source[rows])
         (residual.square().sum() / len(points)).backward()
-
-
-def chunk_of(case: Case) -> int:
-    """Points at a time of the forward ways that are not the library's own, for the same working set."""
-    lanes = 3 + (min(NUM_RANDOM, case.columns) if case.way == "random" else case.columns)
-    return max(16, (1 << 21) // (lanes * HIDDEN[0] * DTYPES[case.dtype].itemsize))
 
 
 def measure(case: Case) -> Row:
@@ -202,11 +174,10 @@ def measure(case: Case) -> Row:
     for _ in range(case.repeats):
         start = time.process_time()
         loss_and_backward(case, *problem)
-        times.append(time.process_time() - start)
-    times = sorted(case.scale * each for each in times)
+        times.append(case.scale * (time.process_time() - start))
     peak = peak_bytes() or 0
     del problem
-    return Row(case, median(times), (times[0], times[-1]), peak, base, *errors(case))
+    return Row(case, times, peak, base, *errors(case))
 
 
 def errors(case: Case) -> tuple[float, float]:
@@ -221,36 +192,33 @@ def errors(case: Case) -> tuple[float, float]:
 
 def _residual_and_gradient(way: Residual, model: MLP, points: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
     residual = way(model, points, source)
-    gradients = torch.autograd.grad(residual.square().mean(), list(model.parameters()), allow_unused=True)
-    flat = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, model.parameters(), strict=True)]
-    return residual.detach(), torch.cat([each.flatten() for each in flat])
+    gradients = torch.autograd.grad(
+        residual.square().mean(), list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
+    return residual.detach(), torch.cat([each.flatten() for each in gradients])
 
 
 # ---- report ----------------------------------------------------------------------------------------------------------
 
+FORWARD = ("random", "compressed", "compiled")
 
-def all_cases(quick: bool) -> Iterator[Case]:
+
+def all_cases(quick: bool) -> list[Case]:
     """All rows, in the order of the tables."""
     if quick:
-        for way in ("loop", "compressed", "random"):
-            yield Case(way, 20, points=200, repeats=2)
-        for way in ("loop", "compressed"):
-            yield Case(way, 2, points=256, repeats=2)
-        return
-    for way in ("loop", "hessian", "jvp", "axes", "random", "compressed", "compiled"):
-        fast = way in ("random", "compressed", "compiled")
-        yield Case(way, 100, repeats=15 if fast else 5)
-    for way in ("loop", "axes", "compressed", "compiled"):
-        yield Case(way, 100, "float64", repeats=9 if way.startswith("comp") else 3)
-    yield Case("loop", 1000, points=POINTS // 10, repeats=2)
-    yield Case("axes", 1000, repeats=2)
-    for way in ("random", "compressed", "compiled"):
-        yield Case(way, 1000, repeats=9)
-    for way in ("random", "compressed", "compiled"):
-        yield Case(way, 10_000, repeats=5, checked=2)
-    for dtype in DTYPES:
-        for way in ("loop", "compressed", "compiled"):
-            yield Case(way, 2, dtype, POINTS_2D, repeats=40)
+        return [
+            Case(way, columns, points=200, repeats=2)
+            for columns, ways in ((20, ("loop", "compressed", "random")), (2, ("loop", "compressed")))
+            for way in ways
+        ]
+    return [
+        *(Case(way, 100, repeats=15 if way in FORWARD else 5) for way in WAYS),
+        *(Case(way, 100, "float64") for way in ("loop", "axes", "compressed", "compiled")),
+        Case("loop", 1000, points=POINTS // 10, repeats=2),
+        *(Case(way, 1000) for way in ("axes", *FORWARD)),
+        *(Case(way, 10_000, checked=2) for way in FORWARD),
+        *(Case(way, 2, dtype, POINTS_2D, 40) for dtype in DTYPES for way in ("loop", "compressed", "compiled")),
+    ]
 
 
 HEADER = ["d", "type", "way", "ms [least .. most]", "times the loop", "peak MB", "residual error", "gradient error"]
@@ -259,7 +227,7 @@ HEADER = ["d", "type", "way", "ms [least .. most]", "times the loop", "peak MB",
 def table(rows: Sequence[Row], planar: bool) -> list[list[str]]:
     """Cells of the rows of one table; the ratio is to the loop of the same d and type."""
     chosen = [row for row in rows if row.case.planar == planar]
-    loops = {(row.case.columns, row.case.dtype): row.seconds for row in chosen if row.case.way == "loop"}
+    loops = {(row.case.columns, row.case.dtype): median(row.seconds) for row in chosen if row.case.way == "loop"}
     cells = []
     for row in chosen:
         case = row.case
@@ -267,24 +235,13 @@ def table(rows: Sequence[Row], planar: bool) -> list[list[str]]:
         name = "double autograd" if planar and case.way == "loop" else WAYS[case.way][1]
         name = name.replace(", compressed", "").replace("compressed", "forward") if planar else name
         scaled = f" ({case.points:,} points, time x {case.scale:g})" if case.scale != 1 else ""
-        middle, low, high = (_milliseconds(each) for each in (row.seconds, *row.spread))
+        ratio = "-" if loop is None else f"{loop / median(row.seconds):.2f}"
+        times = with_range([1e3 * each for each in row.seconds], number)
+        accuracy = (f"{row.residual_error:.1e}", f"{row.gradient_error:.1e}")
         cells.append(
-            [
-                f"{case.columns:,}",
-                case.dtype,
-                name + scaled,
-                f"{middle} [{low} .. {high}]",
-                "-" if loop is None else f"{loop / row.seconds:.2f}",
-                f"{row.peak_bytes / 1e6:.0f}",
-                f"{row.residual_error:.1e}",
-                f"{row.gradient_error:.1e}",
-            ]
+            [f"{case.columns:,}", case.dtype, name + scaled, times, ratio, f"{row.peak_bytes / 1e6:.0f}", *accuracy]
         )
     return cells
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def blocks_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -314,20 +271,14 @@ def conclusion(page: str) -> str:
     )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and with --docs write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pinn_operators", description=__doc__)
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/reports/pinn_operators.md")
     parser.add_argument("--quick", action="store_true", help="small cases: seconds")
     options = parser.parse_args(arguments)
     if options.docs and options.quick:
         parser.error("--docs writes about all cases")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, and with --docs write."""
-    options = parse(arguments)
     torch.set_num_threads(1)
     rows = []
     for case in all_cases(options.quick):

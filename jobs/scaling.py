@@ -6,10 +6,9 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs import check_versions
 
@@ -24,9 +23,9 @@ from experiments.catalog import load_config
 from experiments.records.figures import save_figures
 from experiments.records.reading import Run, read_run
 from experiments.settings.run_config import ExperimentConfig
-from jobs.request import Job, allows_repeats, read_request
+from jobs.request import allows_repeats, read_request
 from jobs.script import render
-from jobs.site import Site, read_site
+from jobs.site import read_site
 from jobs.submit import add_job_options, checked_job, guarded, script_path, submit_script
 
 MODES = ("strong", "weak")
@@ -55,36 +54,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _study(options: argparse.Namespace, command: Sequence[str]) -> int:
     """Checks and renders every job before the first one is submitted."""
-    site = read_site(options.site)
-    numbers = _numbers(options.nodes)
+    site, numbers, given = read_site(options.site), _numbers(options.nodes), vars(options)
     config = load_config(options.config, options.set)
-    jobs: list[tuple[Job, Path, str]] = []
-    given = vars(options)
     first = checked_job(site, read_request({**given, "nodes": numbers[0]}))
     if len(numbers) > 1 and not allows_repeats(site, first.queue):
         raise ValueError(f"--nodes must be one number in queue {first.queue} of {site.name}, which takes no series")
-    ranks_each = first.ranks_per_node
+    scripts: dict[Path, str] = {}
     for number in numbers:
-        overrides = work_overrides(config, options.mode, number * ranks_each, numbers[0] * ranks_each)
+        ranks, fewest = (nodes * first.ranks_per_node for nodes in (number, numbers[0]))
         changes = {
             "nodes": number,
             "results": folder_of(options.results, options.mode, number),
-            "set": [*options.set, *overrides],
+            "set": [*options.set, *work_overrides(config, options.mode, ranks, fewest)],
             "name": f"{options.name or f'{config.experiment}-{config.scale}'}-{options.mode}-{number}",
         }
         job = checked_job(site, read_request({**given, **changes}))
         path = script_path(job)
-        jobs.append((job, path, render(job, path, command)))
-    if options.dry_run:
-        print("\n".join(f"# --- {path}\n{script}" for _, path, script in jobs), end="")
-        return 0
-    return _submit(site, jobs)
-
-
-def _submit(site: Site, jobs: Sequence[tuple[Job, Path, str]]) -> int:
-    if site.scheduler == "none":
+        scripts[path] = render(job, path, command)
+    if not options.dry_run and site.scheduler == "none":
         raise ValueError(f"--site must have a batch system for a study over nodes, and {site.name} has none")
-    for _, path, script in jobs:
+    for path, script in scripts.items():
+        if options.dry_run:
+            print(f"# --- {path}\n{script}")
+            continue
         write_text(path, script, executable=True)
         print(path, file=sys.stderr)
         print(submit_script(site, path))
@@ -128,16 +120,13 @@ def work_overrides(config: ExperimentConfig, mode: str, ranks: int, fewest_ranks
 # --- its records
 
 
-@dataclass(frozen=True)
-class Point:
-    """One number of ranks of one variant, in "strong" or "weak" scaling.
+class Point(NamedTuple):
+    """One number of ranks of one variant.
 
     `rates` are samples (images, rows, points, as `unit` says) per second over all ranks, one for each seed; steps per
     second of the optimizer are a median over the seeds.
     """
 
-    variant: str
-    mode: str
     ranks: int
     rates: tuple[float, ...]
     steps_per_second: float
@@ -146,6 +135,10 @@ class Point:
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
+
+
+Curves = dict[tuple[str, str], list[Point]]
+"""Points by rising number of ranks, by mode ("strong" or "weak") and variant."""
 
 
 def samples_per_step(run: Run) -> tuple[int, str]:
@@ -170,8 +163,8 @@ def steps_per_second(run: Run) -> float:
     return float(run.attributes["num_steps"]) * share / spent
 
 
-def read_points(results: Path) -> list[Point]:
-    """The finished runs of a study, by mode, variant and ranks; OSError where there are none."""
+def read_curves(results: Path) -> Curves:
+    """The finished runs of a study; OSError where there are none."""
     groups: dict[tuple[str, str, int], list[Run]] = {}
     for mode in MODES:
         for path in sorted((results / "scaling" / mode).glob("nodes-*/*/*/*/seed-*.h5")):
@@ -181,62 +174,50 @@ def read_points(results: Path) -> list[Point]:
                 groups.setdefault(key, []).append(run)
     if not groups:
         raise OSError(f"no records of a scaling study in {results / 'scaling'}: its jobs have not finished")
-    points = []
+    curves: Curves = {}
     for (mode, variant, ranks), runs in sorted(groups.items()):
         samples, unit = samples_per_step(runs[0])
         rates = [steps_per_second(run) for run in runs]
-        points.append(
-            Point(variant, mode, ranks, tuple(rate * samples for rate in rates), statistics.median(rates), unit)
-        )
-    return points
+        point = Point(ranks, tuple(rate * samples for rate in rates), statistics.median(rates), unit)
+        curves.setdefault((mode, variant), []).append(point)
+    return curves
 
 
-def efficiencies(points: Sequence[Point]) -> list[float]:
+def efficiencies(curve: Sequence[Point]) -> list[float]:
     """Samples per second and rank, over those of the fewest ranks; the same for strong and weak scaling."""
-    return [point.rate / point.ranks / (points[0].rate / points[0].ranks) for point in points]
-
-
-def _curves(points: Sequence[Point], mode: str) -> dict[str, list[Point]]:
-    curves: dict[str, list[Point]] = {}
-    for point in points:
-        if point.mode == mode:
-            curves.setdefault(point.variant, []).append(point)
-    return {variant: sorted(curve, key=lambda point: point.ranks) for variant, curve in curves.items()}
+    return [point.rate / point.ranks / (curve[0].rate / curve[0].ranks) for point in curve]
 
 
 def _figures(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def table(points: Sequence[Point]) -> str:
+def table(curves: Curves) -> str:
     lines = [
         "| scaling | variant | ranks | samples/s | steps/s | speed-up | efficiency |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for mode in MODES:
-        for variant, curve in _curves(points, mode).items():
-            for point, efficiency in zip(curve, efficiencies(curve), strict=True):
-                numbers = f"{_figures(point.rate)} {point.unit} | {_figures(point.steps_per_second)}"
-                gain = f"{point.rate / curve[0].rate:.2f} | {100 * efficiency:.0f} %"
-                lines.append(f"| {mode} | {variant} | {point.ranks} | {numbers} | {gain} |")
+    for (mode, variant), curve in curves.items():
+        for point, efficiency in zip(curve, efficiencies(curve), strict=True):
+            numbers = f"{_figures(point.rate)} {point.unit} | {_figures(point.steps_per_second)}"
+            gain = f"{point.rate / curve[0].rate:.2f} | {100 * efficiency:.0f} %"
+            lines.append(f"| {mode} | {variant} | {point.ranks} | {numbers} | {gain} |")
     return "\n".join(lines) + "\n"
 
 
-def draw_scaling(points: Sequence[Point], mode: str) -> Figure | None:
+def draw_scaling(all_curves: Curves, mode: str) -> Figure | None:
     """Throughput and efficiency against the number of ranks, None without records of this mode."""
-    curves = _curves(points, mode)
+    curves = {variant: curve for (of_mode, variant), curve in all_curves.items() if of_mode == mode}
     if not curves:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
     for number, (variant, curve) in enumerate(curves.items()):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        ranks = [point.ranks for point in curve]
-        middle = [point.rate for point in curve]
-        errors = [
-            [point.rate - min(point.rates) for point in curve],
-            [max(point.rates) - point.rate for point in curve],
-        ]
-        left.errorbar(ranks, middle, yerr=errors, color=color, marker=marker, markersize=4, capsize=3, label=variant)
+        ranks, middle = [point.ranks for point in curve], [point.rate for point in curve]
+        errors = zip(*((point.rate - min(point.rates), max(point.rates) - point.rate) for point in curve), strict=True)
+        left.errorbar(
+            ranks, middle, yerr=list(errors), color=color, marker=marker, markersize=4, capsize=3, label=variant
+        )
         left.plot(ranks, [middle[0] * count / ranks[0] for count in ranks], color=color, linestyle=":", linewidth=0.9)
         right.plot(ranks, efficiencies(curve), color=color, marker=marker, markersize=4)
     counts = sorted({point.ranks for curve in curves.values() for point in curve})
@@ -257,11 +238,9 @@ def draw_scaling(points: Sequence[Point], mode: str) -> Figure | None:
 
 
 def _collect(results: Path) -> int:
-    points = read_points(results)
-    text = table(points)
-    drawings = [(f"{mode}.png", partial(draw_scaling, points, mode)) for mode in MODES]
-    folder = results / "scaling"
-    for path in save_figures(folder, drawings):
+    curves, folder = read_curves(results), results / "scaling"
+    text = table(curves)
+    for path in save_figures(folder, [(f"{mode}.png", partial(draw_scaling, curves, mode)) for mode in MODES]):
         print(path)
     write_text(folder / "scaling.md", text)
     print(folder / "scaling.md", text, sep="\n", end="")

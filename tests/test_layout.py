@@ -17,19 +17,7 @@ ALLOWED = {
     "aadl": {"torch"},
     "data_loaders": {"torch", "numpy", "scipy", "h5py", "PIL", "tqdm"},
     "experiments": {
-        *(
-            "aadl",
-            "data_loaders",
-            "torch",
-            "numpy",
-            "scipy",
-            "matplotlib",
-            "tqdm",
-            "yaml",
-            "h5py",
-            "mpi4py",
-            "pydantic",
-        ),
+        *("aadl", "data_loaders", "torch", "numpy", "scipy", "matplotlib", "tqdm", "yaml", "h5py", "mpi4py", "pydantic")
     },
     "jobs": {"experiments", "data_loaders", "yaml", "numpy", "matplotlib", "pydantic"},
 }

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,16 +45,6 @@ def _as_it_is(answer: Answer) -> Answer:
     return answer
 
 
-class _Keys:
-    """What the next pass asks for; the workers stay while it changes."""
-
-    def __init__(self) -> None:
-        self.now: Iterable[Key] = ()
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self.now)
-
-
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
@@ -71,31 +61,36 @@ class _Loader:
         self,
         images: Images,
         decoding: Decoding,
+        *,
         batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        start_method: str,
-        pin_memory: bool,
         seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        start_method: str = "forkserver",
+        pin_memory: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in 0 to {world_size - 1}, got {rank}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_decoder(decoding.decoder)
-        self.images, self.decoding, self.batch_size = images, decoding, batch_size
+        self.images, self.decoding, self.batch_size, self.seed = images, decoding, batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self._check_sizes()
         self.unreadable: dict[int, str] = {}
         self.num_unreadable = self.num_fallbacks = 0
         self._pass = 0
         self._started = False  # the workers
         self._reader = Reader(images, decoding, seed)
-        self._keys = _Keys()
+        self._keys: list[Key] = []  # of the present pass; the workers stay while they change
         self._workers: DataLoader[Answer] | None = None
         self._pin = pin_memory and not num_workers  # DataLoader pins for itself
         if num_workers:
             self._workers = self._start(num_workers, start_method, pin_memory)
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError for a batch size that the set or the number of ranks does not allow."""
 
     def _start(self, num_workers: int, start_method: str, pin_memory: bool) -> DataLoader[Answer]:
         check_temporary_folder()
@@ -122,7 +117,7 @@ class _Loader:
         if self._workers is None:
             answers: Iterator[Answer] = map(self._pinned if self._pin else self._reader.__getitem__, keys)
         else:
-            self._keys.now = keys
+            self._keys[:] = keys
             with nullcontext() if self._started else signals_held_back():
                 answers = _from_workers(iter(self._workers))
             self._started = True
@@ -190,29 +185,20 @@ class TrainLoader(_Loader):
         ValueError: an argument outside its range, a decoder that does not import, fewer images than a batch.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        decoding: Decoding,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        start_method: str = "forkserver",
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(images, decoding, batch_size, rank, world_size, num_workers, start_method, pin_memory, seed)
-        if batch_size % world_size:
+    def _check_sizes(self) -> None:
+        if self.batch_size % self.world_size:
             raise ValueError(
-                f"batch_size counts the images of all ranks and must be a multiple of their number, {world_size}, "
-                f"got {batch_size}"
+                "batch_size counts the images of all ranks and must be a multiple of their number, "
+                f"{self.world_size}, got {self.batch_size}"
             )
-        if len(images) < batch_size:
-            raise ValueError(f"batch_size {batch_size} is larger than the set, which has {len(images)} images")
-        self.seed = seed
-        self.steps_per_epoch = len(images) // batch_size
+        if len(self.images) < self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is larger than the set, which has {len(self.images)} images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.images) // self.batch_size
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (batch_size / world_size, 3, size, size) and labels of this rank in an epoch, from step `first` on.
@@ -250,20 +236,9 @@ class EvaluationLoader(_Loader):
     counts the images of this rank, of which there are `num_images`.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        decoding: Decoding,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        start_method: str = "forkserver",
-        pin_memory: bool = False,
-    ) -> None:
-        super().__init__(images, decoding, batch_size, rank, world_size, num_workers, start_method, pin_memory, 0)
-        self._bounds = shard_bounds(len(images), rank, world_size)
+    def __init__(self, images: Images, decoding: Decoding, *, batch_size: int, **share: Any) -> None:
+        super().__init__(images, decoding, batch_size=batch_size, seed=0, **share)
+        self._bounds = shard_bounds(len(images), self.rank, self.world_size)
         self.num_images = self._bounds[1] - self._bounds[0]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

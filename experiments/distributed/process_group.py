@@ -45,7 +45,6 @@ def start_process_group(ranks: Ranks, settings: LaunchSettings | None = None, fo
     if ranks.world_size == 1:
         return
     settings = settings or LaunchSettings()
-    export_settings(folder)
     allow_many_files(ranks.world_size)
     met = joined() or _meet(ranks, settings, folder or Path(), Deadline(settings.start_seconds))
     backend, device, _ = devices.choose(ranks, settings)
@@ -135,19 +134,6 @@ def _host(ranks: Ranks, settings: LaunchSettings, wanted: str) -> tuple[Announce
 
 
 # --- variables and limits that the libraries read
-
-
-def export_settings(folder: Path | None) -> None:
-    """Sets what torch and NCCL read when the group starts, as the dump after a timeout, unless the user did."""
-    wanted = {
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_BUFFER_SIZE": "2000",
-    }
-    if folder is not None:
-        wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "flight_recorder_rank_")
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
 
 
 def _export_interface(ranks: Ranks, settings: LaunchSettings, store: Store, several_hosts: bool) -> None:

@@ -13,7 +13,6 @@ Source: forward Laplacian, Li et al., arXiv 2307.08214.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -38,42 +37,29 @@ def _tanh(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return value, first, (value * first).mul_(-2)
 
 
-def _sigmoid(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    value = torch.sigmoid(z)
-    first = value * (1 - value)
-    return value, first, first * (1 - 2 * value)
-
-
 def _sin(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value = torch.sin(z)
     return value, torch.cos(z), -value
 
 
-def _silu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gate, first, second = _sigmoid(z)
-    return z * gate, gate + z * first, 2 * first + z * second
+def _differentiated(function: Callable[[Tensor], Tensor]) -> Rule:
+    """The rule of a smooth function of single numbers, by automatic differentiation: slower than written formulas."""
 
+    def derivative(of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return torch.func.grad(lambda z: of(z).sum())
 
-def _silu_third(z: Tensor, value: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    _, gate_first, gate_second = _sigmoid(z)
-    return 3 * gate_second + z * (gate_first * (1 - 6 * gate_first))
-
-
-def _normal_density(z: Tensor) -> Tensor:
-    return torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-
-
-def _gelu(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    distribution, density = 0.5 * (1 + torch.erf(z * math.sqrt(0.5))), _normal_density(z)
-    return z * distribution, distribution + z * density, density * (2 - z * z)
+    first = derivative(function)
+    second = derivative(first)
+    third = derivative(second)
+    return Rule(lambda z: (function(z), first(z), second(z)), lambda z, *_: third(z))
 
 
 RULES: dict[str, Rule] = {
     "tanh": Rule(_tanh, lambda z, value, first, second: torch.addcmul(4 * first, first, first, value=-6)),
-    "sigmoid": Rule(_sigmoid, lambda z, value, first, second: first * (1 - 6 * first)),
     "sin": Rule(_sin, lambda z, value, first, second: -first),
-    "silu": Rule(_silu, _silu_third),
-    "gelu": Rule(_gelu, lambda z, value, first, second: _normal_density(z) * z * (z * z - 4)),
+    "sigmoid": _differentiated(torch.sigmoid),
+    "silu": _differentiated(torch.nn.functional.silu),
+    "gelu": _differentiated(torch.nn.functional.gelu),
 }
 """By the names of `ACTIVATIONS`; without those that have no second derivative."""
 

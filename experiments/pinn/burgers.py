@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import math
 from functools import cached_property, lru_cache
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.polynomial.hermite import hermgauss
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from data_loaders.collocation import MAX_SOBOL_DIMENSION, normal, uniform_points
 from experiments.models.mlp import Derivatives
 from experiments.pinn.equation import Equation, Predictor
+from experiments.settings.schema import read_settings
 
 NUM_TEST_POINTS = 10_000
 MAX_TEST_ELEMENTS = 2**25  # coordinates of the test points: 256 MB
 TEST_SEED = 20_240_101  # of the scramble of the test points, unlike the seed of a run
 VISCOSITIES = (0.001 / math.pi, 1.0)  # where the solution was found exact to 5e-14; below, rounding is amplified
+Dimension = Annotated[int, Field(ge=2, le=MAX_SOBOL_DIMENSION)]
 BLOCK_ELEMENTS = 2**19  # of the (points, nodes) tables that a quadrature holds at a time: 4 MB each
 
 
@@ -43,8 +47,8 @@ class Burgers2d(Equation):
     num_space = 1
 
     def __init__(self, nu: float = 0.01 / math.pi, graded: float = 0.0) -> None:
-        self.nu = _number("nu", nu, "in [0.001/pi, 1]", *VISCOSITIES)
-        self.graded = _number("graded", graded, "in [0, 1]", 0.0, 1.0)
+        self.nu: float = read_settings(Annotated[float, Field(ge=VISCOSITIES[0], le=VISCOSITIES[1])], nu, "nu")
+        self.graded: float = read_settings(Annotated[float, Field(ge=0, le=1)], graded, "graded")
         published = math.isclose(self.nu, 0.01 / math.pi, rel_tol=1e-12)
         self.label = f"2d Burgers, nu = {'0.01/pi' if published else f'{self.nu:.6g}'}"
 
@@ -144,8 +148,8 @@ class _NormalLaw(Equation):
     """
 
     def __init__(self, dimension: int, deviation: float) -> None:
-        self.num_space = _dimension(dimension) - 1
-        self.deviation = _number("deviation", deviation, "> 0", 0.0, inclusive=False)
+        self.num_space: int = read_settings(Dimension, dimension, "dimension") - 1
+        self.deviation: float = read_settings(PositiveFloat, deviation, "deviation")
 
     def sample(self, uniform: Tensor) -> Tensor:
         return torch.cat([normal(uniform[:, :-1], self.deviation), uniform[:, -1:]], dim=1)
@@ -185,8 +189,8 @@ class TwoBody(_NormalLaw):
     """
 
     def __init__(self, dimension: int = 100, amplitude: float = 3.0, deviation: float = 0.5) -> None:
-        super().__init__(_dimension(dimension, 3), deviation)
-        self.amplitude = _number("amplitude", amplitude, "> 0", 0.0, inclusive=False)
+        super().__init__(read_settings(Annotated[int, Field(ge=3)], dimension, "dimension"), deviation)
+        self.amplitude: float = read_settings(PositiveFloat, amplitude, "amplitude")
         self.label = f"{dimension}d Burgers, two-body solution"
 
     def source(self, points: Tensor) -> Tensor:
@@ -304,24 +308,6 @@ class Burgers100d(_NormalLaw):
 
     def exact(self, points: Tensor) -> Tensor:
         return torch.exp(-points[:, -1:]) * (points[:, :-1].square() - 1).prod(dim=1, keepdim=True)
-
-
-def _number(
-    name: str, value: float, expected: str, lowest: float, highest: float = math.inf, inclusive: bool = True
-) -> float:
-    """`value` as a float, checked; `expected` says the range."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not lowest <= value <= highest or (value == lowest and not inclusive):
-        raise ValueError(f"{name} must be a finite number {expected}, got {value!r}")
-    return float(value)
-
-
-def _dimension(value: int, lowest: int = 2) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"dimension (time included) must be an integer >= {lowest}, got {value!r}")
-    if value > MAX_SOBOL_DIMENSION:
-        raise ValueError(f"dimension may be at most {MAX_SOBOL_DIMENSION}, the limit of Sobol points, got {value}")
-    return value
 
 
 def _products_of_others(factors: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from experiments.pinn.equations import EQUATIONS
 from experiments.records.compare import SECONDS, TRAIN, Records, Variant, check_same, grouped
 from experiments.records.reading import Run, read_runs, say
+from experiments.records.summarize import ratio_of
 from experiments.runs.config import expand_runs, load_config
 from experiments.runs.experiment import Experiment
 from experiments.settings.run_config import identity_of
@@ -21,7 +23,8 @@ from experiments.settings.run_config import identity_of
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 EVALUATIONS = "metrics/evaluations"
-PROCESSOR_SECONDS = "timing/training_cpu_seconds"
+COSTS = (EVALUATIONS, SECONDS, "timing/training_cpu_seconds")
+"""Series of what a training spends."""
 UNSEEN = "metrics/validation/loss"
 ERROR = "relative_l2_"
 """Prefix of the errors at the end; the series begin with "metrics/validation/" in front of it."""
@@ -204,10 +207,9 @@ class Measures:
             The loss jumps with the points and between steps: the baseline itself may pass its final loss early, and
             leave it again. This and the following over the shared seeds.
         ratio: final loss over the baseline's.
-        at_evaluations: the same where both have spent the smaller of the two numbers of evaluations of the loss.
-        at_seconds: likewise for training seconds.
-        at_processor_seconds: likewise for the processor's, which other work on the machine hardly changes; NaN for
-            records without them.
+        at_equal: the same where both have spent the smaller of the two budgets, by the series of the cost: evaluations
+            of the loss, training seconds, and those of the processor, which other work on the machine hardly changes;
+            NaN for records without it.
         unseen: training loss on points that training never sees, at the end; NaN for records without it.
         unseen_ratio: the same over the baseline's.
         error_ratio: relative L2 error at the end on the main test set over the baseline's, whatever their losses are.
@@ -220,9 +222,7 @@ class Measures:
     seconds: np.ndarray
     iterations: np.ndarray
     ratio: np.ndarray
-    at_evaluations: np.ndarray
-    at_seconds: np.ndarray
-    at_processor_seconds: np.ndarray
+    at_equal: dict[str, np.ndarray]
     unseen: np.ndarray
     unseen_ratio: np.ndarray
     error_ratio: np.ndarray
@@ -249,13 +249,11 @@ def measure(variant: Variant, group: Group) -> Measures:
         evaluations=np.array([_end(run, EVALUATIONS) for run in runs]),
         seconds=np.array([_end(run, SECONDS) for run in runs]),
         iterations=against(_iterations),
-        ratio=against(lambda own, rival: _ratio(_end(own, TRAIN), _end(rival, TRAIN))),
-        at_evaluations=against(lambda own, rival: _ratio_at_equal(EVALUATIONS, own, rival)),
-        at_seconds=against(lambda own, rival: _ratio_at_equal(SECONDS, own, rival)),
-        at_processor_seconds=against(lambda own, rival: _ratio_at_equal(PROCESSOR_SECONDS, own, rival)),
+        ratio=against(partial(_ratio_at_end, TRAIN)),
+        at_equal={cost: against(partial(_ratio_at_equal, cost)) for cost in COSTS},
         unseen=np.array([_end(run, UNSEEN) for run in runs]),
-        unseen_ratio=against(lambda own, rival: _ratio(_end(own, UNSEEN), _end(rival, UNSEEN))),
-        error_ratio=np.array([_ratio(error(variant.runs[seed]), error(rivals[seed])) for seed in shared]),
+        unseen_ratio=against(partial(_ratio_at_end, UNSEEN)),
+        error_ratio=np.array([ratio_of(error(variant.runs[seed]), error(rivals[seed])) for seed in shared]),
         shared=shared,
     )
 
@@ -270,15 +268,8 @@ def final_error(run: Run, test_set: str) -> float:
     return error if np.isfinite(error) and not run.diverged else np.inf
 
 
-def _ratio(own: float, rival: float) -> float:
-    """own / rival; inf if the own run diverged, NaN if only the rival did, or if one of the values is not known."""
-    if np.isinf(own):
-        return np.inf
-    if np.isinf(rival) or np.isnan(own) or np.isnan(rival):
-        return np.nan
-    if own == rival:
-        return 1.0
-    return own / rival if rival > 0 else np.inf
+def _ratio_at_end(series: str, own: Run, rival: Run) -> float:
+    return ratio_of(_end(own, series), _end(rival, series))
 
 
 def _iterations(own: Run, rival: Run) -> float:
@@ -303,7 +294,7 @@ def _ratio_at_equal(cost: str, own: Run, rival: Run) -> float:
     budget = min(own.series[cost][-1], rival.series[cost][-1])
     losses = [np.log(np.maximum(run.series[TRAIN], np.finfo(float).tiny)) for run in (own, rival)]
     mine, other = (np.interp(budget, run.series[cost], loss) for run, loss in zip((own, rival), losses, strict=True))
-    return _ratio(float(np.exp(mine)), float(np.exp(other)))
+    return ratio_of(float(np.exp(mine)), float(np.exp(other)))
 
 
 def diverged_note(variants: Iterable[Variant]) -> str:

@@ -18,7 +18,7 @@ from experiments.pinn.compare import (
 )
 from experiments.records.compare import TRAIN, Variant
 from experiments.records.reading import Run
-from experiments.records.summarize import spread
+from experiments.records.summarize import seeds_above, spread
 from experiments.records.text_table import Page
 
 TOLERANCE = 1.02
@@ -120,12 +120,9 @@ def _comparison_row(group: Group, variant: Variant, measures: Measures) -> tuple
     error = spread(measures.error_ratio, "{:.3g}", "diverged")
     if has_other_loss(variant, group):
         return (variant.label, *(OTHER_LOSS,) * 7, accepted, error)
-    above = f"{int((measures.ratio > TOLERANCE).sum())} of {len(measures.shared)}"
-    unknown = int(np.isnan(measures.ratio).sum())
-    above += f", {unknown} unknown" if unknown else ""
-    equal = measures.at_evaluations, measures.at_seconds, measures.at_processor_seconds
-    ratios = [spread(ratio, "{:.3g}", "diverged") for ratio in (measures.ratio, *equal, measures.unseen_ratio)]
-    return (variant.label, iterations, *ratios, above, accepted, error)
+    ratios = (measures.ratio, *measures.at_equal.values(), measures.unseen_ratio)
+    above = seeds_above(measures.ratio, TOLERANCE)
+    return (variant.label, iterations, *(spread(each, "{:.3g}", "diverged") for each in ratios), above, accepted, error)
 
 
 def _learning_rate_rows(group: Group, runs: list[Run]) -> list[tuple[str, ...]]:

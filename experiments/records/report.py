@@ -94,36 +94,24 @@ def _origin(runs: Sequence[Run]) -> str:
     """Where the records come from; several values stand beside each other."""
 
     def values(name: str) -> str:
-        return ", ".join(
-            sorted({str(run.attributes[name]) for run in runs if run.attributes.get(name) not in (None, "")})
-        )
+        return ", ".join(sorted({str(run.attributes.get(name, "")) for run in runs} - {""}))
 
     commits = {f"{run.attributes['git_commit']}{' with changes' * bool(run.attributes['git_dirty'])}" for run in runs}
-    rows = [
-        ("runs", f"{len(runs)} of {len({run.attributes['variant'] for run in runs})} variants"),
-        ("seeds", spans(sorted({int(run.attributes["seed"]) for run in runs}))),
-        ("data", values("data_source")),
-        ("code", ", ".join(sorted(commits))),
-        *((name.removesuffix("_version"), values(name)) for name in _VERSIONS),
-        *((name.replace("_", " "), values(name)) for name in _MACHINE),
-        ("environment", _environment(runs)),
-        ("made", f"{min(map(_start, runs))} to {max(str(run.attributes.get('end_utc', '')) for run in runs)}"),
-    ]
-    return _table(("what", "value"), [row for row in rows if row[1]])
+    variables = {pair for run in runs for pair in json.loads(run.attributes.get("environment", "{}")).items()}
+    start, end = (sorted(str(run.attributes.get(name, "")) for run in runs) for name in ("start_utc", "end_utc"))
+    rows = {
+        "runs": f"{len(runs)} of {len({run.attributes['variant'] for run in runs})} variants",
+        "seeds": spans(sorted({int(run.attributes["seed"]) for run in runs})),
+        "data": values("data_source"),
+        "code": ", ".join(sorted(commits)),
+        **{name.removesuffix("_version").replace("_", " "): values(name) for name in _OF_MACHINE},
+        "environment": ", ".join(f"{name}={value}" for name, value in sorted(variables)),
+        "made": f"{start[0]} to {end[-1]}",
+    }
+    return _table(("what", "value"), [row for row in rows.items() if row[1]])
 
 
-_VERSIONS = ("aadl_version", "python_version", "torch_version", "numpy_version", "h5py_version")
-_MACHINE = ("hosts", "devices", "world_size", "launcher", "num_threads", "scheduler", "job_id")
-
-
-def _start(run: Run) -> str:
-    return str(run.attributes.get("start_utc", ""))
-
-
-def _environment(runs: Sequence[Run]) -> str:
-    """The variables of all runs, with every value that one of them had."""
-    found: dict[str, set[str]] = {}
-    for run in runs:
-        for name, value in json.loads(run.attributes.get("environment", "{}")).items():
-            found.setdefault(name, set()).add(value)
-    return ", ".join(f"{name}={' or '.join(sorted(values))}" for name, values in sorted(found.items()))
+_OF_MACHINE = (
+    "aadl_version", "python_version", "torch_version", "numpy_version", "h5py_version",
+    "hosts", "devices", "world_size", "launcher", "num_threads", "scheduler", "job_id",
+)  # fmt: skip

@@ -53,28 +53,34 @@ def measure(variant: Variant, plain: Variant) -> Measures:
         raise ValueError(f"{variant.name} and {plain.name} have no seed in common: run both with the same seeds")
     rows = []
     for seed in seeds:
-        own, rival = (_finite(source.runs[seed].series[TRAIN]) for source in (variant, plain))
-        reached = np.flatnonzero(own <= rival[-1])
-        if not np.isfinite(own[-1]):
-            epoch = ratio = np.inf
-        elif not np.isfinite(rival[-1]):
-            epoch = ratio = np.nan
-        else:
-            epoch = float(reached[0]) if reached.size else np.inf
-            ratio = 1.0 if own[-1] == rival[-1] else own[-1] / rival[-1]
-        own_seconds, rival_seconds = (source.runs[seed].series[SECONDS] for source in (variant, plain))
-        rows.append(
-            (
-                epoch,
-                float(own_seconds[int(epoch)]) if np.isfinite(epoch) else epoch,
-                own[-1],
-                _finite(variant.runs[seed].series[VALIDATION])[-1],
-                ratio,
-                own_seconds[-1] / rival_seconds[-1] - 1.0,  # NaN where one of them diverged
-            )
-        )
-    epochs, seconds, train, validation, train_ratio, overhead = np.array(rows).T
-    return Measures(epochs, seconds, train, validation, train_ratio, overhead, seeds)
+        own, rival = variant.runs[seed], plain.runs[seed]
+        losses, goal = _finite(own.series[TRAIN]), float(_finite(rival.series[TRAIN])[-1])
+        ratio = ratio_of(float(losses[-1]), goal)
+        reached = np.flatnonzero(losses <= goal)
+        epoch = ratio if not np.isfinite(ratio) else float(reached[0]) if reached.size else np.inf
+        seconds = float(own.series[SECONDS][int(epoch)]) if np.isfinite(epoch) else epoch
+        validation = _finite(own.series[VALIDATION])[-1]
+        overhead = own.series[SECONDS][-1] / rival.series[SECONDS][-1] - 1.0  # NaN where one of them diverged
+        rows.append((epoch, seconds, losses[-1], validation, ratio, overhead))
+    epochs, seconds_to_it, train, validations, ratios, overheads = np.array(rows).T
+    return Measures(epochs, seconds_to_it, train, validations, ratios, overheads, seeds)
+
+
+def ratio_of(own: float, rival: float) -> float:
+    """own / rival; inf if the own run diverged, NaN if only the rival did, or if one of the values is not known."""
+    if np.isinf(own):
+        return np.inf
+    if np.isinf(rival) or np.isnan(own) or np.isnan(rival):
+        return np.nan
+    if own == rival:
+        return 1.0
+    return own / rival if rival > 0 else np.inf
+
+
+def seeds_above(ratios: np.ndarray, limit: float) -> str:
+    """ "1 of 5, 2 unknown": the seeds whose ratio is above the limit."""
+    unknown = int(np.isnan(ratios).sum())
+    return f"{int((ratios > limit).sum())} of {len(ratios)}" + (f", {unknown} unknown" if unknown else "")
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
@@ -107,9 +113,6 @@ def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
     for variant in variants:
         measures = measure(variant, plain if plain is not None else variant)
         compared = plain is not None
-        above = f"{int((measures.train_ratio > 1.0).sum())} of {len(measures.seeds)}"
-        unknown = int(np.isnan(measures.train_ratio).sum())
-        above += f", {unknown} unknown" if unknown else ""
         rows.append(
             (
                 variant.label,
@@ -117,7 +120,7 @@ def family_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
                 spread(measures.seconds, "{:.2f}") if compared else "-",
                 spread(measures.train, "{:.2e}"),
                 spread(measures.validation, "{:.2e}"),
-                above if compared and variant is not plain else "-",
+                seeds_above(measures.train_ratio, 1.0) if compared and variant is not plain else "-",
                 spread(measures.overhead, "{:+.0%}") if compared and variant is not plain else "-",
             )
         )

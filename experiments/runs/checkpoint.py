@@ -21,7 +21,7 @@ from experiments.distributed.ranks import Ranks
 from experiments.distributed.together import gather
 from experiments.records.reading import say
 from experiments.runs.checkpoint_files import FORMAT, name_of, names_of_checkpoints, prune, read, write
-from experiments.runs.checkpoint_state import State, check_state, num_bytes_of, on_cpu
+from experiments.runs.checkpoint_state import State, num_bytes_of, on_cpu
 
 # Errors that another attempt may not meet: a quota that was freed, a server that came back.
 TRANSIENT = frozenset(
@@ -76,10 +76,9 @@ class Checkpoints:
             TypeError: an entry is neither a tensor nor a plain value, on this rank.
             CheckpointError: the state could not be written; on all ranks.
         """
-        check_state(shared, "shared")
-        check_state(own, "own", sharded=False)
         is_first = self._ranks.rank == 0
-        whole, every = on_cpu(shared, keep=is_first), self._gathered(on_cpu(own))
+        mine = on_cpu(own, "own", sharded=False)
+        whole, every = on_cpu(shared, "shared", keep=is_first), self._gathered(mine)
         failure: Exception | None = None
         if is_first:
             try:

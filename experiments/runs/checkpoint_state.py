@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,66 +24,48 @@ def is_sharded(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def leaves(state: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Tensors, plain values and empty containers by name, as `shared['model']['weight']`; TypeError for other types."""
-    items: Iterator[tuple[Any, Any]]
+def on_cpu(state: Any, name: str, *, keep: bool = True, sharded: bool = True) -> Any:
+    """The same state with plain tensors on the CPU, and DTensors whole.
+
+    All ranks that hold parts of DTensors must call, because these are gathered one after the other. A rank that does
+    not `keep` the result only does its part, and gets None.
+
+    Raises:
+        TypeError: an entry, named as `shared['model']['weight']`, is neither a tensor nor a plain value, or a DTensor
+            in a state that is not `sharded`.
+    """
     if isinstance(state, dict):
         for key in state:
             if type(key) not in (str, int):
                 raise TypeError(f"{name} has the key {key!r} of type {_type(key)}: keys must be str or int")
-        yield name, {}
-        items = iter(state.items())
-    elif isinstance(state, list) or type(state) is tuple:
-        yield name, [] if isinstance(state, list) else ()
-        items = iter(enumerate(state))
-    elif isinstance(state, Tensor):
-        if not is_sharded(state) and type(state.detach()) is not Tensor:
+        entries = {key: on_cpu(value, f"{name}[{key!r}]", keep=keep, sharded=sharded) for key, value in state.items()}
+        return entries if keep else None
+    if isinstance(state, list) or type(state) is tuple:
+        parts = [on_cpu(value, f"{name}[{i}]", keep=keep, sharded=sharded) for i, value in enumerate(state)]
+        return (parts if isinstance(state, list) else tuple(parts)) if keep else None
+    if is_sharded(state):
+        if not sharded:
+            raise TypeError(f"{name} is a DTensor, which belongs into the shared state")
+        state = state.detach().full_tensor()
+    if isinstance(state, Tensor):
+        if type(state.detach()) is not Tensor:
             raise TypeError(f"{name} is a {_type(state)}: a checkpoint holds plain tensors and DTensors")
-        yield name, state
-        return
-    elif type(state) in PLAIN:
-        yield name, state
-        return
-    else:
+        return _plain(state.detach()) if keep else None
+    if type(state) not in PLAIN:
         raise TypeError(f"{name} is a {_type(state)}: a checkpoint holds {ALLOWED}")
-    for key, value in items:
-        yield from leaves(value, f"{name}[{key!r}]")
+    return state if keep else None
 
 
 def _type(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def check_state(state: Any, name: str, *, sharded: bool = True) -> None:
-    """Raises TypeError where a state holds anything but tensors and plain values, or DTensors unless `sharded`."""
-    for leaf, value in leaves(state, name):
-        if not sharded and is_sharded(value):
-            raise TypeError(f"{leaf} is a DTensor, which belongs into the shared state")
-
-
 def num_bytes_of(state: Any) -> int:
-    tensors = (value for _, value in leaves(state, "") if isinstance(value, Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def on_cpu(state: Any, *, keep: bool = True) -> Any:
-    """The same state with plain tensors on the CPU, and DTensors whole.
-
-    All ranks that hold parts of DTensors must call, because these are gathered one after the other. A rank that does
-    not `keep` the result only does its part, and gets None.
-    """
-    if isinstance(state, dict):
-        entries = {key: on_cpu(entry, keep=keep) for key, entry in state.items()}
-        return entries if keep else None
-    if isinstance(state, (list, tuple)):
-        parts = [on_cpu(entry, keep=keep) for entry in state]
-        return (tuple(parts) if isinstance(state, tuple) else parts) if keep else None
-    if is_sharded(state):
-        whole = state.detach().full_tensor()
-        return _plain(whole) if keep else None
-    if not keep:
-        return None
-    return _plain(state.detach()) if isinstance(state, Tensor) else state
+    """Of all tensors in a state."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(num_bytes_of, parts))
 
 
 def _plain(tensor: Tensor) -> Tensor:

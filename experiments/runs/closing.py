@@ -26,7 +26,7 @@ def closing_lines(kind: Experiment, runs: Sequence[Run], results: Path) -> list[
     values = {variant: median_of(own, merit) for variant, own in by_variant.items()}
     best = sorted(values, key=lambda variant: -values[variant] if merit.more_is_better else values[variant])
     shown = best[:SHOWN_VARIANTS]
-    lines = diverged_lines(runs)
+    lines = [*diverged_lines(runs), *idle_lines(runs)]
     lines.append(f"written: {len(runs)} record{'s' * (len(runs) > 1)} in {main[0].path.parents[1]}")
     title = merit.series.partition("/")[2].replace("/", " ").replace("_", " ")
     lines.append(f"{title} at the end, the best first:")
@@ -60,3 +60,13 @@ def diverged_lines(runs: Iterable[Run]) -> list[str]:
             diverged.setdefault(run.attributes["variant"], []).append(f"seed {run.attributes['seed']}{place}")
     named = (f"{name} ({len(seeds)} seeds: {', '.join(seeds)})" for name, seeds in diverged.items())
     return ["diverged: " + ", ".join(named)] if diverged else []
+
+
+def idle_lines(runs: Iterable[Run]) -> list[str]:
+    """A line that names the variants of which no accelerated run accepted a candidate, if there are any."""
+    counts: dict[str, list[float]] = {}
+    for run in runs:
+        if "acceleration/accepted" in run.series:
+            counts.setdefault(run.attributes["variant"], []).append(float(run.series["acceleration/accepted"][-1]))
+    idle = [name for name, accepted in counts.items() if not any(accepted)]
+    return [f"no candidate accepted, as if without acceleration: {', '.join(idle)}"] if idle else []

@@ -214,9 +214,7 @@ def test_results_that_cannot_be_written_are_refused_before_training(config, monk
     monkeypatch.setattr(execute, "train", lambda *args, **kwargs: pytest.fail("training began"))
     assert run(config, results.replace("FILE", str(config))) == 2
     printed = capsys.readouterr().err.splitlines()
-    assert (
-        len(printed) == 1 and printed[0].startswith("error: the results folder ") and "cannot be written" in printed[0]
-    )
+    assert len(printed) == 1 and re.match("error: the results folder .* cannot be written", printed[0])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -319,13 +317,6 @@ def test_reproduce_says_what_it_will_run(config, tmp_path, monkeypatch, capsys):
     assert "loss.png" in printed.out and "epochs to plain's final loss" in printed.out
     monkeypatch.setenv("ONLY", "burgers")
     assert main(["reproduce", "--results", str(tmp_path / "results")]) == 2
-
-
-def test_figures_are_copied_to_the_docs(config, tmp_path, monkeypatch, capsys):
-    run(config, tmp_path / "results", "--set", "seeds=0")
-    monkeypatch.setattr("experiments.commands.figures.DOCS_FIGURES", tmp_path / "docs")
-    assert main(["figures", "--results", str(tmp_path / "results"), "--docs"]) == 0
-    assert (tmp_path / "docs" / "graduate_admissions_test_loss.png").exists()
 
 
 def test_the_module_runs_from_the_checkout():

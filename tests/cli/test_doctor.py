@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from experiments.__main__ import main
+from experiments.commands import doctor
 from experiments.commands.arguments import add_doctor_arguments
 from experiments.distributed.departure import leave
-from experiments.distributed.doctor import command as doctor
 from experiments.distributed.doctor import placement, site, storage
 from experiments.distributed.doctor.facts import Finding, print_report
 
@@ -144,7 +144,7 @@ def test_several_ranks(tmp_path):
     ]
     assert launched.finish(processes) == [0, 0], (tmp_path / "log-1").read_text()
     printed = (tmp_path / "log-0").read_text()
-    for text in ("srun, 2 ranks on 1 hosts", "slurm 7, step 0", "rank 1", "all ranks read in", "all_reduce", "clocks"):
+    for text in ("srun, 2 ranks on 1 hosts", "slurm 7, step 0", "rank 1", "all ranks read in", "all_reduce"):
         assert text in printed
     assert (tmp_path / "log-1").read_text() == ""  # rank 0 alone prints
     assert not list((tmp_path / "results").iterdir())
@@ -160,7 +160,6 @@ def facts(**different):
         "gpus": 0,
         "cores": 4,
         "interfaces": {"lo": "127.0.0.1", "hsn0": "10.0.0.1"},
-        "name": "10.0.0.1",
         "environment": {},
         "all_environment": [],
         "open ssh": False,
@@ -182,8 +181,6 @@ def only(findings):
         ("cores of a task", facts(environment={"SLURM_CPUS_PER_TASK": "7"}), True),
         ("NCCL_SOCKET_IFNAME", facts(environment={"NCCL_SOCKET_IFNAME": "ib0"}), True),
         ("GLOO_SOCKET_IFNAME", facts(environment={"GLOO_SOCKET_IFNAME": "ib0,ib1"}), True),
-        ("name of the host", facts(host="n2", name="127.0.1.1"), False),
-        ("name of the host", facts(host="n2", name="does not resolve"), False),
     ],
 )
 def test_traps(name, second, bad):

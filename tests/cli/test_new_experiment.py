@@ -10,12 +10,10 @@ import sys
 import pytest
 import torch
 import yaml
-from by_autograd import derivatives
 from paths import ROOT
 from test_layout import upward_imports
 
 from experiments.__main__ import main
-from experiments.pinn.equation import compose
 from experiments.pinn.equations import load_equation
 from experiments.records.reading import read_run
 
@@ -58,18 +56,6 @@ def test_the_solution_solves_the_equation_and_a_wrong_sign_is_found(folder):
     (folder / "heat.py").write_text(text.replace("u.time - self.kappa", "u.time + self.kappa"), "utf-8")
     wrong = run_check(folder)
     assert wrong.returncode == 1 and "assert residual < 1e-12" in wrong.stderr
-
-
-def test_the_lift_meets_the_conditions_with_its_own_derivatives(folder):
-    equation = load_equation("heat.py", {}, folder)
-    points, values = equation.conditions(torch.rand(20, 2, dtype=torch.float64))
-    a, b = equation.lift(points)
-    assert torch.allclose(a.value, values, atol=1e-15) and not b.value.any()
-    points = torch.rand(20, 2, dtype=torch.float64)
-    for index, part in enumerate(equation.lift(points)):
-        expected = derivatives(lambda x, index=index: equation.lift(x)[index].value, points)
-        assert all(map(torch.allclose, part, expected))
-    assert compose(a, b, a, 1).value.shape == (20, 1)
 
 
 def test_the_commands_of_the_page_learn_and_draw(folder, capsys):

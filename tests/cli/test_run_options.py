@@ -34,7 +34,7 @@ def test_what_an_override_leaves_out_is_said_once_by_all_ranks(monkeypatch, caps
     assert capsys.readouterr().err == "a note\n"
 
 
-def test_one_rank_says_that_a_run_was_stopped(monkeypatch, capsys):
+def test_one_rank_says_that_a_run_was_stopped(monkeypatch, capsys, tmp_path):
     def stop(*_, **__):
         raise Interrupted("stopped by SIGTERM")
 
@@ -44,10 +44,28 @@ def test_one_rank_says_that_a_run_was_stopped(monkeypatch, capsys):
     config = types.SimpleNamespace(num_ranks=2, launch=None)
     options = argparse.Namespace(jobs=1, force=False, results=None)
     for rank in (0, 1):
+        mark = tmp_path / f"stopped-{rank}"
+        monkeypatch.setenv("AADL_STOPPED_FILE", str(mark))
         ranks = Ranks(rank=rank, world_size=2, launcher="srun")
         code = running.resumable(lambda ranks=ranks: running.execute(Path("a.yaml"), config, ranks, options))
-        assert code == 75
+        assert code == 75 and mark.exists() == (rank == 0)  # for the job script
     assert capsys.readouterr().err == "stopped by SIGTERM: the same command goes on\n"
+
+
+def test_torchrun_starts_the_command_that_was_typed(monkeypatch, tmp_path):
+    lines = []
+
+    class Launcher(contextlib.nullcontext):
+        def wait(self, timeout):
+            return 0
+
+    monkeypatch.setattr(running.subprocess, "Popen", lambda line, env: lines.append(line) or Launcher(Launcher()))
+    config = types.SimpleNamespace(num_ranks=2, experiment="a")
+    options = argparse.Namespace(force=True, results=tmp_path, set=["seeds=0", "scale=b"])
+    running.execute(Path("a.yaml"), config, Ranks(), options)
+    start = lines[0].index("experiments")
+    typed = ["run", "a.yaml", "--results", str(tmp_path), "--force", "--set", "seeds=0", "--set", "scale=b"]
+    assert "--nproc-per-node=2" in lines[0][:start] and lines[0][start + 1 :] == typed
 
 
 def test_a_dry_run_shows_the_runs_and_changes_nothing(config, tmp_path, monkeypatch, capsys):

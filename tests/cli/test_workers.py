@@ -210,14 +210,17 @@ def test_signals_end_the_runs_of_jobs(tmp_path, number, expected):
     assert "resource_tracker" not in err  # nor is the helper process of the pool ended
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals_reach_the_runs_of_jobs_after_one_has_failed(tmp_path, number):
-    process, results = start_jobs(tmp_path, "0", {"sgd_aadl 0"}, failing="sgd 0")
-    os.killpg(process.pid, number)
+    process, results = start_jobs(tmp_path, "0-3", {"sgd_aadl 0"}, failing="sgd 0")
+    if number == signal.SIGKILL:
+        kill_worker(results, "sgd_aadl 0")
+    else:
+        os.killpg(process.pid, number)
     code, _, err = end(process)
     assert code == 1 and err.splitlines()[-1] == f"error: {FAILURE}"
     assert f"\n{FAILURE}; what has begun is finished first\n" in err
-    assert saved(results) == {"sgd_aadl 0"}
+    assert saved(results) == (set() if number == signal.SIGKILL else {"sgd_aadl 0"})
 
 
 def test_where_a_worker_of_jobs_is_killed_the_other_saves(tmp_path):
@@ -226,14 +229,6 @@ def test_where_a_worker_of_jobs_is_killed_the_other_saves(tmp_path):
     code, _, err = end(process)
     assert code == 1 and "error: a worker process was killed" in err.splitlines()[-1]
     assert saved(results) == {"sgd_aadl 0"}  # and none that lay in the queue has begun
-
-
-def test_jobs_end_where_a_worker_is_killed_after_a_run_has_failed(tmp_path):
-    process, results = start_jobs(tmp_path, "0-3", {"sgd_aadl 0"}, failing="sgd 0")
-    kill_worker(results, "sgd_aadl 0")
-    code, _, err = end(process)
-    assert code == 1 and err.splitlines()[-1] == f"error: {FAILURE}"
-    assert saved(results) == set()
 
 
 # As a program ends on an error of its own: torch must not see workers fail.

@@ -37,12 +37,10 @@ from aadl.decisions import Decisions
 from data_loaders.imagenet.reading import Reader
 from experiments.__main__ import main
 from experiments.distributed.departure import leave
-from experiments.distributed.interruption import Interruption
 from experiments.records.reading import read_run
 from experiments.runs import checkpoint
 from experiments.runs.session import RunSession
 from experiments.training import train
-from experiments.training.closure import Closure
 from experiments.training.train import Training
 
 HERE = Path(__file__).resolve().parent
@@ -50,33 +48,17 @@ ROOT = HERE.parent.parent
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support", HERE)))
 """Where the processes of a job find the suite and the modules of the tests."""
 INSTRUCTIONS = "AADL_FAULTS"
-DAY = 86_400.0
 LONGEST_SECONDS = 300.0
 """A job that lasts longer has failed to end."""
-STATE_OF_THE_END = (
-    "model",
-    "stages",
-    "plan",
-    "average",
-    "updates",
-    "problem",
-    "num_steps",
-    "interval",
-)
+STATE_OF_THE_END = ("model", "stages", "plan", "average", "updates", "problem", "num_steps", "interval")
 """Parts of a run's state that must repeat bit for bit; the others are times, and series, which are compared apart."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a process, once.
-
-    Attributes:
-        action: a signal's name, or one of the actions of `_Injector`.
-        place: where: "step" (before it), "validation", "acceleration", "worker" (of data), "gathering" (the state of
-            all ranks, during a save), or one of `system_calls.POINTS`.
-        step: not before so many steps were taken.
-        rank: to whom; -1 for all ranks.
-        attempt: number of torchrun's attempt.
+    """What happens once to the process of a rank, or of all for -1, not before so many steps: a signal, or an action of
+    `_Injector`. Places are "step" (before it), "validation", "acceleration", "worker" (of data), "gathering" (the state
+    of all ranks, during a save), and `system_calls.POINTS`; attempts are those of torchrun.
     """
 
     action: str
@@ -92,10 +74,8 @@ class Fault:
 class _Injector:
     """Keeps the diary of this process, one line an event, and lets the faults happen."""
 
-    def __init__(
-        self, diary: str, faults: Sequence[Mapping[str, Any]], pace: float, rows: bool, skewed: bool, ballast: str
-    ) -> None:
-        self._diary, self._pace, self._rows, self._skewed, self._ballast = diary, pace, rows, skewed, ballast
+    def __init__(self, diary: str, faults: Sequence[Mapping[str, Any]], pace: float, rows: bool, ballast: str) -> None:
+        self._diary, self._pace, self._rows, self._ballast = diary, pace, rows, ballast
         self._rank = int(os.environ.get("RANK", os.environ.get("PMI_RANK", "0")))
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._left = [Fault(**fault) for fault in faults]
@@ -140,11 +120,6 @@ class _Injector:
     def _send_another_shape(self) -> None:
         dist.all_reduce(torch.zeros(3))
 
-    def _let_a_day_pass(self) -> None:
-        left = Interruption.seconds_left.fget
-        assert left is not None
-        Interruption.seconds_left = property(lambda interruption: left(interruption) - DAY)  # type: ignore[assignment]
-
     def _fill_disk(self) -> None:
         with open(self._ballast, "wb", buffering=0) as file, suppress(OSError):
             while file.write(bytes(1 << 12)):
@@ -153,7 +128,7 @@ class _Injector:
     def patch(self) -> None:
         """Puts the diary and the faults around the suite's functions, in this process."""
         step, result, restore, save = Training.take_step, Training.result, RunSession.restore, RunSession.save
-        evaluate, accelerate, call = train.evaluate, Decisions.accelerate, Closure.__call__
+        evaluate, accelerate = train.evaluate, Decisions.accelerate
         read, on_cpu = Reader.__getitem__, checkpoint.on_cpu
 
         def stepping(run: Training, batch: Any) -> None:
@@ -194,10 +169,6 @@ class _Injector:
             self.meet("gathering")
             return on_cpu(*arguments, **options)
 
-        def skewed(closure: Closure) -> torch.Tensor:
-            loss = call(closure)
-            return loss * (1 + self._rank * (2 if closure.num_losses % 3 else -0.9))
-
         def reading(reader: Any, key: Any) -> Any:
             if key.epoch is not None and key.epoch > 1:
                 self.meet("worker")
@@ -212,7 +183,6 @@ class _Injector:
             (Decisions, "accelerate"): accelerating,
             (checkpoint, "on_cpu"): gathering,
             (Reader, "__getitem__"): reading,
-            **({(Closure, "__call__"): skewed} if self._skewed else {}),
         }
         for (owner, name), function in replacements.items():
             setattr(owner, name, function)
@@ -274,15 +244,7 @@ class Hung(Exception):
 
 @dataclass
 class Ended:
-    """What a job left.
-
-    Attributes:
-        codes: exit code of each rank; that of a signal is negative.
-        start: when it was started, by the monotonic clock.
-        end: when its last process ended.
-        log: what its processes wrote.
-        diary: of all of its processes.
-    """
+    """What a job left: exit codes by rank (that of a signal is negative), times, and what its processes wrote."""
 
     codes: list[int]
     start: float
@@ -291,7 +253,6 @@ class Ended:
     diary: list[dict[str, Any]] = field(repr=False)
 
     def entries(self, what: str, rank: int | None = None) -> list[dict[str, Any]]:
-        """Entries of a kind, of a rank if it is given."""
         return [entry for entry in self.diary if entry["what"] == what and rank in (None, entry["rank"])]
 
     @property
@@ -329,11 +290,7 @@ class Job:
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def wait_for(self, what: str, count: int = 1, seconds: float = LONGEST_SECONDS) -> bool:
-        """Waits for entries of the diary; False if the job ended without them.
-
-        Raises:
-            Hung: it took too long.
-        """
+        """Waits for entries of the diary; False if the job ended without them."""
         end = time.monotonic() + seconds
         while sum(entry["what"] == what for entry in self.diary()) < count:
             if not self.lives:
@@ -346,7 +303,6 @@ class Job:
 
     @property
     def lives(self) -> bool:
-        """Whether one of its processes runs."""
         return any(process.is_alive() for process in self._processes)
 
     def send(self, number: int, rank: int | None = None, *, with_workers: bool = False) -> None:
@@ -362,11 +318,7 @@ class Job:
             process.join()
 
     def wait(self, seconds: float = LONGEST_SECONDS) -> Ended:
-        """Waits for all processes.
-
-        Raises:
-            Hung: they did not end in time; they are killed.
-        """
+        """Waits for all processes, and kills those that do not end in time."""
         end = time.monotonic() + seconds
         for process in self._processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -385,18 +337,12 @@ class Place:
     """An output folder, and the command that is started on it again and again."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, results: Path | None = None) -> None:
-        """Args:
-        folder: a new one, for everything that is not the job's output.
-        config: the configuration.
-        results: the job's output folder; below `folder` if None.
-        """
         self.folder, self.results = folder, results or folder / "results"
         folder.mkdir(parents=True)
         self._numbers = itertools.count(1)
         self.configure(config)
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Changes the configuration."""
         self.config = self.folder / "config.yaml"
         self.config.write_text(json.dumps(config))  # which is YAML, too
 
@@ -407,7 +353,7 @@ class Place:
 
     def instructions(self, diary: Path, faults: Sequence[Fault], **more: Any) -> dict[str, str]:
         """Variable for the processes of a job."""
-        options = {"pace": 0.0, "rows": False, "skewed": False, "ballast": "", **more}
+        options = {"pace": 0.0, "rows": False, "ballast": "", **more}
         return {INSTRUCTIONS: json.dumps({"diary": str(diary), "faults": [asdict(f) for f in faults], **options})}
 
     def files(self) -> tuple[Path, Path]:
@@ -415,23 +361,10 @@ class Place:
         number = next(self._numbers)
         return self.folder / f"start-{number}.log", self.folder / f"start-{number}.jsonl"
 
-    def start(
-        self,
-        *faults: Fault,
-        ranks: int = 1,
-        variables: Mapping[str, str] | None = None,
-        **more: Any,
-    ) -> Job:
-        """Starts the command.
-
-        Args:
-            faults: that happen to it.
-            ranks: number of processes, which find each other as those of mpiexec do.
-            variables: of the environment, besides.
-            more: options of `_Injector`: pace, rows, skewed, ballast.
-        """
+    def start(self, *faults: Fault, ranks: int = 1, **more: Any) -> Job:
+        """Starts the command, on ranks that find each other as those of mpiexec do; more are options of `_Injector`."""
         log, diary = self.files()
-        base = launched.clean_environment() | self.instructions(diary, faults, **more) | dict(variables or {})
+        base = launched.clean_environment() | self.instructions(diary, faults, **more)
         job = secrets.token_hex(4)
         processes = []
         for rank in range(ranks):
@@ -442,7 +375,6 @@ class Place:
         return Job(processes, log, diary)
 
     def run(self, *faults: Fault, **more: Any) -> Ended:
-        """Starts the command and waits for its end."""
         return self.start(*faults, **more).wait()
 
     @property
@@ -461,10 +393,7 @@ class Place:
 def differences(expected: tuple[Place, Ended], found: tuple[Place, Ended], tolerance: float | None = None) -> list[str]:
     """How two finished runs differ: final states by digest on all ranks, records series by series, without times.
 
-    Args:
-        expected: an uninterrupted run and its end.
-        found: the other one and its last part.
-        tolerance: relative, of the losses, which are then compared alone; None for equal bits of everything.
+    With a relative tolerance losses alone are compared; without one, all are equal bit for bit.
     """
     if any(found[1].codes):
         return [f"it ended with {found[1].codes}: {found[1].tail()}"]

@@ -54,7 +54,6 @@ QUICK = os.environ.get("FAULTS") != "all"
 
 
 def has_met_its_fault(ended: Ended) -> None:
-    """Checks that the fault has happened."""
     assert ended.entries("fault"), f"the fault did not happen: {ended.tail()}"
 
 
@@ -67,25 +66,17 @@ class Site:
     """Where the jobs of the faults are, and the runs without any, made once each."""
 
     def __init__(self, folder: Path) -> None:
-        """Args:
-        folder: for everything that the jobs write.
-        """
         self.folder = folder
         start_server()
         self._references: dict[tuple[str, int], tuple[Place, Ended]] = {}
         self._count = 0
 
     def place(self, config: Mapping[str, Any] = TABLE, results: Path | None = None) -> Place:
-        """A new output folder."""
         self._count += 1
         return Place(self.folder / f"place-{self._count}", config, results=results)
 
     def reference(self, config: Mapping[str, Any] = TABLE, ranks: int = 1) -> tuple[Place, Ended]:
-        """The uninterrupted run.
-
-        Raises:
-            RuntimeError: not even that ends well.
-        """
+        """The uninterrupted run."""
         quiet = {**config, "save": {"every_seconds": 1e6}}
         if "num_workers" in config["problem"]:  # which change nothing
             quiet = changed(quiet, problem={"num_workers": 0})
@@ -123,7 +114,6 @@ class Site:
         return first
 
     def images(self) -> str:
-        """A small set of images."""
         folder = self.folder / "images"
         if not folder.exists():
             settings = fractals.Settings(4, images_per_class=12, validation_per_class=5, size=24, seed=3)

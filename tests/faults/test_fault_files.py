@@ -1,7 +1,6 @@
 """Faults of files: writers that are killed, damaged and forged checkpoints, full and forbidden disks."""
 
 import random
-import shutil
 import signal
 import time
 
@@ -10,20 +9,6 @@ import pytest
 from disks import small_disk
 from fault_jobs import Fault
 from fault_site import PACE, QUICK, STEPS_PER_EPOCH, TABLE, changed, goes_on, has_met_its_fault, kept
-from system_calls import POINTS
-
-
-@pytest.mark.parametrize("point", ["after fsync", "after replace"] if QUICK else POINTS)
-def test_sigkill_of_rank_0_at_a_point_of_writing_a_checkpoint(site, point):
-    ranks = 1 if QUICK else 2
-    place = site.place()
-    first = place.run(Fault("SIGKILL", place=point, step=24), ranks=ranks, pace=PACE)
-    has_met_its_fault(first)
-    steps = kept(place)
-    assert steps and steps[0] in [entry["step"] for entry in first.entries("save", 0)][-2:]
-    again = place.run(ranks=ranks)
-    assert again.restored == steps[0]
-    site.equals(place, again, ranks=ranks)
 
 
 @pytest.mark.parametrize("rank", [0, 1, -1])
@@ -35,37 +20,6 @@ def test_sigkill_of_a_rank_or_of_both_amid_a_save(site, rank):
     assert len({(entry["step"], entry["digest"]) for entry in again.entries("restored")}) == 1
     goes_on(first, again)
     site.equals(place, again, ranks=2)
-
-
-# ---- damaged checkpoints ---------------------------------------------------------------------------------------------
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken_as_long_as_there_is_one(site):
-    """What else may have happened to a file, and forged ones, are tried in tests/unit/experiments/runs."""
-    place = site.place()
-    site.stopped(place, Fault("SIGTERM", step=21), pace=PACE)
-    shutil.copytree(place.results, place.folder / "original")
-    newest = max(place.run_folder.glob("step-*"))
-    flip_a_bit(newest)
-    again = place.run()
-    assert f"checkpoint {newest.name} is not used: {newest.name} is damaged" in again.log
-    site.equals(place, again)
-
-    shutil.rmtree(place.results)
-    shutil.copytree(place.folder / "original", place.results)
-    for path in place.run_folder.glob("step-*"):
-        flip_a_bit(path)
-    last = place.run()
-    assert last.codes == [1] and "no checkpoint in" in last.log and "Traceback" not in last.log
-
-
-# ---- disks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("what", "moment"), [("checkpoint", "step"), ("record", "after unlink")])
@@ -80,9 +34,6 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_costs_no_checkpoint(site, 
         assert not [path.name for path in disk.rglob("*") if "tmp" in path.name] and kept(place)
         ballast.unlink()
         site.recovers(place, first)
-
-
-# ---- the record ------------------------------------------------------------------------------------------------------
 
 
 def test_sigkill_while_the_record_is_written_and_read_by_others(site):

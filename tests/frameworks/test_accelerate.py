@@ -99,16 +99,6 @@ def test_a_resumed_training_repeats_the_uninterrupted_one(tmp_path, place, momen
     assert resumed.statistics == whole.statistics and whole.statistics["accepted"] >= 1
 
 
-def test_a_wrapped_optimizer_is_accelerated_once():
-    script = Script("before prepare")
-    with pytest.raises(ValueError, match="accelerated already"):
-        aadl.accelerate(script.optimizer)
-    aadl.remove_acceleration(script.optimizer)
-    aadl.accelerate(script.optimizer)
-    script.train(EPOCHS)
-    assert script.statistics["steps"] == STEPS and script.statistics["accepted"] >= 1
-
-
 @pytest.mark.parametrize("place", ["before prepare", "after prepare"])
 def test_a_closure_of_the_users_own_is_judged_by_its_loss(place):
     script = Script(place, with_closure=True)

@@ -90,16 +90,6 @@ def test_a_resumed_training_repeats_the_uninterrupted_one(tmp_path, place, momen
     assert resumed.statistics == whole.statistics and whole.statistics["accepted"] >= 1
 
 
-def test_a_wrapped_optimizer_is_accelerated_once():
-    script = Script("before setup")
-    with pytest.raises(ValueError, match="accelerated already"):
-        aadl.accelerate(script.optimizer)
-    aadl.remove_acceleration(script.optimizer)
-    aadl.accelerate(script.optimizer)
-    script.train(EPOCHS)
-    assert script.statistics["steps"] == STEPS and script.statistics["accepted"] >= 1
-
-
 def test_accumulated_gradients_are_one_step():
     script = Script("before setup")
     for _ in range(2 * EPOCHS):

@@ -338,27 +338,3 @@ def test_the_search_for_a_learning_rate_leaves_no_trace(tmp_path):
     searched, statistics = run(True)
     alone, expected = run(False)
     assert torch.equal(searched, alone) and statistics == expected
-
-
-def test_layers_that_thaw_join_the_candidates(tmp_path):
-    """`BaseFinetuning` adds a group of parameters to the optimizer in the midst of the training."""
-
-    class Thaw(L.callbacks.BaseFinetuning):
-        def freeze_before_training(self, module):
-            module.network.bias.requires_grad_(False)
-
-        def finetune_function(self, module, epoch, optimizer):
-            if epoch == 5:
-                module.network.bias.requires_grad_(True)
-                optimizer.add_param_group({"params": [module.network.bias]})
-
-    class Frozen(Regression):
-        def configure_optimizers(self):
-            optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=LEARNING_RATE)
-            return aadl.accelerate(optimizer)
-
-    module = Frozen(True)
-    trainer, _ = fit(module, tmp_path, callbacks=[Thaw()])
-    statistics = statistics_of(trainer)
-    assert statistics["resets"] == {"parameters_changed": 1} and statistics["accepted"] >= 1
-    assert statistics["steps"] == trainer.global_step

@@ -27,11 +27,9 @@ STEPS = 40
 WAY, END = 2.0, 1.02
 """How far losses may lie above those of the base optimizer, on the way and at the end (or above the first loss, since
 some optimizers hardly move in so short a run, and others begin by going up)."""
-FURTHER = {
-    "Ranger21": {"num_iterations": STEPS},
-    "CAME": {"lr": 1e-3},
-    "SGDP": {"lr": 1e-2},
-} | {name: {"lr": 1e-2, "momentum": 0.9} for name in ("LARS", "LARS8bit", "LARS32bit", "SGD", "SGD8bit", "SGD32bit")}
+FURTHER = {"Ranger21": {"num_iterations": STEPS}, "CAME": {"lr": 1e-3}, "SGDP": {"lr": 1e-2}} | {
+    name: {"lr": 1e-2, "momentum": 0.9} for name in ("LARS", "LARS8bit", "LARS32bit", "SGD", "SGD8bit", "SGD32bit")
+}
 RATE = {"lr": 1e-2}
 """For those without a default."""
 OF_MATRICES = {"Muon", "SingleDeviceMuon", "SpectralSphere"}
@@ -100,9 +98,7 @@ NAMES = (
 PACKAGES = {
     "pytorch_optimizer": of_pytorch_optimizer,
     "timm": lambda: classes_of(*modules_of_timm()),
-    "transformers.optimization": lambda: {
-        "Adafactor": importlib.import_module("transformers.optimization").Adafactor,
-    },
+    "transformers.optimization": lambda: {"Adafactor": importlib.import_module("transformers.optimization").Adafactor},
 } | {name: lambda name=name: classes_of(importlib.import_module(name)) for name in NAMES}
 
 

@@ -40,7 +40,10 @@ def swap_on_rank_0(rank):
 
 
 def load_while_pending(rank):
-    """Once, two steps after a candidate was accepted; notes how far the weights are from there three steps later."""
+    """Once, two steps after a candidate was accepted.
+
+    Notes how far the weights are from there three steps later, and the columns after the next acceleration.
+    """
 
     def change(step, model, optimizer):
         accelerator = aadl.accelerator_of(optimizer)
@@ -50,8 +53,10 @@ def load_while_pending(rank):
         if change.at and step == change.at + 3:
             gap = parallel_runs.values_of(model) - change.there
             change.distance = float(gap.norm() / change.there.norm())
+        if change.at and change.columns is None and step % RANKS["frequency"] == 0:
+            change.columns = len(accelerator.history.columns)
 
-    change.at, change.distance = 0, float("nan")
+    change.at, change.distance, change.columns = 0, float("nan"), None
     return change
 
 
@@ -76,7 +81,8 @@ def change_on_ranks(rank, size):
             result = parallel_runs.run(
                 rank, size, settings, wrap=wrap, make=make, loss=parallel_runs.part_of_batch, steps=100, after=change
             )
-            results[name, kind] = result | {"distance": getattr(change, "distance", None)}
+            noted = {key: getattr(change, key, None) for key in ("distance", "columns")}
+            results[name, kind] = result | noted
     return results
 
 
@@ -92,3 +98,4 @@ def test_ranks_agree_about_what_some_of_them_saw(spawn_ranks):
         whole = name in ("replicas", "shared history")  # what one rank alone saw was put back
         assert kind != "swap" or counts["moved"] == (0 if whole else 3), name
         assert kind != "load" or ours["distance"] < 0.5, name  # taken back, it would be 0.95
+        assert kind != "load" or ours["columns"] == 0, name  # it leads far away

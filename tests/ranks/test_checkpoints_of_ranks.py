@@ -147,39 +147,6 @@ def test_a_run_goes_on_at_another_number_of_ranks(saved, spawn_ranks, size):
             assert ours["statistics"]["accepted"] == whole["statistics"]["accepted"], (kind, step)
 
 
-def save_plainly(rank, size, folder):
-    """Replicas with whole histories: torch.save of one rank is enough for all."""
-    settings = SETTINGS | {"average": "always", "average_window": 2}
-    results = {}
-    for name in ("whole", "resumed", "forgotten"):
-        model = replica(network(), rank, size)
-        optimizer = aadl.accelerate(gentle_adam(model.parameters()), **settings)
-        path = folder / "plain.checkpoint"
-        if name == "whole":
-            go_on(rank, size, model, optimizer, 1, 33, part_of_batch)
-            if rank == 0:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-            torch.distributed.barrier()
-        else:
-            state = torch.load(path, weights_only=True)
-            if name == "forgotten":
-                state["optimizer"].pop("aadl")
-            model.load_state_dict(copy.deepcopy(state["model"]))
-            optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        results[name] = go_on(rank, size, model, optimizer, 34, STEPS, part_of_batch)
-    return results
-
-
-def test_plain_checkpoints_of_replicas(spawn_ranks, tmp_path):
-    outcomes = spawn_ranks(save_plainly, 2, tmp_path)
-    whole, resumed, forgotten = (outcomes[0][name] for name in ("whole", "resumed", "forgotten"))
-    assert agree([outcome["resumed"] for outcome in outcomes])
-    assert torch.equal(resumed["weights"], whole["weights"])
-    assert identical(resumed["statistics"], whole["statistics"])
-    assert whole["statistics"]["accepted"] > 0
-    assert distance(forgotten, whole) > 1e-3
-
-
 # ---- get_state_dict and set_state_dict -----------------------------------------------------------------------------
 
 

@@ -10,14 +10,12 @@ from parallel_runs import (
     LOSS,
     RESIDUAL,
     SAME_ON_RANKS,
-    agree,
     check_same_run,
     counts_of,
     distance,
     gamma_distance,
     network,
     part_of_batch,
-    replica,
     run,
     shard,
     sharded,
@@ -70,14 +68,6 @@ def kept_gathered(model, rank, size):
 def no_resharding():
     """What a loss safeguard unaware of FSDP would do: judge the gathered copies of the last forward pass."""
     return mock.patch.object(FSDPModule, "reshard", lambda self: None)
-
-
-def clamp(step, model, optimizer):
-    """A projection by the user that touches the elements of one shard alone."""
-    if step % 3 == 0:
-        with torch.no_grad():
-            for p in model.parameters():
-                getattr(p, "_local_tensor", p).clamp_(max=0.4)
 
 
 def train_sharded(rank, size):
@@ -189,25 +179,3 @@ def test_every_rank_keeps_the_history_of_its_shards(world, references):
     assert any(0 in outcome["shards"] for outcome in outcomes)  # ranks without a part of some parameter
     if size == 4:
         assert sum(outcome["replicas", "residual"]["bytes"] for outcome in outcomes) == 2 * whole
-
-
-def train_clamped(rank, size):
-    """A user's projection of the weights that some ranks notice in their shards and others do not."""
-    results = {
-        "sharded": run(rank, size, CALM | RESIDUAL, wrap=sharded, loss=part_of_batch, steps=STEPS, after=clamp),
-        "shared": run(
-            rank, size, CALM | RESIDUAL | {"shard_history": True}, wrap=replica, loss=part_of_batch, steps=STEPS,
-            after=clamp,
-        ),
-    }  # fmt: skip
-    return results
-
-
-@pytest.mark.parametrize("name", ["sharded", "shared"])
-def test_ranks_agree_where_the_user_changed_the_shards_of_some(spawn_ranks, name):
-    outcomes = [outcome[name] for outcome in spawn_ranks(train_clamped, 2)]
-    alone = run(0, 1, CALM | RESIDUAL, steps=STEPS, after=clamp)
-    assert alone["statistics"]["moved"] > 0
-    assert agree(outcomes)
-    assert counts_of(outcomes[0]) == counts_of(outcomes[1]) == counts_of(alone)
-    assert distance(outcomes[0], alone) < 1e-9

@@ -6,7 +6,17 @@ import json
 import torch
 from torch import Tensor
 
-from experiments.runs.checkpoint_state import is_sharded, leaves
+from experiments.runs.checkpoint_state import is_sharded
+
+
+def leaves(state, name):
+    """Tensors, plain values and empty containers by name."""
+    if isinstance(state, (dict, list, tuple)):
+        yield name, type(state)()
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, f"{name}[{key!r}]")
+    else:
+        yield name, state
 
 
 def digest(state):

@@ -1,1 +1,1 @@
-"""The command `python -m experiments doctor`."""
+"""What `python -m experiments doctor` examines."""

@@ -55,20 +55,12 @@ def facts_of(ranks: Ranks, results: Path) -> dict[str, Any]:
         "gpus": torch.cuda.device_count() if gpu else 0,
         "cores": num_cores(),
         "interfaces": {name: ", ".join(entries) for name, entries in interface_addresses().items()},
-        "name": _resolved(socket.gethostname()),
         "start method": safe_start_method(),
         "environment": {name: os.environ[name] for name in names if name in os.environ},
         "all_environment": sorted(os.environ),
         "open ssh": ssh.exists() and bool(ssh.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)),
         "local_size": ranks.local_size,
     }
-
-
-def _resolved(host: str) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return "does not resolve"
 
 
 # ---- findings --------------------------------------------------------------------------------------------------------

@@ -12,9 +12,7 @@ import torch.distributed as dist
 from experiments.distributed.devices import device_of
 from experiments.distributed.doctor.facts import Finding, groups, who
 from experiments.distributed.ranks import Ranks
-from experiments.distributed.together import gather
 
-SKEW_SECONDS = 1.0
 SIZES_BYTES = (2**12, 2**20, 2**24)
 ROWS = 16  # of a list by rank, before it is cut
 
@@ -88,19 +86,6 @@ def binding_of(places: Sequence[Mapping[str, Any]], facts: Sequence[Mapping[str,
         findings.append(Finding("threads", f"{places[0]['threads']} on {facts[0]['cores']} cores"))
     findings.append(Finding("start method of workers", facts[0]["start method"]))
     return findings
-
-
-def clocks(ranks: Ranks) -> list[Finding]:
-    if ranks.world_size == 1:
-        return []
-    skews = []
-    for _ in range(5):
-        dist.barrier()
-        times = gather(ranks, time.time())
-        skews.append(max(times) - min(times))
-    skew = min(skews)  # the others measure how late ranks left the barrier, too
-    cure = "have the clocks of the nodes set (chrony, ntp)" if skew > SKEW_SECONDS else ""
-    return [Finding("clocks", f"within {skew * 1e3:.0f} ms of each other", cure)]
 
 
 def bandwidth(ranks: Ranks) -> list[Finding]:

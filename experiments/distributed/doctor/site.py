@@ -64,14 +64,6 @@ def traps(facts: Sequence[Mapping[str, Any]]) -> list[Finding]:
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         cure = f"unset {variable}, or name an interface that is there"
         trap(variable, cure, partial(_no_interface, variable=variable))
-    if len({fact["host"] for fact in facts}) > 1:
-        trap(
-            "name of the host",
-            "nothing, as long as launch.interface is auto or names an interface",
-            lambda fact: f"{fact['host']} is {fact['name']}" if not fact["name"][:1].isdigit() or
-            fact["name"].startswith("127.") else "",
-            bad=False,
-        )  # fmt: skip
     return findings
 
 

@@ -16,7 +16,7 @@ import pytest
 import stand_in
 import torch
 import yaml
-from every_experiment import EXPERIMENTS, check_against_one_process, run_plainly, write_config
+from every_experiment import check_against_one_process, run_plainly, write_config
 from suite_cases import table_lines
 
 from jobs import site as sites
@@ -246,13 +246,6 @@ def test_the_fake_refuses_what_the_machine_would(summit, tmp_path, old, new, pri
     assert printed in summit.log(job) and not stand_in.started(tmp_path, job)
 
 
-def test_six_ranks_on_each_node_of_summit(summit, tmp_path):
-    (tmp_path / "go").touch()
-    [job] = summit.submit("--nodes", "2", "--python", stand_in.make(tmp_path))
-    assert summit.wait_for_end(job) == 0
-    assert sorted(stand_in.started(tmp_path, job)) == list(range(12))
-
-
 def test_the_wrong_way_to_hand_in_a_script_is_refused(lsf):
     command, printed = {
         "summit": (["bsub"], "use bsub script"),
@@ -261,9 +254,9 @@ def test_the_wrong_way_to_hand_in_a_script_is_refused(lsf):
     assert printed in lsf.type(*command, code=255)
 
 
-def check_experiment(lsf, tmp_path, monkeypatch, experiment):
+def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path, monkeypatch):
     monkeypatch.setenv("AADL_DATA_DIR", lsf.env["AADL_DATA_DIR"])
-    config = write_config(experiment, tmp_path)
+    config = write_config("graduate_admissions", tmp_path)
     [job] = lsf.submit("--nodes", "2", "--ranks-per-node", "2", config=config)
     run_plainly(config, tmp_path / "plain")
     assert lsf.wait_for_end(job, 240) == 0, lsf.log(job)
@@ -271,17 +264,8 @@ def check_experiment(lsf, tmp_path, monkeypatch, experiment):
     check_against_one_process(lsf.results, tmp_path / "plain", launcher=launcher, world_size=4)
 
 
-def test_an_experiment_gives_the_numbers_of_a_plain_run(lsf, tmp_path, monkeypatch):
-    check_experiment(lsf, tmp_path, monkeypatch, "graduate_admissions")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, which the job would see")
 def test_a_job_that_asked_for_gpus_and_sees_none_stops(generic):
     [job] = generic.submit("--nodes", "1", "--gpus-per-node", "2")
     assert generic.wait_for_end(job) != 0
     assert re.search(r"LSB_EFFECTIVE_RSRCREQ=.*ngpus_physical=2.* gives the job GPUs, but rank 0", generic.log(job))
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS[1:])
-def test_jsrun_runs_the_other_experiments(summit, tmp_path, monkeypatch, experiment):
-    check_experiment(summit, tmp_path, monkeypatch, experiment)

@@ -300,22 +300,6 @@ def test_a_compiled_step_accelerates_and_is_not_compiled_again_and_again():
     assert counters[1].frame_count <= 2 * counters[0].frame_count + 2
 
 
-def test_host_tensors_are_made_on_the_host_whatever_the_default_device():
-    """As after torch.set_default_device("cuda"); the base optimizer makes no tensors here."""
-    ends = []
-    for device in ("cpu", "meta"):
-        model = network()
-        optimizer = aadl.accelerate(sgd(model, 0.01, momentum=0.9), **RESIDUAL | {"average": "always"})
-        closure = closure_of(model, optimizer)
-        for _ in range(40):
-            closure()
-            with torch.device(device):
-                optimizer.step()
-        ends.append(snapshot(model, optimizer))
-    assert statistics(optimizer)["accepted"] > 0
-    assert identical(*ends)
-
-
 # ---- modes of torch ------------------------------------------------------------------------------------------------
 
 
@@ -366,14 +350,15 @@ def test_what_is_called_under_a_mode_of_torch_disturbs_no_step(call, mode):
     assert identical(*ends)
 
 
+@pytest.mark.parametrize("average", [False, "always"])
 @pytest.mark.parametrize("mode", MODES)
-def test_steps_under_a_mode_of_torch(mode):
+def test_steps_under_a_mode_of_torch(mode, average):
     ends = []
     for used in (False, True):
         model = network()
         optimizer = sgd(model)
         with MODES[mode]() if used else nullcontext():
-            aadl.accelerate(optimizer, **RESIDUAL)
+            aadl.accelerate(optimizer, **RESIDUAL | {"average": average})
         closure = closure_of(model, optimizer)
         for _ in range(30):
             closure()

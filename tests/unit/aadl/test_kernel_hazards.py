@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from histories import copy_histories_to_the_host
-from small_runs import ALWAYS, identical, missing_for_compilation, statistics
+from small_runs import ALWAYS, missing_for_compilation, statistics
 from torch.utils.flop_counter import FlopCounterMode
 
 import aadl
@@ -74,24 +74,6 @@ def test_where_torch_would_run_compiled_kernels_as_they_are_written(mode, safegu
     assert not torch.allclose(plain, x, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("unbroken")
-@pytest.mark.parametrize("mode", MODES)
-def test_a_pair_is_stored_once(mode):
-    given = torch.randn(3, LONG)
-
-    def stored(fused, times=1):
-        value, residual, mapped = given.clone()
-        rows = torch.zeros(2, LONG)
-        for _ in range(times):
-            kernels.store(value, mapped, residual, mapped, (rows[0], rows[1]), 1.0, None, fused)
-        return [residual, mapped, rows]
-
-    with MODES[mode]():
-        there = stored(True)
-    assert identical(there, stored(False))
-    assert not identical(there, stored(False, times=2))
-
-
 def in_threads(function, arguments, *, at_once):
     """function(argument) by argument, each in a thread of its own."""
     results = {}
@@ -102,20 +84,6 @@ def in_threads(function, arguments, *, at_once):
     for thread in threads:
         thread.join()
     return results
-
-
-def test_two_threads_with_an_optimizer_each_do_not_share_numbers():
-    def train(seed):
-        x, optimizer, step = quadratic(200_000, seed=seed, fused=False, safeguard="residual")
-        step(24)
-        return x.detach(), statistics(optimizer)
-
-    alone = in_threads(train, (1, 2), at_once=False)
-    assert not torch.equal(alone[1][0], alone[2][0])
-    assert alone[1][1]["accepted"] > 1
-    for _ in range(2):
-        together = in_threads(train, (1, 2), at_once=True)
-        assert all(identical(alone[seed], together[seed]) for seed in (1, 2))
 
 
 def test_a_work_area_belongs_to_a_thread():
@@ -145,31 +113,6 @@ def test_rows_of_a_blow_up_are_not_read_after_a_reset(fused):
     assert x.isfinite().all() and statistics(optimizer)["attempts"] > 0
     assert aadl.accelerator_of(optimizer).uses_compiled_kernels == fused
     assert bool(compilation.variants) == fused
-
-
-def test_a_refused_state_changes_nothing_in_the_middle_of_a_macro_step():
-    settings = {"store_each_nth": 2, "frequency": 4, "dtype": torch.float64}
-    _, other, step = quadratic(5, momentum=0.9, **settings)
-    step(4)
-    wrong, runs = aadl.accelerator_of(other).state_dict(), []
-    for load in ("nothing", "wrong", "fitting"):
-        x, optimizer, step = quadratic(6, **settings)
-        accelerator = aadl.accelerator_of(optimizer)
-        step(6)
-        fitting = copy.deepcopy(accelerator.state_dict())
-        step(3)  # now in the middle of one
-        before = list(accelerator.history.columns), accelerator.history.has_pair
-        if load == "wrong":
-            with pytest.raises(ValueError, match="shape"):
-                accelerator.load_state_dict(wrong)
-            assert (list(accelerator.history.columns), accelerator.history.has_pair) == before
-            assert before[0] and before[1]
-        elif load == "fitting":
-            accelerator.load_state_dict(fitting)
-        step(7)
-        runs.append((x.detach(), statistics(optimizer), tensors_of(optimizer)))
-    assert identical(runs[0], runs[1])
-    assert not identical(runs[0], runs[2])
 
 
 @pytest.mark.parametrize("average", [False, "always", "auto"])

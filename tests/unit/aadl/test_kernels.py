@@ -238,17 +238,6 @@ def test_a_compilation_that_fails_warns_once_and_changes_no_number(when, message
     assert failing.calls == 1
 
 
-def test_an_accelerated_run_goes_on_where_compilation_fails(monkeypatch, unbroken):
-    monkeypatch.setattr(compilation, "compiled", Failing("at once"))
-    with pytest.warns(UserWarning, match="uncompiled kernels") as caught:
-        broken, accelerator, _ = quadratic_run(fused=True)
-    assert len(caught) == 1 and not accelerator.uses_compiled_kernels
-    plain, _, _ = quadratic_run(fused=False)
-    assert torch.equal(broken, plain)
-    assert accelerator.statistics["accepted"] > 3
-    assert not torch.allclose(plain, quadratic_run(relaxation=0.5)[0])
-
-
 @pytest.mark.usefixtures("compiler", "unbroken")
 def test_an_accelerated_run_with_compiled_kernels():
     with warnings.catch_warnings():

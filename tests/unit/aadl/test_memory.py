@@ -222,13 +222,6 @@ def test_the_sentence_names_only_what_helps(monkeypatch):
     assert expected in str(caught.value) and str(caught.value).endswith(" or history_device='cpu'")
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_999, "1 MB"), (184 * 10**9, "184 GB")]
-)
-def test_sizes_are_written_as_a_person_does(count, text):
-    assert memory.size(count) == text
-
-
 def test_a_state_of_a_history_without_room_is_refused(monkeypatch):
     model, optimizer = accelerated()
     train(model, optimizer, 25)

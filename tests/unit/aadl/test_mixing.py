@@ -5,15 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from aadl.mixing import (
-    Gram,
-    mixing_coefficients,
-    newest,
-    predicted_square,
-    residual_squares,
-    tail_sums,
-    usable_suffix,
-)
+from aadl.mixing import Gram, mixing_coefficients, newest, predicted_square, residual_squares, tail_sums, usable_suffix
 
 CUTOFF = 1e-14
 

@@ -18,48 +18,6 @@ from benchmarks import linear_losses
 # ---- columns that are rounding ---------------------------------------------------------------------------------------
 
 
-def l1_regression(accelerated, dtype, loss=nn.functional.l1_loss, steps=300):
-    """Situation of a user: constant updates, whose differences are rounding. Returns loss and counters."""
-    torch.manual_seed(0)
-    inputs = torch.randn(40, 8, dtype=dtype)
-    target = 2 * inputs.sum(1, keepdim=True) + 10
-    torch.manual_seed(1)
-    model = nn.Linear(8, 1, dtype=dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    if accelerated:
-        aadl.accelerate(optimizer)
-    train(model, optimizer, steps, loss=lambda model: loss(model(inputs), target))
-    return float(loss(model(inputs), target).detach()), optimizer
-
-
-@pytest.mark.parametrize("loss", [nn.functional.l1_loss, nn.functional.smooth_l1_loss, nn.functional.huber_loss])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constant_updates_never_blow_a_training_up(dtype, loss):
-    plain, _ = l1_regression(False, dtype, loss)
-    accelerated, optimizer = l1_regression(True, dtype, loss)
-    assert accelerated <= 1.02 * plain
-    assert statistics(optimizer)["attempts"] > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("steps", [1, 10])
-def test_differences_of_constant_updates_are_shorter_than_the_bound_on_rounding(dtype, steps):
-    """||Df|| <= n eps ||g|| for steps by a constant of any size, across powers of two; a true change is longer."""
-    eps = torch.finfo(dtype).eps
-    torch.manual_seed(0)
-    for scale in (1e-3, 1e-5):
-        x, step = torch.randn(1000, dtype=dtype), scale * torch.randn(1000, dtype=dtype)
-        residual = None
-        for _ in range(50):
-            start = x.clone()
-            for _ in range(steps):
-                x = x - step
-            before, residual = residual, x - start
-            if before is not None:
-                assert (residual - before).norm() <= steps * eps * x.norm()
-        assert residual.norm() > steps * eps * x.norm()  # as a difference from no update at all
-
-
 def test_columns_below_the_bound_are_left_out_and_those_near_it_are_damped():
     gram = Gram(host_tensor([[1.0, 0.0], [0.0, 1e-8]]), host_tensor([0.5, 5e-5]), 1.0)
     plain = mixing_coefficients(gram, 0.0, 0.0)
@@ -87,29 +45,6 @@ def test_linear_models_under_losses_of_constant_slope(case):
 
 
 # ---- the step of a candidate -----------------------------------------------------------------------------------------
-
-
-def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
-    model = network()
-    optimizer = sgd(model, lr=0.02)
-    pairs = Pairs(optimizer)
-    settings = EAGER | {"history_depth": 4, "safeguard": "residual", "average": False}
-    aadl.accelerate(optimizer, **settings)
-    accelerator = aadl.accelerator_of(optimizer)
-    longest = last = 0.0
-    for _ in range(80):
-        accepted, reach = statistics(optimizer)["accepted"], accelerator.decisions.reach
-        train(model, optimizer, 1)
-        if statistics(optimizer)["accepted"] == accepted:
-            continue
-        x = flat(model)
-        window = pairs.pairs[-5:]
-        jumps = sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
-        way = sum(float((g - x).norm()) for x, g in window) + max(jumps, last)
-        step = float((x - pairs.pairs[-1][1]).norm())
-        assert step <= 1.001 * reach * way
-        longest, last = max(longest, step / way), step
-    assert longest > 0.1
 
 
 def test_step_fraction_is_exact_for_consecutive_pairs_and_a_bound_with_jumps():
@@ -402,21 +337,6 @@ def test_the_warning_comes_once_whatever_happens_when_it_is_due():
             optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.1, momentum=0.5), **settings)
             optimizer.load_state_dict(state)
     assert len(texts) == 1 and "no candidate in 20 periods" in texts[0]
-
-
-def test_candidates_that_point_back_under_one_cycle_are_named():
-    """With momentum that is cycled too; every candidate points back."""
-    torch.manual_seed(0)
-    x = nn.Parameter(torch.zeros(100, dtype=torch.float64))
-    optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=1000, cycle_momentum=True)
-    aadl.accelerate(optimizer)
-    with pytest.warns(UserWarning, match="dominated by noise") as caught:
-        for _ in range(1000):
-            x.grad = torch.randn(100, dtype=torch.float64)
-            optimizer.step()
-            schedule.step()
-    assert len(caught) == 1 and set(statistics(optimizer)["rejected"]) == {"backward"}
 
 
 def test_the_warning_names_learning_rates_that_jump():

@@ -483,14 +483,3 @@ def test_states_that_do_not_fit_are_refused_or_empty_the_history():
     narrow_accelerator = attach(narrow, frequency=4, history_depth=5)
     with pytest.raises(ValueError, match=r"other parameters|other shapes"):
         narrow_accelerator.load_state_dict(state)
-
-
-def test_removal_leaves_the_plain_optimizer():
-    model, optimizer, _ = started(**OFTEN)
-    train(model, optimizer, 5)
-    twin = copy.deepcopy(model)
-    aadl.remove_acceleration(optimizer)
-    assert "aadl" not in optimizer.state_dict()
-    train(model, optimizer, 5)
-    train(twin, SGD(twin.parameters(), lr=0.05), 5)
-    assert torch.equal(flat(model), flat(twin))

@@ -32,24 +32,6 @@ def guarded_closure(model, optimizer):
     return closure
 
 
-def test_a_script_for_image_classification_runs():
-    """All by position, and the devices of history and mixing after `average`; a scheduler beside it."""
-    relaxation, wait_iterations, history_depth, store_each_nth, reg_acc = 0.1, 1, 5, 3, 0.0
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        AADL.accelerate(
-            optimizer, "Anderson", relaxation, wait_iterations, history_depth, store_each_nth, store_each_nth, reg_acc,
-            False, "cpu", "cpu",
-        )  # fmt: skip
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30, gamma=0.9)
-    losses = train(model, optimizer, 60, after=lambda step: scheduler.step())
-    settings = AADL.accelerator_of(optimizer).settings
-    assert (settings.acceleration_type, settings.relaxation, settings.history_device) == ("anderson", 0.1, "cpu")
-    assert losses[-1] < losses[0] and statistics(optimizer)["accepted"] > 0
-
-
 def test_a_script_of_many_ranks_with_safeguard_and_closure_runs():
     """By name, with arguments that mean nothing here; the closure is guarded as that package wants it."""
     model = network()

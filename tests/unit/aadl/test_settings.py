@@ -1,15 +1,19 @@
 """Arguments of `aadl.accelerate`: each one out of its range is refused by name, value and range."""
 
+import ast
 import copy
 import inspect
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from small_runs import EAGER, identical, network, train
 
 import aadl
+from aadl.smoothing import DEFAULT_WINDOW
 
 POSITIONAL = [
     "acceleration_type",
@@ -106,6 +110,22 @@ def test_the_nine_positional_arguments_stand_in_the_published_order():
     assert got == ["anderson", 0.5, 3, 4, 5, 6, 1e-7, "always"]
 
 
+def test_the_page_of_the_arguments_has_their_defaults():
+    page = (ROOT / "docs" / "arguments.md").read_text("utf-8")
+    shown = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, flags=re.MULTILINE))
+    parameters = inspect.signature(aadl.accelerate).parameters
+    settings = vars(aadl.accelerator_of(sgd()).settings)  # None in the signature stands for these
+    settings = {**settings, "reg_acc": settings["regularization"], "average": True, "average_window": DEFAULT_WINDOW}
+    assert shown.keys() == parameters.keys() - {"optimizer", "published", "published_by_name"}
+    for name, text in shown.items():
+        default = parameters[name].default
+        default = settings.get(name) if default is None else default
+        if not re.match(r"`|\d", text):  # in words
+            assert default is None
+        else:
+            assert ast.literal_eval(text.strip("`")) == default, name
+
+
 def test_every_argument_has_good_and_bad_values_here():
     names = set(inspect.signature(aadl.accelerate).parameters) - {"optimizer", "published", "published_by_name"}
     assert names == BAD.keys() == RANGES.keys() == GOOD.keys()
@@ -165,14 +185,6 @@ def test_average_is_on_by_default_unless_nothing_is_accelerated():
     assert aadl.accelerator_of(sgd()).settings.average == "auto"
     assert aadl.accelerator_of(sgd(average=True)).settings.average == "auto"
     assert aadl.accelerator_of(sgd(acceleration_type="identity")).settings.average is False
-
-
-@pytest.mark.parametrize(
-    ("store_each_nth", "frequency", "period"), [(1, 1, 1), (1, 7, 7), (10, 20, 2), (10, 5, 1), (4, 10, 3), (3, 9, 3)]
-)
-def test_frequency_is_rounded_up_to_macro_steps(store_each_nth, frequency, period):
-    settings = aadl.accelerator_of(sgd(store_each_nth=store_each_nth, frequency=frequency)).settings
-    assert settings.period == period
 
 
 def test_foreign_objects_are_named():

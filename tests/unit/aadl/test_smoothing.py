@@ -6,13 +6,7 @@ import torch
 from reference_anderson import mixed
 
 from aadl.mixing import Gram, mixing_coefficients
-from aadl.smoothing import (
-    noise_square,
-    relative_standard_deviation,
-    smoothed_coefficients,
-    switch,
-    window_mean,
-)
+from aadl.smoothing import noise_square, relative_standard_deviation, smoothed_coefficients, switch, window_mean
 
 CUTOFF = 1e-14
 
@@ -153,7 +147,8 @@ def test_with_no_column_left_the_result_is_the_plain_mean(window):
 def test_the_rounding_of_a_smoothed_column_is_divided_by_the_window():
     """Columns e_1 .. e_5, two of which make a smoothed one: its square is 1/2, and its rounding a quarter of theirs."""
     gram = Gram(torch.eye(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64), 9.0)
-    noise = torch.ones(5, dtype=torch.float64)
-    clean, noisy = (smoothed_coefficients(gram, 2, 0.0, CUTOFF, factor * noise) for factor in (1.0, 4.0))
-    assert torch.equal(noisy.gamma, noisy.mean)  # all columns are rounding
+    even, uneven = torch.ones(5, dtype=torch.float64), torch.tensor([4.0, 1.0, 4.0, 1.0, 4.0], dtype=torch.float64)
+    clean, noisy, partly = (smoothed_coefficients(gram, 2, 0.0, CUTOFF, noise) for noise in (even, 4 * even, uneven))
+    assert torch.equal(noisy.gamma, noisy.mean)  # all columns are rounding, and the mean is left to go to
+    assert noisy.numerical_rank == 1 and torch.equal(partly.gamma, noisy.gamma)  # the larger of two counts
     assert not torch.equal(clean.gamma, clean.mean)

@@ -6,101 +6,16 @@ import math
 
 import pytest
 import torch
-from histories import filled_history, make_history, push_pair, random_pairs
+from histories import filled_history, random_pairs
 from small_runs import EAGER, identical
 
 import aadl
 from aadl.block import make_block
-from aadl.history import Column, History
-from aadl.state import check_rows, load_rows, parsed_plain_state, plain_state_of, restore_plain_state, rows_of
+from aadl.history import History
+from aadl.state import load_rows, rows_of
 
 ONE = [[(0, torch.zeros(50))]]
 """Groups of a history of one vector."""
-
-
-def saved(history):
-    """Rows and plain values on their way through a file."""
-    rows = {name: row.clone() for name, row in rows_of(history, ONE, False).items()}
-    return rows, json.dumps(plain_state_of(history))
-
-
-def restore(history, rows, values):
-    wanted = rows_of(history, ONE, False)
-    check_rows(rows, wanted)
-    load_rows(rows, wanted)
-    parsed = json.loads(values)
-    restore_plain_state(history, parsed_plain_state(parsed), parsed["starts_at_mapped"])
-    return history
-
-
-@pytest.mark.parametrize("ring", [None, torch.bfloat16])
-@pytest.mark.parametrize("with_gram", [False, True])
-@pytest.mark.parametrize("from_mapped", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_a_restored_history_goes_on_bit_for_bit(ring, with_gram, from_mapped, count):
-    pairs = random_pairs(8)
-    history = filled_history(pairs[:count], ring=ring)
-    if with_gram:
-        history.gram()
-    if not from_mapped:
-        history.begin([[pairs[5][0]]])
-    restored = restore(make_history(ring=ring), *saved(history))
-    without_rows = restore(make_history(ring=ring), saved(make_history(ring=ring))[0], saved(history)[1])
-    branches = history, restored, without_rows
-    for branch in branches:
-        branch.push([[pairs[5][1]]], Column(6, True, 1.0))
-        push_pair(branch, *([value] for value in pairs[6]))
-    one, other, bare = (branch.gram()["parameters"] for branch in branches)
-    assert torch.equal(one.matrix, other.matrix) and torch.equal(one.projection, other.projection)
-    assert one.square == other.square and history.columns == restored.columns
-    assert not torch.equal(one.projection, bare.projection)
-    columns = len(history.columns)
-    for branch in branches:
-        branch.combine(torch.ones(columns).double(), torch.zeros(columns).double(), 0.0)
-    candidates = [branch.blocks[0].own_start for branch in branches]
-    assert torch.equal(candidates[0], candidates[1]) and not torch.equal(candidates[0], candidates[2])
-
-
-def test_values_survive_json_bit_for_bit():
-    history = filled_history(random_pairs(4))
-    history.gram()
-    history.grams["parameters"][0][0] /= 3
-    history.grams["parameters"][0][1] = math.nan
-    history.grams["parameters"][1][0] = math.inf
-    history.columns[0].learning_rate = 1.1
-    fields = parsed_plain_state(json.loads(json.dumps(plain_state_of(history))))
-    assert identical(fields["grams"], history.grams)
-    assert fields["columns"] == history.columns and fields["next"] == history.next == 0
-    assert fields["stale"] == [] and plain_state_of(filled_history(random_pairs(3)))["stale"] == [0, 1]
-
-
-@pytest.mark.parametrize("values", [{}, {"grams": 1}, {"grams": {}, "columns": [[1]]}])
-def test_damaged_values_are_found_before_anything_is_changed(values):
-    with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
-        parsed_plain_state(values)
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"depth": 2}, r"delta_mapped has shape \(3, 50\), not \(2, 50\)"),
-        ({"kinds": ("parameters", "momentum")}, "5 tensors and this accelerator 10, 'momentum.0.delta_mapped' only"),
-        ({"kinds": ("momentum",)}, "other parameters"),
-        ({"residuals": False}, "5 tensors and this accelerator 3"),
-    ],
-)
-def test_the_rows_of_another_history_are_refused(other, message):
-    rows, _ = saved(make_history())
-    with pytest.raises(ValueError, match=message):
-        check_rows(rows, rows_of(make_history(**other), ONE, False))
-    check_rows(rows, rows_of(make_history(), ONE, False))
-
-
-def test_the_rows_of_other_shapes_are_refused():
-    rows, _ = saved(make_history())
-    history = History(3, [make_block("parameters", [torch.zeros(5, 10, dtype=torch.float64)], 3, True, None)])
-    with pytest.raises(ValueError, match=r"other shapes: parameters\.0\.delta_mapped has shape \(3, 50\), not \(3, 5"):
-        check_rows(rows, rows_of(history, [[(0, torch.zeros(5, 10))]], False))
 
 
 def test_rows_are_named_after_positions_and_shaped_like_the_parameters():

@@ -91,33 +91,10 @@ def test_rejected_trials_leave_no_trace(make, form):
     assert torch.Tensor.backward is BACKWARD
 
 
-def test_an_accepted_trial_changes_parameters_and_momentum_only():
-    def run(**settings):
-        model = noisy_network()
-        optimizer = nesterov(model, **settings)
-        torch.manual_seed(5)
-        closure = Scored(model, optimizer, falling())
-        while True:
-            optimizer.step(closure)
-            if settings["safeguard"] == "loss" and aadl.accelerator_of(optimizer).statistics["accepted"]:
-                break
-            if settings["safeguard"] is False and aadl.accelerator_of(optimizer).statistics["steps"] == steps[0]:
-                break
-        steps.append(aadl.accelerator_of(optimizer).statistics["steps"])
-        gradients = [p.grad for p in model.parameters()]
-        buffers = dict(model.named_buffers())
-        parameters = [p.detach() for p in model.parameters()]
-        return parameters, [gradients, buffers, torch.get_rng_state()]
-
-    steps = []
-    taken, rest = run(**LOSS)
-    plain, plain_rest = run(**LOSS | {"safeguard": False, "wait_iterations": 10**9})
-    assert steps[0] == steps[1]
-    assert identical(rest, plain_rest)
-    assert not identical(taken, plain)
-
-
-@pytest.mark.parametrize(("scores", "accepted"), [(rising(), False), (falling(), True), (iter([1.0] * 10**4), False)])
+@pytest.mark.parametrize(
+    ("scores", "accepted"),
+    [(rising(), False), (falling(), True), *((itertools.repeat(loss), False) for loss in (1.0, math.nan, math.inf))],
+)
 def test_a_candidate_must_be_strictly_better(scores, accepted):
     model = network()
     optimizer = adam(model, **LOSS)
@@ -338,15 +315,3 @@ def test_loss_safeguard_without_closure_is_refused_at_the_first_step():
     with pytest.raises(ValueError, match="without a closure"):
         optimizer.step(None)
     assert aadl.accelerator_of(optimizer).statistics["steps"] == 2
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_accepts_nothing_and_raises_nothing(loss):
-    model = network()
-    optimizer = adam(model, **LOSS)
-    closure = Scored(model, optimizer, iter([loss] * 1000))
-    for _ in range(20):
-        optimizer.step(closure)
-    statistics = aadl.accelerator_of(optimizer).statistics
-    assert statistics["accepted"] == 0
-    assert statistics["rejected"]["loss"] > 0

@@ -212,6 +212,13 @@ def test_an_optimizer_of_other_parameters_is_not_taken_for_the_one_inside():
     assert aadl.accelerator_of(first) is not aadl.accelerator_of(second)
 
 
+def test_an_optimizer_that_knows_its_wrapper_ends_the_chain():
+    _, inner, outer = wrapped(Delegating)
+    inner.owner = outer
+    aadl.accelerate(outer, **EAGER)
+    assert aadl.accelerator_of(outer).optimizer is inner
+
+
 def test_two_halves_of_a_step_count_as_one():
     model, _, outer = wrapped(Sharpness, **EAGER)
     for _ in range(STEPS):

@@ -19,10 +19,9 @@ def forms(tmp_path_factory):
     return benchmark.make_forms(tmp_path_factory.mktemp("forms"), 4)
 
 
-def report_of(load, floor, resized_load=1e-3, workers=None):
+def report_of(load, floor, resized_load=1e-3):
     """A report of made-up seconds an image."""
     seconds = {
-        "files": [1e-5],
         "read folder": [2e-5],
         "read packed": [3e-5],
         "read resized": [1e-5],
@@ -33,9 +32,8 @@ def report_of(load, floor, resized_load=1e-3, workers=None):
         "floor resized": [9e-4] * len(load),
     }
     times = {name: Times(cpu, [2 * each for each in cpu]) for name, cpu in seconds.items()}
-    cold = {"folder": [1e-4], "packed": [2e-4]}
     kilobytes = {"folder": 100.0, "packed": 100.0, "resized": 35.0}
-    return Report(4, len(load), kilobytes, times, cold, workers or {}, 1.5)
+    return Report(4, len(load), kilobytes, times, 1.5)
 
 
 def test_the_images_are_like_those_of_imagenet():
@@ -65,10 +63,10 @@ def test_every_case_does_its_work_on_all_images(forms, monkeypatch):
     for name, case in cases.items():
         case(0)
         kind, _, form = name.partition(" ")
-        expected = [(form, index) for index in range(4)] if kind in ("read", "load", "torchvision") else []
+        expected = [(form, index) for index in range(4)] if kind in ("read", "load") else []
         assert sorted(read) == expected, name
         read.clear()
-    assert {"files", "read folder", "load packed", "load resized", "floor packed", "floor resized"} <= set(cases)
+    assert {"read folder", "load packed", "load resized", "floor packed", "floor resized"} <= set(cases)
 
 
 def test_floor_and_loader_work_on_the_same_images_and_crops(tmp_path, monkeypatch):
@@ -125,9 +123,3 @@ def test_mistakes_are_one_sentence(arguments, message, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_dropping_files_from_the_cache_leaves_them_as_they_are(forms):
-    before = forms["packed"].read(1)
-    assert all(each > 0 for each in benchmark.cold_seconds(forms["packed"], 2))
-    assert forms["packed"].read(1) == before

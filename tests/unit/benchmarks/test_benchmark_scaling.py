@@ -13,22 +13,19 @@ from benchmarks import fake_ranks, scaling
 from benchmarks.fake_ranks import Case, Count, Recorder, count_all
 from benchmarks.machine_model import (
     LAYOUTS,
-    LONG_PAYLOAD,
     MACHINES,
+    MOVED,
     WORKLOADS,
-    Acceleration,
     Collective,
-    Overhead,
-    Pattern,
-    Setting,
+    Events,
     Workload,
+    acceleration_seconds,
     collective_seconds,
+    history_bytes,
     local_elements,
     plain_seconds,
-    predict,
     training_collectives,
 )
-from benchmarks.scaling_docs import Report, blocks_of, conclusion
 from benchmarks.shapes import count_elements, decoder_units, resnet50_units
 from benchmarks.tables import REPORTS, put_into_page
 
@@ -36,13 +33,8 @@ TINY = Workload("tiny", (((300, 40), (300,)), ((100, 300), (100,))), 12, 20, 4, 
 RANKS = 1536
 GRAM = Collective("all_reduce", 616)
 SUMMIT = MACHINES[0]
-
-
-def accelerated(layout, elements, setting=None):
-    """AA that reduces inner products, and gathers where a sharded history has to."""
-    gathers = (Collective("all_gather", 4 * elements),) * 2 if layout == "sharded" else ()
-    pattern = Pattern(elements, 2, (), () if layout == "replicated" else (GRAM, *gathers), ())
-    return Acceleration(setting or Setting("defaults"), pattern, Overhead(0.0, 0.0, 0.0))
+RESNET = WORKLOADS[0]
+NOTHING = Events((), (), ())
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -70,18 +62,17 @@ def test_fsdp2_leaves_rank_zero_more_than_its_part():
 def test_every_layout_is_counted_on_one_rank_of_thousands(layout):
     (count,) = count_all([Case(TINY, layout, RANKS, depth=3)])
     held = local_elements(TINY.units, layout, RANKS)
-    formula = Setting("", depth=3).history_bytes * held
+    formula = history_bytes(3) * held
     assert count.history_bytes >= formula
     assert count.history_bytes < 2 * formula + 200_000  # work areas
     assert count.local_elements == (held if layout == "fsdp2" else TINY.elements)
     modeled = training_collectives(TINY, layout, RANKS) if layout == "fsdp2" else []
     assert Counter(count.training) == Counter(modeled)
-    payloads = [each.payload for each in count.pattern.acceleration]
-    assert not any(payload > LONG_PAYLOAD for payload in payloads) or layout == "sharded"
+    assert all(each.payload < 10_000 for each in count.events.acceleration) or layout == "sharded"
     if layout != "replicated":
-        assert "all_reduce" in {each.operation for each in count.pattern.acceleration}
+        assert "all_reduce" in {each.operation for each in count.events.acceleration}
     if layout == "sharded":
-        gathered = sum(each.payload for each in count.pattern.acceleration if each.operation == "all_gather")
+        gathered = sum(each.payload for each in count.events.acceleration if each.operation == "all_gather")
         assert 8 * TINY.elements <= gathered <= 8 * (TINY.elements + 8 * RANKS)
 
 
@@ -113,7 +104,7 @@ def test_collectives_of_an_optimizer_hook_are_recorded():
 
 
 def test_large_networks_are_run_only_where_they_fit():
-    cases = fake_ranks.cases_of(LAYOUTS, (8, 16), list(WORKLOADS.values()))
+    cases = fake_ranks.cases_of(LAYOUTS, (8, 16), WORKLOADS)
     large = [case for case in cases if case.workload.elements > 1e9]
     assert [(case.layout, case.ranks) for case in large] == [("fsdp2", 8), ("fsdp2", 16)]
     assert {case.layout for case in cases if case not in large} == set(LAYOUTS)
@@ -123,11 +114,8 @@ def test_large_networks_are_run_only_where_they_fit():
 
 
 def test_bytes_are_those_of_the_floor():
-    single = Setting("", depth=10, blocks=1)
-    assert (single.history_bytes, single.store_bytes, single.acceleration_bytes) == (92, 28, 92)
-    lean = Setting("", depth=5, element_bytes=2, blocks=1)
-    assert (lean.history_bytes, lean.store_bytes, lean.acceleration_bytes) == (32, 24, 32)
-    assert Setting("").history_bytes == 2 * 92
+    assert history_bytes(10) == 2 * 92 and history_bytes(5) == 2 * 52
+    assert Events(2 * 28, 2 * 92, 2 * 8) == MOVED
 
 
 def test_collectives_cost_latency_and_bandwidth():
@@ -141,37 +129,22 @@ def test_collectives_cost_latency_and_bandwidth():
 
 
 def test_the_plain_step_is_near_the_published_scaling_of_summit():
-    resnet = WORKLOADS["ResNet50"]
-    assert plain_seconds(SUMMIT, resnet, "replicated", 1) == pytest.approx(32 / 1040)
-    efficiency = plain_seconds(SUMMIT, resnet, "replicated", 1) / plain_seconds(SUMMIT, resnet, "replicated", 6144)
+    assert plain_seconds(SUMMIT, RESNET, "replicated", 1) == pytest.approx(32 / 1040)
+    efficiency = plain_seconds(SUMMIT, RESNET, "replicated", 1) / plain_seconds(SUMMIT, RESNET, "replicated", 6144)
     assert 0.8 < efficiency < 0.9  # 87 % published
 
 
 def test_prediction_by_hand():
-    """V100, one device: 184 bytes twice a period of 20 and two stores of 56, 16 for the judgment, at 900 / 1.3 GB/s."""
-    resnet = WORKLOADS["ResNet50"]
-    seconds = predict(SUMMIT, resnet, accelerated("replicated", resnet.elements), "replicated", 1)
-    assert seconds.acceleration == pytest.approx(25_557_032 * (2 * 56 + 184 + 16) / 20 / (900e9 / 1.3))
-    assert seconds.share == pytest.approx(seconds.acceleration / (seconds.plain + seconds.acceleration))
-
-
-def test_what_fits():
-    large = WORKLOADS["7e9"]
-    fits = {
-        layout: predict(SUMMIT, large, accelerated(layout, large.elements), layout, RANKS).fits for layout in LAYOUTS
-    }
-    assert fits == {"replicated": "no, nor without AA", "sharded": "no, nor without AA", "fsdp2": "yes"}
-    resnet = WORKLOADS["ResNet50"]
-    deep = accelerated("replicated", resnet.elements, Setting("", depth=40))
-    assert predict(SUMMIT, resnet, deep, "replicated", RANKS).fits == "no"
-
-
-def test_long_collectives_grow_with_the_network_and_short_ones_do_not():
-    resnet, large = WORKLOADS["ResNet50"], WORKLOADS["7e9"]
-    counted = accelerated("sharded", resnet.elements)
-    same = accelerated("sharded", large.elements)
-    seconds = [predict(SUMMIT, large, each, "sharded", RANKS).acceleration for each in (counted, same)]
-    assert seconds[0] == pytest.approx(seconds[1])
+    """V100: 184 bytes twice a period of 20 and two stores of 56, 16 for the judgment, at 900 / 1.3 GB/s."""
+    moved = RESNET.elements * (2 * 56 + 184 + 16) / 20 / (900e9 / 1.3)
+    place = (SUMMIT, RESNET, "replicated")
+    assert acceleration_seconds(*place, 1, NOTHING, Events(0.0, 0.0, 0.0)) == pytest.approx(moved)
+    fixed = 2e-3 / 10 + (3e-3 + 5e-3) / 20
+    assert acceleration_seconds(*place, 1, NOTHING, Events(2e-3, 3e-3, 5e-3)) == pytest.approx(moved + fixed)
+    reduced = acceleration_seconds(*place, RANKS, Events((), (GRAM, GRAM), ()), Events(0.0, 0.0, 0.0))
+    assert reduced == pytest.approx(moved + 2 * collective_seconds(SUMMIT, GRAM, RANKS) / 20)
+    sharded = acceleration_seconds(SUMMIT, RESNET, "sharded", RANKS, NOTHING, Events(0.0, 0.0, 0.0))
+    assert sharded == pytest.approx(moved / RANKS + RESNET.elements * 16 / 20 / (900e9 / 1.3), rel=1e-3)
 
 
 # ---- this host and the page ------------------------------------------------------------------------------------------
@@ -186,20 +159,15 @@ def test_events_of_every_kind_are_timed(monkeypatch):
         return float(next(steps) % 2 == 0)  # the accelerated step comes first: a second more than the plain one
 
     monkeypatch.setattr(scaling, "step_seconds", seconds)
-    assert scaling.measure_overhead() == Overhead(1.0, 0.0, 0.0)
+    assert scaling.measure_overhead() == Events(1.0, 0.0, 0.0)
 
 
 def test_the_page_takes_every_table(tmp_path):
-    workloads = list(WORKLOADS.values())
-    counts = [
-        Count(case, 10, 10, (), accelerated(case.layout, case.workload.elements).pattern)
-        for case in fake_ranks.cases_of(LAYOUTS, scaling.WORLD_SIZES, workloads)
-    ]
-    blocks = blocks_of(Report(counts, Overhead(1e-4, 1e-3, 1e-4), workloads))
+    cases = fake_ranks.cases_of(LAYOUTS, scaling.WORLD_SIZES, WORKLOADS)
+    counts = [Count(case, 10, 10, (), Events((), (GRAM,), ())) for case in cases]
     shutil.copy(REPORTS / "scaling.md", tmp_path)
-    put_into_page("scaling", blocks, tmp_path, conclusion)
+    put_into_page("scaling", scaling.blocks_of(counts, Events(1e-4, 1e-3, 1e-4)), tmp_path, scaling.conclusion)
     text = (tmp_path / "scaling.md").read_text(encoding="utf-8")
-    assert (
-        sum(line.startswith("| H100 SXM | 6,144 |") for line in text.splitlines()) == len(LAYOUTS) + 1
-    )  # fsdp2 alone fits 7e9
+    rows = [line for line in text.splitlines() if "| H100 SXM | 6,144 |" in line]
+    assert len(rows) == len(LAYOUTS) + 1  # fsdp2 alone holds 7e9
     assert "acceleration 1, judgment 0.1." in text and torch.__version__ in text

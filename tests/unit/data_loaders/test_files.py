@@ -47,6 +47,22 @@ def test_after_an_error_the_old_file_stands_alone(tmp_path, monkeypatch, name):
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_another_and_its_name_after(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def sync(handle):
+        calls.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
+    for synced, expected in ((True, ["file", "replace", "folder"]), (False, ["replace"])):
+        with replacing(tmp_path / "a.txt", sync=synced) as temporary:
+            temporary.write_text("new")
+        assert calls == expected
+        calls.clear()
+
+
 def test_one_process_holds_a_lock(tmp_path, monkeypatch):
     path = tmp_path / "lock"
     with locked(path, wait=True) as is_held:

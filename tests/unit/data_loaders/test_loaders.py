@@ -16,11 +16,7 @@ from torch.utils.data import DataLoader
 
 from data_loaders.imagenet import decode as decoding_module
 from data_loaders.imagenet import reading
-from data_loaders.imagenet.decode import (
-    NUM_UNIFORM,
-    Decoder,
-    Decoding,
-)
+from data_loaders.imagenet.decode import NUM_UNIFORM, Decoder, Decoding
 from data_loaders.imagenet.loaders import EvaluationLoader, TrainLoader
 from data_loaders.imagenet.packing import Packing, pack
 from data_loaders.imagenet.pictures import ImageError
@@ -383,12 +379,6 @@ def test_evaluation_pixels_do_not_depend_on_batches_and_workers():
     assert torch.equal(first, squares(batch_size=7))
     assert torch.equal(first, squares(batch_size=4, num_workers=2, start_method="fork"))
     assert np.array_equal(first[3].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[3], None))
-
-
-def test_stop_ends_an_evaluation():
-    images = listed([*CONTENTS[:11], b"", *CONTENTS[12:]])
-    with pytest.raises(ImageError, match=r"^image 11 \(image-11\) cannot be read: it is empty$"):
-        list(EvaluationLoader(images, Decoding(16, 20, on_corrupt="stop"), batch_size=4).batches())
 
 
 def test_more_ranks_than_images_leave_some_without():

@@ -94,7 +94,7 @@ def test_every_site_says_what_was_verified_and_where_it_comes_from(name):
         ("frontier", ["--time", "2:00:00"], "--account is missing: frontier runs no job without one"),
         ("frontier", ["--account", "A"], "--time is missing"),
         ("frontier", ["--account", "A", "--time", "2:00"], "two minutes to Slurm and two hours to LSF, got '2:00'"),
-        ("frontier", ["--account", "A", "--time", "0:04:00"], "--time must be longer than the 300 seconds"),
+        ("frontier", ["--account", "A", "--time", "0:05:00"], "--time must be longer than the 300 seconds"),
         ("frontier", ["--account", "A", "--time", "2:00:01"], "at most 2:00:00 for 1 nodes in queue batch"),
         ("frontier", ["--account", "A b", "--time", "2:00:00"], "--account must be a word"),
         ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be greater than 0, got 0"),
@@ -110,21 +110,9 @@ def test_every_site_says_what_was_verified_and_where_it_comes_from(name):
         ("frontier", [*COMMON, "--array", "sizes=1-2"], "--array must be seeds=... as seeds=0-9"),
         ("frontier", [*COMMON, "--array", "seeds=a"], "--array: seeds must be integers as 3, [0, 1, 2]"),
         ("frontier", [*COMMON, "--name", "two words"], "--name must be a name of letters"),
-        (
-            "frontier",
-            [*COMMON, "--queue", "debug", "--chain", "3"],
-            "--chain must ask for one job in queue debug of frontier",
-        ),
-        (
-            "frontier",
-            [*COMMON, "--queue", "debug", "--array", "seeds=0-9"],
-            "--array must ask for one job in queue debug of",
-        ),
-        (
-            "summit",
-            ["--account", "A", "--time", "1:00:30"],
-            "--time must be whole minutes, because LSF knows no seconds",
-        ),
+        ("frontier", [*COMMON, "--queue", "debug", "--chain", "3"], "--chain must ask for one job in queue debug of"),
+        ("frontier", [*COMMON, "--queue", "debug", "--array", "seeds=0-9"], "--array must ask for one job in queue"),
+        ("summit", ["--account", "A", "--time", "1:00:30"], "must be whole minutes, because LSF knows no seconds"),
         ("workstation", ["--nodes", "2"], "--nodes must be 1 on workstation"),
         ("workstation", ["--account", "A"], "--account must be left out for workstation"),
         ("workstation", ["--queue", "q"], "--queue must be left out for workstation"),
@@ -330,6 +318,7 @@ FOREIGN = {
     "LSB_JOBID": "1", "LSB_DEFAULTQUEUE": "other", "PMI_RANK": "0", "PMI_SIZE": "1", "PMIX_RANK": "0", "PMI2_FD": "3",
     "OMPI_COMM_WORLD_RANK": "0", "JSM_NAMESPACE_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here",
     "CUDA_VISIBLE_DEVICES": "1", "AADL_RESTART_COUNT": "7", "TORCHELASTIC_RUN_ID": "none", "MPI_LOCALRANKID": "0",
+    "AADL_END_TIME": "1", "AADL_STOPPED_FILE": "/stopped", "AADL_JOB_ID": "other",
 }  # fmt: skip
 WANTED = {
     "PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "LSF_ENVDIR": "/etc/lsf",

@@ -2,13 +2,16 @@
 
 import itertools
 from datetime import datetime, timezone
+from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import ROOT
 from suite_cases import problem, result, run_config
 
 from experiments.catalog import load_config
 from experiments.distributed.ranks import Ranks
+from experiments.records.reading import Run
 from experiments.records.status import run_path
 from experiments.records.writing import write_run
 from jobs import scaling
@@ -76,6 +79,10 @@ def test_collecting_gives_rates_efficiencies_and_a_figure(tmp_path, capsys):
         run = run_config(seed=seed, epochs=4)
         path = run_path(folder, run)
         write_run(path, run, problem(), result([1.0] * 5, seconds_per_epoch=seconds), ranks_of, START, START)
+    run = run_config(seed=2, epochs=4)
+    lost = result([1.0, np.nan, np.nan, np.nan, np.nan], seconds_per_epoch=0.1, diverged_epoch=1)
+    write_run(run_path(folder, run), run, problem(), lost, ranks_of, START, START)  # its rate is none
+    assert [len(point.rates) for curve in scaling.read_curves(tmp_path).values() for point in curve] == [2, 2]
     assert scaling.main(["collect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     rows = [line.split("|") for line in printed.splitlines() if line.startswith("| strong")]
@@ -84,6 +91,14 @@ def test_collecting_gives_rates_efficiencies_and_a_figure(tmp_path, capsys):
     ]  # fmt: skip
     assert (tmp_path / "scaling" / "strong.png").exists() and not (tmp_path / "scaling" / "weak.png").exists()
     assert (tmp_path / "scaling" / "scaling.md").read_text() in printed
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [([0, 10, 11, 12], 10), ([0, 5], 6)])
+def test_the_first_interval_counts_where_it_is_the_only_one(seconds, rate):
+    """Thirty steps, of which those of the first interval are slow."""
+    series = {"timing/training_seconds": np.array(seconds)}
+    run = Run(Path("a.h5"), {"num_steps": 30}, {}, series, np.arange(len(seconds)))
+    assert scaling.steps_per_second(run) == rate
 
 
 def test_collecting_nothing_is_one_sentence(tmp_path, capsys):

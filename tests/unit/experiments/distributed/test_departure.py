@@ -23,8 +23,7 @@ def run_job(tmp_path, *args, size=2):
 
 
 @pytest.mark.parametrize(
-    ("fail", "failing"),
-    [("raises", 1), ("raises", 0), ("alone", 1), ("mistake", 1), ("afterwards", 0)],
+    ("fail", "failing"), [("raises", 1), ("raises", 0), ("alone", 1), ("mistake", 1), ("afterwards", 0)]
 )
 def test_a_rank_that_fails_ends_the_job_with_one_traceback(tmp_path, fail, failing):
     """The other one waits in a collective, or is "alone", far from any, or "afterwards" about to leave."""

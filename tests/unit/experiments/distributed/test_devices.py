@@ -108,11 +108,7 @@ def facts(**different):
         (facts(device="GPU-a"), LaunchSettings(), "ranks 0 and 1 on n1 use the same GPU GPU-a"),
         (facts(device="GPU-a", machine="n2"), LaunchSettings(), ""),
         (facts(device="GPU-a"), LaunchSettings(share_devices=True), "use the same GPU"),  # NCCL cannot
-        (
-            facts(device="GPU-a", backend="gloo"),
-            LaunchSettings(),
-            "rank 0 on n1 wants nccl and rank 1 on n1 wants gloo",
-        ),
+        (facts(device="GPU-a", backend="gloo"), LaunchSettings(), "wants nccl and rank 1 on n1 wants gloo"),
         (facts(problem="no such device"), LaunchSettings(), "rank 1: no such device"),
     ],
 )

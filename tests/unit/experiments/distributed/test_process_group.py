@@ -47,14 +47,6 @@ def test_a_wrong_setting_is_named(raw, message):
         read_settings(LaunchSettings, raw, "launch")
 
 
-def test_the_dump_after_a_timeout_is_asked_for_but_not_over_what_was_exported(environment, tmp_path):
-    environment["TORCH_FR_BUFFER_SIZE"] = "100"
-    process_group.export_settings(tmp_path)
-    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
-    assert environment["TORCH_FR_BUFFER_SIZE"] == "100" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
-
-
 # --- open files
 
 

@@ -12,12 +12,7 @@ import torch.distributed as dist
 from processes import wait_until
 
 from experiments.distributed import interfaces, rendezvous
-from experiments.distributed.interfaces import (
-    check_interfaces,
-    interface_addresses,
-    interface_towards,
-    own_addresses,
-)
+from experiments.distributed.interfaces import check_interfaces, interface_addresses, interface_towards, own_addresses
 from experiments.distributed.polling import Deadline
 from experiments.distributed.ranks import Ranks
 from experiments.distributed.rendezvous import (

@@ -13,6 +13,7 @@ from experiments.images.epochs import scaled_rate, share, step_scheduler
 from experiments.images.experiment import EXPERIMENT
 from experiments.images.settings import ImageTrainingConfig
 from experiments.runs.config import expand_runs
+from experiments.runs.session import identity_of_checkpoints
 from experiments.settings.kinds import in_steps
 
 
@@ -60,23 +61,11 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
     [
-        (
-            "training",
-            {"batch_size": None},
-            "one of batch_size and batch_size_per_rank must be given, got None and None",
-        ),
-        (
-            "training",
-            {"batch_size_per_rank": 4},
-            "one of batch_size and batch_size_per_rank must be given, got 16 and 4",
-        ),
+        ("training", {"batch_size": None}, "and batch_size_per_rank must be given, got None and None"),
+        ("training", {"batch_size_per_rank": 4}, "and batch_size_per_rank must be given, got 16 and 4"),
         ("training", {"schedule": "step"}, "milestones must be a list of epochs with schedule step"),
         ("training", {"schedule": "step", "milestones": [2, 1]}, r"milestones must ascend, got \[2\.0, 1\.0\]"),
-        (
-            "training",
-            {"schedule": "step", "milestones": [1, 2]},
-            r"milestones must be below epochs = 2, got \[1\.0, 2\.0\]",
-        ),
+        ("training", {"schedule": "step", "milestones": [1, 2]}, r"must be below epochs = 2, got \[1\.0, 2\.0\]"),
         ("training", {"warmup_epochs": 2}, "warmup_epochs must be below epochs = 2, got 2"),
         ("training", {"scheduler": {"name": "StepLR"}}, r"unknown key training\.scheduler"),
         ("problem", {"start_method": "fork"}, r"^unknown key problem\.start_method, which was removed: leave it out$"),
@@ -179,3 +168,13 @@ def test_the_rate_rises_from_that_of_the_reference_batch():
 def test_a_batch_per_rank_grows_with_the_ranks():
     training = schedule(batch_size=None, batch_size_per_rank=4)
     assert training.global_batch(Ranks(world_size=3)) == 12 and schedule().global_batch(Ranks(world_size=3)) == 8
+
+
+def test_a_run_goes_on_with_the_same_batch_over_all_ranks_alone():
+    of_rank, of_all = (
+        image_run("folder", training=batch) for batch in ({"batch_size": None, "batch_size_per_rank": 4}, {})
+    )
+    identities = [
+        identity_of_checkpoints(run, "", Ranks(world_size=size)) for run in (of_rank, of_all) for size in (1, 2)
+    ]
+    assert len(set(identities)) == 3 and identities[2] == identities[3]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,7 +15,9 @@ from suite_cases import build
 
 from experiments.__main__ import main
 from experiments.distributed.ranks import Ranks
-from experiments.records.reading import read_run
+from experiments.images.tables import cost_shares
+from experiments.records.compare import Variant
+from experiments.records.reading import Run, read_run
 
 TOP1 = "metrics/validation/top1"
 
@@ -55,6 +58,15 @@ def test_a_run_is_recorded_drawn_and_summarized(folder, tmp_path, capsys):
     assert main(["summarize", "--results", str(tmp_path / "results")]) == 0
     table = capsys.readouterr().out
     assert "top-1 (%)" in table and "20 validation images" in table and "batches of 16" in table
+
+
+def test_shares_of_the_time_add_up():
+    seconds = {"training": [0.0, 8.0], "acceleration": [0.0, 1.0], "input": [0.0, 2.0], "evaluation": [0.5, 2.0]}
+    series = {f"timing/{name}_seconds": np.array(values) for name, values in seconds.items()}
+    shares = cost_shares(Variant("one", {0: Run(Path("a.h5"), {}, {}, series, np.arange(2))}))
+    assert {name: values.tolist() for name, values in shares.items()} == {
+        "network": [0.5], "acceleration": [0.1], "input": [0.2], "evaluation": [0.2]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

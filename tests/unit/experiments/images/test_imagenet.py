@@ -23,7 +23,7 @@ from data_loaders.imagenet.sets import open_images
 from experiments.distributed.ranks import Ranks
 from experiments.images import data as image_data
 from experiments.images import problem as imagenet
-from experiments.images.data import data_folder, describe, open_sets
+from experiments.images.data import data_folder, describe, description_of, open_sets
 from experiments.images.problem import check_settings
 from experiments.images.resnet import resnet18
 from experiments.images.settings import ImageConfig, ImageTrainingConfig
@@ -277,6 +277,26 @@ def test_rank_0_opens_the_sets_and_each_node_reads_its_own(folder, tmp_path):
         assert each["none"] == "none of the 20 validation images can be read"
     assert found[0]["of one"].startswith("rank 1 on node1: problem.data_path must name the folder")
     assert "AADL_IMAGENET_DIR must, got neither" in found[1]["of one"]
+
+
+def test_other_validation_images_are_other_data():
+    class Listed(list):
+        source = "folder"
+
+        def __init__(self, digest):
+            super().__init__(range(3))
+            self.digest = digest
+
+    sets = [(Listed(train), Listed(validation)) for train, validation in ("ab", "ab", "ac", "cb")]
+    found = [description_of(ImageConfig(data="folder"), each) for each in sets]
+    assert len({each.digest for each in found}) == 3 and found[0] == found[1] and found[0].num_rows == 3
+
+
+def test_an_image_alone_is_left_out_of_the_statistics(folder):
+    """At the end of the network it has a single value in a channel, of which there is no variance."""
+    problem = build(image_run(folder, problem={"statistics_images": 17}), Ranks())
+    assert problem.evaluate(problem.model)["metrics/validation/num_images"] == 20
+    problem.close()
 
 
 def test_fractals_are_made_on_first_use(tmp_path):

@@ -98,13 +98,6 @@ def test_zero_init_residual_makes_blocks_start_as_their_shortcut(name, num_block
     assert not torch.equal(plain.layer1[1](x), x)
 
 
-def test_the_last_layer_starts_as_goyals_when_asked_to():
-    goyal, plain = seeded(resnet18, fc_std=0.01), seeded(resnet18)
-    assert float(goyal.fc.weight.detach().std()) == pytest.approx(0.01, rel=0.01) and not goyal.fc.bias.any()
-    assert float(plain.fc.weight.detach().std()) != pytest.approx(0.01, rel=0.5) and plain.fc.bias.any()
-    assert torch.equal(goyal.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
-
-
 def test_the_small_stem_keeps_the_resolution():
     shapes = {}
     for stem in ("imagenet", "small"):

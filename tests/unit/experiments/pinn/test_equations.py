@@ -1,5 +1,7 @@
 """Every equation: the exact solution has no residual and others have; lifts, loading by name and from a file."""
 
+import contextlib
+
 import by_autograd
 import pytest
 import torch
@@ -10,7 +12,7 @@ from experiments.models.mlp import Derivatives
 from experiments.pinn.accuracy import solutions
 from experiments.pinn.burgers import Burgers2d, Burgers100d, TwoBody
 from experiments.pinn.equation import Equation, compose
-from experiments.pinn.equations import EQUATIONS, load_equation
+from experiments.pinn.equations import load_equation
 
 CASES = [
     Burgers2d(),
@@ -134,16 +136,6 @@ def test_test_points_are_always_the_same_and_lie_where_training_points_do(equati
     torch.testing.assert_close(main.std(dim=0).mean(), other.std(dim=0).mean(), rtol=0.3, atol=0)
 
 
-@pytest.mark.parametrize("name", EQUATIONS)
-def test_equations_are_loaded_by_name(name, tmp_path):
-    equation = load_equation(name, {}, tmp_path)
-    assert type(equation) is EQUATIONS[name]
-    option, value = ("nu", 0.02) if name == "burgers_2d" else ("dimension", 7)
-    changed = load_equation(name, {option: value}, tmp_path)
-    assert changed.label != equation.label
-    assert changed.num_space == (1 if name == "burgers_2d" else 6)
-
-
 def test_a_set_of_test_points_may_be_one_point_but_not_none(tmp_path):
     x = "torch.linspace(0, 1, 11, dtype=torch.float64)"
     write_heat(tmp_path, HEAT.replace(x, "torch.full((1,), 0.5, dtype=torch.float64)"))
@@ -171,27 +163,15 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
     ("text", "message"),
     [
         ("x = (", "cannot be imported: SyntaxError: .*line 1"),
-        (
-            "from experiments.pinn.burgers import TwoBody",
-            "must define exactly one subclass of Equation, it defines none",
-        ),
+        ("from experiments.pinn.burgers import TwoBody", "must define exactly one .*, it defines none"),
         (HEAT + "\n    class Second(Heat):\n        pass\n", "exactly one .*, it defines Heat, Second"),
-        (
-            HEAT.replace("return uniform", "return uniform[:, :1]"),
-            "sample must be a tensor of shape .3, 2., got .3, 1.",
-        ),
+        (HEAT.replace("return uniform", "return uniform[:, :1]"), "sample must be .* shape .3, 2., got .3, 1."),
         (HEAT.replace("def residual(", "def pde("), "equation Heat does not define residual"),
         (HEAT.replace("num_space = 1", ""), "Heat: num_space must be an integer >= 1, got None"),
         (HEAT.replace("def test_points(", "def points("), "equation Heat does not define test_points"),
         (HEAT.replace("points, self.exact(points)", "points, self.exact(points)[:, 0]"), r"values of conditions must"),
-        (
-            HEAT.replace("self.diffusivity * u.laplacian", "points"),
-            r"residual must be a tensor of shape .3, 1., got .3, 2.",
-        ),
-        (
-            HEAT.replace("u.laplacian", "u.lap"),
-            r"Heat: residual failed: AttributeError: .* has no attribute 'lap' \(.*heat\.py, line 24\)",
-        ),
+        (HEAT.replace("self.diffusivity * u.laplacian", "points"), r"residual must be .* shape .3, 1., got .3, 2."),
+        (HEAT.replace("u.laplacian", "u.lap"), r"Heat: residual failed: AttributeError: .* has no attribute 'lap'"),
         (HEAT.replace("num_space = 1", "num_space = math.po"), r"imported: AttributeError: .*heat\.py, line 10\)"),
         (HEAT.replace("= diffusivity, mode", "= {}['x']"), r"Heat: __init__ failed: KeyError: 'x' \(.*line 13\)"),
         (HEAT.replace("num_space = 1", "num_space = True"), "Heat: num_space must be an integer >= 1, got True"),
@@ -206,10 +186,7 @@ def test_an_equation_is_loaded_from_a_file(tmp_path):
         (HEAT.replace("cartesian_prod(x, x)", "cartesian_prod(x, x, x)"), r"points 'grid' must be .*got \(3, 3\)"),
         (HEAT.replace('{"grid": torch.cartesian_prod(x, x)}', "x"), "test_points must return a mapping .*got Tensor"),
         (HEAT.replace("return u.time -", "return 1e400 + u.time -"), "residual must be finite, got inf"),
-        (
-            HEAT + "\n        def source(self, points):\n            return None\n",
-            "source must be a tensor .* NoneType",
-        ),
+        (HEAT + "\n        def source(self, points):\n            return None\n", "source must be a .* NoneType"),
         (
             HEAT + '\n        def predictors(self):\n            return {"flat": lambda points: points[:, 0]}\n',
             r"predictor 'flat' must be a tensor of shape \(3, 1\), got \(3,\)",
@@ -240,35 +217,27 @@ SECOND_COLUMN = (
 )
 
 
-def test_a_lift_that_the_product_rule_does_not_cover_is_refused(tmp_path):
-    lift = """
+@pytest.mark.parametrize(
+    ("factor", "square", "more", "is_covered"),
+    [
+        ("1", "0", "", True),
+        ("1", "1", "", False),
+        ("1", "0", "\n        uses_gradient_square = True\n", False),
+        ("points[:, 1:2]", "0", "", False),  # depends on space, whatever is said of its derivatives
+    ],
+)
+def test_a_lift_that_the_product_rule_does_not_cover_is_refused(tmp_path, factor, square, more, is_covered):
+    lift = f"""
         def lift(self, points):
             from experiments.models.mlp import Derivatives
             zero = torch.zeros_like(points[:, :1])
-            b = Derivatives(points[:, -1:], zero + 1, zero, zero, zero + SQUARE)
-            return Derivatives(zero, zero, zero, zero, zero), b
-    """
-    write_heat(tmp_path, SECOND_COLUMN + lift.replace("SQUARE", "0"))
-    assert load_equation("heat.py", {}, tmp_path).num_space == 2
-    for wrong in (lift.replace("SQUARE", "1"), lift.replace("SQUARE", "0") + "\n        uses_gradient_square = True\n"):
-        write_heat(tmp_path, SECOND_COLUMN + wrong)
-        with pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs"):
-            load_equation("heat.py", {}, tmp_path)
-
-
-def test_a_factor_that_depends_on_space_is_refused_whatever_is_said_of_its_derivatives(tmp_path):
-    lift = """
-        def lift(self, points):
-            from experiments.models.mlp import Derivatives
-            zero = torch.zeros_like(points[:, :1])
-            b = Derivatives(points[:, -1:] * FACTOR, zero + FACTOR, zero, zero, zero)
+            b = Derivatives(points[:, -1:] * {factor}, zero + {factor}, zero, zero, zero + {square})
             return Derivatives(zero, zero, zero, zero, zero * math.nan), b
     """
-    write_heat(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "1"))
-    assert load_equation("heat.py", {}, tmp_path)
-    write_heat(tmp_path, SECOND_COLUMN + lift.replace("FACTOR", "points[:, 1:2]"))
-    with pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs a factor b that depends on time"):
-        load_equation("heat.py", {}, tmp_path)
+    write_heat(tmp_path, SECOND_COLUMN + lift + more)
+    refusal = pytest.raises(ValueError, match="Heat: with 2 spatial columns a lift needs a factor b that depends on")
+    with contextlib.nullcontext() if is_covered else refusal:
+        assert load_equation("heat.py", {}, tmp_path).num_space == 2
 
 
 LIFT = """
@@ -343,12 +312,8 @@ def test_the_solution_is_evaluated_in_blocks(monkeypatch):
     ("name", "options", "message"),
     [
         ("burgers", {}, "must be one of burgers_2d, burgers_100d, two_body, or the path of a .py file, got 'burgers'"),
-        (
-            "burgers_2d",
-            {"viscosity": 1},
-            "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu, graded",
-        ),
-        ("burgers_2d", {"nu": 0}, "nu must be a finite number"),
+        ("burgers_2d", {"viscosity": 1}, "fit equation Burgers2d: got an unexpected .* 'viscosity'; it takes nu"),
+        ("burgers_2d", {"nu": 0}, "nu must be greater than or equal to 0.000318"),
         ("heat.py", {"nu": 1}, "fit equation Heat: got an unexpected .* 'nu'; it takes diffusivity, mode"),
     ],
 )

@@ -1,6 +1,5 @@
 """experiments.models: derivatives of the network against autograd, in float64."""
 
-import math
 import re
 import shutil
 
@@ -11,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.nn.utils import parameters_to_vector
 
 from experiments.models.derivatives import RULES
-from experiments.models.mlp import MLP, chunks
+from experiments.models.mlp import MLP
 
 SMOOTH = list(RULES)
 TOLERANCE = 1e-10
@@ -66,9 +65,7 @@ def set_first_weight(model, singular_values):
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [(2, 7, 1), (2, 8, 6, 5, 1), (4, 7, 6, 1), (8, 7, 5, 1), (13, 6, 1), (13, 6, 9, 5, 1), (5, 1, 1)],
-    ids=str,
+    "sizes", [(2, 7, 1), (2, 8, 6, 5, 1), (4, 7, 6, 1), (8, 7, 5, 1), (13, 6, 1), (13, 6, 9, 5, 1), (5, 1, 1)], ids=str
 )
 def test_derivatives_are_those_of_autograd(sizes):
     assert_equal_to_autograd(network(sizes), points_of(9, sizes[0]))
@@ -90,15 +87,6 @@ def test_first_layers_of_any_condition(sizes, outcome):
         values[number // 2 :] = 0
     set_first_weight(model, values * (outcome != "zero"))
     assert_equal_to_autograd(model, points_of(9, sizes[0]))
-
-
-def test_directions_are_orthonormal_and_span_the_first_layer():
-    model = network((41, 6, 1))
-    columns, weight = model.directions(), model.linears[0].weight[:, :-1]
-    assert columns.shape == (40, 6) and not columns.requires_grad
-    torch.testing.assert_close(columns.T @ columns, torch.eye(6, dtype=torch.float64))
-    torch.testing.assert_close(weight @ columns @ columns.T, weight)
-    assert torch.equal(network((5, 6, 1)).directions(), torch.eye(4, dtype=torch.float64))
 
 
 def test_any_complete_basis_gives_the_same_and_an_incomplete_one_does_not():
@@ -164,12 +152,7 @@ def jacobian_by_autograd(model, points, residual):
 @pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize(
     ("sizes", "activation"),
-    [
-        ((2, 6, 5, 4, 1), "tanh"),
-        ((2, 6, 1), "gelu"),
-        ((14, 5, 6, 1), "silu"),
-        ((14, 12, 11, 1), "tanh"),
-    ],
+    [((2, 6, 5, 4, 1), "tanh"), ((2, 6, 1), "gelu"), ((14, 5, 6, 1), "silu"), ((14, 12, 11, 1), "tanh")],
     ids=str,
 )
 def test_per_sample_jacobian(sizes, activation, chunk):
@@ -180,15 +163,6 @@ def test_per_sample_jacobian(sizes, activation, chunk):
     assert difference(ours, theirs) < TOLERANCE
     wrong = model.residual_jacobian(points, lambda u, rows: burgers(u, rows) + 1e-4 * u.time, chunk)
     assert difference(wrong, theirs) > 1e-7
-
-
-@pytest.mark.parametrize("sizes", [(2, 6, 5, 1), (9, 5, 1)], ids=str)
-def test_jacobian_of_values(sizes):
-    model, points = network(sizes), points_of(8, sizes[0])
-    factor = points.sum(1, keepdim=True)
-    ours = model.value_jacobian(points, factor)
-    scaled = jacobian_by_autograd(model, points, lambda u, rows: factor * u.value)
-    assert difference(ours, (model(points), scaled[1])) < TOLERANCE
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -228,12 +202,3 @@ def test_compiled_is_the_same_and_compiles_once_for_chunks_of_any_length(sizes, 
         compiled = accumulated(model, points, chunk=4, compiles=True)  # 4, 4 and 3 points
         assert difference(compiled, wanted) < tolerance
     assert counters["stats"]["unique_graphs"] == before + 2  # forward and backward
-
-
-@pytest.mark.parametrize(("count", "size"), [(4000, 97), (7, 3), (5, 8), (1, 1), (0, 4)])
-def test_chunks_cover_all_and_only_the_last_is_shorter(count, size):
-    slices = list(chunks(count, size))
-    assert [index for rows in slices for index in range(count)[rows]] == list(range(count))
-    lengths = [rows.stop - rows.start for rows in slices]
-    assert len(slices) == math.ceil(count / size)
-    assert len(set(lengths[:-1])) <= 1 and lengths[-1:] <= lengths[:1] and max(lengths, default=0) <= size

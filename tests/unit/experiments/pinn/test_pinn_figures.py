@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import yaml
-from pinn_records import ADAM, LABEL, LAPTOP, PLAIN, RAW, fields, save
+from pinn_records import ADAM, LABEL, PLAIN, RAW, fields, save
 from suite_cases import PINN
 
 from experiments.__main__ import main
@@ -18,8 +18,6 @@ from experiments.pinn.figures import (
     draw_convergence,
     draw_pinn_figures,
     draw_predictors,
-    front,
-    slice_places,
 )
 from experiments.records.figures import save_figures
 
@@ -82,14 +80,6 @@ def test_no_figure_overwrites_another_one(tmp_path):
 def test_figures_with_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"same name in .*: one\.png"):
         save_figures(tmp_path, [("one.png", lambda: None), ("two.png", lambda: None), ("one.png", lambda: None)])
-
-
-def test_the_legend_names_another_loss(tmp_path):
-    for name in LAPTOP:
-        save(tmp_path, name, PLAIN, changes={"variants": LAPTOP})
-    main, second = groups(tmp_path)
-    assert "LM (other loss: error alone)" in drawn(main, draw_convergence)[0]
-    assert "other loss" not in drawn(second, draw_convergence)[0]
 
 
 @pytest.mark.parametrize("degenerate", ["", "degenerate: u is tiny"])
@@ -156,20 +146,6 @@ def test_a_variant_of_which_all_runs_diverged_is_no_line(tmp_path):
     assert "(1 of 1 diverged)" in drawn(groups(tmp_path)[0], draw_predictors)[0].replace("\n", " ")
 
 
-def test_slices_are_a_quarter_a_half_and_three_quarters_of_the_time():
-    t = np.arange(100) / 100  # ends at 0.99, as that of the published grid
-    assert [t[place] for place in slice_places(t)] == [0.25, 0.5, 0.75]
-    t = np.linspace(0, 8, 81)
-    assert [t[place] for place in slice_places(t)] == pytest.approx([2, 4, 6])
-
-
-def test_the_zoom_is_around_the_front():
-    x = np.linspace(-1, 1, 2001)
-    low, high = front(x, -np.tanh(50 * (x - 0.3)))
-    assert low == pytest.approx(0.3 - 3 * 2 / 50, abs=2e-3) and high == pytest.approx(0.3 + 3 * 2 / 50, abs=2e-3)
-    assert front(x, np.sin(x)) == (-1, 1) and front(x, np.zeros(2001)) == (-1, 1)
-
-
 def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "ONLY"):
         monkeypatch.delenv(name, raising=False)
@@ -184,12 +160,7 @@ def test_the_commands_make_figures_and_tables_of_both_kinds(tmp_path, monkeypatc
     results = str(tmp_path / "results")
     assert main(["reproduce", "--results", results, "--jobs", "1"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "DEGENERATE" in printed
-        and "2d Burgers" in printed
-        and "solution.png" in printed
-        and "predictors.png" in printed
-    )
+    assert all(text in printed for text in ("DEGENERATE", "2d Burgers", "solution.png", "predictors.png"))
     assert main(["figures", "--results", results, "--docs", "--only", "burgers_2d"]) == 0
     assert "burgers_2d_test_convergence.png" in {path.name for path in docs.iterdir()}
     assert not any("100d" in path.name for path in docs.iterdir())

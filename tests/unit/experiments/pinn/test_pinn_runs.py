@@ -154,11 +154,7 @@ def test_a_user_adds_an_equation_by_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [
-        (
-            "uniform[:, :1]",
-            "uniform[:0, :1]",
-            "must yield points with soft conditions, got none for .*tions = 8",
-        ),
+        ("uniform[:, :1]", "uniform[:0, :1]", "must yield points with soft conditions, got none for .*tions = 8"),
         ("points, self.exact(points)", "points, self.exact(points)[:3]", r"return points \(n, 2\) and values \(n, 1\)"),
     ],
 )

@@ -3,10 +3,11 @@ import pytest
 from pinn_records import LABEL, LAPTOP, PLAIN, RAW, SECOND_ORDER, save
 
 from experiments.catalog import load_config, parse_config
-from experiments.pinn.compare import CONFIGS, accepted_candidates, measure, read_groups, settings_line
+from experiments.pinn.compare import CONFIGS, EVALUATIONS, accepted_candidates, measure, read_groups, settings_line
 from experiments.pinn.experiment import EXPERIMENT as PINN_EXPERIMENT
 from experiments.pinn.figures import draw_pinn_figures
 from experiments.pinn.tables import summarize_pinn
+from experiments.records.compare import SECONDS
 from experiments.runs.config import expand_runs
 
 FAST = np.append(PLAIN[::2], [0.009] * 5)  # below 0.01 from iteration 50 on, ends at 0.009
@@ -162,7 +163,7 @@ def test_losses_of_different_objectives_are_not_divided(tmp_path, settings, is_o
         save(tmp_path, name, losses, changes={"variants": variants})
     (group,) = groups(tmp_path)
     own = measured(tmp_path)
-    for values in (own.iterations, own.ratio, own.at_evaluations, own.at_seconds):
+    for values in (own.iterations, own.ratio, own.at_equal[EVALUATIONS], own.at_equal[SECONDS]):
         assert np.isnan(values).all() == is_other
     assert own.error_ratio.tolist() == [pytest.approx(0.9)]
     _, line = [line for line in summarize_pinn([group]).splitlines() if line.startswith("  accelerated ")]
@@ -203,16 +204,16 @@ def test_equal_cost(tmp_path):
     save(tmp_path, "adam_aadl", PLAIN**2, evaluations=2, seconds=0.5)
     own = measured(tmp_path)
     assert own.ratio[0] == pytest.approx(1e-2)
-    assert own.at_evaluations[0] == pytest.approx(PLAIN[5] ** 2 / PLAIN[10])
-    assert own.at_seconds[0] == pytest.approx(PLAIN[10] ** 2 / PLAIN[5])
+    assert own.at_equal[EVALUATIONS][0] == pytest.approx(PLAIN[5] ** 2 / PLAIN[10])
+    assert own.at_equal[SECONDS][0] == pytest.approx(PLAIN[10] ** 2 / PLAIN[5])
 
 
 def test_equal_runs_with_slightly_different_clocks_are_equal(tmp_path):
     save(tmp_path, "adam", PLAIN)
     save(tmp_path, "adam_aadl", PLAIN, seconds=1.01)
-    assert measured(tmp_path).at_seconds[0] == pytest.approx(1, abs=0.06)
+    assert measured(tmp_path).at_equal[SECONDS][0] == pytest.approx(1, abs=0.06)
     save(tmp_path, "adam_aadl", PLAIN, seconds=2.0)
-    assert measured(tmp_path).at_seconds[0] == pytest.approx(PLAIN[5] / PLAIN[10])
+    assert measured(tmp_path).at_equal[SECONDS][0] == pytest.approx(PLAIN[5] / PLAIN[10])
 
 
 def test_a_diverged_run_counts_as_infinitely_bad_and_is_named(tmp_path):
@@ -221,8 +222,8 @@ def test_a_diverged_run_counts_as_infinitely_bad_and_is_named(tmp_path):
         save(tmp_path, "adam_aadl", FAST, seed)
     save(tmp_path, "adam_aadl", [1.0, 0.001, np.nan], 1, diverged=17)
     own = measured(tmp_path)
-    for values in (own.loss, own.errors["grid"], own.iterations, own.ratio, own.at_evaluations, own.at_seconds,
-                   own.evaluations, own.seconds):  # fmt: skip
+    equal = own.at_equal[EVALUATIONS], own.at_equal[SECONDS]
+    for values in (own.loss, own.errors["grid"], own.iterations, own.ratio, *equal, own.evaluations, own.seconds):
         assert np.isfinite(values[0]) and np.isposinf(values[1])
     text = summarize_pinn(groups(tmp_path))
     assert "Diverged: accelerated: seed 1 at iteration 17" in text and "1 of 2" in text
@@ -255,12 +256,8 @@ def test_the_tables_are_written_and_printed(tmp_path):
     for printed in (text, markdown):
         assert f"{LABEL}, compared with plain Adam" in printed and f"{LABEL}, compared with other" in printed
         assert "no network: frozen" in printed and "6.00e-01" in printed and "7.00e-01" in printed
-        assert (
-            "50 [50 .. 50]" in printed
-            and "0.9 [0.9 .. 0.9]" in printed
-            and "2 of 2" in printed
-            and "Source: " in printed
-        )
+        assert "50 [50 .. 50]" in printed and "0.9 [0.9 .. 0.9]" in printed
+        assert "2 of 2" in printed and "Source: " in printed
         assert "DEGENERATE" not in printed
     tables = [block.splitlines() for block in markdown.split("\n\n") if block.startswith("|")]
     assert [len(table) for table in tables] == [2 + 5, 2 + 3, 2 + 3]  # a lone variant is not compared

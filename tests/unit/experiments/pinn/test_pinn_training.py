@@ -61,8 +61,7 @@ def test_iterations_are_evaluations_of_the_gradient():
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{"acceleration": EAGER | {"safeguard": "loss"}}, {"published": {"frequency": 2, "safeguard": True}}],
+    "more", [{"acceleration": EAGER | {"safeguard": "loss"}}, {"published": {"frequency": 2, "safeguard": True}}]
 )
 def test_trials_are_no_iterations(more):
     result, _, _ = trained(pinn_run({"optimizer": ADAM, **more}, {"iterations": 30, "evaluate_every": 10}))
@@ -206,6 +205,15 @@ def test_a_diverged_run_is_recorded_and_named(config, tmp_path, capsys, variant)
     record = read_run(next((tmp_path / "results").rglob("*.h5")))
     assert record.diverged and record.diverged_epoch is None and record.attributes["stop_reason"] == "diverged"
     assert record.diverged_iteration > 0 and len(record.places) == len(record.series[LOSS]) <= 4
+
+
+def test_variants_that_accept_nothing_are_named_once(config, tmp_path, capsys):
+    sgd = {"name": "SGD", "lr": 1e-3}
+    raw = copy.deepcopy(PINN) | {"seeds": [0, 1]}
+    raw["variants"] = {"idle": {"optimizer": sgd, "acceleration": {}}, "plain": {"optimizer": sgd}}
+    config.write_text(yaml.safe_dump(raw))
+    assert run(config, tmp_path / "results") == 0
+    assert "no candidate accepted, as if without acceleration: idle\n" in capsys.readouterr().err
 
 
 # ---- optimizers that ask for residuals -------------------------------------------------------------------------------

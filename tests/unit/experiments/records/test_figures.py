@@ -59,10 +59,8 @@ def test_all_figures_are_drawn_and_small(tmp_path, source):
     comparison = read_comparison(folder)
     assert comparison.seeds == (0, 1) and comparison.is_surrogate == (source == "surrogate")
     assert ("SURROGATE" in comparison.source_line()) == (source == "surrogate")
-    assert (
-        "2 seeds (0-1)" in comparison.source_line()
-        and "scale test (settings in the records)" in comparison.source_line()
-    )
+    assert "2 seeds (0-1)" in comparison.source_line()
+    assert "scale test (settings in the records)" in comparison.source_line()
     laptop = replace(comparison, folder=folder.with_name("laptop"))
     assert laptop.source_line().startswith("experiments/configs/graduate_admissions/laptop.yaml · ")
     paths = draw_training_figures(comparison)

@@ -45,6 +45,16 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert list(path.parent.iterdir()) == [path]  # no temporary file stays
 
 
+def test_where_the_ranks_ran_is_recorded_and_is_no_series(tmp_path):
+    config, places = run_config(), [{"rank": rank, "host": f"n{rank}"} for rank in range(2)]
+    path = run_path(tmp_path, config)
+    write_run(path, config, problem(), result([3.0, 2.0]), Ranks(0, 2), START, START, places=places)
+    run = read_run(path)
+    assert run.series.keys() == result([3.0, 2.0]).series.keys() and run.attributes["hosts"] == "n0, n1"
+    with h5py.File(path) as file:
+        assert json.loads(file["launch/binding"][()]) == places
+
+
 def test_every_series_says_what_it_is(tmp_path):
     with h5py.File(write(tmp_path)) as file:
         assert next(reversed(list(file.attrs))) in file.attrs and file.attrs["complete"]

@@ -98,6 +98,14 @@ def test_the_table_is_written_and_printed(tmp_path, source):
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
 
 
+def test_records_of_other_data_are_not_compared(tmp_path):
+    save(tmp_path, "sgd", 0, PLAIN)
+    config = run_config("sgd_aadl", 0)
+    write_run(run_path(tmp_path, config), config, problem(digest="other"), result(FAST), Ranks(), NOW, NOW)
+    with pytest.raises(ValueError, match="holds records with different data"):
+        compare(tmp_path)
+
+
 def test_spread_of_never():
     assert spread(np.array([1.0, np.inf]), "{:.0f}") == "never [1 .. never]"
     assert spread(np.array([np.inf, np.inf]), "{:.0f}") == "never [never .. never]"

@@ -79,17 +79,6 @@ def test_rank_0_alone_writes(tmp_path, spawn_ranks):
     assert len(scalars["metrics/train/loss"]) == 11 and others == []
 
 
-def test_a_resumed_run_hides_what_was_written_after_its_save(tmp_path, writers):
-    folder = tmp_path / "seed-0.tensorboard"
-    for places in ((0, 1, 2), (2, 3)):  # the first process was killed before it saved the entry 2
-        board = TensorBoard(folder)
-        for place in places:
-            board(place, {"metrics/train/loss": 1.0})
-        board.close()
-    first, second = writers()
-    assert (first.purge_step, second.purge_step) == (0, 2) and first.folder == second.folder
-
-
 def test_a_resumed_run_writes_no_entry_twice(tmp_path, writers, monkeypatch):
     original = Training.train_interval
 

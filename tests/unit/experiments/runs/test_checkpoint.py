@@ -59,23 +59,6 @@ def test_values_and_types_survive(tmp_path):
     assert loaded["tensors"][7].data_ptr() == loaded["tensors"][8].data_ptr()
 
 
-def test_the_digest_of_these_tests_tells_states_apart():
-    state = {"a": torch.tensor([1.0, 2.0]), "b": [1, (2.0, None)], 3: "x"}
-    assert digest(state) == digest({3: "x", "b": [1, (2.0, None)], "a": torch.tensor([1.0, 2.0])})
-    others = [
-        {**state, "a": torch.tensor([1.0, -2.0])},
-        {**state, "a": torch.tensor([1.0, 2.0]).double()},
-        {**state, "a": torch.tensor([[1.0, 2.0]])},
-        {**state, "b": [1, [2.0, None]]},
-        {**state, "b": [True, (2.0, None)]},
-        {**state, "c": {}},
-        {"a": state["a"], "b": state["b"], "3": "x"},
-    ]
-    digests = [digest(other) for other in [state, *others]]
-    assert len(set(digests)) == len(digests)
-    assert digest({"x": 0.0}) != digest({"x": -0.0}) and digest({"x": math.nan}) == digest({"x": math.nan})
-
-
 def test_a_view_does_not_drag_its_storage_along(tmp_path):
     checkpoints = Checkpoints(tmp_path, Ranks())
     checkpoints.save(1, {"row": torch.zeros(100, 100_000)[3]}, {})
@@ -226,16 +209,6 @@ def test_whichever_bit_is_flipped_no_other_state_is_loaded(tmp_path):
             noticed += 1
             assert path.name in str(error)
     assert noticed > 8 * len(whole) / 61 / 2
-
-
-def test_a_flipped_bit_that_torch_takes_is_found(tmp_path):
-    checkpoints = saved(tmp_path, 1, 2)
-    path = tmp_path / "step-0000000002.pt"
-    data = bytearray(path.read_bytes())
-    data[data.index(state_at(2)["model"]["weight"].numpy().tobytes()) + 400] ^= 4
-    path.write_bytes(data)
-    torch.load(path, weights_only=True)
-    assert_loads(checkpoints, 1)
 
 
 def forge(path, **changes):

@@ -1,11 +1,11 @@
 """Runs that are stopped, saved and taken up again: the continuation repeats the uninterrupted run bit for bit."""
 
+import contextlib
 import json
 import math
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,19 +14,19 @@ import torch
 import torch.distributed as dist
 import yaml
 from image_runs import AADL, PUBLISHED, image_run, image_set
-from paths import ROOT
-from processes import wait_until
 from small_runs import identical
 from stopped_runs import run_to_the_end, signal_after
 from suite_cases import FREE_ADAM, FREE_SGD, PINN, RAW, SOAP, SSBROYDEN, needs, pinn_run, run_config
 
 from experiments.__main__ import main
+from experiments.catalog import parse_config
 from experiments.distributed.departure import Interrupted
 from experiments.distributed.interruption import EXIT_RESUME, Interruption
 from experiments.distributed.ranks import Ranks
 from experiments.records.reading import read_run
 from experiments.records.status import run_folder, run_path, state_of
 from experiments.runs import execute
+from experiments.runs.checkpoint import Checkpoints
 from experiments.runs.execute import execute_run
 from experiments.runs.lock import FolderInUse
 from experiments.runs.session import FiniteLosses, OtherRun, RunSession
@@ -67,12 +67,7 @@ def assert_same(config, tmp_path, stops):
     return record
 
 
-IMAGES = {
-    "plain": {},
-    "ema": {"ema_decay": 0.9},
-    "aadl": {"acceleration": AADL},
-    "published": {"published": PUBLISHED},
-}
+IMAGES = {"plain": {}, "ema": {"ema_decay": 0.9}, "aadl": {"acceleration": AADL}, "published": {"published": PUBLISHED}}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ema")) for name in IMAGES])
@@ -195,6 +190,63 @@ def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path):
         lock.write_text(json.dumps(holder))
 
 
+def test_a_run_that_was_taken_over_at_its_end_writes_no_record(tmp_path, monkeypatch):
+    config, train = run_config("sgd", epochs=2), execute.train
+    path = run_path(tmp_path, config)
+
+    def lose_the_folder(*arguments, **options):
+        result = train(*arguments, **options)
+        lock = next(run_folder(path).glob("*lock*"))
+        lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another"}))
+        return result
+
+    monkeypatch.setattr(execute, "train", lose_the_folder)
+    with pytest.raises(FolderInUse, match="was taken over by process"):
+        execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    assert not path.exists()
+
+
+def test_a_finished_record_stays_until_its_run_is_made_again_to_the_end(tmp_path):
+    config = run_config("sgd", epochs=6)
+    execute_run(config, Ranks(), tmp_path, interruption=Interruption(environment={}))
+    path = run_path(tmp_path, config)
+    whole = path.read_bytes()
+    late = Interruption(environment={"AADL_END_TIME": "1000"}, clock=lambda: 1000.0)
+    with pytest.raises(Interrupted):
+        execute_run(config, Ranks(), tmp_path, interruption=late, from_start=True)
+    assert path.read_bytes() == whole
+
+
+def test_force_counts_for_the_first_start_of_a_job(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(execute, "runs_to_make", lambda *_, from_start, **__: seen.append(from_start) or ([], []))
+    config, never = parse_config(RAW), Interruption(environment={})
+    for restarts in (0, 1):
+        ranks = Ranks(restart_count=restarts)
+        execute.execute_experiment(config, ranks, tmp_path, num_jobs=1, force=True, interruption=never)
+    assert seen == [True, False]
+    assert capsys.readouterr().err == "--force counted for the first start of this job: now its runs go on\n"
+
+
+def test_a_run_stops_in_time_for_its_longest_evaluation_and_three_saves(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("experiments.runs.session.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Checkpoints, "save", lambda *_, **__: now.__setitem__(0, now[0] + 40.0))
+    stopper, place = Interruption(environment={}), tmp_path / "seed-0.run"
+    run = SimpleNamespace(num_steps=1, goes_on=False, longest_evaluation=5.0, closure=SimpleNamespace(evaluations=0))
+    run.clock = SimpleNamespace(stopped=contextlib.nullcontext)
+    run.state, run.result = (lambda: ({}, {})), (lambda **_: None)
+    with RunSession(place, run_config("sgd"), Ranks(), "", SaveConfig(), stopper, lambda _: None) as session:
+        margins = []
+        for evaluation in (5.0, 100.0, 5.0):
+            run.longest_evaluation = evaluation
+            session.after_interval(run)
+            margins.append(stopper.margin_seconds)
+        session.save(run)
+        session.after_interval(run)
+    assert [*margins, stopper.margin_seconds] == [60.0, 100.0, 100.0, 125.0]
+
+
 def test_a_record_that_cannot_be_written_on_the_way_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     config = run_config("sgd", epochs=3)
     write = execute.write_run
@@ -291,20 +343,6 @@ def test_a_signal_stops_the_command_and_the_same_command_goes_on(tmp_path, capsy
         for name in ("metrics/train/loss", "metrics/validation/loss"):
             if name in whole.series:
                 assert np.array_equal(whole.series[name], again.series[name])
-
-
-@pytest.mark.slow
-def test_workers_save_when_their_parent_gets_a_signal(tmp_path):
-    raw = RAW | {"training": {"epochs": 100_000, "batch_size": 80}}
-    config = write(raw, tmp_path)
-    line = [sys.executable, "-m", "experiments", "run", str(config), "--results", str(tmp_path / "r"), "--jobs", "2"]
-    with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert wait_until(lambda: len(list((tmp_path / "r").rglob("running.lock"))) == 2)
-        process.send_signal(signal.SIGTERM)
-        _, printed = process.communicate(timeout=600)
-    assert process.returncode == EXIT_RESUME
-    assert "stopped by SIGTERM; the runs that had begun are finished or saved: the same command goes on" in printed
-    assert len(list((tmp_path / "r").rglob("step-*"))) == 2  # what lay in the queue of a worker has not begun
 
 
 def stopped_and_resumed(rank, world_size, folder, results):

@@ -144,6 +144,16 @@ def test_a_step_that_overflows_is_skipped_and_no_hook_sees_it():
     assert not identical(weights, problem.model.state_dict())
 
 
+def test_the_scale_of_gradients_goes_on_with_a_saved_run():
+    problem, batch = small_problem()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    stopped, again = (closure_of(problem, optimizer, scale=True, init_scale=1e38) for _ in range(2))
+    stopped.batch = (1e3 * batch[0], batch[1])
+    stopped.step()
+    again.load_state_dict(stopped.state_dict())
+    assert again.scaler.get_scale() == stopped.scaler.get_scale() == pytest.approx(0.5e38) and again.num_skipped == 1
+
+
 def test_seconds_of_hooks_are_those_in_between(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("experiments.training.clock.time.perf_counter", lambda: clock[0])

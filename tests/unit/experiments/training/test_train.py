@@ -119,6 +119,16 @@ def test_the_mean_of_the_last_epochs_is_evaluated_in_these_alone():
     assert averaged[3] == pytest.approx(weights.mean() ** 2)
 
 
+def test_seconds_of_an_acceleration_go_on_with_a_saved_run():
+    def training():
+        problem = Quadratic()
+        return Training(problem, [Stage(torch.optim.SGD(problem.model.parameters()), seconds=lambda: 2.0)], Ranks())
+
+    stopped, again = training(), training()
+    again.load_state(*stopped.state())
+    assert again.state()[0]["acceleration_seconds"] == 4.0  # two in each process
+
+
 def test_statistics_become_series():
     counts = {"accepted": 0, "averaging": True, "relative_standard_deviation": math.nan, "rejected": {}, "note": "text"}
 
@@ -136,8 +146,7 @@ def test_statistics_become_series():
 
 
 @pytest.mark.parametrize(
-    ("updates", "expected"),
-    [([1.0, 1.0, 1.0], 0.0), ([1.0, 3.0], 0.5), ([1.0, -0.5], 3.0), ([1.0], math.nan)],
+    ("updates", "expected"), [([1.0, 1.0, 1.0], 0.0), ([1.0, 3.0], 0.5), ([1.0, -0.5], 3.0), ([1.0], math.nan)]
 )
 def test_relative_standard_deviation_of_updates(updates, expected):
     model = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
@@ -160,6 +169,7 @@ def test_the_problem_is_set_by_its_seeds():
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert not torch.equal(one[1], one[2])
+    assert not torch.equal(one[2], other[1])  # another seed is no other epoch
 
 
 def test_features_are_standardized_by_the_training_set():
