@@ -66,6 +66,26 @@ def test_pairs_from_before_a_far_change_make_no_candidate(change, at, safeguard)
     assert max(ratios) < 2.5 and ratios[-1] < 1.05  # a candidate that nobody's loss has seen may overshoot once
 
 
+@pytest.mark.parametrize("at", [41, 49, 50, 53])
+@pytest.mark.parametrize("change", [fill, load])
+def test_after_a_far_change_the_training_is_that_after_a_reset(change, at):
+    """Pairs from before have no weight in anything: the balance of the momentum, the noise, the reach."""
+    ends = []
+    for resets in (False, True):
+        model = network()
+        settings = MACRO | {"average": "auto", "state_coupling": "full"}
+        optimizer = aadl.accelerate(sgd(model, 0.02, momentum=0.5), **settings)
+        train(model, optimizer, at)
+        change(model)
+        if resets:
+            aadl.reset_history(optimizer)
+        accepted = statistics(optimizer)["accepted"]
+        train(model, optimizer, 100)
+        assert statistics(optimizer)["accepted"] > accepted
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("at", [45, 50])
 def test_pairs_from_before_a_small_change_stay(at):
     ranks, ratios = ranks_of_attempts(nudge, at, {})

@@ -81,6 +81,19 @@ def test_a_residual_that_is_not_finite_resets_the_history(value, frequency):
     assert accelerator.statistics["accepted"] > 1 and accelerator.statistics["resets"] == {"non_finite": 1}
 
 
+def test_a_reset_forgets_the_candidate_that_might_be_taken_back():
+    model = network()
+    optimizer = nesterov(model, **RESIDUAL)
+    decisions = aadl.accelerator_of(optimizer).decisions
+    for _ in range(60):
+        train(model, optimizer, 1)
+        if decisions.confirmed is not None and decisions.last_jump:
+            break
+    assert decisions.confirmed is not None and decisions.last_jump
+    aadl.reset_history(optimizer)
+    assert (decisions.accepted, decisions.confirmed, decisions.last_jump) == (None, None, {})
+
+
 def test_pauses_double_up_to_a_limit_and_halve():
     pause = acceptance.Pause(longest=64)
     lengths = []

@@ -27,7 +27,9 @@ def crops(width, height, count=2000, **options):
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (1, 1), (400, 1), (3, 1000), (2, 2)])
 def test_random_crops_lie_in_the_image(width, height):
-    for crop in crops(width, height):
+    made = crops(width, height)
+    assert {crop.flip for crop in made} == {False, True}  # also where no attempt fits
+    for crop in made:
         assert crop.left >= 0 and crop.left + crop.width <= width and crop.width >= 1
         assert crop.top >= 0 and crop.top + crop.height <= height and crop.height >= 1
 

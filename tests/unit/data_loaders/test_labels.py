@@ -119,6 +119,15 @@ def test_a_stem_means_the_only_image_that_has_it(tmp_path, prefix):
     assert labeled(tmp_path, lines, expected) == expected
 
 
+def test_another_label_makes_another_set(tmp_path):
+    root, digests = write_folders(tmp_path, flat=True), set()
+    for classes in ([1, 1, 1, 2, 2, 2, 3, 3, 3], [1, 1, 1, 2, 2, 3, 3, 3, 3]):  # the order of the images stays
+        lines = [f"ILSVRC2012_val_{number:08d}.JPEG n0{name}\n" for number, name in enumerate(classes, start=1)]
+        (root / "val.txt").write_text("".join(lines))
+        digests.add(FolderImages(root, "validation").digest)
+    assert len(digests) == 2
+
+
 def test_a_list_with_the_mark_of_windows_is_read(tmp_path):
     assert labeled(tmp_path, ["\ufeffa.jpg cat", "b.jpg dog"], ["a.jpg", "b.jpg"]) == {"a.jpg": "cat", "b.jpg": "dog"}
 

@@ -330,6 +330,7 @@ def test_shards_of_other_settings_or_images_are_not_touched(tmp_path, settings):
         pack(ListedImages(CONTENTS), tmp_path, "train", settings)
     with pytest.raises(ValueError, match="of other images or settings"):
         pack(OTHERS, tmp_path, "train", Packing(images_per_shard=10))
+    pack(ListedImages(CONTENTS), tmp_path, "train", Packing(images_per_shard=10, quality=50))  # nothing is encoded
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 

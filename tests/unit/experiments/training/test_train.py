@@ -157,6 +157,7 @@ def test_relative_standard_deviation_of_updates(updates, expected):
             model.weight += update
         measure.after(model)
     assert measure.relative_standard_deviation() == pytest.approx(expected, nan_ok=True, abs=1e-12)
+    assert math.isnan(measure.relative_standard_deviation())  # of the next epoch, which has no update yet
 
 
 def test_the_problem_is_set_by_its_seeds():
