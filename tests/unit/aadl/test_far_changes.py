@@ -80,7 +80,7 @@ def test_after_a_far_change_the_training_is_that_after_a_reset(change, at):
         if resets:
             aadl.reset_history(optimizer)
         accepted = statistics(optimizer)["accepted"]
-        train(model, optimizer, 100)
+        train(model, optimizer, 200)
         assert statistics(optimizer)["accepted"] > accepted
         ends.append(flat(model))
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
