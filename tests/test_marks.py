@@ -34,13 +34,8 @@ def test_ranks_are_slow_wherever_they_are_spawned():
 def test_the_folders_exist_and_their_files_start_first():
     assert all((ROOT / "tests" / name).is_dir() for name in FOLDERS)
     paths = ["ranks/test_a.py", "unit/test_b.py", "cluster/lsf/test_c.py", "cli/test_d.py", "unit/cli.py"]
-    assert sorted(paths, key=lambda path: place(PurePosixPath(path))) == [
-        "cluster/lsf/test_c.py",
-        "cli/test_d.py",
-        "ranks/test_a.py",
-        "unit/test_b.py",
-        "unit/cli.py",
-    ]
+    found = sorted(paths, key=lambda path: place(PurePosixPath(path)))
+    assert found == ["cluster/lsf/test_c.py", "cli/test_d.py", "ranks/test_a.py", "unit/test_b.py", "unit/cli.py"]
 
 
 def test_every_way_to_run_is_tried_by_make_test():

@@ -39,9 +39,8 @@ def test_run_figures_summarize(config, tmp_path, capsys):
     results = tmp_path / "results"
     assert run(config, results, "--set", "training.epochs=3") == 0
     records = sorted(path.relative_to(results).as_posix() for path in results.rglob("*.h5"))
-    assert records == [
-        f"graduate_admissions/test/{name}/seed-{seed}.h5" for name in ("sgd", "sgd_aadl") for seed in (0, 1)
-    ]
+    names = [f"{name}/seed-{seed}.h5" for name in ("sgd", "sgd_aadl") for seed in (0, 1)]
+    assert records == [f"graduate_admissions/test/{name}" for name in names]
     assert len(read_run(results / records[0]).series["metrics/train/loss"]) == 4
     printed = capsys.readouterr().err
     assert "4 of 4 runs to do" in printed and "--force" not in printed

@@ -209,9 +209,7 @@ def test_another_failure_is_not_taken_for_a_lack_of_room(monkeypatch):
 def test_the_sentence_names_only_what_helps(monkeypatch):
     monkeypatch.setattr(memory, "room_on", lambda device: 10)
     lean = {"history_depth": 1, "history_dtype": torch.bfloat16, "state_coupling": "params", "shard_history": True}
-    with pytest.raises(
-        torch.OutOfMemoryError, match=r"for 31 elements of parameters, needs 496 B .*: use a smaller model$"
-    ):
+    with pytest.raises(torch.OutOfMemoryError, match=r"for 31 elements .* needs 496 B .*: use a smaller model$"):
         train(*accelerated(**lean), 1)
     settings = aadl.accelerator_of(accelerated()[1]).settings
     cuda = memory.Need({torch.device("cpu"): 9, torch.device("cuda", 0): 184 * 10**9}, {"parameters": 10**9})

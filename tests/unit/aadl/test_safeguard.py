@@ -81,7 +81,8 @@ def test_a_residual_that_is_not_finite_resets_the_history(value, frequency):
     assert accelerator.statistics["accepted"] > 1 and accelerator.statistics["resets"] == {"non_finite": 1}
 
 
-def test_a_reset_forgets_the_candidate_that_might_be_taken_back():
+@pytest.mark.parametrize("of_the_weights_alone", [True, False])
+def test_a_reset_forgets_the_candidate_that_might_be_taken_back(of_the_weights_alone):
     model = network()
     optimizer = nesterov(model, **RESIDUAL)
     decisions = aadl.accelerator_of(optimizer).decisions
@@ -90,7 +91,10 @@ def test_a_reset_forgets_the_candidate_that_might_be_taken_back():
         if decisions.confirmed is not None and decisions.last_jump:
             break
     assert decisions.confirmed is not None and decisions.last_jump
-    aadl.reset_history(optimizer)
+    if of_the_weights_alone:  # somebody has put them elsewhere
+        decisions.start_elsewhere(aadl.accelerator_of(optimizer).history)
+    else:
+        aadl.reset_history(optimizer)
     assert (decisions.accepted, decisions.confirmed, decisions.last_jump) == (None, None, {})
 
 

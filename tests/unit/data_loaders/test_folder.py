@@ -22,14 +22,8 @@ def test_folders_are_read_in_the_order_of_names(tmp_path):
     images = FolderImages(root, "train")
     assert len(images) == 39 and images.class_names == ("n01", "n02", "n03")
     assert images.labels.tolist() == [0] * 12 + [1] * 13 + [2] * 14
-    assert [images.name(index) for index in (0, 1, 2, 24, 37, 38)] == [
-        "n01/n01_0.JPEG",
-        "n01/n01_1.JPEG",
-        "n01/n01_10.JPEG",
-        "n02/zebra.PnG",
-        "n03/old.JFIF",
-        "n03/old.jpe",
-    ]
+    names = "n01/n01_0.JPEG n01/n01_1.JPEG n01/n01_10.JPEG n02/zebra.PnG n03/old.JFIF n03/old.jpe"
+    assert [images.name(index) for index in (0, 1, 2, 24, 37, 38)] == names.split()
     assert images.read(24) == b"png"
     assert images.read(2) == (root / "train/n01/n01_10.JPEG").read_bytes()
 
@@ -76,9 +70,7 @@ def test_what_is_missing_or_ambiguous_is_one_sentence(tmp_path):
         open_images(tmp_path, "train")
     (tmp_path / "train/n01/images").mkdir()
     (tmp_path / "train/n01/images/1.jpg").touch()
-    with pytest.raises(
-        ValueError, match="images in train/n01/images lie one folder too deep, they belong into train/n01"
-    ):
+    with pytest.raises(ValueError, match=r"images in train/n01/images lie one folder too deep, .* into train/n01"):
         open_images(tmp_path, "train")
     (tmp_path / "val").mkdir()
     (tmp_path / "validation").mkdir()

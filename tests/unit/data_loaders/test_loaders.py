@@ -276,10 +276,8 @@ def test_skip_replaces_a_training_image_by_the_next_and_says_so_once(kind, caplo
     numbers = uniform(sample_seed(5, 0, np.array([11])), NUM_UNIFORM).tolist()[0]
     assert np.array_equal(pixels_read[place].permute(1, 2, 0).numpy(), Decoder(SMALL)(CONTENTS[13], numbers))
     assert set(loader.unreadable) == {11, 12} and loader.num_unreadable == 2
-    assert sorted(record.message.partition(" cannot")[0] for record in caplog.records) == [
-        "image 11 (image-11)",
-        "image 12 (image-12)",
-    ]
+    named = sorted(record.message.partition(" cannot")[0] for record in caplog.records)
+    assert named == ["image 11 (image-11)", "image 12 (image-12)"]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -312,9 +310,7 @@ def test_a_damaged_shard_is_met_by_the_policy(tmp_path, policy):
     path.write_bytes(data)
     loader = TrainLoader(open_images(tmp_path, "train"), Decoding(16, 20, on_corrupt=policy), batch_size=30, seed=5)
     if policy == "stop":
-        with pytest.raises(
-            ImageError, match=r"^image 7 \(image-7\) cannot be read: its checksum in train-00000-of-00001"
-        ):
+        with pytest.raises(ImageError, match=r"^image 7 \(image-7\) cannot be read: its checksum in train-00000-of"):
             list(loader.batches(0))
     else:
         ((_, labels),) = loader.batches(0)

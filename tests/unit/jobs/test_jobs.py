@@ -96,6 +96,7 @@ def test_every_site_says_what_was_verified_and_where_it_comes_from(name):
         ("frontier", ["--account", "A", "--time", "2:00"], "two minutes to Slurm and two hours to LSF, got '2:00'"),
         ("frontier", ["--account", "A", "--time", "0:05:00"], "--time must be longer than the 300 seconds"),
         ("frontier", ["--account", "A", "--time", "2:00:01"], "at most 2:00:00 for 1 nodes in queue batch"),
+        ("frontier", [*COMMON, "--nodes", "91", "--time", "2:00:01"], "at most 2:00:00 for 91 nodes in queue batch"),
         ("frontier", ["--account", "A b", "--time", "2:00:00"], "--account must be a word"),
         ("frontier", [*COMMON, "--nodes", "0"], "--nodes must be greater than 0, got 0"),
         ("frontier", [*COMMON, "--nodes", "9473"], "--nodes must be at most 9472 in queue batch"),
@@ -129,6 +130,10 @@ def test_a_request_that_a_site_cannot_run_is_one_sentence(name, options, message
     printed = capsys.readouterr()
     assert message in printed.err and len(printed.err.splitlines()) == 1 and printed.err.startswith("error: ")
     assert not (tmp_path / "results").exists() and not printed.out
+
+
+def test_a_limit_itself_is_allowed():
+    assert "#SBATCH --nodes=9472\n" in rendered("frontier", *COMMON, "--nodes", "9472")
 
 
 def test_a_wrong_configuration_is_refused_before_anything_is_submitted(tmp_path, capsys):

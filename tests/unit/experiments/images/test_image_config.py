@@ -33,10 +33,8 @@ def test_runs_are_judged_by_the_share_of_right_classes():
 def test_cadences_may_be_given_in_epochs():
     steps = in_steps({"store_each_nth": "1 epoch", "frequency": "2.5 epochs", "wait_iterations": 7, "reg_acc": 0.1}, 10)
     assert steps == {"store_each_nth": 10, "frequency": 25, "wait_iterations": 7, "reg_acc": 0.1}
-    assert in_steps({"store_each_nth": "0.01 epochs", "wait_iterations": "0 epochs"}, 10) == {
-        "store_each_nth": 1,
-        "wait_iterations": 0,
-    }
+    steps = in_steps({"store_each_nth": "0.01 epochs", "wait_iterations": "0 epochs"}, 10)
+    assert steps == {"store_each_nth": 1, "wait_iterations": 0}
 
 
 @pytest.mark.parametrize("text", ["epoch", "-1 epochs", "1 epochx", "0 epochs", "nan epochs", ""])
@@ -52,9 +50,7 @@ def test_cadences_in_epochs_are_for_images_alone_and_stay_texts_in_the_record():
     assert (variant.published.store_each_nth, variant.published.frequency) == ("1 epoch", "2 epochs")
     other = {"experiment": "graduate_admissions", "scale": "test", "seeds": 0,
              "variants": {"one": {"optimizer": SGD, "published": published}}}  # fmt: skip
-    with pytest.raises(
-        ValueError, match=r"^variants\.one\.published: store_each_nth must be an integer, got '1 epoch'"
-    ):
+    with pytest.raises(ValueError, match=r"^variants\.one\.published: store_each_nth must be an integer, got '1 e"):
         parse_config(other)
 
 

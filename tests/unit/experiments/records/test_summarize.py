@@ -77,6 +77,12 @@ def test_a_seed_on_which_only_plain_diverged_is_unknown(tmp_path):
     assert "1 of 2, 1 unknown" in summarize(compare(tmp_path))
 
 
+def test_a_run_that_ends_as_the_plain_one_is_not_above_it(tmp_path):
+    save(tmp_path, "sgd", 0, PLAIN)
+    save(tmp_path, "sgd_aadl", 0, PLAIN)
+    assert "0 of 1" in summarize(compare(tmp_path))
+
+
 def test_no_seed_in_common(tmp_path):
     save(tmp_path, "sgd", 0, PLAIN)
     save(tmp_path, "sgd_aadl", 1, FAST)

@@ -118,6 +118,15 @@ def test_the_average_of_the_window_is_written_over_the_weights():
     assert torch.allclose(averaged[1], 0.5 * (plain[0] + plain[1])) and scheme.statistics["averaging"]
 
 
+def test_a_restored_scheme_has_the_iterates_of_the_window_and_of_the_average():
+    settings = PublishedConfig(history_depth=4, frequency=100, average=True, average_tolerance=0.0)
+    _, scheme, _ = iterate(*linear_map(), 7, settings)
+    _, again, _ = iterate(*linear_map(seed=1), 2, settings)
+    again.load_state_dict(scheme.state_dict())
+    for own, saved in ((again.windows, scheme.windows), (again.raw, scheme.raw)):
+        assert torch.equal(torch.stack(list(own[0])), torch.stack(list(saved[0])))
+
+
 def test_a_point_that_is_not_finite_is_rejected():
     x = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([x], lr=0.0)
