@@ -13,13 +13,14 @@ WORKERS ?= 2
 STUDIES ?= $(addprefix graduate_admissions/,paper rivals rates ablation) $(addprefix burgers_2d/,rates noise study) \
   burgers_100d/hour $(addprefix burgers_2d/,accurate residuals) burgers_100d/residuals $(addprefix burgers_2d/,rivals paper)
 ALONE := burgers_2d/accurate burgers_2d/rivals burgers_100d/hour
-TABLES ?= tuned_rates design_choices wrapped schedules single_steps linear_losses where_it_pays deepxde_burgers
+TABLES ?= tuned_rates design_choices wrapped schedules single_steps linear_losses hunt where_it_pays deepxde_burgers
 COMMAND_tuned_rates := tuned_rates results
 COMMAND_design_choices := design_choices
 COMMAND_wrapped := wrapped
 COMMAND_schedules := schedules --first 5
 COMMAND_single_steps := schedules --first 5 --store-each-nth 1 --frequency 2 --steps 60 200
 COMMAND_linear_losses := linear_losses
+COMMAND_hunt := hunt --cases 100
 COMMAND_where_it_pays := where_it_pays --table results/tables/where_it_pays.csv --figure results/tables/where_it_pays.png
 COMMAND_deepxde_burgers := deepxde_burgers
 

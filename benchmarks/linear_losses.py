@@ -4,7 +4,8 @@ Linear models under losses with constant slopes are where extrapolation is least
 rounding noise, or the kink of a single row. For every loss, optimizer, dtype and batch the table has, over the seeds,
 
     end    mean loss on all data over the last 50 steps, accelerated over plain (median, maximum)
-    way    largest ratio of the accelerated loss to the largest loss of the plain run from that step on
+    way    largest ratio of the accelerated loss to the largest loss of the plain run from that step on, or in its last
+           50 steps
 
 Losses below FLOOR times the first one count as that.
 
@@ -14,6 +15,7 @@ Losses below FLOOR times the first one count as that.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 import aadl
 from benchmarks.tables import head, line, markdown
@@ -70,7 +73,18 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "chebyshev": _chebyshev,
     "hinge": lambda margin: ((1 - margin).clamp(min=0), -(margin < 1).to(margin.dtype)),
 }
-"""Value and slope for each row, of prediction - target (of prediction x label for the hinge)."""
+"""Value and slope for each row, of prediction - target (of prediction x label for those of MARGIN)."""
+MARGIN = ("hinge", "logistic")
+SMOOTH: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "power 1.5": lambda error: (error.abs() ** 1.5, 1.5 * error.abs().sqrt() * error.sign()),
+    "squares": lambda error: (error**2, 2 * error),
+    "quartic": lambda error: (0.01 * error**4, 0.04 * error**3),
+    "cauchy": lambda error: ((1 + error**2).log(), 2 * error / (1 + error**2)),
+    "log cosh": lambda error: (softplus(2 * error) - error - math.log(2), error.tanh()),
+    "pinball 0.05": _pinball(0.05),
+    "logistic": lambda margin: (softplus(-margin), -(-margin).sigmoid()),
+}
+"""Further losses, of `benchmarks.hunt`."""
 
 
 class SignDescent(torch.optim.Optimizer):
@@ -114,35 +128,52 @@ class Case(NamedTuple):
     batch: int
 
 
-def train(case: Case, seed: int, steps: int, settings: dict[str, Any] | None) -> tuple[list[float], dict[str, Any]]:
-    """Loss on all data after every step, and the statistics of the acceleration."""
+def train(
+    case: Case,
+    seed: int,
+    steps: int,
+    settings: dict[str, Any] | None,
+    make: Callable[[Any], torch.optim.Optimizer] | None = None,
+    clip: Callable[[list[Tensor]], Any] = lambda parameters: None,
+) -> tuple[list[float], dict[str, Any]]:
+    """Loss on all data after every step, and the statistics of the acceleration.
+
+    Args:
+        case: what is trained.
+        seed: of the data, the weights and the batches.
+        steps: of the optimizer.
+        settings: arguments of `aadl.accelerate`; None for plain training.
+        make: makes the optimizer of weight and bias; that of the case unless given.
+        clip: changes the gradients before every step.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(ROWS, FEATURES, generator=generator).to(case.dtype)
     target = 2 * inputs.sum(1) + 10
-    if case.loss == "hinge":  # a tenth of the labels is wrong, so that no plane separates them
+    margin = case.loss in MARGIN
+    if margin:  # a tenth of the labels is wrong, so that no plane separates them
         target = inputs.sum(1).sign() * torch.where(torch.arange(ROWS) % 10 == 0, -1, 1)
     weight = (torch.rand(FEATURES, generator=generator) - 0.5).to(case.dtype).requires_grad_()
     bias = torch.zeros(1, dtype=case.dtype, requires_grad=True)
-    optimizer = OPTIMIZERS[case.optimizer]([weight, bias])
+    optimizer = (make or OPTIMIZERS[case.optimizer])([weight, bias])
     if settings is not None:
         aadl.accelerate(optimizer, **settings)
-    loss = LOSSES[case.loss]
-    hinge = case.loss == "hinge"
+    loss = (LOSSES | SMOOTH)[case.loss]
 
     @torch.no_grad()
     def evaluate(rows: Tensor | slice, gradient: bool) -> Tensor:
         x, y = inputs[rows], target[rows]
         prediction = x @ weight + bias
-        value, slope = loss(prediction * y if hinge else prediction - y)
+        value, slope = loss(prediction * y if margin else prediction - y)
         if gradient:
-            slope = slope * y if hinge else slope
+            slope = slope * y if margin else slope
             weight.grad, bias.grad = x.T @ slope / len(y), slope.mean().view(1)
+            clip([weight, bias])
         return value.mean()
 
     losses, everything = [], slice(None)
     for step in range(steps):
         if step % (ROWS // case.batch) == 0:
-            order = torch.randperm(ROWS, generator=generator).view(-1, case.batch)
+            order = torch.randperm(ROWS, generator=generator)[: ROWS // case.batch * case.batch].view(-1, case.batch)
         rows = everything if case.batch == ROWS else order[step % (ROWS // case.batch)]
         if settings is not None and settings.get("safeguard") == "loss":
             optimizer.step(partial(evaluate, rows, True))  # type: ignore[arg-type]
@@ -158,7 +189,7 @@ def ratios(plain: list[float], accelerated: list[float]) -> tuple[float, float]:
     floor = FLOOR * plain[0]
     plain, accelerated = ([max(value, floor) for value in losses] for losses in (plain, accelerated))
     end = statistics.mean(accelerated[-LAST:]) / statistics.mean(plain[-LAST:])
-    ahead = reversed([*accumulate(reversed(plain), max)])
+    ahead = reversed([*accumulate(reversed(plain), max, initial=max(plain[-LAST:]))][1:])
     return end, max(a / b for a, b in zip(accelerated, ahead, strict=True))
 
 

@@ -70,6 +70,13 @@ def test_a_folder_without_records_has_no_states(tmp_path):
     assert states_of_folder(tmp_path / "missing") == {}
 
 
+def test_a_run_that_is_made_again_is_stopped_although_it_has_a_record(tmp_path):
+    (tmp_path / "sgd" / "seed-0.run").mkdir(parents=True)
+    (tmp_path / "sgd" / "seed-0.run" / "step-0000000001.pt").touch()
+    (tmp_path / "sgd" / "seed-0.h5").touch()
+    assert states_of_folder(tmp_path) == {("sgd", 0): "stopped"}
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -291,6 +291,18 @@ def test_the_gradient_that_a_closure_finds_is_a_copy_and_zero_after_a_backward_p
     assert torch.equal(weight.grad, torch.full_like(weight, 2.0)) and torch.equal(other.grad, torch.ones(2))
 
 
+def test_every_evaluation_of_a_trial_finds_the_same_gradient():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.full((2,), 5.0)
+    found = []
+    with without_trace([p], is_closure=True) as rewind:
+        for _ in range(2):
+            found.append(p.grad.tolist())
+            p.square().sum().backward()
+            rewind()
+    assert found == [[5.0, 5.0]] * 2
+
+
 def test_generators_of_all_devices_are_put_back():
     states, written = {0: 10, 1: 11}, []
     devices = types.SimpleNamespace(

@@ -5,7 +5,7 @@ import torch
 from residual_runs import SGD, loss_of, started, train
 from small_runs import flat
 
-from aadl.least_squares import STEPS, UNDONE, change_by_steps
+from aadl.least_squares import STEPS, UNDONE, change_by_steps, next_damping
 from aadl.mixing import Gram
 
 
@@ -50,3 +50,10 @@ def test_what_steps_change_is_read_from_the_products():
         gram = Gram(steps @ steps.T, steps @ newest, float(newest @ newest))
         moved, gained = steps.square().sum(1).mean(), -rows.square().sum(1).diff().mean()
         assert change_by_steps(gram) == pytest.approx(max(UNDONE * float(moved), STEPS * float(gained)))
+
+
+def test_damping_falls_after_good_predictions_alone_and_rises_after_rejections():
+    cases = [(0.9, True), (0.5, True), (0.1, True), (0.9, False), (0.1, False)]
+    assert [next_damping(3.0, *case, floor=0.5) for case in cases] == [1.0, 3.0, 12.0, 12.0, 12.0]
+    assert next_damping(1.0, 0.9, accepted=True, floor=0.5) == 0.5
+    assert next_damping(0.0, 0.1, accepted=False, floor=0.0) == 0.0

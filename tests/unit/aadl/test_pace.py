@@ -37,6 +37,14 @@ def test_jumps_at_new_points_make_accelerations_rare():
     assert periods == [2, 10, 20, 40, 80, 160, 160, 160, 160, 80, 40, 40]
 
 
+def test_accelerations_that_are_rare_come_no_sooner_after_harm():
+    own = Pace(10, adapts=True, due=10)
+    own.note_jump(2.0)
+    for square in (1.0, 4.0, 16.0):
+        own.note_square(square, normalized=False)
+    assert own.period == 20
+
+
 def test_only_steps_whose_length_is_free_shorten_the_period():
     for normalized, period in ((True, 10), (False, 5)):
         own = Pace(10, adapts=True, due=10)

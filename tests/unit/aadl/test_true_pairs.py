@@ -10,6 +10,7 @@ from small_runs import flat, statistics
 from torch import nn
 
 import aadl
+from aadl.learning_rates import LearningRates
 
 PURE = {"history_depth": 4, "store_each_nth": 1, "reg_acc": 0, "safeguard": False, "average": False}
 
@@ -121,6 +122,7 @@ def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monk
     statistics = aadl.accelerator_of(optimizer).statistics
     evaluate.run(x, optimizer, 4 * store_each_nth)
     statistics["accepted"] = statistics["reverted"] = 0
+    monkeypatch.setattr("aadl.candidate.LEAST_COSINE", 0.0)  # so that there are some of them
     monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: True)
     for number in range(5, 11):
         evaluate.run(x, optimizer, store_each_nth)
@@ -243,6 +245,22 @@ def test_a_large_change_of_the_learning_rate_starts_another_history(factor):
     evaluate.run(x, optimizer, 3)
     assert aadl.accelerator_of(optimizer).statistics["resets"] == {"learning_rate": 1}
     assert_true_pairs(evaluate, optimizer, 3, lr=optimizer.param_groups[0]["lr"])
+
+
+def test_the_rate_of_a_macro_step_is_the_mean_over_its_steps_and_a_jump_begins_with_new_units():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    (group,), rates = optimizer.param_groups, LearningRates()
+    means, starts_again = [], []
+    for macro_step in ((1.0, 1.0, 0.5, 0.5), (1.5, 1.5, 1.5, 1.5), (1e6, 1e6, 1e6, 1e6)):
+        for number, group["lr"] in enumerate(macro_step, start=1):
+            rates.see(optimizer)
+            rates.add_step(optimizer, number)
+        starts_again.append(rates.end_macro_step([group], None, 4))
+        means += rates.means
+        if not starts_again[-1]:
+            rates.pair_factor = rates.factor
+    assert means == [0.75, 1.5, 1e6] and starts_again == [False, False, True]
+    assert rates.factor == rates.pair_factor == 1.0
 
 
 def test_columns_of_other_learning_rates_leave_the_mixing_problem_and_not_the_history():

@@ -12,6 +12,7 @@ def test_regular_writes_come_at_equal_distances():
     assert set(writes) == {"4 in 4", "8 in 4"}
     is_regular(writes, "8 in 4", 38, 5)
     assert set(writes) == {"8 in 4"}  # the other one was too long ago
+    assert [is_regular(writes, "1 in 1", gap, 5) for gap in (50, 55, 60)] == [False, False, True]
     assert kind_of_write([3, 4, 5], [3, 4, 5]) == "" and kind_of_write([3, 4, 5], [4, 4, 7]) == "3 in 2"
 
 

@@ -342,6 +342,11 @@ def test_a_set_without_a_readable_image_is_an_error():
         list(EvaluationLoader(listed([b""] * 5), SMALL, batch_size=2).batches())
 
 
+def test_a_batch_without_a_readable_image_is_left_out():
+    loader = EvaluationLoader(listed([b"", b"", *CONTENTS[2:5]]), SMALL, batch_size=2)
+    assert [labels.tolist() for _, labels in loader.batches()] == [[2, 3], [4]]
+
+
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 

@@ -246,9 +246,10 @@ def test_they_are_offered_to_equations_only_and_to_one_process(tmp_path, capsys)
     raw = copy.deepcopy(PINN) | {"variants": raw["variants"]}
     with pytest.raises(ValueError, match=r"second: the optimizer runs in a single process, not on several ranks"):
         execute.execute_experiment(parse_config(raw), Ranks(world_size=2), tmp_path, num_jobs=1)
-    raw["variants"]["adam"] = PINN["variants"]["adam"]
+    adam = raw["variants"]["adam"] = PINN["variants"]["adam"]
+    raw["variants"]["later"] = adam | {"then": {"after": 5, "optimizer": {"name": "LevenbergMarquardt"}}}
     config = parse_config(raw)
     left_out = single_process_variants(config)
     runs, _ = runs_to_make(config, Ranks(world_size=2), tmp_path, left_out, from_start=False)
-    assert left_out == ["second"] and {run.name for run in runs} == {"adam"}
-    assert "left out on 2 ranks, because they run in a single process: second" in capsys.readouterr().err
+    assert left_out == ["second", "later"] and {run.name for run in runs} == {"adam"}
+    assert "left out on 2 ranks, because they run in a single process: second, later" in capsys.readouterr().err
