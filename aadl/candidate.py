@@ -96,7 +96,7 @@ def coefficients_of(
         shortened = fraction * _as_made(mean, changes)
         residual = residual + host_tensor(factors) * (mixing.tail_sums(len(columns))[:-1].T @ shortened)
         residual_factor -= float(shortened.sum())
-    predicted, least = mixing.predicted_square(gram, gamma), least_advance(gram, solution, changes)
+    predicted, least = mixing.predicted_square(gram, gamma), least_advance(problem.own, solution, changes)
     return Coefficients(solution, residual, residual_factor, predicted, least, rejected)
 
 
@@ -165,10 +165,15 @@ def step_fraction(
 
 
 def least_advance(gram: Gram, solution: Mixing, changes: list[float]) -> float:
-    """The smallest <x+ - g_k, f> of a candidate that goes along with the (mean) update f.
+    """The smallest <x+ - g_k, f> over the parameters of a candidate that goes along with the (mean) update f.
 
     Only what the updates make of the step counts, sum_j gamma_j (f_{j+1} + c_j f_j) as in `step_fraction`. What the
     jumps inside the columns add is known by a loose bound, which would reject candidates that go straight on.
+
+    Args:
+        gram: inner products over the parameters alone, as the advance is.
+        solution: the coefficients, of the step as it is.
+        changes: see `step_fraction`.
     """
     gamma, nothing = solution.gamma, solution.gamma.new_zeros(1)
     step = torch.cat([nothing, gamma]) + torch.cat([gamma * host_tensor(changes), nothing])

@@ -43,7 +43,8 @@ class Decisions(Judgments):
         self.confirmed, self.moves = None, 0
         if problem.is_written:
             newest = sum(column.macro_step > step.since for column in history.columns)
-            self.forget_last(history, len(history.columns) if leads_far(problem.gram, newest) else newest)
+            far = problem.here <= newest or leads_far(problem.gram, newest)
+            self.forget_last(history, len(history.columns) if far else newest)
             return
         square = problem.square if problem.is_finite else math.inf
         ready = accepted is None or self._stays(

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch.optim import Optimizer
 
 from aadl import mixing
 from aadl.acceptance import Candidate
 from aadl.block import Tensors
 from aadl.history import Column, History
-from aadl.mixing import Gram
+from aadl.mixing import Gram, host_tensor
 from aadl.ranks import Ranks
 
 
@@ -45,6 +46,8 @@ class Problem(NamedTuple):
 
     gram: Gram
     """Inner products in the weighted norm, at the present learning rate."""
+    own: Gram
+    """The same over the parameters alone."""
     weights: dict[str, float]
     """Weight of each kind of vector in that norm."""
     square: float
@@ -77,9 +80,8 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
     own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2]
     parts, sums = history.gram_with(own)
     scales = [step.rate / column.learning_rate for column in history.columns]
-    here = columns_here(
-        mixing.joined({"parameters": parts["parameters"]}, {"parameters": 1.0}, scales), history.columns
-    )
+    own_part = mixing.joined({"parameters": parts["parameters"]}, {"parameters": 1.0}, scales)
+    here = columns_here(own_part, history.columns)
     weights = mixing.balancing_weights({kind: mixing.newest(part, here) for kind, part in parts.items()})
     gram = mixing.joined(parts, weights, scales)
     square = sum(accepted.weights[kind] * part.square for kind, part in parts.items()) if accepted else 0.0
@@ -87,16 +89,20 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
     if history.replicas and not history.sums:
         # they made the same numbers; a mean over them makes sure that all decide alike
         others = [square, along, weights.get("momentum", 1.0), float(here), float(history.fused)]
-        message = ranks.total(mixing.packed(gram, [*others, *sums]))
+        separate = mixing.packed(own_part, []) if len(parts) > 1 else host_tensor([])
+        message = ranks.total(torch.cat([separate, mixing.packed(gram, [*others, *sums])]))
         sums = message[-len(sums) :].tolist()
-        columns = len(history.columns)
-        gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(message / ranks.size, columns)
+        columns, first = len(history.columns), separate.numel()
+        shared = message / ranks.size
+        gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(shared[first:], columns)
+        own_part = mixing.unpacked(shared[:first], columns)[0] if first else gram
         here = int(mean)
         weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
     written, doubts, sum_of_moves, squares_of_moves = sums
     differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
     return Problem(
         gram,
+        own_part,
         weights,
         square,
         along,
@@ -129,7 +135,8 @@ def columns_here(gram: Gram, columns: list[Column]) -> int:
     first, way = 0, 0.0
     for place, (column, square) in enumerate(zip(columns, squares, strict=True)):
         jump, written = math.sqrt(square), column.written
-        way += lengths[place]
+        if place >= first:
+            way += lengths[place]
         if written is not None and max(written, lengths[place + 1]) > way:
             first = place + 2
         if not column.moved:

@@ -85,7 +85,10 @@ def _expand_range(part: str) -> list[str]:
     names: list[str] = []
     for piece in part[1:-1].split(","):
         first, _, last = piece.partition("-")
-        names += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 < len(numbers) <= MAX_NODES:
+            raise ValueError(f"{part} must be a range of at most {MAX_NODES} nodes")
+        names += [f"{number:0{len(first)}}" for number in numbers]
     return names
 
 

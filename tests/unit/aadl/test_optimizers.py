@@ -34,7 +34,7 @@ FURTHER = [
     ("RMSprop", {"lr": 0.005, "momentum": 0.5, "centered": True}),
     ("LBFGS", {"line_search_fn": "strong_wolfe", "max_iter": 3}),
 ]
-MAY_ACCEPT_NOTHING = {"Adafactor", "LBFGS", "Muon", "NAdam"}
+MAY_ACCEPT_NOTHING = {"Adafactor", "LBFGS"}
 """In so short a run each step of the first two is longer than the last, so that extrapolation points back. Candidates
 of the others go across the update, which needs a closure."""
 BACKENDS = [{"foreach": True}, {"foreach": False}, {"fused": True}]
