@@ -161,7 +161,7 @@ LOSSES = {
     "disturbed": "averaged at times",
     "averaging": "averaged at times",
     "accepted": "parameters only",
-    "pause": "parameters only",
+    "pause": "plain SGD",
     "direction_pause": "adam",
 }
 """Parts of the state, and a run in which each matters."""
