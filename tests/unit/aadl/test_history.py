@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_a_ring_that_has_turned_forgets_its_newest_columns_alone(forgotten):
 def test_a_slot_written_twice_between_two_products_is_computed_once():
     history = filled_history(random_pairs(8), depth=3)
     assert sorted(history.stale) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_average_is_that_of_the_candidates_and_of_the_plain_iterates(own):
+    """The other one of two ranks has ones; a rank without a candidate brings its plain iterate."""
+    (x, plain), (candidate, values) = random_pairs(2)
+    history = filled_history([(x, plain)])
+    history.begin([[candidate]])
+    history.average(own, SimpleNamespace(size=2, total=lambda row: row + 1), [[values]])
+    assert torch.allclose(values, (plain + 1) / 2)
+    history.take(True, [[values]])
+    assert torch.allclose(values, ((candidate if own else plain) + 1) / 2)
 
 
 def conditioned(size, columns, condition, seed):
