@@ -2,10 +2,11 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from histories import make_history, orthogonal_solution, push_pair
+from histories import explicit, filled_history, make_history, orthogonal_solution, push_pair, random_pairs
 
 from aadl.block import make_block
 from aadl.history import Column, History
@@ -38,6 +39,35 @@ def test_a_push_measures_the_newest_pair_and_the_jump_to_its_start(dtype, fused)
     assert push(None, k, measure="kept") == pytest.approx(list(map(float, expected)), rel=1e-5)
     assert push(None, h, measure="jump")[2:] == [0.0, 0.0]
     assert push(None, h, measure="") == [0.0] * 4
+
+
+@pytest.mark.parametrize("forgotten", [1, 2])
+def test_a_ring_that_has_turned_forgets_its_newest_columns_alone(forgotten):
+    pairs = random_pairs(5)
+    history = filled_history(pairs, depth=3)
+    history.forget_last(forgotten)
+    push_pair(history, [pairs[0][0]], [pairs[0][1]])  # products need a pair
+    *_, residuals, mapped = explicit(pairs[1 : 5 - forgotten])
+    for name, expected in (("delta_residual", residuals), ("delta_mapped", mapped)):
+        assert torch.allclose(history.blocks[0].tensors[name][history.order()], expected.T)
+    assert torch.allclose(history.gram()["parameters"].matrix, residuals.T @ residuals)
+
+
+def test_a_slot_written_twice_between_two_products_is_computed_once():
+    history = filled_history(random_pairs(8), depth=3)
+    assert sorted(history.stale) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_average_is_that_of_the_candidates_and_of_the_plain_iterates(own):
+    """The other one of two ranks has ones; a rank without a candidate brings its plain iterate."""
+    (x, plain), (candidate, values) = random_pairs(2)
+    history = filled_history([(x, plain)])
+    history.begin([[candidate]])
+    history.average(own, SimpleNamespace(size=2, total=lambda row: row + 1), [[values]])
+    assert torch.allclose(values, (plain + 1) / 2)
+    history.take(True, [[values]])
+    assert torch.allclose(values, ((candidate if own else plain) + 1) / 2)
 
 
 def conditioned(size, columns, condition, seed):

@@ -274,12 +274,14 @@ def test_overshoots_without_end_stop_acceleration():
     optimizer = aadl.accelerate(sgd(network()), **EAGER)
     decisions = aadl.accelerator_of(optimizer).decisions
     decisions.statistics["macro_steps"] = 50
+    decisions.trials.record.lowest = 1.0
     for number in range(1, 10):
         decisions.change_reach(math.inf, overshot=True)
         if decisions.statistics["stops"]:
             break
         assert decisions.reach == max(acceptance.SHORTEST_REACH, acceptance.FIRST_REACH / 4**number)
     assert decisions.pause.until == 100 and decisions.reach == acceptance.FIRST_REACH
+    assert decisions.trials.record == acceptance.LossRecord()  # one rise stops acceleration once
     decisions.pause.extend(60)
     assert decisions.pause.until == 100
 

@@ -173,6 +173,16 @@ def test_a_check_on_other_points_can_refuse_a_candidate():
     assert torch.equal(flat(model), trained_plainly(12))  # a refused candidate leaves no trace
 
 
+def test_a_check_sees_the_same_random_numbers_at_both_places():
+    def residuals():
+        return residuals_of(model) + 0.0 * torch.rand(1)
+
+    model, optimizer, accelerator = started(residuals=residuals, check=lambda: torch.rand(3), **OFTEN)
+    train(model, optimizer, 20, observe=False)
+    counts = accelerator.statistics
+    assert counts["accepted"] == 0 and counts["rejected"]["check"] > 3  # no better at the candidate
+
+
 def test_few_residuals_get_few_coefficients():
     model, optimizer, accelerator = started(history_depth=20, frequency=2)
     for _ in range(12):

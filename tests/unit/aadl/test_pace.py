@@ -66,6 +66,17 @@ def test_the_jump_at_a_change_of_points_is_that_of_the_mean_square():
     assert [jump for jump in jumps if jump] == [pytest.approx(seen[7] / seen[6])]
 
 
+def test_a_larger_sum_over_more_points_is_no_harm():
+    rows, own = slice(None, None, 4), {"check": lambda: torch.ones(1)}  # nothing is accepted
+    model, optimizer, accelerator = started(lr=1e-4, residuals=lambda: residuals_of(model, rows), **own)
+    train(model, optimizer, 15, observe=False)
+    aadl.reset_history(optimizer)
+    rows, before = slice(None), accelerator.pace.before
+    train(model, optimizer, 25, observe=False)
+    assert math.isnan(before) and accelerator.pace.before > 3 * pace.HARM
+    assert accelerator.pace.period == accelerator.pace.usual
+
+
 def test_momentum_is_kept_where_steps_are_normalized_and_accelerations_are_rare():
     fast, slow = Pace(10, True, 0, period=2), Pace(10, True, 0)
     model = network()

@@ -98,6 +98,42 @@ def test_a_reset_forgets_the_candidate_that_might_be_taken_back(of_the_weights_a
     assert (decisions.accepted, decisions.confirmed, decisions.last_jump) == (None, None, {})
 
 
+def test_a_second_look_that_puts_the_plain_iterate_back_attempts_nothing_more():
+    problem = quadratic(1e3, seed=0)
+    x, optimizer = quadratics.sgd(problem, RESIDUAL, lr=0.5)
+    counts, decisions = aadl.accelerator_of(optimizer).statistics, aadl.accelerator_of(optimizer).decisions
+    plain = x.detach().clone()
+    while not counts["accepted"]:
+        x.grad = problem.gradient(x.detach())
+        plain = x.detach() - 0.5 * x.grad
+        optimizer.step()
+    x.grad = problem.gradient(x.detach())
+    optimizer.step()
+    attempts = counts["attempts"]
+    assert decisions.confirmed is not None
+    x.grad = 10 * (x.detach() - plain)  # undoes the candidate, and more
+    optimizer.step()
+    assert (counts["reverted"], counts["attempts"]) == (1, attempts)
+    assert torch.equal(x.detach(), plain)
+
+
+def test_what_could_be_put_back_goes_with_the_next_candidate_and_with_time():
+    """The candidate is written where the plain iterate was kept, and old iterates say nothing about an update."""
+    for frequency in (1, 2):
+        model, both = network(), 0
+        optimizer = nesterov(model, **RESIDUAL | {"frequency": frequency})
+        decisions = aadl.accelerator_of(optimizer).decisions
+        while decisions.confirmed is None or frequency == 1:
+            train(model, optimizer, 1)
+            both += decisions.accepted is not None
+            assert decisions.accepted is None or decisions.confirmed is None
+            if both > 5:
+                break
+    decisions.pause.until = 1000
+    train(model, optimizer, 5)
+    assert decisions.confirmed is None
+
+
 def test_pauses_double_up_to_a_limit_and_halve():
     pause = acceptance.Pause(longest=64)
     lengths = []

@@ -289,3 +289,17 @@ def test_parameters_without_elements_and_extreme_magnitudes():
             optimizer.step()
         assert statistics(optimizer)["accepted"] > 0, scale
         assert float(x.detach().abs().max()) < 0.05 * scale
+
+
+@pytest.mark.parametrize(("last", "is_rounding"), [(2, True), (5, False)])
+def test_every_step_of_a_macro_step_rounds(last, is_rounding):
+    """An update of two units in the last place is nothing to extrapolate where three steps have made it."""
+    x = nn.Parameter(torch.ones(10))
+    settings = {"store_each_nth": 3, "frequency": 6, "wait_iterations": 9, "safeguard": "residual", "average": False}
+    optimizer = aadl.accelerate(torch.optim.SGD([x], lr=1.0), **settings)
+    for units in (64, 32, 16, last):
+        for number in (units, 0, 0):
+            x.grad = torch.full_like(x, -number * torch.finfo(torch.float32).eps)
+            optimizer.step()
+    assert statistics(optimizer)["attempts"] == 1
+    assert statistics(optimizer)["rejected"].get("rank", 0) == is_rounding

@@ -202,3 +202,9 @@ def test_compiled_is_the_same_and_compiles_once_for_chunks_of_any_length(sizes, 
         compiled = accumulated(model, points, chunk=4, compiles=True)  # 4, 4 and 3 points
         assert difference(compiled, wanted) < tolerance
     assert counters["stats"]["unique_graphs"] == before + 2  # forward and backward
+
+
+def test_rows_of_the_laplacian_count_where_there_are_as_many_for_each_point():
+    """Beyond the first hidden layer, and where the sum of their squares is wanted."""
+    flat, deep = MLP((3, 64, 1)), MLP((3, 64, 64, 1))
+    assert deep.default_chunk(False) == deep.default_chunk() == flat.default_chunk() < flat.default_chunk(False)
