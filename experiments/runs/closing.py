@@ -66,8 +66,8 @@ def idle_lines(runs: Iterable[Run]) -> list[str]:
     """A line that names the variants of which no accelerated run accepted a candidate, if there are any."""
     counts: dict[str, list[float]] = {}
     for run in runs:
-        accepted = run.series.get("acceleration/accepted", [])
-        if len(accepted):
+        accepted = run.series.get("acceleration/accepted")
+        if accepted is not None and len(accepted):
             counts.setdefault(run.attributes["variant"], []).append(float(accepted[-1]))
     idle = [name for name, accepted in counts.items() if not any(accepted)]
     return [f"no candidate accepted, as if without acceleration: {', '.join(idle)}"] if idle else []
