@@ -283,7 +283,7 @@ def test_a_compiled_step_accelerates_and_is_not_compiled_again_and_again(monkeyp
         torch._dynamo.reset()
         counters.append(CompileCounter())
         model = network()
-        optimizer = sgd(model, momentum=0.5, foreach=True)
+        optimizer = sgd(model, momentum=0.9, foreach=True)
         if accelerated:
             aadl.accelerate(optimizer, **RESIDUAL)
         closure = closure_of(model, optimizer)

@@ -246,8 +246,6 @@ def test_an_exception_in_a_trial_leaves_everything_restored(mode, error, cause, 
     assert statistics["rejected"][cause] == failed and set(statistics["rejected"]) <= {cause, "backward"}
     assert statistics["attempts"] == statistics["accepted"] + sum(statistics["rejected"].values())
     assert statistics["accepted"] == 0 and statistics["moved"] == 0
-    if not propagates:  # the trials are given up, and the updates of this noise go in no direction
-        return
     while not statistics["accepted"]:  # the losses fall: one of the next candidates is taken
         optimizer.step(closure)
         assert statistics["steps"] < 200
