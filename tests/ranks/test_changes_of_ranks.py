@@ -99,3 +99,27 @@ def test_ranks_agree_about_what_some_of_them_saw(spawn_ranks):
         assert kind != "swap" or counts["moved"] == (0 if whole else 3), name
         assert kind != "load" or ours["distance"] < 0.5, name  # taken back, it would be 0.95
         assert kind != "load" or ours["columns"] == 0, name  # it leads far away
+
+
+def far_change_and_touch(rank, size):
+    """A loss of bounded slopes, whose updates do not show a far change; the weights are touched once more after it."""
+    torch.manual_seed(0)
+    slopes, far = torch.linspace(0.2, 3, 20), 200 * torch.randn(20)
+    weights = torch.nn.Parameter(2 * torch.randn(20))
+    optimizer = torch.optim.SGD([weights], lr=0.02)
+    aadl.accelerate(optimizer, **RANKS | {"average": False})
+    for step in range(40):
+        with torch.no_grad():
+            if step == 25:
+                weights.add_(far)
+            if step == 28:
+                weights.mul_(0.9999)
+        optimizer.zero_grad()
+        (1 + (slopes * weights) ** 2).sqrt().sum().backward()
+        optimizer.step()
+    return [column.macro_step for column in aadl.accelerator_of(optimizer).history.columns]
+
+
+def test_a_second_change_does_not_hide_a_far_one(spawn_ranks):
+    first, second = spawn_ranks(far_change_and_touch, 2)
+    assert first == second and min(first) > 6
