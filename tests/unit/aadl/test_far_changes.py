@@ -8,6 +8,9 @@ import torch
 from small_runs import flat, identical, network, sgd, snapshot, statistics, through_a_file, train
 
 import aadl
+from aadl.history import Column
+from aadl.mixing import Gram
+from aadl.problem import columns_here
 
 MACRO = {"wait_iterations": 1, "store_each_nth": 10, "frequency": 20, "average": False}
 """The schedule by default; a candidate is accepted at step 40 of the run below, and judged at 50."""
@@ -157,3 +160,16 @@ def test_states_that_know_nothing_of_such_changes_are_loaded():
     optimizer.load_state_dict(state)
     columns = aadl.accelerator_of(optimizer).history.columns
     assert len(columns) == 3 and not any(column.moved or column.written for column in columns)
+
+
+def test_an_update_with_a_far_change_hides_no_later_one():
+    """Updates of lengths 1, 1, 50, 1, 49, 1, each in a direction of its own; somebody wrote within the long ones."""
+    lengths = torch.tensor([1.0, 1.0, 50.0, 1.0, 49.0, 1.0], dtype=torch.float64)
+    differences = torch.diag(lengths)[:, 1:] - torch.diag(lengths)[:, :-1]
+    newest = torch.diag(lengths)[:, -1]
+    gram = Gram(differences.T @ differences, differences.T @ newest, float(newest @ newest))
+    written = [None, 50.0, None, 49.0, None]
+    columns = [Column(place, True, 1.0, written=far) for place, far in enumerate(written)]
+    assert columns_here(gram, columns) == 0
+    columns[3] = Column(3, True, 1.0)
+    assert columns_here(gram, columns) == 2
