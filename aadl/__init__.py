@@ -101,13 +101,12 @@ def accelerate(
         average: False; True or "auto" (mix moving averages of the pairs while the relative standard deviation between
             consecutive updates exceeds `average_tolerance`, until it falls below half of that); "always". None means
             True, with "identity" False.
-        safeguard: which candidates are accepted (`aadl.acceptance`). "residual": those that go along with the update;
-            acceleration pauses when the next residual exceeds the predicted one by 1.2, and the plain iterate is put
-            back when the residual doubles or later updates point back along the step. "loss": those that do not point
-            back against the update, if the loss of the closure given to `step` falls too (two evaluations without a
-            trace), judged by the next residual as well. True: "loss" if `step` gets a closure of the user that returns
-            the loss, else "residual" (also for closures of Lightning, whose metrics would count trials). False: all of
-            them.
+        safeguard: which candidates are accepted (`aadl.acceptance`). "residual": those that do not point back against
+            the update; acceleration pauses when the next residual exceeds the predicted one by 1.2, and the plain
+            iterate is put back when the residual doubles or later updates point back along the step. "loss": these, if
+            the loss of the closure given to `step` falls too (two evaluations without a trace). True: "loss" if `step`
+            gets a closure of the user that returns the loss, else "residual" (also for closures of Lightning, whose
+            metrics would count trials). False: all of them.
         average_tolerance: > 0; see `aadl.smoothing.relative_standard_deviation` (0: parallel updates, 1: independent).
         average_window: >= 2 pairs to average; None means 3.
         state_coupling: what is extrapolated. "params": parameters (of

@@ -3,8 +3,7 @@
 When an acceleration is due, the history makes one attempt at a candidate x+. The rules apply in this order:
 
 1. The mixing problem must give a candidate: `NON_FINITE`, `AVERAGING_OFF`, `RANK`, `COEFFICIENTS`.
-2. The candidate must not point back against the update, and where nothing sees the loss it must go along with it
-   (`points_back`): `BACKWARD`.
+2. The candidate must not point back against the update (`points_back`): `BACKWARD`.
 3. With a closure, the training loss must fall (`cause_of_losses`): `LOSS`, `CLOSURE`, `STOPPED`. With local SGD the
    ranks must agree: `VOTE`. A candidate that passes is accepted.
 4. The residual of the macro-step that begins at the candidate judges it. Above PAUSE_ABOVE of what was predicted,
@@ -29,16 +28,12 @@ PAUSE_ABOVE = 1.2
 """Trust ratio above which the linear model is not believed and acceleration pauses."""
 REVERT_ABOVE = 2.0
 """Growth of the residual norm over an accelerated step above which the step is taken back."""
-LEAST_COSINE = 0.4
-"""Of the angle between a candidate's step and the update, where nothing sees the loss."""
 OVERSHOOT = 0.5
 """Part of the slope along an accelerated step that may be left behind the step with the other sign."""
 MAXIMAL_COEFFICIENT_NORM = 1e8
 """Largest length of the coefficients, in units of unit columns."""
 FIRST_REACH, SHORTEST_REACH, LONGEST_REACH = 0.5, 1 / 64, 1.0
 """Longest step of a candidate, in units of the way that the pairs behind it have made: at the start, and its bounds."""
-BLIND_FIRST_REACH = 0.25
-"""The first reach where nothing sees the loss."""
 LOSSES = 5
 """Number of losses whose mean separates the course of the training from the noise of batches."""
 LONGEST_PAUSE = 64
@@ -69,8 +64,7 @@ class Cause(str, Enum):
     AVERAGING_OFF = "averaging_off"
     """acceleration_type "identity" only averages, and the moving average is off."""
     BACKWARD = "backward"
-    """The candidate points back against the update, <x+ - g_k, f_k> < 0, or, where nothing sees the loss, aside from
-    it: noise or an oscillation dominates (`points_back`)."""
+    """The candidate points back against the update, <x+ - g_k, f_k> < 0: noise dominates (`points_back`)."""
     LOSS = "loss"
     """The loss of the closure at the candidate is not below that at the plain iterate."""
     CLOSURE = "closure"
@@ -131,8 +125,6 @@ class Candidate:
     """Factor of the learning rate that these numbers belong to."""
     macro_step: int = 0
     """Number of the macro-step after which the candidate was made."""
-    least: float = 0.0
-    """The smallest advance with which it is accepted."""
 
     def at(self, rate: float) -> Candidate:
         """The same candidate, its numbers brought to another learning rate."""
@@ -188,9 +180,9 @@ class LossRecord:
 # ---- before a candidate is accepted --------------------------------------------------------------------------------
 
 
-def points_back(advance: float, least: float) -> bool:
-    """Whether a candidate does not go along with the update: <x+ - g_k, f_k> is below `least`, or nan."""
-    return not advance >= least
+def points_back(advance: float) -> bool:
+    """Whether a candidate goes back against the update: <x+ - g_k, f_k> is negative, or nan."""
+    return not advance >= 0
 
 
 def cause_of_losses(plain: float, candidate: float, maximize: bool, weight: float) -> Cause | None:

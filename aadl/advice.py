@@ -13,7 +13,7 @@ EVENTS = 20
 
 CURES: dict[str, str] = {
     Cause.BACKWARD: "the updates of a macro-step are dominated by noise or have no common direction: try larger "
-    "batches, a larger store_each_nth (an epoch), a smaller learning rate, or hand step a closure",
+    "batches, a larger store_each_nth (an epoch), or a smaller learning rate",
     Cause.LOSS: "candidates raise the loss of the closure: try a larger store_each_nth, or relaxation below 1",
     Cause.STOPPED: "the training loss has risen on the whole: look at the training first",
     Cause.CLOSURE: "the closure gives no loss in a trial: return the loss from it, or pass safeguard='residual'",

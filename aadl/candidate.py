@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aadl import mixing, smoothing
-from aadl.acceptance import LEAST_COSINE, MAXIMAL_COEFFICIENT_NORM, Cause
+from aadl.acceptance import MAXIMAL_COEFFICIENT_NORM, Cause
 from aadl.mixing import Gram, Mixing, host_tensor
 from aadl.problem import MacroStep, Problem
 from aadl.settings import Settings
@@ -32,8 +32,6 @@ class Coefficients(NamedTuple):
     """Of the newest residual, see `History.combine`."""
     predicted: float
     """||f_k - DF gamma||^2."""
-    least: float
-    """See `least_advance`."""
     rejected: Cause | None
     """Why the coefficients make no candidate; None where they do."""
 
@@ -96,8 +94,7 @@ def coefficients_of(
         shortened = fraction * _as_made(mean, changes)
         residual = residual + host_tensor(factors) * (mixing.tail_sums(len(columns))[:-1].T @ shortened)
         residual_factor -= float(shortened.sum())
-    predicted, least = mixing.predicted_square(gram, gamma), least_advance(problem.own, solution, changes)
-    return Coefficients(solution, residual, residual_factor, predicted, least, rejected)
+    return Coefficients(solution, residual, residual_factor, mixing.predicted_square(gram, gamma), rejected)
 
 
 def _as_made(mean: Tensor, changes: list[float]) -> Tensor:
@@ -162,22 +159,6 @@ def step_fraction(
         length += _length_of_sum(gram, torch.cat([gamma * host_tensor(changes), nothing]))
     way = sum(map(math.sqrt, squares[start:])) + (sum(jumps[start:]) or last_jump)
     return min(1.0, reach * way / length) if length > 0 else 1.0
-
-
-def least_advance(gram: Gram, solution: Mixing, changes: list[float]) -> float:
-    """The smallest <x+ - g_k, f> over the parameters of a candidate that goes along with the (mean) update f.
-
-    Only what the updates make of the step counts, sum_j gamma_j (f_{j+1} + c_j f_j) as in `step_fraction`. What the
-    jumps inside the columns add is known by a loose bound, which would reject candidates that go straight on.
-
-    Args:
-        gram: inner products over the parameters alone, as the advance is.
-        solution: the coefficients, of the step as it is.
-        changes: see `step_fraction`.
-    """
-    gamma, nothing = solution.gamma, solution.gamma.new_zeros(1)
-    step = torch.cat([nothing, gamma]) + torch.cat([gamma * host_tensor(changes), nothing])
-    return LEAST_COSINE * _length_of_sum(gram, step) * math.sqrt(mixing.predicted_square(gram, solution.mean))
 
 
 def _length_of_sum(gram: Gram, coefficients: Tensor) -> float:

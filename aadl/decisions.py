@@ -82,8 +82,6 @@ class Decisions(Judgments):
             self._reject(Cause.AVERAGING_OFF)
             return None
         macro_step = statistics["macro_steps"]
-        if step.closure is None and not statistics["accepted"]:
-            self.reach = acceptance.BLIND_FIRST_REACH
         coefficients = coefficients_of(
             step,
             problem,
@@ -112,13 +110,7 @@ class Decisions(Judgments):
         )
         noise = smoothing.noise_square(gram, consecutive) if self.averaging else 0.0
         candidate = Candidate(
-            coefficients.predicted,
-            gram.square,
-            noise,
-            problem.weights,
-            rate=step.rate,
-            macro_step=macro_step,
-            least=coefficients.least if step.closure is None else 0.0,
+            coefficients.predicted, gram.square, noise, problem.weights, rate=step.rate, macro_step=macro_step
         )
         return candidate, advance
 
@@ -133,12 +125,12 @@ class Decisions(Judgments):
         """Accept or reject a candidate, the same on all ranks; the plain iterate stays where it is rejected."""
         at_once = isinstance(step.optimizer, torch.optim.LBFGS)  # whose state changes with the decision
         if advance is not None and not on_host(advance) and step.closure is None and not at_once:
-            step.history.take(advance >= candidate.least, step.tensors)
+            step.history.take(advance >= 0, step.tensors)
             self.defer(advance, lambda values: self._conclude_direction(step, candidate, values[0]))
             return
         if advance is not None:
             candidate.advance = float(advance)
-            if acceptance.points_back(candidate.advance, candidate.least):
+            if acceptance.points_back(candidate.advance):
                 step.history.continue_from_mapped()
                 self._conclude(step, candidate, Cause.BACKWARD)
                 return
@@ -151,7 +143,7 @@ class Decisions(Judgments):
     def _conclude_direction(self, step: MacroStep, candidate: Candidate, advance: float) -> None:
         """Note what the device has decided about a candidate by its direction."""
         candidate.advance = advance
-        self._conclude(step, candidate, Cause.BACKWARD if acceptance.points_back(advance, candidate.least) else None)
+        self._conclude(step, candidate, Cause.BACKWARD if acceptance.points_back(advance) else None)
 
     def _vote(self, step: MacroStep, made: tuple[Candidate, Tensor | None] | None) -> None:
         """Decide together with ranks whose weights differ.
@@ -161,9 +153,7 @@ class Decisions(Judgments):
         ranks go to the average where its mean loss is below that of the averaged plain iterates.
         """
         candidate, advance = made or (None, None)
-        willing = candidate is not None and (
-            advance is None or not acceptance.points_back(float(advance), candidate.least)
-        )
+        willing = candidate is not None and (advance is None or not acceptance.points_back(float(advance)))
         if step.closure is not None:
             step.history.average(willing, step.ranks, step.tensors)
             self.statistics["attempts"] += candidate is None

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch.optim import Optimizer
 
 from aadl import mixing
 from aadl.acceptance import Candidate
 from aadl.block import Tensors
 from aadl.history import Column, History
-from aadl.mixing import Gram, host_tensor
+from aadl.mixing import Gram
 from aadl.ranks import Ranks
 
 
@@ -46,8 +45,6 @@ class Problem(NamedTuple):
 
     gram: Gram
     """Inner products in the weighted norm, at the present learning rate."""
-    own: Gram
-    """The same over the parameters alone."""
     weights: dict[str, float]
     """Weight of each kind of vector in that norm."""
     square: float
@@ -80,29 +77,27 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
     own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2]
     parts, sums = history.gram_with(own)
     scales = [step.rate / column.learning_rate for column in history.columns]
-    own_part = mixing.joined({"parameters": parts["parameters"]}, {"parameters": 1.0}, scales)
-    here = columns_here(own_part, history.columns)
+    here = columns_here(
+        mixing.joined({"parameters": parts["parameters"]}, {"parameters": 1.0}, scales), history.columns
+    )
     weights = mixing.balancing_weights({kind: mixing.newest(part, here) for kind, part in parts.items()})
     gram = mixing.joined(parts, weights, scales)
     square = sum(accepted.weights[kind] * part.square for kind, part in parts.items()) if accepted else 0.0
     along, fused = parts["parameters"].along, 1.0
     if history.replicas and not history.sums:
         # they made the same numbers; a mean over them makes sure that all decide alike
-        others = [square, along, weights.get("momentum", 1.0), float(here), float(history.fused)]
-        separate = mixing.packed(own_part, []) if len(parts) > 1 else host_tensor([])
-        message = ranks.total(torch.cat([separate, mixing.packed(gram, [*others, *sums])]))
+        behind = len(history.columns) - here
+        others = [square, along, weights.get("momentum", 1.0), float(behind), float(history.fused)]
+        message = ranks.total(mixing.packed(gram, [*others, *sums]))
         sums = message[-len(sums) :].tolist()
-        columns, first = len(history.columns), separate.numel()
-        shared = message / ranks.size
-        gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(shared[first:], columns)
-        own_part = mixing.unpacked(shared[:first], columns)[0] if first else gram
-        here = int(mean)
+        columns = len(history.columns)
+        gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(message / ranks.size, columns)
+        here = columns - math.ceil(mean)  # as on the rank that leaves out most, if they differ by one
         weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
     written, doubts, sum_of_moves, squares_of_moves = sums
     differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
     return Problem(
         gram,
-        own_part,
         weights,
         square,
         along,

@@ -179,7 +179,7 @@ def test_heavy_ball_takes_at_most_a_fraction_of_its_steps(plain_heavy_ball):
     schedule = HEAVY_BALL | {"store_each_nth": 1, "frequency": 5}
     steps = median_steps(1e3, schedule, momentum=0.9)
     assert 500 < plain_heavy_ball < 600 and 1.8 * steps <= plain_heavy_ball
-    for safeguard, factor in (("residual", 1.1), (False, 1.3)):  # it saves the uncoupled run from the worst
+    for safeguard, factor in (("residual", 1.15), (False, 1.3)):  # it saves the uncoupled run from the worst
         coupled, uncoupled = (
             median_steps(1e3, schedule | {"safeguard": safeguard, "state_coupling": coupling}, momentum=0.9, limit=1000)
             for coupling in ("full", "params")

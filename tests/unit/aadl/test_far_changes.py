@@ -66,7 +66,7 @@ def test_pairs_from_before_a_far_change_make_no_candidate(change, at, safeguard)
     ranks, ratios = ranks_of_attempts(change, at, {"safeguard": safeguard})
     before = at // 10
     assert ranks and all(rank < number - before for number, rank in ranks)
-    assert max(ratios) < 2.5 and ratios[-1] < 1.05  # a candidate that nobody's loss has seen may overshoot once
+    assert max(ratios) < 1.5 and ratios[-1] < 1.05
 
 
 @pytest.mark.parametrize("at", [41, 49, 50, 53])
@@ -83,7 +83,7 @@ def test_after_a_far_change_the_training_is_that_after_a_reset(change, at):
         if resets:
             aadl.reset_history(optimizer)
         accepted = statistics(optimizer)["accepted"]
-        train(model, optimizer, 200)
+        train(model, optimizer, 100)
         assert statistics(optimizer)["accepted"] > accepted
         ends.append(flat(model))
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)

@@ -150,7 +150,6 @@ def test_a_step_that_fails_after_it_wrote_is_a_change():
 @pytest.mark.parametrize("steps_taken_back", [False, True], ids=["accepted", "taken back"])
 def test_hooks_of_others_see_the_weights_that_step_leaves(steps_taken_back, monkeypatch):
     monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: steps_taken_back)
-    monkeypatch.setattr("aadl.candidate.LEAST_COSINE", 0.0)  # so that candidates are taken without a closure, too
     model = network()
     optimizer, seen, calls = sgd(model), {}, []
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import aadl
 from aadl import acceptance, advice
-from aadl.candidate import least_advance, step_fraction
-from aadl.mixing import Gram, Mixing, host_tensor, mixing_coefficients
+from aadl.candidate import step_fraction
+from aadl.mixing import Gram, host_tensor, mixing_coefficients
 from benchmarks import linear_losses
 
 # ---- columns that are rounding ---------------------------------------------------------------------------------------
@@ -63,51 +63,6 @@ def test_step_fraction_is_exact_for_consecutive_pairs_and_a_bound_with_jumps():
     more = float((gamma * host_tensor([0.1, 0.0, 0.2, 0.0]) @ f[:-1]).norm())
     expected = 0.25 * way / (step + more)
     assert step_fraction(gram, gamma, [0.1, 0.0, 0.2, 0.0], smooth, 0.0, 0, 0.25) == pytest.approx(expected)
-
-
-class Spiral(torch.optim.Optimizer):
-    """Steps x <- c R x towards zero, with a rotation R by 10 degrees: zero lies aside of every update."""
-
-    def __init__(self, x):
-        super().__init__([x], {"lr": 1.0})
-        angle = math.radians(10)
-        cosine, sine = math.cos(angle), math.sin(angle)
-        self.map = 0.95 * torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        value = None if closure is None else closure()
-        for x in self.param_groups[0]["params"]:
-            x.copy_(self.map @ x)
-        return value
-
-
-@pytest.mark.parametrize("sees", [True, False])
-def test_a_candidate_aside_of_the_update_needs_a_loss_that_falls(sees):
-    x = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
-    optimizer = aadl.accelerate(Spiral(x), **EAGER | {"average": False})
-
-    def closure():
-        return x.detach().square().sum()
-
-    for _ in range(10):
-        x.grad = torch.ones_like(x)
-        optimizer.step(closure if sees else None)
-    counts = statistics(optimizer)
-    assert (counts["accepted"] > 0) == sees and ("backward" in counts["rejected"]) != sees
-
-
-@pytest.mark.parametrize("mean", [[0.0] * 4, [0.2, 0.4, 0.6, 0.8]])
-def test_least_advance_is_that_of_the_steepest_angle(mean):
-    torch.manual_seed(0)
-    f = torch.randn(5, 30, dtype=torch.float64)
-    differences = f[1:] - f[:-1]
-    gram = Gram(differences @ differences.T, differences @ f[-1], float(f[-1] @ f[-1]))
-    gamma, mean = host_tensor([0.5, -2.0, 1.0, 3.0]), host_tensor(mean)
-    changes = [0.1, 0.0, -0.2, 0.0]
-    step, update = gamma @ f[1:] + (gamma * host_tensor(changes)) @ f[:-1], f[-1] - mean @ differences
-    expected = acceptance.LEAST_COSINE * float(step.norm() * update.norm())
-    assert least_advance(gram, Mixing(gamma, mean, 4, 1.0, 1.0), changes) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("relaxation", [1.0, 0.9])

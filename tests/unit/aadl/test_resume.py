@@ -30,7 +30,7 @@ RUNS = {
     "adam": ("Adam", {"lr": 0.05}, {"store_each_nth": 2, "frequency": 3, **RESIDUAL}),
     "adam by loss": ("Adam", {"lr": 0.05}, {"store_each_nth": 2, "frequency": 3}),
     "plain SGD": ("SGD", {"lr": 0.02}, {"history_depth": 3, **RESIDUAL}),
-    "parameters only": ("SGD", {"lr": 0.03, "momentum": 0.9}, {"state_coupling": "params", **RESIDUAL}),
+    "parameters only": ("SGD", {"lr": 0.02, "momentum": 0.9}, {"state_coupling": "params", **RESIDUAL}),
     "bfloat16 history": ("Adam", {"lr": 0.05}, {"history_dtype": torch.bfloat16, **RESIDUAL}),
     "always averaged": ("Adam", {"lr": 0.05}, {"average": "always", "store_each_nth": 3, "frequency": 5, **RESIDUAL}),
     "moving average alone": (
@@ -161,7 +161,7 @@ LOSSES = {
     "disturbed": "averaged at times",
     "averaging": "averaged at times",
     "accepted": "parameters only",
-    "pause": "plain SGD",
+    "pause": "parameters only",
     "direction_pause": "adam",
 }
 """Parts of the state, and a run in which each matters."""

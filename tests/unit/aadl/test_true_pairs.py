@@ -122,7 +122,6 @@ def test_pairs_are_true_after_reverted_candidates(store_each_nth, momentum, monk
     statistics = aadl.accelerator_of(optimizer).statistics
     evaluate.run(x, optimizer, 4 * store_each_nth)
     statistics["accepted"] = statistics["reverted"] = 0
-    monkeypatch.setattr("aadl.candidate.LEAST_COSINE", 0.0)  # so that there are some of them
     monkeypatch.setattr("aadl.acceptance.must_revert", lambda *_: True)
     for number in range(5, 11):
         evaluate.run(x, optimizer, store_each_nth)
