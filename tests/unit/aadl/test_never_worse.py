@@ -47,6 +47,29 @@ def test_linear_models_under_losses_of_constant_slope(case):
 # ---- the step of a candidate -----------------------------------------------------------------------------------------
 
 
+def test_the_step_of_a_candidate_is_at_most_its_reach_times_the_way_behind_it():
+    model = network()
+    optimizer = sgd(model, lr=0.02)
+    pairs = Pairs(optimizer)
+    settings = EAGER | {"history_depth": 4, "safeguard": "residual", "average": False}
+    aadl.accelerate(optimizer, **settings)
+    accelerator = aadl.accelerator_of(optimizer)
+    longest = last = 0.0
+    for _ in range(80):
+        accepted, reach = statistics(optimizer)["accepted"], accelerator.decisions.reach
+        train(model, optimizer, 1)
+        if statistics(optimizer)["accepted"] == accepted:
+            continue
+        x = flat(model)
+        window = pairs.pairs[-5:]
+        jumps = sum(float((later[0] - earlier[1]).norm()) for earlier, later in itertools.pairwise(window))
+        way = sum(float((g - x).norm()) for x, g in window) + max(jumps, last)
+        step = float((x - pairs.pairs[-1][1]).norm())
+        assert step <= 1.001 * reach * way
+        longest, last = max(longest, step / way), step
+    assert longest > 0.1
+
+
 def test_step_fraction_is_exact_for_consecutive_pairs_and_a_bound_with_jumps():
     torch.manual_seed(0)
     f = torch.randn(5, 30, dtype=torch.float64)
@@ -161,7 +184,7 @@ def test_promises_are_brought_to_the_present_learning_rate():
 
 
 SLOW = 0.005
-"""A rate at which these trainings do not converge: there the direction of candidates hangs on the processor's rounding."""
+"""A rate at which these trainings do not converge: there the direction of candidates hangs on rounding."""
 
 
 def rising(model, optimizer, rises):
