@@ -29,20 +29,13 @@ from aadl.learning_rates import is_dry_step
 from aadl.least_squares import Solution, change_by_steps, gain_ratio, next_damping, solve, within_bounds
 from aadl.mixing import Gram, newest
 from aadl.pace import Pace, clears_momentum, is_normalized
-from aadl.parameters import (
-    MOMENTUM_KEYS,
-    all_parameters,
-    closure_of,
-    forget_curvature,
-    state_of,
-    trainable_parameters,
-)
+from aadl.parameters import all_parameters, closure_of, forget_curvature, trainable_parameters
 from aadl.ranks import local, ranks_of
 from aadl.residual_history import ResidualHistory, is_finite, planned_bytes
 from aadl.residual_pairs import RESUMED, ResidualPairs
 from aadl.statistics import Statistics, residual_statistics
 from aadl.trial import draw, without_trace
-from aadl.watch import versions_of
+from aadl.watch import momentum_buffers, versions_of
 
 FIRST_DAMPING = 1e-2
 """Damping of the first attempt, unless the smallest damping is larger."""
@@ -292,7 +285,8 @@ class ResidualAccelerator(ResidualPairs):
         slots = products.slots[-max(1, products.num_residuals // ROWS_PER_COLUMN) :]
         gram = newest(products.gram, len(slots))
         assert history.residuals is not None
-        solution = solve(gram, self._damping, torch.finfo(history.residuals.row.dtype).eps)
+        cutoff = self.settings.eigenvalue_cutoff(self.settings.history_dtype or torch.float32)
+        solution = solve(gram, self._damping, torch.finfo(history.residuals.row.dtype).eps, cutoff)
         self._statistics["numerical_rank"] = solution.mixing.numerical_rank
         self._statistics["condition_number"] = solution.mixing.condition_number
         self._statistics["coefficient_norm"] = solution.mixing.coefficient_norm
@@ -337,9 +331,7 @@ class ResidualAccelerator(ResidualPairs):
         """Clear the momentum where the candidate was accepted: it was built up at another point."""
         if accepted is False or not clears_momentum(self.settings.momentum, self._pace, optimizer):
             return
-        states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
-        found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
-        buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
+        buffers = list(map(local, momentum_buffers(optimizer, all_parameters(optimizer))))
         if accepted and buffers:
             torch._foreach_zero_(buffers)
         else:
