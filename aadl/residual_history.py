@@ -24,7 +24,7 @@ from aadl.block import Block, Tensors, allocate, make_block, push_block
 from aadl.deferred import handed
 from aadl.mixing import Gram, host_tensor
 from aadl.parameters import grouped, identity_of
-from aadl.ranks import Ranks, like, local
+from aadl.ranks import Ranks, local
 from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
 
@@ -63,6 +63,8 @@ class ResidualHistory:
     def __init__(self, parameters: list[Tensor], settings: Settings, ranks: Ranks) -> None:
         self.parameters, self.ranks, self.depth = parameters, ranks, settings.history_depth
         self._groups, self._settings = grouped(parameters), settings
+        self._own = f"{ranks.index}." if ranks.index else ""
+        """Begin of the names of rows here: torch.distributed.checkpoint keeps one of the tensors of one name."""
         self._identity, self.locals = identity_of(parameters), [local(p) for p in parameters]
         self.tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
         self.blocks = self._allocated("parameters", self.tensors)
@@ -290,17 +292,16 @@ class ResidualHistory:
     # ---- memory and checkpoints ------------------------------------------------------------------------------------
 
     def rows(self) -> dict[str, Tensor]:
-        """The vectors by name, for a checkpoint: those of a parameter in its shape, sharded as it is."""
+        """The vectors of this rank by name, for a checkpoint: those of a parameter in the shape that it has here."""
         rows: dict[str, Tensor] = {}
         for block, group in zip(self.blocks, self._groups, strict=True):
             for name in ("delta_mapped", "mapped"):
                 tensor = block.tensors[name]
                 views = block.row.logical_views(tensor)
-                for (position, parameter), view in zip(group, views, strict=True):
-                    rows[f"parameters.{position}.{name}"] = like(parameter, view, tensor.dim() - 1)
+                rows |= {f"parameters.{p}.{name}": view for (p, _), view in zip(group, views, strict=True)}
         for block in self._residual_blocks:
             rows |= {f"residuals.{name}": block.tensors[name] for name in ("delta_mapped", "mapped")}
-        return rows
+        return {f"{self._own}{name}": row for name, row in rows.items()}
 
     def plain_state(self) -> dict[str, Any]:
         """Everything besides the vectors, as plain values for a checkpoint."""
@@ -323,14 +324,14 @@ class ResidualHistory:
         if len(saved["valid"]) != self.depth or saved["rank"] != [self.ranks.index, self.ranks.size]:
             return False
         wanted = self.rows()
-        if not wanted.keys() <= rows.keys() or "residuals.mapped" not in rows:
+        if not wanted.keys() <= rows.keys() or f"{self._own}residuals.mapped" not in rows:
             return False
         check_rows({name: rows[name] for name in wanted}, wanted)
         return True
 
     def load(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> None:
         """Continue with saved pairs that fit."""
-        residuals = rows["residuals.mapped"]
+        residuals = rows[f"{self._own}residuals.mapped"]
         place = self.locals[0].device if self.locals else residuals.device
         device = residuals.device if place.type == "cpu" else place
         self._make_room(residuals.to(device))
