@@ -4,11 +4,13 @@ The function was written for training. After a trial everything that torch's Pyt
 
 - *Gradients.* A trial has its own value of every attribute `.grad` that it reads or writes, on any tensor. Backward
   passes that accumulate into leaves are skipped; all of them enter the engine through one call. Derivatives that are
-  values (torch.autograd.grad, torch.func) are computed as always.
+  values (torch.autograd.grad, torch.func) are computed as always, and so are the gradients of the optimizer's
+  parameters where a backward pass makes a graph of them (`create_graph`), because the loss may contain them.
 - *Steps.* A step of any optimizer within a trial finds no gradients, so that it moves nothing; it counts nowhere.
 - *Modules.* A trial restores the buffers and the train/eval flags of the modules that it calls.
 - *Random numbers.* Every evaluation of a trial sees the same random numbers of torch, on all devices.
-- *Autocast.* Its cache of weights is emptied around each evaluation, because the weights change in between.
+- *Caches of weights.* Those of autocast and of torch.nn.utils.parametrize.cached are empty when an evaluation begins,
+  because the weights change in between.
 
 A trial cannot restore what a function writes to by other ways (Python objects, tensors of its own in place, its own
 generators), and it does not see C++ code that runs backward passes itself (docs/method.md).
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.utils import stateless
+from torch.nn.utils import parametrize, stateless
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -61,7 +63,7 @@ class _Trial:
     """One trial: its own gradients of all tensors, and the values of modules and generators that it restores."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._own = {id(p) for p in parameters}
+        self._own = {id(p): p for p in parameters}
         self._gradients: dict[int, tuple[Tensor, Any]] = {}
         self._passed_over = False
         self._flags: dict[int, tuple[Module, bool]] = {}
@@ -69,7 +71,8 @@ class _Trial:
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._random = _random_states()
         self._caches_weights = torch.is_autocast_cache_enabled()
-        torch.clear_autocast_cache()  # it holds the weights from before the step
+        self._parametrized = dict(parametrize._cache)
+        _empty_caches()  # they hold the weights from before the step
 
     # gradients
 
@@ -110,6 +113,17 @@ class _Trial:
         held = self._gradients.items()
         self._gradients = {key: (t, g) for key, (t, g) in held if key in self._own and g is not None}
 
+    def differentiate(self, run_backward: Callable[..., Any], given: dict[str, Any]) -> None:
+        """Compute the gradients of the optimizer's parameters, with their graph, in place of accumulating them."""
+        among = set(map(id, given.get("inputs") or self._own.values()))
+        wanted = [p for p in self._own.values() if p.requires_grad and id(p) in among]
+        before = [self.gradient(p) for p in wanted]
+        given |= {"inputs": tuple(wanted), "allow_unreachable": True, "accumulate_grad": False}
+        found = run_backward(**given) if wanted else ()
+        self.pass_over()
+        for p, old, new in zip(wanted, before, found, strict=True):
+            self.set_gradient(p, old if new is None else new if old is None else old + new)
+
     # modules
 
     def note(self, module: Module) -> None:
@@ -125,10 +139,11 @@ class _Trial:
                     self.keep(buffer)
 
     def keep(self, tensor: Tensor) -> None:
-        """Remember the values of a tensor that a module may write to."""
+        """Remember the values of a tensor that a module may write to (nobody can write to an inference tensor)."""
         tensor = _unwrapped(tensor)
-        if id(tensor) not in self._values:
-            self._values[id(tensor)] = tensor, tensor.detach().clone()
+        if id(tensor) not in self._values and not tensor.is_inference():
+            elements = _elements_once(tensor)
+            self._values[id(tensor)] = elements, elements.clone()
 
     # ends
 
@@ -141,7 +156,7 @@ class _Trial:
             for tensor, value in self._values.values():
                 tensor.copy_(value)
         for module, name, buffer in self._buffers:
-            if module._buffers.get(name) is not buffer:
+            if getattr(module, name, None) is not buffer:  # a scripted module has no dictionary of buffers
                 module._buffers[name] = buffer
         for module, training in self._flags.values():
             if module.training != training:
@@ -149,11 +164,25 @@ class _Trial:
             reshard = getattr(module, "reshard", None)
             if callable(reshard):  # FSDP2: no backward pass drops the gathered weights
                 reshard()
-        torch.clear_autocast_cache()
+        _empty_caches()
 
     def end(self) -> None:
         self.rewind()
+        parametrize._cache |= self._parametrized
         torch.set_autocast_cache_enabled(self._caches_weights)
+
+
+def _empty_caches() -> None:
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
+
+
+def _elements_once(tensor: Tensor) -> Tensor:
+    """A view without the repetitions of an expanded tensor, which nobody can write to."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.is_nested or 0 not in tensor.stride():
+        return tensor
+    return tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
 
 
 def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
@@ -177,6 +206,8 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 _GRADIENT: Any = inspect.getattr_static(Tensor, "grad")
 """The attribute as torch defines it."""
+_BACKWARD = "tensors", "grad_tensors", "keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad"
+"""Arguments of the engine."""
 _ZEROS = object()
 """Stands for zeros until somebody reads them."""
 _lock = threading.Lock()
@@ -305,10 +336,13 @@ class _Engine:
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
         trial = _trial()
-        accumulates = kwargs.get("accumulate_grad", args[6] if len(args) > 6 else False)
-        if trial is None or not accumulates:
+        given = kwargs if trial is None else dict(zip(_BACKWARD, args, strict=False)) | kwargs
+        if trial is None or not given.get("accumulate_grad"):
             return self._engine.run_backward(*args, **kwargs)
-        trial.pass_over()
+        if given.get("create_graph"):
+            trial.differentiate(self._engine.run_backward, given)
+        else:
+            trial.pass_over()
         return ()
 
 
@@ -333,7 +367,8 @@ def _passing_over(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         trial = _trial()
-        return original(tensor, *args, **kwargs) if trial is None else trial.pass_over()
+        makes_graph = kwargs.get("create_graph", args[2] if len(args) > 2 else False)
+        return original(tensor, *args, **kwargs) if trial is None or makes_graph else trial.pass_over()
 
     return call
 
