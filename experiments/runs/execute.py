@@ -70,9 +70,13 @@ def execute_run(
     path = run_path(results, config)
     variant = config.variant
     torch.set_num_threads(config.kind.num_threads(config.training))
-    # The library's advice to its users; `idle_lines` names such variants once, when all runs are done.
-    warnings.filterwarnings("ignore", "aadl has accepted no candidate")
-    with _given_or_own(interruption) as stopper, closing(config.kind.build(config, ranks)) as problem:
+    with (
+        warnings.catch_warnings(),
+        _given_or_own(interruption) as stopper,
+        closing(config.kind.build(config, ranks)) as problem,
+    ):
+        # The library's advice to its users; `idle_lines` names such variants once, when all runs are done.
+        warnings.filterwarnings("ignore", "aadl has accepted no candidate")
         # Nodes may see other files, or an environment without AADL_DATA_DIR.
         check_same(ranks, f"{problem.data_source} ({problem.data_digest})", "the data", timeout_seconds)
         places = binding(ranks) if ranks.world_size > 1 else []

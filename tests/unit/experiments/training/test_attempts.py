@@ -1,6 +1,7 @@
 """The trace of the acceleration's attempts: what the loop notes, what the record has, and what a resumed run has."""
 
 import math
+import warnings
 from collections import Counter
 from dataclasses import replace
 
@@ -113,3 +114,10 @@ def test_a_finished_record_without_attempts_is_made_again_if_they_are_asked_for(
     execute_run(run, Ranks(), tmp_path, save=SaveConfig(attempts=True))
     assert state_of(path, run, digest, 1, SaveConfig(attempts=True).parts) == "finished"
     assert state_of(path, run, digest, 1, SaveConfig(attempts=True, weights=True).parts) == "without parts"
+
+
+def test_a_run_leaves_the_filters_of_warnings_as_they_were(tmp_path):
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        execute_run(config(acceleration=EAGER), Ranks(), tmp_path)
+        assert warnings.filters == before
