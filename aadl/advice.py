@@ -37,7 +37,8 @@ CURES: dict[str, str] = {
     Cause.POINTS: "the residuals differ where the weights are the same: take points that stay (residuals=fn), "
     "call aadl.reset_history when the points change, and have no dropout in them",
     Cause.RESUMED: "the pairs of another rank or depth were loaded: the history starts again each time",
-    Cause.MOVED: "the weights are written to between steps: the history starts again each time",
+    Cause.MOVED: "the weights are written to between steps: the history starts again each time, or, with observed "
+    "residuals, nothing tells whether the points stay (pass residuals=fn)",
 }
 """What to do about each cause."""
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from aadl.hooks import StepHooks
 from aadl.parameters import trainable_parameters
+from aadl.ranks import ranks_of
 from aadl.settings import Settings
 from aadl.statistics import Statistics
 from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
@@ -33,6 +34,9 @@ class Accelerator(ABC):
         settings: the validated arguments.
         process_group: the ranks that decide together; None for all of them.
     """
+
+    _given_up = False
+    """Whether parameters came that cannot be extrapolated, so that nothing is accelerated any more."""
 
     def __init__(self, target: Target, settings: Settings, process_group: Any = None) -> None:
         optimizer = target.optimizer
@@ -148,6 +152,20 @@ class Accelerator(ABC):
     @abstractmethod
     def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         """Continue from a saved state and its checked plain values."""
+
+    def _extrapolated(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """What is extrapolated; None where parameters came after `accelerate` that cannot be.
+
+        Training then goes on without acceleration. Several ranks stop, because they would wait for each other.
+        """
+        try:
+            return None if self._given_up else trainable_parameters(optimizer)
+        except ValueError as error:
+            if ranks_of(self.process_group).size > 1:
+                raise
+            self._given_up = True
+            warnings.warn(f"training goes on without acceleration: {error}", UserWarning, stacklevel=2)
+            return None
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
 

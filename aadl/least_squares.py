@@ -81,9 +81,14 @@ def gain_ratio(before: float, predicted: float, after: float) -> float:
 
 
 def next_damping(damping: float, ratio: float, accepted: bool, floor: float) -> float:
-    """Levenberg-Marquardt's rule: a third after a good prediction, four times as much after a bad one; 0 stays."""
+    """Levenberg-Marquardt's rule: a third after a good prediction, four times as much after a bad one."""
     if accepted and ratio > GOOD:
         damping /= 3
     elif not accepted or ratio < BAD:
         damping *= 4
-    return min(max(damping, floor), LARGEST_DAMPING)
+    return within_bounds(damping, floor)
+
+
+def within_bounds(damping: float, floor: float) -> float:
+    """The damping, not below `floor` and not above LARGEST_DAMPING; 0 where the floor is 0, which switches it off."""
+    return max(min(damping, LARGEST_DAMPING), floor) if floor else 0.0

@@ -10,7 +10,6 @@ carried out on the device; the host reads them after the next optimizer step (`D
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +67,6 @@ class MacroSteps(Accelerator):
     _postponed: Callable[[], None] | None
     """Stores the pair whose copy to the host is under way."""
 
-    _given_up = False
-    """Whether parameters came that cannot be extrapolated."""
     _loss_weight = 1.0
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
@@ -343,19 +340,11 @@ class MacroSteps(Accelerator):
         return ranks_of(self.process_group)
 
     def _parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
-        """What is extrapolated; None where parameters came after `accelerate` that cannot be.
-
-        Training then goes on without acceleration. Several ranks stop, because they would wait for each other.
-        """
-        try:
-            return None if self._given_up else trainable_parameters(optimizer)
-        except ValueError as error:
-            if self._ranks.size > 1:
-                raise
-            self._given_up, self._layout = True, None
-            self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
-            warnings.warn(f"training goes on without acceleration: {error}", UserWarning, stacklevel=2)
-            return None
+        """What is extrapolated; without such parameters nothing is judged any more."""
+        parameters = self._extrapolated(optimizer)
+        if parameters is None:
+            self._layout = self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
+        return parameters
 
     def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks

@@ -26,7 +26,7 @@ from aadl.acceptance import Cause, cause_of_residuals, count
 from aadl.attached import VERSION, check_format
 from aadl.deferred import Deferred, on_host
 from aadl.learning_rates import is_dry_step
-from aadl.least_squares import Solution, change_by_steps, gain_ratio, next_damping, solve
+from aadl.least_squares import Solution, change_by_steps, gain_ratio, next_damping, solve, within_bounds
 from aadl.mixing import Gram, newest
 from aadl.pace import Pace, clears_momentum, is_normalized
 from aadl.parameters import (
@@ -41,7 +41,7 @@ from aadl.ranks import local, ranks_of
 from aadl.residual_history import ResidualHistory, is_finite, planned_bytes
 from aadl.residual_pairs import RESUMED, ResidualPairs
 from aadl.statistics import Statistics, residual_statistics
-from aadl.trial import without_trace
+from aadl.trial import draw, without_trace
 from aadl.watch import versions_of
 
 FIRST_DAMPING = 1e-2
@@ -177,7 +177,8 @@ class ResidualAccelerator(ResidualPairs):
     def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         del state
         self._start_over()
-        self._history, self._statistics, self._damping = saved["restored"], saved["statistics"], saved["damping"]
+        self._history, self._statistics = saved["restored"], self._statistics | saved["statistics"]
+        self._damping = within_bounds(saved["damping"], self.settings.regularization)
         pace = Pace(**saved["pace"])
         if pace.usual == self.settings.frequency and pace.adapts == self.settings.paced:
             self._pace = pace
@@ -195,17 +196,18 @@ class ResidualAccelerator(ResidualPairs):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._settle()
-        if self.settings.idle or is_dry_step(optimizer):
+        if self._is_off() or is_dry_step(optimizer):
             return
         closure = closure_of(args, kwargs)
         if self._residuals is None:
             self._check_closure(closure)
         if self._lacks_history:
             self._say_that_history_is_missing()
-        self._inside = True
+        self._lay_out(optimizer)
+        self._inside = self._history is not None
         watches = self._residuals is None or self._observes or not self._statistics["steps"]  # or in the first one
-        if watches:
-            self._watch(optimizer, closure is not None)
+        if self._inside and watches:
+            self._watch(closure is not None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -221,10 +223,8 @@ class ResidualAccelerator(ResidualPairs):
         self._statistics["steps"] += 1
         settings, steps = self.settings, self._statistics["steps"]
         if steps >= self._pace.due:
-            self._lay_out(optimizer)
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
-            self._lay_out(optimizer)
             with without_trace(all_parameters(optimizer), is_closure=False):
                 self._store(self._evaluated(self._residuals))
         if not self._statistics["accepted"] and steps >= advice.EVENTS * settings.frequency and not self._warned:
@@ -239,18 +239,25 @@ class ResidualAccelerator(ResidualPairs):
         assert history is not None
         source = self._source(closure)
         with without_trace(all_parameters(optimizer), is_closure=self._residuals is None) as rewind:
-            self._store(self._evaluated(source))
+
+            def evaluated(function: Callable[[], Any], number: int = 1) -> Tensor:
+                rewind()
+                draw(all_parameters(optimizer), number)
+                return self._evaluated(function)
+
+            self._store(evaluated(source))
+            if self._residuals is not None and not self._trusted:
+                history.compare(evaluated(source, number=2))  # which differs where it is random
             attempt = self._attempt(history)
             self._pace.go_on(self._statistics["steps"])
             if attempt is None:
                 return
             check = self._check
-            before = None if check is None else (rewind(), self._evaluated(check))[1]
+            before = None if check is None else evaluated(check)
             try:
                 history.place(attempt.slots, attempt.solution.coefficients)
-                rewind()
-                after = self._evaluated(source)
-                checked = None if check is None else (rewind(), self._evaluated(check))[1]
+                after = evaluated(source)
+                checked = None if check is None else evaluated(check)
             except BaseException:
                 history.put_back()
                 raise
@@ -260,6 +267,9 @@ class ResidualAccelerator(ResidualPairs):
     def _attempt(self, history: ResidualHistory) -> _Candidate | None:
         """Solve the mixing problem; return None, with the cause counted, if there is no candidate."""
         products, pace = history.products(), self._pace
+        is_doubtful = not products.doubt <= SAME**2 * history.ranks.size
+        if is_doubtful:
+            pace.before = math.nan
         pace.note_jump(products.jump)
         pace.note_square(products.gram.square, is_normalized(self.optimizer))
         if not is_finite(products):
@@ -270,7 +280,7 @@ class ResidualAccelerator(ResidualPairs):
             self._known = None
             count(self._statistics["resets"], Cause.RESUMED)
             return None
-        if not products.doubt <= SAME**2 * history.ranks.size:
+        if is_doubtful:
             self._trusted = False
             history.forget_columns()
             count(self._statistics["resets"], Cause.POINTS)
@@ -299,8 +309,7 @@ class ResidualAccelerator(ResidualPairs):
         return change_by_steps(gram) if self._damping <= self._first_damping() else math.inf
 
     def _first_damping(self) -> float:
-        floor = self.settings.regularization
-        return max(FIRST_DAMPING, floor) if floor else 0.0
+        return within_bounds(FIRST_DAMPING, self.settings.regularization)
 
     def _decide(self, optimizer: Optimizer, attempt: _Candidate, after: Tensor, numbers: Tensor) -> None:
         """Accept the candidate if the sum of squares falls far enough, and that of `check` falls; else put x_k back."""
@@ -372,7 +381,7 @@ class ResidualAccelerator(ResidualPairs):
         first = (settings.wait_iterations // settings.frequency + 1) * settings.frequency
         self._pace = Pace(settings.frequency, settings.paced, first)
         self._damping = self._first_damping()
-        self._trusted, self._warned = self._residuals is not None, False
+        self._trusted = self._warned = False
         self._open_attempt = None
 
 

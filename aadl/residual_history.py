@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from aadl import kernels
 from aadl.block import Block, Tensors, allocate, make_block, push_block
 from aadl.deferred import handed
 from aadl.mixing import Gram, host_tensor
-from aadl.parameters import grouped
+from aadl.parameters import grouped, identity_of
 from aadl.ranks import Ranks, like, local
 from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
@@ -62,7 +63,7 @@ class ResidualHistory:
     def __init__(self, parameters: list[Tensor], settings: Settings, ranks: Ranks) -> None:
         self.parameters, self.ranks, self.depth = parameters, ranks, settings.history_depth
         self._groups, self._settings = grouped(parameters), settings
-        self.shapes, self.locals = [p.shape for p in parameters], [local(p) for p in parameters]
+        self._identity, self.locals = identity_of(parameters), [local(p) for p in parameters]
         self.tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
         self.blocks = self._allocated("parameters", self.tensors)
         self.residuals: Block | None = None
@@ -77,6 +78,10 @@ class ResidualHistory:
         self.valid = [False] * self.depth
         self._stale: list[int] = []
         self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64)
+
+    def is_of(self, parameters: list[Tensor]) -> bool:
+        """Whether these are the parameters, with the shapes, types and devices that they had."""
+        return identity_of(parameters) == self._identity and all(map(is_, map(local, parameters), self.locals))
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +108,7 @@ class ResidualHistory:
         """
         block = self.residuals
         if block is None or block.row.numel != residuals.numel() or not _goes_into(residuals, block):
-            self.void()
+            self._forget_points()
             block = self._make_room(residuals)
         slot = self.pushed % self.depth
         if residuals.numel() > kernels.HOST_PIECE:
@@ -153,11 +158,19 @@ class ResidualHistory:
         """Note the difference of residuals from the newest ones, which were seen at the same weights."""
         block = self.residuals
         if not self.has_pair or block is None or block.row.numel != residuals.numel():
-            self.void()
+            self._forget_points()
             return
-        difference, newest = (_flat(residuals) - block.mapped).double(), block.mapped.double()
+        difference, newest = (residuals - block.mapped).double(), block.mapped.double()
         square = torch.dot(newest, newest).clamp(min=torch.finfo(torch.float64).tiny)
-        self.doubt = torch.dot(difference, difference) / square
+        doubt = torch.dot(difference, difference) / square
+        self.doubt = doubt if self.doubt is None else self.doubt + doubt
+
+    def _forget_points(self) -> None:
+        """Forget all pairs, because other residuals came; if there were pairs they are in doubt."""
+        endless = torch.full((), math.inf, dtype=torch.float64, device=self._matrix.device)
+        doubt = endless if self.has_pair else self.doubt
+        self.void()
+        self.doubt = doubt
 
     def is_at_newest(self) -> bool:
         """Whether the weights are those of the newest pair, compared one by one."""
@@ -188,7 +201,7 @@ class ResidualHistory:
         if self.ranks.size == 1 and device.type == "cpu":
             return self._look_here(last)
         compared = self.doubt is not None
-        doubt = torch.zeros((), dtype=torch.float64, device=device) if self.doubt is None else self.doubt
+        doubt = torch.zeros((), dtype=torch.float64, device=device) if self.doubt is None else self.doubt.to(device)
         pushed = float(self.pushed % 1024)
         known = host_tensor([*map(float, self.valid), float(compared), pushed, pushed**2, float(block.row.numel)])
         known[:-1] /= self.ranks.size
@@ -267,7 +280,7 @@ class ResidualHistory:
             block.own_start.copy_(torch.where(handed(flag, block.own_start.device), block.own_start, block.mapped))
         self._write([block.own_start for block in self.blocks])
         self.push_weights()
-        self.push_residuals(torch.where(flag, _flat(residuals), self.residuals.mapped))
+        self.push_residuals(torch.where(flag, residuals, self.residuals.mapped))
 
     def _write(self, rows: Sequence[Tensor]) -> None:
         for block, row, values in zip(self.blocks, rows, self.tensors, strict=True):
@@ -318,7 +331,8 @@ class ResidualHistory:
     def load(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> None:
         """Continue with saved pairs that fit."""
         residuals = rows["residuals.mapped"]
-        device = residuals.device if self.locals[0].device.type == "cpu" else self.locals[0].device
+        place = self.locals[0].device if self.locals else residuals.device
+        device = residuals.device if place.type == "cpu" else place
         self._make_room(residuals.to(device))
         load_rows(rows, self.rows())
         self.pushed, self.has_pair = int(saved["pushed"]), bool(saved["has_pair"])
@@ -360,18 +374,6 @@ def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:
         for group in groups
     ]
     return sum(block.nbytes for block in blocks)
-
-
-def joined(residuals: Sequence[Tensor]) -> Tensor:
-    """Parts of a residual vector as one, real and in float32 at least, without gradients."""
-    parts = [_flat(part.detach()) for part in residuals]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = local(real).reshape(-1)
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
 
 
 def _goes_into(residuals: Tensor, block: Block) -> bool:

@@ -6,7 +6,6 @@ residuals of a step's own evaluation make its pair, which costs no forward pass.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,11 +16,12 @@ from torch.optim import Optimizer
 from aadl import memory
 from aadl.acceptance import Cause, count
 from aadl.attached import Accelerator
-from aadl.parameters import all_parameters, belongs_to_a_loop, trainable_parameters
-from aadl.ranks import local, ranks_of
-from aadl.residual_history import ResidualHistory, joined
+from aadl.parameters import belongs_to_a_loop
+from aadl.ranks import is_sharded, local, ranks_of
+from aadl.residual_history import ResidualHistory
 from aadl.settings import Settings
 from aadl.statistics import Statistics
+from aadl.trial import on_trial, unwrapped
 from aadl.watch import versions_of
 from aadl.wrappers import Target
 
@@ -50,13 +50,13 @@ class ResidualPairs(Accelerator):
     _inside: bool
     """Whether a step is running."""
     _is_repeated: bool
-    """Whether the running step began at the weights of the newest pair."""
+    """Whether the running step began at the weights of the newest pair, so that its residuals can be compared."""
     _has_begun: bool
     """Whether the weights of a pair are stored whose residuals are not stored yet."""
     _parts: list[Tensor]
     """Residuals that were observed for the running step, or for the next one."""
     _trial_parts: list[Tensor] | None
-    """Residuals that a trial evaluation has observed; None while none runs."""
+    """Residuals that an evaluation for a candidate has observed; None while none runs."""
     _versions: list[int]
     """Version counters of the weights at which `_parts` were observed."""
     _known: list[int] | str | None
@@ -91,11 +91,11 @@ class ResidualPairs(Accelerator):
         """
         if not isinstance(residuals, Tensor):
             raise ValueError(f"observe takes one tensor a call, got {type(residuals).__name__}: call it for each term")
-        residuals = residuals.detach()
+        residuals = unwrapped(residuals.detach())
         if self._trial_parts is not None:
             self._trial_parts.append(residuals)
             return
-        if self.settings.idle:
+        if self._is_off() or on_trial():  # the trial of another optimizer, which shares the closure
             return
         self._observes = True
         versions = versions_of(self._tensors())
@@ -103,7 +103,8 @@ class ResidualPairs(Accelerator):
             if versions != self._versions:
                 return  # a line search asks for the loss at another point
             if not self._parts:
-                self._begin_pair()
+                with torch._C._DisableFuncTorch():  # a closure may observe within torch.func.grad
+                    self._begin_pair()
         elif versions != self._versions:
             self._parts, self._versions = [], versions
         self._parts.append(residuals)
@@ -121,9 +122,12 @@ class ResidualPairs(Accelerator):
                 "framework, whose metrics would count the trials"
             )
 
-    def _watch(self, optimizer: Optimizer, has_closure: bool) -> None:
+    def _is_off(self) -> bool:
+        """Whether nothing is accelerated."""
+        return self.settings.idle or self._given_up or not self._handles
+
+    def _watch(self, has_closure: bool) -> None:
         """Note the weights at which residuals are observed in this step, or before one without a closure."""
-        self._lay_out(optimizer)
         if self._has_begun and self._history is not None:  # the last step ended with an exception
             self._history.void()
             self._known = None
@@ -140,8 +144,14 @@ class ResidualPairs(Accelerator):
     def _begin_pair(self) -> None:
         """Store the weights at which this step sees its residuals, unless they are those of the newest pair."""
         history = self._history
-        self._is_repeated = history is not None and self._is_known()
-        if history is None or self._is_repeated or self._statistics["steps"] % self.settings.store_each_nth:
+        if history is None:
+            return
+        is_known = self._known is not None and self._is_at(self._known, self._versions)
+        self._is_repeated = is_known or (self._known is not None and history.is_at_newest())
+        self._statistics["moved"] += self._known is not None and not self._is_repeated
+        # after writes the weights may be those of the pair on some ranks only, and all have to store the same pairs
+        is_stored = is_known or (self._is_repeated and history.ranks.size == 1)
+        if is_stored or self._statistics["steps"] % self.settings.store_each_nth:
             return
         with torch.no_grad():
             history.push_weights()
@@ -152,11 +162,11 @@ class ResidualPairs(Accelerator):
         history, parts, self._parts = self._history, self._parts, []
         if history is None or not parts:
             return
+        if self._is_repeated:
+            history.compare(joined(parts))
         if self._has_begun:
             history.push_residuals(joined(parts))
             self._has_begun = False
-        elif self._is_repeated:
-            history.compare(joined(parts))
         self._known = None
 
     def _store(self, residuals: Tensor) -> None:
@@ -165,10 +175,6 @@ class ResidualPairs(Accelerator):
         self._history.push_weights()
         self._history.push_residuals(residuals)
         self._known = versions_of(self._tensors())
-
-    def _is_known(self) -> bool:
-        """Whether this step begins at the weights of the newest pair."""
-        return self._known is not None and self._is_at(self._known, self._versions)
 
     def _is_at(self, known: list[int] | str, versions: list[int] | None = None) -> bool:
         """Whether nobody has written to the weights since these version counters were read."""
@@ -181,19 +187,9 @@ class ResidualPairs(Accelerator):
 
     def _source(self, closure: Callable[[], Any] | None) -> Callable[[], Any]:
         """A function that evaluates the residuals at the present weights."""
-        if self._residuals is not None:
-            return self._residuals
-        assert closure is not None
-
-        def observed() -> list[Tensor]:
-            self._trial_parts = []
-            try:
-                closure()
-                return self._trial_parts
-            finally:
-                self._trial_parts = None
-
-        return observed
+        source = self._residuals or closure
+        assert source is not None
+        return source
 
     def _evaluated(self, source: Callable[[], Any]) -> Tensor:
         """Evaluate the residuals at the present weights, shape (M,), and count the evaluation.
@@ -203,7 +199,13 @@ class ResidualPairs(Accelerator):
         """
         given = source is self._residuals or source is self._check
         self._statistics["residual_evaluations" if given else "closure_evaluations"] += 1
-        made = source()
+        observed: list[Tensor] = []
+        self._trial_parts = observed
+        try:
+            made = source()
+        finally:
+            self._trial_parts = None
+        made = made if given else observed
         parts = list(made) if isinstance(made, list | tuple) else [made]
         if parts and all(isinstance(part, Tensor) for part in parts):
             return joined(parts)
@@ -221,27 +223,28 @@ class ResidualPairs(Accelerator):
     @torch.no_grad()
     def _lay_out(self, optimizer: Optimizer) -> None:
         """Allocate rows for the trainable parameters of the optimizer, unless there are rows for them."""
-        history, parameters = self._history, [p for p in all_parameters(optimizer) if p.requires_grad]
+        history, parameters = self._history, self._extrapolated(optimizer)
+        if parameters is None:
+            self._history = None
+            return
         if history is not None:
-            known = history.parameters
-            same = len(known) == len(parameters) and all(map(operator.is_, known, parameters))
-            if same and all(map(operator.eq, (p.shape for p in parameters), history.shapes)):
+            if history.is_of(parameters):
                 return
             count(self._statistics["resets"], Cause.PARAMETERS_CHANGED)
         self._history, error = None, None
         ranks = ranks_of(self.process_group)
         try:
-            self._history = ResidualHistory(trainable_parameters(optimizer), self.settings, ranks)
+            self._history = ResidualHistory(parameters, self.settings, ranks)
         except torch.OutOfMemoryError as out_of_memory:
             error = out_of_memory
         memory.agree(ranks, error)
         self._known = None
 
     def _tensors(self) -> list[Tensor]:
-        """The parameters, or their shards here, whose version counters show changes."""
-        if self._history is not None:
-            return self._history.locals
-        return [local(p) for p in trainable_parameters(self.optimizer)]
+        """The parameters, and their shards here, whose version counters show changes."""
+        history = self._history
+        parameters = self._extrapolated(self.optimizer) or [] if history is None else history.parameters
+        return [*parameters, *(local(p) for p in parameters if is_sharded(p))]
 
     def _start_over(self) -> None:
         """Be as an accelerator that has seen no step."""
@@ -249,3 +252,15 @@ class ResidualPairs(Accelerator):
         self._observes = self._inside = self._has_begun = self._is_repeated = False
         self._parts, self._versions = [], []
         self._trial_parts = self._known = None
+
+
+def joined(residuals: Sequence[Tensor]) -> Tensor:
+    """Parts of a residual vector as one, real and in float32 at least, without gradients."""
+    parts = [_flat(part.detach()) for part in residuals]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    flat = local(real).reshape(-1)
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()

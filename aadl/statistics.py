@@ -56,7 +56,8 @@ class Statistics(CommonStatistics, total=False):
     """Long pauses that began because the training as a whole was harmed."""
     moved: int
     """Macro-steps that began elsewhere than the last one ended, or were abandoned, because somebody wrote to the
-    weights."""
+    weights. Nonlinear GMRES has it as well: accelerations after which somebody wrote to the weights before the next
+    step, whose residuals then do not tell whether the points have stayed."""
     relative_standard_deviation: float
     """Between consecutive updates, in the last attempt: 0 for parallel updates, 1 for independent ones."""
     averaging: bool
@@ -85,7 +86,7 @@ def anderson_statistics(averaging: bool) -> Statistics:
 
 def residual_statistics() -> Statistics:
     """Statistics of nonlinear GMRES before the first step."""
-    return _statistics(("residual_evaluations",), ("damping", "period"))
+    return _statistics(("residual_evaluations", "moved"), ("damping", "period"))
 
 
 def _statistics(counters: Iterable[str], last_values: Iterable[str]) -> Statistics:

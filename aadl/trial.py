@@ -46,7 +46,7 @@ def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Ca
     Args:
         parameters: parameters of the optimizer. After a skipped backward pass their gradients are zeros.
         is_closure: whether the functions are closures for training, which run backward passes and set gradients. For
-            functions that do neither, torch's own entry points stay as they are.
+            functions that do neither, torch's own gradients and engine stay as they are.
 
     Yields:
         A function that restores what the next evaluation would see of the last one, so that both see the same random
@@ -140,7 +140,7 @@ class _Trial:
 
     def keep(self, tensor: Tensor) -> None:
         """Remember the values of a tensor that a module may write to (nobody can write to an inference tensor)."""
-        tensor = _unwrapped(tensor)
+        tensor = unwrapped(tensor)
         if id(tensor) not in self._values and not tensor.is_inference():
             elements = _elements_once(tensor)
             self._values[id(tensor)] = elements, elements.clone()
@@ -196,7 +196,13 @@ def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
     return states
 
 
-def _unwrapped(tensor: Tensor) -> Tensor:
+def draw(tensors: Iterable[Tensor], number: int) -> None:
+    """Draw random numbers, so that the next ones are others than those of the training that goes on after the trial."""
+    for device in {torch.device("cpu"), *(tensor.device for tensor in tensors)}:
+        torch.rand(number, device=device)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor behind the wrappers of torch.func; it outlives them."""
     unwrap: Callable[[Tensor], Tensor] | None = getattr(torch.func, "debug_unwrap", None)
     return tensor if unwrap is None else unwrap(tensor)
@@ -214,9 +220,15 @@ _lock = threading.Lock()
 _stances: dict[Any, Any] = {}
 """A key for each context of `_nothing_compiled`; under None the stance of torch's compiler that they share."""
 _trials: dict[int, _Trial] = {}
-"""The running trials, by thread; other threads see torch as it is."""
-_replaced: list[tuple[Any, str, Any]] = []
-"""Owner, name and original of what is replaced while any trial runs; `_ABSENT` for what the owner inherits."""
+"""The running trials of closures, by thread; other threads see torch as it is."""
+_noting_trials: dict[int, _Trial] = {}
+"""The running trials of any functions, by thread."""
+_Replaced = list[tuple[Any, str, Any]]
+"""Owner, name and original of what is replaced; `_ABSENT` for what the owner inherits."""
+_replaced: _Replaced = []
+"""While the trial of any closure runs."""
+_replaced_for_notes: _Replaced = []
+"""While any trial runs."""
 _ABSENT = object()
 _steps: list[RemovableHandle] = []
 """The hook that sees the steps of all optimizers while any trial runs."""
@@ -237,9 +249,13 @@ def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
     """
     thread = threading.get_ident()
     with _lock:
+        if not _noting_trials:
+            _replace(_replaced_for_notes, _for_notes())
         if not _trials and is_closure:
-            _replace()
-        outer = _trials.get(thread)
+            _replace(_replaced, _for_closures())
+            _steps.append(register_optimizer_step_pre_hook(_take_gradients))
+        outer, outer_notes = _trials.get(thread), _noting_trials.get(thread)
+        _noting_trials[thread] = trial
         if is_closure:
             _trials[thread] = trial
     handle = register_module_forward_pre_hook(
@@ -252,12 +268,14 @@ def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
     finally:
         handle.remove()
         with _lock:
-            if outer is not None:
-                _trials[thread] = outer
-            else:
-                _trials.pop(thread, None)
+            _go_back(_trials, thread, outer)
+            _go_back(_noting_trials, thread, outer_notes)
             if not _trials:
-                _put_back()
+                while _steps:
+                    _steps.pop().remove()
+                _put_back(_replaced)
+            if not _noting_trials:
+                _put_back(_replaced_for_notes)
         trial.end()
 
 
@@ -287,12 +305,26 @@ def _trial() -> _Trial | None:
     return _trials.get(threading.get_ident())
 
 
-def _replace() -> None:
-    """Replace torch's entry points by ones that ask for the trial of the thread."""
-    replacements = [
-        (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
+def _go_back(trials: dict[int, _Trial], thread: int, outer: _Trial | None) -> None:
+    """Make the trial around the one that ends the running one again."""
+    if outer is None:
+        trials.pop(thread, None)
+    else:
+        trials[thread] = outer
+
+
+def _for_notes() -> _Replaced:
+    """Owners, names and replacements of torch's entry points through which modules are changed or called."""
+    return [
         (Module, "train", _noting(Module.train)),
         (stateless, "_functional_call", _noting(stateless._functional_call)),
+    ]
+
+
+def _for_closures() -> _Replaced:
+    """The same of those that read, write and compute gradients."""
+    return [
+        (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
         (Tensor, "grad", _OWN_GRADIENT),
         (Tensor, "_grad", _OWN_GRADIENT),
         # the usual ways, for speed alone
@@ -300,17 +332,18 @@ def _replace() -> None:
         (Module, "zero_grad", _clearing(Module.zero_grad, Module.parameters)),
         (Optimizer, "zero_grad", _clearing(Optimizer.zero_grad, all_parameters)),
     ]
+
+
+def _replace(replaced: _Replaced, replacements: _Replaced) -> None:
+    """Replace torch's entry points by ones that ask for the trial of the thread."""
     for owner, name, replacement in replacements:
-        _replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
+        replaced.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, replacement)
-    _steps.append(register_optimizer_step_pre_hook(_take_gradients))
 
 
-def _put_back() -> None:
-    while _steps:
-        _steps.pop().remove()
-    while _replaced:
-        owner, name, original = _replaced.pop()
+def _put_back(replaced: _Replaced) -> None:
+    while replaced:
+        owner, name, original = replaced.pop()
         if original is _ABSENT:
             delattr(owner, name)
         else:
@@ -387,7 +420,7 @@ def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def call(module: Module, *args: Any, **kwargs: Any) -> Any:
-        trial = _trial()
+        trial = _noting_trials.get(threading.get_ident())
         if trial is not None:
             trial.note(module)
             given = args[0] if args and isinstance(args[0], dict) else {}

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 import torch.distributed as dist
 from parallel_runs import replica, sharded, values_of
 from residual_runs import INPUTS, SGD, TARGETS, attach, closure_of, network
@@ -70,6 +71,37 @@ def test_replicas_resume_bit_for_bit_each_with_its_own_rows(spawn_ranks):
     for weights, counts, _, again, resumed in spawn_ranks(on_ranks, 2, replica, 4, 11):
         assert equal(weights, again) and identical(counts, resumed)
         assert counts["accepted"] > 2
+
+
+def on_other_rows(rank, size, wrap):
+    """(counters, weights) of runs: rank 1 has no rows, or loses some; the weights are clamped between steps."""
+    ends = {}
+    for case in ("no rows", "fewer rows", "harmless writes", "writes"):
+        model = wrap(network(), rank, size)
+        optimizer = SGD(model.parameters(), lr=0.05)
+        accelerator = attach(optimizer, history_depth=5, frequency=2, reg_acc=1e-2)
+        own = slice(64 * rank, 64) if case == "no rows" else slice(32 * rank, 32 * rank + 32)
+        for step in range(20):
+            if case == "fewer rows" and step == 10 and rank:
+                own = slice(32, 50)
+            optimizer.step(closure_of(model, optimizer, own))
+            bound = {"harmless writes": 100, "writes": 0.5}.get(case)
+            for p in model.parameters() if bound else ():
+                with torch.no_grad():
+                    p.clamp_(-bound, bound)
+        ends[case] = accelerator.statistics, values_of(model)
+    return ends
+
+
+@pytest.mark.parametrize("wrap", [replica, sharded])
+def test_ranks_agree_whatever_rows_one_of_them_has_and_whoever_writes(spawn_ranks, wrap):
+    first, second = spawn_ranks(on_other_rows, 2, wrap)
+    for case, (counts, weights) in first.items():
+        others, same = second[case]
+        assert equal(weights, same) and counts["rejected"] == others["rejected"], case
+        assert counts["resets"] == others["resets"] == ({"points": 1} if case == "fewer rows" else {}), case
+        assert (counts["attempts"], counts["moved"]) == ((0, 9) if case == "writes" else (counts["attempts"], 0)), case
+        assert counts["accepted"] == others["accepted"] and (counts["accepted"] > 2) == (case != "writes"), case
 
 
 def loads_of_rank_zero(rank, size, steps):

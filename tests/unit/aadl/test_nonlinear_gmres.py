@@ -241,11 +241,14 @@ def test_points_that_change_unannounced_are_noticed_and_nothing_is_learned_from_
     assert torch.equal(flat(model), trained_plainly(20, rows=batch))
 
 
-def test_points_of_another_number_empty_the_history():
+@pytest.mark.parametrize("steps", [7, 8])
+def test_points_of_another_number_empty_the_history(steps):
+    """The first step with them is one after an acceleration, or another one."""
     model, optimizer, accelerator = started(**OFTEN)
-    for rows in [slice(0, 32)] * 7 + [slice(0, 48)] * 7:
+    for rows in [slice(0, 32)] * steps + [slice(0, 48)] * 7:
         optimizer.step(closure_of(model, optimizer, rows))
     assert accelerator.statistics["accepted"] > 2
+    assert accelerator.statistics["resets"] == {"points": 1}
     assert accelerator.history.residuals.row.numel == 48
 
 
@@ -335,7 +338,8 @@ def test_residuals_that_are_not_finite_empty_the_history(observe):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_complex_weights_and_residuals_are_pairs_of_reals():
+@pytest.mark.parametrize("kind", ["plain", "conjugated"])
+def test_complex_weights_and_residuals_are_pairs_of_reals(kind):
     torch.manual_seed(0)
     matrix, right = torch.randn(30, 4, dtype=torch.complex128), torch.randn(30, dtype=torch.complex128)
     weights = nn.Parameter(torch.zeros(4, dtype=torch.complex128))
@@ -344,7 +348,7 @@ def test_complex_weights_and_residuals_are_pairs_of_reals():
 
     def loss(weights):
         residuals = matrix @ weights - right
-        accelerator.observe(residuals)
+        accelerator.observe(residuals if kind == "plain" else residuals.conj())
         return residuals.abs().square().mean()
 
     train_plainly(weights, optimizer, 40, with_closure=True, loss=loss)

@@ -150,7 +150,7 @@ def test_observed_evaluations_cost_none_of_their_own(optimizer):
     assert observe.call_count == result.iterations[-1] >= 60
     assert statistics["closure_evaluations"] == 0 and statistics["accepted"] >= 1
     events = statistics["steps"] // 4
-    assert events + statistics["attempts"] == statistics["residual_evaluations"]
+    assert events + 1 + statistics["attempts"] == statistics["residual_evaluations"]  # 1: whether they stay
     evaluations = result.series["metrics/evaluations"]
     if optimizer is not LM:
         assert (evaluations == result.iterations + result.series["acceleration/residual_evaluations"]).all()
@@ -184,8 +184,9 @@ def test_a_probe_of_the_training_set_pays(settings):
     assert statistics["attempts"] >= 18 and statistics["accepted"] >= 10
     assert result.series[LOSS][-1] < 0.8 * plain.series[LOSS][-1]
     assert statistics["rejected"].keys() <= {"residuals", "check"}
-    # every fourth step, of 160: there, and every other time at a candidate; the check twice for an attempt
-    assert statistics["residual_evaluations"] == 40 + (3 if settings else 1) * statistics["attempts"]
+    # every fourth step, of 160: there, and every other time at a candidate; the check twice for an attempt; once more
+    # because nobody knows whether the points stay
+    assert statistics["residual_evaluations"] == 41 + (3 if settings else 1) * statistics["attempts"]
 
 
 def test_new_points_void_the_history():
