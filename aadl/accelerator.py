@@ -18,7 +18,7 @@ from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
 from aadl.macro_steps import MacroSteps, Progress
 from aadl.outside import OutsideWrites
-from aadl.parameters import all_parameters, makes_momentum, tensors_are_fake, trainable_parameters
+from aadl.parameters import all_parameters, makes_momentum, maximizes, tensors_are_fake, trainable_parameters
 from aadl.ranks import shards_of
 from aadl.settings import Settings
 from aadl.statistics import Statistics
@@ -34,6 +34,11 @@ class AndersonAccelerator(MacroSteps):
             name = "shard_history" if settings.shard_history else "local_sgd"
             if sharded:
                 raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
+        if settings.safeguard == "loss" and maximizes(target.optimizer) is None:
+            raise ValueError(
+                "safeguard must be True, False or 'residual' where only some parameter groups have maximize=True, "
+                "because a saddle point has neither the lowest loss nor the highest, got 'loss'"
+            )
         super().__init__(target, settings, process_group)
 
     # ---- public ----------------------------------------------------------------------------------------------------

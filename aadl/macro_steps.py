@@ -293,7 +293,7 @@ class MacroSteps(Accelerator):
             optimizer,
             history,
             tensors,
-            None if self._partitioned else self._decisions.trials.closure_for(closure),
+            None if self._partitioned else self._decisions.trials.closure_for(closure, optimizer),
             ranks,
             quorum=history.ranks.size if whole else 1,
             loss_weight=self._loss_weight,
