@@ -14,7 +14,7 @@ import torch
 from aadl.accelerator import AndersonAccelerator
 from aadl.attached import accelerator_of, find_accelerator
 from aadl.nonlinear_gmres import ResidualAccelerator
-from aadl.parameters import all_parameters
+from aadl.parameters import all_parameters, maximizes
 from aadl.porting import translated
 from aadl.residual_pairs import Residuals
 from aadl.settings import (
@@ -28,7 +28,7 @@ from aadl.settings import (
     with_defaults,
 )
 from aadl.statistics import Statistics
-from aadl.wrappers import target_of
+from aadl.wrappers import Target, target_of
 
 __version__ = "0.2.0"
 __all__ = [
@@ -186,7 +186,7 @@ def accelerate(
     arguments |= with_defaults(acceleration_type, numbers)
     settings = Settings(acceleration_type, relaxation, wait_iterations, average=average, **arguments)
     if settings.acceleration_type == "nonlinear_gmres":
-        _check_residuals(target.kind, optimizer, residuals, check)
+        _check_residuals(target, optimizer, residuals, check)
         ResidualAccelerator(target, settings, process_group, residuals, check)
         return optimizer
     for name, given in (("residuals", residuals), ("check", check)):
@@ -233,12 +233,17 @@ def _check_group(process_group: Any) -> None:
         raise ValueError(f"process_group must be None or a torch.distributed.ProcessGroup, got {process_group!r}")
 
 
-def _check_residuals(kind: str, optimizer: Any, residuals: Any, check: Any) -> None:
+def _check_residuals(target: Target, optimizer: Any, residuals: Any, check: Any) -> None:
     """Raise ValueError for what "nonlinear_gmres" does not work with."""
-    if kind:
+    if target.kind:
         raise ValueError(
             f"acceleration_type='nonlinear_gmres' does not work with a {type(optimizer).__name__}: the weights of its "
             f"ranks are not the same when a step ends"
+        )
+    if maximizes(target.optimizer) is not False:
+        raise ValueError(
+            f"acceleration_type='nonlinear_gmres' makes a sum of squares small, and this "
+            f"{type(target.optimizer).__name__} has groups with maximize=True"
         )
     for name, given in (("residuals", residuals), ("check", check)):
         if given is not None and not callable(given):

@@ -18,7 +18,7 @@ from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
 from aadl.macro_steps import MacroSteps, Progress
 from aadl.outside import OutsideWrites
-from aadl.parameters import makes_momentum, tensors_are_fake, trainable_parameters
+from aadl.parameters import all_parameters, makes_momentum, maximizes, tensors_are_fake, trainable_parameters
 from aadl.ranks import shards_of
 from aadl.settings import Settings
 from aadl.statistics import Statistics
@@ -34,6 +34,11 @@ class AndersonAccelerator(MacroSteps):
             name = "shard_history" if settings.shard_history else "local_sgd"
             if sharded:
                 raise ValueError(f"{name} must be False: the parameters are sharded over the ranks already, got True")
+        if settings.safeguard == "loss" and maximizes(target.optimizer) is None:
+            raise ValueError(
+                "safeguard must be True, False or 'residual' where only some parameter groups have maximize=True, "
+                "because a saddle point has neither the lowest loss nor the highest, got 'loss'"
+            )
         super().__init__(target, settings, process_group)
 
     # ---- public ----------------------------------------------------------------------------------------------------
@@ -148,12 +153,16 @@ class AndersonAccelerator(MacroSteps):
             parameters = self._parameters(self.optimizer)
             if parameters is not None:
                 self._lay_out(parameters, makes_momentum(self.optimizer))
-        layout = self._layout
+        layout, optimizer, positions = self._layout, self._optimizer(), None
+        if layout is not None and optimizer is not None:
+            positions = layout.positions(optimizer)
+            layout = None if positions is None else layout
         plain = self._decisions.state() | {
             "map": self.settings.map_description(),
             "progress": vars(self._progress),
             "rates": self._rates.state(),
-            "outside": self._outside.state(has_values=not fake),
+            "outside": self._outside.state(optimizer, layout, has_values=not fake),
+            "parameters": positions,
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
         }
@@ -194,15 +203,23 @@ class AndersonAccelerator(MacroSteps):
                 if depth != saved_depth:
                     saved["slots"] = saved_state.slots_kept(saved["fields"], saved_depth, depth)
                 momentum = any(name.startswith("momentum") for name in state["rows"])
-                saved["layout"] = self._fitting_layout(momentum)
+                saved["layout"] = self._fitting_layout(momentum, saved.get("parameters"))
                 saved_state.check_rows(state["rows"], saved["layout"].rows(), saved_depth)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"the saved state of the accelerator is damaged: {error!r}") from None
         return saved
 
-    def _fitting_layout(self, momentum: bool) -> Layout:
-        """The layout of the present parameters, with rows for momentum or without; a new one if there is none."""
+    def _fitting_layout(self, momentum: bool, positions: list[int] | None) -> Layout:
+        """The layout of some parameters, with rows for momentum or without; a new one if there is none.
+
+        Args:
+            momentum: whether it has rows for momentum.
+            positions: of the parameters among all those of the optimizer; None for those that are trainable now.
+        """
         parameters, layout = trainable_parameters(self.optimizer), self._layout
+        everyone = all_parameters(self.optimizer)
+        if positions is not None and len(everyone) > max(positions, default=-1):
+            parameters = [everyone[position] for position in positions]
         if layout is not None and layout.is_of(parameters) and layout.has_momentum == momentum:
             return layout
         return self._new_layout(parameters, momentum)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from aadl import state
 from aadl.block import Block, Tensors, allocate, make_block
 from aadl.history import History
-from aadl.parameters import grouped, identity_of, momentum_of
+from aadl.parameters import all_parameters, grouped, identity_of, momentum_of
 from aadl.ranks import Ranks, local, shards_of
 from aadl.settings import Settings
 from aadl.watch import Snapshot, first_element
@@ -81,6 +81,12 @@ class Layout:
         """Whether the layout is that of these parameters, in these shapes."""
         return identity_of(parameters) == self.identity
 
+    def positions(self, optimizer: Optimizer) -> list[int] | None:
+        """Of the parameters among all those of the optimizer; None where one of them has left it."""
+        places = {id(p): place for place, p in enumerate(all_parameters(optimizer))}
+        found = [places[id(p)] for p in self.parameters if id(p) in places]
+        return found if len(found) == len(self.parameters) else None
+
     def covers(self, look: Snapshot) -> bool:
         """Whether the trainable tensors of a snapshot are the parameters of the layout (in any shapes)."""
         trainable = [p for p, flag in zip(look.tensors, look.trainable, strict=False) if flag]
@@ -113,18 +119,25 @@ class Layout:
             if block.kind == "parameters" and block.row.device.type == "cpu"
         ]
 
-    def elements(self) -> list[Tensor]:
+    def elements(self, anywhere: bool = False) -> list[Tensor]:
         """Views of the first elements of a few parameters, the first and the last one among them.
 
         None where `sample` has none. A parameter that lies elsewhere by now is noticed by its place.
+
+        Args:
+            anywhere: whether those on a device count too.
         """
+        if anywhere:
+            return self._first_elements([p for p in self.parameters if p.device.type != "meta"])
         if self._elements is None:
-            known = [] if self.history.partial and not self.asks else map(local, self.parameters)
-            known = [p for p in known if p.device.type == "cpu" and p.numel()]
-            last = len(known) - 1
-            places = {round(i * last / (ELEMENTS - 1)) for i in range(ELEMENTS)} if known else set()
-            self._elements = [first_element(known[place]) for place in places]
+            self._elements = self._first_elements([p for p in self.parameters if p.device.type == "cpu"])
         return self._elements
+
+    def _first_elements(self, parameters: list[Tensor]) -> list[Tensor]:
+        known = [] if self.history.partial and not self.asks else list(filter(Tensor.numel, map(local, parameters)))
+        last = len(known) - 1
+        places = {round(i * last / (ELEMENTS - 1)) for i in range(ELEMENTS)} if known else set()
+        return [first_element(known[place]) for place in places]
 
     @property
     def asks(self) -> bool:

@@ -79,7 +79,7 @@ class MacroSteps(Accelerator):
         if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
         if not settings.local_sgd and not self._outside.is_quiet():
-            self._apply(self._outside.before_step(self._gap, self._progress.in_macro_step, self._history), optimizer)
+            self._apply(self._outside.before_step(self._gap, self._progress.in_macro_step, self._layout), optimizer)
         if dry:
             return
         starts = self._progress.in_macro_step == 0
@@ -116,6 +116,8 @@ class MacroSteps(Accelerator):
             self._note_step()
         elif self._layout is not None:
             self._outside.note_end(optimizer, self._layout, self.settings.local_sgd)
+            if not self.settings.local_sgd:
+                self._note_step()
 
     def _note_step(self) -> None:
         """Remember the tensors as a step within a macro-step leaves them."""
@@ -215,12 +217,11 @@ class MacroSteps(Accelerator):
             return
         decisions, progress, outside, history = self._decisions, self._progress, self._outside, layout.history
         look = outside.look(optimizer)
+        change = Change.NONE if self.settings.local_sgd else outside.after_macro_step(look, self._gap, history)
         leap = outside.end_macro_step()
-        if not self.settings.local_sgd:
-            change = outside.after_macro_step(look, self._gap, history)
-            if self._apply(change, optimizer):
-                outside.note_end(optimizer, layout)
-                return
+        if self._apply(change, optimizer):
+            outside.note_end(optimizer, layout)
+            return
         progress.abandoned_in_a_row = 0
         if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
             layout.add_momentum()  # made by the first step, from zero, of an optimizer outside of torch.optim
@@ -292,7 +293,7 @@ class MacroSteps(Accelerator):
             optimizer,
             history,
             tensors,
-            None if self._partitioned else self._decisions.trials.closure_for(closure),
+            None if self._partitioned else self._decisions.trials.closure_for(closure, optimizer),
             ranks,
             quorum=history.ranks.size if whole else 1,
             loss_weight=self._loss_weight,

@@ -34,7 +34,8 @@ from aadl.ranks import local, ranks_of
 from aadl.residual_history import ResidualHistory, is_finite, planned_bytes
 from aadl.residual_pairs import RESUMED, ResidualPairs
 from aadl.statistics import Statistics, residual_statistics
-from aadl.trial import draw, without_trace
+from aadl.trial import without_trace
+from aadl.trial_values import draw
 from aadl.watch import momentum_buffers, versions_of
 
 FIRST_DAMPING = 1e-2

@@ -50,6 +50,10 @@ class OutsideWrites:
         """Kind of the writes before a save that no step has seen yet."""
         self._first = ""
         """Kind of the writes that may be the first of many."""
+        self._marks: list[float] = []
+        """After a resume within a macro-step, some elements as they were at the save."""
+        self._exchanged = False
+        """Whether tensors were replaced within the running macro-step before a save."""
         self._doubtful = False
         """Whether the weights may have been filled through `.data` since the start of the macro-step to be judged."""
         self._leap = 0.0
@@ -57,13 +61,20 @@ class OutsideWrites:
         self.written = False
         """Whether this rank saw a write within a macro-step since the last acceleration."""
 
-    def state(self, has_values: bool) -> dict[str, Any]:
+    def state(self, optimizer: Optimizer | None, layout: Layout | None, has_values: bool) -> dict[str, Any]:
         """Plain values for a checkpoint.
 
         Args:
+            optimizer: whose tensors are saved beside them; None if it no longer exists.
+            layout: of the history, if there are rows.
             has_values: whether tensors have values, unlike in torch's FakeTensorMode.
         """
+        within = self._sample is not None
+        elements = layout.elements(anywhere=True) if layout is not None and within and has_values else []
+        exchanged = within and self._is_exchanged(optimizer)
         return {
+            "marks": Sample(elements).kept if within else self._marks,
+            "exchanged": self._exchanged or exchanged,
             "writes": self.writes,
             "unseen": self._kind_since_left(),
             "first": self._first,
@@ -76,6 +87,7 @@ class OutsideWrites:
         """Continue from `state`."""
         self.writes, self._unseen, self._first = saved["writes"], saved["unseen"], saved["first"]
         self.written, self._doubtful, self._leap = saved["written"], saved["doubtful"], saved.get("leap", 0.0)
+        self._marks, self._exchanged = saved.get("marks", []), saved.get("exchanged", False)  # not in older states
 
     def look(self, optimizer: Optimizer) -> Snapshot:
         """The tensors of the optimizer as they are now; no element is read."""
@@ -91,15 +103,16 @@ class OutsideWrites:
         untouched = left is not None and versions_of(left.tensors) == left.versions
         return untouched and not self._first and (self._sample is None or not self._sample.change())
 
-    def before_step(self, gap: int, in_macro_step: int, history: History | None) -> Change:
+    def before_step(self, gap: int, in_macro_step: int, layout: Layout | None) -> Change:
         """Explain the writes since the last step.
 
         Args:
             gap: number of the gap between the last step and this one.
             in_macro_step: steps of the running macro-step that have ended.
-            history: the pairs, if there are rows for them.
+            layout: of the history, if there are rows.
         """
-        self._leap = max(self._leap, 0.0 if self._sample is None else self._sample.change())
+        history = None if layout is None else layout.history
+        self._leap = max(self._leap, self._since_save(layout), 0.0 if self._sample is None else self._sample.change())
         self._doubtful = self.is_doubtful
         kind, self._unseen = self._kind_since_left(), ""
         first, self._first = self._first, ""
@@ -113,7 +126,7 @@ class OutsideWrites:
             return Change.NONE
         if self.left is None and EXCHANGED in self.writes:
             is_regular(self.writes, EXCHANGED, gap, self._steps)  # after a resume: who did so regularly did it again
-        elif self.left is not None and not look.keeps(self.left):
+        elif self._exchanged or (self.left is not None and not look.keeps(self.left)):
             return self._change_of(EXCHANGED, gap, 0, history)
         return Change.NONE
 
@@ -140,6 +153,15 @@ class OutsideWrites:
         """What was written since the last step; after a resume, what had been written at the save."""
         left = self.left
         return self._unseen if left is None else kind_of_write(left.versions, versions_of(left.tensors))
+
+    def _since_save(self, layout: Layout | None) -> float:
+        """At the first step after a resume: how far elements are from where they were at the save."""
+        marks, self._marks = self._marks, []
+        elements = layout.elements(anywhere=True) if marks and layout is not None else []
+        return Sample(elements, marks).change() if len(elements) == len(marks) else 0.0
+
+    def _is_exchanged(self, optimizer: Optimizer | None) -> bool:
+        return optimizer is not None and self.left is not None and not self.look(optimizer).keeps(self.left)
 
     @property
     def is_doubtful(self) -> bool:
@@ -182,7 +204,7 @@ class OutsideWrites:
 
     def end_macro_step(self) -> float:
         """Stop watching elements; return how far, at least, somebody has led the weights through `.data`."""
-        leap, self._leap, self._sample = self._leap, 0.0, None
+        leap, self._leap, self._sample, self._exchanged = self._leap, 0.0, None, False
         return leap
 
     def settle_doubt(self, on_trial: bool) -> None:
@@ -193,4 +215,4 @@ class OutsideWrites:
         """Forget the running macro-step; what is known of regular writes stays."""
         self.left = self._sample = None
         self.written, self._doubtful, self._leap = False, False, 0.0
-        self._unseen = self._first = ""
+        self._unseen, self._first, self._marks, self._exchanged = "", "", [], False

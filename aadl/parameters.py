@@ -154,8 +154,10 @@ def tensors_are_fake() -> bool:
     return type(torch.empty(0, device="cpu")).__name__ == "FakeTensor"
 
 
-def maximizes(optimizer: Optimizer) -> bool:
-    return all(group.get("maximize", False) for group in optimizer.param_groups)
+def maximizes(optimizer: Optimizer) -> bool | None:
+    """Whether the optimizer maximizes the loss; None where only some of its groups do, which seek a saddle point."""
+    sides = {bool(group.get("maximize", False)) for group in optimizer.param_groups}
+    return None if len(sides) == 2 else sides == {True}
 
 
 def forget_curvature(optimizer: Optimizer, pairs: bool = True) -> None:

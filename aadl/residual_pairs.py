@@ -21,7 +21,8 @@ from aadl.ranks import is_sharded, local, ranks_of
 from aadl.residual_history import ResidualHistory
 from aadl.settings import Settings
 from aadl.statistics import Statistics
-from aadl.trial import on_trial, unwrapped
+from aadl.trial import on_trial
+from aadl.trial_values import unwrapped
 from aadl.watch import versions_of
 from aadl.wrappers import Target
 

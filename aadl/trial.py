@@ -4,11 +4,13 @@ The function was written for training. After a trial everything that torch's Pyt
 
 - *Gradients.* A trial has its own value of every attribute `.grad` that it reads or writes, on any tensor. Backward
   passes that accumulate into leaves are skipped; all of them enter the engine through one call. Derivatives that are
-  values (torch.autograd.grad, torch.func) are computed as always.
+  values (torch.autograd.grad, torch.func) are computed as always, and so are the gradients of the optimizer's
+  parameters where a backward pass makes a graph of them (`create_graph`), because the loss may contain them.
 - *Steps.* A step of any optimizer within a trial finds no gradients, so that it moves nothing; it counts nowhere.
 - *Modules.* A trial restores the buffers and the train/eval flags of the modules that it calls.
 - *Random numbers.* Every evaluation of a trial sees the same random numbers of torch, on all devices.
-- *Autocast.* Its cache of weights is emptied around each evaluation, because the weights change in between.
+- *Caches of weights.* Those of autocast and of torch.nn.utils.parametrize.cached are empty when an evaluation begins,
+  because the weights change in between.
 
 A trial cannot restore what a function writes to by other ways (Python objects, tensors of its own in place, its own
 generators), and it does not see C++ code that runs backward passes itself (docs/method.md).
@@ -17,7 +19,6 @@ generators), and it does not see C++ code that runs backward passes itself (docs
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from aadl.parameters import all_parameters
+from aadl.trial_values import GRADIENT, Trial
 
 
 @contextmanager
@@ -50,148 +52,18 @@ def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Ca
         A function that restores what the next evaluation would see of the last one, so that both see the same random
         numbers.
     """
-    with _running(_Trial(parameters), is_closure) as trial:
+    with _running(Trial(parameters), is_closure) as trial:
         yield trial.rewind
 
 
-# ---- what a trial sees and puts back -------------------------------------------------------------------------------
-
-
-class _Trial:
-    """One trial: its own gradients of all tensors, and the values of modules and generators that it restores."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._own = {id(p) for p in parameters}
-        self._gradients: dict[int, tuple[Tensor, Any]] = {}
-        self._passed_over = False
-        self._flags: dict[int, tuple[Module, bool]] = {}
-        self._buffers: list[tuple[Module, str, Tensor]] = []
-        self._values: dict[int, tuple[Tensor, Tensor]] = {}
-        self._random = _random_states()
-        self._caches_weights = torch.is_autocast_cache_enabled()
-        torch.clear_autocast_cache()  # it holds the weights from before the step
-
-    # gradients
-
-    def gradient(self, tensor: Tensor) -> Tensor | None:
-        """A copy of the gradient; after a backward pass zeros for parameters of the optimizer, which closures may clip.
-
-        No zeros for other tensors: a closure that needs the gradient of an input for its value has to fail.
-        """
-        if id(tensor) not in self._gradients and not self._passed_over:
-            real = _GRADIENT.__get__(tensor)
-            gradient = None if real is None else real.detach().clone()
-        else:
-            gradient = self._known(tensor)
-        if gradient is _ZEROS:
-            gradient = torch.zeros_like(tensor)
-        self._gradients[id(tensor)] = tensor, gradient
-        return gradient
-
-    def _known(self, tensor: Tensor) -> Any:
-        """The value of a gradient that the trial has touched, or that a backward pass has made unknown."""
-        if id(tensor) in self._gradients:
-            return self._gradients[id(tensor)][1]
-        return _ZEROS if id(tensor) in self._own and tensor.requires_grad else None
-
-    def set_gradient(self, tensor: Tensor, gradient: Any) -> None:
-        self._gradients[id(tensor)] = tensor, gradient
-
-    def clear(self, tensors: Iterable[Tensor], to_none: bool) -> None:
-        """Do what `zero_grad` does, without copies of gradients that nobody reads."""
-        for tensor in tensors:
-            untouched = id(tensor) not in self._gradients and not self._passed_over
-            gradient = _GRADIENT.__get__(tensor) if untouched else self._known(tensor)
-            self._gradients[id(tensor)] = tensor, None if to_none or gradient is None else _ZEROS
-
-    def pass_over(self) -> None:
-        """Skip a backward pass: from here on only the gradients of the optimizer's parameters are known."""
-        self._passed_over = True
-        held = self._gradients.items()
-        self._gradients = {key: (t, g) for key, (t, g) in held if key in self._own and g is not None}
-
-    # modules
-
-    def note(self, module: Module) -> None:
-        """Remember buffers and flags of a module and its parts, unless they were seen before."""
-        if id(module) in self._flags:
-            return
-        for part in module.modules():
-            if id(part) not in self._flags:
-                self._flags[id(part)] = part, part.training
-                held = [(part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None]
-                self._buffers += held
-                for _, _, buffer in held:
-                    self.keep(buffer)
-
-    def keep(self, tensor: Tensor) -> None:
-        """Remember the values of a tensor that a module may write to."""
-        tensor = unwrapped(tensor)
-        if id(tensor) not in self._values:
-            self._values[id(tensor)] = tensor, tensor.detach().clone()
-
-    # ends
-
-    def rewind(self) -> None:
-        """Restore everything that a second evaluation would see."""
-        self._gradients, self._passed_over = {}, False
-        for restore, state in self._random:
-            restore(state)
-        with torch.no_grad():
-            for tensor, value in self._values.values():
-                tensor.copy_(value)
-        for module, name, buffer in self._buffers:
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
-        for module, training in self._flags.values():
-            if module.training != training:
-                module.training = training
-            reshard = getattr(module, "reshard", None)
-            if callable(reshard):  # FSDP2: no backward pass drops the gathered weights
-                reshard()
-        torch.clear_autocast_cache()
-
-    def end(self) -> None:
-        self.rewind()
-        torch.set_autocast_cache_enabled(self._caches_weights)
-
-
-def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
-    """Setter and state of each of torch's generators in use."""
-    states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
-    for devices in (torch.cuda, torch.xpu):
-        for index in range(devices.device_count() if devices.is_initialized() else 0):
-            states.append((functools.partial(devices.set_rng_state, device=index), devices.get_rng_state(index)))
-    if torch.backends.mps.is_available():
-        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    return states
-
-
-def draw(tensors: Iterable[Tensor], number: int) -> None:
-    """Draw random numbers, so that the next ones are others than those of the training that goes on after the trial."""
-    for device in {torch.device("cpu"), *(tensor.device for tensor in tensors)}:
-        if device.type in ("cpu", "cuda", "xpu", "mps"):  # whose generators the trial restores
-            torch.rand(number, device=device)
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor behind the wrappers of torch.func; it outlives them."""
-    unwrap: Callable[[Tensor], Tensor] | None = getattr(torch.func, "debug_unwrap", None)
-    return tensor if unwrap is None else unwrap(tensor)
-
-
-# ---- where torch asks the running trial ----------------------------------------------------------------------------
-
-_GRADIENT: Any = inspect.getattr_static(Tensor, "grad")
-"""The attribute as torch defines it."""
-_ZEROS = object()
-"""Stands for zeros until somebody reads them."""
+_BACKWARD = "tensors", "grad_tensors", "keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad"
+"""Arguments of the engine."""
 _lock = threading.Lock()
 _stances: dict[Any, Any] = {}
 """A key for each context of `_nothing_compiled`; under None the stance of torch's compiler that they share."""
-_trials: dict[int, _Trial] = {}
+_trials: dict[int, Trial] = {}
 """The running trials of closures, by thread; other threads see torch as it is."""
-_noting_trials: dict[int, _Trial] = {}
+_noting_trials: dict[int, Trial] = {}
 """The running trials of any functions, by thread."""
 _Replaced = list[tuple[Any, str, Any]]
 """Owner, name and original of what is replaced; `_ABSENT` for what the owner inherits."""
@@ -210,7 +82,7 @@ def on_trial() -> bool:
 
 
 @contextmanager
-def _running(trial: _Trial, is_closure: bool = True) -> Iterator[_Trial]:
+def _running(trial: Trial, is_closure: bool = True) -> Iterator[Trial]:
     """Make this the running trial of the thread. (A torch function mode would make compiled models compile once more.)
 
     Args:
@@ -271,11 +143,11 @@ def _nothing_compiled() -> Iterator[None]:
                 _stances.pop(None).__exit__(None, None, None)
 
 
-def _trial() -> _Trial | None:
+def _trial() -> Trial | None:
     return _trials.get(threading.get_ident())
 
 
-def _go_back(trials: dict[int, _Trial], thread: int, outer: _Trial | None) -> None:
+def _go_back(trials: dict[int, Trial], thread: int, outer: Trial | None) -> None:
     """Make the trial around the one that ends the running one again."""
     if outer is None:
         trials.pop(thread, None)
@@ -339,22 +211,25 @@ class _Engine:
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
         trial = _trial()
-        accumulates = kwargs.get("accumulate_grad", args[6] if len(args) > 6 else False)
-        if trial is None or not accumulates:
+        given = kwargs if trial is None else dict(zip(_BACKWARD, args, strict=False)) | kwargs
+        if trial is None or not given.get("accumulate_grad"):
             return self._engine.run_backward(*args, **kwargs)
-        trial.pass_over()
+        if given.get("create_graph"):
+            trial.differentiate(self._engine.run_backward, given)
+        else:
+            trial.pass_over()
         return ()
 
 
 def _get(tensor: Tensor) -> Tensor | None:
     trial = _trial()
-    return _GRADIENT.__get__(tensor) if trial is None else trial.gradient(tensor)
+    return GRADIENT.__get__(tensor) if trial is None else trial.gradient(tensor)
 
 
 def _set(tensor: Tensor, gradient: Tensor | None) -> None:
     trial = _trial()
     if trial is None:
-        _GRADIENT.__set__(tensor, gradient)
+        GRADIENT.__set__(tensor, gradient)
     else:
         trial.set_gradient(tensor, gradient)
 
@@ -367,7 +242,8 @@ def _passing_over(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         trial = _trial()
-        return original(tensor, *args, **kwargs) if trial is None else trial.pass_over()
+        makes_graph = kwargs.get("create_graph", args[2] if len(args) > 2 else False)
+        return original(tensor, *args, **kwargs) if trial is None or makes_graph else trial.pass_over()
 
     return call
 

@@ -36,9 +36,11 @@ class LossTrials:
     failed: int = 0
     """Trials in a row that gave no loss; from MOST_FAILED_TRIALS on there are no more trials."""
 
-    def closure_for(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    def closure_for(self, closure: Callable[[], Any] | None, optimizer: Optimizer) -> Callable[[], Any] | None:
         """The closure whose loss judges candidates, or None where the residual judges them."""
         asked = self.settings.safeguard
+        if maximizes(optimizer) is None:  # a saddle point has neither the lowest loss nor the highest
+            return None
         if asked == "loss":
             return closure
         failing = self.failed >= MOST_FAILED_TRIALS
@@ -77,7 +79,7 @@ class LossTrials:
         except Exception as error:  # the closure cannot be evaluated for its value alone, or not now
             failure, weight = error, math.nan
         plain, candidate, weight = mean_over_ranks(*losses, weight, ranks)
-        maximize = maximizes(optimizer)
+        maximize = bool(maximizes(optimizer))
         cause = cause_of_losses(plain, candidate, maximize, weight)
         if self.record.note(-plain if maximize else plain):
             cause = Cause.STOPPED  # better losses on single batches have led back on the whole: do not believe this one

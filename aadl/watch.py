@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isnan
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,20 +126,24 @@ class Sample:
     """Numbers that show that a model was filled through `.data`.
 
     Args:
-        elements: views of single elements on a CPU.
+        elements: views of single elements.
+        kept: the numbers to compare them with; those of now unless given.
     """
 
-    def __init__(self, elements: list[Tensor]) -> None:
+    def __init__(self, elements: list[Tensor], kept: list[float] | None = None) -> None:
         self._elements = elements
-        self.keep()
+        self.kept: list[Any] = self._now() if kept is None else kept
 
     def keep(self) -> None:
         """Remember the numbers as they are."""
-        self._kept = list(map(Tensor.item, self._elements))
+        self.kept = self._now()
+
+    def _now(self) -> list[Any]:
+        return list(map(Tensor.item, self._elements))
 
     def change(self) -> float:
         """The largest distance to a number that was remembered; nan equals nan, and is far from all others."""
-        pairs = zip(map(Tensor.item, self._elements), self._kept, strict=True)
+        pairs = zip(self._now(), self.kept, strict=True)
         changes = [abs(now - kept) for now, kept in pairs if now != kept and (now == now or kept == kept)]
         return max((inf if isnan(change) else change for change in changes), default=0.0)
 

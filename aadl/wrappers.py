@@ -161,7 +161,12 @@ def _parameters(optimizer: Any) -> set[int]:
 
 
 def _check(link: Any) -> None:
-    """Raise ValueError for classes that cannot be accelerated, by their names."""
+    """Raise ValueError for what cannot be accelerated: classes, by their names, and what one option asks for."""
+    if any(group.get("differentiable") for group in getattr(link, "param_groups", ())):
+        raise ValueError(
+            f"{type(link).__name__} with differentiable=True cannot be accelerated: gradients through its steps would "
+            f"not lead through candidates"
+        )
     for kind in type(link).__mro__:
         for pattern, reason in REFUSED.items():
             if re.search(pattern, kind.__name__, re.IGNORECASE):

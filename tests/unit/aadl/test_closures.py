@@ -25,6 +25,7 @@ from small_runs import (
 )
 from torch import nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vjp
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import aadl
@@ -110,6 +111,17 @@ def scaled(scene):
     return loss
 
 
+def penalized(scene):
+    """The squared length of the accumulated gradient belongs to the loss."""
+    scene.optimizer.zero_grad()
+    loss = scene.loss()
+    loss.backward(create_graph=True, inputs=[*scene.model.parameters()])
+    loss = loss + 0.1 * sum(p.grad.square().sum() for p in scene.model.parameters())
+    scene.optimizer.zero_grad()
+    loss.backward()
+    return loss
+
+
 def functional(scene):
     buffers = {name: b.clone() for name, b in scene.model.named_buffers()}
 
@@ -185,8 +197,9 @@ def stepping_itself(scene):
 
 
 FORMS = [
-    of_all, set_to_zero, accumulating, by_hand, of_some_inputs, scaled, functional, pulled_back, buffers_from_outside,
-    toggling, cast_inside, cast_by_a_context_made_before, switching_the_cache_off, stepping_others, stepping_itself,
+    of_all, set_to_zero, accumulating, by_hand, of_some_inputs, scaled, penalized, functional, pulled_back,
+    buffers_from_outside, toggling, cast_inside, cast_by_a_context_made_before, switching_the_cache_off,
+    stepping_others, stepping_itself,
 ]  # fmt: skip
 AROUND = {"plain": functools.partial(torch.autocast, "cpu", enabled=False), "autocast": CAST}
 
@@ -207,6 +220,7 @@ def tried(scene, closure):
     return losses, (weights, moved)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("form", FORMS)
 def test_trials_leave_no_trace_whatever_the_closure_does(form, around):
@@ -314,6 +328,69 @@ def test_generators_of_all_devices_are_put_back():
     with mock.patch.object(torch, "xpu", devices), without_trace([], is_closure=False):
         pass
     assert written == [(0, 10), (1, 11)]
+
+
+def value_at(scene, closure, weights):
+    with torch.no_grad():
+        for p, value in zip(scene.model.parameters(), weights, strict=True):
+            p.copy_(value)
+    return float(closure().detach())
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_the_gradients_that_a_loss_contains_are_computed():
+    scene = Scene()
+    scene.model.eval()
+    losses, places = tried(scene, lambda: penalized(scene))
+    expected = [value_at(scene, lambda: penalized(scene), weights) for weights in places]
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_that_are_computed_once_for_a_region_are_computed_for_every_trial():
+    scene = Scene()
+    scene.model.eval()
+    parametrize.register_parametrization(scene.model[0], "weight", nn.Tanh())
+
+    def closure():
+        return scene.loss()
+
+    with parametrize.cached():
+        held = scene.model[0].weight
+        losses, places = tried(scene, closure)
+        assert scene.model[0].weight is held
+    assert list(losses) == [value_at(scene, closure, weights) for weights in places]
+
+
+def expanded():
+    return torch.ones(1).expand(3)
+
+
+def inference():
+    with torch.inference_mode():
+        return torch.ones(3) * 1
+
+
+def in_pieces():
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("make", [expanded, inference, in_pieces])
+def test_buffers_that_nobody_can_write_to_disturb_no_trial(make):
+    scene = Scene()
+    scene.model.register_buffer("fixed", make())
+    (plain, candidate), _ = tried(scene, lambda: of_all(scene))
+    assert plain != candidate
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_scripted_modules_are_left_as_they_were():
+    model = network(nn.BatchNorm1d(6))
+    scripted = torch.jit.script(model)
+    before = copy.deepcopy([*model.buffers()])
+    plain, again = trial_loss.trial_losses(lambda: squared_error(scripted), [*model.parameters()], lambda: None)
+    assert plain == again
+    assert identical(before, [*model.buffers()]) and identical(before, [*scripted.buffers()])
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------

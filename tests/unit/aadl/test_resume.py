@@ -228,6 +228,58 @@ def test_the_accelerator_alone_saves_and_loads():
     assert not identical(ends[2], ends[0])
 
 
+def thaw(model, optimizer):
+    model[0].requires_grad_(True)
+
+
+def freeze(model, optimizer):
+    model[2].requires_grad_(False)
+
+
+def grow(model, optimizer):
+    optimizer.add_param_group({"params": [model[0].bias]})
+
+
+@pytest.mark.parametrize("saved_at", [10, 11, 12, 13])
+@pytest.mark.parametrize("change", [thaw, freeze, grow])
+def test_parameters_that_come_or_go_just_before_a_save(change, saved_at):
+    """The history is still that of the parameters before."""
+
+    def start():
+        model = network()
+        if change is thaw:
+            model[0].requires_grad_(False)
+        parameters = [p for p in model.parameters() if change is not grow or p is not model[0].bias]
+        optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+        return model, aadl.accelerate(optimizer, **EAGER | {"store_each_nth": 3, "frequency": 3})
+
+    model, optimizer = start()
+    train(model, optimizer, saved_at)
+    change(model, optimizer)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 20)
+    other, again = start()
+    change(other, again)
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    train(other, again, 20)
+    assert identical(end_of(other, again), end_of(model, optimizer))
+    assert aadl.accelerator_of(again).statistics["resets"] == {"parameters_changed": 1}
+
+
+def test_a_history_of_parameters_that_have_left_is_not_saved():
+    _, optimizer = accelerated()
+    assert optimizer.state_dict()["aadl"]["rows"] != {}
+    del optimizer.state[optimizer.param_groups[0]["params"].pop()]
+    state = copy.deepcopy(optimizer.state_dict())
+    assert state["aadl"]["rows"] == {}
+    other = network()
+    again = aadl.accelerate(torch.optim.Adam([*other.parameters()][:-1], lr=0.02), **EAGER)
+    again.load_state_dict(state)
+    train(other, again, 20)
+    assert aadl.accelerator_of(again).statistics["accepted"] > 0
+
+
 def test_a_saved_state_is_no_view_of_the_counters():
     _, optimizer = accelerated()
     accelerator = aadl.accelerator_of(optimizer)

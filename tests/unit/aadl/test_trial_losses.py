@@ -123,6 +123,34 @@ def test_better_means_higher_where_the_optimizer_maximizes(maximize):
     assert (after["accepted"] > before["accepted"]) == maximize
 
 
+def minimax(**settings):
+    """(closure, optimizer) of a saddle point: x makes the loss small, and y makes it large."""
+    x, y = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([{"params": [x]}, {"params": [y], "maximize": True}], lr=0.05)
+    slopes = torch.tensor([0.5, 1.0, 2.0])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (x.square() * slopes - y.square() + 0.3 * x * y).sum()
+        loss.backward()
+        return loss
+
+    return closure, aadl.accelerate(optimizer, **settings)
+
+
+def test_the_loss_judges_no_saddle_point():
+    closure, optimizer = minimax(**EAGER)
+    for _ in range(40):
+        optimizer.step(closure)
+    counts = aadl.accelerator_of(optimizer).statistics
+    assert counts["closure_evaluations"] == 0 and counts["accepted"] > 0
+    assert all(float(p.detach().norm()) < 1e-3 for group in optimizer.param_groups for p in group["params"])
+    with pytest.raises(ValueError, match="safeguard must be True, False or 'residual' where only some parameter gro"):
+        minimax(**LOSS)
+    with pytest.raises(ValueError, match="'nonlinear_gmres' makes a sum of squares small, and this SGD has groups wit"):
+        minimax(acceleration_type="nonlinear_gmres")
+
+
 def test_a_gain_that_grows_stops_no_maximization():
     model = network()
     start = float(squared_error(model).detach())

@@ -32,11 +32,12 @@ def test_a_doubt_outlives_a_macro_step_while_a_candidate_may_be_taken_back():
 
 def test_a_write_before_a_save_is_explained_once():
     outside = restored(unseen="4 in 4")
-    assert outside.before_step(gap=7, in_macro_step=5, history=None) is Change.RUNNING
-    assert outside.before_step(gap=8, in_macro_step=6, history=None) is Change.NONE
+    assert outside.before_step(gap=7, in_macro_step=5, layout=None) is Change.RUNNING
+    assert outside.before_step(gap=8, in_macro_step=6, layout=None) is Change.NONE
 
 
 def test_a_forgotten_macro_step_leaves_no_write_to_be_explained():
     outside = restored(unseen="4 in 4", first="4 in 4", doubtful=True, written=True, leap=1.0)
     outside.forget()
-    assert outside.state(has_values=True) == OutsideWrites(10, with_momentum=False).state(has_values=True)
+    fresh = OutsideWrites(10, with_momentum=False)
+    assert outside.state(None, None, has_values=True) == fresh.state(None, None, has_values=True)

@@ -269,6 +269,10 @@ class WithoutStateHooks(torch.optim.SGD):
         raise AttributeError("no hooks here")
 
 
+def differentiable(model):
+    return torch.optim.SGD([2 * p for p in model.parameters()], lr=0.1, differentiable=True)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -277,10 +281,11 @@ class WithoutStateHooks(torch.optim.SGD):
         (lambda model: TRAC(sgd(model)), ValueError, "TRAC cannot be accelerated: it rescales"),
         (lambda model: Delegating(TRAC(sgd(model))), ValueError, "TRAC cannot be accelerated: it rescales"),
         (lambda model: Madgrad(model.parameters(), lr=0.1), ValueError, "Madgrad cannot be accelerated: it computes"),
+        (differentiable, ValueError, "SGD with differentiable=True cannot be accelerated: gradients through its steps"),
         (lambda model: Sharding(sgd(model)), ValueError, "DeepSpeedZeroOptimizer cannot be accelerated.*fully_shard"),
         (lambda model: WithoutStateHooks(model.parameters(), lr=0.1), AttributeError, "no hooks here"),
     ],
-    ids=["nothing", "something else", "TRAC", "TRAC inside", "Madgrad", "shards", "without state hooks"],
+    ids=["nothing", "something else", "TRAC", "TRAC inside", "Madgrad", "graph", "shards", "without state hooks"],
 )
 def test_what_cannot_be_accelerated_is_refused_by_name_with_nothing_attached(make, error, message):
     optimizer = make(network())
