@@ -31,7 +31,7 @@ from aadl.mixing import Gram, newest
 from aadl.pace import Pace, clears_momentum, is_normalized
 from aadl.parameters import all_parameters, closure_of, forget_curvature, trainable_parameters
 from aadl.ranks import local, ranks_of
-from aadl.residual_history import ResidualHistory, is_finite, planned_bytes
+from aadl.residual_history import Products, ResidualHistory, planned_bytes
 from aadl.residual_pairs import RESUMED, ResidualPairs
 from aadl.statistics import Statistics, residual_statistics
 from aadl.trial import without_trace
@@ -129,7 +129,8 @@ class ResidualAccelerator(ResidualPairs):
             "damping": self._damping,
             "pace": vars(self._pace),
             "progress": {name: getattr(self, f"_{name}") for name in PROGRESS},
-            "is_known": self._known is not None and self._is_at(self._known),
+            "is_known": self._known is not None,
+            "is_written": self._known is not None and not self._is_at(self._known),
             "history": None if history is None else history.plain_state(),
         }
         rows = {} if history is None else history.rows()
@@ -181,7 +182,8 @@ class ResidualAccelerator(ResidualPairs):
         for name in PROGRESS:
             setattr(self, f"_{name}", bool(saved["progress"][name]))
         has_pair = self._history is not None and self._history.has_pair
-        self._known = RESUMED if saved["is_known"] and has_pair else None
+        known: list[int] | str = [] if saved.get("is_written") else RESUMED  # older states have none
+        self._known = known if saved["is_known"] and has_pair else None
         self._lacks_history = False
         if saved["history"] is not None and saved["history"]["has_pair"] and not has_pair:
             count(self._statistics["resets"], Cause.RESUMED)
@@ -266,7 +268,7 @@ class ResidualAccelerator(ResidualPairs):
             pace.before = math.nan
         pace.note_jump(products.jump)
         pace.note_square(products.gram.square, is_normalized(self.optimizer))
-        if not is_finite(products):
+        if not _is_finite(products):
             self._forget(Cause.NON_FINITE)
             return None
         if not products.aligned:
@@ -376,6 +378,12 @@ class ResidualAccelerator(ResidualPairs):
         self._damping = self._first_damping()
         self._trusted = self._warned = False
         self._open_attempt = None
+
+
+def _is_finite(products: Products) -> bool:
+    """Whether all products are finite."""
+    gram = products.gram
+    return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))
 
 
 def _square(residuals: Tensor) -> Tensor:

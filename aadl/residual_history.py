@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,12 @@ from aadl import kernels
 from aadl.block import Block, Tensors, allocate, make_block, push_block
 from aadl.deferred import handed
 from aadl.mixing import Gram, host_tensor
-from aadl.parameters import grouped, identity_of
+from aadl.parameters import grouped
 from aadl.ranks import Ranks, local
 from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
+
+_kind_of = attrgetter("shape", "dtype", "device")
 
 
 class Products(NamedTuple):
@@ -65,7 +67,9 @@ class ResidualHistory:
         self._groups, self._settings = grouped(parameters), settings
         self._own = f"{ranks.index}." if ranks.index else ""
         """Begin of the names of rows here: torch.distributed.checkpoint keeps one of the tensors of one name."""
-        self._identity, self.locals = identity_of(parameters), [local(p) for p in parameters]
+        self._kinds, self.locals = list(map(_kind_of, parameters)), [local(p) for p in parameters]
+        self.watched = [*parameters, *(own for p, own in zip(parameters, self.locals, strict=True) if own is not p)]
+        """The parameters, and their shards here, whose version counters show changes."""
         self.tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
         self.blocks = self._allocated("parameters", self.tensors)
         self.residuals: Block | None = None
@@ -82,8 +86,11 @@ class ResidualHistory:
         self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64)
 
     def is_of(self, parameters: list[Tensor]) -> bool:
-        """Whether these are the parameters, with the shapes, types and devices that they had."""
-        return identity_of(parameters) == self._identity and all(map(is_, map(local, parameters), self.locals))
+        """Whether these are the parameters, with the shapes, types, devices and shards that they had."""
+        same = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
+        whole = len(self.watched) == len(self.parameters)
+        same = same and (whole or all(map(is_, map(local, parameters), self.locals)))
+        return same and list(map(_kind_of, parameters)) == self._kinds
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +116,8 @@ class ResidualHistory:
         The history starts with this pair where M or the kind of the numbers is another one than before.
         """
         block = self.residuals
-        if block is None or block.row.numel != residuals.numel() or not _goes_into(residuals, block):
+        kind = residuals.numel(), residuals.dtype, residuals.device
+        if block is None or (block.row.numel, block.row.dtype, block.row.device) != kind:
             self._forget_points()
             block = self._make_room(residuals)
         slot = self.pushed % self.depth
@@ -377,10 +385,6 @@ def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:
     return sum(block.nbytes for block in blocks)
 
 
-def _goes_into(residuals: Tensor, block: Block) -> bool:
-    return residuals.dtype == block.row.dtype and residuals.device == block.row.device
-
-
 @cache
 def _upper(depth: int, device: torch.device) -> Tensor:
     """Positions of the upper triangle of a flat matrix."""
@@ -392,9 +396,3 @@ def _mean_square(residuals: Tensor) -> Tensor:
     """||r||^2 / M in float64."""
     wide = residuals.double()
     return torch.dot(wide, wide) / max(1, wide.numel())
-
-
-def is_finite(products: Products) -> bool:
-    """Whether all products are finite."""
-    gram = products.gram
-    return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))
