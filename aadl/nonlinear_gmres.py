@@ -151,11 +151,10 @@ class ResidualAccelerator(ResidualPairs):
         check_format(state)
         try:
             saved: dict[str, Any] = json.loads(state["values"])
+            found = {"acceleration_type": "anderson"} | saved["map"]
             for name, value in self._map().items():
-                if saved["map"].get(name) != value:
-                    raise ValueError(
-                        f"the saved accelerator has {name}={saved['map'].get(name)!r}, this one {name}={value!r}"
-                    )
+                if found.get(name) != value:
+                    raise ValueError(f"the saved accelerator has {name}={found.get(name)!r}, this one {name}={value!r}")
             float(saved["damping"]), bool(saved["is_known"]), saved["statistics"]["steps"]
             all(saved["progress"][name] in (True, False) for name in PROGRESS)
             Pace(**saved["pace"])
