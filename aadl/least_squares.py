@@ -25,8 +25,6 @@ UNDONE, STEPS = 2, 5
 """Normalized steps of the optimizer that a candidate has to survive, and that it has to be worth."""
 NOISE = 16
 """Length of a column, in units of rounding of r, below which the column is nothing but rounding."""
-CUTOFF = 1e-14
-"""Smallest eigenvalue of the products of unit columns, relative to the largest, that is not rounding of float64."""
 
 
 class Solution(NamedTuple):
@@ -40,13 +38,14 @@ class Solution(NamedTuple):
     """gamma, the numerical rank, the condition number and the length of the coefficients."""
 
 
-def solve(gram: Gram, damping: float, rounding: float) -> Solution:
+def solve(gram: Gram, damping: float, rounding: float, cutoff: float) -> Solution:
     """Minimize ||r_k - E gamma||^2 + damping ||D gamma||^2 with D = diag(||E_j||).
 
     Args:
         gram: DR' DR, DR' r_k and ||r_k||^2 of the columns to use.
         damping: Levenberg-Marquardt factor relative to unit columns, >= 0.
         rounding: unit of rounding of the residuals; columns with ||E_j|| <= NOISE rounding ||r_k|| are left out.
+        cutoff: smallest eigenvalue of the products of unit columns, relative to the largest, that is not rounding.
 
     Source: Washio and Oosterlee, ETNA 6 (1997), in normal equations of unit columns.
     """
@@ -54,7 +53,7 @@ def solve(gram: Gram, damping: float, rounding: float) -> Solution:
     ways = torch.ones(count, count, dtype=torch.float64, device="cpu").tril()
     turned = Gram(ways.T @ gram.matrix @ ways, ways.T @ gram.projection, gram.square)
     noise = torch.full_like(gram.projection, (NOISE * rounding) ** 2 * gram.square)
-    mixing = mixing_coefficients(turned, damping, CUTOFF, noise)
+    mixing = mixing_coefficients(turned, damping, cutoff, noise)
     return Solution(ways @ mixing.gamma, predicted_square(turned, mixing.gamma), mixing)
 
 

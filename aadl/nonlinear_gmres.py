@@ -29,21 +29,14 @@ from aadl.learning_rates import is_dry_step
 from aadl.least_squares import Solution, change_by_steps, gain_ratio, next_damping, solve, within_bounds
 from aadl.mixing import Gram, newest
 from aadl.pace import Pace, clears_momentum, is_normalized
-from aadl.parameters import (
-    MOMENTUM_KEYS,
-    all_parameters,
-    closure_of,
-    forget_curvature,
-    state_of,
-    trainable_parameters,
-)
+from aadl.parameters import all_parameters, closure_of, forget_curvature, trainable_parameters
 from aadl.ranks import local, ranks_of
-from aadl.residual_history import ResidualHistory, is_finite, planned_bytes
+from aadl.residual_history import Products, ResidualHistory, planned_bytes
 from aadl.residual_pairs import RESUMED, ResidualPairs
 from aadl.statistics import Statistics, residual_statistics
 from aadl.trial import without_trace
 from aadl.trial_values import draw
-from aadl.watch import versions_of
+from aadl.watch import momentum_buffers, versions_of
 
 FIRST_DAMPING = 1e-2
 """Damping of the first attempt, unless the smallest damping is larger."""
@@ -136,7 +129,8 @@ class ResidualAccelerator(ResidualPairs):
             "damping": self._damping,
             "pace": vars(self._pace),
             "progress": {name: getattr(self, f"_{name}") for name in PROGRESS},
-            "is_known": self._known is not None and self._is_at(self._known),
+            "is_known": self._known is not None,
+            "is_written": self._known is not None and not self._is_at(self._known),
             "history": None if history is None else history.plain_state(),
         }
         rows = {} if history is None else history.rows()
@@ -187,7 +181,8 @@ class ResidualAccelerator(ResidualPairs):
         for name in PROGRESS:
             setattr(self, f"_{name}", bool(saved["progress"][name]))
         has_pair = self._history is not None and self._history.has_pair
-        self._known = RESUMED if saved["is_known"] and has_pair else None
+        known: list[int] | str = [] if saved.get("is_written") else RESUMED  # older states have none
+        self._known = known if saved["is_known"] and has_pair else None
         self._lacks_history = False
         if saved["history"] is not None and saved["history"]["has_pair"] and not has_pair:
             count(self._statistics["resets"], Cause.RESUMED)
@@ -272,7 +267,7 @@ class ResidualAccelerator(ResidualPairs):
             pace.before = math.nan
         pace.note_jump(products.jump)
         pace.note_square(products.gram.square, is_normalized(self.optimizer))
-        if not is_finite(products):
+        if not _is_finite(products):
             self._forget(Cause.NON_FINITE)
             return None
         if not products.aligned:
@@ -292,7 +287,8 @@ class ResidualAccelerator(ResidualPairs):
         slots = products.slots[-max(1, products.num_residuals // ROWS_PER_COLUMN) :]
         gram = newest(products.gram, len(slots))
         assert history.residuals is not None
-        solution = solve(gram, self._damping, torch.finfo(history.residuals.row.dtype).eps)
+        cutoff = self.settings.eigenvalue_cutoff(self.settings.history_dtype or torch.float32)
+        solution = solve(gram, self._damping, torch.finfo(history.residuals.row.dtype).eps, cutoff)
         self._statistics["numerical_rank"] = solution.mixing.numerical_rank
         self._statistics["condition_number"] = solution.mixing.condition_number
         self._statistics["coefficient_norm"] = solution.mixing.coefficient_norm
@@ -337,9 +333,7 @@ class ResidualAccelerator(ResidualPairs):
         """Clear the momentum where the candidate was accepted: it was built up at another point."""
         if accepted is False or not clears_momentum(self.settings.momentum, self._pace, optimizer):
             return
-        states = [state_of(optimizer, p) for p in all_parameters(optimizer)]
-        found = [state.get(key) for state in states for key in MOMENTUM_KEYS if key in state]
-        buffers = [local(buffer) for buffer in found if isinstance(buffer, Tensor)]
+        buffers = list(map(local, momentum_buffers(optimizer, all_parameters(optimizer))))
         if accepted and buffers:
             torch._foreach_zero_(buffers)
         else:
@@ -383,6 +377,12 @@ class ResidualAccelerator(ResidualPairs):
         self._damping = self._first_damping()
         self._trusted = self._warned = False
         self._open_attempt = None
+
+
+def _is_finite(products: Products) -> bool:
+    """Whether all products are finite."""
+    gram = products.gram
+    return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))
 
 
 def _square(residuals: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,12 @@ from aadl import kernels
 from aadl.block import Block, Tensors, allocate, make_block, push_block
 from aadl.deferred import handed
 from aadl.mixing import Gram, host_tensor
-from aadl.parameters import grouped, identity_of
-from aadl.ranks import Ranks, like, local
+from aadl.parameters import grouped
+from aadl.ranks import Ranks, local
 from aadl.settings import Settings
 from aadl.state import check_rows, load_rows
+
+_kind_of = attrgetter("shape", "dtype", "device")
 
 
 class Products(NamedTuple):
@@ -63,7 +65,11 @@ class ResidualHistory:
     def __init__(self, parameters: list[Tensor], settings: Settings, ranks: Ranks) -> None:
         self.parameters, self.ranks, self.depth = parameters, ranks, settings.history_depth
         self._groups, self._settings = grouped(parameters), settings
-        self._identity, self.locals = identity_of(parameters), [local(p) for p in parameters]
+        self._own = f"{ranks.index}." if ranks.index else ""
+        """Begin of the names of rows here: torch.distributed.checkpoint keeps one of the tensors of one name."""
+        self._kinds, self.locals = list(map(_kind_of, parameters)), [local(p) for p in parameters]
+        self.watched = [*parameters, *(own for p, own in zip(parameters, self.locals, strict=True) if own is not p)]
+        """The parameters, and their shards here, whose version counters show changes."""
         self.tensors: list[Tensors] = [[local(p) for _, p in group] for group in self._groups]
         self.blocks = self._allocated("parameters", self.tensors)
         self.residuals: Block | None = None
@@ -80,8 +86,11 @@ class ResidualHistory:
         self._matrix = torch.zeros(self.depth, self.depth, dtype=torch.float64)
 
     def is_of(self, parameters: list[Tensor]) -> bool:
-        """Whether these are the parameters, with the shapes, types and devices that they had."""
-        return identity_of(parameters) == self._identity and all(map(is_, map(local, parameters), self.locals))
+        """Whether these are the parameters, with the shapes, types, devices and shards that they had."""
+        same = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
+        whole = len(self.watched) == len(self.parameters)
+        same = same and (whole or all(map(is_, map(local, parameters), self.locals)))
+        return same and list(map(_kind_of, parameters)) == self._kinds
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +116,8 @@ class ResidualHistory:
         The history starts with this pair where M or the kind of the numbers is another one than before.
         """
         block = self.residuals
-        if block is None or block.row.numel != residuals.numel() or not _goes_into(residuals, block):
+        kind = residuals.numel(), residuals.dtype, residuals.device
+        if block is None or (block.row.numel, block.row.dtype, block.row.device) != kind:
             self._forget_points()
             block = self._make_room(residuals)
         slot = self.pushed % self.depth
@@ -290,17 +300,16 @@ class ResidualHistory:
     # ---- memory and checkpoints ------------------------------------------------------------------------------------
 
     def rows(self) -> dict[str, Tensor]:
-        """The vectors by name, for a checkpoint: those of a parameter in its shape, sharded as it is."""
+        """The vectors of this rank by name, for a checkpoint: those of a parameter in the shape that it has here."""
         rows: dict[str, Tensor] = {}
         for block, group in zip(self.blocks, self._groups, strict=True):
             for name in ("delta_mapped", "mapped"):
                 tensor = block.tensors[name]
                 views = block.row.logical_views(tensor)
-                for (position, parameter), view in zip(group, views, strict=True):
-                    rows[f"parameters.{position}.{name}"] = like(parameter, view, tensor.dim() - 1)
+                rows |= {f"parameters.{p}.{name}": view for (p, _), view in zip(group, views, strict=True)}
         for block in self._residual_blocks:
             rows |= {f"residuals.{name}": block.tensors[name] for name in ("delta_mapped", "mapped")}
-        return rows
+        return {f"{self._own}{name}": row for name, row in rows.items()}
 
     def plain_state(self) -> dict[str, Any]:
         """Everything besides the vectors, as plain values for a checkpoint."""
@@ -323,14 +332,14 @@ class ResidualHistory:
         if len(saved["valid"]) != self.depth or saved["rank"] != [self.ranks.index, self.ranks.size]:
             return False
         wanted = self.rows()
-        if not wanted.keys() <= rows.keys() or "residuals.mapped" not in rows:
+        if not wanted.keys() <= rows.keys() or f"{self._own}residuals.mapped" not in rows:
             return False
         check_rows({name: rows[name] for name in wanted}, wanted)
         return True
 
     def load(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> None:
         """Continue with saved pairs that fit."""
-        residuals = rows["residuals.mapped"]
+        residuals = rows[f"{self._own}residuals.mapped"]
         place = self.locals[0].device if self.locals else residuals.device
         device = residuals.device if place.type == "cpu" else place
         self._make_room(residuals.to(device))
@@ -376,10 +385,6 @@ def planned_bytes(parameters: list[Tensor], settings: Settings) -> int:
     return sum(block.nbytes for block in blocks)
 
 
-def _goes_into(residuals: Tensor, block: Block) -> bool:
-    return residuals.dtype == block.row.dtype and residuals.device == block.row.device
-
-
 @cache
 def _upper(depth: int, device: torch.device) -> Tensor:
     """Positions of the upper triangle of a flat matrix."""
@@ -391,9 +396,3 @@ def _mean_square(residuals: Tensor) -> Tensor:
     """||r||^2 / M in float64."""
     wide = residuals.double()
     return torch.dot(wide, wide) / max(1, wide.numel())
-
-
-def is_finite(products: Products) -> bool:
-    """Whether all products are finite."""
-    gram = products.gram
-    return math.isfinite(gram.square + float(gram.matrix.sum() + gram.projection.sum()))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from aadl import memory
 from aadl.acceptance import Cause, count
 from aadl.attached import Accelerator
-from aadl.parameters import belongs_to_a_loop
+from aadl.parameters import all_parameters, belongs_to_a_loop
 from aadl.ranks import is_sharded, local, ranks_of
 from aadl.residual_history import ResidualHistory
 from aadl.settings import Settings
@@ -224,13 +224,14 @@ class ResidualPairs(Accelerator):
     @torch.no_grad()
     def _lay_out(self, optimizer: Optimizer) -> None:
         """Allocate rows for the trainable parameters of the optimizer, unless there are rows for them."""
-        history, parameters = self._history, self._extrapolated(optimizer)
+        history = self._history
+        if history is not None and history.is_of([p for p in all_parameters(optimizer) if p.requires_grad]):
+            return
+        parameters = self._extrapolated(optimizer)
         if parameters is None:
             self._history = None
             return
         if history is not None:
-            if history.is_of(parameters):
-                return
             count(self._statistics["resets"], Cause.PARAMETERS_CHANGED)
         self._history, error = None, None
         ranks = ranks_of(self.process_group)
@@ -243,8 +244,9 @@ class ResidualPairs(Accelerator):
 
     def _tensors(self) -> list[Tensor]:
         """The parameters, and their shards here, whose version counters show changes."""
-        history = self._history
-        parameters = self._extrapolated(self.optimizer) or [] if history is None else history.parameters
+        if self._history is not None:
+            return self._history.watched
+        parameters = self._extrapolated(self.optimizer) or []
         return [*parameters, *(local(p) for p in parameters if is_sharded(p))]
 
     def _start_over(self) -> None:

@@ -165,7 +165,8 @@ def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
 def draw(tensors: Iterable[Tensor], number: int) -> None:
     """Draw random numbers, so that the next ones are others than those of the training that goes on after the trial."""
     for device in {torch.device("cpu"), *(tensor.device for tensor in tensors)}:
-        torch.rand(number, device=device)
+        if device.type in ("cpu", "cuda", "xpu", "mps"):  # whose generators the trial restores
+            torch.rand(number, device=device)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

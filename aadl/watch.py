@@ -56,7 +56,7 @@ class Snapshot:
 def snapshot_of(optimizer: Optimizer, with_momentum: bool) -> Snapshot:
     """Identities, addresses and version counters; no element is read."""
     parameters = all_parameters(optimizer)
-    tensors = parameters + (_momentum_buffers(optimizer, parameters) if with_momentum else [])
+    tensors = parameters + (momentum_buffers(optimizer, parameters) if with_momentum else [])
     shards = not PLAIN_TYPES.issuperset(map(type, parameters)) and any(map(is_sharded, parameters))
     tensors += [local(tensor) for tensor in tensors] if shards else []
     here = tensors[len(tensors) // 2 :] if shards else tensors
@@ -64,7 +64,7 @@ def snapshot_of(optimizer: Optimizer, with_momentum: bool) -> Snapshot:
     return Snapshot(tensors, [p.requires_grad for p in parameters], places, versions_of(tensors))
 
 
-def _momentum_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
+def momentum_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]:
     """The buffers in which the optimizer keeps first moments; other entries of its state are left out.
 
     An event asks three times, so the loop takes the shortest way for plain dictionaries and plain tensors.

@@ -1,10 +1,11 @@
 """Nonlinear GMRES on ranks that have rows of their own."""
 
-import copy
+import io
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from parallel_runs import replica, sharded, values_of
 from residual_runs import INPUTS, SGD, TARGETS, attach, closure_of, network
 from small_runs import identical
@@ -42,13 +43,15 @@ def on_ranks(rank, size, wrap, frequency, saved_after=None):
     for step in range(1, STEPS + 1):
         optimizer.step(closure)
         if step == saved_after:
-            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            saved = io.BytesIO()
+            torch.save((model.state_dict(), optimizer.state_dict()), saved)
     aadl.ranks.dist.all_reduce = original
     end = values_of(model), accelerator.statistics, sums
     if saved is None:
         return end
-    model.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
+    weights, state = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
     for _ in range(STEPS - saved_after):
         optimizer.step(closure)
     return (*end, values_of(model), accelerator.statistics)
@@ -67,8 +70,9 @@ def test_ranks_with_rows_of_their_own_are_one_process_with_all_rows(spawn_ranks,
     assert counts["accepted"] > 2 and equal(results[0][0], results[1][0])
 
 
-def test_replicas_resume_bit_for_bit_each_with_its_own_rows(spawn_ranks):
-    for weights, counts, _, again, resumed in spawn_ranks(on_ranks, 2, replica, 4, 11):
+@pytest.mark.parametrize("wrap", [replica, sharded])
+def test_ranks_resume_bit_for_bit_each_with_its_own_rows(spawn_ranks, wrap):
+    for weights, counts, _, again, resumed in spawn_ranks(on_ranks, 2, wrap, 4, 11):
         assert equal(weights, again) and identical(counts, resumed)
         assert counts["accepted"] > 2
 
@@ -126,3 +130,22 @@ def test_the_state_of_another_rank_costs_the_pairs_and_nothing_else(spawn_ranks,
     assert equal(first, second)
     assert columns > 0 and others == 0
     assert counts["accepted"] > 0
+
+
+def through_a_distributed_checkpoint(rank, size, folder):
+    """(names of rows, whether they are as they were) after a load into rows of the same run."""
+    _, optimizer, accelerator, closure = start(rank, size, replica, frequency=4)
+    for _ in range(10):
+        optimizer.step(closure)
+    rows = accelerator.state_dict()["rows"]
+    kept = {name: row.clone() for name, row in rows.items()}
+    dcp.save({"aadl": accelerator}, checkpoint_id=folder)
+    for row in rows.values():
+        row.zero_()
+    dcp.load({"aadl": accelerator}, checkpoint_id=folder)
+    return set(rows), identical(rows, kept)
+
+
+def test_a_distributed_checkpoint_does_not_mix_the_residuals_of_ranks(spawn_ranks, tmp_path):
+    (first, same), (second, others) = spawn_ranks(through_a_distributed_checkpoint, 2, tmp_path / "checkpoint")
+    assert same and others and first.isdisjoint(second)

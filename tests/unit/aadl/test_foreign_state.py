@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from small_runs import EAGER, identical, network, sgd, snapshot, statistics, train
+from small_runs import EAGER, INPUTS, TARGETS, identical, network, sgd, snapshot, statistics, train
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -108,6 +108,13 @@ OPTIMIZERS = {
     "lr as many": {"groups": lambda group: group.update(lr=torch.ones(3))},
     "no tensors": {"groups": lambda group: group["params"].extend([None, "name", 3])},
 }
+ELSEWHERE = (
+    "other keys",
+    "no dictionaries",
+    "bare tensors",
+    *(n for n, given in OPTIMIZERS.items() if "make" in given),
+)
+"""Those whose momentum itself is not under its key in a dictionary."""
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -124,6 +131,20 @@ def test_whatever_an_optimizer_keeps_it_is_accelerated_and_no_step_dies(name):
     plain = Foreign(plain_model.parameters(), **OPTIMIZERS[name])
     train(plain_model, plain, 40)
     assert not identical(plain_model.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_momentum_is_cleared_where_it_can_be_and_left_alone_elsewhere(name):
+    """Nonlinear GMRES clears it at an accepted candidate."""
+    model = network()
+    optimizer = aadl.accelerate(
+        Foreign(model.parameters(), **OPTIMIZERS[name]), "nonlinear_gmres", residuals=lambda: model(INPUTS) - TARGETS,
+        frequency=2, momentum="zero",
+    )  # fmt: skip
+    while not statistics(optimizer)["accepted"]:
+        train(model, optimizer, 2)
+    cleared = not any(momentum.any() for momentum in optimizer.momenta.values())
+    assert cleared == (name not in ELSEWHERE)
 
 
 @pytest.mark.parametrize("name", ["itself", "momentum in bfloat16"])

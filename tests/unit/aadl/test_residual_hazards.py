@@ -1,5 +1,6 @@
 """What users' programs do to nonlinear GMRES: points and weights that change, shared closures, odd functions."""
 
+import copy
 import gc
 import json
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from residual_runs import (
     started,
     train,
 )
-from small_runs import flat
+from small_runs import flat, identical
 from torch import nn
 
 import aadl
@@ -89,6 +90,23 @@ def test_writes_after_every_step_leave_the_points_comparable_where_they_change_n
     counts = accelerator.statistics
     assert (counts["attempts"] > 5, counts["moved"] > 5) == (bound == 100, bound != 100)
     assert not counts["resets"]
+
+
+@pytest.mark.parametrize("harm", [0.0, 0.1])
+def test_a_state_saved_after_writes_resumes_bit_for_bit(harm):
+    """As after a validation with other weights, swapped in and out."""
+    model, optimizer, accelerator = started(**OFTEN)
+    train(model, optimizer, 6)
+    with torch.no_grad():
+        model[0].weight.add_(harm)
+    state, weights = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    train(model, optimizer, 12)
+    again, resumed, continued = started(**OFTEN)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    train(again, resumed, 12)
+    assert torch.equal(flat(model), flat(again)) and accelerator.statistics["accepted"] > 2
+    assert identical(accelerator.statistics, continued.statistics)
 
 
 def test_a_model_that_becomes_double_starts_again_in_double():
