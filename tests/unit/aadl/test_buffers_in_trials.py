@@ -65,7 +65,7 @@ def resized(module, values):
 
 
 def registered(module, values):
-    module.register_buffer(f"number{len(module._buffers)}", values)
+    module.register_buffer(f"number{len(dict(module.named_buffers()))}", values)
 
 
 def made_late(module, values):
@@ -81,13 +81,13 @@ def test_buffers_are_put_back_however_a_module_writes_them(keep):
     def closure():
         return squared_error(model)
 
-    untouched = copy.deepcopy(model[1]._buffers)
+    untouched = copy.deepcopy(dict(model[1].named_buffers()))
     closure()
-    assert not identical(untouched, model[1]._buffers)
+    assert not identical(untouched, dict(model[1].named_buffers()))
     model[1].made = None
-    before = copy.deepcopy(model[1]._buffers)
+    before = copy.deepcopy(dict(model[1].named_buffers()))
     plain, again = trial_loss.trial_losses(closure, parameters, lambda: None)
-    assert plain == again and identical(before, model[1]._buffers)
+    assert plain == again and identical(before, dict(model[1].named_buffers()))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
