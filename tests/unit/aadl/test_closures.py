@@ -361,38 +361,6 @@ def test_weights_that_are_computed_once_for_a_region_are_computed_for_every_tria
     assert list(losses) == [value_at(scene, closure, weights) for weights in places]
 
 
-def expanded():
-    return torch.ones(1).expand(3)
-
-
-def inference():
-    with torch.inference_mode():
-        return torch.ones(3) * 1
-
-
-def in_pieces():
-    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("make", [expanded, inference, in_pieces])
-def test_buffers_that_nobody_can_write_to_disturb_no_trial(make):
-    scene = Scene()
-    scene.model.register_buffer("fixed", make())
-    (plain, candidate), _ = tried(scene, lambda: of_all(scene))
-    assert plain != candidate
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit")
-def test_scripted_modules_are_left_as_they_were():
-    model = network(nn.BatchNorm1d(6))
-    scripted = torch.jit.script(model)
-    before = copy.deepcopy([*model.buffers()])
-    plain, again = trial_loss.trial_losses(lambda: squared_error(scripted), [*model.parameters()], lambda: None)
-    assert plain == again
-    assert identical(before, [*model.buffers()]) and identical(before, [*scripted.buffers()])
-
-
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
