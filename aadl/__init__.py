@@ -139,7 +139,8 @@ def accelerate(
     Memory: 2 history_depth + 3 vectors for the parameters, as many for their momentum with "full", history_depth + 2
     with "combine": 46 parameter vectors with momentum at the defaults, of sharded parameters the local shards only.
     `aadl.accelerator_of(optimizer).history_bytes` says the bytes before the first step. The lean setting is
-    history_depth=5, history_dtype=torch.bfloat16, state_coupling="params": 8 vectors.
+    history_depth=5, history_dtype=torch.bfloat16, state_coupling="params": 8 vectors. "nonlinear_gmres" keeps
+    history_depth + 2 vectors for the parameters, and as many of residuals.
 
     Returns:
         The same optimizer. `aadl.accelerator_of(optimizer)` is its accelerator: `statistics` count what happened
@@ -152,7 +153,7 @@ def accelerate(
         TypeError: an argument that neither this nor the published package has.
 
     The first `optimizer.step()` raises torch.OutOfMemoryError, before it changes anything and on all ranks, if there is
-    no room for the history.
+    no room for the history; with "nonlinear_gmres" for its weights, and for its residuals when the first ones come.
 
     Sources: Walker and Ni, SIAM J. Numer. Anal. 49 (2011); Lupo Pasini et al., arXiv 2110.14813; Washio and
     Oosterlee, ETNA 6 (1997); He, arXiv 2506.01081. docs/method.md

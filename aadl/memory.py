@@ -106,6 +106,7 @@ def _cures(need: Need, settings: Settings, device: torch.device) -> str:
     cures = [f"history_depth={settings.history_depth // 2}"] if settings.history_depth > 1 else []
     cures += ["history_dtype=torch.bfloat16"] if settings.history_dtype != torch.bfloat16 else []
     cures += ["state_coupling='combine'"] if "momentum" in need.elements and settings.state_coupling == "full" else []
-    cures += ["shard_history=True (replicas on several ranks)"] if not settings.shard_history else []
-    cures += ["history_device='cpu'"] if device.type != "cpu" else []
+    if settings.acceleration_type != "nonlinear_gmres":  # which takes neither
+        cures += ["shard_history=True (replicas on several ranks)"] if not settings.shard_history else []
+        cures += ["history_device='cpu'"] if device.type != "cpu" else []
     return " or ".join([", ".join(cures[:-1]), cures[-1]] if len(cures) > 1 else cures) or "a smaller model"

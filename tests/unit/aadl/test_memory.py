@@ -206,6 +206,21 @@ def test_another_failure_is_not_taken_for_a_lack_of_room(monkeypatch):
         train(*accelerated(), 1)
 
 
+@pytest.mark.parametrize("room", [100, 15_000])
+def test_nonlinear_gmres_names_cures_that_it_takes(monkeypatch, room):
+    """For its rows of weights, and for those of residuals."""
+    monkeypatch.setattr(memory, "room_on", lambda device: room)
+    model = network()
+    residuals = torch.ones(1000) if room > 100 else torch.ones(1)
+    optimizer = aadl.accelerate(
+        OPTIMIZERS["SGD"](model.parameters()), "nonlinear_gmres", residuals=lambda: residuals, frequency=1
+    )
+    kind = "residuals" if room > 100 else "parameters"
+    cure = r"use history_depth=10 or history_dtype=torch\.bfloat16$"
+    with pytest.raises(torch.OutOfMemoryError, match=rf"elements of {kind}, .*{cure}"):
+        train(model, optimizer, 1)
+
+
 def test_the_sentence_names_only_what_helps(monkeypatch):
     monkeypatch.setattr(memory, "room_on", lambda device: 10)
     lean = {"history_depth": 1, "history_dtype": torch.bfloat16, "state_coupling": "params", "shard_history": True}

@@ -489,7 +489,7 @@ def test_states_that_do_not_fit_are_refused_or_empty_the_history():
     anderson = aadl.accelerator_of(plain)
     with pytest.raises(ValueError, match="acceleration_type='nonlinear_gmres'"):
         anderson.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"acceleration_type=.*this one acceleration_type='nonlinear_gmres'"):
+    with pytest.raises(ValueError, match="acceleration_type='anderson', this one acceleration_type='nonlinear_gmres'"):
         accelerator.load_state_dict(anderson.state_dict())
     with pytest.raises(ValueError, match="damaged"):
         accelerator.load_state_dict({**state, "values": "{}"})
