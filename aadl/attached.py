@@ -15,7 +15,7 @@ from aadl.parameters import trainable_parameters
 from aadl.ranks import ranks_of
 from aadl.settings import Settings
 from aadl.statistics import Statistics
-from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks
+from aadl.wrappers import Target, chain_of, warn_of_loads_without_hooks, warn_of_saves_without_hooks
 
 VERSION = 5
 """Of the layout of the states that accelerators save."""
@@ -173,6 +173,8 @@ class Accelerator(ABC):
         self._handles.append(StepHooks(target.optimizer, self._before_step, self._after_step))
         if self._partitioned:  # a consolidated state of partitions would carry the whole history over the network
             self._handles.append(target.optimizer.register_state_dict_post_hook(self._say_that_state_is_partial))
+        elif target.optimizer in target.carriers:
+            warn_of_saves_without_hooks(target.optimizer)
         for carrier in target.carriers:
             self._handles.append(carrier.register_state_dict_post_hook(self._add_state))
             self._handles.append(carrier.register_load_state_dict_pre_hook(self._take_state))

@@ -257,6 +257,7 @@ class ResidualAccelerator(ResidualPairs):
                 checked = None if check is None else evaluated(check)
             except BaseException:
                 history.put_back()
+                count(self._statistics["rejected"], Cause.CLOSURE)
                 raise
         numbers = [_square(after)] + [_square(r) for r in (before, checked) if r is not None]
         self._decide(optimizer, attempt, after, history.ranks.total(torch.stack(numbers)))

@@ -102,8 +102,7 @@ def target_of(optimizer: Any) -> Target:
 
 def warn_of_loads_without_hooks(optimizer: Any) -> None:
     """Warn at a save that a load will not restore the history, because some classes load without torch's function."""
-    load = inspect.unwrap(type(optimizer).load_state_dict)
-    if load is inspect.unwrap(Optimizer.load_state_dict) or "super" in load.__code__.co_names:
+    if _hands_on(optimizer, "load_state_dict", {"super"}):
         return
     name = type(optimizer).__name__
     warnings.warn(
@@ -111,6 +110,23 @@ def warn_of_loads_without_hooks(optimizer: Any) -> None:
         f"aadl.accelerator_of(optimizer).load_state_dict(state['aadl']) with the state that was saved",
         stacklevel=4,
     )
+
+
+def warn_of_saves_without_hooks(optimizer: Optimizer) -> None:
+    """Warn that the states of the optimizer carry no history, because its class makes them without torch's function."""
+    if not _hands_on(optimizer, "state_dict", {"super", "state_dict"}):
+        name = type(optimizer).__name__
+        warnings.warn(
+            f"{name}.state_dict passes over the history of aadl: save aadl.accelerator_of(optimizer).state_dict() "
+            f"beside it, and load it after it",
+            stacklevel=6,
+        )
+
+
+def _hands_on(optimizer: Optimizer, name: str, signs: set[str]) -> bool:
+    """Whether a method is that of torch, or seems to call it: one of the names is a sign."""
+    method = inspect.unwrap(getattr(type(optimizer), name))
+    return method is inspect.unwrap(getattr(Optimizer, name)) or not signs.isdisjoint(method.__code__.co_names)
 
 
 def _held(wrapper: Any) -> list[Any]:

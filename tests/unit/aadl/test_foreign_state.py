@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -164,6 +165,29 @@ class LoadsAlone(torch.optim.SGD):
     def load_state_dict(self, state_dict):
         for p, state in zip(self.param_groups[0]["params"], state_dict["state"].values(), strict=True):
             self.state[p] = {key: value.clone() for key, value in state.items()}
+
+
+class SavesAlone(torch.optim.SGD):
+    def state_dict(self):
+        return {"momenta": [state["momentum_buffer"] for state in self.state.values()]}
+
+
+def test_states_that_will_carry_no_history_are_announced():
+    model = network()
+    with pytest.warns(UserWarning, match="SavesAlone.state_dict passes over the history of aadl: save aadl.accelerato"):
+        optimizer = aadl.accelerate(SavesAlone(model.parameters(), lr=0.05, momentum=0.5), **EAGER)
+    train(model, optimizer, 11)
+    other = network()
+    other.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = aadl.accelerate(SavesAlone(other.parameters(), lr=0.05, momentum=0.5), **EAGER)
+    for p, momentum in zip(other.parameters(), optimizer.state_dict()["momenta"], strict=True):
+        again.state[p]["momentum_buffer"] = momentum.clone()
+    aadl.accelerator_of(again).load_state_dict(copy.deepcopy(aadl.accelerator_of(optimizer).state_dict()))
+    train(model, optimizer, 10)
+    train(other, again, 10)
+    assert identical([*model.parameters()], [*other.parameters()]) and statistics(again)["accepted"] > 0
 
 
 class LoadsAsEver(torch.optim.SGD):
