@@ -96,7 +96,7 @@ class ResidualAccelerator(ResidualPairs):
         """Bytes of the history on this rank; before the first residuals the bytes of the rows for weights."""
         if self._history is not None:
             return self._history.nbytes
-        if not self._handles or self.settings.idle:
+        if self._is_off():
             return 0
         return planned_bytes(trainable_parameters(self.optimizer), self.settings)
 

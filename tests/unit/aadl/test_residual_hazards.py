@@ -145,6 +145,21 @@ def test_parameters_that_cannot_be_extrapolated_end_the_acceleration_and_not_the
         train(model, optimizer, 6, observe)
     assert len(caught) == 1 and not torch.equal(flat(model), before)
     assert accelerator.statistics["attempts"] == attempts and accelerator.num_columns == 0
+    assert accelerator.history_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["anderson", "nonlinear_gmres"])
+def test_what_is_given_up_holds_no_history_where_warnings_are_errors_too(kind):
+    model = network()
+    optimizer = aadl.accelerate(SGD(model.parameters(), lr=0.05), kind, frequency=2, store_each_nth=1)
+    train(model, optimizer, 6, kind != "anderson")
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]})
+    with pytest.raises(UserWarning, match="training goes on without acceleration"):
+        train(model, optimizer, 1, kind != "anderson")
+    train(model, optimizer, 2, kind != "anderson")
+    accelerator = aadl.accelerator_of(optimizer)
+    assert accelerator.history_bytes == accelerator.num_columns == 0
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def test_a_state_loads_where_all_parameters_are_frozen():
