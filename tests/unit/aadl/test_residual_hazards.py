@@ -25,6 +25,7 @@ from torch import nn
 
 import aadl
 from aadl.least_squares import within_bounds
+from aadl.trial_values import draw
 
 DOUBLE = torch.float64
 
@@ -76,6 +77,14 @@ def test_points_drawn_at_every_evaluation_are_noticed(observe):
     weights, accelerator = trained_on_points_of_its_own(True, observe)
     assert torch.equal(weights, trained_on_points_of_its_own(False, observe)[0])
     assert accelerator.statistics["attempts"] == 0 and accelerator.statistics["resets"]["points"] > 3
+
+
+def test_each_draw_is_one_of_its_own(monkeypatch):
+    """A generator of CUDA goes on by draws, not by the numbers in one."""
+    drawn = []
+    monkeypatch.setattr(torch, "rand", lambda number, device: drawn.append((number, device.type)))
+    draw([torch.empty(1, device="meta"), torch.empty(1)], 2)
+    assert drawn == [(1, "cpu")] * 2
 
 
 @pytest.mark.parametrize("bound", [100, 0.3])
