@@ -216,17 +216,19 @@ class ResidualPairs(Accelerator):
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _lay_out(self, optimizer: Optimizer) -> None:
         """Allocate rows for the trainable parameters of the optimizer, unless there are rows for them."""
         history = self._history
-        if history is not None and history.is_of([p for p in all_parameters(optimizer) if p.requires_grad]):
-            return
+        if history is None or not history.is_of([p for p in all_parameters(optimizer) if p.requires_grad]):
+            self._allocate(optimizer)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _allocate(self, optimizer: Optimizer) -> None:
         parameters = self._extrapolated(optimizer)
         if parameters is None:
             return
-        if history is not None:
+        if self._history is not None:
             count(self._statistics["resets"], Cause.PARAMETERS_CHANGED)
         self._history, error = None, None
         ranks = ranks_of(self.process_group)

@@ -26,7 +26,7 @@ class Trial:
         self._gradients: dict[int, tuple[Tensor, Any]] = {}
         self._passed_over = False
         self._flags: dict[int, tuple[Module, bool]] = {}
-        self._buffers: list[tuple[Module, dict[str, Tensor | None]]] = []
+        self._buffers: list[tuple[Module, str, Tensor]] = []
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._random = _random_states()
         self._caches_weights = torch.is_autocast_cache_enabled()
@@ -92,11 +92,10 @@ class Trial:
         for part in module.modules():
             if id(part) not in self._flags:
                 self._flags[id(part)] = part, part.training
-                held = dict(part._buffers.items())
-                self._buffers.append((part, held))
-                for buffer in held.values():
-                    if buffer is not None:
-                        self.keep(buffer)
+                held = [(part, name, buffer) for name, buffer in part._buffers.items() if buffer is not None]
+                self._buffers += held
+                for _, _, buffer in held:
+                    self.keep(buffer)
 
     def keep(self, tensor: Tensor) -> None:
         """Remember the values of a tensor that a module may write to (nobody can write to an inference tensor)."""
@@ -118,12 +117,9 @@ class Trial:
                     elements.copy_(value)
                 else:  # somebody has resized it
                     tensor.data = value.clone()
-        for module, held in self._buffers:
-            for name in dict(module._buffers.items()).keys() - held.keys():
-                del module._buffers[name]
-            for name, buffer in held.items():
-                if getattr(module, name, None) is not buffer:  # a scripted module has no plain dictionary of buffers
-                    module._buffers[name] = buffer
+        for module, name, buffer in self._buffers:  # those that a module has made stay, because it may rely on them
+            if getattr(module, name, None) is not buffer:  # a scripted module has no plain dictionary of buffers
+                module._buffers[name] = buffer
         for module, training in self._flags.values():
             if module.training != training:
                 module.training = training
