@@ -105,7 +105,7 @@ class AndersonAccelerator(MacroSteps):
         """
         if self._layout is not None:
             return self._layout.nbytes
-        if not self._handles or self.settings.idle:
+        if self._is_off():
             return 0
         return self._new_layout(
             trainable_parameters(self.optimizer), makes_momentum(self.optimizer), planned=True
@@ -150,7 +150,7 @@ class AndersonAccelerator(MacroSteps):
         self._finish_push()
         fake = tensors_are_fake()
         if self._layout is None and self._handles and not self.settings.idle and not fake:
-            parameters = self._parameters(self.optimizer)
+            parameters = self._extrapolated(self.optimizer)
             if parameters is not None:
                 self._lay_out(parameters, makes_momentum(self.optimizer))
         layout, optimizer, positions = self._layout, self._optimizer(), None

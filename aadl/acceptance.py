@@ -11,7 +11,7 @@ When an acceleration is due, the history makes one attempt at a candidate x+. Th
 5. Before the next attempt, `points_back_too_far` looks once more at all updates since the candidate.
 
 Nonlinear GMRES evaluates the residuals at its candidate (`cause_of_residuals`): `RESIDUALS`, `CHECK`, `NON_FINITE`,
-`STEPS`.
+`STEPS`; `CLOSURE` where that raises an error, which goes on to the user.
 
 `aadl.decisions` (1 to 3) and `aadl.judgments` (4 and 5) apply these rules for Anderson acceleration,
 `aadl.nonlinear_gmres` for nonlinear GMRES;

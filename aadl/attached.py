@@ -153,6 +153,14 @@ class Accelerator(ABC):
     def _take_over(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         """Continue from a saved state and its checked plain values."""
 
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Drop the history, where nothing is accelerated any more."""
+
+    def _is_off(self) -> bool:
+        """Whether nothing is accelerated."""
+        return self.settings.idle or self._given_up or not self._handles
+
     def _extrapolated(self, optimizer: Optimizer) -> list[Tensor] | None:
         """What is extrapolated; None where parameters came after `accelerate` that cannot be.
 
@@ -164,6 +172,7 @@ class Accelerator(ABC):
             if ranks_of(self.process_group).size > 1:
                 raise
             self._given_up = True
+            self._let_go()  # before the warning, which may be an error
             warnings.warn(f"training goes on without acceleration: {error}", UserWarning, stacklevel=2)
             return None
 

@@ -153,7 +153,7 @@ class MacroSteps(Accelerator):
         if untouched and not changed:
             return
         self._decisions.settle()
-        self._outside.left, parameters, error = None, self._parameters(optimizer), None
+        self._outside.left, parameters, error = None, self._extrapolated(optimizer), None
         if parameters is None:
             return
         if layout is None or changed or not layout.is_of(parameters):
@@ -346,12 +346,8 @@ class MacroSteps(Accelerator):
     def _ranks(self) -> Ranks:
         return ranks_of(self.process_group)
 
-    def _parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
-        """What is extrapolated; without such parameters nothing is judged any more."""
-        parameters = self._extrapolated(optimizer)
-        if parameters is None:
-            self._layout = self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
-        return parameters
+    def _let_go(self) -> None:
+        self._layout = self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
 
     def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:
         ranks = Ranks() if self.settings.local_sgd else self._ranks

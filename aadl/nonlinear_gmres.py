@@ -96,7 +96,7 @@ class ResidualAccelerator(ResidualPairs):
         """Bytes of the history on this rank; before the first residuals the bytes of the rows for weights."""
         if self._history is not None:
             return self._history.nbytes
-        if not self._handles or self.settings.idle:
+        if self._is_off():
             return 0
         return planned_bytes(trainable_parameters(self.optimizer), self.settings)
 
@@ -162,6 +162,8 @@ class ResidualAccelerator(ResidualPairs):
         if saved is None:
             return None
         history = ResidualHistory(trainable_parameters(self.optimizer), self.settings, ranks_of(self.process_group))
+        # in older states the rows of every rank have the names that those of rank 0 have
+        rows = {name if name[0].isdigit() else f"{history.begin}{name}": row for name, row in rows.items()}
         if history.fits(saved, rows):
             history.load(saved, rows)
         else:
@@ -235,14 +237,14 @@ class ResidualAccelerator(ResidualPairs):
         source = self._source(closure)
         with without_trace(all_parameters(optimizer), is_closure=self._residuals is None) as rewind:
 
-            def evaluated(function: Callable[[], Any], number: int = 1) -> Tensor:
+            def evaluated(function: Callable[[], Any], draws: int = 1) -> Tensor:
                 rewind()
-                draw(all_parameters(optimizer), number)
+                draw(all_parameters(optimizer), draws)
                 return self._evaluated(function)
 
             self._store(evaluated(source))
             if self._residuals is not None and not self._trusted:
-                history.compare(evaluated(source, number=2))  # which differs where it is random
+                history.compare(evaluated(source, draws=2))  # which differs where it is random
             attempt = self._attempt(history)
             self._pace.go_on(self._statistics["steps"])
             if attempt is None:
@@ -255,6 +257,7 @@ class ResidualAccelerator(ResidualPairs):
                 checked = None if check is None else evaluated(check)
             except BaseException:
                 history.put_back()
+                count(self._statistics["rejected"], Cause.CLOSURE)
                 raise
         numbers = [_square(after)] + [_square(r) for r in (before, checked) if r is not None]
         self._decide(optimizer, attempt, after, history.ranks.total(torch.stack(numbers)))

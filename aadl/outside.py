@@ -124,10 +124,10 @@ class OutsideWrites:
         """Explain tensors that were replaced within the macro-step that ends with this look at them."""
         if self._steps == 1:
             return Change.NONE
+        if self._exchanged or (self.left is not None and not look.keeps(self.left)):
+            return self._change_of(EXCHANGED, gap, 0, history)
         if self.left is None and EXCHANGED in self.writes:
             is_regular(self.writes, EXCHANGED, gap, self._steps)  # after a resume: who did so regularly did it again
-        elif self._exchanged or (self.left is not None and not look.keeps(self.left)):
-            return self._change_of(EXCHANGED, gap, 0, history)
         return Change.NONE
 
     def _change_of(

@@ -65,7 +65,7 @@ class ResidualHistory:
     def __init__(self, parameters: list[Tensor], settings: Settings, ranks: Ranks) -> None:
         self.parameters, self.ranks, self.depth = parameters, ranks, settings.history_depth
         self._groups, self._settings = grouped(parameters), settings
-        self._own = f"{ranks.index}." if ranks.index else ""
+        self.begin = f"{ranks.index}." if ranks.index else ""
         """Begin of the names of rows here: torch.distributed.checkpoint keeps one of the tensors of one name."""
         self._kinds, self.locals = list(map(_kind_of, parameters)), [local(p) for p in parameters]
         self.watched = [*parameters, *(own for p, own in zip(parameters, self.locals, strict=True) if own is not p)]
@@ -309,7 +309,7 @@ class ResidualHistory:
                 rows |= {f"parameters.{p}.{name}": view for (p, _), view in zip(group, views, strict=True)}
         for block in self._residual_blocks:
             rows |= {f"residuals.{name}": block.tensors[name] for name in ("delta_mapped", "mapped")}
-        return {f"{self._own}{name}": row for name, row in rows.items()}
+        return {f"{self.begin}{name}": row for name, row in rows.items()}
 
     def plain_state(self) -> dict[str, Any]:
         """Everything besides the vectors, as plain values for a checkpoint."""
@@ -332,14 +332,14 @@ class ResidualHistory:
         if len(saved["valid"]) != self.depth or saved["rank"] != [self.ranks.index, self.ranks.size]:
             return False
         wanted = self.rows()
-        if not wanted.keys() <= rows.keys() or f"{self._own}residuals.mapped" not in rows:
+        if not wanted.keys() <= rows.keys() or f"{self.begin}residuals.mapped" not in rows:
             return False
         check_rows({name: rows[name] for name in wanted}, wanted)
         return True
 
     def load(self, saved: dict[str, Any], rows: dict[str, Tensor]) -> None:
         """Continue with saved pairs that fit."""
-        residuals = rows[f"{self._own}residuals.mapped"]
+        residuals = rows[f"{self.begin}residuals.mapped"]
         place = self.locals[0].device if self.locals else residuals.device
         device = residuals.device if place.type == "cpu" else place
         self._make_room(residuals.to(device))

@@ -123,10 +123,6 @@ class ResidualPairs(Accelerator):
                 "framework, whose metrics would count the trials"
             )
 
-    def _is_off(self) -> bool:
-        """Whether nothing is accelerated."""
-        return self.settings.idle or self._given_up or not self._handles
-
     def _watch(self, has_closure: bool) -> None:
         """Note the weights at which residuals are observed in this step, or before one without a closure."""
         if self._has_begun and self._history is not None:  # the last step ended with an exception
@@ -229,7 +225,6 @@ class ResidualPairs(Accelerator):
             return
         parameters = self._extrapolated(optimizer)
         if parameters is None:
-            self._history = None
             return
         if history is not None:
             count(self._statistics["resets"], Cause.PARAMETERS_CHANGED)
@@ -248,6 +243,9 @@ class ResidualPairs(Accelerator):
             return self._history.watched
         parameters = self._extrapolated(self.optimizer) or []
         return [*parameters, *(local(p) for p in parameters if is_sharded(p))]
+
+    def _let_go(self) -> None:
+        self._history = None
 
     def _start_over(self) -> None:
         """Be as an accelerator that has seen no step."""

@@ -162,11 +162,15 @@ def _random_states() -> list[tuple[Callable[[Tensor], None], Tensor]]:
     return states
 
 
-def draw(tensors: Iterable[Tensor], number: int) -> None:
-    """Draw random numbers, so that the next ones are others than those of the training that goes on after the trial."""
+def draw(tensors: Iterable[Tensor], times: int) -> None:
+    """Draw random numbers, so that the next ones are others than those of the training that goes on after the trial.
+
+    A draw of two numbers leaves the generator of CUDA where a draw of one does; a second draw leads it on.
+    """
     for device in {torch.device("cpu"), *(tensor.device for tensor in tensors)}:
         if device.type in ("cpu", "cuda", "xpu", "mps"):  # whose generators the trial restores
-            torch.rand(number, device=device)
+            for _ in range(times):
+                torch.rand(1, device=device)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

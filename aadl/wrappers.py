@@ -178,7 +178,7 @@ def _parameters(optimizer: Any) -> set[int]:
 
 def _check(link: Any) -> None:
     """Raise ValueError for what cannot be accelerated: classes, by their names, and what one option asks for."""
-    if any(group.get("differentiable") for group in getattr(link, "param_groups", ())):
+    if any(group.get("differentiable") for group in getattr(link, "param_groups", None) or ()):
         raise ValueError(
             f"{type(link).__name__} with differentiable=True cannot be accelerated: gradients through its steps would "
             f"not lead through candidates"

@@ -29,7 +29,7 @@ def start(rank, size, wrap, **settings):
     return model, optimizer, accelerator, closure
 
 
-def on_ranks(rank, size, wrap, frequency, saved_after=None):
+def on_ranks(rank, size, wrap, frequency, saved_after=None, old_names=False):
     """(weights, counters, sizes of the sums over ranks), and the first two of a run that goes on from a saved state."""
     model, optimizer, accelerator, closure = start(rank, size, wrap, frequency=frequency, reg_acc=1e-2)
     sums, original = [], aadl.ranks.dist.all_reduce
@@ -50,6 +50,8 @@ def on_ranks(rank, size, wrap, frequency, saved_after=None):
     if saved is None:
         return end
     weights, state = torch.load(io.BytesIO(saved.getvalue()), weights_only=False)
+    if old_names:
+        state["aadl"]["rows"] = {name.removeprefix(f"{rank}."): row for name, row in state["aadl"]["rows"].items()}
     model.load_state_dict(weights)
     optimizer.load_state_dict(state)
     for _ in range(STEPS - saved_after):
@@ -70,9 +72,10 @@ def test_ranks_with_rows_of_their_own_are_one_process_with_all_rows(spawn_ranks,
     assert counts["accepted"] > 2 and equal(results[0][0], results[1][0])
 
 
-@pytest.mark.parametrize("wrap", [replica, sharded])
-def test_ranks_resume_bit_for_bit_each_with_its_own_rows(spawn_ranks, wrap):
-    for weights, counts, _, again, resumed in spawn_ranks(on_ranks, 2, wrap, 4, 11):
+@pytest.mark.parametrize(("wrap", "old_names"), [(replica, False), (sharded, False), (replica, True)])
+def test_ranks_resume_bit_for_bit_each_with_its_own_rows(spawn_ranks, wrap, old_names):
+    """In states of before, the rows of every rank are named as those of rank 0."""
+    for weights, counts, _, again, resumed in spawn_ranks(on_ranks, 2, wrap, 4, 11, old_names):
         assert equal(weights, again) and identical(counts, resumed)
         assert counts["accepted"] > 2
 

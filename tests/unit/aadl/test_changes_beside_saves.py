@@ -59,6 +59,22 @@ def test_no_candidate_is_taken_back_over_a_change_right_after_a_resume(change, a
     assert not any(column.written for column in aadl.accelerator_of(unchanged).history.columns)
 
 
+def test_tensors_that_are_replaced_at_unequal_distances_are_so_for_a_run_resumed_just_before_the_macro_step_ends():
+    """The resumed run sees no step before the end, and knows of earlier replacements."""
+    model, optimizer = macro_run()
+    for steps, factor in ((45, 2), (14, 3)):
+        train(model, optimizer, steps)
+        point_elsewhere(model, optimizer, {name: factor * value for name, value in model.state_dict().items()})
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 20)
+    other, again = macro_run()
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+    train(other, again, 20)
+    assert identical(snapshot(other, again), snapshot(model, optimizer))
+    assert identical(statistics(again), statistics(optimizer))
+
+
 @pytest.mark.parametrize("at", [41, 45, 49])
 @pytest.mark.parametrize("change", [point_elsewhere, start_again])
 def test_tensors_that_were_replaced_before_a_save_are_replaced_for_a_resumed_run(change, at):

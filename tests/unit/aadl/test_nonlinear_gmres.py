@@ -306,14 +306,15 @@ def test_an_exception_on_trial_puts_the_plain_iterate_back():
 
     def residuals():
         calls.append(1)
-        if len(calls) == 4:  # at the candidate
+        if len(calls) == 5:  # at the candidate: after three steps, and a second look
             raise RuntimeError("on trial")
         return residuals_of(model)
 
-    model, optimizer, _ = started(residuals=residuals, frequency=3)
+    model, optimizer, accelerator = started(residuals=residuals, frequency=3)
     with pytest.raises(RuntimeError, match="on trial"):
         train(model, optimizer, 3, observe=False)
     assert torch.equal(flat(model), trained_plainly(3))
+    assert accelerator.statistics["attempts"] == 1 and accelerator.statistics["rejected"] == {"closure": 1}
 
 
 @pytest.mark.parametrize("observe", [True, False])

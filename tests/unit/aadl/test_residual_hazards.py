@@ -25,6 +25,7 @@ from torch import nn
 
 import aadl
 from aadl.least_squares import within_bounds
+from aadl.trial_values import draw
 
 DOUBLE = torch.float64
 
@@ -76,6 +77,14 @@ def test_points_drawn_at_every_evaluation_are_noticed(observe):
     weights, accelerator = trained_on_points_of_its_own(True, observe)
     assert torch.equal(weights, trained_on_points_of_its_own(False, observe)[0])
     assert accelerator.statistics["attempts"] == 0 and accelerator.statistics["resets"]["points"] > 3
+
+
+def test_each_draw_is_one_of_its_own(monkeypatch):
+    """A generator of CUDA goes on by draws, not by the numbers in one."""
+    drawn = []
+    monkeypatch.setattr(torch, "rand", lambda number, device: drawn.append((number, device.type)))
+    draw([torch.empty(1, device="meta"), torch.empty(1)], 2)
+    assert drawn == [(1, "cpu")] * 2
 
 
 @pytest.mark.parametrize("bound", [100, 0.3])
@@ -136,6 +145,21 @@ def test_parameters_that_cannot_be_extrapolated_end_the_acceleration_and_not_the
         train(model, optimizer, 6, observe)
     assert len(caught) == 1 and not torch.equal(flat(model), before)
     assert accelerator.statistics["attempts"] == attempts and accelerator.num_columns == 0
+    assert accelerator.history_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["anderson", "nonlinear_gmres"])
+def test_what_is_given_up_holds_no_history_where_warnings_are_errors_too(kind):
+    model = network()
+    optimizer = aadl.accelerate(SGD(model.parameters(), lr=0.05), kind, frequency=2, store_each_nth=1)
+    train(model, optimizer, 6, kind != "anderson")
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]})
+    with pytest.raises(UserWarning, match="training goes on without acceleration"):
+        train(model, optimizer, 1, kind != "anderson")
+    train(model, optimizer, 2, kind != "anderson")
+    accelerator = aadl.accelerator_of(optimizer)
+    assert accelerator.history_bytes == accelerator.num_columns == 0
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def test_a_state_loads_where_all_parameters_are_frozen():

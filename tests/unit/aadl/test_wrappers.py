@@ -247,6 +247,10 @@ class OfSomethingElse(WithoutInit):
         return [*self.optim.param_groups, {"params": [torch.nn.Parameter(torch.ones(2))]}]
 
 
+class WithoutGroups(Delegating):
+    param_groups = None
+
+
 class TRAC(OwnHooks):
     pass
 
@@ -299,6 +303,10 @@ def test_what_cannot_be_accelerated_is_refused_by_name_with_nothing_attached(mak
 
 def test_a_name_that_only_begins_as_a_refused_one_is_accelerated():
     aadl.accelerate(Tracked(network().parameters(), lr=0.1))
+
+
+def test_a_wrapper_whose_groups_are_none_is_accelerated():
+    aadl.accelerate(WithoutGroups(sgd(network())))
 
 
 def test_an_object_that_only_holds_an_optimizer_is_refused():
