@@ -50,10 +50,13 @@ class Decisions(Judgments):
         ready = accepted is None or self._stays(
             step, accepted, taking(step), square, problem.along, problem.is_doubtful
         )
-        undone = confirmed is not None and acceptance.points_back_too_far(problem.along, confirmed)
-        if ready and undone and problem.is_finite:
-            self._look_again(step, problem.is_doubtful)
-            ready = False
+        finite = problem.is_finite
+        if ready and confirmed is not None:
+            if not finite or acceptance.points_back_too_far(problem.along, confirmed):
+                self._look_again(step, problem.is_doubtful, finite)
+                ready = False
+            if not finite:
+                self.reset(Cause.NON_FINITE, history)
         if ready and (local_sgd or accepted is not None):
             ready = not self.is_paused()
         made = self._attempt(step, problem) if ready and history.columns else None

@@ -134,6 +134,11 @@ class Judgments:
         else:
             self.accepted, self.confirmed, self.last_jump = None, None, {}
 
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether a plain iterate may be put back, or the host does not know yet what a device has decided."""
+        return self.accepted is not None or self.confirmed is not None or bool(self.deferred)
+
     def is_paused(self) -> bool:
         """Whether acceleration pauses now; counts it."""
         paused = self.statistics["macro_steps"] < max(self.pause.until, self.direction_pause.until)
@@ -155,7 +160,9 @@ class Judgments:
             self._judged(step, candidate, taking(step), values)
             return
         stays = (square <= acceptance.revert_bound(candidate)) & (along >= acceptance.overshoot_bound(candidate))
-        step.history.put_back(~stays & (sums[0] < step.quorum) & (sums[1] == 0), step.tensors)
+        returns = ~stays & (sums[0] < step.quorum) & (sums[1] == 0)
+        step.history.put_back(returns, step.tensors)
+        step.spare.put_back(returns & ~torch.isfinite(square))
         self.defer(
             torch.cat([torch.stack([square, along]), sums, numbers[:, 2]]),
             lambda values: self._judged(step, candidate, step.history.start_from, values),
@@ -174,6 +181,7 @@ class Judgments:
         """Judge the accepted candidate by ||f||^2 and <f, s>; return whether it stays."""
         reverts = acceptance.must_revert(square, along, candidate)
         place(reverts and not doubtful)
+        step.spare.put_back(reverts and not doubtful and not math.isfinite(square))
         self._note_judgment(step, candidate, square, along, doubtful)
         return not reverts
 
@@ -200,7 +208,7 @@ class Judgments:
         if not math.isfinite(square):
             self.reset(Cause.NON_FINITE, step.history)
 
-    def _look_again(self, step: MacroStep, doubtful: bool) -> None:
+    def _look_again(self, step: MacroStep, doubtful: bool, is_finite: bool) -> None:
         """Put back the plain iterate before a confirmed candidate that the updates since then undo."""
         self._pause()
         self.change_reach(math.inf, overshot=True)
@@ -209,6 +217,7 @@ class Judgments:
             self._note_doubt(step.history)
         else:
             step.history.take(True, step.tensors)
+            step.spare.put_back(not is_finite)
             self._note_revert(step)
 
     def change_reach(self, ratio: float, overshot: bool) -> None:

@@ -31,6 +31,7 @@ from aadl.outside import Change, OutsideWrites
 from aadl.parameters import closure_of, makes_momentum, momentum_of, tensors_are_fake, trainable_parameters
 from aadl.problem import MacroStep
 from aadl.ranks import Ranks, ranks_of
+from aadl.spare import Spare
 
 ABANDONED = 10
 """Macro-steps abandoned in a row before a warning says so."""
@@ -67,6 +68,7 @@ class MacroSteps(Accelerator):
     _postponed: Callable[[], None] | None
     """Stores the pair whose copy to the host is under way."""
 
+    _spare: Spare
     _loss_weight = 1.0
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
@@ -91,6 +93,10 @@ class MacroSteps(Accelerator):
             self._say_that_history_is_missing()
         if starts:
             self._open_macro_step(optimizer)
+        if self._layout is not None and self._decisions.is_on_trial:
+            self._spare.keep(optimizer, self._layout, self._progress.accelerated_at)
+        else:
+            self._spare.drop()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._rates.is_dry:
@@ -301,6 +307,7 @@ class MacroSteps(Accelerator):
             written=outside.written,
             doubtful=outside.written or outside.is_doubtful,
             since=self._progress.accelerated_at,
+            spare=self._spare,
         )
 
     def _is_due(self, history: History) -> bool:
@@ -380,4 +387,4 @@ class MacroSteps(Accelerator):
         self._progress, self._rates = Progress(), LearningRates()
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
         self._layout = self._postponed = None
-        self._averaged = False
+        self._averaged, self._spare = False, Spare()

@@ -14,6 +14,7 @@ from aadl.block import Tensors
 from aadl.history import Column, History
 from aadl.mixing import Gram
 from aadl.ranks import Ranks
+from aadl.spare import Spare
 
 
 class MacroStep(NamedTuple):
@@ -38,6 +39,8 @@ class MacroStep(NamedTuple):
     """Whether this macro-step's residual may be such a write, so that no iterate is put back because of it."""
     since: int = 0
     """Number of the macro-step of the last acceleration, accepted or not."""
+    spare: Spare = Spare()
+    """The rest of the optimizer's state as it was before the steps after the last candidate."""
 
 
 class Problem(NamedTuple):
