@@ -135,6 +135,7 @@ class AndersonAccelerator(MacroSteps):
         self._decisions.settle()
         super().remove()
         self._layout = self._postponed = None
+        self._spare.drop()
 
     # ---- state -----------------------------------------------------------------------------------------------------
 

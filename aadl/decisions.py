@@ -48,7 +48,7 @@ class Decisions(Judgments):
             return
         square = problem.square if problem.is_finite else math.inf
         ready = accepted is None or self._stays(
-            step, accepted, taking(step), square, problem.along, problem.is_doubtful
+            step, accepted, taking(step, square), square, problem.along, problem.is_doubtful
         )
         finite = problem.is_finite
         if ready and confirmed is not None:

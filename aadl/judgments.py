@@ -157,7 +157,7 @@ class Judgments:
         square, along = weights @ numbers[:, 0], numbers[0, 3]
         if on_host(numbers):
             values = [float(square), float(along), *sums.tolist(), *numbers[:, 2].tolist()]
-            self._judged(step, candidate, taking(step), values)
+            self._judged(step, candidate, taking(step, values[0]), values)
             return
         stays = (square <= acceptance.revert_bound(candidate)) & (along >= acceptance.overshoot_bound(candidate))
         returns = ~stays & (sums[0] < step.quorum) & (sums[1] == 0)
@@ -181,7 +181,6 @@ class Judgments:
         """Judge the accepted candidate by ||f||^2 and <f, s>; return whether it stays."""
         reverts = acceptance.must_revert(square, along, candidate)
         place(reverts and not doubtful)
-        step.spare.put_back(reverts and not doubtful and not math.isfinite(square))
         self._note_judgment(step, candidate, square, along, doubtful)
         return not reverts
 
@@ -271,6 +270,11 @@ class Judgments:
         count(self.statistics["rejected"], cause)
 
 
-def taking(step: MacroStep) -> Place:
-    """Puts the plain iterate into the tensors where it returns."""
-    return lambda reverts: step.history.take(reverts, step.tensors)
+def taking(step: MacroStep, square: float) -> Place:
+    """Puts the plain iterate into the tensors where it returns, and the spare state too where ||f||^2 is not finite."""
+
+    def place(reverts: bool) -> None:
+        step.history.take(reverts, step.tensors)
+        step.spare.put_back(reverts and not math.isfinite(square))
+
+    return place

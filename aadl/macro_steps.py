@@ -347,6 +347,7 @@ class MacroSteps(Accelerator):
         return ranks_of(self.process_group)
 
     def _let_go(self) -> None:
+        self._spare.drop()
         self._layout = self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
 
     def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:

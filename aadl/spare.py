@@ -51,13 +51,20 @@ class Spare:
             self._kept = []
 
     def put_back(self, flag: Tensor | bool) -> None:
-        """Copy the values back where the flag holds; a flag on a device decides there."""
+        """Copy the values back where the flag holds.
+
+        A flag on a device decides there, and about what lies there: counters of steps on the host would wait for it.
+        """
         if flag is False:
             return
         for state, key, copy in self._kept:
             here = _numbers(state.get(key))
-            if here is not None and here.shape == copy.shape:
-                here.copy_(copy if isinstance(flag, bool) else torch.where(flag.to(here.device), copy, here))
+            if here is None or here.shape != copy.shape:
+                continue
+            if isinstance(flag, bool):
+                here.copy_(copy)
+            elif here.device.type == flag.device.type:
+                here.copy_(torch.where(flag.to(here.device), copy, here))
 
 
 def _numbers(value: Any) -> Tensor | None:

@@ -21,16 +21,20 @@ SCHEDULES = {
 }
 
 
-def train_network(settings, steps=80, optimizer_class=torch.optim.SGD, **options):
-    """Weights after every step, and the statistics."""
+def train_network(settings, steps=80, optimizer_class=torch.optim.SGD, broken_at=None, **options):
+    """Weights after every step, and the statistics; the gradient of one step may be nan."""
     model = network()
     optimizer = optimizer_class(model.parameters(), **({"lr": 0.4} | options))
     aadl.accelerate(optimizer, history_depth=4, **settings)
     weights = []
-    for _ in range(steps):
-        train(model, optimizer, 1)
+    for step in range(steps):
+        train(model, optimizer, 1, **({"loss": not_a_number} if step == broken_at else {}))
         weights.append(flat(model))
     return weights, copy.deepcopy(aadl.accelerator_of(optimizer).statistics)
+
+
+def not_a_number(model):
+    return math.nan * sum(p.sum() for p in model.parameters())
 
 
 def same(weights, others):
@@ -47,6 +51,19 @@ def outcomes(monkeypatch, settings, **options):
     on_host = train_network(settings, **options)
     decide_on_the_device(monkeypatch)
     return on_host, train_network(settings, **options)
+
+
+def test_second_moments_return_once_where_an_update_is_not_finite(monkeypatch):
+    """Not once more when the host reads what the device has decided, one step later."""
+    settings = {"wait_iterations": 2, "store_each_nth": 2, "frequency": 4, "average": False, "safeguard": "residual"}
+    adam = {"optimizer_class": torch.optim.Adam, "lr": 0.02}
+    reverted = 0
+    for broken_at in range(20, 36):
+        with monkeypatch.context() as patched:
+            (weights, statistics), (deferred, later) = outcomes(patched, settings, broken_at=broken_at, steps=40, **adam)
+        assert same(weights, deferred) and identical(statistics, later), broken_at
+        reverted += statistics["reverted"]
+    assert reverted > 0
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

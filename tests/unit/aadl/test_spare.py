@@ -68,6 +68,7 @@ def test_a_flag_on_a_device_decides_there():
     seconds.fill_(torch.nan)
     spare.keep(optimizer, layout, 1)  # copies of this acceleration are there already
     spare.put_back(torch.tensor(False))
+    spare.put_back(torch.tensor(True, device="meta"))  # nothing on the host waits for a device
     assert bool(seconds.isnan().all())
     spare.put_back(torch.tensor(True))
     assert torch.equal(seconds, before)
