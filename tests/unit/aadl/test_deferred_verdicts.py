@@ -56,11 +56,11 @@ def outcomes(monkeypatch, settings, **options):
 def test_second_moments_return_once_where_an_update_is_not_finite(monkeypatch):
     """Not once more when the host reads what the device has decided, one step later."""
     settings = {"wait_iterations": 2, "store_each_nth": 2, "frequency": 4, "average": False, "safeguard": "residual"}
-    adam = {"optimizer_class": torch.optim.Adam, "lr": 0.02}
+    adam = {"optimizer_class": torch.optim.Adam, "lr": 0.02, "steps": 40}
     reverted = 0
     for broken_at in range(20, 36):
         with monkeypatch.context() as patched:
-            (weights, statistics), (deferred, later) = outcomes(patched, settings, broken_at=broken_at, steps=40, **adam)
+            (weights, statistics), (deferred, later) = outcomes(patched, settings, broken_at=broken_at, **adam)
         assert same(weights, deferred) and identical(statistics, later), broken_at
         reverted += statistics["reverted"]
     assert reverted > 0
