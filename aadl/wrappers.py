@@ -124,9 +124,10 @@ def warn_of_saves_without_hooks(optimizer: Optimizer) -> None:
 
 
 def _hands_on(optimizer: Optimizer, name: str, signs: set[str]) -> bool:
-    """Whether a method is that of torch, or seems to call it: one of the names is a sign."""
+    """Whether a method is that of torch, or may call it: one of its names is a sign, or it shows none."""
     method = inspect.unwrap(getattr(type(optimizer), name))
-    return method is inspect.unwrap(getattr(Optimizer, name)) or not signs.isdisjoint(method.__code__.co_names)
+    code = getattr(method, "__code__", None)  # what is compiled, and objects that are called, have none
+    return code is None or method is inspect.unwrap(getattr(Optimizer, name)) or not signs.isdisjoint(code.co_names)
 
 
 def _held(wrapper: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Optimizers that keep other things than torch.optim does: no step dies of it, and what cannot be right is refused."""
 
 import copy
+import functools
 import math
 import warnings
 from contextlib import nullcontext
@@ -188,6 +189,15 @@ def test_states_that_will_carry_no_history_are_announced():
     train(model, optimizer, 10)
     train(other, again, 10)
     assert identical([*model.parameters()], [*other.parameters()]) and statistics(again)["accepted"] > 0
+
+
+class SavesByAnObject(torch.optim.SGD):
+    state_dict = functools.partial(dict)
+
+
+def test_a_method_without_code_is_no_obstacle():
+    optimizer = aadl.accelerate(SavesByAnObject(network().parameters(), lr=0.05))
+    assert statistics(optimizer)["steps"] == 0
 
 
 class LoadsAsEver(torch.optim.SGD):
