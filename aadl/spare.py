@@ -6,6 +6,7 @@ So they are copied before the first of these steps, and return with the plain it
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -47,8 +48,14 @@ class Spare:
                 for key, value in state.items():
                     if value is not momentum and (here := _numbers(value)) is not None:
                         self._kept.append((state, key, here.clone()))
-        except torch.OutOfMemoryError:  # without copies, the iterate returns alone
+        except torch.OutOfMemoryError:
             self._kept = []
+            warnings.warn(
+                "there is no room for a copy of the second moments: if the updates after a candidate are not finite, "
+                "the weights return alone, and ranks that have room for it differ from this one",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def put_back(self, flag: Tensor | bool) -> None:
         """Copy the values back where the flag holds.

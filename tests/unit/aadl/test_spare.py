@@ -81,3 +81,23 @@ def test_a_flag_on_a_device_decides_there():
 def layout_of(optimizer):
     """One whose history holds no momentum."""
     return Layout(optimizer.param_groups[0]["params"], aadl.accelerator_of(optimizer).settings, Ranks(), False, False)
+
+
+def test_no_room_for_the_copies_is_said(monkeypatch):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = aadl.accelerate(torch.optim.Adam([parameter], lr=0.1), **SETTINGS)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    seconds = optimizer.state[parameter]["exp_avg_sq"]
+
+    def clone(tensor):
+        raise torch.OutOfMemoryError(str(tensor.shape))
+
+    spare, layout = Spare(), layout_of(optimizer)
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    with pytest.warns(UserWarning, match="no room for a copy of the second moments"):
+        spare.keep(optimizer, layout, 1)
+    monkeypatch.undo()
+    seconds.fill_(torch.nan)
+    spare.put_back(True)
+    assert bool(seconds.isnan().all())
