@@ -209,7 +209,8 @@ class ResidualAccelerator(ResidualPairs):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._inside:
+        history = self._history
+        if not self._inside or history is None:
             return
         self._inside = False
         self._end_pair()
@@ -223,7 +224,7 @@ class ResidualAccelerator(ResidualPairs):
             self._accelerate(optimizer, closure_of(args, kwargs))
         elif self._residuals is not None and not self._observes and steps % settings.store_each_nth == 0:
             with without_trace(all_parameters(optimizer), is_closure=False):
-                self._store(self._evaluated(self._residuals))
+                self._store(self._evaluated_with_others(history, self._residuals))
         if not self._statistics["accepted"] and steps >= advice.EVENTS * settings.frequency and not self._warned:
             self._warned = True
             advice.warn_of_idleness(self._statistics)
@@ -240,7 +241,7 @@ class ResidualAccelerator(ResidualPairs):
             def evaluated(function: Callable[[], Any], draws: int = 1) -> Tensor:
                 rewind()
                 draw(all_parameters(optimizer), draws)
-                return self._evaluated(function)
+                return self._evaluated_with_others(history, function)
 
             self._store(evaluated(source))
             if self._residuals is not None and not self._trusted:

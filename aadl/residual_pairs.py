@@ -6,7 +6,10 @@ residuals of a step's own evaluation make its pair, which costs no forward pass.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,6 +57,8 @@ class ResidualPairs(Accelerator):
     """Whether the running step began at the weights of the newest pair, so that its residuals can be compared."""
     _has_begun: bool
     """Whether the weights of a pair are stored whose residuals are not stored yet."""
+    _has_failed: bool
+    """Whether an evaluation has failed here, on one of several ranks, and a warning said so."""
     _parts: list[Tensor]
     """Residuals that were observed for the running step, or for the next one."""
     _trial_parts: list[Tensor] | None
@@ -192,7 +197,7 @@ class ResidualPairs(Accelerator):
         """Evaluate the residuals at the present weights, shape (M,), and count the evaluation.
 
         Raises:
-            ValueError: the function returned no tensors, or the closure observed none.
+            NoResidualsError: the function returned no tensors, or the closure observed none.
         """
         given = source is self._residuals or source is self._check
         self._statistics["residual_evaluations" if given else "closure_evaluations"] += 1
@@ -208,11 +213,45 @@ class ResidualPairs(Accelerator):
             return joined(parts)
         if given:
             name = "residuals" if source is self._residuals else "check"
-            raise ValueError(f"{name} must return a tensor, or a list of tensors, got {type(made).__name__}")
-        raise ValueError(
+            raise NoResidualsError(f"{name} must return a tensor, or a list of tensors, got {type(made).__name__}")
+        raise NoResidualsError(
             "the closure must call aadl.accelerator_of(optimizer).observe(r) with the residuals r of its loss, or "
             "aadl.accelerate needs residuals=fn: this closure called no observe"
         )
+
+    def _evaluated_with_others(self, history: ResidualHistory, source: Callable[[], Any]) -> Tensor:
+        """`_evaluated`, or nan where that fails on one of several ranks.
+
+        The others are on their way into the next sum. With nan in it all ranks reject together and train on.
+
+        Raises:
+            Exception: of a process on its own, whatever the function raised; `NoResidualsError` of any.
+        """
+        try:
+            return self._evaluated(source)
+        except NoResidualsError:
+            raise  # a mistake in the program, which all ranks run
+        except Exception as error:
+            if history.ranks.size == 1:
+                raise
+            self._say_that_ranks_reject(error)
+        block = history.residuals
+        if block is None:
+            return torch.full((1,), math.nan, device=history.locals[0].device if history.locals else None)
+        return torch.full_like(block.mapped, math.nan)
+
+    def _say_that_ranks_reject(self, error: Exception) -> None:
+        """Warn once why the ranks took no candidate."""
+        told, self._has_failed = self._has_failed, True
+        if told:
+            return
+        with suppress(Warning):  # where warnings are errors, a warning must not end a step that others go on with
+            warnings.warn(
+                "the ranks reject candidates where the residuals cannot be evaluated on one of them, as on this one: "
+                f"{type(error).__name__}: {error}",
+                UserWarning,
+                stacklevel=2,
+            )
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -252,9 +291,13 @@ class ResidualPairs(Accelerator):
     def _start_over(self) -> None:
         """Be as an accelerator that has seen no step."""
         self._history = None
-        self._observes = self._inside = self._has_begun = self._is_repeated = False
+        self._observes = self._inside = self._has_begun = self._is_repeated = self._has_failed = False
         self._parts, self._versions = [], []
         self._trial_parts = self._known = None
+
+
+class NoResidualsError(ValueError):
+    """A function returned no residuals, or a closure observed none."""
 
 
 def joined(residuals: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Nonlinear GMRES on ranks that have rows of their own."""
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import equal
 from torch.testing import assert_close
 
 import aadl
+from aadl.trial import on_trial
 
 STEPS = 24
 
@@ -152,3 +154,46 @@ def through_a_distributed_checkpoint(rank, size, folder):
 def test_a_distributed_checkpoint_does_not_mix_the_residuals_of_ranks(spawn_ranks, tmp_path):
     (first, same), (second, others) = spawn_ranks(through_a_distributed_checkpoint, 2, tmp_path / "checkpoint")
     assert same and others and first.isdisjoint(second)
+
+
+def that_fails_on_one_rank(rank, size, failing, uses_function):
+    """(weights, counters, warnings) of a run in which rank 1 fails in the evaluations of these numbers."""
+    made, evaluations, own = [], [0], slice(rank * 64 // size, (rank + 1) * 64 // size)
+
+    def evaluate():
+        evaluations[0] += 1
+        if rank == 1 and evaluations[0] in failing:
+            raise RuntimeError("a bad batch")
+
+    def residuals():
+        evaluate()
+        return made[0](INPUTS[own]) - TARGETS[own]
+
+    settings = {"residuals": residuals} if uses_function else {}
+    model, optimizer, accelerator, closure = start(rank, size, replica, frequency=2, **settings)
+    made.append(model)
+
+    def fallible():
+        if on_trial():  # a trial of this closure
+            evaluate()
+        return closure()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            optimizer.step(fallible)
+    said = [str(warning.message) for warning in caught if "ranks reject" in str(warning.message)]
+    return values_of(model), accelerator.statistics, said
+
+
+@pytest.mark.parametrize("uses_function", [False, True])
+@pytest.mark.parametrize("failing", [(1,), (8,), (9,), (8, 10, 13), tuple(range(9, 200))])
+def test_an_evaluation_that_fails_on_one_rank_is_rejected_by_all_and_training_goes_on(
+    spawn_ranks, failing, uses_function
+):
+    here, there = spawn_ranks(that_fails_on_one_rank, 2, failing, uses_function)
+    assert equal(here[0], there[0]) and bool(here[0].isfinite().all())
+    for name in ("attempts", "accepted", "rejected", "resets"):
+        assert here[1][name] == there[1][name], name
+    assert here[1]["accepted"] > 0
+    assert here[2] == [] and len(there[2]) == 1 and "a bad batch" in there[2][0]
