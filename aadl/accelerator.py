@@ -16,9 +16,11 @@ from aadl.decisions import Decisions
 from aadl.history import History
 from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
-from aadl.macro_steps import MacroSteps, Progress
+from aadl.losses import Losses
+from aadl.macro_steps import MacroSteps
 from aadl.outside import OutsideWrites
 from aadl.parameters import all_parameters, makes_momentum, maximizes, tensors_are_fake, trainable_parameters
+from aadl.progress import Progress
 from aadl.ranks import shards_of
 from aadl.settings import Settings
 from aadl.statistics import Statistics
@@ -166,6 +168,7 @@ class AndersonAccelerator(MacroSteps):
             "parameters": positions,
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
+            "losses": {} if fake else self._losses.state(),
         }
         rows = {} if layout is None else layout.rows()
         return {"version": VERSION, "values": json.dumps(plain), "rows": rows}
@@ -193,6 +196,7 @@ class AndersonAccelerator(MacroSteps):
                 )
             Decisions(self.settings).restore(saved)
             Progress(**saved["progress"]), LearningRates(**saved["rates"]), saved["averaged"]
+            Losses(**saved.setdefault("losses", {}))
             OutsideWrites(self.settings.store_each_nth, with_momentum=False).restore(saved["outside"])
             wanted, found = self.settings.map_description(), saved["map"]
             for name, value in wanted.items():
@@ -240,5 +244,5 @@ class AndersonAccelerator(MacroSteps):
         self._decisions.restore(saved)
         self._progress, self._rates = Progress(**saved["progress"]), LearningRates(**saved["rates"])
         self._outside.restore(saved["outside"])
-        self._averaged = bool(saved["averaged"])
+        self._averaged, self._losses = bool(saved["averaged"]), Losses(**saved["losses"])
         self._lacks_history = False

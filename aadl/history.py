@@ -73,6 +73,8 @@ class History:
     """Products of the rows by kind and slot, where they are not stale."""
     stale: list[int] = field(default_factory=list)
     """Slots written since the last call of `gram`."""
+    _rise: Tensor | float = 0.0
+    """Of this rank's losses over the macro-step of the newest pair."""
 
     # ---- macro-steps -----------------------------------------------------------------------------------------------
 
@@ -110,6 +112,7 @@ class History:
         learning_rate_ratio: float = 1.0,
         keep_last: bool = False,
         measure: str = "jump",
+        rise: Tensor | float = 0.0,
     ) -> None:
         """Store the pair (start, values of `tensors`); the next macro-step starts at these values.
 
@@ -118,6 +121,7 @@ class History:
         of the pair before goes where the start was, from where `take` can bring it back. Unless `measure` is "", the
         blocks keep the numbers of `Block.measured`, which `gram` and `measurements` need: s leads to the start from
         the last mapped iterate ("jump") or, where an earlier push has kept one that is still there, from that ("kept").
+        `rise` (`aadl.losses.Losses.rise`) is summed over the ranks with the numbers that decide.
         """
         slot = self.next if self.has_pair else None
         alone = self.partial or self.ranks.size == 1  # replicas must not differ by how they were compiled
@@ -128,7 +132,7 @@ class History:
             self.next = (slot + 1) % self.depth
             self.columns = [*self.columns, column][-self.depth :]
             self.stale = [*(s for s in self.stale if s != slot), slot]
-        self.has_pair = True
+        self.has_pair, self._rise = True, rise
         self.continue_from_mapped()
 
     def clear(self, wipe: bool = False) -> None:
@@ -192,8 +196,14 @@ class History:
         """Inner products by kind, unscaled, columns oldest first, see `gram_with`."""
         return self.gram_with([])[0]
 
+    def _rise_on(self, device: torch.device) -> Tensor:
+        """The rise as a vector of one number."""
+        if isinstance(self._rise, Tensor):
+            return self._rise.to(device, torch.float64).view(1)
+        return torch.full((1,), self._rise, dtype=torch.float64, device=device)
+
     def gram_with(self, own: list[float]) -> tuple[dict[str, Gram], list[float]]:
-        """Inner products by kind, and the numbers `own`, summed over the ranks if the products are (`sums`).
+        """Inner products by kind, and the numbers `own` and the rise, summed over ranks if the products are (`sums`).
 
         One read of DF, one transfer to the host, one sum over the ranks where they hold parts (or lie on devices). Only
         products with columns stored since the last call are computed: with r of them among m columns the ranks exchange
@@ -231,12 +241,14 @@ class History:
             if block.measured is not None:
                 numbers[kinds.index(block.kind)].add_(block.measured[1:].to(device), alpha=weight)
         if not self.sums:
-            message = torch.cat([sums.flatten(1), numbers], 1).cpu()
-            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, message, strict=True)}
-            return rows, own
+            there = torch.cat([sums.flatten(1), numbers], 1)
+            message = torch.cat([there.view(-1), self._rise_on(device)]).cpu()
+            rows_here = message[:-1].view(there.shape)
+            rows = {kind: (row[:-3].view(shape), row[-3:]) for kind, row in zip(kinds, rows_here, strict=True)}
+            return rows, [*own, float(message[-1])]
         needed = needed_products(tuple(self.stale), count)
         rows_there = torch.cat([sums.flatten(1).index_select(1, handed(needed, device)), numbers], 1)
-        message = torch.cat([rows_there.view(-1), handed(host_tensor(own), device)])
+        message = torch.cat([rows_there.view(-1), handed(host_tensor(own), device), self._rise_on(device)])
         message = self.ranks.total(message).cpu()
         rows_here = message[: rows_there.numel()].view(rows_there.shape)
         parts = [(filled_products(row[:-3], needed, shape, self.stale), row[-3:]) for row in rows_here]
@@ -248,11 +260,11 @@ class History:
         return self.ranks.total(sums) if self.partial else sums
 
     def measurements_with(self, own: list[float]) -> tuple[Tensor, Tensor]:
-        """The measurements as a mean over replicas, and the numbers `own` of this rank summed over the ranks."""
+        """The measurements as a mean over replicas, and the numbers `own` and the rise, summed over the ranks."""
         sums = self._own_measurements()
         if self.replicas:
             sums /= self.ranks.size
-        message = torch.cat([sums.view(-1), handed(host_tensor(own), sums.device)])
+        message = torch.cat([sums.view(-1), handed(host_tensor(own), sums.device), self._rise_on(sums.device)])
         message = self.ranks.total(message)
         return message[: sums.numel()].view(sums.shape), message[sums.numel() :]
 

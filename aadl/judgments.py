@@ -154,9 +154,10 @@ class Judgments:
         """
         numbers, sums = step.history.measurements_with([float(step.doubtful), float(self.moves > 0)])
         weights = handed(host_tensor([candidate.weights.get(kind, 0.0) for kind in KINDS]), numbers.device)
-        square, along = weights @ numbers[:, 0], numbers[0, 3]
+        square, along, rise = weights @ numbers[:, 0], numbers[0, 3], sums[2]
+        square, along = torch.where(rise.isnan(), rise, square), torch.where(rise > 0, -math.inf, along)
         if on_host(numbers):
-            values = [float(square), float(along), *sums.tolist(), *numbers[:, 2].tolist()]
+            values = [float(square), float(along), *sums[:2].tolist(), *numbers[:, 2].tolist()]
             self._judged(step, candidate, taking(step, values[0]), values)
             return
         stays = (square <= acceptance.revert_bound(candidate)) & (along >= acceptance.overshoot_bound(candidate))
@@ -164,7 +165,7 @@ class Judgments:
         step.history.put_back(returns, step.tensors)
         step.spare.put_back(returns & ~torch.isfinite(square))
         self.defer(
-            torch.cat([torch.stack([square, along]), sums, numbers[:, 2]]),
+            torch.cat([torch.stack([square, along]), sums[:2], numbers[:, 2]]),
             lambda values: self._judged(step, candidate, step.history.start_from, values),
         )
 

@@ -11,48 +11,39 @@ carried out on the device; the host reads them after the next optimizer step (`D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl import advice, memory
+from aadl import memory
 from aadl.acceptance import Cause, count
-from aadl.attached import Accelerator, warn_once
+from aadl.attached import Accelerator
+from aadl.backward import Watch
 from aadl.block import Tensors
 from aadl.decisions import Decisions
 from aadl.history import Column, History
 from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
+from aadl.losses import Losses
 from aadl.mixing import host_tensor
 from aadl.outside import Change, OutsideWrites
-from aadl.parameters import closure_of, makes_momentum, momentum_of, tensors_are_fake, trainable_parameters
+from aadl.parameters import (
+    all_parameters,
+    closure_of,
+    makes_momentum,
+    maximizes,
+    momentum_of,
+    tensors_are_fake,
+    trainable_parameters,
+)
 from aadl.problem import MacroStep
+from aadl.progress import Progress
 from aadl.ranks import Ranks, ranks_of
 from aadl.spare import Spare
-
-ABANDONED = 10
-"""Macro-steps abandoned in a row before a warning says so."""
-
-
-@dataclass
-class Progress:
-    """Where an accelerator stands between two steps."""
-
-    in_macro_step: int = 0
-    """Steps of the running macro-step that have ended."""
-    is_averaged: bool = False
-    """Local SGD: the weights were averaged within the running macro-step, whose pair is no pair of the map."""
-    abandoned_in_a_row: int = 0
-    """Macro-steps that were abandoned since the last one that ended."""
-    warned: bool = False
-    """Whether a warning has named that."""
-    accelerated_at: int = 0
-    """Number of the macro-step of the last acceleration, accepted or not."""
-    advised: bool = False
-    """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
+from aadl.trial import on_trial
+from aadl.wrappers import Target
 
 
 class MacroSteps(Accelerator):
@@ -69,16 +60,30 @@ class MacroSteps(Accelerator):
     """Stores the pair whose copy to the host is under way."""
 
     _spare: Spare
+    _losses: Losses
     _loss_weight = 1.0
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
+
+    def _attach(self, target: Target) -> None:
+        super()._attach(target)
+        if self.settings.safeguard and not self.settings.idle:
+            self._handles.append(Watch(self._see_backward))
+
+    def _see_backward(self, run: Callable[[], Any], given: dict[str, Any]) -> Any:
+        optimizer = self._optimizer()
+        if optimizer is None or on_trial():
+            return run()
+        return self._losses.see(run, given, all_parameters(optimizer))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.see(optimizer)
         settings, dry = self.settings, self._rates.is_dry
         if settings.idle or self._given_up:
             return
-        if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
+        has_closure = closure_of(args, kwargs) is not None
+        self._losses.begin_step(has_closure)
+        if settings.safeguard == "loss" and not dry and not has_closure:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
         if not settings.local_sgd and not self._outside.is_quiet():
             self._apply(self._outside.before_step(self._gap, self._progress.in_macro_step, self._layout), optimizer)
@@ -100,12 +105,15 @@ class MacroSteps(Accelerator):
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._rates.is_dry:
+            self._losses.end_step(skipped=True)
             self._note_step()
             return
         decisions, progress = self._decisions, self._progress
         decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        is_skipped = found_inf is not None and bool(found_inf)
+        self._losses.end_step(is_skipped)
+        if is_skipped:
             decisions.statistics["skipped_steps"] += 1
             self._note_step()
             return
@@ -194,13 +202,7 @@ class MacroSteps(Accelerator):
         progress.in_macro_step, progress.abandoned_in_a_row = 0, progress.abandoned_in_a_row + 1
         self._outside.end_macro_step()
         self._open_macro_step(optimizer, elsewhere=True)
-        if progress.abandoned_in_a_row == ABANDONED and not progress.warned:
-            progress.warned = True
-            warn_once(
-                f"the last {ABANDONED} macro-steps of this {type(optimizer).__name__} were abandoned, because its "
-                f"parameters are written to between steps, neither after every step nor at equal distances: nothing is "
-                f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
-            )
+        progress.warn_if_abandoned(optimizer)
 
     def _is_changed(self, optimizer: Optimizer) -> bool:
         """Whether somebody has written to the tensors since the last hook."""
@@ -242,11 +244,13 @@ class MacroSteps(Accelerator):
             if due:
                 outside.written, progress.accelerated_at = False, column.macro_step
                 decisions.accelerate(step, accepted)
+                upward = None if step.closure is not None else maximizes(optimizer)
+                self._losses.begin_trial(0 if upward is None else -1 if upward else 1)
             else:
                 assert accepted is not None
                 decisions.judge(step, accepted)
         outside.settle_doubt(decisions.confirmed is not None)
-        self._advise()
+        progress.advise(self.settings, decisions.statistics)
         if progress.is_averaged:  # the pair's start was not where it seems
             history.clear()
         progress.is_averaged = False
@@ -278,8 +282,10 @@ class MacroSteps(Accelerator):
         looks_again = due and decisions.confirmed is not None and not decisions.moves
         measure = "kept" if looks_again else "jump" if due or is_judged or not column.consecutive else ""
 
+        rise = self._losses.rise() if is_judged or looks_again else 0.0
+
         def push() -> None:
-            history.push(tensors, column, ratio, is_judged, measure)
+            history.push(tensors, column, ratio, is_judged, measure, rise)
             if measure and not due and not is_judged:
                 decisions.note_jump(history)
 
@@ -318,16 +324,6 @@ class MacroSteps(Accelerator):
         if settings.local_sgd:  # all ranks come to vote, whatever happened to their own histories
             return True
         return history.has_pair and not self._decisions.is_paused()
-
-    def _advise(self) -> None:
-        """Once advice.EVENTS periods are over, warn if no candidate was accepted in them."""
-        settings, statistics = self.settings, self._decisions.statistics
-        waited = -(-settings.wait_iterations // settings.store_each_nth)
-        if self._progress.advised or (statistics["macro_steps"] - waited) / settings.period < advice.EVENTS:
-            return
-        self._progress.advised = True
-        if not statistics["accepted"]:
-            advice.warn_of_idleness(statistics)
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 
@@ -388,4 +384,4 @@ class MacroSteps(Accelerator):
         self._progress, self._rates = Progress(), LearningRates()
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
         self._layout = self._postponed = None
-        self._averaged, self._spare = False, Spare()
+        self._averaged, self._spare, self._losses = False, Spare(), Losses()

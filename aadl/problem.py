@@ -53,7 +53,8 @@ class Problem(NamedTuple):
     square: float
     """||f||^2 of the newest residual in the norm of the candidate that it judges; 0 without one."""
     along: float
-    """<f, s> over the parameters, with the jump s that led to the start of the newest pair."""
+    """<f, s> over the parameters, with the jump s that led to the start of the newest pair; -inf where the losses of
+    the training have risen since."""
     jump: dict[str, float]
     """||s||^2 by kind, on this rank."""
     here: int
@@ -97,18 +98,18 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(message / ranks.size, columns)
         here = columns - math.ceil(mean)  # as on the rank that leaves out most, if they differ by one
         weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
-    written, doubts, sum_of_moves, squares_of_moves = sums
+    written, doubts, sum_of_moves, squares_of_moves, rise = sums
     differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
     return Problem(
         gram,
         weights,
         square,
-        along,
+        -math.inf if rise > 0 else along,
         {kind: part.jump for kind, part in parts.items()},
         here,
         is_written=written >= step.quorum or differ,
         is_doubtful=doubts >= step.quorum,
-        is_finite=math.isfinite(gram.square + square + float(gram.matrix.sum())),
+        is_finite=math.isfinite(gram.square + square + float(gram.matrix.sum())) and not math.isnan(rise),
         fused=fused == 1,  # else some rank has no compiler, and compiled kernels would round differently
     )
 

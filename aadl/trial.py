@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from aadl.backward import Watch
 from aadl.parameters import all_parameters
 from aadl.trial_values import GRADIENT, Trial
 
@@ -56,8 +57,6 @@ def without_trace(parameters: Sequence[Tensor], is_closure: bool) -> Iterator[Ca
         yield trial.rewind
 
 
-_BACKWARD = "tensors", "grad_tensors", "keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad"
-"""Arguments of the engine."""
 _lock = threading.Lock()
 _stances: dict[Any, Any] = {}
 """A key for each context of `_nothing_compiled`; under None the stance of torch's compiler that they share."""
@@ -72,8 +71,8 @@ _replaced: _Replaced = []
 _replaced_for_notes: _Replaced = []
 """While any trial runs."""
 _ABSENT = object()
-_steps: list[RemovableHandle] = []
-"""The hook that sees the steps of all optimizers while any trial runs."""
+_seen: list[RemovableHandle | Watch] = []
+"""While the trial of any closure runs: the hook on the steps of all optimizers, and the watch on backward passes."""
 
 
 def on_trial() -> bool:
@@ -95,7 +94,7 @@ def _running(trial: Trial, is_closure: bool = True) -> Iterator[Trial]:
             _replace(_replaced_for_notes, _for_notes())
         if not _trials and is_closure:
             _replace(_replaced, _for_closures())
-            _steps.append(register_optimizer_step_pre_hook(_take_gradients))
+            _seen.extend([register_optimizer_step_pre_hook(_take_gradients), Watch(_skip, first=True)])
         outer, outer_notes = _trials.get(thread), _noting_trials.get(thread)
         _noting_trials[thread] = trial
         if is_closure:
@@ -113,8 +112,8 @@ def _running(trial: Trial, is_closure: bool = True) -> Iterator[Trial]:
             _go_back(_trials, thread, outer)
             _go_back(_noting_trials, thread, outer_notes)
             if not _trials:
-                while _steps:
-                    _steps.pop().remove()
+                while _seen:
+                    _seen.pop().remove()
                 _put_back(_replaced)
             if not _noting_trials:
                 _put_back(_replaced_for_notes)
@@ -166,7 +165,6 @@ def _for_notes() -> _Replaced:
 def _for_closures() -> _Replaced:
     """The same of those that read, write and compute gradients."""
     return [
-        (Variable, "_execution_engine", _Engine(Variable._execution_engine)),
         (Tensor, "grad", _OWN_GRADIENT),
         (Tensor, "_grad", _OWN_GRADIENT),
         # the usual ways, for speed alone
@@ -200,25 +198,16 @@ def _take_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trial.clear(all_parameters(optimizer), to_none=True)
 
 
-class _Engine:
-    """Stands for the engine of autograd, through which every backward pass of torch's Python interface goes."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        trial = _trial()
-        given = kwargs if trial is None else dict(zip(_BACKWARD, args, strict=False)) | kwargs
-        if trial is None or not given.get("accumulate_grad"):
-            return self._engine.run_backward(*args, **kwargs)
-        if given.get("create_graph"):
-            trial.differentiate(self._engine.run_backward, given)
-        else:
-            trial.pass_over()
-        return ()
+def _skip(run: Callable[[], Any], given: dict[str, Any]) -> Any:
+    """Skip a backward pass within a trial."""
+    trial = _trial()
+    if trial is None:
+        return run()
+    if given.get("create_graph"):
+        trial.differentiate(Variable._execution_engine.run_backward, given)
+    else:
+        trial.pass_over()
+    return ()
 
 
 def _get(tensor: Tensor) -> Tensor | None:

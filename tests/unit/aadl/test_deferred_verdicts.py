@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from histories import copy_histories_to_the_host
-from small_runs import flat, identical, network, train
+from small_runs import flat, identical, network, squared_error, train
 
 import aadl
 from aadl import decisions, judgments
@@ -21,14 +21,14 @@ SCHEDULES = {
 }
 
 
-def train_network(settings, steps=80, optimizer_class=torch.optim.SGD, broken_at=None, **options):
-    """Weights after every step, and the statistics; the gradient of one step may be nan."""
+def train_network(settings, steps=80, optimizer_class=torch.optim.SGD, broken_at=(), broken=None, **options):
+    """Weights after every step, and the statistics; some steps may have another loss."""
     model = network()
     optimizer = optimizer_class(model.parameters(), **({"lr": 0.4} | options))
     aadl.accelerate(optimizer, history_depth=4, **settings)
     weights = []
     for step in range(steps):
-        train(model, optimizer, 1, **({"loss": not_a_number} if step == broken_at else {}))
+        train(model, optimizer, 1, **({"loss": broken} if step in broken_at else {}))
         weights.append(flat(model))
     return weights, copy.deepcopy(aadl.accelerator_of(optimizer).statistics)
 
@@ -60,10 +60,20 @@ def test_second_moments_return_once_where_an_update_is_not_finite(monkeypatch):
     reverted = 0
     for broken_at in range(20, 36):
         with monkeypatch.context() as patched:
-            (weights, statistics), (deferred, later) = outcomes(patched, settings, broken_at=broken_at, **adam)
+            broken = {"broken_at": [broken_at], "broken": not_a_number}
+            (weights, statistics), (deferred, later) = outcomes(patched, settings, **broken, **adam)
         assert same(weights, deferred) and identical(statistics, later), broken_at
         reverted += statistics["reverted"]
     assert reverted > 0
+
+
+@pytest.mark.parametrize("amount", [math.nan, 10.0])
+def test_losses_that_speak_against_a_candidate(amount, monkeypatch):
+    settings = {"wait_iterations": 10, "store_each_nth": 5, "frequency": 10, "average": False, "safeguard": "residual"}
+    broken = {"broken_at": range(20, 25), "broken": lambda model: squared_error(model) + amount}
+    (weights, statistics), (deferred, later) = outcomes(monkeypatch, settings, lr=0.02, steps=40, **broken)
+    assert same(weights, deferred) and identical(statistics, later)
+    assert statistics["reverted"] == 1 and statistics["resets"] == ({} if amount == 10 else {"non_finite": 1})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

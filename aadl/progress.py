@@ -1,0 +1,52 @@
+"""Where an accelerator stands between two steps, and the two warnings that come once it has stood still for long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from aadl import advice
+from aadl.attached import warn_once
+from aadl.settings import Settings
+from aadl.statistics import Statistics
+
+ABANDONED = 10
+"""Macro-steps abandoned in a row before a warning says so."""
+
+
+@dataclass
+class Progress:
+    """Where an accelerator stands between two steps."""
+
+    in_macro_step: int = 0
+    """Steps of the running macro-step that have ended."""
+    is_averaged: bool = False
+    """Local SGD: the weights were averaged within the running macro-step, whose pair is no pair of the map."""
+    abandoned_in_a_row: int = 0
+    """Macro-steps that were abandoned since the last one that ended."""
+    warned: bool = False
+    """Whether a warning has named that."""
+    accelerated_at: int = 0
+    """Number of the macro-step of the last acceleration, accepted or not."""
+    advised: bool = False
+    """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
+
+    def warn_if_abandoned(self, optimizer: Optimizer) -> None:
+        """Warn, once, where ABANDONED macro-steps in a row were abandoned."""
+        if self.abandoned_in_a_row == ABANDONED and not self.warned:
+            self.warned = True
+            warn_once(
+                f"the last {ABANDONED} macro-steps of this {type(optimizer).__name__} were abandoned, because its "
+                f"parameters are written to between steps, neither after every step nor at equal distances: nothing is "
+                f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
+            )
+
+    def advise(self, settings: Settings, statistics: Statistics) -> None:
+        """Once advice.EVENTS periods are over, warn if no candidate was accepted in them."""
+        waited = -(-settings.wait_iterations // settings.store_each_nth)
+        if self.advised or (statistics["macro_steps"] - waited) / settings.period < advice.EVENTS:
+            return
+        self.advised = True
+        if not statistics["accepted"]:
+            advice.warn_of_idleness(statistics)
