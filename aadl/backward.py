@@ -14,10 +14,9 @@ from typing import Any
 
 from torch.autograd import Variable
 
-Watcher = Callable[[Callable[[], Any], dict[str, Any]], Any]
-"""Called with a function that runs the pass, and with the arguments of torch's engine; returns what the pass returns.
-
-It is asked about passes that accumulate gradients, not about torch.autograd.grad."""
+Watcher = Callable[[Callable[[], Any], Any, Any], Any]
+"""Called with a function that runs the pass, and with the arguments and keywords of torch's engine (`named`); returns
+what the pass returns. It is asked about passes that accumulate gradients, not about torch.autograd.grad."""
 
 _ARGUMENTS = "tensors", "grad_tensors", "keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad"
 _NAME = "_execution_engine"
@@ -57,15 +56,20 @@ class _Engine:
         return getattr(self.engine, name)
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         run = functools.partial(self.engine.run_backward, *args, **kwargs)
-        for reference in reversed(_watchers) if given.get("accumulate_grad") else ():
-            watcher = reference()
-            if watcher is None:
-                _forget(reference)
-            else:
-                run = functools.partial(watcher, run, given)
+        if kwargs.get("accumulate_grad") or named(args, kwargs).get("accumulate_grad"):
+            for reference in reversed(_watchers):
+                watcher = reference()
+                if watcher is None:
+                    _forget(reference)
+                else:
+                    run = functools.partial(watcher, run, args, kwargs)
         return run()
+
+
+def named(args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments of torch's engine by name."""
+    return {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
 
 
 def _forget(reference: Callable[[], Watcher | None]) -> None:

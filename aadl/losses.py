@@ -21,7 +21,7 @@ WINDOW = 10
 FEWEST = 4
 """Losses after a candidate that are compared: that all of them lie above WINDOW others is chance in 1 of 1,001 cases
 (of 184,756 with ten)."""
-MOST = 64
+MOST = 4096
 """Losses that are kept, of one step and after a candidate."""
 Number = float | Tensor
 """A Python number from a host, so that nothing is kept of its graph; else a tensor of no dimension on its device."""
@@ -42,53 +42,55 @@ class Losses:
     ) -> None:
         self.recent, self.since, self.highest, self.sign = list(recent), list(since), highest, sign
         self._coming: list[Number] = []
+        self.sample: list[Tensor] = []
         self._in_closure = self._is_noted = False
 
-    def see(self, run: Callable[[], Any], given: dict[str, Any], parameters: Sequence[Tensor]) -> Any:
+    def see(self, run: Callable[[], Any], given: Sequence[Any]) -> Any:
         """Run a backward pass, and note the losses at which it begins, times the gradients that they are given.
 
         The product is what the pass minimizes: `(-loss).backward()` and `loss.backward(-one)` are the same. A step
         that evaluates its closure at several points tells by the first one what the loss is. Passed over are losses
-        that change no gradient of the parameters, or whose gradients are dropped before the next pass (skipped steps),
+        that change no gradient of the sample, or whose gradients are dropped before the next pass (skipped steps),
         tensors of several numbers, and all while a CUDA graph is captured.
 
         Args:
             run: runs the pass.
-            given: arguments of torch's engine.
-            parameters: those of the optimizer.
+            given: arguments of torch's engine, of which the first two are the tensors and their gradients.
         """
-        gradients = [p.grad for p in parameters]
-        versions = [None if gradient is None else gradient._version for gradient in gradients]
-        if not self._is_noted and all(gradient is None for gradient in gradients):
+        before = [p.grad for p in self.sample]
+        versions = [gradient._version if gradient is not None else None for gradient in before]
+        if self._coming and not self._is_noted and versions.count(None) == len(versions):
             self._coming = []  # no step was made with the gradients of these losses
         result = run()
-        for p, gradient, version in zip(parameters, gradients, versions, strict=True):
-            if p.grad is not gradient or (gradient is not None and gradient._version != version):
-                self._note_roots(given)
-                break
+        if not self._is_noted and len(given) > 1:
+            for p, gradient, version in zip(self.sample, before, versions, strict=True):
+                now = p.grad
+                if now is not gradient or (now is not None and now._version != version):
+                    self._note(given[0], given[1])
+                    break
         return result
 
-    def _note_roots(self, given: dict[str, Any]) -> None:
-        if self._is_noted:
-            return
+    def _note(self, roots: Sequence[Any], gradients: Sequence[Any]) -> None:
         self._is_noted = self._in_closure
-        for root, gradient in zip(given.get("tensors", ()), given.get("grad_tensors", ()), strict=False):
-            if isinstance(root, Tensor) and isinstance(gradient, Tensor) and root.numel() == 1 == gradient.numel():
-                self._note(local(root.detach()), local(gradient.detach()))
-
-    def _note(self, loss: Tensor, gradient: Tensor) -> None:
-        if type(loss) not in PLAIN or not loss.is_floating_point() or loss.is_meta:
-            return
-        if len(self._coming) == MOST:  # nobody steps
-            del self._coming[0]
-        if loss.device.type == "cpu":
-            self._coming.append(float(loss) * float(gradient))
-        elif loss.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            self._coming.append((loss * gradient).view(()))
+        for root, gradient in zip(roots, gradients, strict=False):
+            loss, factor = _number(root), _number(gradient)
+            if loss is not None and factor is not None:
+                if len(self._coming) == MOST:  # nobody steps
+                    del self._coming[0]
+                self._coming.append(loss * factor)
 
     def begin_step(self, has_closure: bool) -> None:
         """Note that a step begins, within which its closure may be called several times."""
         self._in_closure, self._is_noted = has_closure, False
+
+    def choose(self, parameters: Sequence[Tensor]) -> None:
+        """Choose those whose gradients tell that a loss is one of this training: the first one and the last one.
+
+        Args:
+            parameters: those of the optimizer, after a step; without gradients at that time are those that it leaves.
+        """
+        used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
+        self.sample = used[:1] + used[1:][-1:]
 
     def end_step(self, skipped: bool) -> None:
         """Take over the losses of a step; those of a skipped one moved nothing."""
@@ -124,6 +126,18 @@ class Losses:
         values = [self.recent, self.since, [self.highest]]
         recent, since, (highest,) = ([float(number) for number in numbers] for numbers in values)
         return {"recent": recent, "since": since, "highest": highest, "sign": self.sign}
+
+
+def _number(tensor: Any) -> Number | None:
+    """A tensor of one number without its graph; None for anything else."""
+    here: Tensor | None = tensor if type(tensor) is Tensor else local(tensor) if isinstance(tensor, Tensor) else None
+    if here is None or type(here) not in PLAIN or here.numel() != 1 or not here.is_floating_point():
+        return None
+    if here.is_cpu:
+        return float(here.item())
+    if here.is_meta or (here.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return here.detach().view(())
 
 
 def _joined(numbers: list[Number]) -> Tensor:

@@ -42,7 +42,6 @@ from aadl.problem import MacroStep
 from aadl.progress import Progress
 from aadl.ranks import Ranks, ranks_of
 from aadl.spare import Spare
-from aadl.trial import on_trial
 from aadl.wrappers import Target
 
 
@@ -70,11 +69,14 @@ class MacroSteps(Accelerator):
         if self.settings.safeguard and not self.settings.idle:
             self._handles.append(Watch(self._see_backward))
 
-    def _see_backward(self, run: Callable[[], Any], given: dict[str, Any]) -> Any:
-        optimizer = self._optimizer()
-        if optimizer is None or on_trial():
-            return run()
-        return self._losses.see(run, given, all_parameters(optimizer))
+    def _see_backward(self, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+        del kwargs
+        return self._losses.see(run, args)
+
+    def _new_losses(self, **seen: Any) -> Losses:
+        losses = Losses(**seen)
+        losses.choose(all_parameters(self.optimizer))
+        return losses
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.see(optimizer)
@@ -224,6 +226,7 @@ class MacroSteps(Accelerator):
         if layout is None or not (layout.parameters or layout.history.partial):
             return
         decisions, progress, outside, history = self._decisions, self._progress, self._outside, layout.history
+        self._losses.choose(layout.parameters)
         look = outside.look(optimizer)
         change = Change.NONE if self.settings.local_sgd else outside.after_macro_step(look, self._gap, history)
         leap = outside.end_macro_step()
@@ -384,4 +387,4 @@ class MacroSteps(Accelerator):
         self._progress, self._rates = Progress(), LearningRates()
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
         self._layout = self._postponed = None
-        self._averaged, self._spare, self._losses = False, Spare(), Losses()
+        self._averaged, self._spare, self._losses = False, Spare(), self._new_losses()

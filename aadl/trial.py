@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from aadl.backward import Watch
+from aadl.backward import Watch, named
 from aadl.parameters import all_parameters
 from aadl.trial_values import GRADIENT, Trial
 
@@ -198,11 +198,12 @@ def _take_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trial.clear(all_parameters(optimizer), to_none=True)
 
 
-def _skip(run: Callable[[], Any], given: dict[str, Any]) -> Any:
+def _skip(run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
     """Skip a backward pass within a trial."""
     trial = _trial()
     if trial is None:
         return run()
+    given = named(args, kwargs)
     if given.get("create_graph"):
         trial.differentiate(Variable._execution_engine.run_backward, given)
     else:
