@@ -79,6 +79,11 @@ class AndersonAccelerator(MacroSteps):
         return self._decisions
 
     @property
+    def losses(self) -> Losses:
+        """The losses of the training that were seen of late. For inspection."""
+        return self._losses
+
+    @property
     def steps_in_macro_step(self) -> int:
         """Steps of the running macro-step that have ended."""
         return self._progress.in_macro_step

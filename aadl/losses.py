@@ -33,15 +33,19 @@ class Losses:
     Args:
         recent: the last WINDOW ones.
         since: those since the last acceleration.
-        highest: of those before it, times the sign, the highest; inf if there is none.
+        highest: of the WINDOW ones before it, times the sign, the highest finite one; inf if there is none.
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
+
+    Attributes:
+        coming: those since the last step.
+        sample: parameters whose gradients tell that a loss is one of this training.
     """
 
     def __init__(
         self, recent: Sequence[Number] = (), since: Sequence[Number] = (), highest: Number = math.inf, sign: int = 0
     ) -> None:
         self.recent, self.since, self.highest, self.sign = list(recent), list(since), highest, sign
-        self._coming: list[Number] = []
+        self.coming: list[Number] = []
         self.sample: list[Tensor] = []
         self._in_closure = self._is_noted = False
 
@@ -59,8 +63,8 @@ class Losses:
         """
         before = [p.grad for p in self.sample]
         versions = [gradient._version if gradient is not None else None for gradient in before]
-        if self._coming and not self._is_noted and versions.count(None) == len(versions):
-            self._coming = []  # no step was made with the gradients of these losses
+        if self.coming and not self._is_noted and versions.count(None) == len(versions):
+            self.coming = []  # no step was made with the gradients of these losses
         result = run()
         if not self._is_noted and len(given) > 1:
             for p, gradient, version in zip(self.sample, before, versions, strict=True):
@@ -75,16 +79,16 @@ class Losses:
         for root, gradient in zip(roots, gradients, strict=False):
             loss, factor = _number(root), _number(gradient)
             if loss is not None and factor is not None:
-                if len(self._coming) == MOST:  # nobody steps
-                    del self._coming[0]
-                self._coming.append(loss * factor)
+                if len(self.coming) == MOST:  # nobody steps
+                    del self.coming[0]
+                self.coming.append(loss * factor)
 
     def begin_step(self, has_closure: bool) -> None:
         """Note that a step begins, within which its closure may be called several times."""
         self._in_closure, self._is_noted = has_closure, False
 
     def choose(self, parameters: Sequence[Tensor]) -> None:
-        """Choose those whose gradients tell that a loss is one of this training: the first one and the last one.
+        """Choose the sample: the first and the last one of the parameters in use.
 
         Args:
             parameters: those of the optimizer, after a step; without gradients at that time are those that it leaves.
@@ -95,7 +99,7 @@ class Losses:
     def end_step(self, skipped: bool) -> None:
         """Take over the losses of a step; those of a skipped one moved nothing."""
         self._in_closure = self._is_noted = False
-        coming, self._coming = self._coming, []
+        coming, self.coming = self.coming, []
         if not skipped:
             self.recent = [*self.recent, *coming][-WINDOW:]
             self.since = [*self.since, *coming][:MOST]
@@ -103,7 +107,7 @@ class Losses:
     def begin_trial(self, sign: int) -> None:
         """Note that a candidate may have been accepted; for the sign see the class."""
         self.since, self.highest, self.sign = [], math.inf, sign
-        if sign and self.recent:
+        if sign and len(self.recent) == WINDOW:
             values = sign * _joined(self.recent)
             highest = torch.where(values.isfinite(), values, -math.inf).max()
             self.highest = torch.where(highest.isfinite(), highest, math.inf)

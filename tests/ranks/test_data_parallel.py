@@ -140,15 +140,15 @@ def test_the_messages_of_an_acceleration_take_a_kilobyte(world, name):
     for outcome in (outcome[name] for outcome in outcomes):
         counts = outcome["statistics"]
         assert outcome["own"][0].pop(0) == ("all_reduce", 8)  # whether all ranks have room for their histories
-        words = {8: 0, 24: 0, 80: 0}
+        words = {8: 0, 24: 0, 88: 0}
         for calls, events in zip(outcome["own"], outcome["events"], strict=True):
             assert {call for call, _ in calls} <= {"all_reduce"} and events <= 1
             sizes = [size for _, size in calls]
-            assert sizes in ([], [80]) if not events else sizes[0] <= 1024 and sizes[1:] in ([], [8], [8, 24])
+            assert sizes in ([], [88]) if not events else sizes[0] <= 1024 and sizes[1:] in ([], [8], [8, 24])
             for size in sizes[events:]:
                 words[size] += 1
         assert sum(outcome["events"]) >= counts["attempts"] > 0
-        assert words[8] <= counts["attempts"] and words[80] <= counts["accepted"]
+        assert words[8] <= counts["attempts"] and words[88] <= counts["accepted"]
         assert 2 * words[24] == counts["closure_evaluations"]
         assert (words[24] > 0) == closure  # also shows that the counter misses nothing
     assert not any(outcomes[0]["each alone"]["own"])  # nothing to agree upon

@@ -270,7 +270,7 @@ def test_the_losses_of_a_trial_are_not_those_of_the_training():
     optimizer = aadl.accelerate(KINDS["SGD"](model.parameters()), **SETTINGS | {"safeguard": True})
     train(model, optimizer, 20, with_closure=True)
     assert statistics(optimizer)["accepted"] == 1 and statistics(optimizer)["closure_evaluations"] == 2
-    seen = aadl.accelerator_of(optimizer)._losses
+    seen = aadl.accelerator_of(optimizer).losses
     assert len(seen.recent) == WINDOW and seen.since == []
     train(model, optimizer, 5, with_closure=True, loss=plus(10.0))
     assert statistics(optimizer)["reverted"] == 0
@@ -345,7 +345,7 @@ def test_backward_passes_without_steps_fill_no_memory(monkeypatch):
     model, optimizer = accelerated()
     for _ in range(40):
         squared_error(model).backward()
-    assert len(aadl.accelerator_of(optimizer)._losses._coming) == 12
+    assert len(aadl.accelerator_of(optimizer).losses.coming) == 12
 
 
 def test_the_rise_on_a_device():
