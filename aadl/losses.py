@@ -100,7 +100,7 @@ class Losses:
         """Take over the losses of a step; those of a skipped one moved nothing."""
         self._in_closure = self._is_noted = False
         coming, self.coming = self.coming, []
-        if not skipped:
+        if coming and not skipped:
             self.recent = [*self.recent, *coming][-WINDOW:]
             self.since = [*self.since, *coming][:MOST]
 
