@@ -79,6 +79,11 @@ class AndersonAccelerator(MacroSteps):
         return self._decisions
 
     @property
+    def losses(self) -> Losses:
+        """The losses of the training that were seen of late. For inspection."""
+        return self._losses
+
+    @property
     def steps_in_macro_step(self) -> int:
         """Steps of the running macro-step that have ended."""
         return self._progress.in_macro_step
@@ -136,7 +141,7 @@ class AndersonAccelerator(MacroSteps):
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._decisions.settle()
         super().remove()
-        self._layout = self._postponed = None
+        self._layout, self._postponed, self._losses = None, None, Losses()
         self._spare.drop()
 
     # ---- state -----------------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ class AndersonAccelerator(MacroSteps):
             "parameters": positions,
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
-            "losses": {} if fake else self._losses.state(),
+            "losses": {} if fake else self._losses.state([] if optimizer is None else all_parameters(optimizer)),
         }
         rows = {} if layout is None else layout.rows()
         return {"version": VERSION, "values": json.dumps(plain), "rows": rows}

@@ -7,6 +7,7 @@ gradients look like those before: behind the boundary of a logarithm, or onto a 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ WINDOW = 10
 FEWEST = 4
 """Losses after a candidate that are compared: that all of them lie above WINDOW others is chance in 1 of 1,001 cases
 (of 184,756 with ten)."""
+RISING = 1.5
+"""Losses rise before a candidate where the means of the halves of WINDOW differ by this many standard deviations of a
+loss within a half: chance in 1 of 40 cases, and 3.5 where the losses lie on a straight line."""
 MOST = 4096
 """Losses that are kept, of one step and after a candidate."""
 Number = float | Tensor
@@ -33,58 +37,89 @@ class Losses:
     Args:
         recent: the last WINDOW ones.
         since: those since the last acceleration.
-        highest: of those before it, times the sign, the highest; inf if there is none.
+        highest: of the WINDOW ones before it, times the sign, the highest finite one; inf if there is none, or if they
+            rose already.
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
+        begun: whether a step was made.
+        places: of the sample among the parameters of the optimizer; empty for those that `choose` takes.
+
+    Attributes:
+        coming: those since the last step.
+        sample: parameters whose gradients tell that a loss is one of this training.
     """
 
     def __init__(
-        self, recent: Sequence[Number] = (), since: Sequence[Number] = (), highest: Number = math.inf, sign: int = 0
+        self,
+        recent: Sequence[Number] = (),
+        since: Sequence[Number] = (),
+        highest: Number = math.inf,
+        sign: int = 0,
+        begun: bool = False,
+        places: Sequence[int] = (),
     ) -> None:
         self.recent, self.since, self.highest, self.sign = list(recent), list(since), highest, sign
-        self._coming: list[Number] = []
+        self.coming: list[Number] = []
         self.sample: list[Tensor] = []
-        self._in_closure = self._is_noted = False
+        self._places = [int(place) for place in places]
+        self._left: list[int | None] = []
+        self._steps, self._thread = 0, threading.get_ident() if begun else None
+        self.in_closure = self._is_noted = False
 
-    def see(self, run: Callable[[], Any], given: Sequence[Any]) -> Any:
-        """Run a backward pass, and note the losses at which it begins, times the gradients that they are given.
+    def look(self, roots: Sequence[Any], gradients: Sequence[Any]) -> Callable[[], None] | None:
+        """Look at a backward pass that begins; return what notes its losses once it has ended, or None.
 
-        The product is what the pass minimizes: `(-loss).backward()` and `loss.backward(-one)` are the same. A step
-        that evaluates its closure at several points tells by the first one what the loss is. Passed over are losses
-        that change no gradient of the sample, or whose gradients are dropped before the next pass (skipped steps),
-        tensors of several numbers, and all while a CUDA graph is captured.
+        What counts is the sign of the gradients that the losses are given: `(-loss).backward()` and
+        `loss.backward(-one)` minimize the same, and neither that size nor a constant factor of the loss (the scale of
+        a GradScaler) tells how good it is. A step that evaluates its closure at several points tells by the first one
+        what the loss is. Passed over are losses that change no gradient of the sample, or whose gradients somebody
+        writes to or drops before the next pass (skipped steps); passes within others (reentrant checkpoints), or with
+        steps in them; passes of other threads than the one that makes the steps, because nobody may look at gradients
+        that another thread computes; tensors of several numbers; and all within torch's dispatch modes, or while a
+        CUDA graph is captured.
 
         Args:
-            run: runs the pass.
-            given: arguments of torch's engine, of which the first two are the tensors and their gradients.
+            roots: the tensors at which the pass begins.
+            gradients: those that are given to them.
         """
-        before = [p.grad for p in self.sample]
-        versions = [gradient._version if gradient is not None else None for gradient in before]
-        if self._coming and not self._is_noted and versions.count(None) == len(versions):
-            self._coming = []  # no step was made with the gradients of these losses
-        result = run()
-        if not self._is_noted and len(given) > 1:
-            for p, gradient, version in zip(self.sample, before, versions, strict=True):
-                now = p.grad
-                if now is not gradient or (now is not None and now._version != version):
-                    self._note(given[0], given[1])
-                    break
-        return result
+        sample, steps = self.sample, self._steps
+        if not sample or not self.are_here() or torch._C._current_graph_task_id() != -1:
+            return None
+        before = [p.grad for p in sample]
+        versions = list(map(_version, before))
+        if self._is_noted:
+            return None
+        if self.coming and versions != self._left:
+            self.coming = []  # no step was made with the gradients of these losses
+        factors = list(map(_factor, roots))
 
-    def _note(self, roots: Sequence[Any], gradients: Sequence[Any]) -> None:
-        self._is_noted = self._in_closure
-        for root, gradient in zip(roots, gradients, strict=False):
-            loss, factor = _number(root), _number(gradient)
-            if loss is not None and factor is not None:
-                if len(self._coming) == MOST:  # nobody steps
-                    del self._coming[0]
-                self._coming.append(loss * factor)
+        def note() -> None:
+            now = [p.grad for p in sample]
+            left = list(map(_version, now))
+            if steps == self._steps and any(
+                gradient is not None and (gradient is not old or version != old_version)
+                for gradient, old, version, old_version in zip(now, before, left, versions, strict=True)
+            ):
+                self._left, self._is_noted = left, self.in_closure
+                numbers = map(_told, roots, gradients, factors)
+                self.coming = [*self.coming, *(number for number in numbers if number is not None)][-MOST:]
+
+        return note
+
+    def are_here(self) -> bool:
+        """Whether this thread makes the steps."""
+        return self._thread == threading.get_ident()
 
     def begin_step(self, has_closure: bool) -> None:
         """Note that a step begins, within which its closure may be called several times."""
-        self._in_closure, self._is_noted = has_closure, False
+        self.in_closure, self._is_noted = has_closure, False
+        self._steps, self._thread = self._steps + 1, threading.get_ident()
+
+    def abandon_step(self) -> None:
+        """Note that the last step has ended with an exception."""
+        self.in_closure = self._is_noted = False
 
     def choose(self, parameters: Sequence[Tensor]) -> None:
-        """Choose those whose gradients tell that a loss is one of this training: the first one and the last one.
+        """Choose the sample: the first and the last one of the parameters in use.
 
         Args:
             parameters: those of the optimizer, after a step; without gradients at that time are those that it leaves.
@@ -92,21 +127,31 @@ class Losses:
         used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
         self.sample = used[:1] + used[1:][-1:]
 
+    def choose_again(self, parameters: Sequence[Tensor]) -> None:
+        """Take the sample of the saved losses, or choose one."""
+        places, self._places = self._places, []
+        self.sample = [parameters[place] for place in places if 0 <= place < len(parameters)]
+        if not self.sample:
+            self.choose(parameters)
+
     def end_step(self, skipped: bool) -> None:
         """Take over the losses of a step; those of a skipped one moved nothing."""
-        self._in_closure = self._is_noted = False
-        coming, self._coming = self._coming, []
-        if not skipped:
+        self.in_closure = self._is_noted = False
+        coming, self.coming = self.coming, []
+        if coming and not skipped:
             self.recent = [*self.recent, *coming][-WINDOW:]
             self.since = [*self.since, *coming][:MOST]
 
     def begin_trial(self, sign: int) -> None:
         """Note that a candidate may have been accepted; for the sign see the class."""
         self.since, self.highest, self.sign = [], math.inf, sign
-        if sign and self.recent:
+        if sign and len(self.recent) == WINDOW:
             values = sign * _joined(self.recent)
             highest = torch.where(values.isfinite(), values, -math.inf).max()
-            self.highest = torch.where(highest.isfinite(), highest, math.inf)
+            earlier, later = values.view(2, -1).mean(1)
+            deviation = values.view(2, -1).var(1).mean().sqrt()
+            rises = later - earlier > RISING * deviation
+            self.highest = torch.where(highest.isfinite() & ~rises, highest, math.inf)
 
     def rise(self) -> Number:
         """How far the losses since the candidate lie above those before it: min(since) - max(before).
@@ -121,17 +166,57 @@ class Losses:
         rise = values.min() - self.highest if len(since) >= FEWEST else 0 * values[0]
         return torch.where(values.isfinite().all(), torch.where(rise.isfinite(), rise, 0.0), math.nan)
 
-    def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+    def state(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Plain values for a checkpoint.
+
+        Args:
+            parameters: all those of the optimizer.
+        """
         values = [self.recent, self.since, [self.highest]]
         recent, since, (highest,) = ([float(number) for number in numbers] for numbers in values)
-        return {"recent": recent, "since": since, "highest": highest, "sign": self.sign}
+        where = {id(p): place for place, p in enumerate(parameters)}
+        places = [where[id(p)] for p in self.sample if id(p) in where]
+        begun = self._thread is not None
+        return {
+            "recent": recent, "since": since, "highest": highest, "sign": self.sign, "begun": begun, "places": places
+        }  # fmt: skip
+
+
+def _version(gradient: Tensor | None) -> int | None:
+    """Changes when somebody writes to the gradient; inference tensors do not say."""
+    return None if gradient is None else -1 if gradient.is_inference() else gradient._version
+
+
+def _factor(root: Any) -> Tensor | None:
+    """The constant of a loss that is a product with one, as a GradScaler makes it; None if there is none.
+
+    Asked before the pass, which frees it. A saved tensor with hooks stays as it is, because these may compute it again.
+    """
+    node = getattr(root, "grad_fn", None)
+    if node is None or node.name() != "MulBackward0":
+        return None
+    held = (getattr(getattr(node, f"_raw_saved_{side}", None), "data", None) for side in ("self", "other"))
+    constants = [constant for constant in held if isinstance(constant, Tensor)]
+    return constants[0] if len(constants) == 1 else None
+
+
+def _told(root: Any, gradient: Any, factor: Tensor | None) -> Number | None:
+    """What is minimized: the loss without its constant factor, with the sign of its gradient; None if nothing tells."""
+    loss, given, scale = _number(root), _number(gradient), 1.0 if factor is None else _number(factor)
+    if loss is None or given is None:
+        return None
+    loss = loss * (given.sign() if isinstance(given, Tensor) else (given > 0) - (given < 0))
+    if isinstance(scale, Tensor):
+        return loss / torch.where(scale == 0, 1.0, scale.abs())
+    return loss / abs(scale) if scale else loss
 
 
 def _number(tensor: Any) -> Number | None:
     """A tensor of one number without its graph; None for anything else."""
     here: Tensor | None = tensor if type(tensor) is Tensor else local(tensor) if isinstance(tensor, Tensor) else None
-    if here is None or type(here) not in PLAIN or here.numel() != 1 or not here.is_floating_point():
+    if here is None or type(here) not in PLAIN or here.numel() != 1 or torch._C._len_torch_dispatch_stack():
+        return None
+    if not here.is_floating_point():
         return None
     if here.is_cpu:
         return float(here.item())

@@ -25,6 +25,7 @@ from aadl.block import Tensors
 from aadl.decisions import Decisions
 from aadl.history import Column, History
 from aadl.history_layout import Layout
+from aadl.hooks import steps_around
 from aadl.learning_rates import LearningRates
 from aadl.losses import Losses
 from aadl.mixing import host_tensor
@@ -69,13 +70,17 @@ class MacroSteps(Accelerator):
         if self.settings.safeguard and not self.settings.idle:
             self._handles.append(Watch(self._see_backward))
 
-    def _see_backward(self, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        del kwargs
-        return self._losses.see(run, args)
+    def _see_backward(self, given: dict[str, Any]) -> Callable[[], None] | None:
+        losses, optimizer = self._losses, self._optimizer()
+        if optimizer is None or not losses.are_here():
+            return None
+        if losses.in_closure and not steps_around(optimizer, 1):
+            losses.abandon_step()
+        return losses.look(given.get("tensors", ()), given.get("grad_tensors", ()))
 
     def _new_losses(self, **seen: Any) -> Losses:
         losses = Losses(**seen)
-        losses.choose(all_parameters(self.optimizer))
+        losses.choose_again(all_parameters(self.optimizer))
         return losses
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -347,6 +352,7 @@ class MacroSteps(Accelerator):
 
     def _let_go(self) -> None:
         self._spare.drop()
+        self._losses = Losses()
         self._layout = self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
 
     def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:

@@ -221,7 +221,7 @@ def with_checkpoints(model, optimizer):
         (as_vector, 0),
         (by_grad, 0),
         (of_another_model, 0),
-        (in_another_thread, 1),
+        (in_another_thread, 0),
         (into_gradients_that_are_there, 1),
         (with_checkpoints, 0),
     ],
@@ -270,7 +270,7 @@ def test_the_losses_of_a_trial_are_not_those_of_the_training():
     optimizer = aadl.accelerate(KINDS["SGD"](model.parameters()), **SETTINGS | {"safeguard": True})
     train(model, optimizer, 20, with_closure=True)
     assert statistics(optimizer)["accepted"] == 1 and statistics(optimizer)["closure_evaluations"] == 2
-    seen = aadl.accelerator_of(optimizer)._losses
+    seen = aadl.accelerator_of(optimizer).losses
     assert len(seen.recent) == WINDOW and seen.since == []
     train(model, optimizer, 5, with_closure=True, loss=plus(10.0))
     assert statistics(optimizer)["reverted"] == 0
@@ -345,7 +345,7 @@ def test_backward_passes_without_steps_fill_no_memory(monkeypatch):
     model, optimizer = accelerated()
     for _ in range(40):
         squared_error(model).backward()
-    assert len(aadl.accelerator_of(optimizer)._losses._coming) == 12
+    assert len(aadl.accelerator_of(optimizer).losses.coming) == 12
 
 
 def test_the_rise_on_a_device():
@@ -364,3 +364,95 @@ def test_the_rise_on_a_device():
         each.begin_trial(0)
         each.since = [kind(value) for value in (1.0, math.inf)]
         assert math.isnan(float(each.rise()))
+
+
+@pytest.mark.parametrize("growth_interval", [20, 100])
+def test_the_scale_of_a_scaler_is_no_loss(growth_interval):
+    """It grows when a candidate was accepted."""
+    runs = []
+    for interval in (10_000, growth_interval):
+        model = network()
+        optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.05), safeguard="residual")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-10, growth_interval=interval)
+        for _ in range(400):
+            optimizer.zero_grad()
+            scaler.scale(squared_error(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        runs.append((flat(model), copy.deepcopy(statistics(optimizer))))
+    assert identical(*runs) and runs[0][1]["accepted"] > 0
+
+
+FACTORED = [
+    lambda value, number: (number * value, 1.0),
+    lambda value, number: (value * torch.tensor(number), 1.0),
+    lambda value, number: (torch.tensor(number) * value, 1.0),
+    lambda value, number: (value, number),
+]
+
+
+@pytest.mark.parametrize("number", [0.5, 1024.0])
+def test_a_constant_factor_of_a_loss_does_not_count(number):
+    model, optimizer = accelerated()
+    seen = aadl.accelerator_of(optimizer).losses
+    for way in FACTORED:
+        loss, gradient = way(plus(3.0)(model), number)
+        loss.backward(torch.tensor(gradient))
+    assert seen.coming == pytest.approx([float(squared_error(model).detach()) + 3] * 4)
+    optimizer.zero_grad()
+    (0.0 * squared_error(model)).backward()
+    (-2.0 * squared_error(model)).backward()
+    assert seen.coming[0] == 0 and seen.coming[1] == -float(squared_error(model).detach())
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1e-2])
+def test_losses_that_rose_before_a_candidate_tell_nothing(slope):
+    """The weight of a part of the loss grows by a plan, or two networks play against each other."""
+    runs = []
+    for amount in (0.0, slope):
+        model = network()
+        optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.05), safeguard="residual")
+        for step in range(600):
+            train(model, optimizer, 1, loss=plus(amount * step))
+        runs.append((flat(model), copy.deepcopy(statistics(optimizer))))
+    assert identical(*runs) and runs[0][1]["accepted"] > 5
+
+
+def test_what_counts_as_rising():
+    for values, rises in [
+        (range(10), True),
+        (range(10, 0, -1), False),
+        ([1.0] * 10, False),
+        ([1.0, 2.0] * 5, False),
+        ([0.0, 0.0, 1.0, 0.0, 0.0, 2.0, 2.0, 1.5, 2.0, 2.0], True),
+        ([1.0] * 9 + [math.nan], False),
+    ]:
+        for sign in (1, -1):
+            seen = Losses(recent=[float(sign * value) for value in values])
+            seen.begin_trial(sign)
+            assert math.isinf(float(seen.highest)) == rises, (values, sign)
+
+
+class OnlyTheMiddle(torch.nn.Sequential):
+    """Has parameters before and behind those in use."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(2, 2), *network(), torch.nn.Linear(2, 2))
+
+    def forward(self, inputs):
+        return self[3](self[2](self[1](inputs)))
+
+
+def test_a_resumed_run_looks_at_the_same_parameters():
+    """Those in use, although no gradients are there when it begins."""
+    ends, model = [], OnlyTheMiddle()
+    optimizer = aadl.accelerate(KINDS["momentum"](model.parameters()), **SETTINGS)
+    train(model, optimizer, 20)
+    again = copy.deepcopy(model)
+    again.zero_grad()
+    other = aadl.accelerate(KINDS["momentum"](again.parameters()), **SETTINGS)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    for each, its_optimizer in ((model, optimizer), (again, other)):
+        train(each, its_optimizer, 5, loss=plus(10.0))
+        ends.append((flat(each), copy.deepcopy(statistics(its_optimizer))))
+    assert identical(*ends) and ends[0][1]["reverted"] == 1
