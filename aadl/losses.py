@@ -27,6 +27,8 @@ RISING = 1.5
 loss within a half: chance in 1 of 40 cases, and 3.5 where the losses lie on a straight line."""
 MOST = 4096
 """Losses that are kept, of one step and after a candidate."""
+_TENSOR: Any = Tensor
+_PLAIN_DISPATCH = _TENSOR.__torch_dispatch__
 Number = float | Tensor
 """A Python number from a host, so that nothing is kept of its graph; else a tensor of no dimension on its device."""
 
@@ -40,6 +42,8 @@ class Losses:
         highest: of the WINDOW ones before it, times the sign, the highest finite one; inf if there is none, or if they
             rose already.
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
+        plain: of the WINDOW ones before the last acceleration, which return with the plain iterate.
+        reverted: how often a plain iterate has returned; None where nobody has told.
         begun: whether a step was made.
         places: of the sample among the parameters of the optimizer; empty for those that `choose` takes.
 
@@ -54,10 +58,13 @@ class Losses:
         since: Sequence[Number] = (),
         highest: Number = math.inf,
         sign: int = 0,
+        plain: Sequence[Number] = (),
+        reverted: int | None = None,
         begun: bool = False,
         places: Sequence[int] = (),
     ) -> None:
         self.recent, self.since, self.highest, self.sign = list(recent), list(since), highest, sign
+        self.plain, self.reverted = list(plain), reverted
         self.coming: list[Number] = []
         self.sample: list[Tensor] = []
         self._places = [int(place) for place in places]
@@ -74,8 +81,7 @@ class Losses:
         what the loss is. Passed over are losses that change no gradient of the sample, or whose gradients somebody
         writes to or drops before the next pass (skipped steps); passes within others (reentrant checkpoints), or with
         steps in them; passes of other threads than the one that makes the steps, because nobody may look at gradients
-        that another thread computes; tensors of several numbers; and all within torch's dispatch modes, or while a
-        CUDA graph is captured.
+        that another thread computes; tensors of several numbers; and all while a CUDA graph is captured.
 
         Args:
             roots: the tensors at which the pass begins.
@@ -84,10 +90,10 @@ class Losses:
         sample, steps = self.sample, self._steps
         if not sample or not self.are_here() or torch._C._current_graph_task_id() != -1:
             return None
-        before = [p.grad for p in sample]
-        versions = list(map(_version, before))
         if self._is_noted:
             return None
+        before = [p.grad for p in sample]
+        versions = list(map(_version, before))
         if self.coming and versions != self._left:
             self.coming = []  # no step was made with the gradients of these losses
         factors = list(map(_factor, roots))
@@ -100,7 +106,8 @@ class Losses:
                 for gradient, old, version, old_version in zip(now, before, left, versions, strict=True)
             ):
                 self._left, self._is_noted = left, self.in_closure
-                numbers = map(_told, roots, gradients, factors)
+                with torch._C._DisableTorchDispatch():  # modes that count or trace what a training computes
+                    numbers = list(map(_told, roots, gradients, factors))
                 self.coming = [*self.coming, *(number for number in numbers if number is not None)][-MOST:]
 
         return note
@@ -142,9 +149,19 @@ class Losses:
             self.recent = [*self.recent, *coming][-WINDOW:]
             self.since = [*self.since, *coming][:MOST]
 
+    def note_reverts(self, reverted: int) -> None:
+        """Forget the losses after a candidate that was taken back.
+
+        Args:
+            reverted: how often a plain iterate has returned so far.
+        """
+        if self.reverted not in (None, reverted):
+            self.recent = self.plain
+        self.reverted = reverted
+
     def begin_trial(self, sign: int) -> None:
         """Note that a candidate may have been accepted; for the sign see the class."""
-        self.since, self.highest, self.sign = [], math.inf, sign
+        self.since, self.plain, self.highest, self.sign = [], self.recent, math.inf, sign
         if sign and len(self.recent) == WINDOW:
             values = sign * _joined(self.recent)
             highest = torch.where(values.isfinite(), values, -math.inf).max()
@@ -172,14 +189,15 @@ class Losses:
         Args:
             parameters: all those of the optimizer.
         """
-        values = [self.recent, self.since, [self.highest]]
-        recent, since, (highest,) = ([float(number) for number in numbers] for numbers in values)
+        lists = {"recent": self.recent, "since": self.since, "plain": self.plain}
         where = {id(p): place for place, p in enumerate(parameters)}
-        places = [where[id(p)] for p in self.sample if id(p) in where]
-        begun = self._thread is not None
-        return {
-            "recent": recent, "since": since, "highest": highest, "sign": self.sign, "begun": begun, "places": places
-        }  # fmt: skip
+        return {name: list(map(float, numbers)) for name, numbers in lists.items()} | {
+            "highest": float(self.highest),
+            "sign": self.sign,
+            "reverted": self.reverted,
+            "begun": self._thread is not None,
+            "places": [where[id(p)] for p in self.sample if id(p) in where],
+        }
 
 
 def _version(gradient: Tensor | None) -> int | None:
@@ -192,7 +210,8 @@ def _factor(root: Any) -> Tensor | None:
 
     Asked before the pass, which frees it. A saved tensor with hooks stays as it is, because these may compute it again.
     """
-    node = getattr(root, "grad_fn", None)
+    with torch._C.DisableTorchFunctionSubclass():
+        node = getattr(root, "grad_fn", None)
     if node is None or node.name() != "MulBackward0":
         return None
     held = (getattr(getattr(node, f"_raw_saved_{side}", None), "data", None) for side in ("self", "other"))
@@ -213,10 +232,14 @@ def _told(root: Any, gradient: Any, factor: Tensor | None) -> Number | None:
 
 def _number(tensor: Any) -> Number | None:
     """A tensor of one number without its graph; None for anything else."""
-    here: Tensor | None = tensor if type(tensor) is Tensor else local(tensor) if isinstance(tensor, Tensor) else None
-    if here is None or type(here) not in PLAIN or here.numel() != 1 or torch._C._len_torch_dispatch_stack():
+    if not isinstance(tensor, Tensor):
         return None
-    if not here.is_floating_point():
+    kind: Any = type(tensor)
+    if kind is not Tensor and kind.__torch_dispatch__ is _PLAIN_DISPATCH:  # its numbers are its own
+        with torch._C.DisableTorchFunctionSubclass():
+            tensor = tensor.as_subclass(Tensor)
+    here = local(tensor)
+    if type(here) not in PLAIN or here.numel() != 1 or not here.is_floating_point():
         return None
     if here.is_cpu:
         return float(here.item())

@@ -117,6 +117,7 @@ class MacroSteps(Accelerator):
             return
         decisions, progress = self._decisions, self._progress
         decisions.settle()
+        self._losses.note_reverts(decisions.statistics["reverted"])
         found_inf = getattr(optimizer, "found_inf", None)
         is_skipped = found_inf is not None and bool(found_inf)
         self._losses.end_step(is_skipped)
@@ -253,6 +254,7 @@ class MacroSteps(Accelerator):
                 outside.written, progress.accelerated_at = False, column.macro_step
                 decisions.accelerate(step, accepted)
                 upward = None if step.closure is not None else maximizes(optimizer)
+                self._losses.note_reverts(decisions.statistics["reverted"])
                 self._losses.begin_trial(0 if upward is None else -1 if upward else 1)
             else:
                 assert accepted is not None

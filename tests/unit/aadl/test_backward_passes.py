@@ -10,6 +10,7 @@ from small_runs import INPUTS, TARGETS, flat, is_torchs_engine, network, sgd, sq
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import Variable
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import aadl
@@ -274,3 +275,44 @@ def test_nothing_is_kept_of_a_removed_accelerator():
     assert accelerator.losses.sample
     aadl.remove_acceleration(optimizer)
     assert not accelerator.losses.sample and not accelerator.losses.recent and is_torchs_engine()
+
+
+class Unwilling(torch.Tensor):
+    """Knows few functions of torch."""
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, arguments=(), named=None):
+        if getattr(function, "__name__", "") != "backward":
+            raise TypeError
+        return super().__torch_function__(function, kinds, arguments, named)
+
+
+def test_losses_of_another_class():
+    model, optimizer = accelerated()
+    train(model, optimizer, 1)
+    optimizer.zero_grad()
+    loss = 2 * squared_error(model)
+    loss.as_subclass(Unwilling).backward()
+    assert losses(optimizer).coming == [float(loss.detach())]
+
+
+def test_modes_see_nothing_of_it():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, arguments=(), named=None):
+            seen.append(function)
+            return function(*arguments, **named or {})
+
+    counts = []
+    for watched in (False, True):
+        model = network()
+        optimizer = aadl.accelerate(sgd(model), **SETTINGS) if watched else sgd(model)
+        train(model, optimizer, 1)
+        optimizer.zero_grad()
+        loss = squared_error(model)
+        with Mode():
+            loss.backward()
+        counts.append(len(seen))
+        seen.clear()
+    assert counts[0] == counts[1] > 0 and losses(optimizer).coming == [float(loss.detach())]

@@ -456,3 +456,13 @@ def test_a_resumed_run_looks_at_the_same_parameters():
         train(each, its_optimizer, 5, loss=plus(10.0))
         ends.append((flat(each), copy.deepcopy(statistics(its_optimizer))))
     assert identical(*ends) and ends[0][1]["reverted"] == 1
+
+
+def test_losses_of_a_candidate_that_was_taken_back_are_no_measure_of_the_next():
+    """The second one is hardly better."""
+    model, optimizer = accelerated()
+    train(model, optimizer, 5, loss=plus(10.0))
+    train(model, optimizer, 5)
+    assert statistics(optimizer)["accepted"] == 2 and statistics(optimizer)["reverted"] == 1
+    train(model, optimizer, 5, loss=plus(8.0))
+    assert statistics(optimizer)["reverted"] == 2
