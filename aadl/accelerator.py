@@ -141,7 +141,7 @@ class AndersonAccelerator(MacroSteps):
         """Detach: the optimizer is afterwards as if it had never been accelerated."""
         self._decisions.settle()
         super().remove()
-        self._layout = self._postponed = None
+        self._layout, self._postponed, self._losses = None, None, Losses()
         self._spare.drop()
 
     # ---- state -----------------------------------------------------------------------------------------------------
@@ -165,6 +165,8 @@ class AndersonAccelerator(MacroSteps):
         if layout is not None and optimizer is not None:
             positions = layout.positions(optimizer)
             layout = None if positions is None else layout
+        # on several ranks each has seen its own, and rank 0 saves for all
+        alone = self._ranks.size == 1 or self.settings.local_sgd
         plain = self._decisions.state() | {
             "map": self.settings.map_description(),
             "progress": vars(self._progress),
@@ -173,7 +175,7 @@ class AndersonAccelerator(MacroSteps):
             "parameters": positions,
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
-            "losses": {} if fake else self._losses.state(),
+            "losses": self._losses.state() if alone and not fake else {},
         }
         rows = {} if layout is None else layout.rows()
         return {"version": VERSION, "values": json.dumps(plain), "rows": rows}

@@ -6,23 +6,29 @@ replaced while somebody watches.
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch.autograd import Variable
 
-Watcher = Callable[[Callable[[], Any], Any, Any], Any]
-"""Called with a function that runs the pass, and with the arguments and keywords of torch's engine (`named`); returns
-what the pass returns. It is asked about passes that accumulate gradients, not about torch.autograd.grad."""
+from aadl.compiler import pass_over, uncompiled
+
+Afterwards = Callable[[], None]
+"""Called after a backward pass that raised no error."""
+Watcher = Callable[[dict[str, Any]], Afterwards | Literal[False] | None]
+"""Called before a backward pass that accumulates gradients (not torch.autograd.grad), with the arguments of torch's
+engine by name. Where it returns False, the pass is skipped, and nobody else is asked."""
 
 _ARGUMENTS = "tensors", "grad_tensors", "keep_graph", "create_graph", "inputs", "allow_unreachable", "accumulate_grad"
 _NAME = "_execution_engine"
+_BASE: Any = torch._C._ImperativeEngine
 _lock = threading.Lock()
-_watchers: list[Callable[[], Watcher | None]] = []
-"""The first one is asked first. Methods are held weakly, so that nobody lives on because he watches."""
+_watchers: tuple[Callable[[], Watcher | None], ...] = ()
+"""The first one is asked first. Methods are held weakly, so that nobody lives on because he watches. Never changed in
+place: another thread may be asking them."""
 
 
 class Watch:
@@ -34,49 +40,89 @@ class Watch:
     """
 
     def __init__(self, watcher: Watcher, first: bool = False) -> None:
+        global _watchers
+        _hide()
         is_method = hasattr(watcher, "__self__")
         self._reference = weakref.WeakMethod(watcher) if is_method else lambda: watcher
         with _lock:
-            _watchers.insert(0 if first else len(_watchers), self._reference)
+            _watchers = (self._reference, *_watchers) if first else (*_watchers, self._reference)
             if not isinstance(vars(Variable).get(_NAME), _Engine):
-                setattr(Variable, _NAME, _Engine(getattr(Variable, _NAME)))
+                setattr(Variable, _NAME, _Engine.around(getattr(Variable, _NAME)))
 
     def remove(self) -> None:
         """Stop watching."""
         _forget(self._reference)
 
 
-class _Engine:
-    """Stands for torch's engine."""
+class _Engine(_BASE):  # type: ignore[misc]
+    """Stands for torch's engine, and is of its type, which compiled backward passes ask for."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    engine: Any
+    newest: _Engine | None = None
+    """The one that asks the watchers. Older ones may be left inside the replacements of others."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    @classmethod
+    def around(cls, engine: Any) -> _Engine:
+        """One that runs the passes of another engine."""
+        cls.newest = made = cls()
+        made.engine = engine
+        return made
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
-        run = functools.partial(self.engine.run_backward, *args, **kwargs)
-        if kwargs.get("accumulate_grad") or named(args, kwargs).get("accumulate_grad"):
-            for reference in reversed(_watchers):
-                watcher = reference()
-                if watcher is None:
-                    _forget(reference)
-                else:
-                    run = functools.partial(watcher, run, args, kwargs)
-        return run()
+        run = self.engine.run_backward
+        if self is not _Engine.newest or kwargs.get("accumulate_grad") is False:
+            return run(*args, **kwargs)
+        ask, tell = _hidden
+        afterwards = ask(args, kwargs)
+        if afterwards is None:
+            return ()
+        result = run(*args, **kwargs)
+        if afterwards:
+            tell(afterwards)
+        return result
 
 
-def named(args: Any, kwargs: Any) -> dict[str, Any]:
-    """All arguments of torch's engine by name."""
-    return {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+def _ask(args: Any, kwargs: Any) -> list[Afterwards] | None:
+    """What is to be done after the pass; None where it is skipped."""
+    afterwards: list[Afterwards] = []
+    given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    if not given.get("accumulate_grad"):
+        return afterwards
+    for reference in _watchers:
+        watcher = reference()
+        if watcher is None:
+            _forget(reference)
+            continue
+        answer = watcher(given)
+        if answer is False:
+            return None
+        if answer is not None:
+            afterwards.append(answer)
+    return afterwards
+
+
+def _tell(afterwards: list[Afterwards]) -> None:
+    for function in afterwards:
+        function()
+
+
+def _hide() -> None:
+    """Hide all this from torch.compile, of which the first call loads parts."""
+    global _hidden
+    if _hidden == (_ask, _tell):
+        _hidden = uncompiled(_ask), uncompiled(_tell)
+        for function in (_Engine.run_backward, *_hidden):
+            pass_over(function)
+
+
+_hidden: tuple[Callable[..., Any], Callable[..., Any]] = _ask, _tell
 
 
 def _forget(reference: Callable[[], Watcher | None]) -> None:
     """Ask this watcher no more; put torch's engine back if it was the last one and nobody has replaced this one."""
+    global _watchers
     with _lock:
-        if reference in _watchers:
-            _watchers.remove(reference)
+        _watchers = tuple(other for other in _watchers if other != reference)
         here = vars(Variable).get(_NAME)
         if not _watchers and isinstance(here, _Engine):
             setattr(Variable, _NAME, here.engine)

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
-import torch
-from torch.compiler import is_dynamo_compiling
 from torch.optim import Optimizer
 
+from aadl.compiler import uncompiled
 from aadl.trial import on_trial
-
-compiler_of_frames: Callable[[], Any] | None = None
-"""Returns what torch.compile does with frames that begin here and now; None where torch has no such function.
-
-Before torch 2.9 it may give away a reference that it does not own (pull request 156252 of pytorch mends it), which ends
-Python after some ten thousand steps."""
-if torch.__version__ >= "2.9":
-    with suppress(ImportError):
-        from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
-        compiler_of_frames = get_eval_frame_callback
 
 _WRAPPER = Optimizer.register_step_pre_hook.__code__.co_filename
 """The file of the function that torch wraps around `step`, which calls the hooks."""
@@ -46,8 +33,8 @@ class StepHooks:
     def __init__(self, optimizer: Optimizer, before: Before, after: Before) -> None:
         self._before, self._after = before, after
         self._running = self._entered_again = False
-        self._pre = optimizer.register_step_pre_hook(_uncompiled(self._enter))
-        self._post = optimizer.register_step_post_hook(_uncompiled(self._leave))
+        self._pre = optimizer.register_step_pre_hook(uncompiled(self._enter))
+        self._post = optimizer.register_step_post_hook(uncompiled(self._leave))
         self._pre_hooks: Any = self._pre.hooks_dict_ref()
         self._number = 0
         post_hooks: Any = self._post.hooks_dict_ref()
@@ -86,20 +73,6 @@ class StepHooks:
         if movable and not _is_inside_a_step(optimizer):
             self._pre_hooks.move_to_end(self._pre.id)
             self._number = len(self._pre_hooks)
-
-
-def _uncompiled(hook: Before) -> Before:
-    """Hide the hook from the compiler if a compiled step calls it; hiding it always would cost half a microsecond."""
-    disabled: Before = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    compiler = compiler_of_frames
-    if compiler is None:
-        return disabled
-
-    def call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        compiles = is_dynamo_compiling() or compiler() is not None
-        (disabled if compiles else hook)(optimizer, args, kwargs)
-
-    return call
 
 
 def _is_inside_a_step(optimizer: Optimizer) -> bool:

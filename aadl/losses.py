@@ -7,6 +7,7 @@ gradients look like those before: behind the boundary of a logarithm, or onto a 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,7 @@ from aadl.ranks import PLAIN, local
 WINDOW = 10
 """Losses before a candidate with which those after it are compared."""
 FEWEST = 4
-"""Losses after a candidate that are compared: that all of them lie above WINDOW others is chance in 1 of 1,001 cases
-(of 184,756 with ten)."""
+"""Losses after a candidate that are compared."""
 MOST = 4096
 """Losses that are kept, of one step and after a candidate."""
 Number = float | Tensor
@@ -31,10 +31,12 @@ class Losses:
     """The losses of one training.
 
     Args:
-        recent: the last WINDOW ones.
+        recent: the last WINDOW ones, without those after candidates that were taken back.
         since: those since the last acceleration.
-        highest: of the WINDOW ones before it, times the sign, the highest finite one; inf if there is none.
+        plain: the recent ones at that time.
+        bound: what the losses since then must exceed to have risen; inf where they cannot.
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
+        reverted: how often a candidate has been taken back.
 
     Attributes:
         coming: those since the last step.
@@ -42,50 +44,62 @@ class Losses:
     """
 
     def __init__(
-        self, recent: Sequence[Number] = (), since: Sequence[Number] = (), highest: Number = math.inf, sign: int = 0
+        self,
+        recent: Sequence[Number] = (),
+        since: Sequence[Number] = (),
+        plain: Sequence[Number] = (),
+        bound: Number = math.inf,
+        sign: int = 0,
+        reverted: int = 0,
     ) -> None:
-        self.recent, self.since, self.highest, self.sign = list(recent), list(since), highest, sign
+        self.recent, self.since, self.plain = list(recent), list(since), list(plain)
+        self.bound, self.sign, self.reverted = bound, sign, reverted
         self.coming: list[Number] = []
         self.sample: list[Tensor] = []
-        self._in_closure = self._is_noted = False
+        self._left: list[int | None] = []
+        self._steps, self._in_closure, self._is_noted = 0, False, False
+        self._thread = threading.get_ident() if self.recent else None
 
-    def see(self, run: Callable[[], Any], given: Sequence[Any]) -> Any:
-        """Run a backward pass, and note the losses at which it begins, times the gradients that they are given.
+    # ---- backward passes -------------------------------------------------------------------------------------------
 
-        The product is what the pass minimizes: `(-loss).backward()` and `loss.backward(-one)` are the same. A step
-        that evaluates its closure at several points tells by the first one what the loss is. Passed over are losses
-        that change no gradient of the sample, or whose gradients are dropped before the next pass (skipped steps),
-        tensors of several numbers, and all while a CUDA graph is captured.
+    def look(self, roots: Sequence[Any], gradients: Sequence[Any]) -> Callable[[], None] | None:
+        """Look at a backward pass that begins; return what notes its losses once it has ended, or None.
+
+        A loss counts times the gradient that it is given, because `(-loss).backward()` and `loss.backward(-one)`
+        minimize the same. A step that evaluates its closure at several points tells by the first one what the loss is.
+        Passed over are losses that change no gradient of the sample, or whose gradients somebody writes to or drops
+        before the next pass (skipped steps); passes within others (reentrant checkpoints), or with steps in them;
+        passes of other threads than the one that makes the steps, because nobody may look at gradients that another
+        thread computes; tensors of several numbers; and all while a CUDA graph is captured.
 
         Args:
-            run: runs the pass.
-            given: arguments of torch's engine, of which the first two are the tensors and their gradients.
+            roots: the tensors at which the pass begins.
+            gradients: those that are given to them.
         """
-        before = [p.grad for p in self.sample]
-        versions = [gradient._version if gradient is not None else None for gradient in before]
-        if self.coming and not self._is_noted and versions.count(None) == len(versions):
+        sample, steps = self.sample, self._steps
+        if self._is_noted or self._thread != threading.get_ident() or torch._C._current_graph_task_id() != -1:
+            return None
+        before = [p.grad for p in sample]
+        versions = list(map(_version, before))
+        if self.coming and versions != self._left:
             self.coming = []  # no step was made with the gradients of these losses
-        result = run()
-        if not self._is_noted and len(given) > 1:
-            for p, gradient, version in zip(self.sample, before, versions, strict=True):
-                now = p.grad
-                if now is not gradient or (now is not None and now._version != version):
-                    self._note(given[0], given[1])
-                    break
-        return result
+
+        def note() -> None:
+            now = [p.grad for p in sample]
+            left = list(map(_version, now))
+            changed = (new is not old for new, old in zip(now, before, strict=True))
+            if steps == self._steps and (left != versions or any(changed)):
+                self._left, self._is_noted = left, self._in_closure
+                with torch._C._DisableTorchDispatch():  # modes that count or trace what a training computes
+                    self._note(roots, gradients)
+
+        return note
 
     def _note(self, roots: Sequence[Any], gradients: Sequence[Any]) -> None:
-        self._is_noted = self._in_closure
         for root, gradient in zip(roots, gradients, strict=False):
             loss, factor = _number(root), _number(gradient)
             if loss is not None and factor is not None:
-                if len(self.coming) == MOST:  # nobody steps
-                    del self.coming[0]
-                self.coming.append(loss * factor)
-
-    def begin_step(self, has_closure: bool) -> None:
-        """Note that a step begins, within which its closure may be called several times."""
-        self._in_closure, self._is_noted = has_closure, False
+                self.coming = [*self.coming, loss * factor][-MOST:]
 
     def choose(self, parameters: Sequence[Tensor]) -> None:
         """Choose the sample: the first and the last one of the parameters in use.
@@ -96,40 +110,72 @@ class Losses:
         used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
         self.sample = used[:1] + used[1:][-1:]
 
-    def end_step(self, skipped: bool) -> None:
-        """Take over the losses of a step; those of a skipped one moved nothing."""
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def begin_step(self, has_closure: bool) -> None:
+        """Note that a step begins, within which its closure may be called several times."""
+        if self._in_closure:  # the last step has ended with an error
+            self.coming = []
+        self._in_closure, self._is_noted = has_closure, False
+        self._steps, self._thread = self._steps + 1, threading.get_ident()
+
+    def end_step(self, skipped: bool, reverted: int) -> None:
+        """Take over the losses of a step; those of a skipped one moved nothing.
+
+        Args:
+            skipped: whether it was skipped.
+            reverted: how often a candidate has been taken back so far.
+        """
+        self._forget_reverted(reverted)
         self._in_closure = self._is_noted = False
         coming, self.coming = self.coming, []
         if coming and not skipped:
             self.recent = [*self.recent, *coming][-WINDOW:]
             self.since = [*self.since, *coming][:MOST]
 
-    def begin_trial(self, sign: int) -> None:
-        """Note that a candidate may have been accepted; for the sign see the class."""
-        self.since, self.highest, self.sign = [], math.inf, sign
+    def _forget_reverted(self, reverted: int) -> None:
+        """Forget the losses after a candidate that was taken back: the next one may lead to where they are as high."""
+        if reverted != self.reverted:
+            self.recent, self.reverted = self.plain, reverted
+
+    # ---- candidates ------------------------------------------------------------------------------------------------
+
+    def begin_trial(self, sign: int, reverted: int) -> None:
+        """Note that a candidate may have been accepted; for the arguments see the class.
+
+        The losses have risen where each lies above the highest recent one, by more than these differ among each other:
+        losses that rise all the time rise less.
+        """
+        self._forget_reverted(reverted)
+        self.since, self.plain, self.bound, self.sign = [], self.recent, math.inf, sign
         if sign and len(self.recent) == WINDOW:
             values = sign * _joined(self.recent)
             highest = torch.where(values.isfinite(), values, -math.inf).max()
-            self.highest = torch.where(highest.isfinite(), highest, math.inf)
+            lowest = torch.where(values.isfinite(), values, math.inf).min()
+            self.bound = 2 * highest - lowest
 
     def rise(self) -> Number:
-        """How far the losses since the candidate lie above those before it: min(since) - max(before).
+        """How far the losses since the candidate lie above the bound: min(since) - (2 max(recent) - min(recent)).
 
         Positive, the candidate has led to where the loss is higher. It is nan where a loss since the candidate is not
         finite, and 0 where there are fewer than FEWEST to compare.
         """
-        since, self.since = self.since, []
-        if not since:
+        if not self.since:
             return 0.0
-        values = self.sign * _joined(since)
-        rise = values.min() - self.highest if len(since) >= FEWEST else 0 * values[0]
+        values = self.sign * _joined(self.since)
+        rise = values.min() - self.bound if len(self.since) >= FEWEST else 0 * values[0]
         return torch.where(values.isfinite().all(), torch.where(rise.isfinite(), rise, 0.0), math.nan)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        values = [self.recent, self.since, [self.highest]]
-        recent, since, (highest,) = ([float(number) for number in numbers] for numbers in values)
-        return {"recent": recent, "since": since, "highest": highest, "sign": self.sign}
+        lists = {"recent": self.recent, "since": self.since, "plain": self.plain}
+        numbers = {name: list(map(float, values)) for name, values in lists.items()}
+        return {**numbers, "bound": float(self.bound), "sign": self.sign, "reverted": self.reverted}
+
+
+def _version(gradient: Tensor | None) -> int | None:
+    """Changes when somebody writes to the gradient; inference tensors do not say."""
+    return None if gradient is None else -1 if gradient.is_inference() else gradient._version
 
 
 def _number(tensor: Any) -> Number | None:

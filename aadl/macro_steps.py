@@ -69,9 +69,8 @@ class MacroSteps(Accelerator):
         if self.settings.safeguard and not self.settings.idle:
             self._handles.append(Watch(self._see_backward))
 
-    def _see_backward(self, run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        del kwargs
-        return self._losses.see(run, args)
+    def _see_backward(self, given: dict[str, Any]) -> Callable[[], None] | None:
+        return self._losses.look(given.get("tensors", ()), given.get("grad_tensors", ()))
 
     def _new_losses(self, **seen: Any) -> Losses:
         losses = Losses(**seen)
@@ -107,14 +106,14 @@ class MacroSteps(Accelerator):
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._rates.is_dry:
-            self._losses.end_step(skipped=True)
+            self._losses.end_step(skipped=True, reverted=self._decisions.statistics["reverted"])
             self._note_step()
             return
         decisions, progress = self._decisions, self._progress
         decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         is_skipped = found_inf is not None and bool(found_inf)
-        self._losses.end_step(is_skipped)
+        self._losses.end_step(is_skipped, decisions.statistics["reverted"])
         if is_skipped:
             decisions.statistics["skipped_steps"] += 1
             self._note_step()
@@ -248,7 +247,8 @@ class MacroSteps(Accelerator):
                 outside.written, progress.accelerated_at = False, column.macro_step
                 decisions.accelerate(step, accepted)
                 upward = None if step.closure is not None else maximizes(optimizer)
-                self._losses.begin_trial(0 if upward is None else -1 if upward else 1)
+                sign = 0 if upward is None else -1 if upward else 1
+                self._losses.begin_trial(sign, decisions.statistics["reverted"])
             else:
                 assert accepted is not None
                 decisions.judge(step, accepted)
@@ -347,6 +347,7 @@ class MacroSteps(Accelerator):
 
     def _let_go(self) -> None:
         self._spare.drop()
+        self._losses = Losses()
         self._layout = self._decisions.accepted = self._decisions.confirmed = self._outside.left = None
 
     def _new_layout(self, parameters: list[Tensor], momentum: bool, planned: bool = False) -> Layout:

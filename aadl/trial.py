@@ -23,7 +23,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from aadl.backward import Watch, named
+from aadl.backward import Watch
 from aadl.parameters import all_parameters
 from aadl.trial_values import GRADIENT, Trial
 
@@ -198,17 +198,16 @@ def _take_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         trial.clear(all_parameters(optimizer), to_none=True)
 
 
-def _skip(run: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+def _skip(given: dict[str, Any]) -> Literal[False] | None:
     """Skip a backward pass within a trial."""
     trial = _trial()
     if trial is None:
-        return run()
-    given = named(args, kwargs)
+        return None
     if given.get("create_graph"):
         trial.differentiate(Variable._execution_engine.run_backward, given)
     else:
         trial.pass_over()
-    return ()
+    return False
 
 
 def _get(tensor: Tensor) -> Tensor | None:

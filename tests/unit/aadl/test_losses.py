@@ -221,7 +221,7 @@ def with_checkpoints(model, optimizer):
         (as_vector, 0),
         (by_grad, 0),
         (of_another_model, 0),
-        (in_another_thread, 1),
+        (in_another_thread, 0),
         (into_gradients_that_are_there, 1),
         (with_checkpoints, 0),
     ],
@@ -355,12 +355,35 @@ def test_the_rise_on_a_device():
         for each, one in ((on_host, value), (on_device, torch.tensor(value))):
             each.recent.append(one)
             assert len(each.recent) == number + 1
-    for since, rise in [([4.0, 3.5, 5.0, 3.25], 0.25), ([4.0, 2.0, 5.0, 6.0], -1.0), ([9.0] * 3, 0.0), ([], 0.0)]:
+    for since, rise in [([6.0, 5.5, 7.0, 5.25], 0.25), ([6.0, 2.0, 7.0, 8.0], -3.0), ([9.0] * 3, 0.0), ([], 0.0)]:
         for each, kind in ((on_host, float), (on_device, torch.tensor)):
-            each.begin_trial(1)
+            each.begin_trial(1, 0)
             each.since = [kind(value) for value in since]
             assert float(each.rise()) == rise
     for each, kind in ((on_host, float), (on_device, torch.tensor)):
-        each.begin_trial(0)
+        each.begin_trial(0, 0)
         each.since = [kind(value) for value in (1.0, math.inf)]
         assert math.isnan(float(each.rise()))
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1e-2])
+def test_losses_that_rose_before_a_candidate_tell_nothing(slope):
+    """The weight of a part of the loss grows by a plan, or two networks play against each other."""
+    runs = []
+    for amount in (0.0, slope):
+        model = network()
+        optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.05), safeguard="residual")
+        for step in range(600):
+            train(model, optimizer, 1, loss=plus(amount * step))
+        runs.append((flat(model), copy.deepcopy(statistics(optimizer))))
+    assert identical(*runs) and runs[0][1]["accepted"] > 5
+
+
+def test_losses_of_a_candidate_that_was_taken_back_are_no_measure_of_the_next():
+    """The second one is hardly better."""
+    model, optimizer = accelerated()
+    train(model, optimizer, 5, loss=plus(10.0))
+    train(model, optimizer, 5)
+    assert statistics(optimizer)["accepted"] == 2 and statistics(optimizer)["reverted"] == 1
+    train(model, optimizer, 5, loss=plus(8.0))
+    assert statistics(optimizer)["reverted"] == 2
