@@ -251,5 +251,5 @@ class AndersonAccelerator(MacroSteps):
         self._decisions.restore(saved)
         self._progress, self._rates = Progress(**saved["progress"]), LearningRates(**saved["rates"])
         self._outside.restore(saved["outside"])
-        self._averaged, self._losses = bool(saved["averaged"]), self._new_losses(**saved["losses"])
+        self._averaged, self._losses = bool(saved["averaged"]), Losses.of(self.optimizer, **saved["losses"])
         self._lacks_history = False

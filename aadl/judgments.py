@@ -7,21 +7,24 @@ the host reads it after the next optimizer step (`Judgments.settle`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from aadl import acceptance
 from aadl.acceptance import Candidate, Cause, LossRecord, Pause, count
+from aadl.block import Tensors
 from aadl.deferred import Deferred, handed, on_host
 from aadl.history import KINDS, History
 from aadl.mixing import host_tensor
 from aadl.parameters import forget_curvature
 from aadl.problem import MacroStep
 from aadl.settings import Settings
+from aadl.spare import Spare
 from aadl.statistics import Statistics, anderson_statistics
 from aadl.trial_loss import LossTrials
 
@@ -219,6 +222,26 @@ class Judgments:
             step.history.take(True, step.tensors)
             step.spare.put_back(not is_finite)
             self._note_revert(step)
+
+    def leave(self, optimizer: Optimizer, history: History, tensors: Sequence[Tensors], spare: Spare | None) -> bool:
+        """Put the plain iterate back amid the macro-step that began at a candidate; return whether one did.
+
+        Args:
+            spare: the rest of the optimizer's state from before that macro-step; None where it has not changed.
+        """
+        self.settle()
+        if self.accepted is None:
+            return False
+        history.write_mapped(tensors)
+        history.continue_from_mapped()
+        if spare is not None:
+            spare.put_back(True)
+        self.accepted, self.disturbed, self.last_jump = None, False, {}
+        self._pause()
+        self.change_reach(math.inf, overshot=True)
+        self.statistics["reverted"] += 1
+        forget_curvature(optimizer)
+        return True
 
     def change_reach(self, ratio: float, overshot: bool) -> None:
         """Allow longer steps after a prediction that held, and shorter ones after one that failed."""

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from aadl.mixing import host_tensor
+from aadl.parameters import all_parameters, maximizes
 from aadl.ranks import PLAIN, local
 
 WINDOW = 10
@@ -23,6 +25,8 @@ FEWEST = 4
 """Losses after a candidate that are compared."""
 MOST = 4096
 """Losses that are kept, of one step and after a candidate."""
+STUCK = 3
+"""Times in a row that no step is made, because the loss is not finite, after which a candidate goes."""
 Number = float | Tensor
 """A Python number from a host, so that nothing is kept of its graph; else a tensor of no dimension on its device."""
 
@@ -40,6 +44,7 @@ class Losses:
 
     Attributes:
         coming: those since the last step.
+        lost: how often in a row no step was made with gradients of losses that are not finite.
         sample: parameters whose gradients tell that a loss is one of this training.
     """
 
@@ -55,14 +60,24 @@ class Losses:
         self.recent, self.since, self.plain = list(recent), list(since), list(plain)
         self.bound, self.sign, self.reverted = bound, sign, reverted
         self.coming: list[Number] = []
+        self.lost = 0
         self.sample: list[Tensor] = []
         self._left: list[int | None] = []
         self._steps, self._in_closure, self._is_noted = 0, False, False
         self._thread = threading.get_ident() if self.recent else None
 
+    @classmethod
+    def of(cls, optimizer: Optimizer, **seen: Any) -> Losses:
+        """The losses of the training with this optimizer; `seen` is a saved `state`."""
+        losses = cls(**seen)
+        losses.choose(all_parameters(optimizer))
+        return losses
+
     # ---- backward passes -------------------------------------------------------------------------------------------
 
-    def look(self, roots: Sequence[Any], gradients: Sequence[Any]) -> Callable[[], None] | None:
+    def look(
+        self, roots: Sequence[Any], gradients: Sequence[Any], when_stuck: Callable[[], None]
+    ) -> Callable[[], None] | None:
         """Look at a backward pass that begins; return what notes its losses once it has ended, or None.
 
         A loss counts times the gradient that it is given, because `(-loss).backward()` and `loss.backward(-one)`
@@ -75,6 +90,7 @@ class Losses:
         Args:
             roots: the tensors at which the pass begins.
             gradients: those that are given to them.
+            when_stuck: called after a pass that is one of those before which no step was made, see `is_stuck`.
         """
         sample, steps = self.sample, self._steps
         if self._is_noted or self._thread != threading.get_ident() or torch._C._current_graph_task_id() != -1:
@@ -82,7 +98,7 @@ class Losses:
         before = [p.grad for p in sample]
         versions = list(map(_version, before))
         if self.coming and versions != self._left:
-            self.coming = []  # no step was made with the gradients of these losses
+            self._drop()
 
         def note() -> None:
             now = [p.grad for p in sample]
@@ -92,8 +108,15 @@ class Losses:
                 self._left, self._is_noted = left, self._in_closure
                 with torch._C._DisableTorchDispatch():  # modes that count or trace what a training computes
                     self._note(roots, gradients)
+            if self.is_stuck():
+                when_stuck()
 
         return note
+
+    def _drop(self) -> None:
+        """Forget losses with whose gradients no step was made."""
+        self.lost = 0 if all(math.isfinite(loss) for loss in self.coming) else self.lost + 1
+        self.coming = []
 
     def _note(self, roots: Sequence[Any], gradients: Sequence[Any]) -> None:
         for root, gradient in zip(roots, gradients, strict=False):
@@ -109,6 +132,12 @@ class Losses:
         """
         used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
         self.sample = used[:1] + used[1:][-1:]
+
+    def is_stuck(self) -> bool:
+        """Whether no step was made STUCK times in a row, because the loss was not finite; asked again, it is not."""
+        stuck = self.lost >= STUCK
+        self.lost = 0 if stuck else self.lost
+        return stuck
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -128,8 +157,11 @@ class Losses:
         """
         self._forget_reverted(reverted)
         self._in_closure = self._is_noted = False
-        coming, self.coming = self.coming, []
-        if coming and not skipped:
+        if skipped:
+            self._drop()
+            return
+        coming, self.coming, self.lost = self.coming, [], 0
+        if coming:
             self.recent = [*self.recent, *coming][-WINDOW:]
             self.since = [*self.since, *coming][:MOST]
 
@@ -140,13 +172,20 @@ class Losses:
 
     # ---- candidates ------------------------------------------------------------------------------------------------
 
-    def begin_trial(self, sign: int, reverted: int) -> None:
-        """Note that a candidate may have been accepted; for the arguments see the class.
+    def begin_trial(self, optimizer: Optimizer, judged: bool, reverted: int) -> None:
+        """Note that a candidate may have been accepted.
 
         The losses have risen where each lies above the highest recent one, by more than these differ among each other:
         losses that rise all the time rise less.
+
+        Args:
+            optimizer: of the training.
+            judged: whether a closure has judged the candidate.
+            reverted: how often a candidate has been taken back so far.
         """
         self._forget_reverted(reverted)
+        upward = None if judged else maximizes(optimizer)
+        sign = 0 if upward is None else -1 if upward else 1
         self.since, self.plain, self.bound, self.sign = [], self.recent, math.inf, sign
         if sign and len(self.recent) == WINDOW:
             values = sign * _joined(self.recent)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 from aadl import memory
@@ -29,15 +30,7 @@ from aadl.learning_rates import LearningRates
 from aadl.losses import Losses
 from aadl.mixing import host_tensor
 from aadl.outside import Change, OutsideWrites
-from aadl.parameters import (
-    all_parameters,
-    closure_of,
-    makes_momentum,
-    maximizes,
-    momentum_of,
-    tensors_are_fake,
-    trainable_parameters,
-)
+from aadl.parameters import closure_of, makes_momentum, momentum_of, tensors_are_fake, trainable_parameters
 from aadl.problem import MacroStep
 from aadl.progress import Progress
 from aadl.ranks import Ranks, ranks_of
@@ -70,12 +63,23 @@ class MacroSteps(Accelerator):
             self._handles.append(Watch(self._see_backward))
 
     def _see_backward(self, given: dict[str, Any]) -> Callable[[], None] | None:
-        return self._losses.look(given.get("tensors", ()), given.get("grad_tensors", ()))
+        return self._losses.look(
+            given.get("tensors", ()), given.get("grad_tensors", ()), when_stuck=self._leave_lost_candidate
+        )
 
-    def _new_losses(self, **seen: Any) -> Losses:
-        losses = Losses(**seen)
-        losses.choose(all_parameters(self.optimizer))
-        return losses
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _leave_lost_candidate(self) -> None:
+        """Put the plain iterate back where no step is made at the candidate any more: the loss is not finite there."""
+        optimizer, layout = self._optimizer(), self._layout
+        if optimizer is None or layout is None or self._ranks.size > 1:
+            return
+        tensors = layout.tensors(optimizer, self._outside.look(optimizer))
+        spare = self._spare if self._progress.in_macro_step else None
+        with _unsafe_preserve_version_counter(tuple(layout.parameters)):  # for backward passes yet to come
+            if self._decisions.leave(optimizer, layout.history, tensors, spare):
+                self._progress.in_macro_step = 0
+        self._outside.note_end(optimizer, layout)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.see(optimizer)
@@ -116,6 +120,8 @@ class MacroSteps(Accelerator):
         self._losses.end_step(is_skipped, decisions.statistics["reverted"])
         if is_skipped:
             decisions.statistics["skipped_steps"] += 1
+            if self._losses.is_stuck():
+                self._leave_lost_candidate()
             self._note_step()
             return
         decisions.statistics["steps"] += 1
@@ -246,9 +252,7 @@ class MacroSteps(Accelerator):
             if due:
                 outside.written, progress.accelerated_at = False, column.macro_step
                 decisions.accelerate(step, accepted)
-                upward = None if step.closure is not None else maximizes(optimizer)
-                sign = 0 if upward is None else -1 if upward else 1
-                self._losses.begin_trial(sign, decisions.statistics["reverted"])
+                self._losses.begin_trial(optimizer, step.closure is not None, decisions.statistics["reverted"])
             else:
                 assert accepted is not None
                 decisions.judge(step, accepted)
@@ -388,4 +392,4 @@ class MacroSteps(Accelerator):
         self._progress, self._rates = Progress(), LearningRates()
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
         self._layout = self._postponed = None
-        self._averaged, self._spare, self._losses = False, Spare(), self._new_losses()
+        self._averaged, self._spare, self._losses = False, Spare(), Losses.of(self.optimizer)

@@ -13,6 +13,7 @@ from small_runs import (
     identical,
     is_torchs_engine,
     network,
+    sgd,
     snapshot,
     squared_error,
     statistics,
@@ -290,6 +291,33 @@ def test_a_step_that_a_scaler_skips_tells_nothing(fused):
     assert counts["skipped_steps"] == 2 * fused and counts["steps"] == 25 and counts["reverted"] == 0
 
 
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_skips_every_step_behind_a_boundary_does_not_end_the_training(fused, after):
+    """There gradients are not finite either, and no macro-step would end."""
+    make = lambda p: torch.optim.Adam(p, lr=0.01, fused=fused)  # noqa: E731
+    model, optimizer = accelerated(make)
+    plain, scaler = aadl.accelerator_of(optimizer).history.blocks[0].mapped.clone(), torch.amp.GradScaler("cpu")
+    place = torch.equal(flat(model), plain)
+    seconds = [state["exp_avg_sq"].clone() for state in optimizer.state.values()]
+
+    def step(amount):
+        optimizer.zero_grad()
+        scaler.scale(squared_error(model) * amount).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    for amount in (*[1.0] * after, *[math.nan] * 4):
+        step(amount)
+    counts = statistics(optimizer)
+    assert counts["reverted"] == 1 and not place and torch.equal(flat(model), plain)
+    assert identical(seconds, [state["exp_avg_sq"] for state in optimizer.state.values()])
+    for _ in range(40):
+        step(1.0)
+    assert statistics(optimizer)["moved"] == 0 and statistics(optimizer)["accepted"] > 1
+    assert bool(flat(model).isfinite().all())
+
+
 @pytest.mark.parametrize("amount", [10.0, math.nan])
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_resumed_run_has_seen_the_same_losses(after, amount):
@@ -350,18 +378,18 @@ def test_backward_passes_without_steps_fill_no_memory(monkeypatch):
 
 def test_the_rise_on_a_device():
     """There the numbers stay tensors; here they lie on the CPU."""
-    on_host, on_device = Losses(), Losses()
+    on_host, on_device, one_way = Losses(), Losses(), sgd(network())
     for number, value in enumerate([3.0, 1.0, math.nan, 2.0, *[2.5] * 4, 2.0, 1.0]):
         for each, one in ((on_host, value), (on_device, torch.tensor(value))):
             each.recent.append(one)
             assert len(each.recent) == number + 1
     for since, rise in [([6.0, 5.5, 7.0, 5.25], 0.25), ([6.0, 2.0, 7.0, 8.0], -3.0), ([9.0] * 3, 0.0), ([], 0.0)]:
         for each, kind in ((on_host, float), (on_device, torch.tensor)):
-            each.begin_trial(1, 0)
+            each.begin_trial(one_way, judged=False, reverted=0)
             each.since = [kind(value) for value in since]
             assert float(each.rise()) == rise
     for each, kind in ((on_host, float), (on_device, torch.tensor)):
-        each.begin_trial(0, 0)
+        each.begin_trial(one_way, judged=True, reverted=0)
         each.since = [kind(value) for value in (1.0, math.inf)]
         assert math.isnan(float(each.rise()))
 
