@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import Variable
 
-from aadl.compiler import pass_over, uncompiled
+from aadl.compiler import compiler_of_frames, pass_over
 
 Afterwards = Callable[[], None]
 """Called after a backward pass that raised no error."""
@@ -72,7 +72,8 @@ class _Engine(_BASE):  # type: ignore[misc]
         run = self.engine.run_backward
         if self is not _Engine.newest or kwargs.get("accumulate_grad") is False:
             return run(*args, **kwargs)
-        ask, tell = _hidden
+        compiles = compiler_of_frames is None or compiler_of_frames() is not None
+        ask, tell = _hidden if compiles else (_ask, _tell)
         afterwards = ask(args, kwargs)
         if afterwards is None:
             return ()
@@ -110,12 +111,12 @@ def _hide() -> None:
     """Hide all this from torch.compile, of which the first call loads parts."""
     global _hidden
     if _hidden == (_ask, _tell):
-        _hidden = uncompiled(_ask), uncompiled(_tell)
-        for function in (_Engine.run_backward, *_hidden):
-            pass_over(function)
+        pass_over(_Engine.run_backward)
+        _hidden = torch.compiler.disable(_ask), torch.compiler.disable(_tell)  # type: ignore[no-untyped-call]
 
 
 _hidden: tuple[Callable[..., Any], Callable[..., Any]] = _ask, _tell
+"""The same for a pass that begins in compiled code; hiding them always would cost a microsecond."""
 
 
 def _forget(reference: Callable[[], Watcher | None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -101,14 +102,14 @@ class Losses:
             self._drop()
 
         def note() -> None:
-            now = [p.grad for p in sample]
-            left = list(map(_version, now))
-            changed = (new is not old for new, old in zip(now, before, strict=True))
-            if steps == self._steps and (left != versions or any(changed)):
+            left = [_version(p.grad) for p in sample]
+            replaced = [p.grad is not gradient for p, gradient in zip(sample, before, strict=True)]
+            if steps == self._steps and (left != versions or any(replaced)):
                 self._left, self._is_noted = left, self._in_closure
-                with torch._C._DisableTorchDispatch():  # modes that count or trace what a training computes
+                modes = torch._C._len_torch_dispatch_stack()  # they count or trace what a training computes
+                with torch._C._DisableTorchDispatch() if modes else nullcontext():
                     self._note(roots, gradients)
-            if self.is_stuck():
+            if self.is_stuck:
                 when_stuck()
 
         return note
@@ -122,7 +123,8 @@ class Losses:
         for root, gradient in zip(roots, gradients, strict=False):
             loss, factor = _number(root), _number(gradient)
             if loss is not None and factor is not None:
-                self.coming = [*self.coming, loss * factor][-MOST:]
+                self.coming.append(loss * factor)
+        del self.coming[:-MOST]  # nobody steps
 
     def choose(self, parameters: Sequence[Tensor]) -> None:
         """Choose the sample: the first and the last one of the parameters in use.
@@ -133,11 +135,10 @@ class Losses:
         used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
         self.sample = used[:1] + used[1:][-1:]
 
+    @property
     def is_stuck(self) -> bool:
-        """Whether no step was made STUCK times in a row, because the loss was not finite; asked again, it is not."""
-        stuck = self.lost >= STUCK
-        self.lost = 0 if stuck else self.lost
-        return stuck
+        """Whether no step was made STUCK times in a row, because the loss was not finite."""
+        return self.lost >= STUCK
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -213,8 +214,13 @@ class Losses:
 
 
 def _version(gradient: Tensor | None) -> int | None:
-    """Changes when somebody writes to the gradient; inference tensors do not say."""
-    return None if gradient is None else -1 if gradient.is_inference() else gradient._version
+    """Changes when somebody writes to the gradient."""
+    if gradient is None:
+        return None
+    try:
+        return gradient._version
+    except RuntimeError:  # an inference tensor, which does not say
+        return -1
 
 
 def _number(tensor: Any) -> Number | None:

@@ -11,6 +11,7 @@ carried out on the device; the host reads them after the next optimizer step (`D
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -71,12 +72,14 @@ class MacroSteps(Accelerator):
     @torch.no_grad()
     def _leave_lost_candidate(self) -> None:
         """Put the plain iterate back where no step is made at the candidate any more: the loss is not finite there."""
-        optimizer, layout = self._optimizer(), self._layout
+        optimizer, layout, self._losses.lost = self._optimizer(), self._layout, 0
         if optimizer is None or layout is None or self._ranks.size > 1:
             return
         tensors = layout.tensors(optimizer, self._outside.look(optimizer))
         spare = self._spare if self._progress.in_macro_step else None
-        with _unsafe_preserve_version_counter(tuple(layout.parameters)):  # for backward passes yet to come
+        with ExitStack() as stack:
+            for p in layout.parameters:  # backward passes yet to come must not find them changed
+                stack.enter_context(_unsafe_preserve_version_counter(p))
             if self._decisions.leave(optimizer, layout.history, tensors, spare):
                 self._progress.in_macro_step = 0
         self._outside.note_end(optimizer, layout)
@@ -120,7 +123,7 @@ class MacroSteps(Accelerator):
         self._losses.end_step(is_skipped, decisions.statistics["reverted"])
         if is_skipped:
             decisions.statistics["skipped_steps"] += 1
-            if self._losses.is_stuck():
+            if self._losses.is_stuck:
                 self._leave_lost_candidate()
             self._note_step()
             return
