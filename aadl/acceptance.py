@@ -240,7 +240,7 @@ def overshoot_bound(candidate: Candidate) -> float:
 
 def points_back_too_far(along: float, candidate: Candidate) -> bool:
     """Whether later updates undo the candidate: the slope along its step has turned by OVERSHOOT or more."""
-    return along < overshoot_bound(candidate)
+    return not along >= overshoot_bound(candidate)
 
 
 def must_revert(square: float, along: float, candidate: Candidate) -> bool:

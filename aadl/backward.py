@@ -46,7 +46,7 @@ class Watch:
         self._reference = weakref.WeakMethod(watcher) if is_method else lambda: watcher
         with _lock:
             _watchers = (self._reference, *_watchers) if first else (*_watchers, self._reference)
-            if not isinstance(vars(Variable).get(_NAME), _Engine):
+            if vars(Variable).get(_NAME) is not _Engine.newest:  # nor if somebody has put an older one back
                 setattr(Variable, _NAME, _Engine.around(getattr(Variable, _NAME)))
 
     def remove(self) -> None:
@@ -65,7 +65,7 @@ class _Engine(_BASE):  # type: ignore[misc]
     def around(cls, engine: Any) -> _Engine:
         """One that runs the passes of another engine."""
         cls.newest = made = cls()
-        made.engine = engine
+        made.engine = _without_ours(engine)
         return made
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,4 +126,11 @@ def _forget(reference: Callable[[], Watcher | None]) -> None:
         _watchers = tuple(other for other in _watchers if other != reference)
         here = vars(Variable).get(_NAME)
         if not _watchers and isinstance(here, _Engine):
-            setattr(Variable, _NAME, here.engine)
+            setattr(Variable, _NAME, _without_ours(here))
+
+
+def _without_ours(engine: Any) -> Any:
+    """The engine that this module has replaced, of which somebody may have put an older replacement back."""
+    while isinstance(engine, _Engine):
+        engine = engine.engine
+    return engine

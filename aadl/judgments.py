@@ -151,14 +151,14 @@ class Judgments:
     # ---- the last candidate ----------------------------------------------------------------------------------------
 
     def judge(self, step: MacroStep, candidate: Candidate) -> None:
-        """Judge the accepted candidate by the residual of the macro-step that began at it.
+        """Judge the accepted candidate by the residual of the macro-step that began at it, and by its losses.
 
         The plain iterate returns where `acceptance.must_revert` says so.
         """
         numbers, sums = step.history.measurements_with([float(step.doubtful), float(self.moves > 0)])
         weights = handed(host_tensor([candidate.weights.get(kind, 0.0) for kind in KINDS]), numbers.device)
         square, along, rise = weights @ numbers[:, 0], numbers[0, 3], sums[2]
-        square, along = torch.where(rise.isnan(), rise, square), torch.where(rise > 0, -math.inf, along)
+        square, along = torch.where(rise.isnan(), rise, square), torch.where(rise > 0, math.nan, along)
         if on_host(numbers):
             values = [float(square), float(along), *sums[:2].tolist(), *numbers[:, 2].tolist()]
             self._judged(step, candidate, taking(step, values[0]), values)

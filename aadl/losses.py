@@ -21,9 +21,11 @@ from aadl.parameters import all_parameters, maximizes
 from aadl.ranks import PLAIN, local
 
 WINDOW = 10
-"""Losses before a candidate with which those after it are compared."""
+"""Steps before a candidate with whose losses those after it are compared."""
 FEWEST = 4
-"""Losses after a candidate that are compared."""
+"""Steps after a candidate whose losses are compared."""
+ROUNDING = 1e-5
+"""Part of a loss by which it may rise because of rounding."""
 MOST = 4096
 """Losses that are kept, of one step and after a candidate."""
 STUCK = 3
@@ -36,17 +38,20 @@ class Losses:
     """The losses of one training.
 
     Args:
-        recent: the last WINDOW ones, without those after candidates that were taken back.
-        since: those since the last acceleration.
+        recent: those of the last WINDOW steps, without those after candidates that were taken back.
+        since: those of the steps since the last acceleration.
         plain: the recent ones at that time.
         bound: what the losses since then must exceed to have risen; inf where they cannot.
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
         reverted: how often a candidate has been taken back.
+        dropped: those with whose gradients no step was made, since the last step.
+        begun: whether a step was made.
+        places: of the sample among the parameters of the optimizer; none for those that `choose` takes.
 
     Attributes:
-        coming: those since the last step.
-        lost: how often in a row no step was made with gradients of losses that are not finite.
+        coming: those of the passes since the last step.
         sample: parameters whose gradients tell that a loss is one of this training.
+        is_stuck: whether no step was made STUCK times in a row, because the loss was not finite.
     """
 
     def __init__(
@@ -57,28 +62,32 @@ class Losses:
         bound: Number = math.inf,
         sign: int = 0,
         reverted: int = 0,
+        dropped: Sequence[Number] = (),
+        begun: bool = False,
+        places: Sequence[int] = (),
     ) -> None:
         self.recent, self.since, self.plain = list(recent), list(since), list(plain)
         self.bound, self.sign, self.reverted = bound, sign, reverted
         self.coming: list[Number] = []
-        self.lost = 0
+        self.dropped, self.is_stuck = list(dropped), False
         self.sample: list[Tensor] = []
+        self._places = list(places)
         self._left: list[int | None] = []
         self._steps, self._in_closure, self._is_noted = 0, False, False
-        self._thread = threading.get_ident() if self.recent else None
+        self._thread = threading.get_ident() if begun else None
 
     @classmethod
     def of(cls, optimizer: Optimizer, **seen: Any) -> Losses:
         """The losses of the training with this optimizer; `seen` is a saved `state`."""
-        losses = cls(**seen)
-        losses.choose(all_parameters(optimizer))
+        losses, parameters = cls(**seen), all_parameters(optimizer)
+        losses.sample = [parameters[place] for place in losses._places if place < len(parameters)]
+        if not losses.sample:
+            losses.choose(parameters)
         return losses
 
     # ---- backward passes -------------------------------------------------------------------------------------------
 
-    def look(
-        self, roots: Sequence[Any], gradients: Sequence[Any], when_stuck: Callable[[], None]
-    ) -> Callable[[], None] | None:
+    def look(self, given: dict[str, Any], when_stuck: Callable[[], None]) -> Callable[[], None] | None:
         """Look at a backward pass that begins; return what notes its losses once it has ended, or None.
 
         A loss counts times the gradient that it is given, because `(-loss).backward()` and `loss.backward(-one)`
@@ -89,12 +98,13 @@ class Losses:
         thread computes; tensors of several numbers; and all while a CUDA graph is captured.
 
         Args:
-            roots: the tensors at which the pass begins.
-            gradients: those that are given to them.
+            given: arguments of torch's engine: the tensors at which the pass begins, and their gradients.
             when_stuck: called after a pass that is one of those before which no step was made, see `is_stuck`.
         """
         sample, steps = self.sample, self._steps
         if self._is_noted or self._thread != threading.get_ident() or torch._C._current_graph_task_id() != -1:
+            return None
+        if any(p.is_cuda for p in sample) and torch.cuda.is_current_stream_capturing():
             return None
         before = [p.grad for p in sample]
         versions = list(map(_version, before))
@@ -108,16 +118,19 @@ class Losses:
                 self._left, self._is_noted = left, self._in_closure
                 modes = torch._C._len_torch_dispatch_stack()  # they count or trace what a training computes
                 with torch._C._DisableTorchDispatch() if modes else nullcontext():
-                    self._note(roots, gradients)
-            if self.is_stuck:
-                when_stuck()
+                    self._note(given.get("tensors", ()), given.get("grad_tensors", ()))
+            if self.is_stuck and self.coming and not math.isfinite(self.coming[-1]):
+                when_stuck()  # the gradients of this pass lead to no step
 
         return note
 
     def _drop(self) -> None:
-        """Forget losses with whose gradients no step was made."""
-        self.lost = 0 if all(math.isfinite(loss) for loss in self.coming) else self.lost + 1
+        """Put losses aside with whose gradients no step was made; a device is asked about every third ones."""
+        self.dropped += [_mean(self.coming)] if self.coming else []
         self.coming = []
+        if len(self.dropped) >= STUCK:
+            self.is_stuck = not any(math.isfinite(loss) for loss in self.dropped)
+            self.dropped = []
 
     def _note(self, roots: Sequence[Any], gradients: Sequence[Any]) -> None:
         for root, gradient in zip(roots, gradients, strict=False):
@@ -134,11 +147,6 @@ class Losses:
         """
         used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
         self.sample = used[:1] + used[1:][-1:]
-
-    @property
-    def is_stuck(self) -> bool:
-        """Whether no step was made STUCK times in a row, because the loss was not finite."""
-        return self.lost >= STUCK
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -161,10 +169,11 @@ class Losses:
         if skipped:
             self._drop()
             return
-        coming, self.coming, self.lost = self.coming, [], 0
+        coming, self.coming, self.dropped, self.is_stuck = self.coming, [], [], False
         if coming:
-            self.recent = [*self.recent, *coming][-WINDOW:]
-            self.since = [*self.since, *coming][:MOST]
+            loss = _mean(coming)
+            self.recent = [*self.recent, loss][-WINDOW:]
+            self.since = [*self.since, loss][-MOST:]
 
     def _forget_reverted(self, reverted: int) -> None:
         """Forget the losses after a candidate that was taken back: the next one may lead to where they are as high."""
@@ -192,7 +201,7 @@ class Losses:
             values = sign * _joined(self.recent)
             highest = torch.where(values.isfinite(), values, -math.inf).max()
             lowest = torch.where(values.isfinite(), values, math.inf).min()
-            self.bound = 2 * highest - lowest
+            self.bound = 2 * highest - lowest + ROUNDING * highest.abs()
 
     def rise(self) -> Number:
         """How far the losses since the candidate lie above the bound: min(since) - (2 max(recent) - min(recent)).
@@ -203,14 +212,30 @@ class Losses:
         if not self.since:
             return 0.0
         values = self.sign * _joined(self.since)
-        rise = values.min() - self.bound if len(self.since) >= FEWEST else 0 * values[0]
+        bound = torch.as_tensor(self.bound, device=values.device)
+        rise = values.min() - bound if len(self.since) >= FEWEST else 0 * values[0]
         return torch.where(values.isfinite().all(), torch.where(rise.isfinite(), rise, 0.0), math.nan)
 
-    def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        lists = {"recent": self.recent, "since": self.since, "plain": self.plain}
-        numbers = {name: list(map(float, values)) for name, values in lists.items()}
-        return {**numbers, "bound": float(self.bound), "sign": self.sign, "reverted": self.reverted}
+    def state(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Plain values for a checkpoint.
+
+        Args:
+            parameters: all those of the optimizer.
+        """
+        lists = {"recent": self.recent, "since": self.since, "plain": self.plain, "dropped": self.dropped}
+        where = {id(p): place for place, p in enumerate(parameters)}
+        return {name: list(map(float, values)) for name, values in lists.items()} | {
+            "bound": float(self.bound),
+            "sign": self.sign,
+            "reverted": self.reverted,
+            "begun": self._thread is not None,
+            "places": [where[id(p)] for p in self.sample if id(p) in where],
+        }
+
+
+def _mean(losses: list[Number]) -> Number:
+    """The loss of a step, from those of its passes."""
+    return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
 
 
 def _version(gradient: Tensor | None) -> int | None:

@@ -64,34 +64,36 @@ class MacroSteps(Accelerator):
             self._handles.append(Watch(self._see_backward))
 
     def _see_backward(self, given: dict[str, Any]) -> Callable[[], None] | None:
-        return self._losses.look(
-            given.get("tensors", ()), given.get("grad_tensors", ()), when_stuck=self._leave_lost_candidate
-        )
+        return self._losses.look(given, self._leave_lost_candidate)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _leave_lost_candidate(self) -> None:
         """Put the plain iterate back where no step is made at the candidate any more: the loss is not finite there."""
-        optimizer, layout, self._losses.lost = self._optimizer(), self._layout, 0
-        if optimizer is None or layout is None or self._ranks.size > 1:
+        self._losses.is_stuck = False
+        optimizer, layout, left = self._optimizer(), self._layout, self._outside.left
+        if optimizer is None or layout is None or left is None or self._ranks.size > 1:
             return
-        tensors = layout.tensors(optimizer, self._outside.look(optimizer))
+        look = self._outside.look(optimizer)
+        if not look.untouched_since(left):  # somebody has put weights of his own there
+            return
         spare = self._spare if self._progress.in_macro_step else None
         with ExitStack() as stack:
             for p in layout.parameters:  # backward passes yet to come must not find them changed
                 stack.enter_context(_unsafe_preserve_version_counter(p))
-            if self._decisions.leave(optimizer, layout.history, tensors, spare):
-                self._progress.in_macro_step = 0
-        self._outside.note_end(optimizer, layout)
+            has_left = self._decisions.leave(optimizer, layout.history, layout.tensors(optimizer, look), spare)
+        if has_left:
+            self._progress.in_macro_step = 0
+            self._outside.end_macro_step()
+            self._outside.note_end(optimizer, layout)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._rates.see(optimizer)
         settings, dry = self.settings, self._rates.is_dry
         if settings.idle or self._given_up:
             return
-        has_closure = closure_of(args, kwargs) is not None
-        self._losses.begin_step(has_closure)
-        if settings.safeguard == "loss" and not dry and not has_closure:
+        self._losses.begin_step(closure_of(args, kwargs) is not None)
+        if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
         if not settings.local_sgd and not self._outside.is_quiet():
             self._apply(self._outside.before_step(self._gap, self._progress.in_macro_step, self._layout), optimizer)

@@ -53,8 +53,8 @@ class Problem(NamedTuple):
     square: float
     """||f||^2 of the newest residual in the norm of the candidate that it judges; 0 without one."""
     along: float
-    """<f, s> over the parameters, with the jump s that led to the start of the newest pair; -inf where the losses of
-    the training have risen since."""
+    """<f, s> over the parameters, with the jump s that led to the start of the newest pair; nan where the losses of the
+    training have risen since."""
     jump: dict[str, float]
     """||s||^2 by kind, on this rank."""
     here: int
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
     is_doubtful: bool
     """Whether at least `quorum` ranks doubt the newest residual."""
     is_finite: bool
-    """Whether all products are finite."""
+    """Whether all products, and the losses since the candidate, are finite."""
     fused: bool
     """Whether all ranks have compiled kernels (or none needs them)."""
 
@@ -104,7 +104,7 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         gram,
         weights,
         square,
-        -math.inf if rise > 0 else along,
+        math.nan if rise > 0 else along,
         {kind: part.jump for kind, part in parts.items()},
         here,
         is_written=written >= step.quorum or differ,

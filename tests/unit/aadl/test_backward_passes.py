@@ -146,6 +146,20 @@ def test_engines_of_others_around_it_ask_once(monkeypatch):
     assert is_torchs_engine()
 
 
+def test_an_engine_that_somebody_puts_back_asks_again(monkeypatch):
+    model, optimizer = accelerated()
+    monkeypatch.setattr(Variable, "_execution_engine", Replacing())
+    _, second = accelerated()
+    monkeypatch.undo()
+    other, third = accelerated()
+    for each, its_optimizer in ((model, optimizer), (other, third)):
+        train(each, its_optimizer, 3)
+        assert len(losses(its_optimizer).recent) == 2  # nobody looks before the first step
+    for its_optimizer in (optimizer, second, third):
+        aadl.remove_acceleration(its_optimizer)
+    assert is_torchs_engine()
+
+
 def test_functions_are_traced_as_always():
     model, optimizer = accelerated()
     train(model, optimizer, 2)

@@ -291,31 +291,25 @@ def test_a_step_that_a_scaler_skips_tells_nothing(fused):
     assert counts["skipped_steps"] == 2 * fused and counts["steps"] == 25 and counts["reverted"] == 0
 
 
-@pytest.mark.parametrize("after", [0, 2])
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_scaler_that_skips_every_step_behind_a_boundary_does_not_end_the_training(fused, after):
-    """There gradients are not finite either, and no macro-step would end."""
-    make = lambda p: torch.optim.Adam(p, lr=0.01, fused=fused)  # noqa: E731
-    model, optimizer = accelerated(make)
-    plain, scaler = aadl.accelerator_of(optimizer).history.blocks[0].mapped.clone(), torch.amp.GradScaler("cpu")
-    place = torch.equal(flat(model), plain)
-    seconds = [state["exp_avg_sq"].clone() for state in optimizer.state.values()]
+def test_micro_batches_of_a_step_are_one_loss():
+    model, optimizer = accelerated()
+    seen = aadl.accelerator_of(optimizer).losses
+    optimizer.zero_grad()
+    for amount in (1.0, 2.0, 6.0):
+        (squared_error(model) * 0 + amount).backward()
+    optimizer.step()
+    assert seen.since == [3.0] and seen.recent[-1] == 3.0 and len(seen.recent) == WINDOW
 
-    def step(amount):
-        optimizer.zero_grad()
-        scaler.scale(squared_error(model) * amount).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
-    for amount in (*[1.0] * after, *[math.nan] * 4):
-        step(amount)
+def test_averages_are_taken_back_too():
+    """Of acceleration_type "identity", whose direction nobody tests."""
+    model = network()
+    optimizer = aadl.accelerate(KINDS["SGD"](model.parameters()), "identity", **SETTINGS | {"average": "always"})
+    for _ in range(60):
+        judged = aadl.accelerator_of(optimizer).decisions.accepted is not None
+        train(model, optimizer, 1, loss=plus(10.0 if judged else 0.0))
     counts = statistics(optimizer)
-    assert counts["reverted"] == 1 and not place and torch.equal(flat(model), plain)
-    assert identical(seconds, [state["exp_avg_sq"] for state in optimizer.state.values()])
-    for _ in range(40):
-        step(1.0)
-    assert statistics(optimizer)["moved"] == 0 and statistics(optimizer)["accepted"] > 1
-    assert bool(flat(model).isfinite().all())
+    assert counts["accepted"] > 1 and counts["reverted"] >= counts["accepted"] - 1
 
 
 @pytest.mark.parametrize("amount", [10.0, math.nan])
@@ -387,7 +381,7 @@ def test_the_rise_on_a_device():
         for each, kind in ((on_host, float), (on_device, torch.tensor)):
             each.begin_trial(one_way, judged=False, reverted=0)
             each.since = [kind(value) for value in since]
-            assert float(each.rise()) == rise
+            assert float(each.rise()) == pytest.approx(rise, abs=1e-4)
     for each, kind in ((on_host, float), (on_device, torch.tensor)):
         each.begin_trial(one_way, judged=True, reverted=0)
         each.since = [kind(value) for value in (1.0, math.inf)]
