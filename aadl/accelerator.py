@@ -175,7 +175,9 @@ class AndersonAccelerator(MacroSteps):
             "parameters": positions,
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
-            "losses": self._losses.state(all_parameters(self.optimizer)) if alone and not fake else {},
+            "losses": self._losses.state([] if optimizer is None else all_parameters(optimizer))
+            if alone and not fake
+            else {},
         }
         rows = {} if layout is None else layout.rows()
         return {"version": VERSION, "values": json.dumps(plain), "rows": rows}
