@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from small_runs import INPUTS, TARGETS, flat, is_torchs_engine, network, sgd, squared_error, statistics, train
+from test_losses import SETTINGS
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import Variable
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,16 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import aadl
 from aadl.losses import WINDOW
-
-SETTINGS = {
-    "wait_iterations": 10,
-    "history_depth": 4,
-    "store_each_nth": 5,
-    "frequency": 10,
-    "average": False,
-    "safeguard": "residual",
-}
-"""A candidate after 20 steps, judged after 25."""
 
 
 def accelerated(model=None, **more):
