@@ -70,14 +70,13 @@ class MacroSteps(Accelerator):
     @torch.no_grad()
     def _leave_lost_candidate(self) -> None:
         """Put the plain iterate back where no step is made at the candidate any more: the loss is not finite there."""
-        self._losses.is_stuck = False
-        optimizer, layout, left = self._optimizer(), self._layout, self._outside.left
-        if optimizer is None or layout is None or left is None or self._ranks.size > 1:
+        optimizer, layout = self._optimizer(), self._layout
+        if optimizer is None or layout is None or self._ranks.size > 1:
             return
-        look = self._outside.look(optimizer)
-        if not look.untouched_since(left):  # somebody has put weights of his own there
+        look, steps = self._outside.look(optimizer), self._progress.in_macro_step
+        if not self._outside.is_as_left(optimizer, layout, steps):  # somebody has put weights of his own there
             return
-        spare = self._spare if self._progress.in_macro_step else None
+        spare = self._spare if steps else None
         with ExitStack() as stack:
             for p in layout.parameters:  # backward passes yet to come must not find them changed
                 stack.enter_context(_unsafe_preserve_version_counter(p))
@@ -122,10 +121,10 @@ class MacroSteps(Accelerator):
         decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         is_skipped = found_inf is not None and bool(found_inf)
-        self._losses.end_step(is_skipped, decisions.statistics["reverted"])
+        is_stuck = self._losses.end_step(is_skipped, decisions.statistics["reverted"])
         if is_skipped:
             decisions.statistics["skipped_steps"] += 1
-            if self._losses.is_stuck:
+            if is_stuck:
                 self._leave_lost_candidate()
             self._note_step()
             return

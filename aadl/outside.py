@@ -168,13 +168,20 @@ class OutsideWrites:
         """Whether the weights may have been filled through `.data` within the macro-step."""
         return self._doubtful or self._leap > 0 or (self._sample is not None and self._sample.change() > 0)
 
-    def is_as_left(self, optimizer: Optimizer, layout: Layout | None) -> bool:
-        """Whether nobody seems to have written to the tensors since the last hook left them."""
+    def is_as_left(self, optimizer: Optimizer, layout: Layout | None, in_macro_step: int = 0) -> bool:
+        """Whether nobody seems to have written to the tensors since the last hook left them.
+
+        Args:
+            in_macro_step: steps of the running macro-step that have ended; within it, whether nobody seems to have
+                written since its start through `.data` either.
+        """
         if layout is None or self.left is None:
             return False
         look = self.look(optimizer)
         if not look.untouched_since(self.left):
             return False
+        if in_macro_step:
+            return not self.is_doubtful
         heads = layout.sample(layout.tensors(optimizer, look))
         return all(map(same_bits, self._heads, heads))
 
