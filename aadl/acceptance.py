@@ -7,7 +7,8 @@ When an acceleration is due, the history makes one attempt at a candidate x+. Th
 3. With a closure, the training loss must fall (`cause_of_losses`): `LOSS`, `CLOSURE`, `STOPPED`. With local SGD the
    ranks must agree: `VOTE`. A candidate that passes is accepted.
 4. The residual of the macro-step that begins at the candidate judges it. Above PAUSE_ABOVE of what was predicted,
-   acceleration pauses; where `must_revert` holds, the plain iterate is put back.
+   acceleration pauses; where `must_revert` holds, the plain iterate is put back. Losses of the training that have risen
+   since (`aadl.losses`) count as a residual that points back, and ones that are not finite as one that is not finite.
 5. Before the next attempt, `points_back_too_far` looks once more at all updates since the candidate.
 
 Nonlinear GMRES evaluates the residuals at its candidate (`cause_of_residuals`): `RESIDUALS`, `CHECK`, `NON_FINITE`,
@@ -248,7 +249,7 @@ def must_revert(square: float, along: float, candidate: Candidate) -> bool:
 
     Args:
         square: ||f_{k+1}||^2.
-        along: <f_{k+1}, x+ - g_k>.
+        along: <f_{k+1}, x+ - g_k>; nan where the losses of the training have risen.
         candidate: the one at which the macro-step began.
     """
     return not (square <= revert_bound(candidate) and along >= overshoot_bound(candidate))

@@ -27,8 +27,8 @@ _NAME = "_execution_engine"
 _BASE: Any = torch._C._ImperativeEngine
 _lock = threading.Lock()
 _watchers: tuple[Callable[[], Watcher | None], ...] = ()
-"""The first one is asked first. Methods are held weakly, so that nobody lives on because he watches. Never changed in
-place: another thread may be asking them."""
+"""The first one is asked first. Methods are held weakly, so that a watch keeps no object alive. The tuple is replaced,
+never changed, because another thread may be going through it."""
 
 
 class Watch:
@@ -46,7 +46,7 @@ class Watch:
         self._reference = weakref.WeakMethod(watcher) if is_method else lambda: watcher
         with _lock:
             _watchers = (self._reference, *_watchers) if first else (*_watchers, self._reference)
-            if vars(Variable).get(_NAME) is not _Engine.newest:  # nor if somebody has put an older one back
+            if vars(Variable).get(_NAME) is not _Engine.newest:  # or it is an older one, which somebody has put back
                 setattr(Variable, _NAME, _Engine.around(getattr(Variable, _NAME)))
 
     def remove(self) -> None:
@@ -108,7 +108,7 @@ def _tell(afterwards: list[Afterwards]) -> None:
 
 
 def _hide() -> None:
-    """Hide all this from torch.compile, of which the first call loads parts."""
+    """Hide the functions of a pass from torch.compile. The first call imports parts of the compiler."""
     global _hidden
     if _hidden == (_ask, _tell):
         pass_over(_Engine.run_backward)
@@ -116,7 +116,7 @@ def _hide() -> None:
 
 
 _hidden: tuple[Callable[..., Any], Callable[..., Any]] = _ask, _tell
-"""The same for a pass that begins in compiled code; hiding them always would cost a microsecond."""
+"""`_ask` and `_tell` for a pass that begins in compiled code. Hiding them costs each call a microsecond."""
 
 
 def _forget(reference: Callable[[], Watcher | None]) -> None:
@@ -130,7 +130,7 @@ def _forget(reference: Callable[[], Watcher | None]) -> None:
 
 
 def _without_ours(engine: Any) -> Any:
-    """The engine that this module has replaced, of which somebody may have put an older replacement back."""
+    """Unwrap the replacements of this module: several, where somebody has put an older one back."""
     while isinstance(engine, _Engine):
         engine = engine.engine
     return engine

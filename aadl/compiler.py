@@ -1,6 +1,6 @@
-"""What torch.compile is kept away from: functions of this package that are called while a frame is compiled or runs so.
+"""Keeps torch.compile away from functions of this package that compiled code calls.
 
-Traced, they would only cost compilations and warnings, and guards that fail a step later.
+If the compiler traced them, that would only cost compilations and warnings, and guards that fail a step later.
 """
 
 from __future__ import annotations

@@ -137,7 +137,6 @@ class History:
 
     def clear(self, wipe: bool = False) -> None:
         """Forget all pairs; with `wipe` the rows too (they hold inf or nan). The running macro-step goes on."""
-        self._start_apart()
         for block in self.blocks:
             for name, tensor in block.tensors.items():
                 if (wipe or block.fused) and name.startswith("delta"):  # compiled kernels read unused rows too
@@ -148,7 +147,6 @@ class History:
         """Forget the newest `count` columns and the pair; those before stay. The running macro-step goes on."""
         kept = max(0, len(self.columns) - count)
         first = self.order()[0] if kept else 0
-        self._start_apart()
         for block in self.blocks:
             for name, tensor in block.tensors.items():
                 if not name.startswith("delta"):
@@ -159,13 +157,6 @@ class History:
                     tensor[kept:].zero_()
         self.columns, self.next, self.has_pair = self.columns[:kept], kept % self.depth, False
         self.stale = list(range(kept))
-
-    def _start_apart(self) -> None:
-        """Copy the start of the running macro-step to its own row, so that the pair can go."""
-        for block in self.blocks:
-            if block.start is not block.own_start:
-                block.own_start.copy_(block.start)
-                block.start = block.own_start
 
     @property
     def fused(self) -> bool:
@@ -207,7 +198,8 @@ class History:
 
         One read of DF, one transfer to the host, one sum over the ranks where they hold parts (or lie on devices). Only
         products with columns stored since the last call are computed: with r of them among m columns the ranks exchange
-        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` for each kind, and `own`.
+        r m - r (r - 1) / 2 + m + 1 products and three other numbers of `Block.measured` for each kind, `own` and the
+        rise.
         """
         count, order = len(self.columns), self.order()
         result: dict[str, Gram] = {}
@@ -225,7 +217,7 @@ class History:
 
     def _fresh_products(self, count: int, own: list[float]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[float]]:
         """Per kind, on the host, summed over ranks: products of the stale columns and of f with all columns and f, and
-        what the push has measured besides ||f||^2; and the sums of `own`."""
+        what the push has measured besides ||f||^2; and the sums of `own` and of the rise."""
         kinds = [kind for kind in KINDS if any(b.kind == kind and b.residual is not None for b in self.blocks)]
         if self.partial:  # ranks without a tensor take part in the sum too
             kinds = list(KINDS)

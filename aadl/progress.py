@@ -1,4 +1,4 @@
-"""Where an accelerator stands between two steps, and the two warnings that come once it has stood still for long."""
+"""Counts where an accelerator stands between two steps, and warns where nothing is accelerated for long."""
 
 from __future__ import annotations
 
