@@ -175,9 +175,7 @@ class AndersonAccelerator(MacroSteps):
             "parameters": positions,
             "history": None if layout is None else saved_state.plain_state_of(layout.history),
             "averaged": self.settings.local_sgd and self._is_changed(self.optimizer),
-            "losses": self._losses.state([] if optimizer is None else all_parameters(optimizer))
-            if alone and not fake
-            else {},
+            "losses": self._losses.state(optimizer) if alone and not fake else {},
         }
         rows = {} if layout is None else layout.rows()
         return {"version": VERSION, "values": json.dumps(plain), "rows": rows}
@@ -205,7 +203,7 @@ class AndersonAccelerator(MacroSteps):
                 )
             Decisions(self.settings).restore(saved)
             Progress(**saved["progress"]), LearningRates(**saved["rates"]), saved["averaged"]
-            Losses(**saved.setdefault("losses", {}))
+            Losses.from_state(saved.setdefault("losses", {}))
             OutsideWrites(self.settings.store_each_nth, with_momentum=False).restore(saved["outside"])
             wanted, found = self.settings.map_description(), saved["map"]
             for name, value in wanted.items():
@@ -253,5 +251,5 @@ class AndersonAccelerator(MacroSteps):
         self._decisions.restore(saved)
         self._progress, self._rates = Progress(**saved["progress"]), LearningRates(**saved["rates"])
         self._outside.restore(saved["outside"])
-        self._averaged, self._losses = bool(saved["averaged"]), Losses.of(self.optimizer, **saved["losses"])
+        self._averaged, self._losses = bool(saved["averaged"]), Losses.of(self.optimizer, saved["losses"])
         self._lacks_history = False

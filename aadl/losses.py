@@ -7,34 +7,26 @@ gradients look like those before: behind the boundary of a logarithm, or onto a 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl.mixing import host_tensor
 from aadl.parameters import all_parameters, maximizes
-from aadl.ranks import PLAIN, local
+from aadl.passes import MOST, Number, Passes, joined
 
 WINDOW = 10
 """Steps before a candidate with whose losses those after it are compared."""
 FEWEST = 4
 """Steps after a candidate whose losses are compared."""
+LAST = 2
+"""Last steps after a candidate whose losses tell that it is not finite there."""
 ROUNDING = 1e-5
 """Part of a loss by which it may rise because of rounding."""
-MOST = 4096
-"""Losses that are kept, of one step and after a candidate."""
-STUCK = 3
-"""Losses that are not finite and to which no step is made, beyond those usual between steps, after which a candidate
-goes."""
-Number = float | Tensor
-"""A Python number from a host, so that nothing is kept of its graph; else a tensor of no dimension on its device."""
 
 
+@dataclass
 class Losses:
     """The losses of one training.
 
@@ -46,176 +38,57 @@ class Losses:
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
         reverted: how often a candidate has been taken back.
         not_finite: number of those before that were not finite, without those after candidates that were taken back.
-        dropped: those with whose gradients no step was made; the last ones since the last step.
-        num_dropped: their number since the last step.
-        usually_dropped: their numbers before each of the last WINDOW steps.
-        begun: whether a step was made.
-        places: of the sample among the parameters of the optimizer; none for those that `choose` takes.
-
-    Attributes:
-        coming: those of the passes since the last step.
-        sample: parameters whose gradients tell that a loss is one of this training.
+        passes: the backward passes that the next step goes back to.
     """
 
-    def __init__(
-        self,
-        recent: Sequence[Number] = (),
-        since: Sequence[Number] = (),
-        plain: Sequence[Number] = (),
-        bound: Number = math.inf,
-        sign: int = 0,
-        reverted: int = 0,
-        not_finite: Number = 0.0,
-        dropped: Sequence[Number] = (),
-        num_dropped: int = 0,
-        usually_dropped: Sequence[int] = (),
-        begun: bool = False,
-        places: Sequence[int] = (),
-    ) -> None:
-        self.recent, self.since, self.plain = list(recent), list(since), list(plain)
-        self.bound, self.sign, self.reverted, self.not_finite = bound, sign, reverted, not_finite
-        self.coming: list[Number] = []
-        self.dropped, self.num_dropped, self.usually_dropped = list(dropped), num_dropped, list(usually_dropped)
-        self.sample: list[Tensor] = []
-        self._places = list(places)
-        self._left: list[int | None] = []
-        self._were_zero = False
-        self._steps, self._in_closure, self._is_noted = 0, False, False
-        self._begun, self._thread = begun, None
+    recent: list[Number] = field(default_factory=list)
+    since: list[Number] = field(default_factory=list)
+    plain: list[Number] = field(default_factory=list)
+    bound: Number = math.inf
+    sign: int = 0
+    reverted: int = 0
+    not_finite: Number = 0.0
+    passes: Passes = field(default_factory=Passes)
 
     @classmethod
-    def of(cls, optimizer: Optimizer, **seen: Any) -> Losses:
-        """The losses of the training with this optimizer; `seen` is a saved `state`."""
-        losses, parameters = cls(**seen), all_parameters(optimizer)
-        losses.sample = [parameters[place] for place in losses._places if place < len(parameters)]
-        if not losses.sample:
-            losses.choose(parameters)
+    def of(cls, optimizer: Optimizer, saved: dict[str, Any]) -> Losses:
+        """The losses of the training with this optimizer, as they were when `state` was called; {} for none yet."""
+        losses, parameters = cls.from_state(saved), all_parameters(optimizer)
+        passes = losses.passes
+        passes.sample = [parameters[place] for place in passes.places if place < len(parameters)]
+        if not passes.sample:
+            passes.choose(parameters)
         return losses
 
-    # ---- backward passes -------------------------------------------------------------------------------------------
-
-    def look(self, given: dict[str, Any], when_stuck: Callable[[], None]) -> Callable[[], None] | None:
-        """Look at a backward pass that begins; return what notes its losses once it has ended, or None.
-
-        A loss counts times the gradient that it is given, because `(-loss).backward()` and `loss.backward(-one)`
-        minimize the same. A step that evaluates its closure at several points tells by the first one what the loss is.
-        Passed over are losses that change no gradient of the sample, or whose gradients somebody writes to or drops
-        before the next pass (skipped steps); passes within others (reentrant checkpoints), or with steps in them;
-        passes of other threads than the one that makes the steps (after a resume, than the first one), because nobody
-        may look at gradients that another thread computes; tensors of several numbers; and all while a CUDA graph is
-        captured.
-
-        Args:
-            given: arguments of torch's engine: the tensors at which the pass begins, and their gradients.
-            when_stuck: called after a pass whose loss is not finite either, where no step will be made any more.
-        """
-        sample, steps, thread = self.sample, self._steps, threading.get_ident()
-        if self._begun and self._thread is None:
-            self._thread = thread
-        if self._is_noted or self._thread != thread or torch._C._current_graph_task_id() != -1:
-            return None
-        if any(p.is_cuda for p in sample) and torch.cuda.is_current_stream_capturing():
-            return None
-        before = [p.grad for p in sample]
-        versions = list(map(_version, before))
-        is_stuck = bool(self.coming) and versions != self._left and self._drop()
-
-        def note() -> None:
-            left = [_version(p.grad) for p in sample]
-            replaced = [p.grad is not gradient for p, gradient in zip(sample, before, strict=True)]
-            if steps == self._steps and (left != versions or any(replaced)):
-                self._left, self._is_noted = left, self._in_closure
-                modes = torch._C._len_torch_dispatch_stack()  # they count or trace what a training computes
-                with torch._C._DisableTorchDispatch() if modes else nullcontext():
-                    self._note(given.get("tensors", ()), given.get("grad_tensors", ()))
-                self._were_zero = self._are_zero()
-            if is_stuck and self.coming and not math.isfinite(self.coming[-1]):
-                when_stuck()  # the gradients of this pass lead to no step
-
-        return note
-
-    def _drop(self) -> bool:
-        """Put losses aside with whose gradients no step was made; return whether none will be made any more.
-
-        That is so where none of them is finite, and there are STUCK more of them than usual: adversarial examples and
-        gradients by row clear gradients between steps, and accumulated ones are clipped. A device is not asked more
-        often than about every third of them.
-        """
-        most = STUCK + max(self.usually_dropped, default=0)
-        if self.coming:
-            self.dropped, self.num_dropped = [*self.dropped, _mean(self.coming)][-most:], self.num_dropped + 1
-            self.coming = []
-        return self.num_dropped > 0 and self.num_dropped % most == 0 and not any(map(math.isfinite, self.dropped))
-
-    def _note(self, roots: Sequence[Any], gradients: Sequence[Any]) -> None:
-        for root, gradient in zip(roots, gradients, strict=False):
-            loss, factor = _number(root), _number(gradient)
-            if loss is not None and factor is not None:
-                self.coming.append(loss * factor)
-        del self.coming[:-MOST]  # nobody steps
-
-    def choose(self, parameters: Sequence[Tensor]) -> None:
-        """Choose the sample: the first and the last one of the parameters in use.
-
-        Args:
-            parameters: those of the optimizer, after a step; without gradients at that time are those that it leaves.
-        """
-        used = [p for p in parameters if p.grad is not None] or [p for p in parameters if p.requires_grad]
-        self.sample = used[:1] + used[1:][-1:]
-
-    # ---- steps -----------------------------------------------------------------------------------------------------
-
-    def begin_step(self, has_closure: bool) -> None:
-        """Note that a step begins, within which its closure may be called several times."""
-        thread = threading.get_ident()
-        if self._in_closure:  # the last step has ended with an error
-            self.coming = []
-        elif self._thread not in (None, thread):  # nobody has looked whether the gradients are still those
-            self._drop()
-        self._in_closure, self._is_noted = has_closure, False
-        self._steps, self._begun, self._thread = self._steps + 1, True, thread
+    @classmethod
+    def from_state(cls, saved: dict[str, Any]) -> Losses:
+        """Those of any training; raises TypeError for a state with unknown entries."""
+        names = {entry.name for entry in fields(Passes)}
+        passes = Passes(**{name: value for name, value in saved.items() if name in names})
+        return cls(passes=passes, **{name: value for name, value in saved.items() if name not in names})
 
     def end_step(self, skipped: bool, reverted: int) -> bool:
-        """Take over the losses of a step; those of a skipped one, or of one without gradients, moved nothing.
+        """Take over the loss of a step.
 
         Args:
             skipped: whether it was skipped.
             reverted: how often a candidate has been taken back so far.
 
         Returns:
-            Whether it was skipped, and no step will be made any more, because the loss is not finite.
+            Whether no step is expected any more, see `Passes.end_step`.
         """
         self._forget_reverted(reverted)
-        self._in_closure = self._is_noted = False
-        if skipped:
-            return self._drop()
-        if self.coming and self._are_cleared():
-            self._drop()
-        coming, self.coming, self.dropped = self.coming, [], []
-        self.usually_dropped, self.num_dropped = [*self.usually_dropped, self.num_dropped][-WINDOW:], 0
-        if coming:
-            loss = _mean(coming)
+        loss, is_stuck = self.passes.end_step(skipped)
+        if loss is not None:
             self.recent = [*self.recent, loss][-WINDOW:]
-            self.since = [*self.since, loss][-MOST:]
-        return False
-
-    def _are_cleared(self) -> bool:
-        """Whether the user has cleared the gradients before the step, as scripts do where the loss is not finite."""
-        return all(p.grad is None for p in self.sample) or (self._are_zero() and not self._were_zero)
-
-    def _are_zero(self) -> bool:
-        """Whether gradients are zero; not asked of a device, nor where the loss is finite."""
-        if not self.coming or isinstance(self.coming[-1], Tensor) or math.isfinite(self.coming[-1]):
-            return False
-        here = [local(p.grad) for p in self.sample if p.grad is not None]
-        return all(gradient.layout == torch.strided and not gradient.any() for gradient in here)
+            self.since.append(loss)
+            del self.since[:-MOST]
+        return is_stuck
 
     def _forget_reverted(self, reverted: int) -> None:
         """Forget the losses after a candidate that was taken back: the next one may lead to where they are as high."""
         if reverted != self.reverted:
             self.recent, self.since, self.reverted = self.plain, [], reverted
-
-    # ---- candidates ------------------------------------------------------------------------------------------------
 
     def begin_trial(self, optimizer: Optimizer, judged: bool, reverted: int) -> None:
         """Note that a candidate may have been accepted.
@@ -232,10 +105,10 @@ class Losses:
         upward = None if judged else maximizes(optimizer)
         sign = 0 if upward is None else -1 if upward else 1
         if self.since:
-            self.not_finite = self.not_finite + _joined(self.since).isfinite().logical_not().sum()
+            self.not_finite = joined(self.since).isfinite().logical_not().sum() + self.not_finite
         self.since, self.plain, self.bound, self.sign = [], self.recent, math.inf, sign
         if sign and len(self.recent) == WINDOW:
-            values = sign * _joined(self.recent)
+            values = sign * joined(self.recent)
             highest = torch.where(values.isfinite(), values, -math.inf).max()
             lowest = torch.where(values.isfinite(), values, math.inf).min()
             self.bound = 2 * highest - lowest + ROUNDING * highest.abs()
@@ -243,69 +116,39 @@ class Losses:
     def rise(self) -> Number:
         """How far the losses since the candidate lie above the bound: min(since) - (2 max(recent) - min(recent)).
 
-        Positive, the candidate has led to where the loss is higher. It is nan where more losses since the candidate are
-        not finite than all those before it, and 0 where there are fewer than FEWEST to compare.
+        Positive, the candidate has led to where the loss is higher. It is 0 where there are fewer than FEWEST to compare,
+        and nan where the candidate has led to where the loss is not finite: half of the losses since are not, or the
+        last LAST of them; they are more than all those without a candidate; and one just before it was finite. A batch
+        whose loss is not finite anywhere comes alone.
         """
         if not self.since:
             return 0.0
-        values = self.sign * _joined(self.since)
+        values = self.sign * joined(self.since)
         finite = values.isfinite()
-        bound, known = (torch.as_tensor(number, device=values.device) for number in (self.bound, self.not_finite))
+        lost, ends = finite.logical_not().sum(), finite[-LAST:].logical_not().all()
+        bound, known = (
+            torch.as_tensor(number, dtype=torch.float64, device=values.device)
+            for number in (self.bound, self.not_finite)
+        )
         rise = torch.where(finite, values, math.inf).min() - bound
         counts = rise.isfinite() & (len(self.since) >= FEWEST)
-        return torch.where(finite.logical_not().sum() <= known, torch.where(counts, rise, 0.0), math.nan)
+        is_lost = (lost > known) & (ends | (2 * lost >= len(self.since)))
+        if self.plain:
+            is_lost = is_lost & joined(self.plain).isfinite().any().to(is_lost.device)
+        return torch.where(is_lost, math.nan, torch.where(counts, rise, 0.0))
 
-    def state(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+    def state(self, optimizer: Optimizer | None) -> dict[str, Any]:
         """Plain values for a checkpoint.
 
         Args:
-            parameters: all those of the optimizer.
+            optimizer: of the training; None if it no longer exists.
         """
-        lists = {"recent": self.recent, "since": self.since, "plain": self.plain}
-        lists["dropped"] = [*self.dropped, *([_mean(self.coming)] if self.coming else [])]  # gradients are not saved
-        where = {id(p): place for place, p in enumerate(parameters)}
-        return {name: list(map(float, values)) for name, values in lists.items()} | {
+        return {
+            "recent": joined(self.recent).tolist(),
+            "since": joined(self.since).tolist(),
+            "plain": joined(self.plain).tolist(),
             "bound": float(self.bound),
             "sign": self.sign,
             "reverted": self.reverted,
             "not_finite": float(self.not_finite),
-            "num_dropped": self.num_dropped + bool(self.coming),
-            "usually_dropped": self.usually_dropped,
-            "begun": self._begun,
-            "places": [where[id(p)] for p in self.sample if id(p) in where],
-        }
-
-
-def _mean(losses: list[Number]) -> Number:
-    """The loss of a step, from those of its passes."""
-    return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
-
-
-def _version(gradient: Tensor | None) -> int | None:
-    """Changes when somebody writes to the gradient; fully_shard accumulates into the local part of a DTensor."""
-    if gradient is None:
-        return None
-    try:
-        return gradient._version if type(gradient) is Tensor else local(gradient)._version
-    except RuntimeError:  # an inference tensor, which does not say
-        return -1
-
-
-def _number(tensor: Any) -> Number | None:
-    """A tensor of one number without its graph; None for anything else."""
-    here: Tensor | None = tensor if type(tensor) is Tensor else local(tensor) if isinstance(tensor, Tensor) else None
-    if here is None or type(here) not in PLAIN or here.numel() != 1 or not here.is_floating_point():
-        return None
-    if here.is_cpu:
-        return float(here.item())
-    if here.is_meta or (here.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return None
-    return here.detach().view(())
-
-
-def _joined(numbers: list[Number]) -> Tensor:
-    """The numbers as one vector, on the device of the first one that has one."""
-    device = next((number.device for number in numbers if isinstance(number, Tensor)), None)
-    if device is None:
-        return host_tensor([float(number) for number in numbers])
-    return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+        } | self.passes.state([] if optimizer is None else all_parameters(optimizer))

@@ -64,7 +64,7 @@ class MacroSteps(Accelerator):
             self._handles.append(Watch(self._see_backward))
 
     def _see_backward(self, given: dict[str, Any]) -> Callable[[], None] | None:
-        return self._losses.look(given, self._leave_lost_candidate)
+        return self._losses.passes.look(given, self._leave_lost_candidate)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -73,14 +73,14 @@ class MacroSteps(Accelerator):
         optimizer, layout = self._optimizer(), self._layout
         if optimizer is None or layout is None or self._ranks.size > 1:
             return
-        look, steps = self._outside.look(optimizer), self._progress.in_macro_step
-        if not self._outside.is_as_left(optimizer, layout, steps):  # somebody has put weights of his own there
+        steps = self._progress.in_macro_step
+        if not self._outside.is_as_stepped(optimizer, layout, steps):  # somebody has put weights of his own there
             return
-        spare = self._spare if steps else None
+        tensors, spare = layout.tensors(optimizer, self._outside.look(optimizer)), self._spare if steps else None
         with ExitStack() as stack:
             for p in layout.parameters:  # backward passes yet to come must not find them changed
                 stack.enter_context(_unsafe_preserve_version_counter(p))
-            has_left = self._decisions.leave(optimizer, layout.history, layout.tensors(optimizer, look), spare)
+            has_left = self._decisions.leave(optimizer, layout.history, tensors, spare)
         if has_left:
             self._progress.in_macro_step = 0
             self._outside.end_macro_step()
@@ -91,7 +91,7 @@ class MacroSteps(Accelerator):
         settings, dry = self.settings, self._rates.is_dry
         if settings.idle or self._given_up:
             return
-        self._losses.begin_step(closure_of(args, kwargs) is not None)
+        self._losses.passes.begin_step(closure_of(args, kwargs) is not None)
         if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
         if not settings.local_sgd and not self._outside.is_quiet():
@@ -115,7 +115,7 @@ class MacroSteps(Accelerator):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._rates.is_dry:
             self._losses.end_step(skipped=True, reverted=self._decisions.statistics["reverted"])
-            self._note_step()
+            self._note_step(optimizer)
             return
         decisions, progress = self._decisions, self._progress
         decisions.settle()
@@ -126,7 +126,7 @@ class MacroSteps(Accelerator):
             decisions.statistics["skipped_steps"] += 1
             if is_stuck:
                 self._leave_lost_candidate()
-            self._note_step()
+            self._note_step(optimizer)
             return
         decisions.statistics["steps"] += 1
         if self.settings.idle or self._given_up:
@@ -137,16 +137,15 @@ class MacroSteps(Accelerator):
             progress.in_macro_step = 0
             decisions.statistics["macro_steps"] += 1
             self._close_macro_step(optimizer, closure_of(args, kwargs))
-        elif self._outside.left is not None and not self.settings.local_sgd:
-            self._note_step()
-        elif self._layout is not None:
-            self._outside.note_end(optimizer, self._layout, self.settings.local_sgd)
-            if not self.settings.local_sgd:
-                self._note_step()
+        else:
+            self._note_step(optimizer)
 
-    def _note_step(self) -> None:
+    def _note_step(self, optimizer: Optimizer) -> None:
         """Remember the tensors as a step within a macro-step leaves them."""
-        self._outside.note_step(self._layout, self._progress.in_macro_step)
+        if self._layout is not None and (self._outside.left is None or self.settings.local_sgd):
+            self._outside.note_end(optimizer, self._layout, self.settings.local_sgd)
+        if not self.settings.local_sgd:
+            self._outside.note_step(self._layout, self._progress.in_macro_step)
 
     @property
     def _gap(self) -> int:
@@ -235,7 +234,7 @@ class MacroSteps(Accelerator):
         if layout is None or not (layout.parameters or layout.history.partial):
             return
         decisions, progress, outside, history = self._decisions, self._progress, self._outside, layout.history
-        self._losses.choose(layout.parameters)
+        self._losses.passes.choose(layout.parameters)
         look = outside.look(optimizer)
         change = Change.NONE if self.settings.local_sgd else outside.after_macro_step(look, self._gap, history)
         leap = outside.end_macro_step()
@@ -396,4 +395,4 @@ class MacroSteps(Accelerator):
         self._progress, self._rates = Progress(), LearningRates()
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
         self._layout = self._postponed = None
-        self._averaged, self._spare, self._losses = False, Spare(), Losses.of(self.optimizer)
+        self._averaged, self._spare, self._losses = False, Spare(), Losses.of(self.optimizer, {})

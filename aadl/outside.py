@@ -168,22 +168,29 @@ class OutsideWrites:
         """Whether the weights may have been filled through `.data` within the macro-step."""
         return self._doubtful or self._leap > 0 or (self._sample is not None and self._sample.change() > 0)
 
-    def is_as_left(self, optimizer: Optimizer, layout: Layout | None, in_macro_step: int = 0) -> bool:
-        """Whether nobody seems to have written to the tensors since the last hook left them.
-
-        Args:
-            in_macro_step: steps of the running macro-step that have ended; within it, whether nobody seems to have
-                written since its start through `.data` either.
-        """
+    def is_as_left(self, optimizer: Optimizer, layout: Layout | None) -> bool:
+        """Whether nobody seems to have written to the tensors since the last hook left them."""
         if layout is None or self.left is None:
             return False
         look = self.look(optimizer)
         if not look.untouched_since(self.left):
             return False
-        if in_macro_step:
-            return not self.is_doubtful
         heads = layout.sample(layout.tensors(optimizer, look))
         return all(map(same_bits, self._heads, heads))
+
+    def is_as_stepped(self, optimizer: Optimizer, layout: Layout, in_macro_step: int) -> bool:
+        """Whether the tensors seem to be as the last step left them, or as they were saved after it.
+
+        Args:
+            in_macro_step: steps of the running macro-step that have ended.
+        """
+        if in_macro_step == 0:
+            starts_here = layout.history.starts_at(layout.tensors(optimizer, self.look(optimizer)))
+            return starts_here if self.left is None else self.is_as_left(optimizer, layout)
+        if self.left is not None:
+            return self.look(optimizer).untouched_since(self.left) and not self.is_doubtful
+        elements = layout.elements(anywhere=True)
+        return 0 < len(elements) == len(self._marks) and Sample(elements, self._marks).change() == 0
 
     # ---- remembering -----------------------------------------------------------------------------------------------
 

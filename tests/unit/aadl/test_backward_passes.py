@@ -196,7 +196,7 @@ def test_steps_within_a_pass_see_none_of_its_losses(set_to_none):
         (
             squared_error(model) * math.nan if statistics(optimizers[0])["steps"] == 20 else squared_error(model)
         ).backward()
-    assert not any(losses(optimizer).recent or losses(optimizer).coming for optimizer in optimizers)
+    assert not any(losses(optimizer).recent or losses(optimizer).passes.coming for optimizer in optimizers)
     for handle in handles:
         handle.remove()
 
@@ -270,16 +270,16 @@ def test_nothing_is_computed_once_more(use_reentrant):
     train(model, optimizer, 1)
     optimizer.zero_grad()
     checkpoint(loss, INPUTS.clone().requires_grad_(), use_reentrant=use_reentrant).backward()
-    assert len(calls) == 2 and len(losses(optimizer).coming) == 1
+    assert len(calls) == 2 and len(losses(optimizer).passes.coming) == 1
 
 
 def test_nothing_is_kept_of_a_removed_accelerator():
     model, optimizer = accelerated()
     accelerator = aadl.accelerator_of(optimizer)
     train(model, optimizer, 3)
-    assert accelerator.losses.sample
+    assert accelerator.losses.passes.sample
     aadl.remove_acceleration(optimizer)
-    assert not accelerator.losses.sample and not accelerator.losses.recent and is_torchs_engine()
+    assert not accelerator.losses.passes.sample and not accelerator.losses.recent and is_torchs_engine()
 
 
 class Unwilling(torch.Tensor):
@@ -298,7 +298,7 @@ def test_losses_of_another_class():
     optimizer.zero_grad()
     loss = 2 * squared_error(model)
     loss.as_subclass(Unwilling).backward()
-    assert losses(optimizer).coming == []
+    assert losses(optimizer).passes.coming == []
 
 
 def test_modes_see_nothing_of_it():
@@ -320,4 +320,4 @@ def test_modes_see_nothing_of_it():
             loss.backward()
         counts.append(len(seen))
         seen.clear()
-    assert counts[0] == counts[1] > 0 and losses(optimizer).coming == [float(loss.detach())]
+    assert counts[0] == counts[1] > 0 and losses(optimizer).passes.coming == [float(loss.detach())]

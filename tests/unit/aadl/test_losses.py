@@ -23,7 +23,7 @@ from small_runs import (
 from torch.utils.checkpoint import checkpoint
 
 import aadl
-from aadl import losses
+from aadl import passes
 from aadl.losses import FEWEST, WINDOW, Losses
 
 SETTINGS = {
@@ -76,13 +76,36 @@ def test_a_candidate_behind_a_boundary_is_taken_back(kind, amount):
     assert torch.equal(flat(model), plain_weights(make, 20))
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_one_loss_that_is_not_finite_is_enough(steps):
+@pytest.mark.parametrize(
+    ("amounts", "taken_back"),
+    [
+        ((0, math.nan, 0, 0, 0), 0),
+        ((0, 0, 0, 0, math.nan), 0),
+        ((0, 0, 0, math.nan, math.nan), 1),
+        ((math.nan, 0, math.nan, 0, math.inf), 1),
+        ((math.nan, math.nan, 0, 0, 0), 0),
+    ],
+)
+def test_how_many_losses_that_are_not_finite_are_enough(amounts, taken_back):
+    """Half of them, or the last two."""
     model, optimizer = accelerated()
-    train(model, optimizer, steps)
-    train(model, optimizer, 1, loss=plus(math.nan))
-    train(model, optimizer, 4 - steps)
-    assert statistics(optimizer)["reverted"] == 1
+    for amount in amounts:
+        train(model, optimizer, 1, loss=plus(amount))
+    assert statistics(optimizer)["reverted"] == taken_back
+
+
+@pytest.mark.parametrize("amount", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("distance", [1, 2, 3, 10, 50])
+def test_batches_whose_loss_is_never_finite_cost_no_candidate(distance, amount):
+    """A label that is masked, or a batch without labels; gradients are as always."""
+    runs = []
+    for more in (0.0, amount):
+        model = network()
+        optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.05), safeguard="residual")
+        for step in range(1, 401):
+            train(model, optimizer, 1, loss=plus(0.0 if step % distance else more))
+        runs.append((flat(model), copy.deepcopy(statistics(optimizer))))
+    assert identical(*runs) and runs[0][1]["accepted"] > 5
 
 
 def test_a_loss_that_rises_for_some_steps_only_is_noise():
@@ -363,11 +386,11 @@ def test_nobody_watches_longer_than_needed():
 
 
 def test_backward_passes_without_steps_fill_no_memory(monkeypatch):
-    monkeypatch.setattr(losses, "MOST", 12)
+    monkeypatch.setattr(passes, "MOST", 12)
     model, optimizer = accelerated()
     for _ in range(40):
         squared_error(model).backward()
-    assert len(aadl.accelerator_of(optimizer).losses.coming) == 12
+    assert len(aadl.accelerator_of(optimizer).losses.passes.coming) == 12
 
 
 def test_the_rise_on_a_device():

@@ -104,8 +104,8 @@ def test_a_resumed_run_looks_at_the_same_parameters_and_knows_what_was_dropped()
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     for each, its_optimizer in ((model, optimizer), (again, other)):
         seen = aadl.accelerator_of(its_optimizer).losses
-        assert len(seen.dropped) + len(seen.coming) == 3  # gradients that were not saved lead to no step either
-        assert [p.shape for p in seen.sample] == [each[1].weight.shape, each[3].bias.shape]
+        assert len(seen.passes.dropped) + len(seen.passes.coming) == 3  # gradients that were not saved lead to no step either
+        assert [p.shape for p in seen.passes.sample] == [each[1].weight.shape, each[3].bias.shape]
         its_optimizer.zero_grad()
         train(each, its_optimizer, 5, loss=plus(10.0))
         ends.append((flat(each), copy.deepcopy(statistics(its_optimizer))))
