@@ -37,7 +37,8 @@ class Losses:
         bound: what the losses since then must exceed to have risen; inf where they cannot.
         sign: 1 where the training minimizes its loss, -1 where it maximizes it, 0 where a rise says nothing.
         reverted: how often a candidate has been taken back.
-        not_finite: number of those before that were not finite, without those after candidates that were taken back.
+        num_before: number of those before the last acceleration, without those after candidates that were taken back.
+        not_finite: number of those that were not finite among them.
         passes: the backward passes that the next step goes back to.
     """
 
@@ -47,6 +48,7 @@ class Losses:
     bound: Number = math.inf
     sign: int = 0
     reverted: int = 0
+    num_before: int = 0
     not_finite: Number = 0.0
     passes: Passes = field(default_factory=Passes)
 
@@ -106,6 +108,7 @@ class Losses:
         sign = 0 if upward is None else -1 if upward else 1
         if self.since:
             self.not_finite = joined(self.since).isfinite().logical_not().sum() + self.not_finite
+            self.num_before += len(self.since)
         self.since, self.plain, self.bound, self.sign = [], self.recent, math.inf, sign
         if sign and len(self.recent) == WINDOW:
             values = sign * joined(self.recent)
@@ -116,10 +119,10 @@ class Losses:
     def rise(self) -> Number:
         """How far the losses since the candidate lie above the bound: min(since) - (2 max(recent) - min(recent)).
 
-        Positive, the candidate has led to where the loss is higher. It is 0 where there are fewer than FEWEST to compare,
-        and nan where the candidate has led to where the loss is not finite: half of the losses since are not, or the
-        last LAST of them; they are more than all those without a candidate; and one just before it was finite. A batch
-        whose loss is not finite anywhere comes alone.
+        Positive, the candidate has led to where the loss is higher. It is 0 where there are fewer than FEWEST to
+        compare, and nan where the candidate has led to where the loss is not finite. So it is where half of the losses
+        since are not, or the last LAST of them; if that is more than twice their share before; and if one of the recent
+        ones was finite. Batches whose loss is not finite anywhere come alone, or often.
         """
         if not self.since:
             return 0.0
@@ -131,8 +134,9 @@ class Losses:
             for number in (self.bound, self.not_finite)
         )
         rise = torch.where(finite, values, math.inf).min() - bound
-        counts = rise.isfinite() & (len(self.since) >= FEWEST)
-        is_lost = (lost > known) & (ends | (2 * lost >= len(self.since)))
+        count = len(self.since)
+        counts = rise.isfinite() & (count >= FEWEST)
+        is_lost = (lost * max(self.num_before, 1) > 2 * known * count) & (ends | (2 * lost >= count))
         if self.plain:
             is_lost = is_lost & joined(self.plain).isfinite().any().to(is_lost.device)
         return torch.where(is_lost, math.nan, torch.where(counts, rise, 0.0))
@@ -150,5 +154,6 @@ class Losses:
             "bound": float(self.bound),
             "sign": self.sign,
             "reverted": self.reverted,
+            "num_before": self.num_before,
             "not_finite": float(self.not_finite),
         } | self.passes.state([] if optimizer is None else all_parameters(optimizer))

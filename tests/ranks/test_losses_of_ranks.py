@@ -5,8 +5,9 @@ import math
 
 import parallel_runs
 import torch
-from small_runs import identical
+from small_runs import identical, network, squared_error, statistics
 from test_changes_of_ranks import LAYOUTS, RANKS
+from torch.distributed.fsdp import fully_shard
 
 import aadl
 
@@ -74,3 +75,28 @@ def test_with_local_sgd_each_rank_sees_its_own(spawn_ranks):
     first, second = spawn_ranks(on_ranks_of_their_own, 2)
     assert [end["statistics"]["reverted"] for end in (first, second)] == [0, 1]
     assert second["is plain"] and not first["is plain"]
+
+
+def sharded_passes(rank, size):
+    """How often a candidate was taken back, by how gradients are cleared, and which micro-batch is not finite."""
+    reverted = {}
+    for set_to_none, lost, count in ((True, 0, 1), (False, 0, 1), (True, 0, 2), (True, 1, 2)):
+        torch.manual_seed(1)
+        model = fully_shard(network())
+        optimizer = aadl.accelerate(torch.optim.SGD(model.parameters(), lr=0.02), **SETTINGS)
+        for _ in range(60):
+            on_trial = aadl.accelerator_of(optimizer).decisions.accepted is not None
+            optimizer.zero_grad(set_to_none=set_to_none)
+            for part in range(count):
+                (squared_error(model) / count + (math.nan if on_trial and part == lost else 0.0)).backward()
+            optimizer.step()
+            if statistics(optimizer)["reverted"]:
+                break
+        reverted[set_to_none, lost, count] = statistics(optimizer)["reverted"]
+    return reverted
+
+
+def test_losses_of_every_pass_of_sharded_parameters_count(spawn_ranks):
+    """Their gradients are DTensors, whose local parts are written to."""
+    for reverted in spawn_ranks(sharded_passes, 2):
+        assert set(reverted.values()) == {1}

@@ -381,8 +381,8 @@ def test_nobody_watches_longer_than_needed():
     del optimizer
     assert is_torchs_engine()
     for more in ({"safeguard": False}, {"history_depth": 0}):
-        aadl.accelerate(KINDS["SGD"](model.parameters()), **SETTINGS | more)
-        assert is_torchs_engine()
+        optimizer = aadl.accelerate(KINDS["SGD"](model.parameters()), **SETTINGS | more)
+        assert is_torchs_engine() and aadl.accelerator_of(optimizer)
 
 
 def test_backward_passes_without_steps_fill_no_memory(monkeypatch):
