@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import Variable
 
-from aadl.compiler import compiler_of_frames, pass_over
+from aadl.uncompiled import compiler_of_frames, pass_over
 
 Afterwards = Callable[[], None]
 """Called after a backward pass that raised no error."""
@@ -31,7 +31,7 @@ _watchers: tuple[Callable[[], Watcher | None], ...] = ()
 never changed, because another thread may be going through it."""
 
 
-class Watch:
+class BackwardWatch:
     """Asks the watcher about every backward pass until `remove` is called, or the owner of a method is gone.
 
     Args:

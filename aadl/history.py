@@ -73,7 +73,7 @@ class History:
     """Products of the rows by kind and slot, where they are not stale."""
     stale: list[int] = field(default_factory=list)
     """Slots written since the last call of `gram`."""
-    _rise: Tensor | float = 0.0
+    _rise: Tensor | float = field(default=0.0, init=False)
     """Of this rank's losses over the macro-step of the newest pair."""
 
     # ---- macro-steps -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from aadl.compiler import uncompiled
+from aadl.uncompiled import uncompiled
 from aadl.trial import on_trial
 
 _WRAPPER = Optimizer.register_step_pre_hook.__code__.co_filename

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from aadl import memory
 from aadl.acceptance import Cause, count
 from aadl.attached import Accelerator
-from aadl.backward import Watch
+from aadl.backward import BackwardWatch
 from aadl.block import Tensors
 from aadl.decisions import Decisions
 from aadl.history import Column, History
@@ -61,7 +61,7 @@ class MacroSteps(Accelerator):
     def _attach(self, target: Target) -> None:
         super()._attach(target)
         if self.settings.safeguard and not self.settings.idle:
-            self._handles.append(Watch(self._see_backward))
+            self._handles.append(BackwardWatch(self._see_backward))
 
     def _see_backward(self, given: dict[str, Any]) -> Callable[[], None] | None:
         return self._losses.passes.look(given, self._leave_lost_candidate)

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from aadl.backward import Watch
+from aadl.backward import BackwardWatch
 from aadl.parameters import all_parameters
 from aadl.trial_values import GRADIENT, Trial
 
@@ -71,7 +71,7 @@ _replaced: _Replaced = []
 _replaced_for_notes: _Replaced = []
 """While any trial runs."""
 _ABSENT = object()
-_seen: list[RemovableHandle | Watch] = []
+_seen: list[RemovableHandle | BackwardWatch] = []
 """While the trial of any closure runs: the hook on the steps of all optimizers, and the watch on backward passes."""
 
 
@@ -94,7 +94,7 @@ def _running(trial: Trial, is_closure: bool = True) -> Iterator[Trial]:
             _replace(_replaced_for_notes, _for_notes())
         if not _trials and is_closure:
             _replace(_replaced, _for_closures())
-            _seen.extend([register_optimizer_step_pre_hook(_take_gradients), Watch(_skip, first=True)])
+            _seen.extend([register_optimizer_step_pre_hook(_take_gradients), BackwardWatch(_skip, first=True)])
         outer, outer_notes = _trials.get(thread), _noting_trials.get(thread)
         _noting_trials[thread] = trial
         if is_closure:
