@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from aadl.uncompiled import uncompiled
 from aadl.trial import on_trial
+from aadl.uncompiled import uncompiled
 
 _WRAPPER = Optimizer.register_step_pre_hook.__code__.co_filename
 """The file of the function that torch wraps around `step`, which calls the hooks."""

@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.torch_version import TorchVersion
 
 import aadl
-from aadl import compiler
+from aadl import uncompiled
 
 COUNTS = ("steps", "macro_steps", "attempts", "accepted", "moved", "closure_evaluations")
 
@@ -221,7 +221,7 @@ def test_steps_give_no_references_away():
 
 def test_torch_before_2_9_is_not_asked_for_its_compiler(monkeypatch):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0"))
-    specification = importlib.util.spec_from_file_location("compiler_of_torch_2_8", compiler.__file__)
+    specification = importlib.util.spec_from_file_location("compiler_of_torch_2_8", uncompiled.__file__)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    assert module.compiler_of_frames is None and compiler.compiler_of_frames is not None
+    assert module.compiler_of_frames is None and uncompiled.compiler_of_frames is not None
