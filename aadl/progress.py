@@ -43,10 +43,13 @@ class Progress:
             )
 
     def advise(self, settings: Settings, statistics: Statistics) -> None:
-        """Once advice.EVENTS periods are over, warn if no candidate was accepted in them."""
+        """Once advice.EVENTS periods of at least advice.STEPS are over, warn if no candidate was accepted in them."""
+        if self.advised:
+            return
         waited = -(-settings.wait_iterations // settings.store_each_nth)
-        if self.advised or (statistics["macro_steps"] - waited) / settings.period < advice.EVENTS:
+        periods = max(advice.EVENTS, -(-advice.STEPS // (settings.period * settings.store_each_nth)))
+        if statistics["macro_steps"] - waited < periods * settings.period:
             return
         self.advised = True
         if not statistics["accepted"]:
-            advice.warn_of_idleness(statistics)
+            advice.warn_of_idleness(statistics, periods)
