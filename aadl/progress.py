@@ -30,7 +30,13 @@ class Progress:
     accelerated_at: int = 0
     """Number of the macro-step of the last acceleration, accepted or not."""
     advised: bool = False
-    """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
+    """Whether the time for a first accepted candidate is over, and a warning was given if there was none."""
+    moves_counters: bool = False
+    """Whether a step of the optimizer has moved a version counter of a parameter."""
+    is_empty: bool = False
+    """On several ranks, whether the steps of the running macro-step have written to no parameter."""
+    unmarked_in_a_row: int = 0
+    """Compared steps that changed weights and moved no version counter, since the last one that changed none."""
 
     def warn_if_abandoned(self, optimizer: Optimizer) -> None:
         """Warn, once, where ABANDONED macro-steps in a row were abandoned."""
