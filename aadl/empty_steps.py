@@ -22,9 +22,9 @@ to, because the host waits for each comparison."""
 class EmptySteps:
     """Tells whether a step has written to a parameter.
 
-    Version counters tell, unless the optimizer writes through `.data` or by kernels of its own. Whether it does is
-    learned: one step that moved a counter is enough to believe the counters. Before that, values are compared with the
-    start of the macro-step, in its first step.
+    Version counters tell, unless the optimizer writes through `.data` or by kernels that leave them alone, as the fused
+    ones of torch do. Whether it does is learned: one first step of a macro-step that moved a counter is enough to
+    believe the counters. Before that, such steps are compared with the start of the macro-step, and no others.
     """
 
     def __init__(self) -> None:
@@ -41,13 +41,15 @@ class EmptySteps:
             progress: where the accelerator stands, and what it has learned of the optimizer.
             left: a snapshot of which they are still those; None to read them.
         """
+        first, known = progress.in_macro_step == 0, progress.moves_counters
+        if not (first or known):
+            return
         if left is not None:
             self._tensors, self._versions, self._count = left.tensors, left.versions, len(left.trainable)
         else:
             self._tensors, self._versions = layout.parameters, versions_of(layout.parameters)
             self._count = len(layout.parameters)
-        asks = progress.in_macro_step == 0 and not progress.moves_counters
-        self._sample = Sample(layout.elements()) if asks else None
+        self._sample = None if known else Sample(layout.elements())
 
     def is_empty(self, layout: Layout | None, progress: Progress, sample: Sample | None) -> bool:
         """Whether the step that ends has written to no parameter; False where nobody knows.

@@ -4,8 +4,8 @@ A macro-step is `store_each_nth` optimizer steps; it is the map G whose fixed po
 (x_k, g_k) goes into the history. Every `frequency` optimizer steps (rounded up to macro-steps) the history is mixed
 into a candidate that may replace g_k (`aadl.decisions`). Nothing else writes to a parameter.
 
-The host waits for a device once per acceleration, for the Gram matrix. All later decisions of the same acceleration are
-carried out on the device; the host reads them after the next optimizer step (`Decisions.settle`).
+The host waits for a device once per acceleration, for the Gram matrix (at first also in `aadl.empty_steps`). All later
+decisions are carried out on the device; the host reads them after the next optimizer step (`Decisions.settle`).
 """
 
 from __future__ import annotations

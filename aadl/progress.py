@@ -32,7 +32,7 @@ class Progress:
     advised: bool = False
     """Whether the time for a first accepted candidate is over, and a warning was given if there was none."""
     moves_counters: bool = False
-    """Whether a step of the optimizer has moved a version counter of a parameter."""
+    """Whether the first step of a macro-step has moved a version counter of a parameter."""
     is_empty: bool = False
     """On several ranks, whether the steps of the running macro-step have written to no parameter."""
     unmarked_in_a_row: int = 0
