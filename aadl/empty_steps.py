@@ -15,8 +15,8 @@ from aadl.progress import Progress
 from aadl.watch import Sample, Snapshot, have_moved, versions_of
 
 COMPARED = 64
-"""Steps in a row that have changed weights on a device and moved no version counter after which the rest is believed
-to, because the host waits for each comparison."""
+"""First steps of macro-steps in a row that have changed weights and moved no version counter after which the counters
+are asked last, and those on a device are believed to write, because the host waits for each comparison."""
 
 
 class EmptySteps:
@@ -34,7 +34,7 @@ class EmptySteps:
         self._sample: Sample | None = None
 
     def begin(self, layout: Layout, progress: Progress, left: Snapshot | None) -> None:
-        """Note the version counters before a step, and some elements where the counters do not tell.
+        """Note the version counters before a step, and an element where the counters do not tell.
 
         Args:
             layout: of the history.
@@ -49,7 +49,7 @@ class EmptySteps:
         else:
             self._tensors, self._versions = layout.parameters, versions_of(layout.parameters)
             self._count = len(layout.parameters)
-        self._sample = None if known else Sample(layout.elements())
+        self._sample = None if known else Sample(layout.elements()[-1:])
 
     def is_empty(self, layout: Layout | None, progress: Progress, sample: Sample | None) -> bool:
         """Whether the step that ends has written to no parameter; False where nobody knows.
@@ -64,25 +64,29 @@ class EmptySteps:
         tensors, self._tensors = self._tensors, ()
         if not tensors or layout is None:
             return False
+        known = progress.moves_counters
+        if not known and progress.unmarked_in_a_row >= COMPARED and (not layout.is_on_host or self._has_changed()):
+            return False
         if have_moved(tensors, self._versions, self._count):
             progress.moves_counters, progress.is_empty = True, False
             return False
         first = progress.in_macro_step == 0
         if layout.history.ranks.size > 1:
-            progress.is_empty = progress.moves_counters and (first or progress.is_empty)
+            progress.is_empty = known and (first or progress.is_empty)
             return False
-        if progress.moves_counters and not (first and layout.is_on_host):
+        if known and not (first and layout.is_on_host):
             return sample is None or not sample.change()
-        return first and self._compared(layout, progress)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _compared(self, layout: Layout, progress: Progress) -> bool:
-        """Whether the parameters are where the macro-step started."""
-        if self._sample is not None and self._sample.change():
-            return False
-        if not layout.is_on_host and progress.unmarked_in_a_row >= COMPARED:
-            return False
-        same = layout.is_at_start()
+        same = not self._has_changed() and _is_at_start(layout)
         progress.unmarked_in_a_row = 0 if same else progress.unmarked_in_a_row + 1
         return same
+
+    def _has_changed(self) -> bool:
+        """Whether the element that was read before the step has another value now."""
+        return self._sample is not None and self._sample.change() > 0
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _is_at_start(layout: Layout) -> bool:
+    """Whether the parameters are where the macro-step started."""
+    return layout.is_at_start()

@@ -36,7 +36,7 @@ class Progress:
     is_empty: bool = False
     """On several ranks, whether the steps of the running macro-step have written to no parameter."""
     unmarked_in_a_row: int = 0
-    """Compared steps that changed weights and moved no version counter, since the last one that changed none."""
+    """First steps of macro-steps that wrote and moved no version counter, since the last one that did not write."""
 
     def warn_if_abandoned(self, optimizer: Optimizer) -> None:
         """Warn, once, where ABANDONED macro-steps in a row were abandoned."""
