@@ -9,15 +9,19 @@ from aadl.acceptance import Cause
 from aadl.statistics import Statistics
 
 EVENTS = 20
-"""Periods without an accepted candidate before the warning."""
+"""Fewest periods without an accepted candidate before the warning."""
+STEPS = 400
+"""Fewest steps before it: the first candidates of a good run are often rejected, also where periods are short."""
 
 CURES: dict[str, str] = {
     Cause.BACKWARD: "the updates of a macro-step are dominated by noise or have no common direction: try larger "
     "batches, a larger store_each_nth (an epoch), or a smaller learning rate",
-    Cause.LOSS: "candidates raise the loss of the closure: try a larger store_each_nth, or relaxation below 1",
+    Cause.LOSS: "candidates do not lower the loss of the closure (nothing lowers one that is not finite or does not "
+    "depend on the weights): try a larger store_each_nth, or relaxation below 1",
     Cause.STOPPED: "the training loss has risen on the whole: look at the training first",
     Cause.CLOSURE: "the closure gives no loss in a trial: return the loss from it, or pass safeguard='residual'",
-    Cause.RANK: "the updates are constant or zero up to rounding: there is nothing to extrapolate",
+    Cause.RANK: "the updates are constant or zero up to rounding: short ones rise above it with a larger "
+    "store_each_nth (10 by default) or parameters in float64, in others there is nothing to extrapolate",
     Cause.COEFFICIENTS: "the columns of the history are nearly dependent: try a smaller history_depth or a larger "
     "reg_acc",
     Cause.NON_FINITE: "updates are not finite: look at the training first",
@@ -50,13 +54,18 @@ def main_cause(statistics: Statistics) -> str:
     return cause if counts[cause] else ""
 
 
-def warn_of_idleness(statistics: Statistics) -> None:
-    """Warn once, and name the main cause and its cure. Where warnings are errors, this must not end a step halfway."""
+def warn_of_idleness(statistics: Statistics, periods: int = EVENTS) -> None:
+    """Warn once, and name the main cause and its cure. Where warnings are errors, this must not end a step halfway.
+
+    Args:
+        statistics: the counters.
+        periods: that have passed.
+    """
     cause = main_cause(statistics)
     counts = f"{statistics['attempts']} attempts, rejected {statistics['rejected']}, resets {statistics['resets']}"
     with suppress(Warning):
         warnings.warn(
-            f"aadl has accepted no candidate in {EVENTS} periods ({counts}): "
+            f"aadl has accepted no candidate in {periods} periods ({counts}): "
             f"{CURES.get(cause, 'the history is too short for an attempt: try a smaller store_each_nth')}; "
             f"aadl.remove_acceleration(optimizer) saves the cost",
             stacklevel=2,

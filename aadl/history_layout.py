@@ -66,9 +66,11 @@ class Layout:
     def has_momentum(self) -> bool:
         return len(self.history.blocks) > len(self.groups)
 
-    def add_momentum(self) -> None:
-        """Allocate rows for momentum buffers, which start at zero."""
-        if self._settings.state_coupling != "params":
+    def add_momentum(self, optimizer: Optimizer) -> None:
+        """Allocate rows for momentum buffers, which start at zero, where the optimizer has made some by now."""
+        if self._settings.state_coupling == "params" or self.has_momentum:
+            return
+        if any(momentum_of(optimizer.state.get(p), p) is not None for p in self.parameters):
             self.history.blocks += self._allocated("momentum")
             self._seen = None
 
@@ -118,6 +120,20 @@ class Layout:
             for block, values in zip(self.history.blocks, tensors, strict=True)
             if block.kind == "parameters" and block.row.device.type == "cpu"
         ]
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether all parameters on this rank lie on a CPU."""
+        return all(block.row.device.type == "cpu" for block in self.history.blocks)
+
+    def is_at_start(self) -> bool:
+        """Whether the parameters on this rank are where the running macro-step started, those last looked at."""
+        known = [] if self._seen is None else self._seen[1][: len(self.groups)]
+        return bool(known) and all(
+            torch.equal(block.start[part], value)
+            for block, values in zip(self.history.blocks, known, strict=False)
+            for part, value in block.read(values)
+        )
 
     def elements(self, anywhere: bool = False) -> list[Tensor]:
         """Views of the first elements of a few parameters, the first and the last one among them.

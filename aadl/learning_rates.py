@@ -74,7 +74,11 @@ class LearningRates:
     def see(self, optimizer: Optimizer) -> None:
         """Look at the learning rates of the step that begins; rates on a device are not read."""
         rates = [group.get("lr") for group in optimizer.param_groups]
-        if rates != self._seen:
+        try:
+            are_other = rates != self._seen
+        except RuntimeError:  # a tensor of several numbers has come
+            are_other = True
+        if are_other:
             self.is_dry = is_dry_step(optimizer)
             self._seen = rates if all(type(rate) is float for rate in rates) else None
 

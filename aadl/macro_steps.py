@@ -4,8 +4,8 @@ A macro-step is `store_each_nth` optimizer steps; it is the map G whose fixed po
 (x_k, g_k) goes into the history. Every `frequency` optimizer steps (rounded up to macro-steps) the history is mixed
 into a candidate that may replace g_k (`aadl.decisions`). Nothing else writes to a parameter.
 
-The host waits for a device once per acceleration, for the Gram matrix. All later decisions of the same acceleration are
-carried out on the device; the host reads them after the next optimizer step (`Decisions.settle`).
+The host waits for a device once per acceleration, for the Gram matrix (at first also in `aadl.empty_steps`). All later
+decisions are carried out on the device; the host reads them after the next optimizer step (`Decisions.settle`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from aadl.attached import Accelerator
 from aadl.backward import BackwardWatch
 from aadl.block import Tensors
 from aadl.decisions import Decisions
+from aadl.empty_steps import EmptySteps
 from aadl.history import Column, History
 from aadl.history_layout import Layout
 from aadl.learning_rates import LearningRates
 from aadl.losses import Losses
 from aadl.mixing import host_tensor
 from aadl.outside import Change, OutsideWrites
-from aadl.parameters import closure_of, makes_momentum, momentum_of, tensors_are_fake, trainable_parameters
+from aadl.parameters import closure_of, makes_momentum, tensors_are_fake, trainable_parameters
 from aadl.problem import MacroStep
 from aadl.progress import Progress
 from aadl.ranks import Ranks, ranks_of
@@ -46,6 +47,7 @@ class MacroSteps(Accelerator):
     _progress: Progress
     _rates: LearningRates
     _outside: OutsideWrites
+    _empty: EmptySteps
     _layout: Layout | None
     _averaged: bool
     """Whether somebody averaged the weights since the last hook (local SGD)."""
@@ -94,7 +96,8 @@ class MacroSteps(Accelerator):
         self._losses.passes.begin_step(closure_of(args, kwargs) is not None)
         if settings.safeguard == "loss" and not dry and closure_of(args, kwargs) is None:
             raise ValueError("safeguard='loss' needs optimizer.step(closure), but step was called without a closure")
-        if not settings.local_sgd and not self._outside.is_quiet():
+        is_quiet = settings.local_sgd or self._outside.is_quiet()
+        if not is_quiet:
             self._apply(self._outside.before_step(self._gap, self._progress.in_macro_step, self._layout), optimizer)
         if dry:
             return
@@ -111,6 +114,8 @@ class MacroSteps(Accelerator):
             self._spare.keep(optimizer, self._layout, self._progress.accelerated_at)
         else:
             self._spare.drop()
+        if self._layout is not None and not (settings.local_sgd or self._partitioned):
+            self._empty.begin(self._layout, self._progress, self._outside.left if is_quiet or starts else None)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._rates.is_dry:
@@ -121,6 +126,7 @@ class MacroSteps(Accelerator):
         decisions.settle()
         found_inf = getattr(optimizer, "found_inf", None)
         is_skipped = found_inf is not None and bool(found_inf)
+        is_skipped = is_skipped or self._empty.is_empty(self._layout, progress, self._outside.sample)
         is_stuck = self._losses.end_step(is_skipped, decisions.statistics["reverted"])
         if is_skipped:
             decisions.statistics["skipped_steps"] += 1
@@ -241,9 +247,9 @@ class MacroSteps(Accelerator):
         if self._apply(change, optimizer):
             outside.note_end(optimizer, layout)
             return
-        progress.abandoned_in_a_row = 0
-        if not layout.has_momentum and not history.has_pair and self._has_momentum(optimizer, layout.parameters):
-            layout.add_momentum()  # made by the first step, from zero, of an optimizer outside of torch.optim
+        progress.abandoned_in_a_row, outside.written = 0, outside.written or progress.is_empty
+        if not history.has_pair:
+            layout.add_momentum(optimizer)  # made by the first step, from zero, of an optimizer outside of torch.optim
         tensors = layout.tensors(optimizer, look)
         column, ratio = self._new_column(optimizer, layout, leap)
         accepted = None if decisions.accepted is None else decisions.accepted.at(column.learning_rate)
@@ -384,15 +390,10 @@ class MacroSteps(Accelerator):
             assert self._layout is not None
             self._layout.agreed = True
 
-    def _has_momentum(self, optimizer: Optimizer, parameters: list[Tensor]) -> bool:
-        if self.settings.state_coupling == "params":
-            return False
-        return any(momentum_of(optimizer.state.get(p), p) is not None for p in parameters)
-
     def _start_over(self) -> None:
         """Be as an accelerator that has seen no step."""
         self._decisions = Decisions(self.settings)
         self._progress, self._rates = Progress(), LearningRates()
         self._outside = OutsideWrites(self.settings.store_each_nth, self.settings.state_coupling != "params")
-        self._layout = self._postponed = None
+        self._empty, self._layout, self._postponed = EmptySteps(), None, None
         self._averaged, self._spare, self._losses = False, Spare(), Losses.of(self.optimizer, {})

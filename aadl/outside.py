@@ -43,7 +43,7 @@ class OutsideWrites:
         """The tensors as the last hook left them; None where the next macro-step starts elsewhere."""
         self._heads: list[Tensor] = []
         """Some elements of the tensors at the end of the last macro-step."""
-        self._sample: Sample | None = None
+        self.sample: Sample | None = None
         """Some elements after the last step within the running macro-step."""
         self.writes: Writes = {}
         self._unseen = ""
@@ -69,7 +69,7 @@ class OutsideWrites:
             layout: of the history, if there are rows.
             has_values: whether tensors have values, unlike in torch's FakeTensorMode.
         """
-        within = self._sample is not None
+        within = self.sample is not None
         elements = layout.elements(anywhere=True) if layout is not None and within and has_values else []
         exchanged = within and self._is_exchanged(optimizer)
         return {
@@ -80,7 +80,7 @@ class OutsideWrites:
             "first": self._first,
             "written": self.written,
             "doubtful": has_values and self.is_doubtful,
-            "leap": max(self._leap, self._sample.change()) if has_values and self._sample is not None else self._leap,
+            "leap": max(self._leap, self.sample.change()) if has_values and self.sample is not None else self._leap,
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class OutsideWrites:
             return True
         left = self.left
         untouched = left is not None and versions_of(left.tensors) == left.versions
-        return untouched and not self._first and (self._sample is None or not self._sample.change())
+        return untouched and not self._first and (self.sample is None or not self.sample.change())
 
     def before_step(self, gap: int, in_macro_step: int, layout: Layout | None) -> Change:
         """Explain the writes since the last step.
@@ -112,7 +112,7 @@ class OutsideWrites:
             layout: of the history, if there are rows.
         """
         history = None if layout is None else layout.history
-        self._leap = max(self._leap, self._since_save(layout), 0.0 if self._sample is None else self._sample.change())
+        self._leap = max(self._leap, self._since_save(layout), 0.0 if self.sample is None else self.sample.change())
         self._doubtful = self.is_doubtful
         kind, self._unseen = self._kind_since_left(), ""
         first, self._first = self._first, ""
@@ -166,7 +166,7 @@ class OutsideWrites:
     @property
     def is_doubtful(self) -> bool:
         """Whether the weights may have been filled through `.data` within the macro-step."""
-        return self._doubtful or self._leap > 0 or (self._sample is not None and self._sample.change() > 0)
+        return self._doubtful or self._leap > 0 or (self.sample is not None and self.sample.change() > 0)
 
     def is_as_left(self, optimizer: Optimizer, layout: Layout | None) -> bool:
         """Whether nobody seems to have written to the tensors since the last hook left them."""
@@ -205,10 +205,10 @@ class OutsideWrites:
         if left is None or layout is None or in_macro_step == 0:
             return
         left.versions = versions_of(left.tensors)
-        if self._sample is None:
-            self._sample = Sample(layout.elements())
+        if self.sample is None:
+            self.sample = Sample(layout.elements())
         else:
-            self._sample.keep()
+            self.sample.keep()
 
     def note_end(self, optimizer: Optimizer, layout: Layout, sampled: bool = True) -> None:
         """Remember the tensors as this hook leaves them, and some elements of them."""
@@ -218,7 +218,7 @@ class OutsideWrites:
 
     def end_macro_step(self) -> float:
         """Stop watching elements; return how far, at least, somebody has led the weights through `.data`."""
-        leap, self._leap, self._sample, self._exchanged = self._leap, 0.0, None, False
+        leap, self._leap, self.sample, self._exchanged = self._leap, 0.0, None, False
         return leap
 
     def settle_doubt(self, on_trial: bool) -> None:
@@ -227,6 +227,6 @@ class OutsideWrites:
 
     def forget(self) -> None:
         """Forget the running macro-step; what is known of regular writes stays."""
-        self.left = self._sample = None
+        self.left = self.sample = None
         self.written, self._doubtful, self._leap = False, False, 0.0
         self._unseen, self._first, self._marks, self._exchanged = "", "", [], False

@@ -30,7 +30,13 @@ class Progress:
     accelerated_at: int = 0
     """Number of the macro-step of the last acceleration, accepted or not."""
     advised: bool = False
-    """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
+    """Whether the time for a first accepted candidate is over, and a warning was given if there was none."""
+    moves_counters: bool = False
+    """Whether the first step of a macro-step has moved a version counter of a parameter."""
+    is_empty: bool = False
+    """On several ranks, whether the steps of the running macro-step have written to no parameter."""
+    unmarked_in_a_row: int = 0
+    """First steps of macro-steps that wrote and moved no version counter, since the last one that did not write."""
 
     def warn_if_abandoned(self, optimizer: Optimizer) -> None:
         """Warn, once, where ABANDONED macro-steps in a row were abandoned."""
@@ -43,10 +49,13 @@ class Progress:
             )
 
     def advise(self, settings: Settings, statistics: Statistics) -> None:
-        """Once advice.EVENTS periods are over, warn if no candidate was accepted in them."""
+        """Once advice.EVENTS periods of at least advice.STEPS are over, warn if no candidate was accepted in them."""
+        if self.advised:
+            return
         waited = -(-settings.wait_iterations // settings.store_each_nth)
-        if self.advised or (statistics["macro_steps"] - waited) / settings.period < advice.EVENTS:
+        periods = max(advice.EVENTS, -(-advice.STEPS // (settings.period * settings.store_each_nth)))
+        if statistics["macro_steps"] - waited < periods * settings.period:
             return
         self.advised = True
         if not statistics["accepted"]:
-            advice.warn_of_idleness(statistics)
+            advice.warn_of_idleness(statistics, periods)

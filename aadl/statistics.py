@@ -13,7 +13,7 @@ class CommonStatistics(TypedDict):
     steps: int
     """Optimizer steps, without skipped and dry ones."""
     skipped_steps: int
-    """Steps that a fused GradScaler skipped because of inf or nan."""
+    """Steps that a fused GradScaler skipped because of inf or nan, or that wrote to no parameter."""
     attempts: int
     """Mixing problems that were set up for a candidate."""
     accepted: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
 from typing import Any
@@ -88,6 +88,15 @@ def versions_of(tensors: list[Tensor]) -> list[int]:
         return list(map(_version_of, tensors))
     except RuntimeError:  # inference tensors have none
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def have_moved(tensors: Sequence[Tensor], versions: list[int], count: int) -> bool:
+    """Whether one of the first `count` tensors has another version than it had; the first one that has is the last
+    that is asked."""
+    try:
+        return tensors[0]._version != versions[0] or any(map(operator.ne, versions[:count], map(_version_of, tensors)))
+    except RuntimeError:  # inference tensors have none
+        return any(map(operator.ne, versions[:count], versions_of(list(tensors))))
 
 
 def kind_of_write(before: list[int], after: list[int]) -> str:

@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -70,7 +71,8 @@ def chain_of(optimizer: Any) -> list[Any]:
     while len(inner := _held(chain[-1])) == 1 and not any(inner[0] is link for link in chain):
         chain += inner
     if not isinstance(chain[-1], Optimizer) or not _trains(optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        name = type(optimizer).__name__
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {name}{_advice(optimizer)}")
     return chain
 
 
@@ -95,6 +97,7 @@ def target_of(optimizer: Any) -> Target:
             raise ValueError(
                 f"{type(link).__name__} cannot be accelerated: its steps run no hooks, because it does not call "
                 f"torch.optim.Optimizer.__init__, and it holds no optimizer that steps the same parameters"
+                f"{_advice(link)}"
             )
         return Target(link, "", [carrier for carrier in chain if _carries_state(carrier)])
     raise AssertionError("a chain ends with an optimizer that holds none")
@@ -138,6 +141,14 @@ def _held(wrapper: Any) -> list[Any]:
     values = {id(value): value for value in getattr(wrapper, "__dict__", {}).values() if _trains(value)}
     own = _parameters(wrapper)
     return [value for value in values.values() if not own or not (inner := _parameters(value)) or own & inner]
+
+
+def _advice(thing: Any) -> str:
+    """What to do with optimizers in a list, a dictionary, or the attributes of an object; "" where there are none."""
+    attributes = list(getattr(thing, "__dict__", {}).values())
+    held = [each.values() if isinstance(each, dict) else each for each in (thing, *attributes, attributes)]
+    found = {id(one) for each in held if isinstance(each, Collection) for one in each if _trains(one)}
+    return f": accelerate {'each of the optimizers' if len(found) > 1 else 'the optimizer'} inside" if found else ""
 
 
 def _trains(thing: Any) -> bool:

@@ -27,7 +27,7 @@ DESCRIPTIONS: dict[str, tuple[str, str]] = {
     "acceleration/attempts": ("1", "accelerations tried since the start"),
     "acceleration/accepted": ("1", "accelerations accepted since the start"),
     "acceleration/reverted": ("1", "accepted accelerations that were taken back since the start"),
-    "acceleration/skipped_steps": ("1", "steps that a fused GradScaler skipped, since the start"),
+    "acceleration/skipped_steps": ("1", "steps that a fused GradScaler skipped or that wrote nothing, since the start"),
     "acceleration/suspensions": ("1", "suspensions by the trust ratio since the start"),
     "acceleration/suspended": ("1", "accelerations left out during suspensions since the start"),
     "acceleration/closure_evaluations": ("1", "evaluations of the loss by the safeguard since the start"),

@@ -290,11 +290,31 @@ def run_idle(steps, gradient, filters="default", **settings):
 ])  # fmt: skip
 def test_one_warning_says_why_nothing_is_accepted(cause, gradient):
     settings = {"safeguard": "residual", "average": False}
-    counts, texts = run_idle(38, gradient, **settings)
+    counts, texts = run_idle(advice.STEPS + 1, gradient, **settings)  # after two steps of waiting; 200 periods
     assert texts == [] and counts["accepted"] == 0
-    counts, texts = run_idle(400, gradient, **settings)
+    counts, texts = run_idle(advice.STEPS + 2, gradient, **settings)
     assert len(texts) == 1 and advice.CURES[cause] in texts[0]
     assert max(counts["rejected"], key=counts["rejected"].get) == cause
+
+
+def test_updates_that_are_lost_in_rounding_are_not_so_where_the_cures_of_the_warning_are_taken():
+    """One step changes the weights, of size 1000, by 0.03, and two updates differ by less than their rounding."""
+
+    def run(dtype, **settings):
+        x = nn.Parameter(torch.full((100,), 1e3, dtype=dtype))
+        slopes, optimizer = torch.linspace(0.1, 1, 100, dtype=dtype), torch.optim.SGD([x], lr=3e-3)
+        settings = EAGER | {"safeguard": "residual", "average": False} | settings
+        aadl.accelerate(optimizer, **settings)
+        for _ in range(advice.STEPS + settings["store_each_nth"] + 2):
+            x.grad = slopes * (x.detach() - 990)
+            optimizer.step()
+        return statistics(optimizer)
+
+    with pytest.warns(UserWarning, match="larger store_each_nth .10 by default. or parameters in float64") as caught:
+        short = run(torch.float32)
+    assert len(caught) == 1 and short["rejected"] == {"rank": short["attempts"]} and short["attempts"] > 100
+    for cured in (run(torch.float64), run(torch.float32, store_each_nth=20, frequency=40)):
+        assert cured["accepted"] > 0
 
 
 def test_the_warning_comes_once_whatever_happens_when_it_is_due():
@@ -304,23 +324,23 @@ def test_the_warning_comes_once_whatever_happens_when_it_is_due():
     x = nn.Parameter(torch.zeros(100, dtype=torch.float64))
     optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.1, momentum=0.5), **settings)
     texts = []
-    for step in range(1, 301):
+    for step in range(1, 621):
         x.grad = torch.randn(100, dtype=torch.float64)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if step == 82:
+            if step == 402:
                 x.data = x.data.clone()  # other memory: noticed at the end of the macro-step
             optimizer.step()
         texts += [str(warning.message) for warning in caught]
-        if step == 80:
+        if step == 400:
             assert texts == []
-        if step == 120:
+        if step == 440:
             assert len(texts) == 1
-        if step == 200:
+        if step == 520:
             state = optimizer.state_dict()
             optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.1, momentum=0.5), **settings)
             optimizer.load_state_dict(state)
-    assert len(texts) == 1 and "no candidate in 20 periods" in texts[0]
+    assert len(texts) == 1 and "no candidate in 100 periods" in texts[0]
 
 
 def test_the_warning_names_learning_rates_that_jump():
@@ -328,18 +348,18 @@ def test_the_warning_names_learning_rates_that_jump():
     optimizer = sgd(model)
     aadl.accelerate(optimizer, **EAGER)
     with pytest.warns(UserWarning, match="learning rates of the parameter groups change") as caught:
-        for step in range(100):
+        for step in range(410):
             optimizer.param_groups[0]["lr"] = 0.05 if step % 2 else 0.005
             train(model, optimizer, 1)
     assert len(caught) == 1 and statistics(optimizer)["attempts"] == 0
 
 
 def test_the_warning_ends_no_step_where_warnings_are_errors_and_stays_out_where_candidates_are_accepted():
-    counts, texts = run_idle(100, lambda step: torch.ones(100, dtype=torch.float64), "error", average=False)
-    assert counts["steps"] == 100 and texts == []
+    counts, texts = run_idle(410, lambda step: torch.ones(100, dtype=torch.float64), "error", average=False)
+    assert counts["steps"] == 410 and texts == []
     model = network()
     optimizer = aadl.accelerate(sgd(model), **EAGER)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(model, optimizer, 100)
+        train(model, optimizer, 410)
     assert statistics(optimizer)["accepted"] > 0 and caught == []

@@ -310,3 +310,21 @@ def test_no_candidate_leads_back_over_a_far_load(at):
         optimizer.step()
         assert step < at or (flat(model) - before).norm() > 0.5 * way
     assert statistics(optimizer)["accepted"] > accepted > 0
+
+
+def test_a_rate_that_becomes_one_for_each_element_ends_no_step():
+    class Elementwise(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad)
+
+    x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = aadl.accelerate(Elementwise([x], lr=0.1), store_each_nth=1, frequency=2, wait_iterations=0)
+    for rate in (0.1, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64), 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        for _ in range(6):
+            x.grad = x.detach() - 1
+            optimizer.step()
+    assert aadl.accelerator_of(optimizer).statistics["steps"] == 18

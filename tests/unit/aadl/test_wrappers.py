@@ -315,3 +315,42 @@ def test_an_object_that_only_holds_an_optimizer_is_refused():
     with pytest.raises(ValueError, match=r"torch\.optim\.Optimizer, got StepLR"):
         aadl.accelerate(scheduler)
     assert hooks_of(optimizer) == 0
+
+
+class Several:
+    """Hands its steps on to all optimizers inside."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self):
+        pass
+
+
+class SeveralWithoutInit(Several, Optimizer):
+    """The same, as a torch.optim.Optimizer."""
+
+
+class Pair(Several):
+    def __init__(self, optimizers):
+        self.first, self.second = optimizers
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [list, tuple, lambda both: dict(enumerate(both)), Several, SeveralWithoutInit, Pair],
+    ids=["list", "tuple", "dict", "wrapper", "optimizer", "attributes"],
+)
+def test_several_optimizers_are_refused_with_what_to_do(wrap):
+    both = [sgd(network()), sgd(network())]
+    with pytest.raises(ValueError, match=r": accelerate each of the optimizers inside$"):
+        aadl.accelerate(wrap(both))
+    assert hooks_of(*both) == 0
+    with pytest.raises(ValueError, match=r"got list: accelerate the optimizer inside$"):
+        aadl.accelerate(both[:1])
+    with pytest.raises(ValueError, match=r"got list$"):
+        aadl.accelerate(list(network().parameters()))
