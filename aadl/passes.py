@@ -58,6 +58,7 @@ class Passes:
         """Whether gradients are there of a pass that began at several numbers."""
         self._left: list[tuple[int, int | None]] = []
         self._were_zero = False
+        self._was_stuck = False
         self._steps, self._in_closure, self._is_noted = 0, False, False
         self._thread: int | None = None
 
@@ -138,8 +139,9 @@ class Passes:
         if self._in_closure:  # the last step has ended with an error
             self.coming, self._is_unknown = [], False
         self._in_closure, self._is_noted = has_closure, False
+        self._was_stuck = False
         if self._thread not in (None, thread) or self._are_cleared():
-            self._drop()
+            self._was_stuck = self._drop()
         elif self.coming and [tensor for tensor, _ in _gradients(self.sample)] != [tensor for tensor, _ in self._left]:
             self._is_unknown = True  # somebody has put gradients of his own there
         self._steps, self.begun, self._thread = self._steps + 1, True, thread
@@ -152,10 +154,10 @@ class Passes:
             several before, of which no loss was finite.
         """
         if skipped or (self._in_closure and self._are_cleared()):
-            is_stuck = self._drop()
+            self._was_stuck = self._drop() or self._was_stuck
         self._in_closure = self._is_noted = False
         if skipped:
-            return None, is_stuck
+            return None, self._was_stuck
         loss = mean(self.coming) if self.coming and not self._is_unknown else None
         self.usually_dropped, self.num_dropped = [*self.usually_dropped, self.num_dropped][-HABIT:], 0
         self.coming, self.dropped, self._is_unknown = [], [], False
