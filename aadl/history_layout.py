@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from aadl import state
 from aadl.block import Block, Tensors, allocate, make_block
 from aadl.history import History
-from aadl.parameters import all_parameters, grouped, identity_of, momentum_of
+from aadl.parameters import all_parameters, grouped, identity_of, momentum_of, states_of
 from aadl.ranks import Ranks, local, shards_of
 from aadl.settings import Settings
 from aadl.watch import Snapshot, first_element
@@ -70,7 +70,8 @@ class Layout:
         """Allocate rows for momentum buffers, which start at zero, where the optimizer has made some by now."""
         if self._settings.state_coupling == "params" or self.has_momentum:
             return
-        if any(momentum_of(optimizer.state.get(p), p) is not None for p in self.parameters):
+        states = states_of(optimizer)
+        if any(momentum_of(states.get(p), p) is not None for p in self.parameters):
             self.history.blocks += self._allocated("momentum")
             self._seen = None
 
@@ -102,8 +103,9 @@ class Layout:
         if self._seen is not None and look.same_places(self._seen[0]):
             return self._seen[1]
         tensors: list[Tensors] = [[local(p) for _, p in group] for group in self.groups]
+        states = states_of(optimizer) if self.has_momentum else {}
         for group in self.groups if self.has_momentum else ():
-            buffers = [momentum_of(optimizer.state.get(p), p) for _, p in group]
+            buffers = [momentum_of(states.get(p), p) for _, p in group]
             tensors.append([None if buffer is None else local(buffer) for buffer in buffers])
         self._seen, self._elements = (look, tensors), None
         return tensors

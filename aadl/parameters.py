@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,9 +72,17 @@ def _obstacle(p: Tensor) -> str:
     return ""
 
 
+def states_of(optimizer: Optimizer) -> Mapping[Tensor, Any]:
+    """State by parameter: that of the optimizer, or where it keeps none, of the optimizers inside it."""
+    if optimizer.state:
+        return optimizer.state
+    inside = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
+    return ChainMap(*[other.state for other in inside]) if inside else optimizer.state
+
+
 def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:
     """State of the optimizer for a parameter; empty if there is none, or it is no dictionary."""
-    state = optimizer.state.get(p)
+    state = states_of(optimizer).get(p)
     return state if isinstance(state, Mapping) else NO_STATE
 
 

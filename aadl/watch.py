@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from aadl.parameters import MOMENTUM_KEYS, all_parameters
+from aadl.parameters import MOMENTUM_KEYS, all_parameters, states_of
 from aadl.ranks import PLAIN, is_sharded, local
 
 Writes = dict[str, list[int]]
@@ -69,7 +69,7 @@ def momentum_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Ten
 
     An event asks three times, so the loop takes the shortest way for plain dictionaries and plain tensors.
     """
-    states = optimizer.state
+    states = states_of(optimizer)
     found: list[Tensor] = []
     for p in parameters if states else ():
         state = states.get(p)

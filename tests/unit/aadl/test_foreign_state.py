@@ -282,3 +282,26 @@ def test_shards_of_fully_sharded_data_parallel_are_refused_on_every_rank(spawn_r
             assert "use torch.distributed.fsdp.fully_shard" in outcome[whole]
             assert outcome[whole, "losses"][-1] < outcome[whole, "losses"][0]
     assert any(0 in outcome[True, "parts"] for outcome in outcomes)  # also where a rank has nothing of a parameter
+
+
+class Around(torch.optim.Optimizer):
+    """Keeps nothing itself; its momentum is that of the optimizer inside it."""
+
+    def __init__(self, inside):
+        super().__init__(inside.param_groups, {})
+        self.param_groups, self.inside = inside.param_groups, inside
+
+    def step(self, closure=None):
+        return self.inside.step(closure)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)])
+def test_the_momentum_of_an_optimizer_inside_is_extrapolated(make):
+    ends = []
+    for wrap in (Around, lambda inside: inside):
+        model = network()
+        optimizer = aadl.accelerate(wrap(make(model.parameters(), lr=0.02)), **EAGER)
+        train(model, optimizer, 60)
+        ends.append((model.state_dict(), copy.deepcopy(statistics(optimizer))))
+        assert any(block.kind == "momentum" for block in aadl.accelerator_of(optimizer).history.blocks)
+    assert identical(*ends) and ends[0][1]["accepted"] > 3
