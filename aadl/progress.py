@@ -31,6 +31,8 @@ class Progress:
     """Number of the macro-step of the last acceleration, accepted or not."""
     advised: bool = False
     """Whether the first advice.EVENTS periods are over, and a warning was given if nothing was accepted in them."""
+    warmed_up: int = 0
+    """Number of the last macro-step of a warm-up so far, within which nothing is attempted."""
 
     def warn_if_abandoned(self, optimizer: Optimizer) -> None:
         """Warn, once, where ABANDONED macro-steps in a row were abandoned."""
@@ -42,9 +44,11 @@ class Progress:
                 f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
             )
 
-    def advise(self, settings: Settings, statistics: Statistics) -> None:
-        """Once advice.EVENTS periods are over, warn if no candidate was accepted in them."""
-        waited = -(-settings.wait_iterations // settings.store_each_nth)
+    def advise(self, settings: Settings, statistics: Statistics, warm_up: bool) -> None:
+        """Once advice.EVENTS periods are over, since a warm-up if any, warn if no candidate was accepted in them."""
+        if warm_up:
+            self.warmed_up = statistics["macro_steps"]
+        waited = max(self.warmed_up, -(-settings.wait_iterations // settings.store_each_nth))
         if self.advised or (statistics["macro_steps"] - waited) / settings.period < advice.EVENTS:
             return
         self.advised = True
