@@ -45,6 +45,8 @@ class Column:
     """Its second update starts where somebody else has put the weights."""
     written: float | None = None
     """How far, at least, somebody else has led the weights within its second update; None where nobody has."""
+    warm_up: bool = False
+    """Its second update was made at a higher learning rate than all before, see `LearningRates.warm_up`."""
 
 
 @dataclass

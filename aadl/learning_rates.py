@@ -13,6 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl.candidate import LEARNING_RATE_BAND
+from aadl.parameters import is_gradient_descent
+from aadl.settings import Settings
+
+WARM_UP = 1.05
+"""A mean rate of more than this times the highest one before belongs to a warm-up."""
 
 
 class RateReader:
@@ -56,12 +61,15 @@ class LearningRates:
     """Rates of the first step of the running macro-step; None for a rate on a device, of which the last one counts."""
     sums: list[float | None] = field(default_factory=list)
     """Sums over the steps of the running macro-step, once the rates change within it."""
+    highest: list[float] = field(default_factory=list)
+    """Highest mean rates of macro-steps by group."""
 
     def __post_init__(self) -> None:
         self._reader = RateReader()
         self._seen: list[Any] | None = None
         self.is_dry = False
         """Whether the running step changes nothing, because all rates are zero."""
+        self._is_record = False
 
     def state(self) -> dict[str, Any]:
         """Plain values, from which `LearningRates(**state)` continues."""
@@ -113,6 +121,9 @@ class LearningRates:
             for group, mean in zip(groups, self._means(groups, steps), strict=True)
             if "lr" in group and (moving is None or any(id(p) in moving for p in group["params"]))
         ]
+        before = self.highest if len(self.highest) == len(rates) else rates
+        self._is_record = any(rate > WARM_UP * high for rate, high in zip(rates, before, strict=True))
+        self.highest = [max(pair) for pair in zip(rates, before, strict=True)]
         last, self.means = self.means, rates
         if last is None or rates == last:
             return False
@@ -123,6 +134,14 @@ class LearningRates:
             return False
         self.factor = self.pair_factor = 1.0
         return True
+
+    def warm_up(self, optimizer: Optimizer, settings: Settings) -> bool:
+        """Whether the macro-step that has ended belongs to a warm-up, whose updates lead candidates astray.
+
+        Those of single steps, which are proportional to their rate, do not, nor do those of gradient descent.
+        """
+        is_asked = bool(settings.safeguard) and settings.store_each_nth > 1
+        return self._is_record and is_asked and not is_gradient_descent(optimizer)
 
     def _means(self, groups: Sequence[dict[str, Any]], steps: int) -> list[float]:
         rates = self._reader.read(groups)

@@ -266,7 +266,7 @@ class MacroSteps(Accelerator):
                 assert accepted is not None
                 decisions.judge(step, accepted)
         outside.settle_doubt(decisions.confirmed is not None)
-        progress.advise(self.settings, decisions.statistics)
+        progress.advise(self.settings, decisions.statistics, column.warm_up)
         if progress.is_averaged:  # the pair's start was not where it seems
             history.clear()
         progress.is_averaged = False
@@ -281,9 +281,10 @@ class MacroSteps(Accelerator):
         rate = rates.factor
         earlier = rate if rates.pair_factor is None else rates.pair_factor
         rates.pair_factor = rate
-        number = decisions.statistics["macro_steps"]
         written = leap if leap and self._ranks.size == 1 else None  # others may not have seen it
-        return Column(number, not decisions.disturbed, rate, {}, earlier, decisions.moved, written), rate / earlier
+        number, warm_up = decisions.statistics["macro_steps"], rates.warm_up(optimizer, self.settings)
+        column = Column(number, not decisions.disturbed, rate, {}, earlier, decisions.moved, written, warm_up)
+        return column, rate / earlier
 
     def _push(
         self, history: History, tensors: Sequence[Tensors], column: Column, ratio: float, due: bool, is_judged: bool

@@ -118,6 +118,11 @@ def makes_momentum(optimizer: Optimizer) -> bool:
     return known and any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
 
 
+def is_gradient_descent(optimizer: Optimizer) -> bool:
+    """Whether this is known to be gradient descent without any state."""
+    return type(optimizer) is torch.optim.SGD and not any(group.get("momentum") for group in optimizer.param_groups)
+
+
 def grouped(parameters: Sequence[Tensor]) -> list[list[tuple[int, Tensor]]]:
     """(position, parameter), put together where dtype, device and number of shards agree."""
     groups: dict[tuple[torch.dtype, torch.device, int], list[tuple[int, Tensor]]] = {}

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
     jump: dict[str, float]
     """||s||^2 by kind, on this rank."""
     here: int
-    """Number of the newest columns that describe the region of the newest pair, see `columns_here`."""
+    """Number of the newest columns that describe the map here and now, see `columns_here` and `columns_now`."""
     is_written: bool
     """Whether somebody wrote to the tensors of at least `quorum` ranks, or moved the starts of some ranks only."""
     is_doubtful: bool
@@ -84,6 +84,7 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
     here = columns_here(
         mixing.joined({"parameters": parts["parameters"]}, {"parameters": 1.0}, scales), history.columns
     )
+    here = min(here, columns_now(history.columns))
     weights = mixing.balancing_weights({kind: mixing.newest(part, here) for kind, part in parts.items()})
     gram = mixing.joined(parts, weights, scales)
     square = sum(accepted.weights[kind] * part.square for kind, part in parts.items()) if accepted else 0.0
@@ -143,6 +144,15 @@ def columns_here(gram: Gram, columns: list[Column]) -> int:
         elif jump > way:
             first = max(first, place + 1)
     return max(0, len(columns) - first)
+
+
+def columns_now(columns: list[Column]) -> int:
+    """Number of the newest columns since a warm-up: the older update of the oldest one may be the last of it.
+
+    Over several steps an update is not proportional to the learning rate. In a warm-up that sets the slopes, so that
+    candidates would go far astray.
+    """
+    return next((age for age, column in enumerate(reversed(columns)) if column.warm_up), len(columns))
 
 
 def leads_far(gram: Gram, newest: int) -> bool:

@@ -37,6 +37,8 @@ class Progress:
     """On several ranks, whether the steps of the running macro-step have written to no parameter."""
     unmarked_in_a_row: int = 0
     """First steps of macro-steps that wrote and moved no version counter, since the last one that did not write."""
+    warmed_up: int = 0
+    """Number of the last macro-step of a warm-up so far, within which nothing is attempted."""
 
     def warn_if_abandoned(self, optimizer: Optimizer) -> None:
         """Warn, once, where ABANDONED macro-steps in a row were abandoned."""
@@ -48,11 +50,13 @@ class Progress:
                 f"accelerated that way; write at other times, or call aadl.accelerate with store_each_nth=1"
             )
 
-    def advise(self, settings: Settings, statistics: Statistics) -> None:
-        """Once advice.EVENTS periods of at least advice.STEPS are over, warn if no candidate was accepted in them."""
+    def advise(self, settings: Settings, statistics: Statistics, warm_up: bool) -> None:
+        """Warn if none was accepted in advice.EVENTS periods of at least advice.STEPS, counted from a warm-up on."""
+        if warm_up:
+            self.warmed_up = statistics["macro_steps"]
         if self.advised:
             return
-        waited = -(-settings.wait_iterations // settings.store_each_nth)
+        waited = max(self.warmed_up, -(-settings.wait_iterations // settings.store_each_nth))
         periods = max(advice.EVENTS, -(-advice.STEPS // (settings.period * settings.store_each_nth)))
         if statistics["macro_steps"] - waited < periods * settings.period:
             return

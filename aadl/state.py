@@ -107,7 +107,7 @@ def plain_state_of(history: History) -> dict[str, Any]:
     """What a history knows besides its vectors, as plain values; every slot keeps its place."""
     return {
         "columns": [
-            [c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate, c.moved, c.written]
+            [c.macro_step, c.consecutive, c.learning_rate, c.jump, c.earlier_rate, c.moved, c.written, c.warm_up]
             for c in history.columns
         ],
         "has_pair": history.has_pair,
@@ -127,8 +127,8 @@ def parsed_plain_state(saved: dict[str, Any]) -> dict[str, Any]:
     grams = {kind: [[float(value) for value in row] for row in rows] for kind, rows in saved["grams"].items()}
     return {
         "columns": [
-            Column(int(m), bool(c), float(r), dict(jump), float(e), *writes)  # older states have no writes
-            for m, c, r, jump, e, *writes in saved["columns"]
+            Column(int(m), bool(c), float(r), dict(jump), float(e), *more)  # older states have no more
+            for m, c, r, jump, e, *more in saved["columns"]
         ],
         "has_pair": bool(saved["has_pair"]),
         "next": int(saved["next"]),

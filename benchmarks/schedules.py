@@ -4,15 +4,17 @@ For each schedule, number of steps and batch size, over the seeds (median [minim
 
     reached   fraction of the steps after which the accelerated run has plain's final training loss
     loss      final training loss over plain's
+    way       largest training loss on the way over the largest one that plain has from there on
 
     python -m benchmarks.schedules --seeds 5
+    python -m benchmarks.schedules --seeds 5 --steps 200 --schedules warm-up --rate 2e-2 --safeguard residual
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 
 import torch
 
@@ -30,12 +32,14 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=list(SCHEDULES))
     parser.add_argument("--store-each-nth", type=int, default=10)
     parser.add_argument("--frequency", type=int, default=20)
+    parser.add_argument("--safeguard", default=True, choices=["residual"], help="judge by residuals, not by the loss")
     arguments = parser.parse_args()
     settings = {"store_each_nth": arguments.store_each_nth, "frequency": arguments.frequency}
+    settings["safeguard"] = arguments.safeguard
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     torch.set_num_threads(1)
     print(f"SGD, Nesterov 0.9, learning rate {arguments.rate:g}, seeds {seeds[0]} to {seeds[-1]}, {settings}\n")
-    print(head(["schedule", "steps", "batch", "reached", "loss"]))
+    print(head(["schedule", "steps", "batch", "reached", "loss", "way"]))
     for batch, steps, schedule in product(arguments.batches, arguments.steps, arguments.schedules):
         problem = replace(PROBLEMS["admissions"], steps=steps)
 
@@ -43,12 +47,15 @@ def main() -> None:
             some = settings if accelerated else None
             return train(problem, batch, schedule, arguments.rate, seed, some, 1, torch.default_generator)  # noqa: B023
 
-        fractions, ratios = [], []
+        fractions, ratios, ways = [], [], []
         for seed in seeds:
             plain, fast = run(seed, False), run(seed, True)
             fractions.append(fast.reached(plain.losses[-1])[0] / steps)
             ratios.append(fast.losses[-1] / plain.losses[-1])
-        print(line([schedule, str(steps), str(batch), with_range(fractions), with_range(ratios)]), flush=True)
+            highest = list(accumulate(reversed(plain.losses), max))[::-1]
+            ways.append(max(loss / other for loss, other in zip(fast.losses, highest, strict=False)))
+        columns = map(with_range, (fractions, ratios, ways))
+        print(line([schedule, str(steps), str(batch), *columns]), flush=True)
 
 
 if __name__ == "__main__":
