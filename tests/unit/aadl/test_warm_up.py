@@ -150,9 +150,9 @@ def test_a_long_warm_up_is_not_taken_for_idleness():
     x = nn.Parameter(torch.zeros(100, dtype=torch.float64))
     optimizer = torch.optim.SGD([x], lr=1e-9, momentum=0.9)
     aadl.accelerate(optimizer, **DEFAULTS | {"frequency": 10})
-    texts = []
-    for step in range(10 * (2 * advice.EVENTS + advice.EVENTS + 2)):
-        if step % 10 == 0 and step < 10 * 2 * advice.EVENTS:
+    texts, rising_steps = [], 2 * advice.STEPS
+    for step in range(rising_steps + advice.STEPS + 20):
+        if step % 10 == 0 and step < rising_steps:
             optimizer.param_groups[0]["lr"] *= 1.1
         x.grad = torch.ones_like(x)
         with warnings.catch_warnings(record=True) as caught:
@@ -160,7 +160,7 @@ def test_a_long_warm_up_is_not_taken_for_idleness():
             optimizer.step()
         texts += [(step, str(warning.message)) for warning in caught]
     ((step, text),) = texts
-    assert step == 10 * 3 * advice.EVENTS - 1 and statistics(optimizer)["resets"] == {}
+    assert step == rising_steps + advice.STEPS - 1 and statistics(optimizer)["resets"] == {}
     assert advice.CURES["learning_rate"] not in text
 
 
