@@ -15,8 +15,8 @@ from aadl.progress import Progress
 from aadl.watch import Sample, Snapshot, have_moved, versions_of
 
 COMPARED = 64
-"""First steps of macro-steps in a row that have changed weights and moved no version counter after which the counters
-are asked last, and those on a device are believed to write, because the host waits for each comparison."""
+"""After so many first steps of macro-steps in a row that changed weights and moved no version counter, one element is
+asked before the counters; steps on a device are then believed to write, because the host waits for each comparison."""
 
 
 class EmptySteps:
