@@ -59,7 +59,7 @@ class Decisions(Judgments):
                 self.reset(Cause.NON_FINITE, history)
         if ready and (local_sgd or accepted is not None):
             ready = not self.is_paused()
-        made = self._attempt(step, problem) if ready and history.columns and not history.columns[-1].warm_up else None
+        made = self._attempt(step, problem) if ready and history.columns and not problem.is_warm_up else None
         if local_sgd:
             self._vote(step, made)
         elif made is not None:

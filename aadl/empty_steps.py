@@ -74,9 +74,10 @@ class EmptySteps:
         if layout.history.ranks.size > 1:
             progress.is_empty = known and (first or progress.is_empty)
             return False
-        if known and not (first and layout.is_on_host):
+        if known and not first:
             return sample is None or not sample.change()
         same = not self._has_changed() and _is_at_start(layout)
+        progress.moves_counters = known and same
         progress.unmarked_in_a_row = 0 if same else progress.unmarked_in_a_row + 1
         return same
 

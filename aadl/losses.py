@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from aadl.parameters import all_parameters, maximizes
@@ -129,10 +130,7 @@ class Losses:
         values = self.sign * joined(self.since)
         finite = values.isfinite()
         lost, ends = finite.logical_not().sum(), finite[-LAST:].logical_not().all()
-        bound, known = (
-            torch.as_tensor(number, dtype=torch.float64, device=values.device)
-            for number in (self.bound, self.not_finite)
-        )
+        bound, known = _on(values, self.bound), _on(values, self.not_finite)
         rise = torch.where(finite, values, math.inf).min() - bound
         count = len(self.since)
         counts = rise.isfinite() & (count >= FEWEST)
@@ -157,3 +155,8 @@ class Losses:
             "num_before": self.num_before,
             "not_finite": float(self.not_finite),
         } | self.passes.state([] if optimizer is None else all_parameters(optimizer))
+
+
+def _on(values: Tensor, number: Number) -> Tensor:
+    """A number beside others, without a wait for their device."""
+    return number.to(values) if isinstance(number, Tensor) else values.new_full((), number)

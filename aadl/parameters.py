@@ -77,7 +77,14 @@ def states_of(optimizer: Optimizer) -> Mapping[Tensor, Any]:
     if optimizer.state:
         return optimizer.state
     inside = [value for value in vars(optimizer).values() if isinstance(value, Optimizer) and value is not optimizer]
-    return ChainMap(*[other.state for other in inside]) if inside else optimizer.state
+    return _Inside(*[other.state for other in inside]) if inside else optimizer.state
+
+
+class _Inside(ChainMap[Tensor, Any]):
+    """States of several optimizers, which make an entry for whatever they are indexed with."""
+
+    def get(self, key: Tensor, default: Any = None) -> Any:
+        return next((state[key] for state in self.maps if key in state), default)
 
 
 def state_of(optimizer: Optimizer, p: Tensor) -> Mapping[str, Any]:

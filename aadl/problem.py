@@ -65,6 +65,8 @@ class Problem(NamedTuple):
     """Whether at least `quorum` ranks doubt the newest residual."""
     is_finite: bool
     """Whether all products, and the losses since the candidate, are finite."""
+    is_warm_up: bool
+    """Whether the macro-step belongs to a warm-up on any rank."""
     fused: bool
     """Whether all ranks have compiled kernels (or none needs them)."""
 
@@ -78,7 +80,8 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         moves: `Judgments.moves` of this rank.
     """
     history, ranks = step.history, step.history.ranks
-    own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2]
+    warm_up = bool(history.columns) and history.columns[-1].warm_up
+    own = [float(step.written), float(step.doubtful), float(moves), float(moves) ** 2, float(warm_up)]
     parts, sums = history.gram_with(own)
     scales = [step.rate / column.learning_rate for column in history.columns]
     here = columns_here(
@@ -99,7 +102,7 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         gram, (square, along, weight, mean, fused, *_) = mixing.unpacked(message / ranks.size, columns)
         here = columns - math.ceil(mean)  # as on the rank that leaves out most, if they differ by one
         weights = {kind: 1.0 if kind == "parameters" else weight for kind in weights}
-    written, doubts, sum_of_moves, squares_of_moves, rise = sums
+    written, doubts, sum_of_moves, squares_of_moves, warm_ups, rise = sums
     differ = ranks.size * squares_of_moves != sum_of_moves**2  # unless all ranks have the same number
     return Problem(
         gram,
@@ -111,6 +114,7 @@ def problem_of(step: MacroStep, accepted: Candidate | None, moves: int) -> Probl
         is_written=written >= step.quorum or differ,
         is_doubtful=doubts >= step.quorum,
         is_finite=math.isfinite(gram.square + square + float(gram.matrix.sum())) and not math.isnan(rise),
+        is_warm_up=warm_ups > 0,
         fused=fused == 1,  # else some rank has no compiler, and compiled kernels would round differently
     )
 

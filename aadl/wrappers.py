@@ -9,7 +9,6 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -146,8 +145,8 @@ def _held(wrapper: Any) -> list[Any]:
 def _advice(thing: Any) -> str:
     """What to do with optimizers in a list, a dictionary, or the attributes of an object; "" where there are none."""
     attributes = list(getattr(thing, "__dict__", {}).values())
-    held = [each.values() if isinstance(each, dict) else each for each in (thing, *attributes, attributes)]
-    found = {id(one) for each in held if isinstance(each, Collection) for one in each if _trains(one)}
+    held = [list(each.values()) if isinstance(each, dict) else each for each in (thing, *attributes, attributes)]
+    found = {id(one) for each in held if isinstance(each, (list, tuple, set)) for one in each if _trains(one)}
     return f": accelerate {'each of the optimizers' if len(found) > 1 else 'the optimizer'} inside" if found else ""
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import aadl
+from aadl.history import KINDS
 
 
 class Foreign(torch.optim.Optimizer):
@@ -305,3 +306,29 @@ def test_the_momentum_of_an_optimizer_inside_is_extrapolated(make):
         ends.append((model.state_dict(), copy.deepcopy(statistics(optimizer))))
         assert any(block.kind == "momentum" for block in aadl.accelerator_of(optimizer).history.blocks)
     assert identical(*ends) and ends[0][1]["accepted"] > 3
+
+
+class Both(torch.optim.Optimizer):
+    """Two optimizers inside, each of which has its part of the parameters."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), {"lr": 0.02})
+        parameters = list(model.parameters())
+        self.first = torch.optim.SGD(parameters[::2], lr=0.02, momentum=0.9)
+        self.second = torch.optim.Adam(parameters[1::2], lr=0.02)
+
+    def step(self, closure=None):
+        self.first.step()
+        self.second.step()
+
+
+def test_the_momentum_of_several_optimizers_inside_is_extrapolated_and_their_state_is_theirs():
+    model = network()
+    optimizer = aadl.accelerate(Both(model), **EAGER)
+    train(model, optimizer, 60)
+    count = len(list(model.parameters()))
+    assert len(optimizer.first.state) == len(optimizer.second.state) == count / 2
+    assert len(optimizer.first.state_dict()["state"]) == count / 2
+    history = aadl.accelerator_of(optimizer).history
+    lengths = [sum(block.mapped.numel() for block in history.blocks if block.kind == kind) for kind in KINDS]
+    assert lengths[0] == lengths[1] and bool(history.blocks[1].mapped.all()) and statistics(optimizer)["accepted"] > 3

@@ -136,6 +136,7 @@ def test_a_later_rise_leaves_the_last_candidate_to_its_judges():
     optimizer = aadl.accelerate(momentum(model, 0.01), **DEFAULTS)
     accelerator, step = aadl.accelerator_of(optimizer), 0
     while not statistics(optimizer)["accepted"]:
+        assert step < 400
         train(model, optimizer, rising(1), 20, 0.01, step)
         step += 20
     train(model, optimizer, rising(1), 10, 0.012, step)

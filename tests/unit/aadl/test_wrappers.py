@@ -354,3 +354,14 @@ def test_several_optimizers_are_refused_with_what_to_do(wrap):
         aadl.accelerate(both[:1])
     with pytest.raises(ValueError, match=r"got list$"):
         aadl.accelerate(list(network().parameters()))
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.0), torch.zeros(3), "best", iter([])])
+def test_what_only_looks_like_several_is_not_searched(value):
+    class Trainer:
+        def __init__(self):
+            self.best = value
+
+    for thing in (Trainer(), value):
+        with pytest.raises(ValueError, match="must be a torch.optim.Optimizer"):
+            aadl.accelerate(thing)
