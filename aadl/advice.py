@@ -42,7 +42,8 @@ CURES: dict[str, str] = {
     "call aadl.reset_history when the points change, and have no dropout in them",
     Cause.RESUMED: "the pairs of another rank or depth were loaded: the history starts again each time",
     Cause.MOVED: "the weights are written to between steps: the history starts again each time, or, with observed "
-    "residuals, nothing tells whether the points stay (pass residuals=fn)",
+    "residuals, nothing tells whether the points stay (pass residuals=fn), or, on several ranks, step is called "
+    "where it writes nothing",
 }
 """What to do about each cause."""
 

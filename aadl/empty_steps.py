@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from aadl.history_layout import Layout
+from aadl.mixing import host_tensor
 from aadl.progress import Progress
-from aadl.watch import Sample, Snapshot, have_moved, versions_of
+from aadl.ranks import local
+from aadl.watch import Sample, Snapshot, have_moved, same_bits, versions_of
 
 COMPARED = 64
 """After so many first steps of macro-steps in a row that changed weights and moved no version counter, one element is
 asked before the counters; steps on a device are then believed to write, because the host waits for each comparison."""
+
+
+ASKED = 3
+"""Calls in a row within a macro-step that seem to have written nothing of which the parameters are summed."""
 
 
 class EmptySteps:
@@ -32,6 +38,8 @@ class EmptySteps:
         self._versions: list[int] = []
         self._count = 0
         self._sample: Sample | None = None
+        self._sums: list[list[float]] = []
+        """Sums of the parameters after calls in a row that seem to have written nothing."""
 
     def begin(self, layout: Layout, progress: Progress, left: Snapshot | None) -> None:
         """Note the version counters before a step, and an element where the counters do not tell.
@@ -68,6 +76,7 @@ class EmptySteps:
         if not known and progress.unmarked_in_a_row >= COMPARED and (not layout.is_on_host or self._has_changed()):
             return False
         if have_moved(tensors, self._versions, self._count):
+            self._sums = []
             progress.moves_counters, progress.is_empty = True, False
             return False
         first = progress.in_macro_step == 0
@@ -75,11 +84,20 @@ class EmptySteps:
             progress.is_empty = known and (first or progress.is_empty)
             return False
         if known and not first:
-            return sample is None or not sample.change()
+            if (sample is None or not sample.change()) and self._stay(layout):
+                return True
+            progress.moves_counters, self._sums = False, []
+            return False
         same = not self._has_changed() and _is_at_start(layout)
         progress.moves_counters = known and same
         progress.unmarked_in_a_row = 0 if same else progress.unmarked_in_a_row + 1
         return same
+
+    def _stay(self, layout: Layout) -> bool:
+        """Whether the parameters are as after the call before, of which the first ones in a row are asked."""
+        if len(self._sums) < ASKED:
+            self._sums.append([float(p.detach().abs().sum()) for p in map(local, layout.parameters)])
+        return all(same_bits(host_tensor(sums), host_tensor(self._sums[0])) for sums in self._sums)
 
     def _has_changed(self) -> bool:
         """Whether the element that was read before the step has another value now."""

@@ -128,7 +128,7 @@ class LearningRates:
         if last is None or rates == last:
             return False
         ratios = [new / old if old else math.inf for new, old in zip(rates, last, strict=True) if new != old or new]
-        uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-9) for ratio in ratios)
+        uniform = all(math.isclose(ratio, ratios[0], rel_tol=1e-6) for ratio in ratios)
         if uniform and all(1 / LEARNING_RATE_BAND <= ratio <= LEARNING_RATE_BAND for ratio in ratios):
             self.factor *= ratios[0] if ratios else 1.0
             return False

@@ -195,16 +195,20 @@ class OutsideWrites:
     # ---- remembering -----------------------------------------------------------------------------------------------
 
     def note_step(self, layout: Layout | None, in_macro_step: int) -> None:
-        """Within a macro-step, remember the version counters and a few elements after a step.
+        """Remember the version counters after a step, and within a macro-step a few elements.
+
+        A step that writes to no parameter may write to momentum, which then belongs to the macro-step that begins.
 
         Args:
             layout: of the history, if there are rows.
             in_macro_step: steps of the running macro-step that have ended.
         """
         left = self.left
-        if left is None or layout is None or in_macro_step == 0:
+        if left is None or layout is None:
             return
         left.versions = versions_of(left.tensors)
+        if in_macro_step == 0:
+            return
         if self.sample is None:
             self.sample = Sample(layout.elements())
         else:

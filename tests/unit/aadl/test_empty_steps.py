@@ -272,3 +272,46 @@ def test_counters_are_compared_of_as_many_tensors_as_are_asked():
     assert have_moved(tensors, versions, 1)
     with torch.inference_mode():
         assert not have_moved([torch.zeros(1), tensors[1]], versions, 2)
+
+
+class IntoMomentum(torch.optim.Optimizer):
+    """Adds each gradient to its momentum, and moves the parameters at every third call."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.calls += 1
+        for p in self.param_groups[0]["params"]:
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buffer.mul_(0.5 if self.calls % 3 == 1 else 1.0).add_(p.grad / 3)
+            if self.calls % 3 == 0:
+                p.sub_(buffer, alpha=0.05)
+
+
+@pytest.mark.parametrize("settings", [SHORT, LONG])
+def test_calls_that_write_to_momentum_alone_belong_to_the_step_that_comes(settings):
+    x = torch.nn.Parameter(torch.ones(6))
+    optimizer = aadl.accelerate(IntoMomentum([x]), **settings)
+    for _ in range(180):
+        optimizer.zero_grad()
+        (x.square() * torch.linspace(0.1, 1, 6)).sum().backward()
+        optimizer.step()
+    counts = statistics(optimizer)
+    assert (counts["steps"], counts["skipped_steps"], counts["moved"]) == (60, 120, 0)
+    assert counts["accepted"] > 1 and counts["trust_ratio"] == counts["trust_ratio"]  # judged: it is a number
+
+
+def test_steps_that_leave_no_mark_from_some_time_on_count():
+    """Their first elements, which are looked at within a macro-step, never move."""
+    x = torch.nn.Parameter(torch.ones(6))
+    weights = torch.tensor([0.0, *torch.linspace(0.1, 1, 5)])
+    optimizer = aadl.accelerate(torch.optim.SGD([x], lr=0.05), **LONG)
+    for step in range(100):
+        optimizer.param_groups[0]["fused"] = step >= 50
+        optimizer.zero_grad()
+        (x.square() * weights).sum().backward()
+        optimizer.step()
+    assert statistics(optimizer)["steps"] >= 98 and statistics(optimizer)["accepted"] > 5
