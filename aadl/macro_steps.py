@@ -120,12 +120,12 @@ class MacroSteps(Accelerator):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._rates.is_dry:
             self._losses.end_step(skipped=True, reverted=self._decisions.statistics["reverted"])
-            self._note_step(optimizer)
+            if self._progress.in_macro_step:  # else momentum that is gathered at rate 0 belongs to no pair
+                self._outside.note_step(self._layout, self._progress.in_macro_step)
             return
         decisions, progress = self._decisions, self._progress
         decisions.settle()
-        found_inf = getattr(optimizer, "found_inf", None)
-        is_skipped = found_inf is not None and bool(found_inf)
+        is_skipped = bool(getattr(optimizer, "found_inf", None))
         is_skipped = is_skipped or self._empty.is_empty(self._layout, progress, self._outside.sample)
         is_stuck = self._losses.end_step(is_skipped, decisions.statistics["reverted"])
         if is_skipped:
