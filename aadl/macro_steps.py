@@ -72,10 +72,9 @@ class MacroSteps(Accelerator):
     @torch.no_grad()
     def _leave_lost_candidate(self) -> None:
         """Put the plain iterate back where no step is made at the candidate any more: the loss is not finite there."""
-        optimizer, layout = self._optimizer(), self._layout
+        optimizer, layout, steps = self._optimizer(), self._layout, self._progress.in_macro_step
         if optimizer is None or layout is None or self._ranks.size > 1:
             return
-        steps = self._progress.in_macro_step
         if not self._outside.is_as_stepped(optimizer, layout, steps):  # somebody has put weights of his own there
             return
         tensors, spare = layout.tensors(optimizer, self._outside.look(optimizer)), self._spare if steps else None
@@ -147,11 +146,12 @@ class MacroSteps(Accelerator):
             self._note_step(optimizer)
 
     def _note_step(self, optimizer: Optimizer) -> None:
-        """Remember the tensors as a step within a macro-step leaves them."""
-        if self._layout is not None and (self._outside.left is None or self.settings.local_sgd):
-            self._outside.note_end(optimizer, self._layout, self.settings.local_sgd)
-        if not self.settings.local_sgd:
-            self._outside.note_step(self._layout, self._progress.in_macro_step)
+        """Remember the tensors as a step leaves them that ends no macro-step."""
+        steps, local_sgd = self._progress.in_macro_step, self.settings.local_sgd
+        if self._layout is not None and (self._outside.left is None or local_sgd):
+            self._outside.note_end(optimizer, self._layout, sampled=local_sgd or steps == 0)
+        if not local_sgd:
+            self._outside.note_step(self._layout, steps)
 
     @property
     def _gap(self) -> int:
