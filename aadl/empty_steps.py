@@ -19,8 +19,6 @@ from aadl.watch import Sample, Snapshot, have_moved, same_bits, versions_of
 COMPARED = 64
 """After so many first steps of macro-steps in a row that changed weights and moved no version counter, one element is
 asked before the counters; steps on a device are then believed to write, because the host waits for each comparison."""
-
-
 ASKED = 3
 """Calls in a row within a macro-step that seem to have written nothing of which the parameters are summed."""
 
@@ -29,8 +27,9 @@ class EmptySteps:
     """Tells whether a step has written to a parameter.
 
     Version counters tell, unless the optimizer writes through `.data` or by kernels that leave them alone, as the fused
-    ones of torch do. Whether it does is learned: one first step of a macro-step that moved a counter is enough to
-    believe the counters. Before that, such steps are compared with the start of the macro-step, and no others.
+    ones of torch do. Whether it does is learned. Until a first step of a macro-step moves a counter, such steps are
+    compared with the start of the macro-step, and no others. From then on every step that moves no counter is compared,
+    until one of them turns out to have written: then the counters are believed no more.
     """
 
     def __init__(self) -> None:

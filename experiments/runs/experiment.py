@@ -88,7 +88,10 @@ class Experiment(ABC, Generic[P, T]):
         """Raises ValueError for settings that the size of the training set contradicts."""
 
     def training_of_study(self, training: T, num_rows: int, size: int, steps: int) -> T:
-        """The settings of a training of about `steps` steps with batches of `size` rows, whose updates are measured."""
+        """The settings of a training of about `steps` steps with batches of `size` rows, whose updates are measured.
+
+        Not to be defined where `studies` has no "batch_size": configurations that name such a study are refused there.
+        """
         raise NotImplementedError
 
     # ---- its results ----

@@ -57,16 +57,22 @@ def test_losses_that_usually_lead_to_no_step_do_not_end_a_trial(kind, passes):
     assert statistics(optimizer)["reverted"] == (passes is not row_by_row)
 
 
-def test_a_candidate_goes_once_more_losses_than_usual_lead_to_no_step():
+@pytest.mark.parametrize(("steps", "usual"), [(range(20), STUCK + 1), ([10], STUCK + 1), ([9], 0)])
+def test_a_candidate_goes_once_more_losses_than_usual_lead_to_no_step(steps, usual):
+    """What was so in one of the last ten steps is usual."""
     model = network()
     optimizer = aadl.accelerate(KINDS["SGD"](model.parameters()), **SETTINGS)
-    for _ in range(20):
-        adversarial(model, optimizer, 0.0)
+    for step in range(20):
+        optimizer.zero_grad()
+        if step in steps:
+            adversarial(model, optimizer, 0.0)
+        else:
+            squared_error(model).backward()
         optimizer.step()
-    for number in range(1, 2 * STUCK + 3):
+    for number in range(1, usual + STUCK + 2):
         optimizer.zero_grad()
         plus(math.nan)(model).backward()
-        assert statistics(optimizer)["reverted"] == (number > 2 * STUCK + 1)
+        assert statistics(optimizer)["reverted"] == (number > usual + STUCK)
 
 
 def as_none(optimizer):
